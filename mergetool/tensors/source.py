@@ -1,0 +1,313 @@
+"""A model as a table of named byte ranges: headers first, weights only when asked, slice by slice.
+
+    open_model(path) -> ModelSource         one .safetensors file, a folder with an index, a folder of .bin files
+    MemorySource(tensors)                   a state dict, for research code and tests
+
+Opening reads headers only. `read_bytes` fills a caller's buffer with a slice of one tensor, exactly as stored.
+A folder means its index or its `model.safetensors`; other files lying beside them are never guessed at.
+"""
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergetool.errors import SourceError
+from mergetool.tensors.dtypes import of_torch
+from mergetool.tensors.header import Header, TensorSpec, header_length, parse_header
+from mergetool.tensors.io import read_exact
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_BIN_INDEX_NAME = "pytorch_model.bin.index.json"
+_BIN_SINGLE_NAME = "pytorch_model.bin"
+_MAX_INDEX_BYTES = 200_000_000
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """A file as it was when its header was read; `changed` tells whether it still is."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "FileStamp":
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+    def changed(self) -> bool:
+        try:
+            return FileStamp.of(self.path) != self
+        except OSError:
+            return True
+
+
+class ModelSource(ABC):
+    """One model: `specs` says what it holds, `read_bytes` delivers slices of it."""
+
+    specs: Mapping[str, TensorSpec]
+    folder: Path | None
+    """Where config and tokenizer files lie; None for a bare file or a state dict."""
+
+    @property
+    @abstractmethod
+    def files(self) -> tuple[FileStamp, ...]:
+        """The files that hold weights, in the order their tensors should be visited."""
+
+    @abstractmethod
+    def position(self, name: str) -> tuple[int, int]:
+        """(index into `files`, byte offset): reading in this order is reading forwards."""
+
+    @abstractmethod
+    def read_bytes(self, name: str, begin: int, buffer: memoryview) -> None:
+        """Fill `buffer` with stored bytes of tensor `name`, from byte `begin` of the tensor. Thread-safe."""
+
+    def will_need(self, name: str, begin: int, length: int) -> None:  # noqa: B027  (optional: a hint)
+        """Hint that bytes [begin, begin + length) of tensor `name` are wanted soon."""
+
+    def close(self) -> None:  # noqa: B027  (optional: nothing to close in memory)
+        """Release what is open. Reading again reopens it."""
+
+
+@dataclass
+class _OpenFile:
+    """One safetensors file with its checked header; the descriptor is opened on first read and then shared."""
+
+    stamp: FileStamp
+    header: Header
+
+    @cached_property
+    def fd(self) -> int:
+        return os.open(self.stamp.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        if "fd" in self.__dict__:
+            os.close(self.__dict__.pop("fd"))
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of one .safetensors file. Raises SourceError."""
+    return _open(path).header
+
+
+def _open(path: Path) -> _OpenFile:
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(header_length(file.read(8), size, str(path)))
+        return _OpenFile(FileStamp.of(path), parse_header(data, size, str(path)))
+    except OSError as error:
+        raise SourceError(
+            f"cannot be opened: {error.strerror}", str(path), "check the path and its permissions"
+        ) from error
+
+
+class SafetensorsSource(ModelSource):
+    """Tensors spread over one or several safetensors files."""
+
+    def __init__(self, paths: list[Path], folder: Path | None, weight_map: Mapping[str, str] | None = None) -> None:
+        self._open_files = [_open(path) for path in paths]
+        self.folder = folder
+        self._places: dict[str, int] = {}
+        for index, file in enumerate(self._open_files):
+            for name in file.header.slots:
+                expected = weight_map.get(name) if weight_map is not None else file.stamp.path.name
+                if expected == file.stamp.path.name:
+                    self._places[name] = index
+        self._check_complete(weight_map or {})
+        self.specs = {name: self._open_files[i].header.slots[name].spec for name, i in self._places.items()}
+
+    def _check_complete(self, weight_map: Mapping[str, str]) -> None:
+        for name, file in weight_map.items():
+            if name not in self._places:
+                raise SourceError(
+                    f"the index says {file} holds tensor {name!r}, but it does not",
+                    str(self.folder),
+                    "the folder is incomplete or its index is stale; download or save the model again",
+                )
+
+    @property
+    def files(self) -> tuple[FileStamp, ...]:
+        return tuple(file.stamp for file in self._open_files)
+
+    @property
+    def headers(self) -> tuple[Header, ...]:
+        """The checked headers, in the order of `files`."""
+        return tuple(file.header for file in self._open_files)
+
+    def position(self, name: str) -> tuple[int, int]:
+        index = self._places[name]
+        return index, self._open_files[index].header.slots[name].begin
+
+    def read_bytes(self, name: str, begin: int, buffer: memoryview) -> None:
+        index, offset = self.position(name)
+        file = self._open_files[index]
+        read_exact(file.fd, buffer, offset + begin, f"{file.stamp.path}: {name}")
+
+    def will_need(self, name: str, begin: int, length: int) -> None:
+        index, offset = self.position(name)
+        os.posix_fadvise(self._open_files[index].fd, offset + begin, length, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        for file in self._open_files:
+            file.close()
+
+
+class MemorySource(ModelSource):
+    """A state dict that is already in memory. Tensors are viewed, never copied or changed."""
+
+    folder = None
+
+    def __init__(self, tensors: Mapping[str, "Tensor"], where: str = "in memory") -> None:
+        self._tensors = dict(tensors)
+        self._where = where
+        self.specs = {name: self._spec(name, tensor) for name, tensor in tensors.items()}
+        self._order = {name: index for index, name in enumerate(tensors)}
+
+    def _spec(self, name: str, tensor: "Tensor") -> TensorSpec:
+        try:
+            return TensorSpec(name, of_torch(tensor.dtype), tuple(tensor.shape))
+        except KeyError:
+            raise SourceError(
+                f"dtype {tensor.dtype} cannot be stored", f"{self._where}: {name}", "convert the tensor first"
+            ) from None
+
+    @property
+    def files(self) -> tuple[FileStamp, ...]:
+        return ()
+
+    def position(self, name: str) -> tuple[int, int]:
+        return 0, self._order[name]
+
+    def read_bytes(self, name: str, begin: int, buffer: memoryview) -> None:
+        import torch
+
+        tensor = self._tensors[name].detach()
+        if not tensor.is_contiguous():  # a view such as W.T: lay it out once, then slices of it are free
+            tensor = self._tensors[name] = tensor.contiguous()
+        stored = tensor.reshape(-1).view(torch.uint8)[begin : begin + len(buffer)]
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(stored)
+
+
+@dataclass
+class BinSource(ModelSource):
+    """A folder of `pytorch_model*.bin` files: weights only, memory-mapped, no code is ever run."""
+
+    folder: Path | None
+    _stamps: tuple[FileStamp, ...]
+    _tensors: MemorySource
+    _file_of: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: Path, names: list[str]) -> "BinSource":
+        tensors: dict[str, Tensor] = {}
+        file_of = {}
+        stamps = []
+        for index, name in enumerate(names):
+            path = folder / name
+            loaded = _load_bin(path)
+            stamps.append(FileStamp.of(path))
+            tensors.update(loaded)
+            file_of.update(dict.fromkeys(loaded, index))
+        return cls(folder, tuple(stamps), MemorySource(tensors, str(folder)), file_of)
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:  # type: ignore[override]
+        return self._tensors.specs
+
+    @property
+    def files(self) -> tuple[FileStamp, ...]:
+        return self._stamps
+
+    def position(self, name: str) -> tuple[int, int]:
+        return self._file_of[name], self._tensors.position(name)[1]
+
+    def read_bytes(self, name: str, begin: int, buffer: memoryview) -> None:
+        self._tensors.read_bytes(name, begin, buffer)
+
+
+def _load_bin(path: Path) -> dict[str, "Tensor"]:
+    import torch
+
+    fix = "convert the model to safetensors (from_pretrained, then save_pretrained)"
+    try:
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises a dozen kinds here; none of them may reach the user raw
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(f"cannot be loaded safely: {first_line[:200]}", str(path), fix) from None
+    if not isinstance(loaded, dict):
+        raise SourceError(f"holds a {type(loaded).__name__}, not a state dict", str(path), fix)
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            raise SourceError(f"entry {str(name)[:80]!r} is not a plain tensor", str(path), fix)
+    return loaded
+
+
+def open_model(path: Path) -> ModelSource:
+    """Open a model by path: a .safetensors file, or a folder with an index, a `model.safetensors` or .bin files.
+
+    Reads headers only (.bin files are memory-mapped). Raises SourceError saying what was looked for.
+    """
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise SourceError(
+                f"{path.suffix or 'this'} is not a file type that can be merged",
+                str(path),
+                "name a .safetensors file or a model folder",
+            )
+        return SafetensorsSource([path], None)
+    if not path.is_dir():
+        raise SourceError("no such file or folder", str(path), _missing_fix(path))
+    if (path / INDEX_NAME).is_file():
+        weight_map = _weight_map(path, INDEX_NAME)
+        return SafetensorsSource([path / name for name in dict.fromkeys(weight_map.values())], path, weight_map)
+    if (path / SINGLE_NAME).is_file():
+        return SafetensorsSource([path / SINGLE_NAME], path)
+    if (path / _BIN_INDEX_NAME).is_file():
+        return BinSource.open(path, list(dict.fromkeys(_weight_map(path, _BIN_INDEX_NAME).values())))
+    if (path / _BIN_SINGLE_NAME).is_file():
+        return BinSource.open(path, [_BIN_SINGLE_NAME])
+    looked = ", ".join((INDEX_NAME, SINGLE_NAME, _BIN_INDEX_NAME, _BIN_SINGLE_NAME))
+    raise SourceError(
+        f"no model in this folder (looked for {looked})", str(path), "name the folder that holds the weights"
+    )
+
+
+def _missing_fix(path: Path) -> str:
+    if (path.parent / f"{path.name}.partial").is_dir():
+        return "this is the output of an unfinished run; run its recipe again first"
+    return "check the path; a model on the Hub is fetched with: hf download ORG/NAME --local-dir FOLDER"
+
+
+def _weight_map(folder: Path, index_name: str) -> dict[str, str]:
+    """The index's tensor -> file map; refuses files outside the folder."""
+    path = folder / index_name
+    fix = "the index is damaged; download or save the model again"
+    try:
+        if path.stat().st_size > _MAX_INDEX_BYTES:
+            raise SourceError(f"the index is larger than {_MAX_INDEX_BYTES} bytes", str(path), fix)
+        document = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"the index is not valid JSON ({str(error)[:100]})", str(path), fix) from None
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror}", str(path), "check its permissions") from error
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise SourceError("the index has no weight_map of tensor names to files", str(path), fix)
+    for name, file in weight_map.items():
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise SourceError(
+                f"weight_map sends {name!r} to {file!r}, which is not a file of this folder",
+                str(path),
+                "an index may only name files that lie beside it; get the model from a source you trust",
+            )
+    return weight_map
