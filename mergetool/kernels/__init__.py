@@ -1,0 +1,1 @@
+"""Pure mathematics of tensors: tensors and numbers in, tensors out."""
