@@ -1,0 +1,203 @@
+"""What a merging method is: numbers and options, their documentation, and the arithmetic, in one frozen class.
+
+Three shapes, told apart by how often they see the weights: a `TensorMethod` sees each output tensor once (after
+optional surveys, passes that only count), a `FittedMethod` sees the whole models first, a `SearchMethod` judges many
+candidate merges. A class is abstract or final: concrete methods are never subclassed.
+
+A method lives in one file of this folder, imports nothing but this module at the top (kernels inside the functions
+that need them: a recipe is checked without torch) and registers itself by being there. Its module docstring is its
+documentation and must have a `Reference:` and a `Differs from the paper:` paragraph.
+"""
+
+import sys
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mergetool.methods.values import Finite, Fraction, Gradient, Knob, PerModel, Positive, Scheduled, Unit, resolve
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = [
+    "Field",
+    "Finite",
+    "FittedMethod",
+    "Fraction",
+    "Gradient",
+    "Method",
+    "Params",
+    "PerModel",
+    "Positive",
+    "Scheduled",
+    "Stats",
+    "Survey",
+    "TensorGroup",
+    "TensorMethod",
+    "Unit",
+    "all_methods",
+]
+
+Params = SimpleNamespace
+"""A method's numbers for one tensor: floats, and tuples (one per model of the group) for per-model fields."""
+
+Stats = Mapping[str, tuple[float, ...]]
+"""What surveys found out about one tensor (or the whole model): small, exact, and savable as JSON."""
+
+_REGISTRY: dict[str, type["Method"]] = {}
+
+
+@dataclass
+class TensorGroup:
+    """One tensor (or a slice of it) of every model, in compute dtype, as a method sees it.
+
+    `base` and each of `models` have the same shape: 1-D slices for reach "element", (rows, ...) for reach "row", the
+    whole tensor for reach "tensor". The tensors belong to the call: a method may overwrite them through `deltas`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    names: tuple[str, ...]
+    """Names of the models, in the order of `models`."""
+    base: "Tensor | None"
+    models: "list[Tensor]"
+    start: int = 0
+    """Flat index, in the whole tensor, of the first element here."""
+    seed: int = 0
+    """The run's seed; with the tensor's name, a model's name and a flat index it keys every random draw."""
+    new: "Callable[[int, torch.dtype], Tensor] | None" = None
+    """Where temporaries come from: (place, dtype) -> uninitialised tensor like `models[0]`, reused between calls."""
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Record a remark about this tensor; it goes into the lock and the summary of the run."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @cached_property
+    def deltas(self) -> "list[Tensor]":
+        """Task vectors (model - base). Overwrites `models`, whose buffers it uses."""
+        import torch
+
+        assert self.base is not None, f"{self.name}: this method was planned without a base"
+        return [torch.sub(model, self.base, out=model) for model in self.models]
+
+    def scratch(self, place: int, dtype: "torch.dtype | None" = None) -> "Tensor":
+        """An uninitialised tensor shaped like one model's slice; the same memory for the same `place` every time."""
+        import torch
+
+        like = self.models[0]
+        if self.new is None:
+            return torch.empty_like(like, dtype=dtype or like.dtype)
+        return self.new(place, dtype or like.dtype)
+
+
+class Survey(Protocol):
+    """One reading pass that only counts. Partial counts of slices add up; `conclude` says what to do next."""
+
+    def observe(self, group: TensorGroup, p: Params) -> "Tensor":
+        """Integer counts of one slice, shape fixed by the survey; sums over slices, in any order, are exact."""
+        ...
+
+    def conclude(self, total: "Tensor") -> "Survey | Stats":
+        """From the summed counts: the next survey, or the finished statistics."""
+        ...
+
+
+class Method(BaseModel):
+    """Common to all methods: strict frozen fields, and what the recipe checker needs to know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    needs_base: ClassVar[Literal["required", "optional", "unused"]]
+    min_models: ClassVar[int] = 1
+    max_models: ClassVar[int | None] = None
+    exempt: ClassVar[Mapping[str, str]] = {}
+    """Laws of `tests/laws` that this method does not obey, each with the reason."""
+    neutral: ClassVar[Mapping[str, Any]] = {}
+    """Settings under which merging copies of one model gives that model back."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        name = cls.method_name()
+        if name is None:
+            return
+        if cls.__base__ not in (TensorMethod, FittedMethod):
+            raise TypeError(f"{cls.__name__}: a concrete method is final and cannot be subclassed")
+        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
+            raise TypeError(f"two methods are called {name!r}")
+        for key, info in cls.model_fields.items():
+            if key != "method" and not info.description:
+                raise TypeError(f"{cls.__name__}.{key} has no description")
+        _REGISTRY[name] = cls
+
+    @classmethod
+    def method_name(cls) -> str | None:
+        """The name in recipes; None for an abstract class."""
+        info = cls.model_fields.get("method")
+        return None if info is None else str(info.default)
+
+    @classmethod
+    def documentation(cls) -> str:
+        """The module docstring: what the method does, its reference, and where it differs."""
+        return (sys.modules[cls.__module__].__doc__ or "").strip()
+
+    @classmethod
+    def knobs(cls) -> dict[str, Knob]:
+        """The numeric fields that may vary by tensor (and by model)."""
+        found = {}
+        for key, info in cls.model_fields.items():
+            for mark in info.metadata:
+                if isinstance(mark, Knob):
+                    found[key] = mark
+        return found
+
+    def params(self, depth: float, models: Sequence[str]) -> Params:
+        """Every knob as plain numbers for a tensor at `depth` in [0, 1] and these models."""
+        return Params(
+            **{
+                key: resolve(getattr(self, key), depth, models, per_model=knob.per_model)
+                for key, knob in self.knobs().items()
+            }
+        )
+
+    def problem(self, p: Params) -> str | None:
+        """Why these numbers cannot work together (found while planning), or None."""
+        return None
+
+
+class TensorMethod(Method):
+    """A method that sees each output tensor once, after optional surveys."""
+
+    reach: ClassVar[Literal["element", "row", "tensor"]]
+    """What one call must see whole: any slice of flat elements, whole rows, or the whole tensor."""
+    buffers: ClassVar[int] = 3
+    """Temporaries the size of a slice that `merge` or a survey uses; the memory plan counts them."""
+
+    def survey(self, p: Params, num_elements: int) -> Survey | None:
+        """The first reading pass this tensor needs before `merge`, or None."""
+        return None
+
+    def survey_scope(self) -> Literal["tensor", "model"]:
+        """Whether a survey looks at each tensor alone or at all tensors of the model together."""
+        return "tensor"
+
+    @abstractmethod
+    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+        """The merged slice: same shape, dtype and device as `group.models[0]`. It may be one of their buffers."""
+
+
+class FittedMethod(Method):
+    """A method that sees the whole models first (`fit`), then each tensor."""
+
+
+def all_methods() -> dict[str, type[Method]]:
+    """Every registered method by name, sorted."""
+    return dict(sorted(_REGISTRY.items()))

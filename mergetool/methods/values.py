@@ -1,0 +1,74 @@
+"""Numbers as people write them in a recipe, and what they come to for one tensor.
+
+    density: 0.2                              the same everywhere
+    density: {gradient: [0.5, 0.1]}           along depth: linear between equally spaced knots, first to last layer
+    density: {math: 0.2, code: 0.4}           per model (every model must be named); values may be gradients
+
+`Scheduled[T]` takes the first two forms, `PerModel[T]` all three. `T` carries the bounds (`Fraction`, `Finite`, ...),
+so that they hold for every knot and every model. `resolve` turns any of them into plain floats.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
+
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+"""Any finite number."""
+Fraction = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1)]
+"""A share in (0, 1]."""
+Unit = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1)]
+"""A share in [0, 1]."""
+Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
+"""A finite number that is not negative."""
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Gradient(Generic[T]):
+    """Knots along depth: equally spaced from the first layer to the last, linear in between."""
+
+    gradient: tuple[T, ...] = Field(min_length=2, description="values from the first layer to the last")
+
+
+@dataclass(frozen=True)
+class Knob:
+    """Marks a field as a number that may vary by tensor; `per_model` ones also by model."""
+
+    per_model: bool
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Gradient) or (isinstance(value, dict) and set(value) == {"gradient"}):
+        return "gradient"
+    return "per model" if isinstance(value, dict) else "number"
+
+
+_Number = Annotated[T, Tag("number")]
+_Gradient = Annotated[Gradient[T], Tag("gradient")]
+Scheduled = Annotated[_Number[T] | _Gradient[T], Discriminator(_kind), Knob(per_model=False)]
+_Plain = Annotated[_Number[T] | _Gradient[T], Discriminator(_kind)]
+_Mapping = Annotated[dict[str, _Plain[T]], Tag("per model")]
+PerModel = Annotated[_Number[T] | _Gradient[T] | _Mapping[T], Discriminator(_kind), Knob(per_model=True)]
+
+
+def at_depth(value: "float | Gradient[float]", depth: float) -> float:
+    """The number at `depth` in [0, 1]: linear between the two neighbouring knots of a gradient."""
+    if not isinstance(value, Gradient):
+        return value
+    knots = value.gradient
+    place = depth * (len(knots) - 1)
+    left = min(int(place), len(knots) - 2)
+    share = place - left
+    return (1.0 - share) * knots[left] + share * knots[left + 1]
+
+
+def resolve(value: Any, depth: float, models: Sequence[str], *, per_model: bool) -> float | tuple[float, ...]:
+    """A field's value for one tensor: a float, or for per-model fields a tuple in the order of `models`."""
+    if not per_model:
+        return at_depth(value, depth)
+    if isinstance(value, dict):
+        return tuple(at_depth(value[name], depth) for name in models)
+    return (at_depth(value, depth),) * len(models)

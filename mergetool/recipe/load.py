@@ -1,0 +1,173 @@
+"""From YAML to a checked `Recipe`: every problem found at once, each with its place and a fix.
+
+Sections are validated one by one, so that a mistake in one does not hide the mistakes in another; then come the
+checks that need several sections (names of models, bases that would not be used).
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError, create_model
+
+from mergetool.errors import RecipeError
+from mergetool.methods import registry
+from mergetool.methods.base import Method
+from mergetool.recipe.checks import cross_checks
+from mergetool.recipe.document import Document, parse_value, read_document
+from mergetool.recipe.model import Check, Compute, Output, Override, Recipe, Reference, Tokenizer
+from mergetool.recipe.render import render, suggestion, unknown_key
+
+_Models = Annotated[dict[str, Reference], Field(min_length=1)]
+_SECTIONS: dict[str, Any] = {
+    "version": Literal[1],
+    "base": Reference,
+    "models": _Models,
+    "compute": Compute,
+    "check": Check,
+    "tokenizer": Tokenizer,
+    "output": Output,
+}
+
+
+def load_recipe(source: "str | Path | Mapping[str, Any]", settings: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe: a file's path, or the same data as a mapping (paths relative to the current folder).
+
+    `settings` are `key.path=value` overrides, applied before checking. Raises RecipeError holding every problem.
+    """
+    if isinstance(source, Mapping):
+        document = Document("recipe", _plain(source), folder=Path.cwd())
+    else:
+        document = read_document(Path(source))
+    for setting in settings:
+        _apply(document, setting)
+    return check_document(document, tuple(settings))
+
+
+def _plain(value: Any) -> Any:
+    """A copy in dicts and lists, so that `--set` never changes what a caller passed."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _apply(document: Document, setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"{setting!r} is not key.path=value", "--set", "write e.g. --set merge.density=0.3")
+    node = document.data
+    for index, part in enumerate(parts[:-1]):
+        node = _descend(node, part, ".".join(parts[: index + 1]))
+    if isinstance(node, list):
+        node[_list_index(node, parts[-1], key)] = parse_value(text)
+    elif isinstance(node, dict):
+        node[parts[-1]] = parse_value(text)
+    else:
+        raise RecipeError(f"{'.'.join(parts[:-1])} is not a mapping", f"--set {key}", "set the whole value instead")
+
+
+def _descend(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, list):
+        return node[_list_index(node, part, key)]
+    if not isinstance(node, dict):
+        raise RecipeError(f"there is nothing inside {key.rpartition('.')[0]!r}", f"--set {key}", "check the key")
+    return node.setdefault(part, {})
+
+
+def _list_index(node: list[Any], part: str, key: str) -> int:
+    if not part.isdecimal() or int(part) >= len(node):
+        raise RecipeError(f"{part!r} is not an index into a list of {len(node)}", f"--set {key}", "count from 0")
+    return int(part)
+
+
+def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe:
+    """Check a parsed document. Raises RecipeError holding every problem found."""
+    data = document.data
+    if not isinstance(data, dict):
+        raise document.error((), "a recipe is a mapping with `models` and `merge`", "see: mergetool schema")
+    problems: list[RecipeError] = []
+    sections = {}
+    for key, kind in _SECTIONS.items():
+        if key in data:
+            try:
+                sections[key] = TypeAdapter(kind).validate_python(data[key])
+            except ValidationError as error:
+                problems += render(document, (key,), error, kind)
+    known = [*_SECTIONS, "merge"]
+    problems += [unknown_key(document, (key,), known) for key in data if key not in known]
+    problems += [
+        document.error((), f"required key {key!r} is missing", f"add {key}:")
+        for key in ("models", "merge")
+        if key not in data
+    ]
+    kind, method, overrides = _merge_section(document, problems) if "merge" in data else (None, None, ())
+    problems += cross_checks(document, sections, kind, method, overrides)
+    if problems or method is None:
+        raise RecipeError.of(problems)
+    return Recipe(
+        base=sections.get("base"),
+        models=sections["models"],
+        method=method,
+        overrides=overrides,
+        compute=sections.get("compute", Compute()),
+        check=sections.get("check", Check()),
+        tokenizer=sections.get("tokenizer"),
+        output=sections.get("output", Output()),
+        folder=document.folder.absolute(),
+        name=document.name,
+        document=data,
+        settings=settings,
+    )
+
+
+def _merge_section(
+    document: Document, problems: list[RecipeError]
+) -> tuple[type[Method] | None, Method | None, tuple[Override, ...]]:
+    data = document.data["merge"]
+    if not isinstance(data, dict):
+        problems.append(document.error(("merge",), "expected a mapping with `method`", "write merge: {method: linear}"))
+        return None, None, ()
+    kind = _method_class(document, data, problems)
+    if kind is None:
+        return None, None, ()
+    method = None
+    overrides: tuple[Override, ...] = ()
+    try:
+        method = kind.model_validate({key: value for key, value in data.items() if key != "overrides"})
+    except ValidationError as error:
+        problems += render(document, ("merge",), error, kind)
+    if "overrides" in data:
+        override = override_class(kind)
+        try:
+            overrides = TypeAdapter(tuple[override, ...]).validate_python(data["overrides"])  # type: ignore[valid-type]
+        except ValidationError as error:
+            problems += render(document, ("merge", "overrides"), error, override)
+    return kind, method, overrides
+
+
+def _method_class(document: Document, data: dict[str, Any], problems: list[RecipeError]) -> type[Method] | None:
+    methods = registry()
+    name = data.get("method")
+    if name in methods:
+        return methods[name]
+    if name is None:
+        problems.append(document.error(("merge",), "required key 'method' is missing", "see: mergetool methods"))
+    else:
+        fix = suggestion(str(name), methods) or "see: mergetool methods"
+        problems.append(document.error(("merge", "method"), f"there is no method {str(name)!r}", fix))
+    return None
+
+
+@cache
+def override_class(method: type[Method]) -> type[Override]:
+    """The override model of a method: a glob, `use`, and any of the method's own fields."""
+    fields: dict[str, Any] = {
+        key: (info.rebuild_annotation(), Field(None, description=info.description))
+        for key, info in method.model_fields.items()
+        if key != "method"
+    }
+    return create_model(f"{method.__name__}Override", __base__=Override, **fields)
