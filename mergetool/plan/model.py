@@ -1,0 +1,104 @@
+"""What a plan is: steps with their inputs, numbers and slots, output files with exact headers, and estimates."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mergetool.methods.base import Params, TensorMethod
+from mergetool.recipe.model import Recipe
+from mergetool.tensors.header import Header, TensorSpec
+from mergetool.tensors.source import ModelSource
+
+BASE = "base"
+"""Key of the base among a plan's sources (no model may have this name)."""
+
+SLICE_ELEMENTS = 1 << 17
+"""Elements a worker holds of each model at once for methods that allow it: small enough to stay in cache."""
+UNIT_ELEMENTS = 1 << 22
+"""Elements of one unit of work: what is journalled, dealt out to workers and done again after a kill."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one output tensor is made."""
+
+    index: int
+    spec: TensorSpec
+    """Name, dtype and shape as written."""
+    shard: int
+    donor: str
+    """The model whose tensor is copied, or whose dtype the merged tensor takes."""
+    depth: float = 0.0
+    method: TensorMethod | None = None
+    """None: the donor's tensor is copied."""
+    params: Params = field(default_factory=Params)
+    models: tuple[str, ...] = ()
+    """Names of the models that are merged here."""
+    sources: tuple[str, ...] = ()
+    """Whose tensor stands in for each of `models` (the base's for a missing one under `missing: base`)."""
+    base: bool = False
+    """Whether the method sees the base."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Every source read, the base first."""
+        if self.method is None:
+            return (self.donor,)
+        return (*((BASE,) if self.base else ()), *self.sources)
+
+    @property
+    def row(self) -> int:
+        """Elements that may not be torn apart: one row, one element, or the whole tensor."""
+        if self.method is None or self.method.reach == "element":
+            return 1
+        if self.method.reach == "row" and len(self.spec.shape) > 1:
+            return max(1, self.spec.num_elements // max(1, self.spec.shape[0]))
+        return max(1, self.spec.num_elements)
+
+    def pieces(self, size: int) -> list[tuple[int, int]]:
+        """[start, stop) ranges of about `size` elements, cut between rows."""
+        total = self.spec.num_elements
+        length = max(self.row, size // self.row * self.row)
+        return [(start, min(start + length, total)) for start in range(0, total, length)] or [(0, 0)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its name, its first bytes, and where every tensor goes."""
+
+    name: str
+    prefix: bytes
+    header: Header
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `run` needs; made from headers alone."""
+
+    recipe: Recipe
+    sources: Mapping[str, ModelSource]
+    """Opened models by name; the base under `BASE`."""
+    donor: str
+    """The model whose config, tokenizer and names lead."""
+    steps: tuple[Step, ...]
+    """In the order in which the donor's files hold them."""
+    shards: tuple[Shard, ...]
+    output: Path | None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(shard.header.file_size for shard in self.shards)
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes that merging reads once (surveys read their inputs again)."""
+        return sum(self.sources[name].specs[step.spec.name].num_bytes for step in self.steps for name in step.reads)
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.compute.seed
+
+
+NonFinite = Literal["error", "keep"]

@@ -1,0 +1,56 @@
+"""The small files of a model folder: config, tokenizer, generation settings. What travels with a merge."""
+
+import json
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from mergetool.errors import SourceError
+
+CONFIG_NAME = "config.json"
+_CARRIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*_processor_config.json",
+    "configuration_*.py",
+    "modeling_*.py",
+    "tokenization_*.py",
+)
+_MAX_CONFIG_BYTES = 20_000_000
+
+
+def read_config(folder: Path | None) -> dict[str, Any]:
+    """The folder's config.json, or an empty mapping where there is none. Raises SourceError if it is not JSON."""
+    path = None if folder is None else folder / CONFIG_NAME
+    if path is None or not path.is_file():
+        return {}
+    fix = "repair the file, or get the model again"
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise SourceError("is far too large for a config", str(path), fix)
+        config = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"is not valid JSON ({str(error)[:100]})", str(path), fix) from None
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror}", str(path), "check its permissions") from error
+    if not isinstance(config, dict):
+        raise SourceError("is not a JSON object", str(path), fix)
+    return config
+
+
+def carried_files(folder: Path | None) -> list[Path]:
+    """Tokenizer, generation and processor files of a folder, by name."""
+    if folder is None:
+        return []
+    return sorted(
+        path for path in folder.iterdir() if path.is_file() and any(fnmatchcase(path.name, glob) for glob in _CARRIED)
+    )

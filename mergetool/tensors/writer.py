@@ -1,0 +1,118 @@
+"""Output files as rows of numbered slots: created at their final size with their final header, filled in any order.
+
+Everything is written into a folder called `NAME.partial`, which is renamed once, at the very end: `NAME` is complete
+or does not exist. Space is reserved when a file is created, so a disk that is too small says so before any work.
+"""
+
+import errno
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from mergetool.errors import OutputError
+from mergetool.tensors.header import Header
+from mergetool.tensors.io import write_error, write_exact
+
+
+class FileLayout(Protocol):
+    """What a writer needs to know of one output file."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def prefix(self) -> bytes: ...
+    @property
+    def header(self) -> Header: ...
+
+
+def partial_path(output: Path) -> Path:
+    """Where an unfinished output lies."""
+    return output.parent / f"{output.name}.partial"
+
+
+class SlotWriter:
+    """The output files of one run. `write` may be called from any thread, for any slots, in any order."""
+
+    def __init__(self, folder: Path, layouts: Sequence[FileLayout]) -> None:
+        self.folder = folder
+        self._layouts = layouts
+        self._fds = [self._create(layout) for layout in layouts]
+
+    def _create(self, layout: FileLayout) -> int:
+        path = self.folder / layout.name
+        size = layout.header.file_size
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            if os.fstat(fd).st_size != size:
+                os.ftruncate(fd, 0)
+                _reserve(fd, size)
+        except OSError as error:
+            raise write_error(error, str(path)) from error
+        write_exact(fd, memoryview(layout.prefix), 0, str(path))
+        return fd
+
+    def write(self, shard: int, name: str, begin: int, data: memoryview) -> None:
+        """Put `data` at byte `begin` of tensor `name` in file `shard`. Raises OutputError."""
+        layout = self._layouts[shard]
+        slot = layout.header.slots[name]
+        assert begin + len(data) <= slot.spec.num_bytes, f"{name}: {len(data)} bytes at {begin} leave the slot"
+        write_exact(self._fds[shard], data, slot.begin + begin, f"{self.folder / layout.name}: {name}")
+
+    def path(self, shard: int) -> Path:
+        """The unfinished file."""
+        return self.folder / self._layouts[shard].name
+
+    def sync(self, shard: int) -> None:
+        """Wait until everything written to a file is on the disk. Raises OutputError."""
+        try:
+            os.fdatasync(self._fds[shard])
+        except OSError as error:
+            raise write_error(error, str(self.path(shard))) from error
+
+    def close(self) -> None:
+        """Close all files."""
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Give the file its final size, with real space behind it where the file system can promise any."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        free = os.fstatvfs(fd)
+        if free.f_bavail * free.f_frsize < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+        os.ftruncate(fd, size)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a small file whole or not at all: to a sibling, synced, then renamed. Raises OutputError."""
+    sibling = path.with_name(f".{path.name}.tmp")
+    try:
+        with sibling.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        sibling.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            sibling.unlink(missing_ok=True)
+        raise write_error(error, str(path)) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names in a folder durable."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise OutputError(f"cannot be opened: {error.strerror}", str(folder), "check its permissions") from error
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
