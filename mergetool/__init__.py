@@ -1,3 +1,63 @@
-"""Merge neural networks in weight space."""
+"""Merge neural networks in weight space: strict recipes, streaming, reproducible.
+
+    import mergetool
+    result = mergetool.run("recipe.yaml")                                # the whole thing
+    merged = mergetool.merge_state_dicts("ties", {"a": a, "b": b}, base=base, density=0.2)
+
+Importing this package imports no torch; the functions that need it do.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from mergetool.errors import (
+    EvaluationError,
+    HubError,
+    MergeError,
+    MergetoolError,
+    OutputError,
+    PlanError,
+    RecipeError,
+    SourceError,
+)
+
+if TYPE_CHECKING:
+    from mergetool.api import load_recipe, merge_state_dicts, plan, run
+    from mergetool.methods.base import Method
+    from mergetool.run.result import Result
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "EvaluationError",
+    "HubError",
+    "MergeError",
+    "MergetoolError",
+    "Method",
+    "OutputError",
+    "PlanError",
+    "RecipeError",
+    "Result",
+    "SourceError",
+    "__version__",
+    "load_recipe",
+    "merge_state_dicts",
+    "plan",
+    "run",
+]
+
+_LAZY = {
+    "Method": "mergetool.methods.base",
+    "Result": "mergetool.run.result",
+    "load_recipe": "mergetool.api",
+    "merge_state_dicts": "mergetool.api",
+    "plan": "mergetool.api",
+    "run": "mergetool.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'mergetool' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)

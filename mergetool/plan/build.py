@@ -10,9 +10,9 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from mergetool.arch.depth import structural_depths
 from mergetool.errors import PlanError, at
 from mergetool.methods.base import Method, TensorMethod
-from mergetool.plan.depth import depths
 from mergetool.plan.model import BASE, Plan, Shard, Step
 from mergetool.recipe.model import Override, Recipe
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
@@ -77,9 +77,11 @@ class _Draft:
     def steps(self) -> list[Step]:
         names = self._names()
         self._check_missing([name for name, extra in names.items() if not extra])
-        depth_of = depths(names)
+        layers = structural_depths(names)
         steps = [
-            step for name, extra in names.items() if (step := self._step(name, depth_of[name], extra=extra)) is not None
+            step
+            for name, extra in names.items()
+            if (step := self._step(name, _depth(layers[name]), extra=extra)) is not None
         ]
         if not steps:
             raise PlanError("the models hold no tensors to merge", "plan", "check the paths of the models")
@@ -187,6 +189,11 @@ class _Draft:
                     spec.name,
                     f"copy it: overrides: [{{match: {spec.name!r}, use: {leader}}}]",
                 )
+
+
+def _depth(layer: tuple[int, int] | None) -> float:
+    """Depth in [0, 1]; tensors outside the layers sit with the first layer (an override can say otherwise)."""
+    return layer[0] / (layer[1] - 1) if layer is not None and layer[1] > 1 else 0.0
 
 
 def _label(model: str) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from mergetool.methods.base import Params, TensorMethod
 from mergetool.recipe.model import Recipe
@@ -46,6 +45,13 @@ class Step:
         if self.method is None:
             return (self.donor,)
         return (*((BASE,) if self.base else ()), *self.sources)
+
+    @property
+    def surveyed_together(self) -> bool:
+        """Whether this step takes part in a survey of the whole model."""
+        if self.method is None or self.method.survey_scope() == "tensor":
+            return False
+        return self.method.survey(self.params, self.spec.num_elements) is not None
 
     @property
     def row(self) -> int:
@@ -99,6 +105,3 @@ class Plan:
     @property
     def seed(self) -> int:
         return self.recipe.compute.seed
-
-
-NonFinite = Literal["error", "keep"]

@@ -20,7 +20,7 @@ from mergetool.recipe.model import Check, Compute, Output, Override, Recipe, Ref
 from mergetool.recipe.render import render, suggestion, unknown_key
 
 _Models = Annotated[dict[str, Reference], Field(min_length=1)]
-_SECTIONS: dict[str, Any] = {
+SECTIONS: dict[str, Any] = {
     "version": Literal[1],
     "base": Reference,
     "models": _Models,
@@ -91,13 +91,13 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
         raise document.error((), "a recipe is a mapping with `models` and `merge`", "see: mergetool schema")
     problems: list[RecipeError] = []
     sections = {}
-    for key, kind in _SECTIONS.items():
+    for key, kind in SECTIONS.items():
         if key in data:
             try:
                 sections[key] = TypeAdapter(kind).validate_python(data[key])
             except ValidationError as error:
                 problems += render(document, (key,), error, kind)
-    known = [*_SECTIONS, "merge"]
+    known = [*SECTIONS, "merge"]
     problems += [unknown_key(document, (key,), known) for key in data if key not in known]
     problems += [
         document.error((), f"required key {key!r} is missing", f"add {key}:")

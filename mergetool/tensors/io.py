@@ -8,8 +8,12 @@ import errno
 import hashlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mergetool.errors import OutputError, SourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _HASH_BLOCK = 8 << 20
 
@@ -52,6 +56,14 @@ def write_error(error: OSError, where: str) -> OutputError:
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return OutputError(f"cannot be written: {error.strerror}", where, "choose another place with -o PATH")
     return OutputError(f"cannot be written: {error.strerror or error}", where, "choose another place with -o PATH")
+
+
+def bytes_of(tensor: "Tensor") -> memoryview:
+    """The memory of a contiguous CPU tensor, as bytes. No copy."""
+    import torch
+
+    array: Any = tensor.view(torch.uint8).numpy() if tensor.numel() else b""
+    return memoryview(array)
 
 
 def sha256_file(path: Path) -> str:

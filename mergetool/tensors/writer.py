@@ -60,6 +60,10 @@ class SlotWriter:
         assert begin + len(data) <= slot.spec.num_bytes, f"{name}: {len(data)} bytes at {begin} leave the slot"
         write_exact(self._fds[shard], data, slot.begin + begin, f"{self.folder / layout.name}: {name}")
 
+    @property
+    def num_files(self) -> int:
+        return len(self._fds)
+
     def path(self, shard: int) -> Path:
         """The unfinished file."""
         return self.folder / self._layouts[shard].name

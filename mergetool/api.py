@@ -1,0 +1,67 @@
+"""The Python face: the same recipes and the same engine, for scripts and research code."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergetool.plan import Plan, make_plan
+from mergetool.recipe import Recipe
+from mergetool.recipe import load_recipe as load_recipe
+from mergetool.run import Flags, Progress, Result, run_recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RecipeLike = str | Path | Mapping[str, Any] | Recipe
+
+
+def run(recipe: RecipeLike, *, settings: Sequence[str] = (), progress: Progress | None = None, **flags: Any) -> Result:
+    """Run a recipe (a path, a mapping, or a loaded recipe) and return where the result is and what it cost.
+
+    `flags` are those of the command: output, device, workers, memory (bytes), overwrite, resume. `settings` are
+    `key.path=value` overrides. Raises a MergetoolError.
+    """
+    flags = {key: Path(value) if key == "output" and value is not None else value for key, value in flags.items()}
+    return run_recipe(_loaded(recipe, settings), Flags(**flags), progress)
+
+
+def plan(recipe: RecipeLike, *, settings: Sequence[str] = ()) -> Plan:
+    """Plan a recipe from headers alone. Raises RecipeError, SourceError or PlanError."""
+    return make_plan(_loaded(recipe, settings))
+
+
+def merge_state_dicts(
+    method: str | Mapping[str, Any],
+    models: "Mapping[str, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]]",
+    base: "Mapping[str, Tensor] | None" = None,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    **parameters: Any,
+) -> "dict[str, Tensor]":
+    """Merge state dicts in memory, by the same rules and to the same bits as a recipe run.
+
+    `method` is a name (its parameters as keywords) or the `merge` section of a recipe. `models` maps names to state
+    dicts (or is a list: names are then m0, m1, ...). `dtype` is the compute dtype, float32 or float64. Inputs are not
+    changed; the result holds new tensors with the dtypes of `base` (or of the first model), on the CPU.
+    Raises RecipeError or PlanError for inputs that do not fit, MergeError for results that are not finite.
+    """
+    from mergetool.run.memory import merge_in_memory
+
+    if not isinstance(models, Mapping):
+        models = {f"m{index}": model for index, model in enumerate(models)}
+    section = {"method": method, **parameters} if isinstance(method, str) else {**method, **parameters}
+    document = {
+        **({"base": "in memory"} if base is not None else {}),
+        "models": dict.fromkeys(models, "in memory"),
+        "merge": section,
+        "compute": {"seed": seed, "dtype": dtype},
+    }
+    return merge_in_memory(load_recipe(document), {**({"base": base} if base is not None else {}), **models})
+
+
+def _loaded(recipe: RecipeLike, settings: Sequence[str]) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe if not settings else replace(load_recipe(recipe.document, settings), folder=recipe.folder)
+    return load_recipe(recipe, settings)

@@ -1,0 +1,171 @@
+"""The commands. Each is a thin line from flags to a function of the floors below, and prints what it returns.
+
+stdout carries the result (a path, a table, or JSON with --json); stderr carries everything for people.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mergetool import __version__
+from mergetool.cli.show import ProgressBar, say, show_methods, table
+from mergetool.errors import RecipeError
+
+app = typer.Typer(
+    name="mergetool",
+    help="Merge neural networks in weight space.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="K=V", help="Override one value, e.g. merge.density=0.3.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mergetool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of output.path.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, or a torch device such as cuda:0.")] = "auto",
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads (default: one per core).")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Most memory to use, e.g. 8GiB.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at the output.")] = False,
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming.")] = False,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Merge models as a recipe says. Resumes by itself after a kill."""
+    from mergetool.recipe import load_recipe
+    from mergetool.run import Flags, run_recipe
+
+    flags = Flags(output, device, workers, _size(memory), overwrite=overwrite, resume=not no_resume)
+    with ProgressBar() as progress:
+        result = run_recipe(load_recipe(recipe, settings or ()), flags, progress)
+    for note, count in result.notes.items():
+        say(f"note: {note} ({count} tensors)" if count > 1 else f"note: {note}")
+    say(f"{result.num_tensors} tensors, {result.bytes_written / 1e9:.2f} GB in {result.seconds:.1f} s")
+    _print(result.as_dict() if as_json else result.path, as_json=as_json)
+
+
+@app.command()
+def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = False) -> None:
+    """Check a recipe without opening any model: keys, names, types, ranges."""
+    from mergetool.recipe import load_recipe
+
+    checked = load_recipe(recipe, settings or ())
+    answer = {"valid": True, "method": checked.method.method_name(), "models": list(checked.models)}
+    _print(answer if as_json else f"{recipe}: valid", as_json=as_json)
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    settings: Settings = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads to plan for.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory to plan for, e.g. 8GiB.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run would do, from headers alone: tensors, numbers, bytes, memory."""
+    from mergetool.plan import make_plan
+    from mergetool.plan.estimate import estimate
+    from mergetool.plan.report import describe, summarise
+    from mergetool.recipe import load_recipe
+
+    made = make_plan(load_recipe(recipe, settings or ()))
+    costs = estimate(made, workers=workers, memory=_size(memory))
+    for warning in made.warnings:
+        say(f"warning: {warning}")
+    if as_json:
+        _print(describe(made, costs), as_json=True)
+        return
+    heads, rows, facts = summarise(made, costs)
+    table(heads, rows)
+    table(("", ""), facts)
+
+
+@app.command()
+def inspect(
+    reference: Annotated[Path, typer.Argument(metavar="REF", help="A model folder or .safetensors file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Look at a checkpoint's headers: tensors, dtypes, shards, tied weights, health."""
+    from mergetool.plan.inspect import facts_about
+
+    facts = facts_about(reference)
+    if as_json:
+        _print(facts, as_json=True)
+        return
+    tensors = facts.pop("tensors")
+    table(("tensor", "dtype", "shape", "bytes"), [(t["name"], t["dtype"], t["shape"], t["bytes"]) for t in tensors])
+    table(("", ""), list(facts.items()))
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A merged checkpoint (or any model).")],
+    as_json: AsJson = False,
+) -> None:
+    """Check a result against its lock, and scan its weights for values that are not finite."""
+    from mergetool.run.verify import verify_output
+
+    report = verify_output(path)
+    _print(report if as_json else f"{path}: {report['summary']}", as_json=as_json)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A method, for its full documentation.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the merging methods, or explain one."""
+    from mergetool.recipe.reference import method_facts
+
+    facts = method_facts(name)
+    if as_json:
+        _print(facts, as_json=True)
+    else:
+        show_methods(facts, in_full=name is not None)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors and other tools."""
+    from mergetool.recipe.reference import recipe_schema
+
+    _print(recipe_schema(), as_json=True)
+
+
+def _size(text: str | None) -> int | None:
+    from mergetool.recipe.model import parse_size
+
+    if text is None:
+        return None
+    try:
+        return parse_size(int(text) if text.isdecimal() else text)
+    except ValueError as error:
+        raise RecipeError(str(error), "--memory", "write e.g. --memory 8GiB") from None
+
+
+def _print(answer: Any, *, as_json: bool) -> None:
+    print(json.dumps(answer, indent=2, ensure_ascii=False, default=str) if as_json else answer)

@@ -1,0 +1,93 @@
+"""What a run will cost: workers, peak memory, disk. From the plan alone, so that it can be refused before it starts."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergetool.errors import OutputError, PlanError
+from mergetool.plan.model import SLICE_ELEMENTS, Plan, Step
+
+RUNTIME_BYTES = 300_000_000
+"""Python and torch themselves, measured on Linux with a CPU build of torch."""
+_SPARE = 64_000_000
+"""Headers, journal, thread stacks, fragmentation."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Figures for people and for the scheduler, in bytes."""
+
+    workers: int
+    peak_memory: int
+    worker_memory: int
+    """Buffers that one worker keeps."""
+    step_memory: int
+    """What all tensors that must be held whole may take together."""
+    bytes_in: int
+    bytes_out: int
+
+
+def step_memory(plan: Plan, step: Step) -> int:
+    """Bytes that a step holds beyond a worker's buffers: whole tensors where a method must see them whole."""
+    held = min(step.row, max(1, step.spec.num_elements))
+    if step.method is None or held <= SLICE_ELEMENTS:
+        return 0
+    return held * _itemsize(plan) * (len(step.reads) + step.method.buffers + 1)
+
+
+def estimate(plan: Plan, *, workers: int | None, memory: int | None) -> Costs:
+    """Settle workers and memory. Raises PlanError when even one worker needs more than `memory`."""
+    streams = max((len(step.reads) for step in plan.steps), default=1)
+    temporaries = max((step.method.buffers for step in plan.steps if step.method), default=0)
+    one = SLICE_ELEMENTS * (_itemsize(plan) * (streams + temporaries + 2) + 8)
+    whole = sorted((step_memory(plan, step) for step in plan.steps), reverse=True)
+    largest = whole[0] if whole else 0
+    fixed = RUNTIME_BYTES + _SPARE
+    budget = memory if memory is not None else int(0.8 * available_memory())
+    count = workers or min(os.cpu_count() or 1, 32)
+    count = max(1, min(count, (budget - fixed - largest) // one if budget > fixed + largest else 1))
+    if memory is not None and fixed + one + largest > memory:
+        worst = max(plan.steps, key=lambda step: step_memory(plan, step))
+        raise PlanError(
+            f"needs {_gib(fixed + one + largest)} of memory, --memory allows {_gib(memory)}"
+            + (f" ({worst.spec.name} must be held whole: {_gib(largest)})" if largest else ""),
+            "plan",
+            f"raise it: --memory {-(-(fixed + one + largest) // 2**30)}GiB",
+        )
+    step_budget = max(largest, budget - fixed - count * one)
+    together = min(step_budget, sum(whole[:count]))
+    return Costs(count, fixed + count * one + together, one, step_budget, plan.bytes_in, plan.bytes_out)
+
+
+def check_disk(plan: Plan, output: Path) -> None:
+    """Raise OutputError when the output cannot fit on its disk."""
+    place = output.parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < plan.bytes_out:
+        raise OutputError(
+            f"needs {plan.bytes_out:,} bytes, {free:,} are free on that disk",
+            str(output),
+            "free some space, or choose another place with -o PATH",
+        )
+
+
+def available_memory() -> int:
+    """Bytes of memory that could be used now without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _itemsize(plan: Plan) -> int:
+    return 8 if plan.recipe.compute.dtype == "float64" else 4
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,151 @@
+"""Run a plan: from opened sources to a finished folder, in a way that can be killed at any moment.
+
+claim        create NAME.partial, lock its journal, reserve the output files
+work         threads take jobs: hash inputs, survey, merge, sync and hash finished files
+finish       index, config, tokenizer, card, lock file; then one rename
+"""
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from mergetool.errors import MergeError, OutputError
+from mergetool.plan import Plan, make_plan
+from mergetool.plan.estimate import Costs, check_disk, estimate
+from mergetool.recipe.model import Recipe
+from mergetool.run.claim import Claim
+from mergetool.run.jobs import Jobs
+from mergetool.run.provenance import finish
+from mergetool.run.result import Result
+from mergetool.run.schedule import Schedule
+from mergetool.tensors.writer import SlotWriter
+
+_SYNC_SECONDS = 0.5
+
+
+class Progress(Protocol):
+    """What a run tells while it works. Calls come from several threads, one at a time."""
+
+    def start(self, total_bytes: int, label: str) -> None: ...
+    def advance(self, num_bytes: int) -> None: ...
+    def say(self, text: str) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Silent:
+    """No progress at all."""
+
+    def start(self, total_bytes: int, label: str) -> None:
+        pass
+
+    def advance(self, num_bytes: int) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Where and how a run runs; nothing here changes the result."""
+
+    output: Path | None = None
+    device: str = "auto"
+    workers: int | None = None
+    memory: int | None = None
+    overwrite: bool = False
+    resume: bool = True
+
+
+def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None) -> Result:
+    """Plan and run a recipe. Raises any MergetoolError; the output is then incomplete and not under its name."""
+    flags, progress = flags or Flags(), progress or Silent()
+    plan = make_plan(recipe, flags.output.absolute() if flags.output else None)
+    if plan.output is None:
+        raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
+    costs = estimate(plan, workers=flags.workers, memory=flags.memory)
+    for warning in plan.warnings:
+        progress.say(f"warning: {warning}")
+    claim = Claim(plan, plan.output, overwrite=flags.overwrite, resume=flags.resume)
+    try:
+        return _run_claimed(plan, claim, costs, flags, progress)
+    finally:
+        progress.stop()
+        claim.release()
+        for source in plan.sources.values():
+            source.close()
+
+
+def _run_claimed(plan: Plan, claim: Claim, costs: Costs, flags: Flags, progress: Progress) -> Result:
+    started = time.monotonic()
+    if claim.finished:  # killed between the last byte and the rename
+        claim.publish()
+        return Result(claim.output, 0.0, 0, plan.bytes_out, 0, len(plan.steps), resumed=True)
+    if claim.journal.resumed:
+        progress.say(f"resuming: {len(claim.journal.done.units)} units are done already")
+    else:
+        check_disk(plan, claim.output)
+    writer = SlotWriter(claim.partial, plan.shards)
+    try:
+        schedule = Schedule(costs.step_memory)
+        jobs = Jobs(plan, writer, claim.journal, schedule, progress)
+        _work(jobs, schedule, writer, claim, costs, flags, started)
+    except MergeError:  # would fail again in the same way, so nothing here is worth resuming
+        writer.close()
+        claim.discard()
+        raise
+    finally:
+        writer.close()
+    seconds = claim.journal.done.seconds + time.monotonic() - started
+    result = finish(plan, claim, jobs.record, seconds)
+    claim.publish()
+    return result
+
+
+def _work(
+    jobs: Jobs, schedule: Schedule, writer: SlotWriter, claim: Claim, costs: Costs, flags: Flags, started: float
+) -> None:
+    jobs.queue_early()
+    threads = [threading.Thread(target=schedule.work, daemon=True) for _ in range(costs.workers)]
+    ended = threading.Event()
+    threads.append(threading.Thread(target=_sync_often, args=(schedule, writer, claim, ended, started), daemon=True))
+    for thread in threads:
+        thread.start()
+    try:
+        with jobs.torch_ready(flags.device, costs.workers):
+            jobs.queue_all()
+            schedule.close()
+            for thread in threads[:-1]:
+                thread.join()
+    except BaseException as error:
+        schedule.stop(error)
+        raise
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+    if schedule.error is not None:
+        raise schedule.error
+
+
+def _sync_often(schedule: Schedule, writer: SlotWriter, claim: Claim, ended: threading.Event, started: float) -> None:
+    """Keep the disk busy while others compute, and bound what a power cut can undo."""
+    before = claim.journal.done.seconds
+    marker = 0
+    while not ended.wait(_SYNC_SECONDS):
+        try:
+            if claim.journal.mark() == marker:
+                continue
+            marker = claim.journal.mark()
+            for shard in range(writer.num_files):
+                writer.sync(shard)
+            claim.journal.synced(marker, before + time.monotonic() - started)
+            marker = claim.journal.mark()
+        except BaseException as error:
+            schedule.stop(error)
+            return

@@ -1,0 +1,271 @@
+"""From a plan to jobs: what is still to do, what each job records, and which jobs it sets free.
+
+input file      hashed early when all inputs fit in the page cache, else when the last of its tensors was read
+step            surveys first if its method asks for them, then its units are merged
+output file     synced and hashed when its last unit is written, while it is still in the page cache
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mergetool.errors import PlanError, SourceError
+from mergetool.methods.base import Stats
+from mergetool.plan import Plan, Step
+from mergetool.plan.estimate import available_memory, step_memory
+from mergetool.plan.model import UNIT_ELEMENTS
+from mergetool.run.journal import Journal
+from mergetool.run.schedule import Job, Schedule
+from mergetool.tensors.io import sha256_file
+from mergetool.tensors.source import FileStamp
+from mergetool.tensors.writer import SlotWriter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergetool.run.worker import Worker
+
+_WHOLE_MODEL = "model"
+
+
+class Teller(Protocol):
+    """The part of a progress display that jobs talk to."""
+
+    def start(self, total_bytes: int, label: str) -> None: ...
+    def advance(self, num_bytes: int) -> None: ...
+
+
+@dataclass
+class Record:
+    """What a run learnt: digests of files, remarks on tensors, bytes read for merging (surveys included)."""
+
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    bytes_read: int = 0
+
+
+@dataclass
+class _Scope:
+    """One survey under way: over one step, or over all steps that share it."""
+
+    survey: Any
+    steps: list[Step]
+    waiting: int = 0
+    total: "Tensor | None" = None
+
+
+class Jobs:
+    """Makes the jobs of one run and keeps their records. `after` callbacks run one at a time."""
+
+    def __init__(self, plan: Plan, writer: SlotWriter, journal: Journal, schedule: Schedule, teller: Teller) -> None:
+        self._plan = plan
+        self._writer = writer
+        self._journal = journal
+        self._schedule = schedule
+        self._teller = teller
+        self._local = threading.local()
+        self._device = "cpu"
+        done = journal.done
+        self.record = Record(inputs=dict(done.hashes), notes={name: list(notes) for name, notes in done.notes.items()})
+        self._todo = {
+            step.index: [piece for piece in step.pieces(UNIT_ELEMENTS) if (step.index, piece[0]) not in done.units]
+            for step in plan.steps
+        }
+        self._left_in_shard = Counter(dict.fromkeys(range(len(plan.shards)), 0))
+        for step in plan.steps:
+            self._left_in_shard[step.shard] += len(self._todo[step.index])
+        self._files = {str(stamp.path): stamp for source in plan.sources.values() for stamp in source.files}
+        self._left_of_file: Counter[str] = Counter()
+
+    # ---------------------------------------------------------------- queueing
+
+    def queue_early(self) -> None:
+        """Hash inputs at once where they will stay in the page cache for merging; else after their last use."""
+        size = sum(stamp.size for stamp in self._files.values())
+        if size > available_memory() // 2:
+            for step in self._plan.steps:
+                for path in self._paths(step):
+                    self._left_of_file[path] += len(self._todo[step.index])
+        self._schedule.add(self._hash_job(path) for path in self._files if self._left_of_file[path] == 0)
+
+    @contextmanager
+    def torch_ready(self, device: str, workers: int) -> Iterator[None]:
+        """Import torch (threads are hashing meanwhile), check the device, and use one torch thread per worker."""
+        import torch
+
+        self._device = _device(device)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // workers))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    def queue_all(self) -> None:
+        """Queue everything that is still to do, in plan order."""
+        steps = [step for step in self._plan.steps if self._todo[step.index]]
+        self._teller.start(self._plan.bytes_out, "merging")
+        self._teller.advance(sum(s.spec.num_bytes for s in self._plan.steps) - sum(map(self._bytes_left, steps)))
+        shared = [step for step in steps if step.surveyed_together]
+        if shared:
+            everywhere = [step for step in self._plan.steps if step.surveyed_together]
+            self._begin_survey(_WHOLE_MODEL, everywhere, first=False)
+        for step in steps:
+            if step not in shared:
+                self._begin_survey(step.spec.name, [step], first=False)
+        for shard, left in self._left_in_shard.items():
+            if left == 0:
+                self._schedule.add([self._finish_job(shard)])
+
+    def _bytes_left(self, step: Step) -> int:
+        return sum(step.spec.dtype.num_bytes(stop - start) for start, stop in self._todo[step.index])
+
+    # ---------------------------------------------------------------- surveys
+
+    def _begin_survey(self, scope: str, steps: list[Step], *, first: bool) -> None:
+        known = self._journal.done.stats.get(scope)
+        survey = None
+        if known is None and steps[0].method is not None:
+            survey = steps[0].method.survey(steps[0].params, sum(step.spec.num_elements for step in steps))
+        if survey is None:
+            self._queue_merges(steps, known or {}, first=first)
+        else:
+            self._queue_survey(scope, _Scope(survey, steps), first=first)
+
+    def _queue_survey(self, name: str, scope: _Scope, *, first: bool) -> None:
+        pieces = [(step, *piece) for step in scope.steps for piece in step.pieces(UNIT_ELEMENTS)]
+        scope.waiting = len(pieces)
+        scope.total = None
+        jobs = [
+            Job(
+                run=partial(self._survey, step, start, stop, scope.survey),
+                after=partial(self._surveyed, name, scope),
+                memory=step_memory(self._plan, step),
+                hint=partial(self._hint, step, start, stop),
+            )
+            for step, start, stop in pieces
+        ]
+        self._schedule.add(jobs, first=first)
+
+    def _survey(self, step: Step, start: int, stop: int, survey: Any) -> tuple[int, "Tensor"]:
+        return self._bytes_of(step, start, stop), self._worker().survey(step, start, stop, survey)
+
+    def _surveyed(self, name: str, scope: _Scope, result: tuple[int, "Tensor"]) -> None:
+        size, counts = result
+        self.record.bytes_read += size
+        scope.total = counts if scope.total is None else scope.total + counts
+        scope.waiting -= 1
+        if scope.waiting:
+            return
+        conclusion = scope.survey.conclude(scope.total)
+        if isinstance(conclusion, Mapping):
+            self._journal.stats(name, conclusion)
+            self._queue_merges(scope.steps, conclusion, first=name != _WHOLE_MODEL)
+        else:
+            scope.survey = conclusion
+            self._queue_survey(name, scope, first=True)
+
+    # ---------------------------------------------------------------- merging
+
+    def _queue_merges(self, steps: list[Step], stats: Stats, *, first: bool) -> None:
+        jobs = [
+            Job(
+                run=partial(self._merge, step, start, stop, stats),
+                after=partial(self._merged, step, start, stop),
+                memory=step_memory(self._plan, step),
+                hint=partial(self._hint, step, start, stop),
+            )
+            for step in steps
+            for start, stop in self._todo[step.index]
+        ]
+        self._schedule.add(jobs, first=first)
+
+    def _merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[str]:
+        notes = self._worker().merge(step, start, stop, stats)
+        self._journal.unit(step.index, start, step.spec.name, notes)
+        return notes
+
+    def _merged(self, step: Step, start: int, stop: int, notes: list[str]) -> None:
+        self.record.bytes_read += self._bytes_of(step, start, stop)
+        known = self.record.notes.setdefault(step.spec.name, []) if notes else []
+        known += [note for note in notes if note not in known]
+        self._teller.advance(step.spec.dtype.num_bytes(stop - start))
+        self._left_in_shard[step.shard] -= 1
+        if self._left_in_shard[step.shard] == 0:
+            self._schedule.add([self._finish_job(step.shard)], first=True)
+        for path in self._paths(step):
+            if path in self._left_of_file:
+                self._left_of_file[path] -= 1
+                if self._left_of_file[path] == 0:
+                    self._schedule.add([self._hash_job(path)], first=True)
+
+    def _bytes_of(self, step: Step, start: int, stop: int) -> int:
+        specs = (self._plan.sources[name].specs[step.spec.name] for name in step.reads)
+        return sum(spec.dtype.num_bytes(stop - start) for spec in specs)
+
+    def _hint(self, step: Step, start: int, stop: int) -> None:
+        for name in step.reads:
+            bits = self._plan.sources[name].specs[step.spec.name].dtype.bits
+            self._plan.sources[name].will_need(step.spec.name, start * bits // 8, (stop - start) * bits // 8)
+
+    def _paths(self, step: Step) -> set[str]:
+        files = ((self._plan.sources[name], name) for name in step.reads)
+        return {str(source.files[source.position(step.spec.name)[0]].path) for source, _ in files if source.files}
+
+    def _worker(self) -> "Worker":
+        if not hasattr(self._local, "worker"):
+            import torch
+
+            from mergetool.run.worker import Worker
+
+            self._local.worker = Worker(self._plan, self._writer, torch.device(self._device))
+        worker: Worker = self._local.worker
+        return worker
+
+    # ---------------------------------------------------------------- files
+
+    def _hash_job(self, path: str) -> Job:
+        stamp = self._files[path]
+        if path in self.record.inputs:
+            return Job(run=lambda: self.record.inputs[path], after=lambda _: None)
+        return Job(run=partial(_hash_input, stamp), after=partial(self._hashed, path))
+
+    def _hashed(self, path: str, digest: str) -> None:
+        self.record.inputs[path] = digest
+        self._journal.hashed(path, digest)
+
+    def _finish_job(self, shard: int) -> Job:
+        return Job(run=partial(self._finish_file, shard), after=partial(self._finished, shard))
+
+    def _finish_file(self, shard: int) -> str:
+        self._writer.sync(shard)
+        return sha256_file(self._writer.path(shard))
+
+    def _finished(self, shard: int, digest: str) -> None:
+        self.record.outputs[self._plan.shards[shard].name] = digest
+
+
+def _hash_input(stamp: FileStamp) -> str:
+    digest = sha256_file(stamp.path)
+    if stamp.changed():
+        raise SourceError(
+            "the file changed while it was being merged", str(stamp.path), "let nothing write to it, then run again"
+        )
+    return digest
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        device = torch.device("cpu" if name == "auto" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).strip().splitlines()[0][:200]
+        raise PlanError(f"device {name!r} cannot be used: {first_line}", "--device", "use --device cpu") from None
+    return str(device)

@@ -1,0 +1,151 @@
+"""What has been done, line by line, so that a killed run goes on where it was.
+
+One JSON line for every finished unit, written after its bytes were handed to the kernel; these survive a kill of the
+process. They do not all survive a power cut, so from time to time the data is synced and a `synced` line follows.
+The header line holds the machine's boot id: resuming within the same boot trusts every line, after a reboot only as
+many as the last `synced` line vouches for. A torn last line is cut off. An exclusive lock on the file keeps a second
+run out.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergetool.errors import OutputError
+from mergetool.tensors.io import write_error
+
+JOURNAL_NAME = "journal.jsonl"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass
+class Done:
+    """What an earlier run finished: units by (step, start), statistics by scope, notes by tensor, seconds spent."""
+
+    units: set[tuple[int, int]] = field(default_factory=set)
+    stats: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Journal:
+    """The journal of one output folder, locked for as long as this object lives."""
+
+    def __init__(self, folder: Path, key: str, *, resume: bool) -> None:
+        self.path = folder / JOURNAL_NAME
+        self._fd = _open_locked(self.path)
+        self._lock = threading.Lock()
+        lines = _trusted(self.path, key) if resume else []
+        self.done = Done()
+        for line in lines[1:]:
+            _apply(self.done, json.loads(line))
+        self.resumed = bool(self.done.units)
+        self._num_records = len(lines)
+        os.ftruncate(self._fd, sum(len(line) + 1 for line in lines))
+        if not lines:
+            self._write({"key": key, "boot": _boot_id()})
+            os.fsync(self._fd)
+
+    def unit(self, step: int, start: int, name: str, notes: list[str]) -> None:
+        """A unit's bytes are in the page cache."""
+        self._write({"unit": [step, start]} | ({"name": name, "notes": notes} if notes else {}))
+
+    def stats(self, scope: str, stats: Mapping[str, tuple[float, ...]]) -> None:
+        """The surveys of a scope are finished."""
+        self._write({"scope": scope, "stats": {key: list(values) for key, values in stats.items()}})
+
+    def hashed(self, path: str, digest: str) -> None:
+        """An input file's SHA-256 is known."""
+        self._write({"input": path, "sha256": digest})
+
+    def mark(self) -> int:
+        """How many records there are now: what to hand to `synced` after syncing the data."""
+        return self._num_records
+
+    def synced(self, mark: int, seconds: float) -> None:
+        """The data of the first `mark` records is on the disk; `seconds` of work so far, over all runs."""
+        self._write({"synced": mark, "seconds": round(seconds, 3)})
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def remove(self) -> None:
+        """The run is finished: no journal is needed any more."""
+        with suppress(FileNotFoundError):
+            self.path.unlink()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        try:
+            with self._lock:
+                if os.write(self._fd, line) != len(line):  # nothing is lost: a torn line is ignored, and this run ends
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._num_records += 1
+        except OSError as error:
+            raise write_error(error, str(self.path)) from error
+
+
+def _open_locked(path: Path) -> int:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise write_error(error, str(path)) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_ino != path.stat().st_ino:  # the run that held it has just finished and moved it away
+            raise FileNotFoundError
+    except OSError:
+        os.close(fd)
+        raise OutputError(
+            "another run is writing this output", str(path.parent), "wait for it, or choose another place with -o PATH"
+        ) from None
+    return fd
+
+
+def _boot_id() -> str:
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _trusted(path: Path, key: str) -> list[bytes]:
+    """The lines that can be believed: all within one boot, the synced ones after a reboot, none of another plan."""
+    lines = []
+    synced = 1
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        lines.append(line)
+        synced = record.get("synced", synced)
+    if not lines or json.loads(lines[0]).get("key") != key:
+        return []
+    same_boot = bool(_boot_id()) and json.loads(lines[0]).get("boot") == _boot_id()
+    return lines if same_boot else lines[:synced]
+
+
+def _apply(done: Done, record: dict[str, Any]) -> None:
+    if "synced" in record:
+        done.seconds = record["seconds"]
+    elif "unit" in record:
+        done.units.add((record["unit"][0], record["unit"][1]))
+        notes = done.notes.setdefault(record.get("name", ""), [])
+        notes += [note for note in record.get("notes", ()) if note not in notes]
+    elif "scope" in record:
+        done.stats[record["scope"]] = {key: tuple(values) for key, values in record["stats"].items()}
+    elif "input" in record:
+        done.hashes[record["input"]] = record["sha256"]

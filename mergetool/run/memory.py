@@ -1,0 +1,51 @@
+"""Merging state dicts that are already in memory: the same worker, with slots in tensors instead of files."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mergetool.plan import Plan, Step, make_plan
+from mergetool.recipe.model import Recipe
+from mergetool.run.worker import Sink, Worker
+from mergetool.tensors.dtypes import torch_dtype
+from mergetool.tensors.source import MemorySource
+
+
+class _MemorySink(Sink):
+    """Result tensors, filled slice by slice."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.tensors = {
+            step.spec.name: torch.empty(step.spec.shape, dtype=torch_dtype(step.spec.dtype)) for step in plan.steps
+        }
+
+    def write(self, shard: int, name: str, begin: int, data: memoryview) -> None:
+        flat = self.tensors[name].view(-1).view(torch.uint8)
+        flat[begin : begin + len(data)] = torch.frombuffer(data, dtype=torch.uint8)
+
+
+def merge_in_memory(recipe: Recipe, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Merge state dicts by name (the base under "base"). Surveys, methods and checks are those of a run."""
+    plan = make_plan(recipe, sources={name: MemorySource(state, name) for name, state in tensors.items()})
+    sink = _MemorySink(plan)
+    worker = Worker(plan, sink, torch.device("cpu"))
+    shared = survey_steps(worker, [step for step in plan.steps if step.surveyed_together])
+    for step in plan.steps:
+        stats = shared if step.surveyed_together else survey_steps(worker, [step])
+        worker.merge(step, 0, step.spec.num_elements, stats)
+    return sink.tensors
+
+
+def survey_steps(worker: Worker, steps: list[Step]) -> Mapping[str, tuple[float, ...]]:
+    """Run all surveys that these steps share, one after the other, and return the statistics."""
+    if not steps or steps[0].method is None:
+        return {}
+    survey = steps[0].method.survey(steps[0].params, sum(step.spec.num_elements for step in steps))
+    while survey is not None:
+        counts = [worker.survey(step, 0, step.spec.num_elements, survey) for step in steps]
+        conclusion = survey.conclude(torch.stack(counts).sum(0))
+        if isinstance(conclusion, Mapping):
+            return conclusion
+        survey = conclusion
+    return {}

@@ -1,0 +1,146 @@
+"""The last files of a run: index, config, tokenizer, the model card, and the lock that says how all this came about."""
+
+import hashlib
+import json
+import platform
+import resource
+import shutil
+import sys
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mergetool import __version__
+from mergetool.plan import Plan
+from mergetool.run.claim import LOCK_NAME, Claim
+from mergetool.run.jobs import Record
+from mergetool.run.result import Result
+from mergetool.tensors.io import sha256_file, write_error
+from mergetool.tensors.side_files import CONFIG_NAME, carried_files, read_config
+from mergetool.tensors.source import INDEX_NAME
+from mergetool.tensors.writer import write_file
+
+
+def finish(plan: Plan, claim: Claim, record: Record, seconds: float) -> Result:
+    """Write everything but the weights into the partial folder; the lock comes last."""
+    folder = claim.partial
+    _write_index(plan, folder)
+    others = _carry_files(plan, folder)
+    notes = dict(Counter(note for texts in record.notes.values() for note in texts).most_common())
+    result = Result(
+        path=claim.output,
+        seconds=seconds,
+        bytes_read=record.bytes_read,
+        bytes_written=plan.bytes_out,
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        num_tensors=len(plan.steps),
+        resumed=claim.journal.resumed,
+        notes=notes,
+        warnings=plan.warnings,
+    )
+    write_file(folder / "README.md", _card(plan))
+    lock = _lock(plan, claim.key, record, result)
+    lock["output"]["files"] |= {name: sha256_file(folder / name) for name in (*others, "README.md")}
+    write_file(folder / LOCK_NAME, json.dumps(lock, indent=2, ensure_ascii=False) + "\n")
+    return result
+
+
+def _write_index(plan: Plan, folder: Path) -> None:
+    if len(plan.shards) == 1:
+        return
+    weight_map = {name: shard.name for shard in plan.shards for name in shard.header.slots}
+    total = sum(step.spec.num_bytes for step in plan.steps)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_file(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def _carry_files(plan: Plan, folder: Path) -> list[str]:
+    """config.json with its true dtype, tokenizer and generation files. Returns their names."""
+    written = []
+    if len(plan.shards) > 1:
+        written.append(INDEX_NAME)
+    config = read_config(plan.sources[plan.donor].folder)
+    if config:
+        key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
+        config[key] = _main_dtype(plan) or config.get(key)
+        write_file(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        written.append(CONFIG_NAME)
+    tokenizer = plan.recipe.tokenizer
+    for path in carried_files(plan.sources[tokenizer.source if tokenizer else plan.donor].folder):
+        try:
+            shutil.copyfile(path, folder / path.name)
+        except OSError as error:
+            raise write_error(error, str(folder / path.name)) from error
+        written.append(path.name)
+    return written
+
+
+def _main_dtype(plan: Plan) -> str | None:
+    """torch name of the floating-point dtype that most bytes are stored in."""
+    sizes: Counter[str] = Counter()
+    for step in plan.steps:
+        if step.spec.dtype.is_float:
+            sizes[step.spec.dtype.torch_name] += step.spec.num_bytes
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any]:
+    recipe = json.dumps(plan.recipe.document, sort_keys=True, default=str)
+    numbers = [
+        [
+            step.spec.name,
+            step.method.method_name() if step.method else "copy",
+            step.donor,
+            *step.reads,
+            vars(step.params),
+        ]
+        for step in plan.steps
+    ]
+    return {
+        "mergetool": __version__,
+        "plan": key,
+        "recipe": plan.recipe.document,
+        "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
+        "settings": list(plan.recipe.settings),
+        "seed": plan.seed,
+        "versions": {name: version(name) for name in ("torch", "safetensors", "numpy", "pydantic")}
+        | {"python": platform.python_version(), "platform": sys.platform},
+        "inputs": {
+            name: [
+                {"file": str(stamp.path), "size": stamp.size, "sha256": record.inputs.get(str(stamp.path))}
+                for stamp in source.files
+            ]
+            for name, source in plan.sources.items()
+        },
+        "resolved_sha256": hashlib.sha256(json.dumps(numbers, default=str).encode()).hexdigest(),
+        "output": {"dtype": plan.recipe.output.dtype, "files": dict(sorted(record.outputs.items()))},
+        "notes": record.notes,
+        "warnings": list(plan.warnings),
+        "run": {
+            "seconds": round(result.seconds, 3),
+            "bytes_read": result.bytes_read,
+            "bytes_written": result.bytes_written,
+            "peak_memory": result.peak_memory,
+            "resumed": result.resumed,
+        },
+    }
+
+
+def _card(plan: Plan) -> str:
+    """A model card: what was merged, how, and how to do it again."""
+    import yaml
+
+    name = plan.recipe.method.method_name()
+    references = {**({"base": plan.recipe.base} if plan.recipe.base else {}), **plan.recipe.models}
+    rows = "\n".join(f"| {label} | `{reference.source}` |" for label, reference in references.items())
+    recipe = yaml.safe_dump(plan.recipe.document, sort_keys=False, allow_unicode=True)
+    return (
+        "---\ntags:\n- merge\n- mergetool\n---\n\n"
+        f"# {plan.output.name if plan.output else 'merged model'}\n\n"
+        f"A merge of {len(plan.recipe.models)} models by `{name}`, made with mergetool {__version__}.\n\n"
+        f"| model | source |\n|---|---|\n{rows}\n\n"
+        f"## Recipe\n\n```yaml\n{recipe}```\n\n"
+        "Save it as `recipe.yaml` and run `mergetool run recipe.yaml` to make this model again. "
+        "`mergetool.json` holds the SHA-256 of every input and output; `mergetool verify` checks them.\n"
+    )

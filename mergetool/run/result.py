@@ -1,0 +1,37 @@
+"""What a finished run reports."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    path: Path
+    seconds: float
+    bytes_read: int
+    """Bytes read for merging; surveys and resumed work count only what this process read."""
+    bytes_written: int
+    peak_memory: int
+    """Largest resident size of this process, in bytes."""
+    num_tensors: int
+    resumed: bool
+    notes: dict[str, int] = field(default_factory=dict)
+    """How many tensors carry each remark."""
+    warnings: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form, for `--json`."""
+        return {
+            "path": str(self.path),
+            "seconds": round(self.seconds, 3),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "peak_memory": self.peak_memory,
+            "tensors": self.num_tensors,
+            "resumed": self.resumed,
+            "notes": self.notes,
+            "warnings": list(self.warnings),
+        }

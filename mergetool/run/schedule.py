@@ -1,0 +1,95 @@
+"""Who does what next: a queue of jobs that knows which must wait for which, and how much memory each needs.
+
+Jobs run in plan order, which is file order. A tensor that needs surveys is read first for counting; its merge units
+join the queue when the last count has been concluded. A job is handed out only while the memory of all running jobs
+stays within the budget (one job may always run).
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from threading import Condition
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work for one thread: `run` does it, then `after` (serialised with all other `after`s) records it."""
+
+    run: Callable[[], Any]
+    """Returns what `after` needs."""
+    after: Callable[[Any], None]
+    memory: int = 0
+    """Bytes it holds while running, beyond a worker's own buffers."""
+    hint: Callable[[], None] | None = None
+    """Tells the disk that this job's inputs are wanted soon."""
+
+
+class Schedule:
+    """A blocking queue of jobs. `after` callbacks may add jobs; the first error stops everything."""
+
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
+        self._used = 0
+        self._running = 0
+        self._open = True
+        self._ready: deque[Job] = deque()
+        self._changed = Condition()
+        self.error: BaseException | None = None
+
+    def add(self, jobs: Iterable[Job], *, first: bool = False) -> None:
+        """Queue jobs, at the end or before all others."""
+        with self._changed:
+            if first:
+                self._ready.extendleft(reversed(list(jobs)))
+            else:
+                self._ready.extend(jobs)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """No more jobs from outside: once the queue is empty and nothing runs, threads may go home."""
+        with self._changed:
+            self._open = False
+            self._changed.notify_all()
+
+    def stop(self, error: BaseException) -> None:
+        """Let running jobs end and start no others. The first error is kept."""
+        with self._changed:
+            self.error = self.error or error
+            self._changed.notify_all()
+
+    def work(self) -> None:
+        """One thread's life: take jobs until there are none left or something failed."""
+        while (job := self._take()) is not None:
+            try:
+                result = job.run()
+                with self._changed:
+                    job.after(result)
+            except BaseException as error:  # whatever it is, the main thread must hear of it
+                self.stop(error)
+            finally:
+                self._give_back(job)
+
+    def _take(self) -> Job | None:
+        with self._changed:
+            while True:
+                if self.error is not None:
+                    return None
+                if self._ready and (self._running == 0 or self._used + self._ready[0].memory <= self._memory):
+                    job = self._ready.popleft()
+                    self._running += 1
+                    self._used += job.memory
+                    following = self._ready[0].hint if self._ready else None
+                    break
+                if not self._ready and not self._running and not self._open:
+                    return None
+                self._changed.wait()
+        if following is not None:
+            following()
+        return job
+
+    def _give_back(self, job: Job) -> None:
+        with self._changed:
+            self._running -= 1
+            self._used -= job.memory
+            self._changed.notify_all()

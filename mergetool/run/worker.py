@@ -1,0 +1,187 @@
+"""One thread's workbench: reads slices, calls the method, checks, casts, writes. Its buffers are made once.
+
+For methods that may see a slice at a time, a slice is about 128 Ki elements: every operation then runs on data that
+is still in the processor's cache, which is where the speed comes from. Memory is the same however large a tensor is.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mergetool.errors import MergeError, at
+from mergetool.methods.base import Stats, Survey, TensorGroup
+from mergetool.plan.model import BASE, SLICE_ELEMENTS, Plan, Step
+from mergetool.tensors.dtypes import DType, torch_dtype
+from mergetool.tensors.io import bytes_of
+
+_BYTES_PER_ELEMENT = 8
+
+
+class Sink(Protocol):
+    """Where finished slices go."""
+
+    def write(self, shard: int, name: str, begin: int, data: memoryview) -> None:
+        """Put `data` at byte `begin` of tensor `name`."""
+        ...
+
+
+class Worker:
+    """Surveys and merges units. Used by one thread at a time."""
+
+    def __init__(self, plan: Plan, sink: Sink, device: torch.device) -> None:
+        self._plan = plan
+        self._sink = sink
+        self._device = device
+        self._compute = torch.float64 if plan.recipe.compute.dtype == "float64" else torch.float32
+        self._stored = torch.empty(SLICE_ELEMENTS * _BYTES_PER_ELEMENT, dtype=torch.uint8)
+        self._buffers: dict[tuple[object, torch.dtype], Tensor] = {}
+
+    def survey(self, step: Step, start: int, stop: int, survey: Survey) -> Tensor:
+        """Summed counts of a survey over elements [start, stop) of a step."""
+        total: Tensor | None = None
+        for begin, end in self._slices(step, start, stop):
+            counts = survey.observe(self._group(step, begin, end), step.params)
+            total = counts if total is None else total.add_(counts)
+        assert total is not None
+        return total
+
+    def merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[str]:
+        """Merge and write elements [start, stop) of a step; returns the method's notes."""
+        notes: list[str] = []
+        for begin, end in self._slices(step, start, stop):
+            if step.method is None:
+                self._copy(step, begin, end, notes)
+                continue
+            if begin == end:
+                continue
+            group = self._group(step, begin, end)
+            group.notes = notes
+            with at(f"{step.method.method_name()}: {step.spec.name}"):
+                merged = step.method.merge(group, step.params, stats)
+            assert merged.shape == group.models[0].shape, f"{step.spec.name}: a method must not change shapes"
+            self._put(step, begin, merged, notes)
+        return notes
+
+    def _slices(self, step: Step, start: int, stop: int) -> list[tuple[int, int]]:
+        if step.row >= stop - start:
+            return [(start, stop)]
+        length = max(step.row, SLICE_ELEMENTS // step.row * step.row)
+        return [(begin, min(begin + length, stop)) for begin in range(start, stop, length)]
+
+    def _group(self, step: Step, start: int, stop: int) -> TensorGroup:
+        length = stop - start
+        shape: tuple[int, ...] = (length,)
+        if step.method is not None and step.method.reach != "element":
+            shape = (length // step.row, *step.spec.shape[1:]) if step.row < step.spec.num_elements else step.spec.shape
+        base = self._read(BASE, step, start, length, "base").view(shape) if step.base else None
+        models = [self._read(name, step, start, length, place).view(shape) for place, name in enumerate(step.sources)]
+        return TensorGroup(
+            name=step.spec.name,
+            shape=step.spec.shape,
+            names=step.models,
+            base=base,
+            models=models,
+            start=start,
+            seed=self._plan.seed,
+            new=self._scratch(shape),
+        )
+
+    def _scratch(self, shape: tuple[int, ...]) -> Callable[[int, torch.dtype], Tensor]:
+        length = math.prod(shape)
+
+        def new(place: int, dtype: torch.dtype) -> Tensor:
+            return self._buffer(("scratch", place), length, dtype).view(shape)
+
+        return new
+
+    def _buffer(self, place: object, length: int, dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory: kept between calls for slices, fresh for whole tensors (freed with their group)."""
+        if length > SLICE_ELEMENTS:
+            return torch.empty(length, dtype=dtype, device=self._device)
+        key = (place, dtype)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(SLICE_ELEMENTS, dtype=dtype, device=self._device)
+        return self._buffers[key][:length]
+
+    def _read(self, source: str, step: Step, start: int, length: int, place: object) -> Tensor:
+        """Elements [start, start + length) of a source's tensor, in compute dtype, in this place's buffer."""
+        name = step.spec.name
+        values = self._buffer(place, length, self._compute)
+        model = self._plan.sources[source]
+        dtype = model.specs[name].dtype
+        itemsize = dtype.bits // 8
+        if torch_dtype(dtype) == self._compute and values.device.type == "cpu":
+            model.read_bytes(name, start * itemsize, bytes_of(values))
+            return values
+        for begin in range(0, length, SLICE_ELEMENTS):
+            stored = self._stored[: min(SLICE_ELEMENTS, length - begin) * itemsize]
+            model.read_bytes(name, (start + begin) * itemsize, bytes_of(stored))
+            part = stored.view(torch_dtype(dtype))
+            values[begin : begin + len(part)].copy_(part)
+        return values
+
+    def _put(self, step: Step, start: int, merged: Tensor, notes: list[str]) -> None:
+        """Check that the values survive storage, cast once, write."""
+        dtype = step.spec.dtype
+        flat = merged.reshape(-1)
+        if not _within(flat, dtype):
+            self._judge(step, start, flat, notes)
+        stored = flat
+        if flat.dtype != torch_dtype(dtype) or flat.device.type != "cpu":
+            stored = self._buffer("out", len(flat), torch_dtype(dtype)).copy_(flat).cpu()
+        self._sink.write(step.shard, step.spec.name, start * dtype.bits // 8, bytes_of(stored.contiguous()))
+
+    def _copy(self, step: Step, start: int, stop: int, notes: list[str]) -> None:
+        """The donor's tensor as it is: bit for bit, or cast where another storage dtype is asked for."""
+        stored = self._plan.sources[step.donor].specs[step.spec.name].dtype
+        if stored.is_float:
+            values = self._read(step.donor, step, start, stop - start, 0)
+            if stored != step.spec.dtype:
+                self._put(step, start, values, notes)
+                return
+            if not _within(values, stored):
+                self._judge(step, start, values, notes)
+        begin, end = start * stored.bits // 8, stored.num_bytes(stop)
+        for offset in range(begin, end, len(self._stored)):
+            chunk = bytes_of(self._stored[: min(len(self._stored), end - offset)])
+            self._plan.sources[step.donor].read_bytes(step.spec.name, offset, chunk)
+            self._sink.write(step.shard, step.spec.name, offset, chunk)
+
+    def _judge(self, step: Step, start: int, values: Tensor, notes: list[str]) -> None:
+        """Count what would not be finite once stored, and stop or note it, as the recipe says."""
+        dtype = step.spec.dtype
+        bad = ~torch.isfinite(values.to(torch_dtype(dtype)).to(self._compute))
+        count = int(bad.sum())
+        if count == 0:
+            return
+        if self._plan.recipe.check.non_finite == "keep":
+            notes.append("holds values that are not finite")
+            return
+        first = start + int(bad.nonzero()[0])
+        culprit = self._culprit(step, first)
+        overflow = "" if culprit else f" (its largest finite {dtype.name} value is {dtype.largest:g})"
+        raise MergeError(
+            f"{count} values are not finite, the first at flat index {first}{culprit}{overflow}",
+            step.spec.name,
+            "repair or replace that model, or set check.non_finite: keep"
+            if culprit
+            else "set output.dtype: float32, or smaller weights; or check.non_finite: keep",
+        )
+
+    def _culprit(self, step: Step, index: int) -> str:
+        for name in step.reads:
+            if not bool(torch.isfinite(self._read(name, step, index, 1, "culprit")).all()):
+                return ": it is not finite in the base" if name == BASE else f": it is not finite in model {name!r}"
+        return ""
+
+
+def _within(values: Tensor, dtype: DType) -> bool:
+    """Whether all values are finite and none is too large for `dtype`. One pass."""
+    if values.numel() == 0:
+        return True
+    low, high = torch.aminmax(values)
+    largest = max(-float(low), float(high))  # NaN compares false below
+    return largest <= dtype.largest
