@@ -1,0 +1,195 @@
+"""Task vectors by their singular vectors: compress each, remove the interference between them, add up.
+
+A task vector (fine-tuned minus base) of one weight matrix is nearly low-rank, so each task keeps its k leading singular
+triplets. Laid side by side, the singular vectors of different tasks are not orthogonal, and what one task writes the
+others read. Replacing the concatenation U = [U_1 ... U_T] by the nearest matrix with orthonormal columns, and V
+likewise, removes that: M = U' diag(s) V'^T, with all singular values unchanged.
+
+The nearest orthonormal matrix is the polar factor U (U^T U)^(-1/2), so with S = diag(s) and Gram matrices Gu, Gv
+
+    M = U C V^T,     core C = Gu^(-1/2) S Gv^(-1/2)     (K, K), K = all kept triplets together
+
+and a merge of any subset of tasks needs only its core: the factors stay as they are.
+
+Everything here is computed in float64. Truncated factors come from the Gram matrix of the smaller side and one
+Rayleigh-Ritz step, which is as exact as a full SVD; the polar factor comes from the Gram matrix unless that is too
+ill-conditioned to trust, and then from a singular value decomposition of U itself.
+
+Legend: m rows and n columns of a weight, k triplets of one task, K triplets of all tasks together.
+
+Reference: Gargiulo et al., Task Singular Vectors, CVPR 2025, https://arxiv.org/abs/2412.00081, sections 3 and 4.
+Differs from the paper: directions that carry nothing (of zero or rank-deficient task vectors, of experts that are
+copies of each other) are left out instead of being filled with arbitrary orthonormal vectors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from mergetool.kernels.eigen import gram_eigh
+
+NULL_DIRECTION = 1e-8
+"""Singular values of U (V) below this share of the largest count as 0. Real fine-tunes come down to 3e-7."""
+
+_TRUSTED = 1e-8
+"""Smallest eigenvalue of a Gram matrix, over the largest, whose inverse square root is right to about 1e-7."""
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A matrix as u diag(s) v^T: u (m, k), s (k,), v (n, k)."""
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Number of triplets kept, k."""
+        return self.s.shape[0]
+
+    @property
+    def mT(self) -> Self:  # noqa: N802 (as in torch)
+        """The transposed matrix."""
+        return type(self)(self.v, self.s, self.u)
+
+    def leading(self, k: int) -> Self:
+        """The first k triplets (all, if there are fewer)."""
+        return type(self)(self.u[:, :k], self.s[:k], self.v[:, :k])
+
+    def scaled(self, factor: float) -> Self:
+        """The matrix times `factor`."""
+        return type(self)(self.u, self.s * factor, self.v)
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same factors in another dtype."""
+        return type(self)(self.u.to(dtype), self.s.to(dtype), self.v.to(dtype))
+
+    def dense(self) -> Tensor:
+        """The matrix itself, (m, n), in the factors' dtype."""
+        return (self.u * self.s) @ self.v.mT
+
+
+def truncated_svd(delta: Tensor, k: int) -> Factors:
+    """The k leading singular triplets of `delta` (m, n), in float64, s descending; s may hold zeros.
+
+    Raises ValueError if k is not in 1..min(m, n), or `delta` is not finite.
+    """
+    if delta.shape[0] < delta.shape[1]:
+        return truncated_svd(delta.mT, k).mT
+    delta = delta.to(torch.float64)
+    _, right = gram_eigh(delta, k)
+    # Rayleigh-Ritz: the best triplets within the space found. It measures small singular values at full precision,
+    # which the Gram matrix has squared away.
+    basis, small = torch.linalg.qr(delta @ right)
+    u, s, vh = torch.linalg.svd(small)
+    return Factors(basis @ u, s, right @ vh.mT)
+
+
+def live_factors(delta: Tensor, k: int) -> Factors:
+    """`truncated_svd` without the triplets that are rounding noise: s <= max(m, n) eps(dtype of delta) max(s).
+
+    The rank may therefore be below k; for a zero matrix it is 0.
+    """
+    if not delta.any():
+        empty = delta.new_zeros(0, dtype=torch.float64)
+        return Factors(empty.expand(delta.shape[0], 0), empty, empty.expand(delta.shape[1], 0))
+    factors = truncated_svd(delta, k)
+    noise = max(delta.shape) * torch.finfo(delta.dtype).eps * factors.s[0]
+    return factors.leading(int((factors.s > noise).sum()))
+
+
+def energy_rank(s: Tensor, share: float) -> int:
+    """The smallest k whose leading singular values hold `share` in (0, 1] of the sum of squares of `s` (descending)."""
+    energy = s.square().cumsum(0)
+    # The tolerance makes share = 1 mean "all that counts" in spite of rounding.
+    return int((energy < energy[-1] * share * (1 - 1e-12)).sum()) + 1
+
+
+def polar(x: Tensor, *, fill: bool = False) -> Tensor:
+    """The nearest matrix to x (m, K) with orthonormal columns (rows, if K > m); float64.
+
+    Where x is rank-deficient there is no nearest one: null directions (see `NULL_DIRECTION`) are left out, so the
+    result is the partial isometry with the range of x. `fill=True` puts arbitrary orthonormal directions there.
+    """
+    if (whitening := _gram_whitener(x)) is not None:
+        return x @ whitening
+    p, _, qh, live = _live_svd(x)
+    return (p if fill else p * live) @ qh
+
+
+def whitener(x: Tensor) -> Tensor:
+    """W = (x^T x)^(-1/2), symmetric, (K, K), float64: x W is `polar(x)`. Zero on the null directions of x."""
+    if (whitening := _gram_whitener(x)) is not None:
+        return whitening
+    _, s, qh, live = _live_svd(x)
+    return (qh.mT * torch.where(live, 1 / s, 0)) @ qh
+
+
+def _gram_whitener(x: Tensor) -> Tensor | None:
+    """The whitener from the Gram matrix, or None if that is too ill-conditioned.
+
+    A relative error of eps in the Gram matrix turns into one of eps cond(x)^2 in the polar factor.
+    """
+    if not 0 < x.shape[1] <= x.shape[0]:
+        return None
+    values, vectors = gram_eigh(x, x.shape[1])
+    if values[-1] < _TRUSTED * values[0]:
+        return None
+    return (vectors * values.rsqrt()) @ vectors.mT
+
+
+def _live_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Thin SVD of x, and which singular values are not null."""
+    p, s, qh = torch.linalg.svd(x.to(torch.float64), full_matrices=False)
+    return p, s, qh, s > NULL_DIRECTION * s[:1]
+
+
+def concatenated(factors: Sequence[Factors]) -> Factors:
+    """The sum of several matrices, as factors side by side."""
+    return Factors(
+        torch.cat([each.u for each in factors], 1),
+        torch.cat([each.s for each in factors]),
+        torch.cat([each.v for each in factors], 1),
+    )
+
+
+def orthogonalised(factors: Sequence[Factors], *, fill: bool = False) -> Factors:
+    """All tasks' triplets with left and right vectors replaced by the nearest orthonormal ones; `.dense()` is M.
+
+    The singular values of M are all of `s`, if K <= min(m, n) and no direction is null. `fill` as in `polar`.
+    """
+    every = concatenated(factors)
+    return Factors(polar(every.u, fill=fill), every.s, polar(every.v, fill=fill))
+
+
+def core(factors: Sequence[Factors]) -> Tensor:
+    """C (K, K), float64, such that M = U C V^T with U, V the concatenated, unchanged factors."""
+    every = concatenated(factors)
+    return (whitener(every.u) * every.s) @ whitener(every.v)
+
+
+@dataclass(frozen=True)
+class Interference:
+    """How much the singular vectors of several tasks get in each other's way; 0 if they are orthogonal."""
+
+    total: float
+    """Sum of the absolute entries of (U^T U - I) S (V^T V - I): the measure of the paper."""
+    normalised: float
+    """`total` / sum of the singular values, comparable between matrices."""
+    frobenius: float
+    """Frobenius norm of the same matrix, unlike `total` independent of bases inside equal singular values."""
+
+
+def interference(factors: Sequence[Factors]) -> Interference:
+    """Singular task interference of the given tasks (paper, section 3.3)."""
+    every = concatenated(factors)
+    if every.rank == 0:
+        return Interference(0.0, 0.0, 0.0)
+    identity = torch.eye(every.rank, dtype=every.s.dtype, device=every.s.device)
+    overlap = ((every.u.mT @ every.u - identity) * every.s) @ (every.v.mT @ every.v - identity)
+    total = float(overlap.abs().sum())
+    return Interference(total, total / float(every.s.abs().sum()), float(overlap.norm()))
