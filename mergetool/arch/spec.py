@@ -32,27 +32,27 @@ class TensorSpec:
     """One tensor: its shape and the layout of each axis (`()` for a scalar).
 
     `matched=False`: moved like the others, but left out when models are compared: running statistics, and the second
-    name of a tied tensor. `layer`: how deep in the network it sits, counted from 0; None outside the repeated blocks.
+    name of a tied tensor. `depth`: (layer, number of layers), the layer counted from 0; None outside the repeated
+    blocks. Every tower of a network (encoder, decoder) counts its own layers.
     """
 
     shape: tuple[int, ...]
     axes: tuple[Layout, ...]
     matched: bool = True
-    layer: int | None = None
+    depth: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class ArchSpec:
     """A network's tensors over its spaces. Hashable by content (`digest`), free of torch.
 
-    `tied`: names that hold one and the same tensor, written here even if the file stores only one of them.
+    `tied`: stored names that hold one and the same tensor.
     """
 
     family: str
     spaces: Mapping[str, Space]
     tensors: Mapping[str, TensorSpec]
     tied: tuple[tuple[str, ...], ...] = ()
-    num_layers: int = 0
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -81,8 +81,7 @@ class ArchSpec:
 
     def depth_of(self, name: str) -> tuple[int, int] | None:
         """(layer, number of layers) of a tensor; None if it belongs to no layer. Raises KeyError if unknown."""
-        layer = self.tensors[name].layer
-        return None if layer is None else (layer, self.num_layers)
+        return self.tensors[name].depth
 
     def digest(self) -> str:
         """sha256 over spaces and layouts: permutations stored with it fit this network and no other."""

@@ -1,0 +1,51 @@
+"""How deep in the network a tensor sits, told from names alone.
+
+Repeated blocks are numbered somewhere in their names. Without a family file the number is the first integer path
+component that follows a prefix under which several integers occur: `encoder.block.3.ffn.weight` has prefix
+`encoder.block` and number 3. The numbers under one prefix, sorted, count its layers, so gaps (activations inside
+a torch `Sequential`) do not matter, and every tower of a network counts its own.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+
+def structural_depths(names: Iterable[str]) -> dict[str, tuple[int, int] | None]:
+    """(layer, number of layers) of every name, None for those outside repeated blocks."""
+    names = list(names)
+    numbers: dict[tuple[str, ...], set[int]] = {}
+    for name in names:
+        for prefix, number in _integers(name):
+            numbers.setdefault(prefix, set()).add(number)
+    return {name: _depth(name, numbers) for name in names}
+
+
+def block_depths(names: Iterable[str], blocks: Sequence[re.Pattern[str]]) -> dict[str, tuple[int, int] | None]:
+    """The same, where `blocks` are patterns for how names of the repeated blocks begin.
+
+    The integers in a pattern's groups, as a tuple, place the block; several groups (stage, block) count as one tower.
+    """
+    found: dict[str, tuple[int, tuple[int, ...]]] = {}
+    for name in names:
+        for tower, block in enumerate(blocks):
+            match = block.match(name)
+            if match:
+                found[name] = (tower, tuple(int(number) for number in match.groups()))
+                break
+    towers = {tower: sorted({at for t, at in found.values() if t == tower}) for tower, _ in found.values()}
+    return {
+        name: (towers[found[name][0]].index(found[name][1]), len(towers[found[name][0]])) if name in found else None
+        for name in names
+    }
+
+
+def _integers(name: str) -> list[tuple[tuple[str, ...], int]]:
+    parts = name.split(".")
+    return [(tuple(parts[:k]), int(part)) for k, part in enumerate(parts) if part.isdecimal()]
+
+
+def _depth(name: str, numbers: dict[tuple[str, ...], set[int]]) -> tuple[int, int] | None:
+    for prefix, number in _integers(name):
+        if len(numbers[prefix]) > 1:
+            return sorted(numbers[prefix]).index(number), len(numbers[prefix])
+    return None
