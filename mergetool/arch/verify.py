@@ -1,0 +1,206 @@
+"""Proof by numbers that a spec tells the truth: random group elements must leave a network's outputs alone.
+
+A spec is a claim about a function, so it is tested as one: act on the weights with a random element of every group, run
+the network in float64, compare. What fails is narrowed down: to the groups that fail alone, then to their spaces and
+signs, and last to an axis: the one that must be left out, or the one that is missing, for the outputs to agree again.
+
+Reference: the C2M3 specification, acceptance tests 1 and 2.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import isfinite, prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mergetool.arch.apply import transform
+from mergetool.arch.spec import ArchSpec, TensorSpec
+from mergetool.errors import PlanError
+from mergetool.kernels.permute import Element
+from mergetool.kernels.spaces import Factor, Layout, ancestors
+
+Run = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A group whose elements change the outputs: by how much (relative), and the axes that may be at fault."""
+
+    group: str
+    error: float
+    suspects: tuple[str, ...]
+
+
+def runner(module: nn.Module, *args: Any, **kwargs: Any) -> Run:
+    """A function from weights to outputs, for `prove`: the module in evaluation mode and float64 on these inputs.
+
+    The outputs are all floating-point tensors in what the module returns, flattened into one vector. Weights that the
+    mapping lacks (the second name of a tied tensor) are taken from their other name, or the module.
+    """
+    module = module.eval()
+    own = module.state_dict()
+    doubled_args = tuple(_double(value) for value in args)
+    doubled_kwargs = {key: _double(value) for key, value in kwargs.items()}
+
+    def run(weights: Mapping[str, Tensor]) -> Tensor:
+        shared = {own[name].data_ptr(): tensor for name, tensor in weights.items() if name in own}
+        full = {name: weights.get(name, shared.get(tensor.data_ptr(), tensor)) for name, tensor in own.items()}
+        doubled = {name: _double(tensor) for name, tensor in full.items()}
+        with torch.no_grad(), _Float64():
+            output = torch.func.functional_call(module, doubled, doubled_args, doubled_kwargs, tie_weights=False)
+        return torch.cat([tensor.reshape(-1) for tensor in _tensors(output)])
+
+    return run
+
+
+def deviation(run: Run, weights: Mapping[str, Tensor], spec: ArchSpec, element: Element) -> float:
+    """Largest change of an output under `element`, relative to the largest output."""
+    before = run(weights)
+    after = run(transform(weights, spec, element))
+    change = float((after - before).abs().max() / before.abs().max().clamp_min(torch.finfo(before.dtype).tiny))
+    return change if isfinite(change) else float("inf")
+
+
+def failures(
+    run: Run, weights: Mapping[str, Tensor], spec: ArchSpec, *, seed: int = 0, tolerance: float = 1e-10
+) -> tuple[Failure, ...]:
+    """The groups of the spec that change the outputs when they act alone. Empty if the spec is proved."""
+    found = []
+    for group in spec.groups:
+        element = Element.random(spec.spaces, _generator(seed, group.name)).only({space.name for space in group.spaces})
+        error = deviation(run, weights, spec, element)
+        if error > tolerance:
+            parts = list(_failing_parts(run, weights, spec, element, tolerance))
+            suspects = tuple(suspect for part in parts for suspect in _suspects(run, weights, spec, part, tolerance))
+            found.append(Failure(group.name, error, suspects))
+    return tuple(found)
+
+
+def prove(run: Run, weights: Mapping[str, Tensor], spec: ArchSpec, *, seed: int = 0, tolerance: float = 1e-10) -> float:
+    """The deviation under a random element of all groups together, at most `tolerance`.
+
+    Raises PlanError naming the groups, tensors and axes at fault.
+    """
+    element = Element.random(spec.spaces, _generator(seed, ""))
+    error = deviation(run, weights, spec, element)
+    if error <= tolerance:
+        return error
+    wrong = failures(run, weights, spec, seed=seed, tolerance=tolerance)
+    told = "; ".join(f"{f.group} ({f.error:.1e}): {', '.join(f.suspects) or 'no single axis'}" for f in wrong)
+    raise PlanError(
+        f"the outputs change by {error:.1e} (relative), more than {tolerance:.0e}",
+        where=f"architecture {spec.family}: {told or 'only when all groups act together'}",
+        fix="correct these axes in the architecture file, or declare the space `fixed`",
+    )
+
+
+def check_structure(spec: ArchSpec) -> None:
+    """What can be said without a module: a space met by one segment of one matrix only has nothing to undo its moves.
+
+    Raises PlanError naming the tensor and the axis. (Shapes were checked when the spec was built.)
+    """
+    places = spec.incidences(matched=False)
+    for name, space in spec.spaces.items():
+        where = {(place.tensor, place.axis, place.segment) for place in places.get(name, ())}
+        matrices = {place for place in where if len(spec.tensors[place[0]].shape) > 1}
+        if space.symmetry != "fixed" and where and len(matrices) < 2:
+            tensor, axis, _ = sorted(matrices or where)[0]
+            raise PlanError(
+                f"space {name!r} is met on one axis of one matrix only, so nothing undoes its permutation",
+                where=f"architecture {spec.family}: {tensor}, axis {axis}",
+                fix="name the space on the axis that reads it, or declare it `fixed`",
+            )
+
+
+class _Float64(TorchFunctionMode):
+    """Turns every cast to a smaller floating-point type into one to float64 (RMSNorm of transformers casts)."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            func = Tensor.double
+        kwargs = {key: _wide(value) for key, value in (kwargs or {}).items()}
+        return func(*(_wide(arg) for arg in args), **kwargs)
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(seed + sum(name.encode()))
+
+
+def _failing_parts(
+    run: Run, weights: Mapping[str, Tensor], spec: ArchSpec, element: Element, tolerance: float
+) -> Iterator[Element]:
+    """The element cut down to single spaces, permutation and sign apart, where these fail alone; else itself."""
+    parts = []
+    for name in element.index:
+        alone = Element(element.spaces, {name: element.index[name]}, {})
+        signs = Element(element.spaces, {}, {name: element.sign[name]}) if name in element.sign else alone
+        parts += [alone] if signs is alone else [alone, signs]
+    failing = [part for part in parts if deviation(run, weights, spec, part) > tolerance]
+    yield from failing or [element]
+
+
+def _suspects(
+    run: Run, weights: Mapping[str, Tensor], spec: ArchSpec, part: Element, tolerance: float
+) -> Iterator[str]:
+    """Single changes of the spec under which `part` preserves the outputs."""
+    names = {*part.index, *part.sign}
+    for name, tensor in spec.tensors.items():
+        for axis, layout in enumerate(tensor.axes):
+            for change, axes in _changes(spec, tensor, axis, layout, names):
+                changed = replace(spec, tensors={**spec.tensors, name: replace(tensor, axes=axes)})
+                if deviation(run, weights, changed, part) <= tolerance:
+                    yield f"{name}, axis {axis} ({change})"
+
+
+def _changes(
+    spec: ArchSpec, tensor: TensorSpec, axis: int, layout: Layout, names: set[str]
+) -> Iterator[tuple[str, tuple[Layout, ...]]]:
+    """Ways to alter one axis: leave a space out, drop or apply its signs, or put it on an axis that is fixed."""
+
+    def put(new: Layout) -> tuple[Layout, ...]:
+        return (*tensor.axes[:axis], new, *tensor.axes[axis + 1 :])
+
+    def edited(edit: Callable[[Factor], Factor]) -> Layout:
+        return tuple(tuple(edit(f) if f.space in names else f for f in segment) for segment in layout)
+
+    here = sorted({f.space for segment in layout for f in segment if f.space in names})
+    if here:
+        yield f"must not carry {', '.join(here)}", put(edited(lambda factor: Factor(factor.size)))
+        if any(spec.spaces[name].symmetry in ("signed", "flip") for name in here):
+            yield "has its signs wrong", put(edited(lambda factor: replace(factor, signed=not factor.signed)))
+        return
+    for name in sorted(names):
+        chain = (*ancestors(spec.spaces, name), name)
+        factors = tuple(Factor(spec.spaces[space].size, space) for space in chain)
+        if prod(factor.size for factor in factors) == tensor.shape[axis] and not _movable(spec, layout):
+            yield f"must carry {name}", put((factors,))
+
+
+def _movable(spec: ArchSpec, layout: Layout) -> bool:
+    named = {factor.space for segment in layout for factor in segment if factor.space}
+    return any(spec.spaces[name].symmetry != "fixed" for name in named)
