@@ -12,7 +12,7 @@ every list's first match, because an earlier choice would have asked for less.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
-from itertools import permutations, product
+from itertools import pairwise, permutations, product
 from math import prod
 from typing import Any, TypeVar
 
@@ -65,10 +65,10 @@ def _texts(branches: Sequence[Branch]) -> tuple[str | None, ...]:
 
 
 def globs(texts: frozenset[str]) -> Iterator[str]:
-    """Globs that together match exactly the names that contain every text."""
+    """Globs that together match exactly the names that contain every text (at least one)."""
     longest = [text for text in sorted(texts) if not any(text != other and text in other for other in texts)]
     for order in permutations(longest):
-        joints = [_joints(left, right) for left, right in zip(order, order[1:], strict=False)]
+        joints = [_joints(left, right) for left, right in pairwise(order)]
         for overlaps in product(*joints):
             yield "*" + "".join(_chain(order, overlaps)) + "*"
 

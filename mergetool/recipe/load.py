@@ -16,6 +16,7 @@ from mergetool.methods import registry
 from mergetool.methods.base import Method
 from mergetool.recipe.checks import cross_checks
 from mergetool.recipe.document import Document, parse_value, read_document
+from mergetool.recipe.mergekit import convert, is_mergekit
 from mergetool.recipe.model import Check, Compute, Output, Override, Recipe, Reference, Tokenizer
 from mergetool.recipe.render import render, suggestion, unknown_key
 
@@ -34,12 +35,15 @@ SECTIONS: dict[str, Any] = {
 def load_recipe(source: "str | Path | Mapping[str, Any]", settings: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe: a file's path, or the same data as a mapping (paths relative to the current folder).
 
+    A mergekit recipe is converted first.
     `settings` are `key.path=value` overrides, applied before checking. Raises RecipeError holding every problem.
     """
     if isinstance(source, Mapping):
         document = Document("recipe", _plain(source), folder=Path.cwd())
     else:
         document = read_document(Path(source))
+    if is_mergekit(document.data):
+        document = convert(document)
     for setting in settings:
         _apply(document, setting)
     return check_document(document, tuple(settings))
