@@ -103,7 +103,7 @@ class Survey(Protocol):
     """One reading pass that only counts. Partial counts of slices add up; `conclude` says what to do next."""
 
     def observe(self, group: TensorGroup, p: Params) -> "Tensor":
-        """Integer counts of one slice, shape fixed by the survey; sums over slices, in any order, are exact."""
+        """Counts (int64) or sums (float64) of one slice; those of all slices are added up in a fixed order."""
         ...
 
     def conclude(self, total: "Tensor") -> "Survey | Stats":
@@ -129,7 +129,7 @@ class Method(BaseModel):
         name = cls.method_name()
         if name is None:
             return
-        if cls.__base__ not in (TensorMethod, FittedMethod):
+        if any(issubclass(parent, Method) and parent.method_name() for parent in cls.__mro__[1:]):
             raise TypeError(f"{cls.__name__}: a concrete method is final and cannot be subclassed")
         if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
             raise TypeError(f"two methods are called {name!r}")
@@ -181,8 +181,8 @@ class TensorMethod(Method):
     buffers: ClassVar[int] = 3
     """Temporaries the size of a slice that `merge` or a survey uses; the memory plan counts them."""
 
-    def survey(self, p: Params, num_elements: int) -> Survey | None:
-        """The first reading pass this tensor needs before `merge`, or None."""
+    def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:
+        """The first reading pass this tensor needs before `merge`, or None. `bits` of the compute dtype: 32 or 64."""
         return None
 
     def survey_scope(self) -> Literal["tensor", "model"]:

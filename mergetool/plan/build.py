@@ -148,7 +148,7 @@ class _Draft:
             return self._copy(name, holders[0], depth) if self.recipe.check.extra == "keep" else None
         leader = self.donor if name in self.sources[self.donor].specs else holders[0]
         spec = self.sources[leader].specs[name]
-        if not spec.dtype.is_float:
+        if not spec.dtype.is_float or spec.num_elements == 0:
             return self._copy(name, leader, depth)
         models = [model for model in self.recipe.models if model in holders or self.recipe.check.missing == "base"]
         method = self.method if index is None else self.overridden[index]

@@ -33,14 +33,14 @@ def step_memory(plan: Plan, step: Step) -> int:
     held = min(step.row, max(1, step.spec.num_elements))
     if step.method is None or held <= SLICE_ELEMENTS:
         return 0
-    return held * _itemsize(plan) * (len(step.reads) + step.method.buffers + 1)
+    return held * plan.compute_bits // 8 * (len(step.reads) + step.method.buffers + 1)
 
 
 def estimate(plan: Plan, *, workers: int | None, memory: int | None) -> Costs:
     """Settle workers and memory. Raises PlanError when even one worker needs more than `memory`."""
     streams = max((len(step.reads) for step in plan.steps), default=1)
     temporaries = max((step.method.buffers for step in plan.steps if step.method), default=0)
-    one = SLICE_ELEMENTS * (_itemsize(plan) * (streams + temporaries + 2) + 8)
+    one = SLICE_ELEMENTS * (plan.compute_bits // 8 * (streams + temporaries + 2) + 8)
     whole = sorted((step_memory(plan, step) for step in plan.steps), reverse=True)
     largest = whole[0] if whole else 0
     fixed = RUNTIME_BYTES + _SPARE
@@ -83,10 +83,6 @@ def available_memory() -> int:
     except OSError:
         pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _itemsize(plan: Plan) -> int:
-    return 8 if plan.recipe.compute.dtype == "float64" else 4
 
 
 def _gib(size: int) -> str:

@@ -51,7 +51,7 @@ class Step:
         """Whether this step takes part in a survey of the whole model."""
         if self.method is None or self.method.survey_scope() == "tensor":
             return False
-        return self.method.survey(self.params, self.spec.num_elements) is not None
+        return self.method.survey(self.params, self.spec.num_elements, bits=32) is not None
 
     @property
     def row(self) -> int:
@@ -101,6 +101,12 @@ class Plan:
     def bytes_in(self) -> int:
         """Bytes that merging reads once (surveys read their inputs again)."""
         return sum(self.sources[name].specs[step.spec.name].num_bytes for step in self.steps for name in step.reads)
+
+    @property
+    def compute_bits(self) -> int:
+        """Width of the compute dtype: 64 if the recipe says so or a merged tensor is stored in float64, else 32."""
+        stored = (self.sources[name].specs[step.spec.name].dtype.name for step in self.steps for name in step.reads)
+        return 64 if self.recipe.compute.dtype == "float64" or "F64" in stored else 32
 
     @property
     def seed(self) -> int:

@@ -55,8 +55,9 @@ class _Scope:
 
     survey: Any
     steps: list[Step]
+    partial: "list[Tensor | None]" = field(default_factory=list)
+    """Counts of each piece, in plan order; whole numbers are added to the first at once."""
     waiting: int = 0
-    total: "Tensor | None" = None
 
 
 class Jobs:
@@ -131,7 +132,8 @@ class Jobs:
         known = self._journal.done.stats.get(scope)
         survey = None
         if known is None and steps[0].method is not None:
-            survey = steps[0].method.survey(steps[0].params, sum(step.spec.num_elements for step in steps))
+            total = sum(step.spec.num_elements for step in steps)
+            survey = steps[0].method.survey(steps[0].params, total, self._plan.compute_bits)
         if survey is None:
             self._queue_merges(steps, known or {}, first=first)
         else:
@@ -140,29 +142,35 @@ class Jobs:
     def _queue_survey(self, name: str, scope: _Scope, *, first: bool) -> None:
         pieces = [(step, *piece) for step in scope.steps for piece in step.pieces(UNIT_ELEMENTS)]
         scope.waiting = len(pieces)
-        scope.total = None
+        scope.partial = [None] * len(pieces)
         jobs = [
             Job(
                 run=partial(self._survey, step, start, stop, scope.survey),
-                after=partial(self._surveyed, name, scope),
+                after=partial(self._surveyed, name, scope, place),
                 memory=step_memory(self._plan, step),
                 hint=partial(self._hint, step, start, stop),
             )
-            for step, start, stop in pieces
+            for place, (step, start, stop) in enumerate(pieces)
         ]
         self._schedule.add(jobs, first=first)
 
     def _survey(self, step: Step, start: int, stop: int, survey: Any) -> tuple[int, "Tensor"]:
         return self._bytes_of(step, start, stop), self._worker().survey(step, start, stop, survey)
 
-    def _surveyed(self, name: str, scope: _Scope, result: tuple[int, "Tensor"]) -> None:
+    def _surveyed(self, name: str, scope: _Scope, place: int, result: tuple[int, "Tensor"]) -> None:
         size, counts = result
         self.record.bytes_read += size
-        scope.total = counts if scope.total is None else scope.total + counts
+        if not counts.is_floating_point() and place > 0:  # exact in any order: keep one histogram, not thousands
+            place, counts = 0, counts if scope.partial[0] is None else scope.partial[0].add_(counts)
+        elif place == 0 and scope.partial[0] is not None:
+            counts = scope.partial[0].add_(counts)
+        scope.partial[place] = counts
         scope.waiting -= 1
         if scope.waiting:
             return
-        conclusion = scope.survey.conclude(scope.total)
+        from mergetool.run.worker import add_up
+
+        conclusion = scope.survey.conclude(add_up(counts for counts in scope.partial if counts is not None))
         if isinstance(conclusion, Mapping):
             self._journal.stats(name, conclusion)
             self._queue_merges(scope.steps, conclusion, first=name != _WHOLE_MODEL)

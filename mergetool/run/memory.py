@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from mergetool.plan import Plan, Step, make_plan
+from mergetool.plan.model import UNIT_ELEMENTS
 from mergetool.recipe.model import Recipe
-from mergetool.run.worker import Sink, Worker
+from mergetool.run.worker import Sink, Worker, add_up
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.source import MemorySource
 
@@ -30,21 +31,22 @@ def merge_in_memory(recipe: Recipe, tensors: Mapping[str, Mapping[str, Tensor]])
     plan = make_plan(recipe, sources={name: MemorySource(state, name) for name, state in tensors.items()})
     sink = _MemorySink(plan)
     worker = Worker(plan, sink, torch.device("cpu"))
-    shared = survey_steps(worker, [step for step in plan.steps if step.surveyed_together])
+    shared = _survey(plan, worker, [step for step in plan.steps if step.surveyed_together])
     for step in plan.steps:
-        stats = shared if step.surveyed_together else survey_steps(worker, [step])
+        stats = shared if step.surveyed_together else _survey(plan, worker, [step])
         worker.merge(step, 0, step.spec.num_elements, stats)
     return sink.tensors
 
 
-def survey_steps(worker: Worker, steps: list[Step]) -> Mapping[str, tuple[float, ...]]:
+def _survey(plan: Plan, worker: Worker, steps: list[Step]) -> Mapping[str, tuple[float, ...]]:
     """Run all surveys that these steps share, one after the other, and return the statistics."""
     if not steps or steps[0].method is None:
         return {}
-    survey = steps[0].method.survey(steps[0].params, sum(step.spec.num_elements for step in steps))
+    total = sum(step.spec.num_elements for step in steps)
+    survey = steps[0].method.survey(steps[0].params, total, plan.compute_bits)
     while survey is not None:
-        counts = [worker.survey(step, 0, step.spec.num_elements, survey) for step in steps]
-        conclusion = survey.conclude(torch.stack(counts).sum(0))
+        counts = [worker.survey(step, *piece, survey) for step in steps for piece in step.pieces(UNIT_ELEMENTS)]
+        conclusion = survey.conclude(add_up(counts))
         if isinstance(conclusion, Mapping):
             return conclusion
         survey = conclusion

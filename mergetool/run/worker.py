@@ -5,7 +5,7 @@ is still in the processor's cache, which is where the speed comes from. Memory i
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -35,18 +35,14 @@ class Worker:
         self._plan = plan
         self._sink = sink
         self._device = device
-        self._compute = torch.float64 if plan.recipe.compute.dtype == "float64" else torch.float32
+        self._compute = torch.float64 if plan.compute_bits == 64 else torch.float32
         self._stored = torch.empty(SLICE_ELEMENTS * _BYTES_PER_ELEMENT, dtype=torch.uint8)
         self._buffers: dict[tuple[object, torch.dtype], Tensor] = {}
 
     def survey(self, step: Step, start: int, stop: int, survey: Survey) -> Tensor:
         """Summed counts of a survey over elements [start, stop) of a step."""
-        total: Tensor | None = None
-        for begin, end in self._slices(step, start, stop):
-            counts = survey.observe(self._group(step, begin, end), step.params)
-            total = counts if total is None else total.add_(counts)
-        assert total is not None
-        return total
+        slices = self._slices(step, start, stop)
+        return add_up([survey.observe(self._group(step, begin, end), step.params) for begin, end in slices])
 
     def merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[str]:
         """Merge and write elements [start, stop) of a step; returns the method's notes."""
@@ -176,6 +172,14 @@ class Worker:
             if not bool(torch.isfinite(self._read(name, step, index, 1, "culprit")).all()):
                 return ": it is not finite in the base" if name == BASE else f": it is not finite in model {name!r}"
         return ""
+
+
+def add_up(counts: Iterable[Tensor]) -> Tensor:
+    """The sum of partial counts, always in the order given, so that sums of floats come out the same every time."""
+    first, *rest = counts
+    for other in rest:
+        first = first.add_(other)
+    return first
 
 
 def _within(values: Tensor, dtype: DType) -> bool:

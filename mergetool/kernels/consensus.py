@@ -1,0 +1,63 @@
+"""Trim, elect, average: the arithmetic of sign consensus, in operations that stay in cache and vectorise.
+
+There are no boolean masks here. A trimmed vector is zero where it was dropped; a value that agrees with the elected
+sign is positive once multiplied by it; clamping then leaves the agreeing magnitudes, and their sign counts them.
+
+Reference: Yadav et al., TIES-Merging, NeurIPS 2023, https://arxiv.org/abs/2306.01708, section 3.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def keep_largest_(x: Tensor, threshold: float, *, inclusive: bool) -> Tensor:
+    """Zero, in place, every entry of |x| below `threshold` (with `inclusive=False`, also those equal to it)."""
+    if inclusive:
+        number = np.float32 if x.dtype == torch.float32 else np.float64
+        threshold = float(np.nextafter(number(threshold), number(0)))
+        if threshold <= 0.0:  # everything that is not zero stays
+            return x
+    torch.ops.aten.hardshrink.out(x, threshold, out=x)
+    return x
+
+
+def agreeing_sum_(
+    values: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    normalize: bool,
+    scratch: Callable[[int, torch.dtype], Tensor],
+) -> Tensor:
+    """Weighted sum (or mean) of the values whose sign is the sign of the weighted total. Overwrites `values`.
+
+    The elected sign of an entry is that of `sum(w_i x_i)`; where the sum is exactly 0 there is no majority and the
+    result is 0. With `normalize`, the sum is divided by the weights of the models that agree; where those cancel
+    exactly it is not divided. `scratch` places 2 to 4 are used; the result is one of them.
+    """
+    dtype = values[0].dtype
+    sign, total = scratch(2, dtype), scratch(3, dtype)
+    for index, (value, weight) in enumerate(zip(values, weights, strict=True)):
+        if weight != 1.0:
+            value.mul_(weight)
+        sign.copy_(value) if index == 0 else sign.add_(value)
+    sign.sign_()
+    count = scratch(4, dtype).zero_() if normalize else None
+    total.zero_()
+    for value, weight in zip(values, weights, strict=True):
+        total.add_(value.mul_(sign).clamp_(min=0.0))
+        if count is not None:
+            count.add_(value.sign_(), alpha=weight)
+    total.mul_(sign)
+    if count is not None:
+        total.div_(_never_zero_(count, weights))
+    return total
+
+
+def _never_zero_(count: Tensor, weights: Sequence[float]) -> Tensor:
+    """Where no weight is counted there is nothing to divide; any divisor but 0 will do."""
+    if all(weight > 0 for weight in weights):
+        return count.clamp_(min=min(weights) / 2)
+    return count.masked_fill_(count == 0, 1.0)

@@ -1,0 +1,86 @@
+"""Random draws that depend on what they are for, not on when they are made.
+
+Element j of a stream is a hash of (key, j). So a draw is the same for any order of work, slicing, number of workers,
+device, and after a resume; and masks of one key are nested: what is kept at density 0.2 is also kept at 0.5.
+
+The hash is the 32-bit finaliser of MurmurHash3 with a second key word added between its multiplications: eleven
+integer operations that every device has. It is a bijection of the counter for each key, so bits are balanced exactly.
+
+Reference: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011 (the idea of counter-based streams).
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Key = tuple[int, int]
+"""Two 32-bit words."""
+
+_RESOLUTION = 1 << 24
+"""Probabilities are resolved to 2^-24, the precision of float32."""
+_BLOCK = 1 << 32
+
+
+def stream_key(seed: int, *names: str) -> Key:
+    """The key of the stream for these names (tensor, model, purpose) under a seed."""
+    digest = hashlib.blake2b("\0".join((str(seed), *names)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def random_bits(key: Key, start: int, out: Tensor, temporary: Tensor) -> Tensor:
+    """Fill `out` (int32, 1-D) with 32 random bits for each of the elements start, start + 1, ... of a stream.
+
+    `temporary` is int32 of the same length and is overwritten.
+    """
+    done = 0
+    while done < len(out):
+        block, offset = divmod(start + done, _BLOCK)
+        count = min(len(out) - done, _BLOCK - offset)
+        _fill(_block_key(key, block), offset, out[done : done + count], temporary[done : done + count])
+        done += count
+    return out
+
+
+def _block_key(key: Key, block: int) -> Key:
+    """Counters are 32 bits wide; beyond 2^32 elements every block has a key of its own."""
+    return key if block == 0 else stream_key(block, str(key[0]), str(key[1]))
+
+
+def _fill(key: Key, offset: int, x: Tensor, shifted: Tensor) -> None:
+    torch.arange(len(x), dtype=torch.int32, device=x.device, out=x)
+    x.add_(_signed(offset)).bitwise_xor_(_signed(key[0]))
+    _xor_shift(x, 16, shifted).mul_(_signed(0x85EBCA6B))
+    _xor_shift(x, 13, shifted).add_(_signed(key[1])).mul_(_signed(0xC2B2AE35))
+    _xor_shift(x, 16, shifted)
+
+
+def _xor_shift(x: Tensor, by: int, shifted: Tensor) -> Tensor:
+    """`x ^= x >>> by`, with zeros shifted in (torch shifts signed integers arithmetically)."""
+    torch.bitwise_right_shift(x, by, out=shifted)
+    shifted.bitwise_and_((1 << (32 - by)) - 1)
+    return x.bitwise_xor_(shifted)
+
+
+def _signed(word: int) -> int:
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def resolved(probability: float) -> float:
+    """The probability that `keep_mask` really uses: the nearest multiple of 2^-24, and at least that."""
+    return max(1, round(probability * _RESOLUTION)) / _RESOLUTION
+
+
+def keep_mask(
+    key: Key, start: int, probability: float, out: Tensor, scratch: Callable[[int, torch.dtype], Tensor]
+) -> Tensor:
+    """Fill `out` (float, 1-D) with 1 where the element is kept, with this probability, and 0 elsewhere.
+
+    `scratch(place, dtype)` gives temporaries shaped like `out`; places 0 and 1 are used, as int32.
+    """
+    bits = random_bits(key, start, scratch(0, torch.int32), scratch(1, torch.int32))
+    bits.bitwise_right_shift_(8)  # arithmetic: uniform on [-2^23, 2^23)
+    edge = round(resolved(probability) * _RESOLUTION) - _RESOLUTION // 2
+    return out.copy_(bits).neg_().add_(edge).clamp_(0.0, 1.0)  # integers below 2^24: exact in float32

@@ -1,0 +1,123 @@
+"""Drop random entries of task vectors, rescale the rest, merge.
+
+Most of what fine-tuning changes is redundant: entries of a task vector can be dropped at random, and the rest scaled
+up so that its expectation stays, with little loss. Sparse task vectors then overlap less. `dare-linear` adds them up;
+`dare-ties` lets them vote on signs first and adds up those that agree.
+
+Which entries are dropped depends on the seed, the tensor's name, the model's name and the place of the entry, and on
+nothing else: the same on any machine, for any number of workers, and after a resume.
+
+Reference: Yu et al., Language models are super Mario, ICML 2024, https://arxiv.org/abs/2311.03099, section 3.
+Differs from the paper: `density` is the share that is kept (the paper's p is the share dropped); `rescale: l1` restores
+each task vector's L1 norm instead, as mergekit does; draws have a resolution of 2^-24, and the factor matches it.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from mergetool.methods.base import (
+    Field,
+    Finite,
+    Fraction,
+    Params,
+    PerModel,
+    Scheduled,
+    Stats,
+    Survey,
+    TensorGroup,
+    TensorMethod,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Norms:
+    """L1 norm of every task vector, before and after dropping, in float64."""
+
+    def observe(self, group: TensorGroup, p: Params) -> "Tensor":
+        import torch
+
+        whole = torch.stack([torch.abs(d, out=group.scratch(0)).sum(dtype=torch.float64) for d in group.deltas])
+        _drop(group, p)
+        return torch.stack([whole, torch.stack([delta.abs_().sum(dtype=torch.float64) for delta in group.deltas])])
+
+    def conclude(self, total: "Tensor") -> Stats:
+        whole, kept = total.tolist()
+        return {"factor": tuple(w / k if k > 0.0 else 1.0 for w, k in zip(whole, kept, strict=True))}
+
+
+class _Dare(TensorMethod):
+    """What both members of the family share: fields, dropping, rescaling."""
+
+    density: PerModel[Fraction] = Field(0.5, description="share of each task vector that is kept")
+    weight: PerModel[Finite] = Field(1.0, description="weight of each task vector")
+    scale: Scheduled[Finite] = Field(1.0, description="factor on the merged task vector")
+    rescale: Literal["1/p", "l1", "none"] = Field(
+        "1/p", description="after dropping: divide by the share kept, restore the L1 norm, or leave as it is"
+    )
+    normalize: bool = Field(False, strict=True, description="divide by the sum of the weights")
+    needs_base: ClassVar = "required"
+    reach: ClassVar = "element"
+    buffers: ClassVar = 6
+    neutral: ClassVar = {"density": 1.0, "normalize": True}
+
+    def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:
+        return _Norms() if self.rescale == "l1" else None
+
+    def problem(self, p: Params) -> str | None:
+        if self.normalize and sum(p.weight) == 0.0:
+            return f"the weights {p.weight} add up to 0, so they cannot be normalised"
+        return None
+
+    def dropped(self, group: TensorGroup, p: Params, stats: Stats) -> "list[Tensor]":
+        """Every task vector with entries dropped and the rest rescaled."""
+        from mergetool.kernels.rng import resolved
+
+        factors = stats["factor"] if stats else tuple(1.0 / resolved(d) for d in p.density)
+        _drop(group, p)
+        if self.rescale != "none":
+            for delta, factor in zip(group.deltas, factors, strict=True):
+                delta.mul_(factor)
+        return group.deltas
+
+
+class DareLinear(_Dare):
+    """`base + scale * sum(w_i drop(x_i - base))`"""
+
+    method: Literal["dare-linear"] = "dare-linear"
+
+    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+        total = group.scratch(3).zero_()
+        for weight, delta in zip(p.weight, self.dropped(group, p, stats), strict=True):
+            total.add_(delta, alpha=weight)
+        assert group.base is not None
+        return group.base.add_(total, alpha=p.scale / sum(p.weight) if self.normalize else p.scale)
+
+
+class DareTies(_Dare):
+    """`base + scale * sum of the dropped task vectors that agree with the elected sign`"""
+
+    method: Literal["dare-ties"] = "dare-ties"
+    normalize: bool = Field(False, strict=True, description="divide by the weights that agree (mean); false: sum")
+
+    def problem(self, p: Params) -> str | None:
+        return None
+
+    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+        from mergetool.kernels.consensus import agreeing_sum_
+
+        deltas = self.dropped(group, p, stats)
+        merged = agreeing_sum_(deltas, p.weight, normalize=self.normalize, scratch=group.scratch)
+        assert group.base is not None
+        return group.base.add_(merged, alpha=p.scale)
+
+
+def _drop(group: TensorGroup, p: Params) -> None:
+    from mergetool.kernels.rng import keep_mask, stream_key
+
+    for name, delta, density in zip(group.names, group.deltas, p.density, strict=True):
+        if density < 1.0:
+            key = stream_key(group.seed, group.name, name, "dare")
+            delta.mul_(keep_mask(key, group.start, density, group.scratch(2), group.scratch))

@@ -1,0 +1,41 @@
+"""Add task vectors to the base.
+
+A task vector is what fine-tuning changed: `model - base`. The result is the base plus the weighted sum of the task
+vectors, times `scale`. A negative weight removes what a model learnt. The usual range of `scale` is 0.3 to 1; with
+more models, less.
+
+Reference: Ilharco et al., Editing models with task arithmetic, ICLR 2023, https://arxiv.org/abs/2212.04089, section 2.
+Differs from the paper: weights may differ by model, and `normalize` can divide by their sum.
+"""
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from mergetool.methods.base import Field, Finite, Params, PerModel, Scheduled, Stats, TensorGroup, TensorMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TaskArithmetic(TensorMethod):
+    """`base + scale * sum(w_i (x_i - base))`"""
+
+    method: Literal["task-arithmetic"] = "task-arithmetic"
+    weight: PerModel[Finite] = Field(1.0, description="weight of each task vector")
+    scale: Scheduled[Finite] = Field(1.0, description="factor on the sum of task vectors (lambda in the paper)")
+    normalize: bool = Field(False, strict=True, description="divide by the sum of the weights")
+    needs_base: ClassVar = "required"
+    reach: ClassVar = "element"
+    buffers: ClassVar = 1
+
+    def problem(self, p: Params) -> str | None:
+        if self.normalize and sum(p.weight) == 0.0:
+            return f"the weights {p.weight} add up to 0, so they cannot be normalised"
+        return None
+
+    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+        factor = p.scale / sum(p.weight) if self.normalize else p.scale
+        total = group.scratch(0).zero_()
+        for weight, delta in zip(p.weight, group.deltas, strict=True):
+            total.add_(delta, alpha=weight)
+        assert group.base is not None
+        return group.base.add_(total, alpha=factor)

@@ -1,0 +1,109 @@
+"""Trim task vectors, elect a sign for every entry, merge the entries that agree.
+
+Fine-tuned models disturb one another in two ways: many of their changes are tiny and mean nothing, and some changes
+have opposite signs. TIES keeps the largest `density` of each task vector, lets the weighted sum decide the sign of
+every entry, and averages only the values that have it.
+
+Reference: Yadav et al., TIES-Merging, NeurIPS 2023, https://arxiv.org/abs/2306.01708, section 3, algorithm 1.
+Differs from the paper: trimming is per tensor unless `scope: model`, which is the paper's; thresholds are exact, and
+what happens to entries exactly at the threshold is a choice (`boundary`; with 16-bit models they are many). Weights
+act before the vote. An entry whose weighted sum is exactly 0 has no majority and keeps the base's value (the authors'
+code gives it the sign that is most frequent in the whole model).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from mergetool.methods.base import (
+    Field,
+    Finite,
+    Fraction,
+    Params,
+    PerModel,
+    Scheduled,
+    Stats,
+    Survey,
+    TensorGroup,
+    TensorMethod,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergetool.kernels.select import Search
+
+
+@dataclass(frozen=True)
+class _Thresholds:
+    """One counting pass of the search for every model's threshold."""
+
+    searches: "tuple[Search, ...]"
+
+    def observe(self, group: TensorGroup, p: Params) -> "Tensor":
+        import torch
+
+        pairs = zip(self.searches, group.deltas, strict=True)
+        return torch.stack([search.count(delta.abs_()) for search, delta in pairs])
+
+    def conclude(self, total: "Tensor") -> Survey | Stats:
+        from mergetool.kernels.select import Found, Search
+
+        found = [search.narrow(counts) for search, counts in zip(self.searches, total, strict=True)]
+        if unfinished := tuple(f for f in found if isinstance(f, Search)):
+            return _Thresholds(unfinished)
+        ended = [f for f in found if isinstance(f, Found)]
+        return {
+            "threshold": tuple(f.magnitude for f in ended),
+            "share": tuple((search.rank - f.above) / f.equal for search, f in zip(self.searches, ended, strict=True)),
+        }
+
+
+class Ties(TensorMethod):
+    """`base + scale * mean of the trimmed task vectors that agree with the elected sign`"""
+
+    method: Literal["ties"] = "ties"
+    density: PerModel[Fraction] = Field(0.2, description="share of each task vector that is kept")
+    weight: PerModel[Finite] = Field(1.0, description="weight of each task vector, in the vote and in the mean")
+    scale: Scheduled[Finite] = Field(1.0, description="factor on the merged task vector (lambda in the paper)")
+    scope: Literal["tensor", "model"] = Field("tensor", description="what `density` is a share of")
+    boundary: Literal["keep", "drop", "random"] = Field(
+        "keep", description="entries exactly at the threshold: keep all, drop all, or keep the missing share at random"
+    )
+    normalize: bool = Field(True, strict=True, description="divide by the weights that agree (mean); false: sum")
+    needs_base: ClassVar = "required"
+    reach: ClassVar = "element"
+    buffers: ClassVar = 6
+    neutral: ClassVar = {"density": 1.0}
+
+    def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:
+        from mergetool.kernels.select import Search
+
+        if all(density == 1.0 for density in p.density) or num_elements == 0:
+            return None
+        return _Thresholds(tuple(Search.begin(max(1, int(density * num_elements)), bits) for density in p.density))
+
+    def survey_scope(self) -> Literal["tensor", "model"]:
+        return self.scope
+
+    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+        from mergetool.kernels.consensus import agreeing_sum_
+
+        if stats:
+            self._trim(group, stats)
+        merged = agreeing_sum_(group.deltas, p.weight, normalize=self.normalize, scratch=group.scratch)
+        assert group.base is not None
+        return group.base.add_(merged, alpha=p.scale)
+
+    def _trim(self, group: TensorGroup, stats: Stats) -> None:
+        from mergetool.kernels.consensus import keep_largest_
+        from mergetool.kernels.rng import keep_mask, stream_key
+
+        for name, delta, threshold, share in zip(
+            group.names, group.deltas, stats["threshold"], stats["share"], strict=True
+        ):
+            if self.boundary == "random" and 0.0 < share < 1.0:
+                key = stream_key(group.seed, group.name, name, "ties boundary")
+                kept = keep_mask(key, group.start, share, group.scratch(2), group.scratch)
+                kept.masked_fill_(delta.abs() != threshold, 1.0)
+                delta.mul_(kept)
+            keep_largest_(delta, threshold, inclusive=self.boundary != "drop")
