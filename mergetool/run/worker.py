@@ -48,10 +48,10 @@ class Worker:
         """Merge and write elements [start, stop) of a step; returns the method's notes."""
         notes: list[str] = []
         for begin, end in self._slices(step, start, stop):
+            if begin == end:
+                continue
             if step.method is None:
                 self._copy(step, begin, end, notes)
-                continue
-            if begin == end:
                 continue
             group = self._group(step, begin, end)
             group.notes = notes
