@@ -22,8 +22,8 @@ from mergetool.errors import (
 
 if TYPE_CHECKING:
     from mergetool.api import load_recipe, merge_state_dicts, plan, run
+    from mergetool.engine.result import Result
     from mergetool.methods.base import Method
-    from mergetool.run.result import Result
 
 __version__ = "0.1.0"
 
@@ -47,7 +47,7 @@ __all__ = [
 
 _LAZY = {
     "Method": "mergetool.methods.base",
-    "Result": "mergetool.run.result",
+    "Result": "mergetool.engine.result",
     "load_recipe": "mergetool.api",
     "merge_state_dicts": "mergetool.api",
     "plan": "mergetool.api",

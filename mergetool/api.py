@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergetool.plan import Plan, make_plan
+from mergetool.engine import Flags, Progress, Result, run_recipe
+from mergetool.planner import Plan, make_plan
 from mergetool.recipe import Recipe
 from mergetool.recipe import load_recipe as load_recipe
-from mergetool.run import Flags, Progress, Result, run_recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def merge_state_dicts(
     changed; the result holds new tensors with the dtypes of `base` (or of the first model), on the CPU.
     Raises RecipeError or PlanError for inputs that do not fit, MergeError for results that are not finite.
     """
-    from mergetool.run.memory import merge_in_memory
+    from mergetool.engine.memory import merge_in_memory
 
     if not isinstance(models, Mapping):
         models = {f"m{index}": model for index, model in enumerate(models)}

@@ -56,8 +56,8 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Merge models as a recipe says. Resumes by itself after a kill."""
+    from mergetool.engine import Flags, run_recipe
     from mergetool.recipe import load_recipe
-    from mergetool.run import Flags, run_recipe
 
     flags = Flags(output, device, workers, _size(memory), overwrite=overwrite, resume=not no_resume)
     with ProgressBar() as progress:
@@ -87,9 +87,9 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what a run would do, from headers alone: tensors, numbers, bytes, memory."""
-    from mergetool.plan import make_plan
-    from mergetool.plan.estimate import estimate
-    from mergetool.plan.report import describe, summarise
+    from mergetool.planner import make_plan
+    from mergetool.planner.estimate import estimate
+    from mergetool.planner.report import describe, summarise
     from mergetool.recipe import load_recipe
 
     made = make_plan(load_recipe(recipe, settings or ()))
@@ -110,7 +110,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Look at a checkpoint's headers: tensors, dtypes, shards, tied weights, health."""
-    from mergetool.plan.inspect import facts_about
+    from mergetool.planner.inspect import facts_about
 
     facts = facts_about(reference)
     if as_json:
@@ -127,7 +127,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check a result against its lock, and scan its weights for values that are not finite."""
-    from mergetool.run.verify import verify_output
+    from mergetool.engine.verify import verify_output
 
     report = verify_output(path)
     _print(report if as_json else f"{path}: {report['summary']}", as_json=as_json)

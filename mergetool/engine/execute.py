@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from mergetool.engine.claim import Claim
+from mergetool.engine.jobs import Jobs
+from mergetool.engine.provenance import finish
+from mergetool.engine.result import Result
+from mergetool.engine.schedule import Schedule
 from mergetool.errors import MergeError, OutputError
-from mergetool.plan import Plan, make_plan
-from mergetool.plan.estimate import Costs, check_disk, estimate
+from mergetool.planner import Plan, make_plan
+from mergetool.planner.estimate import Costs, check_disk, estimate
 from mergetool.recipe.model import Recipe
-from mergetool.run.claim import Claim
-from mergetool.run.jobs import Jobs
-from mergetool.run.provenance import finish
-from mergetool.run.result import Result
-from mergetool.run.schedule import Schedule
 from mergetool.tensors.writer import SlotWriter
 
 _SYNC_SECONDS = 0.5

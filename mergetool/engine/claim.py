@@ -14,10 +14,10 @@ import shutil
 from pathlib import Path
 
 from mergetool import __version__
+from mergetool.engine.journal import Journal
 from mergetool.errors import OutputError
-from mergetool.plan import Plan
-from mergetool.plan.model import UNIT_ELEMENTS
-from mergetool.run.journal import Journal
+from mergetool.planner import Plan
+from mergetool.planner.model import UNIT_ELEMENTS
 from mergetool.tensors.io import write_error
 from mergetool.tensors.writer import partial_path, sync_folder
 

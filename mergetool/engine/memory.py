@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mergetool.plan import Plan, Step, make_plan
-from mergetool.plan.model import UNIT_ELEMENTS
+from mergetool.engine.worker import Sink, Worker, add_up
+from mergetool.planner import Plan, Step, make_plan
+from mergetool.planner.model import UNIT_ELEMENTS
 from mergetool.recipe.model import Recipe
-from mergetool.run.worker import Sink, Worker, add_up
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.source import MemorySource
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mergetool import __version__
-from mergetool.plan import Plan
-from mergetool.run.claim import LOCK_NAME, Claim
-from mergetool.run.jobs import Record
-from mergetool.run.result import Result
+from mergetool.engine.claim import LOCK_NAME, Claim
+from mergetool.engine.jobs import Record
+from mergetool.engine.result import Result
+from mergetool.planner import Plan
 from mergetool.tensors.io import sha256_file, write_error
 from mergetool.tensors.side_files import CONFIG_NAME, carried_files, read_config
 from mergetool.tensors.source import INDEX_NAME

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from mergetool.engine.claim import LOCK_NAME
 from mergetool.errors import SourceError
-from mergetool.run.claim import LOCK_NAME
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.io import bytes_of, sha256_file
 from mergetool.tensors.source import ModelSource, open_model

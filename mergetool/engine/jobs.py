@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mergetool.engine.journal import Journal
+from mergetool.engine.schedule import Job, Schedule
 from mergetool.errors import PlanError, SourceError
 from mergetool.methods.base import Stats
-from mergetool.plan import Plan, Step
-from mergetool.plan.estimate import available_memory, step_memory
-from mergetool.plan.model import UNIT_ELEMENTS
-from mergetool.run.journal import Journal
-from mergetool.run.schedule import Job, Schedule
+from mergetool.planner import Plan, Step
+from mergetool.planner.estimate import available_memory, step_memory
+from mergetool.planner.model import UNIT_ELEMENTS
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.source import FileStamp
 from mergetool.tensors.writer import SlotWriter
@@ -27,7 +27,7 @@ from mergetool.tensors.writer import SlotWriter
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergetool.run.worker import Worker
+    from mergetool.engine.worker import Worker
 
 _WHOLE_MODEL = "model"
 
@@ -168,7 +168,7 @@ class Jobs:
         scope.waiting -= 1
         if scope.waiting:
             return
-        from mergetool.run.worker import add_up
+        from mergetool.engine.worker import add_up
 
         conclusion = scope.survey.conclude(add_up(counts for counts in scope.partial if counts is not None))
         if isinstance(conclusion, Mapping):
@@ -229,7 +229,7 @@ class Jobs:
         if not hasattr(self._local, "worker"):
             import torch
 
-            from mergetool.run.worker import Worker
+            from mergetool.engine.worker import Worker
 
             self._local.worker = Worker(self._plan, self._writer, torch.device(self._device))
         worker: Worker = self._local.worker

@@ -13,7 +13,7 @@ from pathlib import Path
 from mergetool.arch.depth import structural_depths
 from mergetool.errors import PlanError, at
 from mergetool.methods.base import Method, TensorMethod
-from mergetool.plan.model import BASE, Plan, Shard, Step
+from mergetool.planner.model import BASE, Plan, Shard, Step
 from mergetool.recipe.model import Override, Recipe
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
 from mergetool.tensors.header import TensorSpec, lay_out

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergetool.errors import OutputError, PlanError
-from mergetool.plan.model import SLICE_ELEMENTS, Plan, Step
+from mergetool.planner.model import SLICE_ELEMENTS, Plan, Step
 
 RUNTIME_BYTES = 300_000_000
 """Python and torch themselves, measured on Linux with a CPU build of torch."""

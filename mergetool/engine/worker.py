@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergetool.errors import MergeError, at
 from mergetool.methods.base import Stats, Survey, TensorGroup
-from mergetool.plan.model import BASE, SLICE_ELEMENTS, Plan, Step
+from mergetool.planner.model import BASE, SLICE_ELEMENTS, Plan, Step
 from mergetool.tensors.dtypes import DType, torch_dtype
 from mergetool.tensors.io import bytes_of
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mergetool.plan.estimate import Costs
-from mergetool.plan.model import Plan, Step
+from mergetool.planner.estimate import Costs
+from mergetool.planner.model import Plan, Step
 
 
 def describe(plan: Plan, costs: Costs) -> dict[str, Any]:
