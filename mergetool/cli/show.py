@@ -114,7 +114,8 @@ class ProgressBar:
         bar = ("=" * round(share * self._WIDTH)).ljust(self._WIDTH)
         rate = self._done / max(now - self._began, 1e-6)
         left = (self._total - self._done) / rate if rate else 0.0
-        text = f"{self._label} [{bar}] {self._done / 1e9:.2f}/{self._total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {left:.0f} s"
+        amount = f"{self._done / 1e9:.2f}/{self._total / 1e9:.2f} GB"
+        text = f"{self._label} [{bar}] {amount}, {rate / 1e9:.2f} GB/s, {left:.0f} s left"
         self._stream.write(f"\r\033[K{text}")
         self._stream.flush()
 
