@@ -39,7 +39,7 @@ class Claim:
             raise write_error(error, str(self.partial)) from error
         self.finished = resume and self._is_finished()
         self.journal = Journal(self.partial, self.key, resume=resume)
-        if not self.finished and not self.journal.resumed:
+        if not self.finished and not self.journal.found:
             self._clear()
 
     def _check(self, plan: Plan) -> None:

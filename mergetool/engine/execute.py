@@ -118,6 +118,7 @@ def _work(
         thread.start()
     try:
         with jobs.torch_ready(flags.device, costs.workers):
+            jobs.fit(claim.partial)
             jobs.queue_all()
             schedule.close()
             for thread in threads[:-1]:

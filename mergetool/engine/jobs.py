@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mergetool.engine.journal import Journal
@@ -37,6 +38,7 @@ class Teller(Protocol):
 
     def start(self, total_bytes: int, label: str) -> None: ...
     def advance(self, num_bytes: int) -> None: ...
+    def say(self, text: str) -> None: ...
 
 
 @dataclass
@@ -106,6 +108,12 @@ class Jobs:
             yield
         finally:
             torch.set_num_threads(threads)
+
+    def fit(self, folder: Path) -> None:
+        """For a method that looks at the whole models first: do so (or take up what a killed run left)."""
+        from mergetool.engine.fitting import fit
+
+        self._plan = fit(self._plan, folder, self._teller.say)
 
     def queue_all(self) -> None:
         """Queue everything that is still to do, in plan order."""

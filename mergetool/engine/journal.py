@@ -47,6 +47,8 @@ class Journal:
         self.done = Done()
         for line in lines[1:]:
             _apply(self.done, json.loads(line))
+        self.found = bool(lines)
+        """Whether there was a journal of this very plan."""
         self.resumed = bool(self.done.units)
         self._num_records = len(lines)
         os.ftruncate(self._fd, sum(len(line) + 1 for line in lines))

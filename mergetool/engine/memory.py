@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mergetool.engine.fitting import fit
 from mergetool.engine.worker import Sink, Worker, add_up
 from mergetool.planner import Plan, Step, make_plan
 from mergetool.planner.model import UNIT_ELEMENTS
@@ -29,6 +30,7 @@ class _MemorySink(Sink):
 def merge_in_memory(recipe: Recipe, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Merge state dicts by name (the base under "base"). Surveys, methods and checks are those of a run."""
     plan = make_plan(recipe, sources={name: MemorySource(state, name) for name, state in tensors.items()})
+    plan = fit(plan, None, lambda _: None)
     sink = _MemorySink(plan)
     worker = Worker(plan, sink, torch.device("cpu"))
     shared = _survey(plan, worker, [step for step in plan.steps if step.surveyed_together])

@@ -14,6 +14,7 @@ from typing import Any
 from mergetool import __version__
 from mergetool.engine.claim import LOCK_NAME, Claim
 from mergetool.engine.jobs import Record
+from mergetool.engine.journal import JOURNAL_NAME
 from mergetool.engine.result import Result
 from mergetool.planner import Plan
 from mergetool.tensors.io import sha256_file, write_error
@@ -26,7 +27,7 @@ def finish(plan: Plan, claim: Claim, record: Record, seconds: float) -> Result:
     """Write everything but the weights into the partial folder; the lock comes last."""
     folder = claim.partial
     _write_index(plan, folder)
-    others = _carry_files(plan, folder)
+    _carry_files(plan, folder)
     notes = dict(Counter(note for texts in record.notes.values() for note in texts).most_common())
     result = Result(
         path=claim.output,
@@ -41,7 +42,9 @@ def finish(plan: Plan, claim: Claim, record: Record, seconds: float) -> Result:
     )
     write_file(folder / "README.md", _card(plan))
     lock = _lock(plan, claim.key, record, result)
-    lock["output"]["files"] |= {name: sha256_file(folder / name) for name in (*others, "README.md")}
+    weights = {*lock["output"]["files"], JOURNAL_NAME}
+    others = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in weights)
+    lock["output"]["files"] |= {name: sha256_file(folder / name) for name in others}
     write_file(folder / LOCK_NAME, json.dumps(lock, indent=2, ensure_ascii=False) + "\n")
     return result
 
@@ -55,25 +58,19 @@ def _write_index(plan: Plan, folder: Path) -> None:
     write_file(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
 
-def _carry_files(plan: Plan, folder: Path) -> list[str]:
-    """config.json with its true dtype, tokenizer and generation files. Returns their names."""
-    written = []
-    if len(plan.shards) > 1:
-        written.append(INDEX_NAME)
+def _carry_files(plan: Plan, folder: Path) -> None:
+    """config.json with its true dtype, tokenizer and generation files."""
     config = read_config(plan.sources[plan.donor].folder)
     if config:
         key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
         config[key] = _main_dtype(plan) or config.get(key)
         write_file(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        written.append(CONFIG_NAME)
     tokenizer = plan.recipe.tokenizer
     for path in carried_files(plan.sources[tokenizer.source if tokenizer else plan.donor].folder):
         try:
             shutil.copyfile(path, folder / path.name)
         except OSError as error:
             raise write_error(error, str(folder / path.name)) from error
-        written.append(path.name)
-    return written
 
 
 def _main_dtype(plan: Plan) -> str | None:

@@ -14,6 +14,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Field",
     "Finite",
+    "Fitted",
     "FittedMethod",
     "Fraction",
     "Gradient",
     "Method",
+    "Models",
     "Params",
     "PerModel",
     "Positive",
@@ -194,8 +197,57 @@ class TensorMethod(Method):
         """The merged slice: same shape, dtype and device as `group.models[0]`. It may be one of their buffers."""
 
 
+class Models(Protocol):
+    """The whole models, as `FittedMethod.fit` sees them: any tensor of any model, whenever it is wanted."""
+
+    names: tuple[str, ...]
+    """Models in the recipe's order; the base, if there is one, under "base" and last."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Every floating-point tensor that all models hold, by name, in file order."""
+    config: Mapping[str, Any]
+    """config.json of the first model, or empty."""
+    architecture: str | None
+    """The recipe's `architecture`: a family, a spec file (absolute path), or None."""
+
+    def read(self, model: str, name: str) -> "Tensor":
+        """One tensor, whole, in compute dtype, on the CPU; a fresh copy."""
+        ...
+
+    def path(self, text: str) -> Path:
+        """A path written in the recipe, made absolute."""
+        ...
+
+    def say(self, text: str) -> None:
+        """A line of progress for people."""
+        ...
+
+
+class Fitted(Protocol):
+    """What a fit found out: small, savable, and able to show every model's tensors in the common space."""
+
+    def apply(self, model: str, name: str, tensor: "Tensor") -> "Tensor":
+        """Tensor `name` of `model`, moved to the common space: same shape and dtype."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the artefact and the report beside the merged weights. A killed run loads it instead of fitting again."""
+        ...
+
+
 class FittedMethod(Method):
-    """A method that sees the whole models first (`fit`), then each tensor."""
+    """A method that sees the whole models first (`fit`); then its inner method merges what the fit made of them."""
+
+    @abstractmethod
+    def inner(self) -> TensorMethod:
+        """The method that merges the fitted tensors."""
+
+    @abstractmethod
+    def fit(self, models: Models) -> Fitted:
+        """Look at the whole models. Raises PlanError or MergeError."""
+
+    @abstractmethod
+    def load(self, models: Models, folder: Path) -> Fitted | None:
+        """The fit that `save` wrote into this folder, or None where there is none."""
 
 
 def all_methods() -> dict[str, type[Method]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mergetool.arch.depth import structural_depths
 from mergetool.errors import PlanError, at
-from mergetool.methods.base import Method, TensorMethod
+from mergetool.methods.base import FittedMethod, Method, TensorMethod
 from mergetool.planner.model import BASE, Plan, Shard, Step
 from mergetool.recipe.model import Override, Recipe
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
@@ -70,9 +70,9 @@ class _Draft:
         self.warnings: list[str] = []
         self.uses_base = BASE in sources
         self.matched = [False] * len(recipe.overrides)
-        assert isinstance(recipe.method, TensorMethod)
-        self.method: TensorMethod = recipe.method
-        self.overridden = [_overridden(self.method, override) for override in recipe.overrides]
+        self.fitted = isinstance(recipe.method, FittedMethod)
+        self.method = _tensor_method(recipe.method)
+        self.overridden = [_tensor_method(_overridden(recipe.method, override)) for override in recipe.overrides]
 
     def steps(self) -> list[Step]:
         names = self._names()
@@ -161,7 +161,7 @@ class _Draft:
             raise PlanError(problem, f"{method.method_name()}: {name}", "change the numbers for this tensor")
         uses_base = self.uses_base and method.needs_base != "unused"
         written = TensorSpec(name, self._dtype_out(spec.dtype), spec.shape)
-        return Step(0, written, 0, leader, depth, method, params, tuple(models), sources, uses_base)
+        return Step(0, written, 0, leader, depth, method, params, tuple(models), sources, uses_base, self.fitted)
 
     def _copy(self, name: str, donor: str, depth: float) -> Step:
         spec = self.sources[donor].specs.get(name)
@@ -200,10 +200,15 @@ def _label(model: str) -> str:
     return "the base" if model == BASE else f"model {model!r}"
 
 
-def _overridden(method: Method, override: Override) -> TensorMethod:
-    changed = method.model_copy(update=override.settings())
-    assert isinstance(changed, TensorMethod)
-    return changed
+def _overridden(method: Method, override: Override) -> Method:
+    return method.model_copy(update=override.settings())
+
+
+def _tensor_method(method: Method) -> TensorMethod:
+    """The method that merges tensors: the method itself, or the inner method of a fitted one."""
+    found = method.inner() if isinstance(method, FittedMethod) else method
+    assert isinstance(found, TensorMethod)
+    return found
 
 
 def _shards(steps: Sequence[Step], limit: int) -> list[Shard]:

@@ -33,7 +33,8 @@ def step_memory(plan: Plan, step: Step) -> int:
     held = min(step.row, max(1, step.spec.num_elements))
     if step.method is None or held <= SLICE_ELEMENTS:
         return 0
-    return held * plan.compute_bits // 8 * (len(step.reads) + step.method.buffers + 1)
+    copies = len(step.reads) * (2 if step.whole else 1) + step.method.buffers + 1
+    return held * plan.compute_bits // 8 * copies
 
 
 def estimate(plan: Plan, *, workers: int | None, memory: int | None) -> Costs:

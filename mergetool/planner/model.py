@@ -38,6 +38,8 @@ class Step:
     """Whose tensor stands in for each of `models` (the base's for a missing one under `missing: base`)."""
     base: bool = False
     """Whether the method sees the base."""
+    whole: bool = False
+    """Whether the tensor must be held whole whatever the method's reach (a fitted method moves its entries)."""
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -56,6 +58,8 @@ class Step:
     @property
     def row(self) -> int:
         """Elements that may not be torn apart: one row, one element, or the whole tensor."""
+        if self.whole:
+            return max(1, self.spec.num_elements)
         if self.method is None or self.method.reach == "element":
             return 1
         if self.method.reach == "row" and len(self.spec.shape) > 1:

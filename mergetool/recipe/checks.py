@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergetool.errors import RecipeError
-from mergetool.methods.base import Gradient, Method
+from mergetool.methods.base import FittedMethod, Gradient, Method
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.model import Check, ModelReference, Override, Tokenizer
 from mergetool.recipe.render import suggestion
@@ -25,6 +25,9 @@ def cross_checks(
     if models is not None:
         yield from _check_names(document, models)
         if kind is not None:
+            if "architecture" in document.data and not issubclass(kind, FittedMethod):
+                what = f"{kind.method_name()} does not look at the architecture, so this would have no effect"
+                yield document.error(("architecture",), what, "remove `architecture`")
             yield from _check_method(document, models, kind, has_base)
             yield from _check_overrides(document, models, kind, overrides, has_base)
         if method is not None:

@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError, create_model
 
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
-from mergetool.methods.base import Method
+from mergetool.methods.base import FittedMethod, Method
 from mergetool.recipe.checks import cross_checks
 from mergetool.recipe.document import Document, parse_value, read_document
 from mergetool.recipe.mergekit import convert, is_mergekit
@@ -25,6 +25,7 @@ SECTIONS: dict[str, Any] = {
     "version": Literal[1],
     "base": Reference,
     "models": _Models,
+    "architecture": Annotated[str, Field(min_length=1, strict=True)],
     "compute": Compute,
     "check": Check,
     "tokenizer": Tokenizer,
@@ -115,6 +116,7 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
     return Recipe(
         base=sections.get("base"),
         models=sections["models"],
+        architecture=sections.get("architecture"),
         method=method,
         overrides=overrides,
         compute=sections.get("compute", Compute()),
@@ -168,10 +170,10 @@ def _method_class(document: Document, data: dict[str, Any], problems: list[Recip
 
 @cache
 def override_class(method: type[Method]) -> type[Override]:
-    """The override model of a method: a glob, `use`, and any of the method's own fields."""
+    """The override model of a method: a glob, `use`, and the method's own fields (a fit has none that vary by tensor)."""
     fields: dict[str, Any] = {
         key: (info.rebuild_annotation(), Field(None, description=info.description))
         for key, info in method.model_fields.items()
-        if key != "method"
+        if key != "method" and not issubclass(method, FittedMethod)
     }
     return create_model(f"{method.__name__}Override", __base__=Override, **fields)

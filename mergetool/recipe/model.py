@@ -104,6 +104,8 @@ class Recipe:
 
     base: ModelReference | None
     models: Mapping[str, ModelReference]
+    architecture: str | None
+    """A family, a spec file, or None: as config.json and the tensors' names tell."""
     method: Method
     overrides: tuple[Override, ...]
     compute: Compute
