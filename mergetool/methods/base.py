@@ -230,7 +230,7 @@ class Fitted(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write the artefact and the report beside the merged weights. A killed run loads it instead of fitting again."""
+        """Write artefact and report beside the merged weights. A killed run loads them instead of fitting again."""
         ...
 
 

@@ -170,7 +170,7 @@ def _method_class(document: Document, data: dict[str, Any], problems: list[Recip
 
 @cache
 def override_class(method: type[Method]) -> type[Override]:
-    """The override model of a method: a glob, `use`, and the method's own fields (a fit has none that vary by tensor)."""
+    """The override model of a method: a glob, `use`, and the method's own fields (those of a fit do not vary)."""
     fields: dict[str, Any] = {
         key: (info.rebuild_annotation(), Field(None, description=info.description))
         for key, info in method.model_fields.items()
