@@ -42,7 +42,7 @@ class Worker:
     def survey(self, step: Step, start: int, stop: int, survey: Survey) -> Tensor:
         """Summed counts of a survey over elements [start, stop) of a step."""
         slices = self._slices(step, start, stop)
-        return add_up([survey.observe(self._group(step, begin, end), step.params) for begin, end in slices])
+        return add_up(survey.observe(self._group(step, begin, end), step.params) for begin, end in slices)
 
     def merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[str]:
         """Merge and write elements [start, stop) of a step; returns the method's notes."""
@@ -176,10 +176,11 @@ class Worker:
 
 def add_up(counts: Iterable[Tensor]) -> Tensor:
     """The sum of partial counts, always in the order given, so that sums of floats come out the same every time."""
-    first, *rest = counts
-    for other in rest:
-        first = first.add_(other)
-    return first
+    waiting = iter(counts)
+    total = next(waiting)
+    for other in waiting:
+        total.add_(other)
+    return total
 
 
 def _within(values: Tensor, dtype: DType) -> bool:
