@@ -1,0 +1,96 @@
+"""Fitted methods in the engine: fit once, keep the result beside the output, and read every model through it."""
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergetool.methods.base import Fitted, FittedMethod
+from mergetool.planner import Plan
+from mergetool.planner.model import BASE
+from mergetool.tensors.dtypes import torch_dtype
+from mergetool.tensors.header import TensorSpec
+from mergetool.tensors.io import bytes_of
+from mergetool.tensors.side_files import read_config
+from mergetool.tensors.source import FileStamp, ModelSource
+
+
+class WholeModels:
+    """The opened models of a plan, tensor by tensor."""
+
+    def __init__(self, plan: Plan, say: Callable[[str], None]) -> None:
+        self._plan = plan
+        self.say = say
+        recipe = plan.recipe
+        self.names = (*recipe.models, *((BASE,) if BASE in plan.sources else ()))
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            step.spec.name: step.spec.shape for step in plan.steps if step.method is not None
+        }
+        self.config: Mapping[str, Any] = read_config(plan.sources[plan.donor].folder)
+        self.architecture = recipe.architecture
+        if self.architecture is not None and recipe.path_of(self.architecture).is_file():
+            self.architecture = str(recipe.path_of(self.architecture))
+
+    def read(self, model: str, name: str) -> Tensor:
+        tensor = _read_stored(self._plan.sources[model], name)
+        return tensor.to(torch.float64 if self._plan.compute_bits == 64 else torch.float32, copy=True)
+
+    def path(self, text: str) -> Path:
+        return self._plan.recipe.path_of(text)
+
+
+def _read_stored(source: ModelSource, name: str) -> Tensor:
+    spec = source.specs[name]
+    tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+    source.read_bytes(name, 0, bytes_of(tensor.reshape(-1)))
+    return tensor
+
+
+class FittedSource(ModelSource):
+    """A model seen through a fit: the same names and shapes, entries moved to the common space."""
+
+    def __init__(self, source: ModelSource, fitted: Fitted, model: str) -> None:
+        self._source = source
+        self._fitted = fitted
+        self._model = model
+        self._last = threading.local()
+        self.folder = source.folder
+        self.specs: Mapping[str, TensorSpec] = source.specs
+
+    @property
+    def files(self) -> tuple[FileStamp, ...]:
+        return self._source.files
+
+    def position(self, name: str) -> tuple[int, int]:
+        return self._source.position(name)
+
+    def read_bytes(self, name: str, begin: int, buffer: memoryview) -> None:
+        if getattr(self._last, "name", None) != name:  # one tensor is read in several slices, one after the other
+            tensor = self._fitted.apply(self._model, name, _read_stored(self._source, name))
+            self._last.name, self._last.data = name, bytes_of(tensor.contiguous().reshape(-1))
+        buffer[:] = self._last.data[begin : begin + len(buffer)]
+
+    def will_need(self, name: str, begin: int, length: int) -> None:
+        self._source.will_need(name, begin, length)
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def fit(plan: Plan, folder: Path | None, say: Callable[[str], None]) -> Plan:
+    """The plan with every model seen through its fit. `folder` keeps the fit, and may hold that of a killed run."""
+    method = plan.recipe.method
+    if not isinstance(method, FittedMethod):
+        return plan
+    models = WholeModels(plan, say)
+    fitted = method.load(models, folder) if folder is not None else None
+    if fitted is None:
+        fitted = method.fit(models)
+        if folder is not None:
+            fitted.save(folder)
+    sources = {name: FittedSource(source, fitted, name) for name, source in plan.sources.items()}
+    return replace(plan, sources=sources)
