@@ -62,6 +62,10 @@ class _Dare(TensorMethod):
     reach: ClassVar = "element"
     buffers: ClassVar = 6
     neutral: ClassVar = {"density": 1.0, "normalize": True}
+    exempt: ClassVar = {
+        "seed-free": "draws which entries are kept",
+        "tied": "draws are keyed by the tensor's name, so two stored copies of a tensor get two draws",
+    }
 
     def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:
         return _Norms() if self.rescale == "l1" else None

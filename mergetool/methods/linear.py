@@ -25,6 +25,7 @@ class Linear(TensorMethod):
     needs_base: ClassVar = "unused"
     reach: ClassVar = "element"
     buffers: ClassVar = 0
+    neutral: ClassVar = {"normalize": True}
 
     def problem(self, p: Params) -> str | None:
         if (self.normalize and abs(sum(p.weight)) < 1e-12 * sum(map(abs, p.weight))) or not any(p.weight):

@@ -26,6 +26,7 @@ class TaskArithmetic(TensorMethod):
     needs_base: ClassVar = "required"
     reach: ClassVar = "element"
     buffers: ClassVar = 1
+    neutral: ClassVar = {"normalize": True}
 
     def problem(self, p: Params) -> str | None:
         if self.normalize and sum(p.weight) == 0.0:

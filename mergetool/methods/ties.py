@@ -73,7 +73,12 @@ class Ties(TensorMethod):
     needs_base: ClassVar = "required"
     reach: ClassVar = "element"
     buffers: ClassVar = 6
-    neutral: ClassVar = {"density": 1.0}
+    neutral: ClassVar = {"density": 1.0, "normalize": True}
+    exempt: ClassVar = {
+        "independent scope=model": "one threshold for all tensors together depends on all of them",
+        "seed-free boundary=random": "draws which of the entries at the threshold are kept",
+        "tied boundary=random": "draws are keyed by the tensor's name, so two stored copies of a tensor get two draws",
+    }
 
     def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:
         from mergetool.kernels.select import Search

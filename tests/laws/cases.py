@@ -1,0 +1,107 @@
+"""What the laws are tried on: every registered method with its defaults, and once more for each choice of an option.
+
+A law is a test whose parameter is one such case. Cases come from the registry and from the fields of the classes, so a
+new method or option is under the laws without anything being written here. What a method does not obey, it says itself:
+
+    exempt: ClassVar = {"order": "t counts from the first model to the second"}          under all its options
+    exempt: ClassVar = {"independent scope=model": "the threshold is the whole model's"}  under this one
+
+An exempt method must really break the law (a strict xfail): an exemption that is not needed is an error.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+import mergetool
+from mergetool.methods import registry
+from mergetool.methods.base import Method, TensorMethod
+
+LAWS: dict[str, str] = {}
+"""Every law by name, with its claim."""
+
+_VALUES = (0.5, 0.25, 1.0)
+"""For settings that differ by model: sums and products stay exact, and all lie in (0, 1]."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method under some settings."""
+
+    kind: type[Method]
+    option: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        return str(self.kind.method_name())
+
+    @property
+    def has_base(self) -> bool:
+        return self.kind.needs_base != "unused"
+
+    @property
+    def names(self) -> str:
+        """Models that a merge takes, a letter each: three, if the method can."""
+        return "abc"[: self.kind.max_models or 3]
+
+    def with_settings(self, **more: Any) -> "Case":
+        return Case(self.kind, self.option, {**self.settings, **more})
+
+    def neutral(self) -> "Case":
+        return self.with_settings(**self.kind.neutral)
+
+    def uneven(self) -> "Case":
+        """With other numbers than the defaults, and another one for every model wherever that is possible."""
+        each = dict(zip(self.names, _VALUES, strict=False))
+        return self.with_settings(**{k: each if knob.per_model else 0.75 for k, knob in self.kind.knobs().items()})
+
+    def section(self) -> dict[str, Any]:
+        """The `merge` section of a recipe."""
+        return {"method": self.method, **self.settings}
+
+    def merge(self, base, models, **compute):
+        """Merge state dicts (`seed` and `dtype` go to the computation)."""
+        return mergetool.merge_state_dicts(self.section(), models, base if self.has_base else None, **compute)
+
+
+def choices(kind: type[Method]) -> Iterator[tuple[str, Any]]:
+    """(field, value) for every choice of an option other than its default."""
+    for key, info in kind.model_fields.items():
+        values = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+        if info.annotation is bool:
+            values = (False, True)
+        yield from ((key, value) for value in values if key != "method" and value != info.default)
+
+
+def cases(kind: type[Method]) -> Iterator[Case]:
+    """The defaults, then one case for every other choice."""
+    yield Case(kind)
+    for key, value in choices(kind):
+        yield Case(kind, f"{key}={value if isinstance(value, str) else json.dumps(value)}", {key: value})
+
+
+def tensor_cases() -> Iterator[Case]:
+    """Cases of all methods that see each tensor once."""
+    for kind in registry().values():
+        if issubclass(kind, TensorMethod):
+            yield from cases(kind)
+
+
+def law(name: str, applies: Callable[[Case], bool] = lambda case: True):
+    """Make a test a law: parametrised over all cases to which it applies; its docstring is its claim."""
+
+    def decorate(test):
+        LAWS[name] = " ".join(test.__doc__.split())
+        return pytest.mark.parametrize("case", [_param(name, case) for case in tensor_cases() if applies(case)])(test)
+
+    return decorate
+
+
+def _param(name: str, case: Case):
+    reason = case.kind.exempt.get(name) or case.kind.exempt.get(f"{name} {case.option}")
+    marks = [pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError)] if reason else []
+    return pytest.param(case, id=f"{case.method} {case.option}".strip(), marks=marks)

@@ -1,0 +1,83 @@
+"""Every method explains itself, and comes with a recipe that runs."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import mergetool
+from mergetool.cli.app import app
+from mergetool.methods import registry
+from mergetool.recipe.reference import method_facts
+from tests.toys import INTEGERS, read, toy_models, write
+
+METHODS = sorted(registry())
+RECIPES = Path(__file__).parents[2] / "recipes"
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+@every_method
+def test_the_documentation_says_what_it_does_where_it_is_from_and_where_it_differs(name):
+    first, blank, *rest = registry()[name].documentation().splitlines()
+    assert first.endswith(".")
+    assert blank == ""
+    assert any(line.startswith("Reference: ") for line in rest)
+    assert any(line.startswith("Differs from the paper: ") for line in rest)
+
+
+@every_method
+def test_every_field_is_described(name):
+    (facts,) = method_facts(name)
+    for field in facts["fields"]:
+        assert len(field["help"]) > 10, field["name"]
+        assert field["type"], field["name"]
+
+
+@every_method
+def test_the_command_line_prints_the_documentation_and_all_fields(name):
+    shown = CliRunner().invoke(app, ["methods", name])
+    assert shown.exit_code == 0
+    assert registry()[name].documentation() in shown.stdout
+    for field in method_facts(name)[0]["fields"]:
+        assert field["name"] in shown.stdout
+        assert field["help"] in shown.stdout
+
+
+def test_the_command_line_lists_every_method():
+    shown = CliRunner().invoke(app, ["methods"])
+    assert [line.split()[0] for line in shown.stdout.splitlines()[1:]] == METHODS
+
+
+@every_method
+def test_its_recipe_opens_with_the_command_that_runs_it_and_with_what_it_is_for(name):
+    opening = (RECIPES / f"{name}.yaml").read_text().splitlines()[:3]
+    assert opening[0] == f"# mergetool run recipes/{name}.yaml"
+    assert opening[1] == "#"
+    assert len(opening[2]) > 40
+
+
+@every_method
+def test_its_recipe_runs_from_end_to_end(name, tmp_path):
+    document = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    assert document["merge"]["method"] == name
+    assert document["output"]["path"] == f"./out/{name}"
+    base, models = toy_models(document["models"], exact=False)
+    states = {key: state | INTEGERS for key, state in {"base": base, **models}.items()}
+    paths = {key: str(path) for key, path in write(tmp_path / "models", states).items()}
+    document["models"] = {key: paths[key] for key in document["models"]}
+    if "base" in document:
+        document["base"] = paths["base"]
+    recipe = tmp_path / f"{name}.yaml"
+    recipe.write_text(yaml.safe_dump(document, sort_keys=False))
+    result = mergetool.run(recipe)
+    assert result.path == tmp_path / "out" / name
+    assert result.warnings == ()
+    assert read(result.path).keys() == states["base"].keys()
+
+
+def test_every_recipe_here_is_valid():
+    paths = sorted(RECIPES.rglob("*.yaml"))
+    assert {path.stem for path in paths} >= set(METHODS)
+    for path in paths:
+        mergetool.load_recipe(path)

@@ -1,0 +1,117 @@
+"""Toy models for tests: shaped like a small transformer plus every odd tensor, drawn without torch's random numbers.
+
+Values come from raw words of PCG64, which numpy promises never to change. `exact` toys lie on a coarse binary grid:
+differences, doublings and short sums of them are exact in float32, and many magnitudes are equal (as with 16-bit
+models).
+"""
+
+import hashlib
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+SHAPES = {
+    "model.embed_tokens.weight": (11, 6),
+    "model.layers.0.self_attn.q_proj.weight": (6, 6),
+    "model.layers.0.mlp.up_proj.weight": (9, 6),
+    "model.layers.0.mlp.up_proj.bias": (9,),
+    "model.layers.0.input_layernorm.weight": (6,),
+    "model.layers.1.self_attn.q_proj.weight": (6, 6),
+    "model.layers.1.mlp.up_proj.weight": (9, 6),
+    "model.layers.1.mlp.up_proj.bias": (9,),
+    "model.layers.1.input_layernorm.weight": (6,),
+    "vision.patch_embed.weight": (4, 3, 2, 2),
+    "vision.cls_token": (1, 1, 6),
+    "logit_scale": (),
+    "adapter.empty.weight": (0, 6),
+    "lm_head.weight": (11, 6),
+}
+INTEGERS = {"position_ids": torch.arange(8).reshape(1, 8), "causal": torch.tensor([True, False, True])}
+
+
+def words(count: int, *names: object) -> np.ndarray:
+    """Random 64-bit words that depend on nothing but the names."""
+    digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
+    return np.asarray(np.random.PCG64(int.from_bytes(digest[:8], "little")).random_raw(count), dtype=np.uint64)
+
+
+def uniform(shape: tuple[int, ...], *names: object) -> torch.Tensor:
+    """Float32 numbers on [-1, 1), multiples of 2^-23."""
+    drawn = (words(prod(shape), *names) >> np.uint64(40)).astype(np.float64) / 2**23 - 1.0
+    return torch.from_numpy(drawn.astype(np.float32)).reshape(shape)
+
+
+def whole(shape: tuple[int, ...], largest: int, *names: object) -> torch.Tensor:
+    """Float32 whole numbers on [-largest, largest]."""
+    drawn = (words(prod(shape), *names) % np.uint64(2 * largest + 1)).astype(np.float64) - largest
+    return torch.from_numpy(drawn.astype(np.float32)).reshape(shape)
+
+
+def toy_base(seed=0, *, exact=True, shapes=SHAPES):
+    """A base model: multiples of 1/64 if `exact`, else any float32 numbers."""
+    if exact:
+        return {name: whole(shape, 128, seed, "base", name) / 64 for name, shape in shapes.items()}
+    return {name: uniform(shape, seed, "base", name) for name, shape in shapes.items()}
+
+
+def toy_deltas(model, seed=0, *, exact=True, shapes=SHAPES):
+    """A task vector a few percent the size of the base; multiples of 1/256 if `exact`, one in 41 of them zero."""
+    if exact:
+        return {name: whole(shape, 20, seed, model, name) / 256 for name, shape in shapes.items()}
+    return {name: uniform(shape, seed, model, name) / 16 for name, shape in shapes.items()}
+
+
+def toy_models(names="abc", seed=0, *, exact=True, shapes=SHAPES):
+    """(base, models by name): the base plus a task vector each."""
+    base = toy_base(seed, exact=exact, shapes=shapes)
+    return base, {name: plus(base, toy_deltas(name, seed, exact=exact, shapes=shapes)) for name in names}
+
+
+def plus(state, other, factor=1.0):
+    """`state + factor * other`, tensor by tensor."""
+    return {name: value + factor * other[name] for name, value in state.items()}
+
+
+def minus(state, other):
+    """`state - other`, tensor by tensor."""
+    return plus(state, other, -1.0)
+
+
+def times(state, factor):
+    """`factor * state`, tensor by tensor."""
+    return {name: value * factor for name, value in state.items()}
+
+
+def write(folder: Path, states) -> dict[str, Path]:
+    """Save state dicts as model folders; the paths by name."""
+    paths = {name: folder / name for name in states}
+    for name, state in states.items():
+        paths[name].mkdir(parents=True)
+        save_file({key: value.contiguous() for key, value in state.items()}, paths[name] / "model.safetensors")
+    return paths
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a merged checkpoint, whatever its shards."""
+    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+def assert_same_bytes(found, expected):
+    """Same names, dtypes, shapes and bits."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert found[name].shape == value.shape, name
+        assert found[name].reshape(-1).view(torch.uint8).equal(value.reshape(-1).view(torch.uint8)), name
+
+
+def assert_near(found, expected, tolerance=1e-5):
+    """Same names and shapes, and values that differ by at most `tolerance`."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name].double(), value.double(), rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
