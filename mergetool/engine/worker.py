@@ -42,7 +42,7 @@ class Worker:
     def survey(self, step: Step, start: int, stop: int, survey: Survey) -> Tensor:
         """Summed counts of a survey over elements [start, stop) of a step."""
         slices = self._slices(step, start, stop)
-        return add_up(survey.observe(self._group(step, begin, end), step.params) for begin, end in slices)
+        return survey.observe((self._group(step, begin, end) for begin, end in slices), step.params)
 
     def merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[str]:
         """Merge and write elements [start, stop) of a step; returns the method's notes."""
@@ -70,7 +70,7 @@ class Worker:
     def _group(self, step: Step, start: int, stop: int) -> TensorGroup:
         length = stop - start
         shape: tuple[int, ...] = (length,)
-        if step.method is not None and step.method.reach != "element":
+        if step.reach != "element":
             shape = (length // step.row, *step.spec.shape[1:]) if step.row < step.spec.num_elements else step.spec.shape
         base = self._read(BASE, step, start, length, "base").view(shape) if step.base else None
         models = [self._read(name, step, start, length, place).view(shape) for place, name in enumerate(step.sources)]

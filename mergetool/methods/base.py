@@ -11,7 +11,7 @@ documentation and must have a `Reference:` and a `Differs from the paper:` parag
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,7 @@ __all__ = [
     "Params",
     "PerModel",
     "Positive",
+    "Reach",
     "Scheduled",
     "Stats",
     "Survey",
@@ -49,6 +50,9 @@ __all__ = [
 
 Params = SimpleNamespace
 """A method's numbers for one tensor: floats, and tuples (one per model of the group) for per-model fields."""
+
+Reach = Literal["element", "row", "tensor"]
+"""What must not be torn apart: nothing, rows, or the whole tensor."""
 
 Stats = Mapping[str, tuple[float, ...]]
 """What surveys found out about one tensor (or the whole model): small, exact, and savable as JSON."""
@@ -105,8 +109,11 @@ class TensorGroup:
 class Survey(Protocol):
     """One reading pass that only counts. Partial counts of slices add up; `conclude` says what to do next."""
 
-    def observe(self, group: TensorGroup, p: Params) -> "Tensor":
-        """Counts (int64) or sums (float64) of one slice; those of all slices are added up in a fixed order."""
+    def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
+        """Counts (int64) or sums (float64), on the CPU, of the slices of one unit of work, which come one by one.
+
+        Those of all units are added up, sums of floats in a fixed order. The shape does not depend on the slices.
+        """
         ...
 
     def conclude(self, total: "Tensor") -> "Survey | Stats":
@@ -179,7 +186,7 @@ class Method(BaseModel):
 class TensorMethod(Method):
     """A method that sees each output tensor once, after optional surveys."""
 
-    reach: ClassVar[Literal["element", "row", "tensor"]]
+    reach: ClassVar[Reach]
     """What one call must see whole: any slice of flat elements, whole rows, or the whole tensor."""
     buffers: ClassVar[int] = 3
     """Temporaries the size of a slice that `merge` or a survey uses; the memory plan counts them."""
@@ -187,6 +194,10 @@ class TensorMethod(Method):
     def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:
         """The first reading pass this tensor needs before `merge`, or None. `bits` of the compute dtype: 32 or 64."""
         return None
+
+    def reach_in(self, name: str, shape: tuple[int, ...]) -> Reach:
+        """What one call must see whole of this tensor: less than `reach` where a method treats some more simply."""
+        return self.reach
 
     def survey_scope(self) -> Literal["tensor", "model"]:
         """Whether a survey looks at each tensor alone or at all tensors of the model together."""

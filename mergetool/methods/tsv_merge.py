@@ -29,6 +29,7 @@ from mergetool.methods.base import (
     Fraction,
     Params,
     PerModel,
+    Reach,
     Scheduled,
     Stats,
     TensorGroup,
@@ -90,18 +91,21 @@ class TsvMerge(TensorMethod):
         parts = [(delta, weight) for delta, weight in zip(group.deltas, p.weight, strict=True) if weight]
         if not parts:
             return group.base
-        update = self._spectral(group, parts) if self._is_matrix(group) else None
+        update = self._spectral(group, parts) if self._is_matrix(group.name, group.shape) else None
         if update is None:
             update = group.scratch(0).zero_()
             for delta, weight in parts:
                 update.add_(delta, alpha=weight / len(parts))
         return group.base.add_(update.view_as(group.base), alpha=p.scale)
 
-    def _is_matrix(self, group: TensorGroup) -> bool:
-        num_axes = len(group.shape)
+    def reach_in(self, name: str, shape: tuple[int, ...]) -> Reach:
+        return "tensor" if self._is_matrix(name, shape) else "element"
+
+    def _is_matrix(self, name: str, shape: tuple[int, ...]) -> bool:
+        num_axes = len(shape)
         if num_axes < 2 or (num_axes > 2 and self.conv == "mean"):
             return False
-        return not _NOT_MATRICES[self.filter].search(group.name)
+        return not _NOT_MATRICES[self.filter].search(name)
 
     def _spectral(self, group: TensorGroup, parts: "list[tuple[Tensor, float]]") -> "Tensor | None":
         """The merged task vector as a matrix, or None where the mean has to do."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mergetool.methods.base import Params, TensorMethod
+from mergetool.methods.base import Params, Reach, TensorMethod
 from mergetool.recipe.model import Recipe
 from mergetool.tensors.header import Header, TensorSpec
 from mergetool.tensors.source import ModelSource
@@ -56,13 +56,18 @@ class Step:
         return self.method.survey(self.params, self.spec.num_elements, bits=32) is not None
 
     @property
+    def reach(self) -> Reach:
+        """What the method must see whole of this tensor."""
+        return "element" if self.method is None else self.method.reach_in(self.spec.name, self.spec.shape)
+
+    @property
     def row(self) -> int:
         """Elements that may not be torn apart: one row, one element, or the whole tensor."""
         if self.whole:
             return max(1, self.spec.num_elements)
-        if self.method is None or self.method.reach == "element":
+        if self.reach == "element":
             return 1
-        if self.method.reach == "row" and len(self.spec.shape) > 1:
+        if self.reach == "row" and len(self.spec.shape) > 1:
             return max(1, self.spec.num_elements // max(1, self.spec.shape[0]))
         return max(1, self.spec.num_elements)
 

@@ -295,3 +295,11 @@ def test_an_override_takes_a_tensor_out_or_changes_its_rank():
     merged = updates(deltas, overrides=[{"match": "a", "filter": "none"}, {"match": "b", "rank": {"energy": 0.4}}])
     assert relative(merged["a"], (deltas[0]["a"] + deltas[1]["a"]) / 2) < 1e-12
     assert relative(merged["b"], naive([each["b"] for each in deltas], 1)) < 1e-10
+
+
+def test_only_matrices_must_be_held_whole():
+    method = TsvMerge()
+    assert method.reach_in("model.layers.0.mlp.up_proj.weight", (9, 8)) == "tensor"
+    assert method.reach_in("model.embed_tokens.weight", (9, 8)) == "element"
+    assert method.reach_in("conv.weight", (9, 8, 3, 3)) == "element"
+    assert TsvMerge(conv="matricize").reach_in("conv.weight", (9, 8, 3, 3)) == "tensor"
