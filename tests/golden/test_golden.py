@@ -1,0 +1,31 @@
+"""Merges made today are those made when golden.json was written (how to write it again: make.py)."""
+
+import json
+
+import pytest
+import torch
+
+from tests.golden.make import GOLDEN, is_exact, name_of, outcome
+from tests.laws.cases import tensor_cases
+
+CASES = {name_of(case): case for case in tensor_cases()}
+KEPT = json.loads(GOLDEN.read_text())
+FUSED = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+
+
+def test_every_method_has_a_golden_merge_and_no_other_has():
+    assert sorted(CASES) == sorted(KEPT), "run python tests/golden/make.py and commit golden.json"
+
+
+@pytest.mark.skipif(not FUSED, reason="digests are those of processors with fused multiply-add")
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if is_exact(case)])
+def test_the_file_is_the_same_to_the_bit(name, tmp_path):
+    assert outcome(CASES[name], tmp_path) == KEPT[name]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not is_exact(case)])
+def test_the_numbers_are_the_same(name, tmp_path):
+    found = outcome(CASES[name], tmp_path)
+    assert found.keys() == KEPT[name].keys()
+    for tensor, values in found.items():
+        assert values == pytest.approx(KEPT[name][tensor], rel=0, abs=2e-6), tensor
