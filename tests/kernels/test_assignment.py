@@ -164,10 +164,11 @@ def test_ties_go_to_the_incumbent(dtype):
     incumbent = rng(0).permutation(6)
     assert np.array_equal(assign(np.zeros((6, 6), dtype), incumbent), incumbent)
     assert np.array_equal(assign(np.zeros((6, 6), dtype)), np.arange(6))
-    # two dead neurons (2 and 4) among living ones that must swap
-    score = np.eye(6, dtype=dtype)[[1, 0, 2, 3, 4, 5]]
-    score[2] = score[4] = 0
-    assert np.array_equal(assign(score), [1, 0, 2, 3, 4, 5])
+    # two living neurons that want the same place, and four dead ones that stay where they were
+    score = np.zeros((6, 6), dtype)
+    score[0, :2] = 5, 4
+    score[1, 0] = 5
+    assert np.array_equal(assign(score, np.array([0, 1, 4, 5, 2, 3])), [1, 0, 4, 5, 2, 3])
 
 
 def test_differences_below_the_rounding_of_the_scores_are_ties():

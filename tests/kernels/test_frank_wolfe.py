@@ -1,0 +1,207 @@
+"""Alignment of several models: planted solutions, monotone runs, and everything that must not matter."""
+
+from itertools import pairwise, permutations
+
+import numpy as np
+import pytest
+import torch
+
+from mergetool.kernels.frank_wolfe import Settings, align, best_step, in_universe_of, value_at
+from mergetool.kernels.matching import objective
+from mergetool.kernels.permute import Element
+from mergetool.kernels.weight_matching import hard_point
+from tests.kernels import toys
+
+ONE_START = Settings(starts=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def inverses(elements):
+    return [element.inverse() for element in elements]
+
+
+def same(elements, others):
+    return all(a.equals(b) for a, b in zip(elements, others, strict=True))
+
+
+CASES = [(name, n, noise) for name in toys.NETWORKS for n in (2, 3, 5) for noise in (0.0, 0.1)]
+
+
+@pytest.mark.parametrize(("name", "num_models", "noise"), [*CASES, ("mlp", 10, 0.1), ("vit", 10, 0.1)])
+def test_planted_elements_are_found_exactly(name, num_models, noise):
+    toy = toys.NETWORKS[name]()
+    universe, models, elements = toys.planted(toy, num_models, 0, noise=noise)
+    result = align(toys.problem(toy, models), Settings())
+    assert same(result.elements, in_universe_of(inverses(elements), 0))
+    if noise == 0:
+        for aligned in toys.to_universe(toy, models, result.elements):
+            assert all(torch.equal(aligned[name], models[0][name]) for name in universe)
+
+
+def test_planted_elements_are_found_from_float32():
+    toy = toys.vit()
+    _, models, elements = toys.planted(toy, 3, 1, noise=0.1, dtype=torch.float32)
+    result = align(toys.problem(toy, models), Settings())
+    assert same(result.elements, in_universe_of(inverses(elements), 0))
+
+
+@pytest.mark.parametrize("mode", ["joint", "block"])
+@pytest.mark.parametrize("init", ["identity", "barycenter"])
+def test_every_mode_and_init_ends_at_least_as_high_as_the_identity(mode, init):
+    toy = toys.mlp(6, 9, 8, 4)
+    models = [toys.weights(toy[1], seed) for seed in range(4)]
+    problem = toys.problem(toy, models)
+    identity = hard_point(problem, [Element.identity(toy[0])] * 4)
+    for polish in (True, False):
+        result = align(problem, Settings(mode=mode, init=init, polish=polish, starts=1))
+        assert result.objective >= objective(problem, identity)
+        assert result.objective == pytest.approx(objective(problem, hard_point(problem, inverses(result.elements))))
+
+
+@pytest.mark.parametrize("mode", ["joint", "block"])
+@pytest.mark.parametrize("name", toys.NETWORKS)
+def test_the_objective_never_falls_the_gap_is_never_negative_and_polish_never_loses(name, mode):
+    toy = toys.NETWORKS[name]()
+    models = [toys.weights(toy[1], seed) for seed in range(3)]
+    problem = toys.problem(toy, models)
+    result = align(problem, Settings(mode=mode, starts=1))
+    start = objective(problem, hard_point(problem, [Element.identity(toy[0])] * 3))
+    reached = [start, *(step.objective for step in result.history)]
+    assert all(later >= earlier - 1e-9 * abs(earlier) for earlier, later in pairwise(reached))
+    assert all(step.gap >= -1e-9 * abs(step.objective) for step in result.history)
+    assert len(result.history) > 2
+    assert result.objective >= result.rounded
+
+
+def test_more_starts_are_never_worse():
+    toy = toys.mlp(4, 7, 7, 3)
+    problem = toys.problem(toy, [toys.weights(toy[1], i) for i in range(3)])
+    values = [align(problem, Settings(starts=starts)).objective for starts in (1, 2, 5)]
+    assert values == sorted(values)
+
+
+def test_two_models_are_aligned_by_holding_one():
+    """With both free from the identity, steps turn each to where the other was (0 of 6 recovered); held, all are."""
+    toy = toys.mlp(6, 12, 12, 3)
+    for seed in range(6):
+        _, models, elements = toys.planted(toy, 2, seed)
+        result = align(toys.problem(toy, models), ONE_START)
+        assert same(result.elements, in_universe_of(inverses(elements), 0))
+        assert len(result.history) < 20
+
+
+@pytest.mark.parametrize("name", toys.NETWORKS)
+def test_perturbed_copies_of_one_network_stay_as_they_are_after_one_look(name):
+    toy = toys.NETWORKS[name]()
+    universe = toys.weights(toy[1], 0)
+    noise = [toys.weights(toy[1], seed) for seed in range(1, 4)]
+    models = [{k: universe[k] + 0.05 * own[k] for k in universe} for own in noise]
+    result = align(toys.problem(toy, models), Settings(starts=5))
+    assert same(result.elements, [Element.identity(toy[0])] * 3)
+    assert len(result.history) == 1
+
+
+def test_the_order_of_the_models_does_not_matter_to_the_joint_mode():
+    toy = toys.mlp(6, 9, 8, 4)
+    models = [toys.weights(toy[1], seed) for seed in range(3)]
+    values = []
+    for order in permutations(range(3)):
+        result = align(toys.problem(toy, [models[i] for i in order]), Settings(starts=1, polish=False))
+        values.append(result.objective)
+    assert values == pytest.approx([values[0]] * 6, rel=1e-9)
+
+
+def test_a_model_in_another_order_gives_the_same_aligned_weights():
+    toy = toys.vit()
+    _, models, _ = toys.planted(toy, 3, 2, noise=0.1)
+    other = Element.random(toy[0], torch.Generator().manual_seed(9))
+    moved = [models[0], {k: other.apply(x, toy[1][k]) for k, x in models[1].items()}, models[2]]
+    ours = toys.to_universe(toy, models, align(toys.problem(toy, models), Settings()).elements)
+    theirs = toys.to_universe(toy, moved, align(toys.problem(toy, moved), Settings()).elements)
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(ours, theirs, strict=True) for k in a)
+
+
+@pytest.mark.parametrize("anchor", [0, 1, 2])
+def test_the_universe_is_in_the_order_of_the_anchor_and_nothing_else_depends_on_it(anchor):
+    toy = toys.mlp(6, 9, 8, 4)
+    models = [toys.weights(toy[1], seed) for seed in range(3)]
+    problem = toys.problem(toy, models)
+    first, here = align(problem, ONE_START), align(problem, Settings(starts=1, anchor=anchor))
+    assert here.elements[anchor].equals(Element.identity(toy[0]))
+    assert here.objective == first.objective
+    for i in range(3):
+        for j in range(3):
+            assert (here.elements[i] @ here.elements[j].inverse()).equals(
+                first.elements[i] @ first.elements[j].inverse()
+            )
+
+
+def test_cycles_compose_to_the_identity():
+    toy = toys.llama()
+    models = [toys.weights(toy[1], seed) for seed in range(4)]
+    p = align(toys.problem(toy, models), ONE_START).elements
+    identity = Element.identity(toy[0])
+
+    def pair(i, j):
+        return p[i] @ p[j].inverse()
+
+    for i in range(4):
+        assert pair(i, i).equals(identity)
+        for j in range(4):
+            assert pair(i, j).equals(pair(j, i).inverse())
+            assert all((pair(i, j) @ pair(j, k) @ pair(k, i)).equals(identity) for k in range(4))
+
+
+def test_dead_and_duplicated_neurons_are_settled_the_same_way_every_time():
+    toy = toys.mlp(6, 12, 12, 3)
+    models = [toys.weights(toy[1], seed) for seed in range(3)]
+    for model in models:
+        for name, rows in (("w0", True), ("b0", True), ("w1", False)):
+            part = model[name] if rows else model[name].T
+            part[3:6] = 0  # dead
+            part[8] = part[7]  # duplicated
+    first, again = (align(toys.problem(toy, models), Settings()) for _ in range(2))
+    assert same(first.elements, again.elements)
+    assert first.history == again.history
+
+
+def test_threads_change_nothing():
+    toy = toys.mlp(6, 140, 130, 3)
+    models = [toys.weights(toy[1], seed) for seed in range(3)]
+    settings = Settings(starts=1, iterations=2, polish=False)
+    alone = align(toys.problem(toy, models), settings)
+    torch.set_num_threads(2)
+    assert same(align(toys.problem(toy, models), settings).elements, alone.elements)
+
+
+def test_one_model_is_too_few():
+    toy = toys.mlp(3, 4, 2)
+    with pytest.raises(ValueError, match="two models or more, got 1"):
+        align(toys.problem(toy, [toys.weights(toy[1], 0)]), Settings())
+
+
+def test_the_best_step_beats_a_fine_grid():
+    generator = np.random.default_rng(0)
+    grid = np.linspace(0, 1, 2001)
+    for _ in range(200):
+        bernstein = generator.normal(size=5)
+        best = best_step(bernstein)
+        assert 0 <= best <= 1
+        assert value_at(bernstein, best) >= max(value_at(bernstein, t) for t in grid[::20])
+
+
+def test_the_best_step_of_a_line_a_parabola_and_nothing():
+    assert best_step(np.linspace(0.0, 1.0, 5)) == 1.0
+    assert best_step(np.linspace(1.0, 0.0, 5)) == 0.0
+    assert best_step(np.zeros(5)) == 1.0  # equal everywhere: the later
+    parabola = [t * (0.8 - t) for t in (0, 0.25, 0.5, 0.75, 1)]
+    t = np.linspace(0, 1, 5)
+    basis = np.stack([np.array([1, 4, 6, 4, 1])[m] * t**m * (1 - t) ** (4 - m) for m in range(5)], axis=1)
+    assert best_step(np.linalg.solve(basis, parabola)) == pytest.approx(0.4, abs=1e-6)
