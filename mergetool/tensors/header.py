@@ -3,6 +3,8 @@
 A file is 8 bytes of little-endian header length, that many bytes of JSON, then one buffer. Every invariant of the
 format is checked before anything else believes the header: a length that fits the file, JSON without duplicate
 names, known dtypes, sizes that agree with shapes, and a buffer covered exactly once, without holes or overlaps.
+Stricter than the reference reader, which also takes white space before the `{`, keys that it does not know inside an
+entry, entries written as a list, metadata keys given twice, and empty tensors with an axis longer than 2^62.
 
 Reference: https://github.com/huggingface/safetensors (format description in its README).
 """
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergetool.errors import SourceError
-from mergetool.tensors.dtypes import BY_NAME, DType
+from mergetool.tensors.dtypes import BY_NAME, ORDER, DType
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit on the JSON header."""
@@ -75,11 +77,16 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
 def parse_header(data: bytes, file_size: int, where: str) -> Header:
     """Check the JSON header `data` of a file of `file_size` bytes. Raises SourceError naming the tensor at fault."""
     document = _json_object(data, where)
-    metadata = document.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    metadata = document.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
         raise SourceError("__metadata__ must map text to text", where, _FIX)
+    if strange := next((name for name in document if not _is_text(name)), None):
+        raise SourceError(f"tensor name {ascii(strange)[:100]} is not valid Unicode", where, _FIX)
     start = 8 + len(data)
-    entries = sorted((_entry(name, raw, f"{where}: {name}") for name, raw in document.items()), key=lambda e: e[1:])
+    entries = sorted(
+        (_entry(name, raw, f"{where}: {name[:200]}") for name, raw in document.items()), key=lambda e: e[1:]
+    )
     end = 0
     slots = {}
     for spec, begin, stop in entries:
@@ -91,6 +98,11 @@ def parse_header(data: bytes, file_size: int, where: str) -> Header:
     if start + end != file_size:
         raise SourceError(f"tensors end at byte {start + end}, the file has {file_size} bytes", where, _FIX)
     return Header(slots, metadata, file_size)
+
+
+def is_storable_name(name: Any) -> bool:
+    """Whether a header can hold a tensor of this name."""
+    return _is_text(name) and name != "__metadata__"
 
 
 def _json_object(data: bytes, where: str) -> dict[str, Any]:
@@ -116,6 +128,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _is_text(value: Any) -> bool:
+    """Whether a value is text that UTF-8 can hold; JSON can also spell halves of surrogate pairs."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
 
@@ -129,14 +149,13 @@ def _entry(name: str, raw: Any, where: str) -> tuple[TensorSpec, int, int]:
     shape = _sizes(raw["shape"], "shape", where)
     offsets = _sizes(raw["data_offsets"], "data_offsets", where)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise SourceError(f"data_offsets {list(offsets)} are not [begin, end]", where, _FIX)
-    num_elements = math.prod(shape)
-    if num_elements > _MAX_ELEMENTS or num_elements * dtype.bits % 8:
-        raise SourceError(f"shape {list(shape)} does not make whole bytes of {dtype.name}", where, _FIX)
+        raise SourceError(f"data_offsets {_short(offsets)} are not [begin, end]", where, _FIX)
     spec = TensorSpec(name, dtype, shape)
+    if _is_too_large(shape) or spec.num_elements * dtype.bits % 8:
+        raise SourceError(f"shape {_short(shape)} does not make whole bytes of {dtype.name}", where, _FIX)
     if offsets[1] - offsets[0] != spec.num_bytes:
         raise SourceError(
-            f"{dtype.name} {list(shape)} needs {spec.num_bytes} bytes, data_offsets give {offsets[1] - offsets[0]}",
+            f"{dtype.name} {_short(shape)} needs {spec.num_bytes} bytes, data_offsets give {offsets[1] - offsets[0]}",
             where,
             _FIX,
         )
@@ -145,17 +164,28 @@ def _entry(name: str, raw: Any, where: str) -> tuple[TensorSpec, int, int]:
 
 def _sizes(raw: Any, key: str, where: str) -> tuple[int, ...]:
     if not isinstance(raw, list) or not all(type(size) is int and 0 <= size <= _MAX_ELEMENTS for size in raw):
-        raise SourceError(f"{key} must be a list of sizes, not {str(raw)[:80]}", where, _FIX)
+        raise SourceError(f"{key} must be a list of sizes, not {_short(raw)}", where, _FIX)
     return tuple(raw)
+
+
+def _is_too_large(shape: tuple[int, ...]) -> bool:
+    """Whether a product of sizes, from the left, passes the limit. Stops there: millions of axes must cost no time."""
+    num_elements = 1
+    return any((num_elements := num_elements * size) > _MAX_ELEMENTS for size in shape)
+
+
+def _short(raw: Any) -> str:
+    text = str(list(raw[:20]) if isinstance(raw, list | tuple) else raw)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, Header]:
     """Bytes of the length and JSON for `specs`, and the header they describe.
 
-    Same bytes as the reference writer: larger dtypes first (so that every tensor is aligned), then by name,
+    Same bytes as the reference writer: by dtype, larger ones first (so that every tensor is aligned), then by name,
     JSON without spaces, padded with spaces to a multiple of 8.
     """
-    ordered = sorted(specs, key=lambda spec: (-spec.dtype.bits, spec.name))
+    ordered = sorted(specs, key=lambda spec: (ORDER[spec.dtype.name], spec.name))
     document: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     begins = []

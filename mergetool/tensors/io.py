@@ -25,9 +25,7 @@ def read_exact(fd: int, buffer: memoryview, offset: int, where: str) -> None:
         try:
             count = os.preadv(fd, [buffer[done:]], offset + done)
         except OSError as error:
-            raise SourceError(
-                f"cannot read: {error.strerror}", where, "check the disk and the file's permissions"
-            ) from error
+            raise read_error(error, where) from error
         if count == 0:
             raise SourceError(
                 f"the file ends at byte {offset + done}, {len(buffer) - done} bytes before the tensor does",
@@ -45,6 +43,11 @@ def write_exact(fd: int, data: memoryview, offset: int, where: str) -> None:
             done += os.pwrite(fd, data[done:], offset + done)
         except OSError as error:
             raise write_error(error, where) from error
+
+
+def read_error(error: OSError, where: str) -> SourceError:
+    """The SourceError for an operating-system error met while opening or reading."""
+    return SourceError(f"cannot be read: {error.strerror or error}", where, "check the path, its permissions, the disk")
 
 
 def write_error(error: OSError, where: str) -> OutputError:
@@ -75,7 +78,5 @@ def sha256_file(path: Path) -> str:
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
     except OSError as error:
-        raise SourceError(
-            f"cannot read: {error.strerror}", str(path), "check the disk and the file's permissions"
-        ) from error
+        raise read_error(error, str(path)) from error
     return digest.hexdigest()

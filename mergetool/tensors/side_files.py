@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mergetool.errors import SourceError
+from mergetool.tensors.io import read_error
 
 CONFIG_NAME = "config.json"
 _CARRIED = (
@@ -41,7 +42,7 @@ def read_config(folder: Path | None) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise SourceError(f"is not valid JSON ({str(error)[:100]})", str(path), fix) from None
     except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", str(path), "check its permissions") from error
+        raise read_error(error, str(path)) from error
     if not isinstance(config, dict):
         raise SourceError("is not a JSON object", str(path), fix)
     return config

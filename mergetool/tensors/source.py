@@ -9,17 +9,20 @@ A folder means its index or its `model.safetensors`; other files lying beside th
 
 import json
 import os
+import stat
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from mergetool.errors import SourceError
 from mergetool.tensors.dtypes import of_torch
-from mergetool.tensors.header import Header, TensorSpec, header_length, parse_header
-from mergetool.tensors.io import read_exact
+from mergetool.tensors.header import Header, TensorSpec, header_length, is_storable_name, parse_header
+from mergetool.tensors.io import read_error, read_exact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,13 +44,19 @@ class FileStamp:
 
     @classmethod
     def of(cls, path: Path) -> "FileStamp":
-        status = path.stat()
+        """Raises SourceError where there is no plain file: pipes and devices could be read forever."""
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise read_error(error, str(path)) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise SourceError("is not a file", str(path), "get the model again")
         return cls(path, status.st_size, status.st_mtime_ns)
 
     def changed(self) -> bool:
         try:
             return FileStamp.of(self.path) != self
-        except OSError:
+        except SourceError:
             return True
 
 
@@ -87,7 +96,10 @@ class _OpenFile:
 
     @cached_property
     def fd(self) -> int:
-        return os.open(self.stamp.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.open(self.stamp.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise read_error(error, str(self.stamp.path)) from error
 
     def close(self) -> None:
         if "fd" in self.__dict__:
@@ -100,15 +112,13 @@ def read_header(path: Path) -> Header:
 
 
 def _open(path: Path) -> _OpenFile:
+    stamp = FileStamp.of(path)
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            data = file.read(header_length(file.read(8), size, str(path)))
-        return _OpenFile(FileStamp.of(path), parse_header(data, size, str(path)))
+            data = file.read(header_length(file.read(8), stamp.size, str(path)))
     except OSError as error:
-        raise SourceError(
-            f"cannot be opened: {error.strerror}", str(path), "check the path and its permissions"
-        ) from error
+        raise read_error(error, str(path)) from error
+    return _OpenFile(stamp, parse_header(data, stamp.size, str(path)))
 
 
 class SafetensorsSource(ModelSource):
@@ -123,17 +133,8 @@ class SafetensorsSource(ModelSource):
                 expected = weight_map.get(name) if weight_map is not None else file.stamp.path.name
                 if expected == file.stamp.path.name:
                     self._places[name] = index
-        self._check_complete(weight_map or {})
+        _check_complete(weight_map or {}, self._places, folder)
         self.specs = {name: self._open_files[i].header.slots[name].spec for name, i in self._places.items()}
-
-    def _check_complete(self, weight_map: Mapping[str, str]) -> None:
-        for name, file in weight_map.items():
-            if name not in self._places:
-                raise SourceError(
-                    f"the index says {file} holds tensor {name!r}, but it does not",
-                    str(self.folder),
-                    "the folder is incomplete or its index is stale; download or save the model again",
-                )
 
     @property
     def files(self) -> tuple[FileStamp, ...]:
@@ -155,11 +156,23 @@ class SafetensorsSource(ModelSource):
 
     def will_need(self, name: str, begin: int, length: int) -> None:
         index, offset = self.position(name)
-        os.posix_fadvise(self._open_files[index].fd, offset + begin, length, os.POSIX_FADV_WILLNEED)
+        fd = self._open_files[index].fd
+        with suppress(OSError):  # a hint; some file systems take none
+            os.posix_fadvise(fd, offset + begin, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         for file in self._open_files:
             file.close()
+
+
+def _check_complete(weight_map: Mapping[str, str], found: Collection[str], folder: Path | None) -> None:
+    for name, file in weight_map.items():
+        if name not in found:
+            raise SourceError(
+                f"the index says {file} holds tensor {name!r}, but it does not",
+                str(folder),
+                "the folder is incomplete or its index is stale; download or save the model again",
+            )
 
 
 class MemorySource(ModelSource):
@@ -174,6 +187,8 @@ class MemorySource(ModelSource):
         self._order = {name: index for index, name in enumerate(tensors)}
 
     def _spec(self, name: str, tensor: "Tensor") -> TensorSpec:
+        if not is_storable_name(name):
+            raise SourceError(f"no tensor can be stored under the name {ascii(name)[:100]}", self._where, "rename it")
         try:
             return TensorSpec(name, of_torch(tensor.dtype), tuple(tensor.shape))
         except KeyError:
@@ -208,16 +223,17 @@ class BinSource(ModelSource):
     _file_of: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, names: list[str]) -> "BinSource":
+    def open(cls, folder: Path, names: Sequence[str], weight_map: Mapping[str, str] | None = None) -> "BinSource":
         tensors: dict[str, Tensor] = {}
         file_of = {}
         stamps = []
-        for index, name in enumerate(names):
-            path = folder / name
-            loaded = _load_bin(path)
-            stamps.append(FileStamp.of(path))
-            tensors.update(loaded)
-            file_of.update(dict.fromkeys(loaded, index))
+        for index, file in enumerate(names):
+            stamps.append(FileStamp.of(folder / file))
+            loaded = _load_bin(folder / file)
+            listed = {name: loaded[name] for name in loaded if weight_map is None or weight_map.get(name) == file}
+            tensors.update(listed)
+            file_of.update(dict.fromkeys(listed, index))
+        _check_complete(weight_map or {}, tensors, folder)
         return cls(folder, tuple(stamps), MemorySource(tensors, str(folder)), file_of)
 
     @property
@@ -239,8 +255,12 @@ def _load_bin(path: Path) -> dict[str, "Tensor"]:
     import torch
 
     fix = "convert the model to safetensors (from_pretrained, then save_pretrained)"
+    if torch.__version__ < "2.6":  # CVE-2025-32434: until then, weights_only did not keep all code out
+        raise SourceError(f"torch {torch.__version__} cannot load .bin files safely", str(path), "use torch >= 2.6")
     try:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError:
+        raise SourceError("is a pickle that holds more than tensors, and may hold code", str(path), fix) from None
     except Exception as error:  # torch raises a dozen kinds here; none of them may reach the user raw
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(f"cannot be loaded safely: {first_line[:200]}", str(path), fix) from None
@@ -257,6 +277,13 @@ def open_model(path: Path) -> ModelSource:
 
     Reads headers only (.bin files are memory-mapped). Raises SourceError saying what was looked for.
     """
+    try:
+        return _open_model(path)
+    except OSError as error:  # a name too long, a folder that may not be searched
+        raise read_error(error, str(path)) from error
+
+
+def _open_model(path: Path) -> ModelSource:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise SourceError(
@@ -273,7 +300,8 @@ def open_model(path: Path) -> ModelSource:
     if (path / SINGLE_NAME).is_file():
         return SafetensorsSource([path / SINGLE_NAME], path)
     if (path / _BIN_INDEX_NAME).is_file():
-        return BinSource.open(path, list(dict.fromkeys(_weight_map(path, _BIN_INDEX_NAME).values())))
+        weight_map = _weight_map(path, _BIN_INDEX_NAME)
+        return BinSource.open(path, list(dict.fromkeys(weight_map.values())), weight_map)
     if (path / _BIN_SINGLE_NAME).is_file():
         return BinSource.open(path, [_BIN_SINGLE_NAME])
     looked = ", ".join((INDEX_NAME, SINGLE_NAME, _BIN_INDEX_NAME, _BIN_SINGLE_NAME))
@@ -299,7 +327,7 @@ def _weight_map(folder: Path, index_name: str) -> dict[str, str]:
     except (ValueError, RecursionError) as error:
         raise SourceError(f"the index is not valid JSON ({str(error)[:100]})", str(path), fix) from None
     except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", str(path), "check its permissions") from error
+        raise read_error(error, str(path)) from error
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise SourceError("the index has no weight_map of tensor names to files", str(path), fix)

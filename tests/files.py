@@ -1,0 +1,53 @@
+"""Small models on the disk: files with any header, folders, recipes. Everything real, nothing mocked."""
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+SHAPES = {
+    "model.embed_tokens.weight": (16, 8),
+    "model.layers.0.mlp.weight": (8, 8),
+    "model.layers.0.norm.weight": (8,),
+    "model.layers.1.mlp.weight": (8, 8),
+    "model.layers.1.norm.weight": (8,),
+    "lm_head.weight": (16, 8),
+}
+
+
+def write_raw(path, header, data=b""):
+    """A safetensors file with this header (a mapping, text or bytes) and this buffer, however wrong they are."""
+    if not isinstance(header, bytes):
+        header = (header if isinstance(header, str) else json.dumps(header)).encode()
+    Path(path).write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+def tensors(seed, shapes=SHAPES, dtype=torch.float32):
+    """Random tensors by name; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def write_model(folder, state, config=None, file="model.safetensors"):
+    """A model folder: weights in one file, and config.json where there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / file, metadata={"format": "pt"})
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_models(folder, names=("base", "a", "b"), **changes):
+    """Toy models `folder/NAME`, each with its own random weights."""
+    for seed, name in enumerate(names):
+        write_model(folder / name, tensors(seed, **changes))
+    return folder
+
+
+def write_recipe(path, **sections):
+    """A recipe file made of these sections."""
+    Path(path).write_text(yaml.safe_dump(sections, sort_keys=False))
+    return path
