@@ -1,7 +1,7 @@
 """The k-th largest magnitude, exactly, by counting: no sort, no copy, any slicing.
 
-Read as an integer, the bits of a non-negative float are ordered as the float is. So a histogram of the top 16 bits of
-|x| says in which bin the k-th largest lies, and a second pass over that bin alone, by the next 16 bits, pins it down
+Read as an integer, the bits of a non-negative float are ordered as the float is. So a histogram of the top 15 bits of
+|x| says in which bin the k-th largest lies, and a second pass over that bin alone, by the other 16 bits, pins it down
 (float64 takes four passes). Histograms of slices, tensors or machines add up, exactly.
 """
 
@@ -33,21 +33,27 @@ class Search:
         """Search from the top bits; `bits` is 32 or 64, the width of the floats."""
         return cls(rank, bits, bits - _DIGIT)
 
-    def count(self, magnitudes: Tensor) -> Tensor:
-        """Histogram (65536, int64) of this pass's digit over a slice of |x|."""
-        words = magnitudes.reshape(-1).view(torch.int32 if self.bits == 32 else torch.int64)
-        if self.shift == self.bits - _DIGIT:
-            digits = words >> self.shift
-        else:
-            digits = words[(words >> (self.shift + _DIGIT)) == self.prefix] >> self.shift
-            digits.bitwise_and_(_BINS - 1)
-        return torch.bincount(digits, minlength=_BINS)
+    @property
+    def is_first(self) -> bool:
+        return self.shift == self.bits - _DIGIT
+
+    @property
+    def num_bins(self) -> int:
+        return _BINS // 2 if self.is_first else _BINS  # no magnitude has a sign bit
+
+    def digits(self, magnitudes: Tensor) -> Tensor:
+        """The integers whose histogram this pass wants, from a slice of |x| (1-D)."""
+        words = magnitudes.view(torch.int32 if self.bits == 32 else torch.int64)
+        if self.is_first:
+            return words >> self.shift
+        low = self.prefix << (self.shift + _DIGIT)
+        return (_between(words, low, low + (_BINS << self.shift)) - low) >> self.shift
 
     def narrow(self, histogram: Tensor) -> "Search | Found":
         """The next pass, or the result, from the summed histogram."""
         larger = histogram.flip(0).cumsum(0)  # larger[j]: how many lie in the j + 1 highest bins
         place = int(torch.searchsorted(larger, self.rank - self.above))
-        digit = _BINS - 1 - place
+        digit = len(histogram) - 1 - place
         above = self.above + (int(larger[place - 1]) if place else 0)
         prefix = (self.prefix << _DIGIT) | digit
         if self.shift:
@@ -57,6 +63,30 @@ class Search:
         return Found(value, above, int(histogram[digit]))
 
 
+class Count:
+    """The histogram of one pass over one vector, slice by slice."""
+
+    def __init__(self, search: Search) -> None:
+        self._search = search
+        self._total = torch.zeros(search.num_bins, dtype=torch.int64)
+        self._kept: list[Tensor] = []
+
+    def add(self, magnitudes: Tensor) -> None:
+        """Count a slice of |x| (1-D)."""
+        digits = self._search.digits(magnitudes)
+        if self._search.is_first:
+            self._total += torch.bincount(digits, minlength=len(self._total)).to("cpu")
+        else:
+            self._kept.append(digits)  # few are left in question: one histogram at the end
+
+    def histogram(self) -> Tensor:
+        """Counts (num_bins,), int64, on the CPU."""
+        if self._kept:
+            self._total += torch.bincount(torch.cat(self._kept), minlength=len(self._total)).to("cpu")
+            self._kept.clear()
+        return self._total
+
+
 @dataclass(frozen=True)
 class Found:
     """The magnitude searched for, how many are larger, and how many are equal to it."""
@@ -64,3 +94,11 @@ class Found:
     magnitude: float
     above: int
     equal: int
+
+
+def _between(words: Tensor, low: int, high: int) -> Tensor:
+    """The entries in [low, high). On a CPU numpy compacts several times as fast as torch."""
+    if words.device.type != "cpu":
+        return words[(words >= low) & (words < high)]
+    array = words.numpy()
+    return torch.from_numpy(array[(array >= low) & (array < high)])

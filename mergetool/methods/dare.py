@@ -12,6 +12,7 @@ Differs from the paper: `density` is the share that is kept (the paper's p is th
 each task vector's L1 norm instead, as mergekit does; draws have a resolution of 2^-24, and the factor matches it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -36,12 +37,17 @@ if TYPE_CHECKING:
 class _Norms:
     """L1 norm of every task vector, before and after dropping, in float64."""
 
-    def observe(self, group: TensorGroup, p: Params) -> "Tensor":
+    def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
         import torch
 
-        whole = torch.stack([torch.abs(d, out=group.scratch(0)).sum(dtype=torch.float64) for d in group.deltas])
-        _drop(group, p)
-        return torch.stack([whole, torch.stack([delta.abs_().sum(dtype=torch.float64) for delta in group.deltas])])
+        total = torch.zeros(2, len(p.density), dtype=torch.float64)
+        for group in groups:
+            for place, delta in enumerate(group.deltas):
+                total[0, place] += torch.abs(delta, out=group.scratch(0)).sum(dtype=torch.float64)
+            _drop(group, p)
+            for place, delta in enumerate(group.deltas):
+                total[1, place] += delta.abs_().sum(dtype=torch.float64)
+        return total
 
     def conclude(self, total: "Tensor") -> Stats:
         whole, kept = total.tolist()

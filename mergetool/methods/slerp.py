@@ -11,6 +11,7 @@ vectors and are applied to the vectors themselves, tensor by tensor.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -26,12 +27,15 @@ _PARALLEL = 0.9995
 class _Products:
     """Inner products of the two vectors: <a,a>, <b,b>, <a,b>, in float64."""
 
-    def observe(self, group: TensorGroup, p: Params) -> "Tensor":
+    def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
         import torch
 
-        a, b = group.models
-        products = [torch.mul(x, y, out=group.scratch(0)).sum(dtype=torch.float64) for x, y in ((a, a), (b, b), (a, b))]
-        return torch.stack(products)
+        total = torch.zeros(3, dtype=torch.float64)
+        for group in groups:
+            a, b = group.models
+            for place, (x, y) in enumerate(((a, a), (b, b), (a, b))):
+                total[place] += torch.mul(x, y, out=group.scratch(0)).sum(dtype=torch.float64)
+        return total
 
     def conclude(self, total: "Tensor") -> Stats:
         return {"products": tuple(total.tolist())}

@@ -11,6 +11,7 @@ act before the vote. An entry whose weighted sum is exactly 0 has no majority an
 code gives it the sign that is most frequent in the whole model).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -39,11 +40,16 @@ class _Thresholds:
 
     searches: "tuple[Search, ...]"
 
-    def observe(self, group: TensorGroup, p: Params) -> "Tensor":
+    def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
         import torch
 
-        pairs = zip(self.searches, group.deltas, strict=True)
-        return torch.stack([search.count(delta.abs_()) for search, delta in pairs])
+        from mergetool.kernels.select import Count
+
+        counts = [Count(search) for search in self.searches]
+        for group in groups:
+            for count, delta in zip(counts, group.deltas, strict=True):
+                count.add(delta.abs_())
+        return torch.stack([count.histogram() for count in counts])
 
     def conclude(self, total: "Tensor") -> Survey | Stats:
         from mergetool.kernels.select import Found, Search
