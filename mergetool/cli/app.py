@@ -156,6 +156,23 @@ def schema() -> None:
     _print(recipe_schema(), as_json=True)
 
 
+@app.command("import")
+def import_recipe(
+    recipe: Annotated[Path, typer.Argument(metavar="MERGEKIT_YAML", help="A mergekit recipe.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of stdout.")] = None,
+) -> None:
+    """Convert a mergekit recipe to one of ours (`run` takes it as it is, too)."""
+    from mergetool.recipe.mergekit import converted_text
+    from mergetool.tensors.writer import write_file
+
+    text = converted_text(recipe, output.parent if output else Path())
+    if output is None:
+        print(text, end="")
+    else:
+        write_file(output, text)
+        print(output)
+
+
 def _size(text: str | None) -> int | None:
     from mergetool.recipe.model import parse_size
 

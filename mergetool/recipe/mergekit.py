@@ -16,14 +16,17 @@ Whatever has no counterpart is refused at its line; nothing is silently left out
 Reference: mergekit 0.1.5, https://github.com/arcee-ai/mergekit; tests/peers compares the numbers.
 """
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
-from mergetool.recipe.document import Document, Place
+from mergetool.recipe.document import Document, Place, read_document
 from mergetool.recipe.filters import Branch, Case, cases, globs
 from mergetool.recipe.mergekit_parameters import Parameter, Scope, branches_of, check_keys
 from mergetool.recipe.render import suggestion
@@ -43,28 +46,26 @@ class _Counterpart:
     parameters: Mapping[str, Parameter]
     without_effect: tuple[str, ...] = ()
     """Parameters that mergekit accepts and that change no number."""
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ours for which mergekit has no parameter."""
 
 
 _WEIGHT = {"weight": Parameter("weight", per_model=True)}
 _DENSITY = {"density": Parameter("density", 1.0, per_model=True)}
 _LAMBDA = {"lambda": Parameter("scale", 1.0)}
 _AVERAGED = {"normalize": Parameter("normalize", True)}
+_RESCALED = {"rescale": Parameter("rescale", True, words={True: "l1", False: "none"})}
 _SUMMED = {"normalize": Parameter("normalize", False)}
+_DARE = _WEIGHT | _DENSITY | _SUMMED | _RESCALED | _LAMBDA
 
 _METHODS = {
     "linear": _Counterpart("linear", "member", _WEIGHT | _AVERAGED),
-    "passthrough": _Counterpart(
-        "linear", "member", {"scale": Parameter("weight", 1.0, per_model=True)}, constants={"normalize": False}
-    ),
+    "passthrough": _Counterpart("passthrough", "member", {"scale": Parameter("scale", 1.0, per_model=True)}),
     "slerp": _Counterpart("slerp", "member", {"t": Parameter("t")}),
     "task_arithmetic": _Counterpart(
         "task-arithmetic", "ancestor", _WEIGHT | _SUMMED | _LAMBDA, ("density", "rescale", "int8_mask")
     ),
     "ties": _Counterpart("ties", "ancestor", _WEIGHT | _DENSITY | _AVERAGED | _LAMBDA, ("int8_mask",)),
-    "dare_linear": _Counterpart("dare-linear", "ancestor", _WEIGHT | _DENSITY | _SUMMED | _LAMBDA, ("int8_mask",)),
-    "dare_ties": _Counterpart("dare-ties", "ancestor", _WEIGHT | _DENSITY | _SUMMED | _LAMBDA, ("int8_mask",)),
+    "dare_linear": _Counterpart("dare-linear", "ancestor", _DARE, ("int8_mask",)),
+    "dare_ties": _Counterpart("dare-ties", "ancestor", _DARE, ("int8_mask",)),
 }
 
 
@@ -238,7 +239,7 @@ class _Importer:
                     continue
                 if any(branch.place for branch in branches) or parameter.default != fields[parameter.field].default:
                     cells[parameter.field, source.name if source else None] = branches
-        return {"method": target.method, **target.constants, **self._fields(cells)} if not self.problems else {}
+        return {"method": target.method, **self._fields(cells)} if not self.problems else {}
 
     def _check_parameters(self, scope: Scope, known: Sequence[str]) -> None:
         for key in scope.parameters:
@@ -315,3 +316,21 @@ def _unique(references: Sequence[str]) -> list[str]:
         copies = sum(name == stem or name.startswith(f"{stem}-") for name in names)
         names.append(f"{stem}-{copies + 1}" if stem in names else stem)
     return names
+
+
+def converted_text(path: Path, folder: Path) -> str:
+    """Our YAML for a mergekit file, with paths that are right from `folder`. Raises RecipeError."""
+    document = read_document(path)
+    if not is_mergekit(document.data):
+        raise document.error((), "this is not a mergekit recipe (it has no merge_method)", "mergetool run takes ours")
+    data = convert(document).data
+    models = {name: _seen_from(reference, folder) for name, reference in data["models"].items()}
+    base = {"base": _seen_from(data["base"], folder)} if "base" in data else {}
+    return yaml.safe_dump({**base, **data, **base, "models": models}, sort_keys=False, allow_unicode=True)
+
+
+def _seen_from(reference: Any, folder: Path) -> Any:
+    if not isinstance(reference, str) or not Path(reference).expanduser().exists():
+        return reference
+    target = Path(reference).expanduser()
+    return str(target) if target.is_absolute() else os.path.relpath(target, folder)

@@ -6,7 +6,7 @@ speaks; then mergekit's default.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mergetool.errors import RecipeError
@@ -24,6 +24,11 @@ class Parameter:
     field: str
     default: Any = REQUIRED
     per_model: bool = False
+    words: Mapping[Any, Any] | None = None
+    """Our words for mergekit's values, where they differ."""
+
+    def translated(self, value: Any) -> Any:
+        return value if self.words is None or isinstance(value, dict) else self.words.get(value, value)
 
 
 @dataclass(frozen=True)
@@ -42,13 +47,14 @@ def branches_of(document: Document, key: str, parameter: Parameter, scopes: Sequ
     found: list[Branch] = []
     for scope in scopes:
         if key in scope.parameters:
-            found += _lines(document, scope.parameters[key], (*scope.place, key))
+            lines = _lines(document, scope.parameters[key], (*scope.place, key))
+            found += [replace(line, value=parameter.translated(line.value)) for line in lines]
             if found[-1].text is None:
                 return found
     if parameter.default is REQUIRED:
         what = f"{key} is required for the names that no filter matches" if found else f"{key} is required"
         raise document.error(scopes[0].place, what, f"add {key}: VALUE")
-    return [*found, Branch(None, parameter.default, ())]
+    return [*found, Branch(None, parameter.translated(parameter.default), ())]
 
 
 def _lines(document: Document, setting: Any, place: Place) -> list[Branch]:
