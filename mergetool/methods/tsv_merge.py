@@ -18,11 +18,11 @@ matrices unless `filter` says so; weights per model multiply task vectors, as in
 (query, key and value in one tensor) are merged as they are stored, and the result depends on that, as theirs does.
 """
 
-import re
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from mergetool.arch.matrices import MatrixFilter, is_matrix
 from mergetool.methods.base import (
     Field,
     Finite,
@@ -40,17 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergetool.kernels.spectral import Factors
-
-_NOT_MATRICES = {
-    "llm": re.compile(
-        r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|\w*router|(shared_expert_)?gate|rotary\w*|relative_attention_bias)(\.|$)"
-        r"|^(\w+\.)?shared\.|^output\.weight$"
-    ),
-    "reference": re.compile("text_projection"),
-    "fusionbench": re.compile(r"$^"),
-    "none": re.compile(""),
-}
-"""Two-dimensional tensors that are averaged all the same, by name, for each `filter`."""
 
 
 class Energy(BaseModel):
@@ -75,7 +64,7 @@ class TsvMerge(TensorMethod):
     null_policy: Literal["drop", "reference"] = Field(
         "drop", description="drop directions that carry nothing, or fill them arbitrarily as the authors' code does"
     )
-    filter: Literal["llm", "reference", "fusionbench", "none"] = Field(
+    filter: MatrixFilter = Field(
         "llm", description="which two-dimensional tensors are treated as matrices; all others are averaged"
     )
     conv: Literal["mean", "matricize"] = Field(
@@ -102,14 +91,11 @@ class TsvMerge(TensorMethod):
         return "tensor" if self._is_matrix(name, shape) else "element"
 
     def _is_matrix(self, name: str, shape: tuple[int, ...]) -> bool:
-        num_axes = len(shape)
-        if num_axes < 2 or (num_axes > 2 and self.conv == "mean"):
-            return False
-        return not _NOT_MATRICES[self.filter].search(name)
+        return is_matrix(name, shape, self.filter, conv=self.conv)
 
     def _spectral(self, group: TensorGroup, parts: "list[tuple[Tensor, float]]") -> "Tensor | None":
         """The merged task vector as a matrix, or None where the mean has to do."""
-        from mergetool.kernels.spectral import orthogonalised
+        from mergetool.kernels.spectral import concatenated, orthogonalised
 
         matrices = [(delta.flatten(1), weight) for delta, weight in parts]
         most = self._most(matrices[0][0].shape, len(matrices))
@@ -117,11 +103,11 @@ class TsvMerge(TensorMethod):
             group.note("too small for the rank asked for: averaged")
             return None
         try:
-            factors = [self._factors(matrix * weight, most) for matrix, weight in matrices]
+            every = concatenated([self._factors(matrix * weight, most) for matrix, weight in matrices])
         except ValueError:  # the check of the result will say whose
             group.note("holds values that are not finite: averaged")
             return None
-        return orthogonalised(factors, fill=self.null_policy == "reference").to(group.models[0].dtype).dense()
+        return orthogonalised(every, fill=self.null_policy == "reference").to(group.models[0].dtype).dense()
 
     def _factors(self, matrix: "Tensor", most: int) -> "Factors":
         from mergetool.kernels.spectral import energy_rank, live_factors, truncated_svd

@@ -1,0 +1,31 @@
+"""Which tensors are weight matrices: maps between feature spaces, whose singular vectors mean directions of features.
+
+An embedding table is two-dimensional too, but its rows are tokens. Methods that work on singular vectors merge
+matrices by them and average everything else. Authors draw the line differently, hence the named filters.
+"""
+
+import re
+from typing import Literal
+
+MatrixFilter = Literal["llm", "reference", "fusionbench", "none"]
+
+_NOT_MATRICES = {
+    "llm": re.compile(
+        r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|\w*router|(shared_expert_)?gate|rotary\w*|relative_attention_bias)(\.|$)"
+        r"|^(\w+\.)?shared\.|^output\.weight$"
+    ),
+    "reference": re.compile("text_projection"),
+    "fusionbench": re.compile(r"$^"),
+    "none": re.compile(""),
+}
+
+
+def is_matrix(name: str, shape: tuple[int, ...], kept: MatrixFilter, *, conv: Literal["mean", "matricize"]) -> bool:
+    """Whether a tensor is a weight matrix under a filter; `conv` says so of tensors with more than two axes.
+
+    llm: two axes, but no embedding, output head, router gate or rotary table. reference (the TSV authors' code): two
+    axes, but no `text_projection`. fusionbench: two axes. none: never.
+    """
+    if len(shape) < 2 or (len(shape) > 2 and conv == "mean"):
+        return False
+    return not _NOT_MATRICES[kept].search(name)

@@ -1,0 +1,61 @@
+"""Merged updates with a flat spectrum: every direction that the tasks use gets the same strength.
+
+Adding up task vectors makes a few shared directions very strong, and those drown what is particular to single tasks.
+Iso-C keeps the singular vectors of the sum and replaces all its singular values by their mean. Iso-CTS gives up the
+weakest common directions and spends them on the strongest ones that each task has outside the common space.
+
+Legend: m rows and n columns of a weight, r = min(m, n), c common directions, q directions particular to each task.
+
+Reference: Marczak et al., No Task Left Behind, ICML 2025, https://arxiv.org/abs/2502.04959, sections 4 and 5.
+Differs from the paper: directions in which nothing changed are left out, where the authors' code flattens rounding
+noise up to full strength.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mergetool.kernels.spectral import Factors, concatenated, live_factors, orthogonalised
+
+
+def isotropic(total: Tensor) -> Tensor:
+    """Iso-C of a sum of task vectors (m, n): its polar factor times the mean of its r singular values; float64."""
+    factors = live_factors(total, min(total.shape))
+    return (factors.u @ factors.v.mT) * (factors.s.sum() / min(total.shape))
+
+
+def isotropic_in_spaces(deltas: Sequence[Tensor], common: float) -> Tensor:
+    """Iso-CTS of task vectors (m, n each); float64. `common` in [0, 1] is the share of directions that are common."""
+    size = min(deltas[0].shape)
+    num_common, num_own = space_sizes(size, len(deltas), common)
+    total = deltas[0].clone()
+    for delta in deltas[1:]:
+        total += delta
+    shared = live_factors(total, size).leading(num_common)
+    parts = [_outside(delta, shared.u, num_own) for delta in deltas] if num_own else []
+    every = [*(part for part in parts if part.rank), *([shared] if shared.rank else [])]
+    if not every:
+        return torch.zeros_like(total, dtype=torch.float64)
+    strength = concatenated(every).s.sum() / size
+    flat = [Factors(part.u, torch.full_like(part.s, float(strength)), part.v) for part in every]
+    return orthogonalised(flat).dense()
+
+
+def space_sizes(size: int, num_tasks: int, common: float) -> tuple[int, int]:
+    """How many of `size` directions are common (c), and how many each task gets of its own (q): c + q * tasks = size.
+
+    The share is moved to the nearest c for which that comes out even.
+    """
+    num_own = round((size - int(size * common)) / num_tasks)  # half to even, as in the authors' code
+    num_own = min(num_own, size // num_tasks)
+    return size - num_own * num_tasks, num_own
+
+
+def _outside(delta: Tensor, basis: Tensor, count: int) -> Factors:
+    """The leading triplets of what `delta` writes outside the span of `basis` (m, c), orthonormal."""
+    delta64 = delta.to(torch.float64)
+    rest = delta64 - basis @ (basis.mT @ delta64)
+    noise = max(delta.shape) * torch.finfo(delta.dtype).eps * float(torch.linalg.matrix_norm(delta64))
+    factors = live_factors(rest, min(count, *rest.shape))
+    return factors.leading(int((factors.s > noise).sum()))
