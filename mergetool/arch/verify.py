@@ -20,18 +20,19 @@ from mergetool.arch.apply import transform
 from mergetool.arch.spec import ArchSpec, TensorSpec
 from mergetool.errors import PlanError
 from mergetool.kernels.permute import Element
-from mergetool.kernels.spaces import Factor, Layout, ancestors
+from mergetool.kernels.spaces import Factor, Group, Layout, ancestors
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
+TOLERANCE = 1e-10  # relative, in float64
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A group whose elements change the outputs: by how much (relative), and the axes that may be at fault."""
+    """A group whose elements change the outputs, by how much (relative), and the element that showed it."""
 
-    group: str
+    group: Group
     error: float
-    suspects: tuple[str, ...]
+    element: Element
 
 
 def runner(module: nn.Module, *args: Any, **kwargs: Any) -> Run:
@@ -58,28 +59,26 @@ def runner(module: nn.Module, *args: Any, **kwargs: Any) -> Run:
 
 def deviation(run: Run, weights: Mapping[str, Tensor], spec: ArchSpec, element: Element) -> float:
     """Largest change of an output under `element`, relative to the largest output."""
-    before = run(weights)
-    after = run(transform(weights, spec, element))
-    change = float((after - before).abs().max() / before.abs().max().clamp_min(torch.finfo(before.dtype).tiny))
-    return change if isfinite(change) else float("inf")
+    return _change(run(weights), run(transform(weights, spec, element)))
 
 
 def failures(
-    run: Run, weights: Mapping[str, Tensor], spec: ArchSpec, *, seed: int = 0, tolerance: float = 1e-10
+    run: Run, weights: Mapping[str, Tensor], spec: ArchSpec, *, seed: int = 0, tolerance: float = TOLERANCE
 ) -> tuple[Failure, ...]:
     """The groups of the spec that change the outputs when they act alone. Empty if the spec is proved."""
+    before = run(weights)
     found = []
     for group in spec.groups:
         element = Element.random(spec.spaces, _generator(seed, group.name)).only({space.name for space in group.spaces})
-        error = deviation(run, weights, spec, element)
+        error = _change(before, run(transform(weights, spec, element)))
         if error > tolerance:
-            parts = list(_failing_parts(run, weights, spec, element, tolerance))
-            suspects = tuple(suspect for part in parts for suspect in _suspects(run, weights, spec, part, tolerance))
-            found.append(Failure(group.name, error, suspects))
+            found.append(Failure(group, error, element))
     return tuple(found)
 
 
-def prove(run: Run, weights: Mapping[str, Tensor], spec: ArchSpec, *, seed: int = 0, tolerance: float = 1e-10) -> float:
+def prove(
+    run: Run, weights: Mapping[str, Tensor], spec: ArchSpec, *, seed: int = 0, tolerance: float = TOLERANCE
+) -> float:
     """The deviation under a random element of all groups together, at most `tolerance`.
 
     Raises PlanError naming the groups, tensors and axes at fault.
@@ -88,8 +87,11 @@ def prove(run: Run, weights: Mapping[str, Tensor], spec: ArchSpec, *, seed: int 
     error = deviation(run, weights, spec, element)
     if error <= tolerance:
         return error
-    wrong = failures(run, weights, spec, seed=seed, tolerance=tolerance)
-    told = "; ".join(f"{f.group} ({f.error:.1e}): {', '.join(f.suspects) or 'no single axis'}" for f in wrong)
+    told = "; ".join(
+        f"{failure.group.name} ({failure.error:.1e}): "
+        + (", ".join(_blamed(run, weights, spec, failure.element, tolerance)) or "no single axis")
+        for failure in failures(run, weights, spec, seed=seed, tolerance=tolerance)
+    )
     raise PlanError(
         f"the outputs change by {error:.1e} (relative), more than {tolerance:.0e}",
         where=f"architecture {spec.family}: {told or 'only when all groups act together'}",
@@ -113,6 +115,11 @@ def check_structure(spec: ArchSpec) -> None:
                 where=f"architecture {spec.family}: {tensor}, axis {axis}",
                 fix="name the space on the axis that reads it, or declare it `fixed`",
             )
+
+
+def _change(before: Tensor, after: Tensor) -> float:
+    change = float((after - before).abs().max() / before.abs().max().clamp_min(torch.finfo(before.dtype).tiny))
+    return change if isfinite(change) else float("inf")
 
 
 class _Float64(TorchFunctionMode):
@@ -151,17 +158,18 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(seed + sum(name.encode()))
 
 
-def _failing_parts(
+def _blamed(
     run: Run, weights: Mapping[str, Tensor], spec: ArchSpec, element: Element, tolerance: float
-) -> Iterator[Element]:
-    """The element cut down to single spaces, permutation and sign apart, where these fail alone; else itself."""
+) -> Iterator[str]:
+    """The axes that may be at fault, told by single spaces, permutation and sign apart, where these fail alone."""
     parts = []
     for name in element.index:
         alone = Element(element.spaces, {name: element.index[name]}, {})
         signs = Element(element.spaces, {}, {name: element.sign[name]}) if name in element.sign else alone
         parts += [alone] if signs is alone else [alone, signs]
     failing = [part for part in parts if deviation(run, weights, spec, part) > tolerance]
-    yield from failing or [element]
+    for part in failing or [element]:
+        yield from _suspects(run, weights, spec, part, tolerance)
 
 
 def _suspects(
