@@ -91,9 +91,42 @@ def test_the_base_of_a_linear_merge_is_one_more_model_and_leads():
     assert list(data["models"]) == ["second", "first"]
 
 
-def test_passthrough_is_a_linear_merge_of_one_model():
+def test_a_parameter_of_the_only_model_is_ours_for_all():
     data = converted("merge_method: passthrough\nmodels: [{model: a, parameters: {scale: 0.5}}]\n")
-    assert data["merge"] == {"method": "linear", "normalize": False, "weight": 0.5}
+    assert data["merge"] == {"method": "passthrough", "scale": 0.5}
+
+
+DARE = """\
+merge_method: dare_ties
+base_model: base
+models:
+  - model: base
+    parameters: {weight: 9}
+  - {model: a, parameters: {weight: 1}}
+  - {model: b, parameters: {weight: 1, density: 0.5}}
+parameters: {int8_mask: true, lambda: 0.7}
+"""
+
+
+def test_the_common_ancestor_is_not_merged():
+    data = converted(DARE)
+    assert data["base"] == "base"
+    assert data["models"] == {"a": "a", "b": "b"}
+
+
+def test_defaults_of_mergekit_that_are_not_ours_are_written_down():
+    assert converted(DARE)["merge"] == {
+        "method": "dare-ties",
+        "weight": 1,
+        "density": {"a": 1.0, "b": 0.5},
+        "rescale": "l1",
+        "scale": 0.7,
+    }
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("true", "l1"), ("false", "none")])
+def test_rescale_has_other_words(theirs, ours):
+    assert converted(DARE.replace("int8_mask: true", f"rescale: {theirs}"))["merge"]["rescale"] == ours
 
 
 @pytest.mark.parametrize(

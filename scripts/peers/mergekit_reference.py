@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Write the numbers that mergekit gives for every recipe of tests/peers/mergekit/cases.yaml.
+
+    python -m venv mk && mk/bin/pip install torch==2.13.0 mergekit==0.1.5
+    mk/bin/python scripts/peers/mergekit_reference.py [CASE ...]
+
+Runs mergekit on checkpoints made by tests/peers/checkpoints.py, keeps a sample of each output tensor
+with its sum and norm, and writes tests/peers/mergekit/outputs.safetensors.
+"""
+
+import contextlib
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+PEERS = Path(__file__).resolve().parents[2] / "tests" / "peers"
+sys.path.insert(0, str(PEERS))
+
+from checkpoints import sample, summary, write_families  # noqa: E402  (found through the line above)
+
+
+def main() -> None:
+    cases = yaml.safe_load((PEERS / "mergekit" / "cases.yaml").read_text())
+    wanted = sys.argv[1:] or list(cases)
+    numbers: dict[str, np.ndarray] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_families(folder)
+        for case in wanted:
+            print(case, file=sys.stderr)
+            merged = merge(folder, case, cases[case])
+            numbers[f"{case}/samples"] = np.concatenate([sample(name, merged[name]) for name in sorted(merged)])
+            numbers[f"{case}/summary"] = np.stack([summary(merged[name]) for name in sorted(merged)])
+    metadata = {"mergekit": version("mergekit"), "torch": version("torch")}
+    save_file(numbers, PEERS / "mergekit" / "outputs.safetensors", metadata=metadata)
+
+
+def merge(folder: Path, case: str, recipe: dict[str, object]) -> dict[str, np.ndarray]:
+    """Run mergekit on one recipe, with `folder` current as its relative paths expect."""
+    options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
+    with contextlib.chdir(folder):
+        run_merge(MergeConfiguration.model_validate(recipe), f"out/{case}", options)
+    return read(folder / "out" / case)
+
+
+def read(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint as float32 (bfloat16 widens exactly)."""
+    out = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            out |= {name: opened.get_tensor(name).float().numpy() for name in opened.keys()}  # noqa: SIM118
+    return out
+
+
+if __name__ == "__main__":
+    main()

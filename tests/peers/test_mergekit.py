@@ -1,0 +1,95 @@
+"""Every recipe of mergekit/cases.yaml gives mergekit's numbers; where ours are meant to differ, they do."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+import mergetool
+from mergetool.errors import PlanError
+from tests.peers.checkpoints import sample, shapes, summary, tensors, write_families
+
+FOLDER = Path(__file__).parent / "mergekit"
+CASES = yaml.safe_load((FOLDER / "cases.yaml").read_text())
+EXPECTED = load_file(FOLDER / "outputs.safetensors")
+BFLOAT16 = 2**-8  # half the distance between neighbours, relative to the value, twice
+
+ZERO = (
+    "model.layers.0.self_attn.v_proj.weight"  # the base's is zero: we walk the straight line, mergekit a quarter circle
+)
+EVEN = "model.layers.1.mlp.up_proj.weight"  # the two models disagree exactly: we keep the base, mergekit elects plus
+OURS = {"slerp-edges": {ZERO}, "slerp-edges-reversed": {ZERO}, "ties-exact-disagreement": {EVEN}}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_families(folder)
+    return folder
+
+
+@pytest.fixture
+def merge(models, tmp_path, monkeypatch):
+    """Run a mergekit recipe beside the models; all merged tensors as float32."""
+    monkeypatch.chdir(models)
+
+    def run(recipe):
+        (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        mergetool.run(tmp_path / "recipe.yml", output=tmp_path / "out")
+        with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as opened:
+            return {name: opened.get_tensor(name).float().numpy() for name in opened.keys()}  # noqa: SIM118
+
+    return run
+
+
+def expected(case):
+    """mergekit's numbers for each tensor: the sampled elements, and (sum, norm) of all."""
+    family = next(name for name in ("qwen2", "edges", "llama") if name in str(CASES[case]))
+    samples, found = EXPECTED[f"{case}/samples"], {}
+    for name, totals in zip(sorted(shapes(family)), EXPECTED[f"{case}/summary"], strict=True):
+        length = sample(name, np.empty(shapes(family)[name], np.float32)).size
+        found[name], samples = (samples[:length], totals), samples[length:]
+    assert not samples.size
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mergekit_recipe_gives_the_numbers_of_mergekit(case, merge):
+    merged, theirs = merge(CASES[case]), expected(case)
+    assert set(merged) == set(theirs)
+    relative = BFLOAT16 if CASES[case].get("out_dtype") == "bfloat16" else 0
+    absolute = 2e-5 if CASES[case]["merge_method"] == "slerp" else 2e-6
+    for name in set(merged) - OURS.get(case, set()):
+        samples, totals = theirs[name]
+        np.testing.assert_allclose(sample(name, merged[name]), samples, rtol=relative, atol=absolute, err_msg=name)
+        np.testing.assert_allclose(summary(merged[name]), totals, rtol=1e-5, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["slerp-edges", "slerp-edges-reversed"])
+def test_slerp_with_a_zero_vector_walks_the_straight_line(case, merge):
+    t = 0.3 if case == "slerp-edges" else 0.7  # counted from the zero vector
+    vector = tensors("edges", "a")[ZERO]
+    np.testing.assert_allclose(merge(CASES[case])[ZERO], t * vector, rtol=0, atol=1e-6)
+    theirs, _ = expected(case)[ZERO]
+    np.testing.assert_allclose(theirs, np.sin(t * np.pi / 2) * sample(ZERO, vector), rtol=0, atol=1e-6)
+
+
+def test_ties_keeps_the_base_where_a_vote_ends_even(merge):
+    base, a, b = (tensors("edges", model)[EVEN] for model in ("base", "a", "b"))
+    np.testing.assert_array_equal(merge(CASES["ties-exact-disagreement"])[EVEN], base)
+    theirs, _ = expected("ties-exact-disagreement")[EVEN]
+    np.testing.assert_allclose(theirs, sample(EVEN, np.maximum(a, b)), rtol=0, atol=1e-6)
+
+
+def test_weights_that_add_up_to_zero_are_refused_where_mergekit_writes_nan(merge):
+    models = [{"model": "llama/a", "parameters": {"weight": 1}}, {"model": "llama/b", "parameters": {"weight": -1}}]
+    with pytest.raises(PlanError, match="add up to 0"):
+        merge({"merge_method": "linear", "models": models})
+
+
+def test_the_samples_cover_every_tensor_of_every_case():
+    assert {key.partition("/")[0] for key in EXPECTED} == set(CASES)
+    assert all(np.isfinite(numbers).all() for numbers in EXPECTED.values())
