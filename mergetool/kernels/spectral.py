@@ -148,27 +148,25 @@ def _live_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return p, s, qh, s > NULL_DIRECTION * s[:1]
 
 
-def concatenated(factors: Sequence[Factors]) -> Factors:
-    """The sum of several matrices, as factors side by side."""
+def concatenated(tasks: Sequence[Factors]) -> Factors:
+    """Factors of several tasks side by side, in their order (U, S, V above): the sum of the matrices."""
     return Factors(
-        torch.cat([each.u for each in factors], 1),
-        torch.cat([each.s for each in factors]),
-        torch.cat([each.v for each in factors], 1),
+        torch.cat([each.u for each in tasks], 1),
+        torch.cat([each.s for each in tasks]),
+        torch.cat([each.v for each in tasks], 1),
     )
 
 
-def orthogonalised(factors: Sequence[Factors], *, fill: bool = False) -> Factors:
-    """All tasks' triplets with left and right vectors replaced by the nearest orthonormal ones; `.dense()` is M.
+def orthogonalised(every: Factors, *, fill: bool = False) -> Factors:
+    """`concatenated` factors with left and right vectors replaced by the nearest orthonormal ones; `.dense()` is M.
 
     The singular values of M are all of `s`, if K <= min(m, n) and no direction is null. `fill` as in `polar`.
     """
-    every = concatenated(factors)
     return Factors(polar(every.u, fill=fill), every.s, polar(every.v, fill=fill))
 
 
-def core(factors: Sequence[Factors]) -> Tensor:
-    """C (K, K), float64, such that M = U C V^T with U, V the concatenated, unchanged factors."""
-    every = concatenated(factors)
+def core(every: Factors) -> Tensor:
+    """C (K, K), float64, such that M = U C V^T with the unchanged U and V of `concatenated` factors."""
     return (whitener(every.u) * every.s) @ whitener(every.v)
 
 
@@ -184,9 +182,8 @@ class Interference:
     """Frobenius norm of the same matrix, unlike `total` independent of bases inside equal singular values."""
 
 
-def interference(factors: Sequence[Factors]) -> Interference:
-    """Singular task interference of the given tasks (paper, section 3.3)."""
-    every = concatenated(factors)
+def interference(every: Factors) -> Interference:
+    """Singular task interference of the tasks whose `concatenated` factors these are (paper, section 3.3)."""
     if every.rank == 0:
         return Interference(0.0, 0.0, 0.0)
     identity = torch.eye(every.rank, dtype=every.s.dtype, device=every.s.device)

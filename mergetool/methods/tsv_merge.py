@@ -72,7 +72,7 @@ class TsvMerge(TensorMethod):
     )
     needs_base: ClassVar = "required"
     reach: ClassVar = "tensor"
-    buffers: ClassVar = 16
+    buffers: ClassVar = 22
     neutral: ClassVar = {"rank": 1.0}
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":

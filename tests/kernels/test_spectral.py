@@ -61,7 +61,7 @@ def naive_merge(deltas, k):
 
 
 def merge(deltas, k):
-    return orthogonalised([live_factors(delta, k) for delta in deltas]).dense()
+    return orthogonalised(concatenated([live_factors(delta, k) for delta in deltas])).dense()
 
 
 def relative(a, b):
@@ -231,7 +231,7 @@ def test_merge_through_the_core_is_the_same_for_any_subset():
         chosen = [factors[index] for index in subset]
         every = concatenated(chosen)
         torch.testing.assert_close(
-            every.u @ core(chosen) @ every.v.mT, orthogonalised(chosen).dense(), rtol=0, atol=1e-10
+            every.u @ core(every) @ every.v.mT, orthogonalised(every).dense(), rtol=0, atol=1e-10
         )
 
 
@@ -258,7 +258,7 @@ def test_only_the_subspaces_of_a_task_matter():
     left = polar(torch.cat([each.u @ p for each, (p, _) in zip(factors, turns, strict=True)], 1))
     right = polar(torch.cat([each.v @ q for each, (_, q) in zip(factors, turns, strict=True)], 1))
     middle = torch.block_diag(*[p.mT @ torch.diag(each.s) @ q for each, (p, q) in zip(factors, turns, strict=True)])
-    assert relative(left @ middle @ right.mT, orthogonalised(factors).dense()) < 1e-10
+    assert relative(left @ middle @ right.mT, orthogonalised(concatenated(factors)).dense()) < 1e-10
 
 
 def test_scaling_tasks_scales_singular_values_only():
@@ -266,7 +266,7 @@ def test_scaling_tasks_scales_singular_values_only():
     factors = [live_factors(delta, 10) for delta in deltas]
     scaled = [each.scaled(c) for each, c in zip(factors, (2.0, -1.0, 0.5), strict=True)]
     expected = merge([c * delta for c, delta in zip((2.0, -1.0, 0.5), deltas, strict=True)], 10)
-    assert relative(orthogonalised(scaled).dense(), expected) < 1e-10
+    assert relative(orthogonalised(concatenated(scaled)).dense(), expected) < 1e-10
     assert relative(merge([1e-6 * delta for delta in deltas], 10), 1e-6 * merge(deltas, 10)) < 1e-10
 
 
@@ -275,8 +275,8 @@ def test_tasks_on_disjoint_rows_and_columns_add_up_undisturbed():
     first[:20, :15], second[20:, 15:] = randn(20, 15), randn(20, 15, seed=1)
     factors = [live_factors(first, 6), live_factors(second, 6)]
     expected = truncated_svd(first, 6).dense() + truncated_svd(second, 6).dense()
-    assert relative(orthogonalised(factors).dense(), expected) < 1e-12
-    assert interference(factors).total < 1e-20
+    assert relative(orthogonalised(concatenated(factors)).dense(), expected) < 1e-12
+    assert interference(concatenated(factors)).total < 1e-20
 
 
 # Degenerate tasks
@@ -298,7 +298,7 @@ def test_almost_copies_of_an_expert_merge_to_its_truncation():
 
 def test_filling_null_directions_keeps_all_singular_values_instead():
     factors = [live_factors(task(50, 40, 0), 13)] * 2
-    filled = orthogonalised(factors, fill=True).dense()
+    filled = orthogonalised(concatenated(factors), fill=True).dense()
     assert float(filled.norm()) == pytest.approx(math.sqrt(2) * float(factors[0].s.norm()), rel=1e-10)
 
 
@@ -339,9 +339,10 @@ def test_arguments_are_not_touched():
     before = [delta.clone() for delta in deltas]
     factors = [live_factors(delta, 10) for delta in deltas]
     kept = [Factors(each.u.clone(), each.s.clone(), each.v.clone()) for each in factors]
-    orthogonalised(factors)
-    core(factors)
-    interference(factors)
+    every = concatenated(factors)
+    orthogonalised(every)
+    core(every)
+    interference(every)
     assert all(torch.equal(a, b) for a, b in zip(deltas, before, strict=True))
     for each, copy in zip(factors, kept, strict=True):
         assert torch.equal(each.u, copy.u)
@@ -358,7 +359,7 @@ def test_interference_of_two_overlapping_directions_by_hand():
     first = Factors(eye(2)[:, :1], torch.tensor([2.0]).double(), eye(2)[:, :1])
     turned = torch.tensor([[0.5], [half]]).double()
     second = Factors(turned, torch.tensor([4.0]).double(), turned)
-    found = interference([first, second])
+    found = interference(concatenated([first, second]))
     # (U^T U - I) S (V^T V - I) = diag(s_2, s_1) / 4
     assert found.total == pytest.approx((4 + 2) / 4)
     assert found.normalised == pytest.approx(1 / 4)
@@ -367,18 +368,18 @@ def test_interference_of_two_overlapping_directions_by_hand():
 
 def test_interference_is_0_for_one_task_and_after_orthogonalising():
     factors = [live_factors(task(50, 40, seed), 10) for seed in range(3)]
-    assert interference(factors[:1]).total < 1e-20
-    assert interference(factors).total > 0.1
-    together = orthogonalised(factors)
-    assert interference([together]).total < 1e-20
-    assert interference([live_factors(torch.zeros(5, 5), 2)]).total == 0
+    assert interference(concatenated(factors[:1])).total < 1e-20
+    assert interference(concatenated(factors)).total > 0.1
+    together = orthogonalised(concatenated(factors))
+    assert interference(together).total < 1e-20
+    assert interference(live_factors(torch.zeros(5, 5), 2)).total == 0
 
 
 def test_interference_does_not_depend_on_order_or_signs():
     factors = [live_factors(task(50, 40, seed), 10) for seed in range(3)]
     signs = torch.tensor([1.0, -1.0] * 5).double()
     flipped = [Factors(each.u * signs, each.s, each.v * signs) for each in factors]
-    expected = interference(factors)
-    for other in (interference(factors[::-1]), interference(flipped)):
+    expected = interference(concatenated(factors))
+    for other in (interference(concatenated(factors[::-1])), interference(concatenated(flipped))):
         assert other.total == pytest.approx(expected.total, rel=1e-12)
         assert other.frobenius == pytest.approx(expected.frobenius, rel=1e-12)
