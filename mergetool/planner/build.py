@@ -15,6 +15,7 @@ from mergetool.errors import PlanError, at
 from mergetool.methods.base import FittedMethod, Method, TensorMethod
 from mergetool.planner.model import BASE, Plan, Shard, Step
 from mergetool.recipe.model import Override, Recipe
+from mergetool.tensors.adapter import AdapterSource
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
 from mergetool.tensors.header import TensorSpec, lay_out
 from mergetool.tensors.side_files import read_config
@@ -47,6 +48,8 @@ def _open_models(recipe: Recipe) -> dict[str, ModelSource]:
         with at(label):
             opened[name] = open_model(recipe.path_of(reference.source))
             _refuse_quantised(opened[name])
+            for adapter in reference.adapters:
+                opened[name] = AdapterSource(opened[name], recipe.path_of(adapter))
     return opened
 
 
@@ -160,14 +163,14 @@ class _Draft:
         if problem := method.problem(params):
             raise PlanError(problem, f"{method.method_name()}: {name}", "change the numbers for this tensor")
         uses_base = self.uses_base and method.needs_base != "unused"
-        written = TensorSpec(name, self._dtype_out(spec.dtype), spec.shape)
+        written = TensorSpec(name, self._dtype_out(self.sources[leader].stored_as(name)), spec.shape)
         return Step(0, written, 0, leader, depth, method, params, tuple(models), sources, uses_base, self.fitted)
 
     def _copy(self, name: str, donor: str, depth: float) -> Step:
         spec = self.sources[donor].specs.get(name)
         if spec is None:
             raise PlanError(f"override `use: {donor}`: that model has no such tensor", name, "use another model")
-        dtype = self._dtype_out(spec.dtype) if spec.dtype.is_float else spec.dtype
+        dtype = self._dtype_out(self.sources[donor].stored_as(name)) if spec.dtype.is_float else spec.dtype
         return Step(0, TensorSpec(name, dtype, spec.shape), 0, donor, depth)
 
     def _dtype_out(self, stored: DType) -> DType:

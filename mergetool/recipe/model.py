@@ -45,6 +45,9 @@ class ModelReference(Section):
     """Where a model is: a folder, a .safetensors file, or a model id."""
 
     source: Annotated[str, Field(min_length=1, strict=True)] = Field(description="folder or .safetensors file")
+    adapters: tuple[Annotated[str, Field(min_length=1, strict=True)], ...] = Field(
+        (), description="folders of LoRA adapters, applied in this order while reading"
+    )
 
 
 Reference = Annotated[ModelReference, BeforeValidator(_as_reference, json_schema_input_type=str | dict[str, Any])]

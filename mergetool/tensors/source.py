@@ -20,7 +20,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from mergetool.errors import SourceError
-from mergetool.tensors.dtypes import of_torch
+from mergetool.tensors.dtypes import DType, of_torch
 from mergetool.tensors.header import Header, TensorSpec, header_length, is_storable_name, parse_header
 from mergetool.tensors.io import read_error, read_exact
 
@@ -79,6 +79,10 @@ class ModelSource(ABC):
     @abstractmethod
     def read_bytes(self, name: str, begin: int, buffer: memoryview) -> None:
         """Fill `buffer` with stored bytes of tensor `name`, from byte `begin` of the tensor. Thread-safe."""
+
+    def stored_as(self, name: str) -> DType:
+        """The dtype a copy of this tensor takes where the output keeps each tensor's own."""
+        return self.specs[name].dtype
 
     def will_need(self, name: str, begin: int, length: int) -> None:  # noqa: B027  (optional: a hint)
         """Hint that bytes [begin, begin + length) of tensor `name` are wanted soon."""
