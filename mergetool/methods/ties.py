@@ -100,18 +100,20 @@ class Ties(TensorMethod):
         from mergetool.kernels.consensus import agreeing_sum_
 
         if stats:
-            self._trim(group, stats)
+            self._trim(group, p, stats)
         merged = agreeing_sum_(group.deltas, p.weight, normalize=self.normalize, scratch=group.scratch)
         assert group.base is not None
         return group.base.add_(merged, alpha=p.scale)
 
-    def _trim(self, group: TensorGroup, stats: Stats) -> None:
+    def _trim(self, group: TensorGroup, p: Params, stats: Stats) -> None:
         from mergetool.kernels.consensus import keep_largest_
         from mergetool.kernels.rng import keep_mask, stream_key
 
-        for name, delta, threshold, share in zip(
-            group.names, group.deltas, stats["threshold"], stats["share"], strict=True
+        for name, delta, density, threshold, share in zip(
+            group.names, group.deltas, p.density, stats["threshold"], stats["share"], strict=True
         ):
+            if density == 1.0:  # even with `boundary: drop`, nothing is to go
+                continue
             if self.boundary == "random" and 0.0 < share < 1.0:
                 key = stream_key(group.seed, group.name, name, "ties boundary")
                 kept = keep_mask(key, group.start, share, group.scratch(2), group.scratch)
