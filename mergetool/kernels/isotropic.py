@@ -33,13 +33,9 @@ def isotropic_in_spaces(deltas: Sequence[Tensor], common: float) -> Tensor:
     for delta in deltas[1:]:
         total += delta
     shared = live_factors(total, size).leading(num_common)
-    parts = [_outside(delta, shared.u, num_own) for delta in deltas] if num_own else []
-    every = [*(part for part in parts if part.rank), *([shared] if shared.rank else [])]
-    if not every:
-        return torch.zeros_like(total, dtype=torch.float64)
-    strength = concatenated(every).s.sum() / size
-    flat = [Factors(part.u, torch.full_like(part.s, float(strength)), part.v) for part in every]
-    return orthogonalised(flat).dense()
+    own = [_outside(delta, shared.u, num_own) for delta in deltas] if num_own else []
+    merged = orthogonalised(concatenated([*own, shared]))
+    return (merged.u @ merged.v.mT) * (merged.s.sum() / size)
 
 
 def space_sizes(size: int, num_tasks: int, common: float) -> tuple[int, int]:
