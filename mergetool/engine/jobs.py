@@ -73,6 +73,7 @@ class Jobs:
         self._teller = teller
         self._local = threading.local()
         self._device = "cpu"
+        self._threads = 1
         done = journal.done
         self.record = Record(inputs=dict(done.hashes), notes={name: list(notes) for name, notes in done.notes.items()})
         self._todo = {
@@ -102,18 +103,26 @@ class Jobs:
         import torch
 
         self._device = _device(device)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, threads // workers))
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, self._threads // workers))
         try:
             yield
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(self._threads)
 
     def fit(self, folder: Path) -> None:
-        """For a method that looks at the whole models first: do so (or take up what a killed run left)."""
+        """For a method that looks at the whole models first: do so (or take up what a killed run left).
+
+        No worker computes meanwhile, so torch has all threads.
+        """
+        import torch
+
         from mergetool.engine.fitting import fit
 
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
         self._plan = fit(self._plan, folder, self._teller.say)
+        torch.set_num_threads(threads)
 
     def queue_all(self) -> None:
         """Queue everything that is still to do, in plan order."""
@@ -125,7 +134,7 @@ class Jobs:
             everywhere = [step for step in self._plan.steps if step.surveyed_together]
             self._begin_survey(_WHOLE_MODEL, everywhere, first=False)
         for step in steps:
-            if step not in shared:
+            if not step.surveyed_together:
                 self._begin_survey(step.spec.name, [step], first=False)
         for shard, left in self._left_in_shard.items():
             if left == 0:

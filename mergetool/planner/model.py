@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from mergetool.methods.base import Params, Reach, TensorMethod
@@ -111,7 +112,7 @@ class Plan:
         """Bytes that merging reads once (surveys read their inputs again)."""
         return sum(self.sources[name].specs[step.spec.name].num_bytes for step in self.steps for name in step.reads)
 
-    @property
+    @cached_property
     def compute_bits(self) -> int:
         """Width of the compute dtype: 64 if the recipe says so or a merged tensor is stored in float64, else 32."""
         stored = (self.sources[name].specs[step.spec.name].dtype.name for step in self.steps for name in step.reads)
