@@ -32,8 +32,10 @@ def families() -> dict[str, Family]:
 
 
 def resolve(architecture: str | None, shapes: Shapes, config: Mapping[str, Any] | None = None) -> ArchSpec:
-    """The spec of a checkpoint with these shapes: by family name, by the path of an architecture file, or found (None).
+    """The spec of a checkpoint with these shapes.
 
+    `architecture`: a family, the path of an architecture file, "auto" (build and trace the network that config.json
+    names), or None: the family that config.json or the names tell.
     Raises PlanError if nothing fits, naming the tensor and the axis where it is the shapes that do not.
     """
     config = config or {}
@@ -43,9 +45,14 @@ def resolve(architecture: str | None, shapes: Shapes, config: Mapping[str, Any] 
             raise PlanError(
                 f"no known architecture has these {len(shapes)} tensors (first: {min(shapes, default='none')})",
                 where="architecture",
-                fix=f"`architecture:` one of {', '.join(families())}, or the path of a file like arch/data/llama.yaml",
+                fix=f"`architecture:` one of {', '.join(families())}, auto, or the path of an architecture file",
             )
         return _build(name, families()[name], shapes, config)
+    if architecture == "auto":
+        # The only way in that needs torch.
+        from mergetool.arch.auto import derive_from_config
+
+        return derive_from_config(shapes, config)
     if architecture in families():
         return _build(architecture, families()[architecture], shapes, config)
     path = Path(architecture)
@@ -55,7 +62,9 @@ def resolve(architecture: str | None, shapes: Shapes, config: Mapping[str, Any] 
     raise PlanError(
         f"unknown architecture {architecture!r}",
         where="architecture",
-        fix=f"did you mean {near[0]!r}?" if near else f"one of {', '.join(families())}, or the path of a .yaml file",
+        fix=f"did you mean {near[0]!r}?"
+        if near
+        else f"one of {', '.join(families())}, auto, or the path of a .yaml file",
     )
 
 

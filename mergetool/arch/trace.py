@@ -25,7 +25,7 @@ from mergetool.arch.call import Call, Value
 from mergetool.arch.nesting import spec_of
 from mergetool.arch.rules import results_of
 from mergetool.arch.spec import ArchSpec
-from mergetool.arch.verify import TOLERANCE, deviation, failures, prove, runner
+from mergetool.arch.verify import TOLERANCE, deviation, failures, general_position, prove, runner
 from mergetool.errors import PlanError
 from mergetool.kernels.permute import Element
 
@@ -63,7 +63,7 @@ def proved(spec: ArchSpec, module: nn.Module, *args: Any, **kwargs: Any) -> Arch
 
     Raises PlanError if groups that hold one by one do not hold together.
     """
-    run, weights = runner(module, *args, **kwargs), module.state_dict()
+    run, weights = runner(module, *args, **kwargs), general_position(module)
     everything = Element.random(spec.spaces, torch.Generator().manual_seed(0))
     if deviation(run, weights, spec, everything) <= TOLERANCE:
         return spec

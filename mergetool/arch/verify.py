@@ -57,6 +57,24 @@ def runner(module: nn.Module, *args: Any, **kwargs: Any) -> Run:
     return run
 
 
+def general_position(module: nn.Module, *, seed: int = 0) -> dict[str, Tensor]:
+    """Random weights for a module: freshly initialised ones (biases 0, gains 1) would hide what a spec gets wrong.
+
+    Parameters and running statistics are drawn on the CPU, matrices with variance 1 / fan-in, vectors from [0.5, 1.5];
+    all other buffers are the module's own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[int, Tensor] = {}  # by identity: tied names stay tied
+    weights = module.state_dict(keep_vars=True)
+    for name, tensor in sorted(weights.items()):
+        statistic = name.endswith(("running_mean", "running_var"))
+        if id(tensor) not in drawn and (isinstance(tensor, nn.Parameter) or statistic):
+            noise = torch.randn if tensor.ndim > 1 else torch.rand
+            scaled = noise(tensor.shape, generator=generator) / max(prod(tensor.shape[1:]), 1) ** 0.5
+            drawn[id(tensor)] = scaled if tensor.ndim > 1 else scaled + 0.5
+    return {name: drawn.get(id(tensor), tensor.detach()) for name, tensor in weights.items()}
+
+
 def deviation(run: Run, weights: Mapping[str, Tensor], spec: ArchSpec, element: Element) -> float:
     """Largest change of an output under `element`, relative to the largest output."""
     return _change(run(weights), run(transform(weights, spec, element)))
