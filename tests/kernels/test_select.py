@@ -1,0 +1,116 @@
+"""The k-th largest magnitude by counting, against a full sort."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergetool.kernels.select import Count, Found, Search
+from tests.toys import uniform
+
+KINDS = {32: (torch.float32, np.float32), 64: (torch.float64, np.float64)}
+
+
+def select(slices, rank, bits):
+    """Run all passes over slices of |x|; returns the result and the number of passes."""
+    search, passes = Search.begin(rank, bits), 0
+    while isinstance(search, Search):
+        count = Count(search)
+        for part in slices:
+            count.add(part)
+        search, passes = search.narrow(count.histogram()), passes + 1
+    return search, passes
+
+
+def sorted_out(x, rank):
+    """The same by sorting: the magnitude, how many are larger, how many are equal."""
+    ordered = x.abs().flatten().sort(descending=True).values
+    value = ordered[rank - 1]
+    return Found(float(value), int((ordered > value).sum()), int((ordered == value).sum()))
+
+
+def check(x, ranks=None):
+    bits = 32 if x.dtype == torch.float32 else 64
+    n = x.numel()
+    for rank in ranks or {1, 2, max(1, n // 5), max(1, n // 2), n - 1 or 1, n}:
+        found, passes = select([x.abs()], rank, bits)
+        assert found == sorted_out(x, rank), rank
+        assert passes == bits // 16
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_any_rank_of_continuous_values_is_that_of_a_sort(bits):
+    x = uniform((3_001,), "values").to(KINDS[bits][0]).pow(3) / 7
+    check(x, range(1, 3_002, 300))
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_values_that_differ_only_in_their_last_bits_are_told_apart(bits):
+    dtype, number = KINDS[bits]
+    step = np.finfo(number).eps
+    check(torch.tensor([1 + k * step for k in (5, 3, 9, 3, 0, 1, 7)], dtype=dtype), range(1, 8))
+
+
+def test_differences_of_sixteen_bit_models_have_many_equal_magnitudes():
+    base = uniform((20_000,), "base").bfloat16()
+    delta = (base.float() + uniform((20_000,), "delta") / 64).bfloat16().float() - base.float()
+    found, _ = select([delta.abs()], 4_000, 32)
+    assert found.equal > 100
+    check(delta)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_zeros_of_both_signs_denormals_and_huge_values_have_their_places(bits):
+    dtype, number = KINDS[bits]
+    info = np.finfo(number)
+    values = [0.0, -0.0, info.smallest_subnormal, -3 * info.smallest_subnormal, info.tiny, -info.max, info.max, 1.0]
+    check(torch.tensor(np.array(values, dtype=number)), range(1, 9))
+    assert torch.tensor(np.array(values, dtype=number)).dtype == dtype
+
+
+def test_vectors_of_zeros_have_threshold_zero():
+    assert select([torch.zeros(10)], 3, 32)[0] == Found(0.0, 0, 10)
+
+
+def test_infinity_is_the_largest_magnitude():
+    assert select([torch.tensor([1.0, math.inf, 2.0])], 1, 32)[0] == Found(math.inf, 0, 1)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("length", [1, 7, 64, 399])
+def test_slices_add_up(bits, length):
+    x = (uniform((400,), "values").to(KINDS[bits][0]) * 50).round() / 3
+    for rank in (1, 80, 400):
+        assert select([x.abs()], rank, bits) == select(x.abs().split(length), rank, bits)
+
+
+def test_histograms_of_two_places_add_up_to_that_of_both():
+    x = uniform((1_000,), "values").abs()
+    search = Search.begin(100, 32)
+    while isinstance(search, Search):
+        parts = []
+        for part in (x[:300], x[300:], x[:0]):
+            parts.append(Count(search))
+            parts[-1].add(part)
+        search = search.narrow(sum(part.histogram() for part in parts))
+    assert search == sorted_out(x, 100)
+
+
+def test_the_values_counted_are_not_changed():
+    x = uniform((100,), "values").abs()
+    copy = x.clone()
+    select([x], 10, 32)
+    assert x.equal(copy)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_finite_floats_are_ranked_as_by_a_sort(data):
+    bits = data.draw(st.sampled_from([32, 64]))
+    values = data.draw(st.lists(st.floats(width=bits, allow_nan=False), min_size=1, max_size=30))
+    x = torch.tensor(np.array(values, dtype=KINDS[bits][1]))
+    rank = data.draw(st.integers(1, len(values)))
+    assert select(x.abs().split(data.draw(st.integers(1, 30))), rank, bits)[0] == sorted_out(x, rank)
