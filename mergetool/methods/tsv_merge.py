@@ -20,7 +20,7 @@ matrices unless `filter` says so; weights per model multiply task vectors, as in
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Discriminator, Tag
 
 from mergetool.arch.matrices import MatrixFilter, is_matrix
 from mergetool.methods.base import (
@@ -42,12 +42,20 @@ if TYPE_CHECKING:
     from mergetool.kernels.spectral import Factors
 
 
-class Energy(BaseModel):
-    """As many directions as hold this share of a task vector's squared norm."""
+def _form(value: object) -> str:
+    """Which form of `rank` a value is meant to have, so that an error is about that one only."""
+    if isinstance(value, dict):
+        return "by energy"
+    return "share" if isinstance(value, float) else "count" if type(value) is int else "word"
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    energy: Fraction
+Rank = Annotated[
+    Annotated[Literal["auto"], Tag("word")]
+    | Annotated[int, Field(strict=True, ge=1), Tag("count")]
+    | Annotated[Fraction, Tag("share")]
+    | Annotated[dict[Literal["energy"], Fraction], Field(min_length=1), Tag("by energy")],
+    Discriminator(_form),
+]
 
 
 class TsvMerge(TensorMethod):
@@ -56,7 +64,7 @@ class TsvMerge(TensorMethod):
     method: Literal["tsv-merge"] = "tsv-merge"
     scale: Scheduled[Finite] = Field(1.0, description="factor on the merged task vector (alpha in the paper)")
     weight: PerModel[Finite] = Field(1.0, description="factor on each task vector; 0 leaves the model out")
-    rank: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] | Fraction | Energy = Field(
+    rank: Rank = Field(
         "auto",
         description="directions kept of each task vector: auto (smaller dimension // number of models), a number, "
         "a share of the smaller dimension, or {energy: share of the squared norm}",
@@ -113,8 +121,8 @@ class TsvMerge(TensorMethod):
         from mergetool.kernels.spectral import energy_rank, live_factors, truncated_svd
 
         factors = live_factors(matrix, most) if self.null_policy == "drop" else truncated_svd(matrix, most)
-        if isinstance(self.rank, Energy) and factors.rank:
-            return factors.leading(energy_rank(factors.s, self.rank.energy))
+        if isinstance(self.rank, dict) and factors.rank:
+            return factors.leading(energy_rank(factors.s, self.rank["energy"]))
         return factors
 
     def _most(self, shape: tuple[int, ...], num_models: int) -> int:
@@ -127,5 +135,5 @@ class TsvMerge(TensorMethod):
                 return min(self.rank, full)
             case float():
                 return int(self.rank * full)
-            case Energy():
+            case dict():
                 return full
