@@ -38,13 +38,15 @@ def merge_state_dicts(
     *,
     seed: int = 0,
     dtype: str = "float32",
+    architecture: str | None = None,
     **parameters: Any,
 ) -> "dict[str, Tensor]":
     """Merge state dicts in memory, by the same rules and to the same bits as a recipe run.
 
     `method` is a name (its parameters as keywords) or the `merge` section of a recipe. `models` maps names to state
-    dicts (or is a list: names are then m0, m1, ...). `dtype` is the compute dtype, float32 or float64. Inputs are not
-    changed; the result holds new tensors with the dtypes of `base` (or of the first model), on the CPU.
+    dicts (or is a list: names are then m0, m1, ...). `dtype` is the compute dtype, float32 or float64. `architecture`
+    is for methods that ask for it, where the tensors' names do not tell. Inputs are not changed; the result holds new
+    tensors with the dtypes of `base` (or of the first model), on the CPU.
     Raises RecipeError or PlanError for inputs that do not fit, MergeError for results that are not finite.
     """
     from mergetool.engine.memory import merge_in_memory
@@ -54,6 +56,7 @@ def merge_state_dicts(
     section = {"method": method, **parameters} if isinstance(method, str) else {**method, **parameters}
     document = {
         **({"base": "in memory"} if base is not None else {}),
+        **({"architecture": architecture} if architecture is not None else {}),
         "models": dict.fromkeys(models, "in memory"),
         "merge": section,
         "compute": {"seed": seed, "dtype": dtype},

@@ -28,7 +28,9 @@ class WholeModels:
         recipe = plan.recipe
         self.names = (*recipe.models, *((BASE,) if BASE in plan.sources else ()))
         self.shapes: Mapping[str, tuple[int, ...]] = {
-            step.spec.name: step.spec.shape for step in plan.steps if step.method is not None
+            step.spec.name: step.spec.shape
+            for step in plan.steps
+            if step.spec.dtype.is_float and all(step.spec.name in source.specs for source in plan.sources.values())
         }
         self.config: Mapping[str, Any] = read_config(plan.sources[plan.donor].folder)
         self.architecture = recipe.architecture

@@ -43,7 +43,8 @@ def finish(plan: Plan, claim: Claim, record: Record, seconds: float) -> Result:
     write_file(folder / "README.md", _card(plan))
     lock = _lock(plan, claim.key, record, result)
     weights = {*lock["output"]["files"], JOURNAL_NAME}
-    others = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in weights)
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    others = sorted(name for name in found if name not in weights)
     lock["output"]["files"] |= {name: sha256_file(folder / name) for name in others}
     write_file(folder / LOCK_NAME, json.dumps(lock, indent=2, ensure_ascii=False) + "\n")
     return result

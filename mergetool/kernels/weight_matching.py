@@ -8,7 +8,8 @@ polish that follows Frank-Wolfe.
 Families that share no piece do not see each other (the hidden layers of a transformer, given its residual stream), so
 they are solved side by side.
 
-Reference: Ainsworth et al., Git Re-Basin, ICLR 2023, https://arxiv.org/abs/2209.04836, algorithms 1 and 3.
+Reference: Ainsworth et al., Git Re-Basin, ICLR 2023, https://arxiv.org/abs/2209.04836, algorithm 1, and MergeMany in
+the appendix.
 Differs from the paper: families are visited in the network's order, those that cannot have changed are left out, and
 models in the given order. The paper draws both orders at random, so that its result depends on the draw.
 """
@@ -49,6 +50,16 @@ def match_to_reference(problem: Problem, reference: int) -> tuple[Element, ...]:
             point, _ = ascend(pair, hard_point(pair, [identity, identity]), [1])
             matched.append(point[1].elements[0])
     return tuple(matched)
+
+
+def merge_many(problem: Problem) -> tuple[tuple[Element, ...], tuple[float, ...]]:
+    """MergeMany: each model in turn matched to the sum of the others, from the identity, until nothing moves.
+
+    Returns elements that map model coordinates to universe coordinates, and the objective before and after every sweep.
+    """
+    start = hard_point(problem, [Element.identity(problem.spaces)] * len(problem.models))
+    point, history = ascend(problem, start, range(len(problem.models)))
+    return tuple(soft.elements[0] for soft in point), history
 
 
 def hard_point(problem: Problem, elements: Sequence[Element]) -> Point:

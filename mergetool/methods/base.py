@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from mergetool.methods.values import Finite, Fraction, Gradient, Knob, PerModel, Positive, Scheduled, Unit, resolve
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "AnyTensorMethod",
     "Field",
     "Finite",
     "Fitted",
@@ -206,6 +207,26 @@ class TensorMethod(Method):
     @abstractmethod
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         """The merged slice: same shape, dtype and device as `group.models[0]`. It may be one of their buffers."""
+
+
+def _chosen(value: Any) -> Any:
+    """The registered method that a mapping with `method` describes."""
+    if isinstance(value, TensorMethod):
+        return value
+    tensor_methods = {name: kind for name, kind in _REGISTRY.items() if issubclass(kind, TensorMethod)}
+    if not isinstance(value, Mapping) or "method" not in value:
+        raise ValueError("expected a mapping with `method`")
+    if value["method"] not in tensor_methods:
+        raise ValueError(f"expected one of the methods {', '.join(sorted(tensor_methods))}")
+    return tensor_methods[value["method"]].model_validate(dict(value))
+
+
+AnyTensorMethod = Annotated[
+    TensorMethod,
+    BeforeValidator(_chosen),
+    WithJsonSchema({"type": "object", "properties": {"method": {"type": "string"}}, "required": ["method"]}),
+]
+"""A field of a method that holds another method: written as a mapping, like the `merge` section of a recipe."""
 
 
 class Models(Protocol):

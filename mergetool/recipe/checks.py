@@ -28,7 +28,10 @@ def cross_checks(
             if "architecture" in document.data and not issubclass(kind, FittedMethod):
                 what = f"{kind.method_name()} does not look at the architecture, so this would have no effect"
                 yield document.error(("architecture",), what, "remove `architecture`")
+            inner = method.inner() if isinstance(method, FittedMethod) else kind
             yield from _check_method(document, models, kind, has_base)
+            if isinstance(inner, Method):
+                yield from _check_inner(document, models, inner, has_base)
             yield from _check_overrides(document, models, kind, overrides, has_base)
         if method is not None:
             yield from _check_per_model(
@@ -66,6 +69,21 @@ def _check_method(
     if method.max_models is not None and len(models) > method.max_models:
         what = f"{name} takes at most {method.max_models} models, not {len(models)}"
         yield document.error(("models",), what, "remove some, or choose another method (mergetool methods)")
+
+
+def _check_inner(
+    document: Document, models: Mapping[str, ModelReference], inner: Method, has_base: bool
+) -> Iterator[RecipeError]:
+    """The method inside a fitted one works on the same models."""
+    name = inner.method_name()
+    if inner.needs_base == "required" and not has_base:
+        what = f"{name} needs a common ancestor, and models to be aligned have none"
+        yield document.error(("merge", "combine"), what, "choose a method without a base: mergetool methods")
+    if inner.max_models is not None and len(models) > inner.max_models:
+        what = f"{name} takes at most {inner.max_models} models, not {len(models)}"
+        yield document.error(("merge", "combine"), what, "remove some, or choose another method (mergetool methods)")
+    values = {key: getattr(inner, key) for key in inner.knobs()}
+    yield from _check_per_model(document, ("merge", "combine"), values, models)
 
 
 def _check_per_model(

@@ -1,14 +1,14 @@
 """The documentation of recipes and methods, from the same classes that check them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from pydantic_core import PydanticUndefined
 
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
-from mergetool.methods.base import Method
+from mergetool.methods.base import Method, TensorMethod
 from mergetool.recipe.load import SECTIONS, override_class
 from mergetool.recipe.render import suggestion
 
@@ -25,7 +25,6 @@ def method_facts(name: str | None = None) -> list[dict[str, Any]]:
 
 def _facts(kind: type[Method]) -> dict[str, Any]:
     text = kind.documentation()
-    knobs = kind.knobs()
     return {
         "name": kind.method_name(),
         "summary": text.splitlines()[0].rstrip("."),
@@ -33,17 +32,27 @@ def _facts(kind: type[Method]) -> dict[str, Any]:
         "min_models": kind.min_models,
         "max_models": kind.max_models,
         "documentation": text,
-        "fields": [
-            {
-                "name": key,
-                "type": _type(knobs[key].per_model) if key in knobs else _plain_type(info.annotation),
-                "default": None if info.default is PydanticUndefined else info.default,
-                "help": info.description,
-            }
-            for key, info in kind.model_fields.items()
-            if key != "method"
-        ],
+        "fields": list(_fields(kind)),
     }
+
+
+def _fields(kind: type[BaseModel], prefix: str = "") -> Iterator[dict[str, Any]]:
+    """The fields of a method, those of its sections one by one."""
+    knobs = kind.knobs() if issubclass(kind, Method) else {}
+    for key, info in kind.model_fields.items():
+        annotation = info.annotation
+        if key == "method":
+            continue
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and not issubclass(annotation, Method):
+            yield from _fields(annotation, f"{prefix}{key}.")
+            continue
+        plain = "a method" if annotation is TensorMethod else _plain_type(annotation)
+        yield {
+            "name": prefix + key,
+            "type": _type(knobs[key].per_model) if key in knobs else plain,
+            "default": None if info.default is PydanticUndefined else info.default,
+            "help": info.description,
+        }
 
 
 def _type(per_model: bool) -> str:

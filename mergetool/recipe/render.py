@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeGuard
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mergetool.errors import RecipeError
@@ -52,10 +52,18 @@ def _written(document: Document, loc: tuple[str | int, ...], kind: str) -> Place
 
 def _known_keys(kind: Any, loc: tuple[str | int, ...]) -> list[str]:
     if isinstance(kind, type) and issubclass(kind, Method):
-        return [*kind.model_fields, "overrides"] if len(loc) == 1 else ["gradient"]
+        if len(loc) == 1:
+            return [*kind.model_fields, "overrides"]
+        section = kind.model_fields[str(loc[0])].annotation
+        return list(section.model_fields) if _is_section(section) else ["gradient"]
     if isinstance(kind, type) and issubclass(kind, Section):
         return list(kind.model_fields)
     return list(ModelReference.model_fields)
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    """Whether a field is a mapping with fields of its own."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel) and not issubclass(annotation, Method)
 
 
 def unknown_key(document: Document, place: Place, known: Sequence[str]) -> RecipeError:

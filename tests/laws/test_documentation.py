@@ -10,9 +10,11 @@ import mergetool
 from mergetool.cli.app import app
 from mergetool.methods import registry
 from mergetool.recipe.reference import method_facts
-from tests.toys import INTEGERS, read, toy_models, write
+from tests.toys import INTEGERS, SHAPES, read, toy_models, write
 
 METHODS = sorted(registry())
+MLP = {"fc1.weight": (7, 5), "fc1.bias": (7,), "fc2.weight": (3, 7), "fc2.bias": (3,)}
+"""What methods that ask for the architecture are tried on."""
 RECIPES = Path(__file__).parents[2] / "recipes"
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -62,7 +64,8 @@ def test_its_recipe_runs_from_end_to_end(name, tmp_path):
     document = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     assert document["merge"]["method"] == name
     assert document["output"]["path"] == f"./out/{name}"
-    base, models = toy_models(document["models"], exact=False)
+    shapes = MLP if "architecture" in document else SHAPES
+    base, models = toy_models(document["models"], exact=False, shapes=shapes)
     states = {key: state | INTEGERS for key, state in {"base": base, **models}.items()}
     paths = {key: str(path) for key, path in write(tmp_path / "models", states).items()}
     document["models"] = {key: paths[key] for key in document["models"]}

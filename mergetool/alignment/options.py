@@ -1,0 +1,38 @@
+"""Settings that the aligning methods share, as sections of their recipes. Imports no torch."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Text = Annotated[str, Field(min_length=1, strict=True)]
+Weighting = Literal["none", "per-tensor"]
+WEIGHTING_HELP = "`per-tensor`: every tensor counts alike; `none`: large tensors (embeddings) count more"
+
+
+class Section(BaseModel):
+    """One mapping of the recipe: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Align(Section):
+    """How C2M3 searches for the permutations."""
+
+    mode: Literal["joint", "block"] = Field("joint", description="all models move together, or one at a time")
+    init: Literal["identity", "barycenter"] = Field("identity", description="where the first start begins")
+    anchor: Text | None = Field(None, description="model whose order the result takes; else one chosen by content")
+    starts: Annotated[int, Field(ge=1, strict=True)] = Field(2, description="runs to choose the best of")
+    polish: bool = Field(True, strict=True, description="improve the rounded permutations by hard moves")
+    iterations: Annotated[int, Field(ge=1, strict=True)] = Field(100, description="most Frank-Wolfe steps of a start")
+    tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)] = Field(
+        1e-6, description="stop when the gap is below this share of the objective"
+    )
+    weighting: Weighting = Field("none", description=WEIGHTING_HELP)
+    permutations: Text | None = Field(None, description="take these from a permutations.safetensors, search nothing")
+
+    @model_validator(mode="after")
+    def _search_nothing(self) -> Any:
+        searching = sorted(self.model_fields_set - {"permutations"})
+        if self.permutations is not None and searching:
+            raise ValueError(f"with `permutations` nothing is searched, so {', '.join(searching)} would have no effect")
+        return self

@@ -1,0 +1,69 @@
+"""What an alignment did, in numbers: for people, and for the lock."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergetool.alignment.task import Task
+from mergetool.kernels.frank_wolfe import Step
+from mergetool.kernels.matching import objective
+from mergetool.kernels.permute import Element
+from mergetool.kernels.weight_matching import hard_point
+
+
+def report_of(
+    task: Task, method: str, elements: Mapping[str, Element], history: Sequence[Step | float]
+) -> dict[str, Any]:
+    """A JSON-able report: objective, its history, the share of coordinates moved, distances before and after.
+
+    A row of `history` is a Frank-Wolfe step, or an objective.
+    """
+    identity = [Element.identity(task.spec.spaces)] * len(task.names)
+    home = [elements[name].inverse() for name in task.names]
+    return {
+        "method": method,
+        "architecture": task.spec.family,
+        "spec": task.spec.digest(),
+        "models": list(task.names),
+        "objective": {
+            "before": objective(task.problem, hard_point(task.problem, identity)),
+            "after": objective(task.problem, hard_point(task.problem, home)),
+        },
+        "history": [
+            {"objective": row.objective, "gap": row.gap, "step": row.length} if isinstance(row, Step) else row
+            for row in history
+        ],
+        "moved": {name: _moved(elements[name]) for name in task.names},
+        "distance": {"before": _distances(task, identity), "after": _distances(task, home)},
+    }
+
+
+def _moved(element: Element) -> dict[str, float]:
+    """For each space, the share of coordinates that another one takes the place of (or whose sign changes)."""
+    shares = {}
+    for name, index in element.index.items():
+        away = index != torch.arange(index.shape[-1])
+        if name in element.sign:
+            away = away | (element.sign[name] < 0)
+        shares[name] = round(float(away.double().mean()), 6)
+    return shares
+
+
+def _distances(task: Task, home: Sequence[Element]) -> list[list[float]]:
+    """Between every two models: |W_i - W_j| / sqrt(|W_i| |W_j|) over all matched tensors."""
+    num_models = len(home)
+    products = torch.zeros(num_models, num_models, dtype=torch.float64)
+    layouts = task.spec.layouts(matched=True)
+    for name, axes in layouts.items():
+        rows = torch.stack([_flat(home[i].apply(task.problem.models[i][name], axes)) for i in range(num_models)])
+        products += (rows @ rows.T).double()
+    norms = products.diagonal()
+    squared = (norms[:, None] + norms[None, :] - 2 * products).clamp_min(0)
+    scale = (norms[:, None] * norms[None, :]).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    return [[round(float(value), 6) for value in row] for row in (squared / scale).sqrt()]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).float() if tensor.dtype != torch.float64 else tensor.detach().reshape(-1)

@@ -1,0 +1,100 @@
+"""What is to be aligned: the models of a run, their architecture, and the numeric problem they pose.
+
+The models enter in an order that follows from their contents, so that the order in which a recipe lists them decides
+nothing. Weights are read when they are needed; those of small models stay in memory.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from mergetool.arch.match import resolve
+from mergetool.arch.spec import ArchSpec, check_shapes
+from mergetool.errors import PlanError
+from mergetool.kernels.matching import Problem
+from mergetool.kernels.spaces import Layout
+from mergetool.tensors.io import bytes_of
+
+if TYPE_CHECKING:
+    from mergetool.methods.base import Models
+
+KEPT_BYTES = 2 << 30
+"""Models that together need no more than this (as float32) are held in memory while they are aligned."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Models to align, in the order of their contents: `problem.models[i]` is the model called `names[i]`."""
+
+    spec: ArchSpec
+    names: tuple[str, ...]
+    problem: Problem
+
+    def place(self, name: str, field: str) -> int:
+        """Where a model stands. Raises PlanError, naming the recipe's field, for one that is not there."""
+        if name not in self.names:
+            raise PlanError(f"there is no model {name!r}", where=field, fix=f"one of: {', '.join(sorted(self.names))}")
+        return self.names.index(name)
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of one model that take part in matching, read when asked for, and kept if `keep`."""
+
+    def __init__(self, models: "Models", name: str, layouts: Mapping[str, tuple[Layout, ...]], *, keep: bool) -> None:
+        self._models = models
+        self._name = name
+        self._layouts = layouts
+        self._kept: dict[str, Tensor] | None = {} if keep else None
+
+    def __getitem__(self, tensor: str) -> Tensor:
+        if self._kept is None:
+            return self._models.read(self._name, tensor)
+        if tensor not in self._kept:
+            self._kept[tensor] = self._models.read(self._name, tensor)
+        return self._kept[tensor]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layouts)
+
+    def __len__(self) -> int:
+        return len(self._layouts)
+
+
+def spec_of(models: "Models") -> ArchSpec:
+    """The architecture of the models of a run. Raises PlanError if it is unknown, or nothing in it can move."""
+    spec = resolve(models.architecture, models.shapes, models.config)
+    check_shapes(spec, models.shapes, "the models")
+    if not spec.layouts(matched=True):
+        raise PlanError(
+            f"no axis of the architecture {spec.family!r} can be permuted, so there is nothing to align",
+            where="architecture",
+            fix="name another family, or a file like arch/data/mlp.yaml, under `architecture:`",
+        )
+    return spec
+
+
+def task_of(models: "Models", *, weighting: str = "none") -> Task:
+    """The task that the models of a run pose. `weighting`: "none" or "per-tensor" (see `Problem.of`).
+
+    Raises PlanError for an unknown architecture, and for models that do not fit it.
+    """
+    spec = spec_of(models)
+    layouts = spec.layouts(matched=True)
+    size = sum(4 * prod(models.shapes[name]) for name in layouts) * len(models.names)
+    weights = {name: Weights(models, name, layouts, keep=size <= KEPT_BYTES) for name in models.names}
+    names = tuple(sorted(weights, key=lambda name: _content(weights[name])))
+    ordered = [weights[name] for name in names]
+    problem = Problem.of(spec.spaces, layouts, models=ordered, per_tensor=weighting == "per-tensor")
+    return Task(spec, names, problem)
+
+
+def _content(weights: Mapping[str, Tensor]) -> str:
+    """A digest of all values."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(bytes_of(weights[name].contiguous().view(-1)))
+    return digest.hexdigest()

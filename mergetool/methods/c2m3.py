@@ -1,0 +1,76 @@
+"""Align n networks trained from different seeds, all at once and consistently, then merge them.
+
+Networks of one architecture that were trained apart hold the same features in different orders, and their average is
+worth nothing. C2M3 finds for each of them one permutation per layer (of channels, heads, the residual stream) into a
+common *universe*, such that the images agree best: the sum of inner products over all pairs is maximised by Frank-Wolfe
+over the permutations' convex hull. Maps between two models go through the universe, so going round any cycle of models
+leads back to the start; with maps found pair by pair it does not. In the universe any method can merge (`combine`).
+
+It wants models of one architecture trained from different seeds, of small or middle size; fine-tunes of one base are
+aligned already (then it changes nothing). The permutations are kept beside the result, in the folder `alignment`.
+
+Reference: Crisostomi et al., C2M3: Cycle-Consistent Multi-Model Merging, NeurIPS 2024, https://arxiv.org/abs/2405.17897.
+Differs from the paper: linear in the number of models where the paper loops over pairs; exact line search; stops by the
+Frank-Wolfe gap; of two models one is held (with both free the search goes back and forth); a second start and a hard
+polish; running statistics are permuted but do not take part in the matching; attention heads, grouped queries and the
+signs that RMSNorm and LayerNorm allow; REPAIR averages standard deviations, as its own paper does, not variances.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from mergetool.alignment.options import Align
+from mergetool.methods.base import AnyTensorMethod, Field, Fitted, FittedMethod, Models, TensorMethod
+
+if TYPE_CHECKING:
+    from mergetool.alignment.task import Task
+    from mergetool.kernels.frank_wolfe import Alignment
+
+
+class C2M3(FittedMethod):
+    """Frank-Wolfe into a common universe."""
+
+    method: Literal["c2m3"] = "c2m3"
+    align: Align = Field(default={}, validate_default=True, description="how to search for the permutations")
+    combine: AnyTensorMethod = Field(
+        default={"method": "linear"}, validate_default=True, description="the method that merges the aligned models"
+    )
+    needs_base: ClassVar = "unused"
+    min_models: ClassVar = 2
+
+    def inner(self) -> TensorMethod:
+        return self.combine
+
+    def load(self, models: Models, folder: Path) -> Fitted | None:
+        from mergetool.alignment.fitted import load_beside
+
+        return load_beside(folder, models)
+
+    def fit(self, models: Models) -> Fitted:
+        from mergetool.alignment.fitted import Aligned, load
+        from mergetool.alignment.report import report_of
+        from mergetool.alignment.task import spec_of, task_of
+
+        if self.align.permutations is not None:
+            return load(models.path(self.align.permutations), spec_of(models), models.names)
+        task = task_of(models, weighting=self.align.weighting)
+        found = self._search(task)
+        elements = dict(zip(task.names, found.elements, strict=True))
+        report = report_of(task, "c2m3", elements, found.history)
+        models.say(f"aligned {len(task.names)} models: {len(found.history)} steps, objective {found.objective:.6g}")
+        return Aligned(task.spec, elements, report)
+
+    def _search(self, task: "Task") -> "Alignment":
+        from mergetool.kernels.frank_wolfe import Settings, align
+
+        asked = self.align
+        settings = Settings(
+            mode=asked.mode,
+            init=asked.init,
+            anchor=None if asked.anchor is None else task.place(asked.anchor, "merge.align.anchor"),
+            polish=asked.polish,
+            starts=asked.starts,
+            iterations=asked.iterations,
+            tolerance=asked.tolerance,
+        )
+        return align(task.problem, settings)

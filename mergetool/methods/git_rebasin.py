@@ -1,0 +1,50 @@
+"""Match every model to one reference, pair by pair, then merge them: Git Re-Basin by weights.
+
+For each model alone, layer by layer: permute its neurons so that its weights agree best with the reference's, until no
+layer moves. A good and cheap way to align two models. With more than two, the result depends on which model is the
+reference, and maps between the others do not compose (C2M3 and MergeMany look at all models at once).
+
+Reference: Ainsworth et al., Git Re-Basin, ICLR 2023, https://arxiv.org/abs/2209.04836, section 3.2 and algorithm 1.
+Differs from the paper: layers in the network's order, not a random one, so that a recipe gives one result; attention
+heads, grouped queries and signs beside plain permutations; running statistics do not take part in the matching.
+"""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from mergetool.alignment.options import WEIGHTING_HELP, Text, Weighting
+from mergetool.methods.base import AnyTensorMethod, Field, Fitted, FittedMethod, Models, TensorMethod
+
+
+class GitRebasin(FittedMethod):
+    """Pairwise weight matching to a reference."""
+
+    method: Literal["git-rebasin"] = "git-rebasin"
+    reference: Text | None = Field(None, description="model that the others are matched to; the first by default")
+    weighting: Weighting = Field("none", description=WEIGHTING_HELP)
+    combine: AnyTensorMethod = Field(
+        default={"method": "linear"}, validate_default=True, description="the method that merges the aligned models"
+    )
+    needs_base: ClassVar = "unused"
+    min_models: ClassVar = 2
+
+    def inner(self) -> TensorMethod:
+        return self.combine
+
+    def load(self, models: Models, folder: Path) -> Fitted | None:
+        from mergetool.alignment.fitted import load_beside
+
+        return load_beside(folder, models)
+
+    def fit(self, models: Models) -> Fitted:
+        from mergetool.alignment.fitted import Aligned
+        from mergetool.alignment.report import report_of
+        from mergetool.alignment.task import task_of
+        from mergetool.kernels.weight_matching import match_to_reference
+
+        task = task_of(models, weighting=self.weighting)
+        reference = task.place(self.reference or models.names[0], "merge.reference")
+        found = match_to_reference(task.problem, reference)
+        elements = {name: element.inverse() for name, element in zip(task.names, found, strict=True)}
+        models.say(f"matched {len(task.names) - 1} models to {task.names[reference]!r}")
+        return Aligned(task.spec, elements, report_of(task, "git-rebasin", elements, ()))

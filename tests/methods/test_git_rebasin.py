@@ -1,0 +1,32 @@
+"""git-rebasin and merge-many on checkpoints in planted orders."""
+
+import pytest
+import torch
+
+import mergetool
+from mergetool.errors import PlanError
+from tests.alignment import nets
+from tests.toys import assert_near
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def merge(models, method="git-rebasin", **parameters):
+    return mergetool.merge_state_dicts(method, models, architecture="mlp", **parameters)
+
+
+def test_the_result_is_in_the_order_of_the_reference():
+    models = nets.copies(nets.mlp(widths=(8, 30, 4)), 3, architecture="mlp")
+    assert_near(merge(models), models["a"], 1e-6)
+    assert_near(merge(models, reference="c"), models["c"], 1e-6)
+
+
+def test_an_unknown_reference_is_named():
+    with pytest.raises(PlanError, match="there is no model 'd'"):
+        merge(nets.copies(nets.mlp(), 2, architecture="mlp"), reference="d")
