@@ -1,0 +1,1 @@
+"""The demonstration behind `scripts/quickstart`: real text, a small BERT, its fine-tunes, their merges, one table."""
