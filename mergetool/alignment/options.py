@@ -36,3 +36,26 @@ class Align(Section):
         if self.permutations is not None and searching:
             raise ValueError(f"with `permutations` nothing is searched, so {', '.join(searching)} would have no effect")
         return self
+
+
+class Repair(Section):
+    """Whether and how the merged network gets its parents' activations back."""
+
+    mode: Literal["none", "bn-stats", "full"] = Field(
+        "none", description="correct nothing, the statistics of batch norm layers, or every layer's output channels"
+    )
+    data: Text | None = Field(None, description=".safetensors of inputs, named like the arguments of the network")
+    network: Text | None = Field(
+        None, description="FILE.py:FUNCTION that builds the network, where transformers cannot from config.json"
+    )
+
+    @model_validator(mode="after")
+    def _data_for_a_reason(self) -> Any:
+        if self.mode == "none" and (self.data or self.network):
+            raise ValueError("with mode none nothing is repaired, so data and network would have no effect")
+        if self.mode != "none" and self.data is None:
+            raise ValueError(f"mode {self.mode} needs data: some hundred inputs, no labels")
+        return self
+
+
+REPAIR_HELP = "give the merged network its parents' activations back; needs data"

@@ -25,22 +25,30 @@ _IMAGE_SIZE = 64  # for networks that take images of any size
 def derive_from_config(shapes: Shapes, config: Mapping[str, Any]) -> ArchSpec:
     """The proved spec of the network that config.json describes, for the tensors that the checkpoint stores.
 
-    Raises PlanError if transformers is missing or does not know the network, if the module has no place for a tensor,
-    or if it cannot be traced.
+    Raises PlanError if the network cannot be built or cannot be traced.
+    """
+    from mergetool.arch.trace import derive
+
+    module, names = network_of(shapes, config)
+    return _renamed(derive(module, **_batch(module)), names)
+
+
+def network_of(shapes: Shapes, config: Mapping[str, Any]) -> tuple["nn.Module", dict[str, str]]:
+    """The network that config.json describes, and for each of its tensors that the checkpoint stores the name there.
+
+    Its weights mean nothing. Raises PlanError if transformers is missing or does not know the network, or if the
+    module has no place for a tensor.
     """
     try:
         import transformers
     except ImportError:
-        what = "`architecture: auto` builds the network with transformers, which is not installed"
+        what = "the network is built with transformers, which is not installed"
         raise PlanError(what, where="architecture auto", fix="pip install transformers") from None
-    from mergetool.arch.trace import derive
-
     named = [name for name in architectures(config) if hasattr(transformers, name)]
     if not named:
         what = "config.json names no network that transformers knows" if config else "there is no config.json"
         raise PlanError(what, where="architecture auto", fix=_FIX)
-    module, names = _load(getattr(transformers, named[0]), shapes, config)
-    return _renamed(derive(module, **_batch(module)), names)
+    return _load(getattr(transformers, named[0]), shapes, config)
 
 
 def _load(model_class: Any, shapes: Shapes, config: Mapping[str, Any]) -> tuple["nn.Module", dict[str, str]]:

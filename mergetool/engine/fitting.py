@@ -1,8 +1,8 @@
 """Fitted methods in the engine: fit once, keep the result beside the output, and read every model through it."""
 
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,12 @@ class WholeModels:
             self.architecture = str(recipe.path_of(self.architecture))
 
     def read(self, model: str, name: str) -> Tensor:
-        tensor = _read_stored(self._plan.sources[model], name)
-        return tensor.to(torch.float64 if self._plan.compute_bits == 64 else torch.float32, copy=True)
+        return _read_stored(self._plan.sources[model], name).to(self.compute, copy=True)
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The compute dtype of the run."""
+        return torch.float64 if self._plan.compute_bits == 64 else torch.float32
 
     def path(self, text: str) -> Path:
         return self._plan.recipe.path_of(text)
@@ -83,11 +87,52 @@ class FittedSource(ModelSource):
         self._source.close()
 
 
-def fit(plan: Plan, folder: Path | None, say: Callable[[str], None]) -> Plan:
+class MergedModel(Mapping[str, Tensor]):
+    """The merged model, tensor by tensor, in compute dtype; a fresh copy each time."""
+
+    def __init__(self, source: ModelSource, compute: torch.dtype) -> None:
+        self._source = source
+        self._compute = compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        return _read_stored(self._source, name).to(self._compute, copy=True)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source.specs)
+
+    def __len__(self) -> int:
+        return len(self._source.specs)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A plan with every model seen through its fit, and what the fit knows about the merged model."""
+
+    plan: Plan
+    models: WholeModels | None = None
+    fitted: Fitted | None = None
+
+    @property
+    def finishes(self) -> bool:
+        """Whether tensors are replaced once everything is merged."""
+        method = self.plan.recipe.method
+        return isinstance(method, FittedMethod) and method.finishes()
+
+    def finish(self, source: ModelSource, folder: Path | None) -> Mapping[str, Tensor]:
+        """The tensors to replace in the merged model, which `source` holds."""
+        method = self.plan.recipe.method
+        assert isinstance(method, FittedMethod)
+        assert self.models is not None
+        assert self.fitted is not None
+        merged = MergedModel(source, self.models.compute)
+        return method.finish(self.models, self.fitted, merged, folder)
+
+
+def fit(plan: Plan, folder: Path | None, say: Callable[[str], None]) -> Fit:
     """The plan with every model seen through its fit. `folder` keeps the fit, and may hold that of a killed run."""
     method = plan.recipe.method
     if not isinstance(method, FittedMethod):
-        return plan
+        return Fit(plan)
     models = WholeModels(plan, say)
     fitted = method.load(models, folder) if folder is not None else None
     if fitted is None:
@@ -95,4 +140,4 @@ def fit(plan: Plan, folder: Path | None, say: Callable[[str], None]) -> Plan:
         if folder is not None:
             fitted.save(folder)
     sources = {name: FittedSource(source, fitted, name) for name, source in plan.sources.items()}
-    return replace(plan, sources=sources)
+    return Fit(replace(plan, sources=sources), models, fitted)

@@ -2,6 +2,7 @@
 
 input file      hashed early when all inputs fit in the page cache, else when the last of its tensors was read
 step            surveys first if its method asks for them, then its units are merged
+model           where a fitted method has something to finish: tensors replaced when every step is merged
 output file     synced and hashed when its last unit is written, while it is still in the page cache
 """
 
@@ -22,12 +23,13 @@ from mergetool.planner import Plan, Step
 from mergetool.planner.estimate import available_memory, step_memory
 from mergetool.planner.model import UNIT_ELEMENTS
 from mergetool.tensors.io import sha256_file
-from mergetool.tensors.source import FileStamp
+from mergetool.tensors.source import FileStamp, SafetensorsSource
 from mergetool.tensors.writer import SlotWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergetool.engine.fitting import Fit
     from mergetool.engine.worker import Worker
 
 _WHOLE_MODEL = "model"
@@ -74,6 +76,7 @@ class Jobs:
         self._local = threading.local()
         self._device = "cpu"
         self._threads = 1
+        self._fit: Fit | None = None
         done = journal.done
         self.record = Record(inputs=dict(done.hashes), notes={name: list(notes) for name, notes in done.notes.items()})
         self._todo = {
@@ -83,6 +86,7 @@ class Jobs:
         self._left_in_shard = Counter(dict.fromkeys(range(len(plan.shards)), 0))
         for step in plan.steps:
             self._left_in_shard[step.shard] += len(self._todo[step.index])
+        self._merged_shards: set[int] = set()
         self._files = {str(stamp.path): stamp for source in plan.sources.values() for stamp in source.files}
         self._left_of_file: Counter[str] = Counter()
 
@@ -121,7 +125,8 @@ class Jobs:
 
         threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
-        self._plan = fit(self._plan, folder, self._teller.say)
+        self._fit = fit(self._plan, folder, self._teller.say)
+        self._plan = self._fit.plan
         torch.set_num_threads(threads)
 
     def queue_all(self) -> None:
@@ -138,7 +143,7 @@ class Jobs:
                 self._begin_survey(step.spec.name, [step], first=False)
         for shard, left in self._left_in_shard.items():
             if left == 0:
-                self._schedule.add([self._finish_job(shard)])
+                self._shard_merged(shard)
 
     def _bytes_left(self, step: Step) -> int:
         return sum(step.spec.dtype.num_bytes(stop - start) for start, stop in self._todo[step.index])
@@ -222,7 +227,7 @@ class Jobs:
         self._teller.advance(step.spec.dtype.num_bytes(stop - start))
         self._left_in_shard[step.shard] -= 1
         if self._left_in_shard[step.shard] == 0:
-            self._schedule.add([self._finish_job(step.shard)], first=True)
+            self._shard_merged(step.shard)
         for path in self._paths(step):
             if path in self._left_of_file:
                 self._left_of_file[path] -= 1
@@ -263,6 +268,26 @@ class Jobs:
     def _hashed(self, path: str, digest: str) -> None:
         self.record.inputs[path] = digest
         self._journal.hashed(path, digest)
+
+    def _shard_merged(self, shard: int) -> None:
+        """A file holds all its merged tensors. It is finished now, or after the whole model is."""
+        self._merged_shards.add(shard)
+        if self._fit is None or not self._fit.finishes:
+            self._schedule.add([self._finish_job(shard)], first=True)
+        elif len(self._merged_shards) == len(self._plan.shards):
+            self._schedule.add([Job(run=self._finish_model, after=self._model_finished)], first=True)
+
+    def _finish_model(self) -> None:
+        assert self._fit is not None
+        paths = [self._writer.path(shard) for shard in range(self._writer.num_files)]
+        merged = SafetensorsSource(paths, None)
+        try:
+            self._worker().replace(self._fit.finish(merged, self._writer.folder))
+        finally:
+            merged.close()
+
+    def _model_finished(self, _: None) -> None:
+        self._schedule.add([self._finish_job(shard) for shard in sorted(self._merged_shards)], first=True)
 
     def _finish_job(self, shard: int) -> Job:
         return Job(run=partial(self._finish_file, shard), after=partial(self._finished, shard))

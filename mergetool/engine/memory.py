@@ -30,13 +30,16 @@ class _MemorySink(Sink):
 def merge_in_memory(recipe: Recipe, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Merge state dicts by name (the base under "base"). Surveys, methods and checks are those of a run."""
     plan = make_plan(recipe, sources={name: MemorySource(state, name) for name, state in tensors.items()})
-    plan = fit(plan, None, lambda _: None)
+    fitted = fit(plan, None, lambda _: None)
+    plan = fitted.plan
     sink = _MemorySink(plan)
     worker = Worker(plan, sink, torch.device("cpu"))
     shared = _survey(plan, worker, [step for step in plan.steps if step.surveyed_together])
     for step in plan.steps:
         stats = shared if step.surveyed_together else _survey(plan, worker, [step])
         worker.merge(step, 0, step.spec.num_elements, stats)
+    if fitted.finishes:
+        worker.replace(fitted.finish(MemorySource(sink.tensors, "merged"), None))
     return sink.tensors
 
 

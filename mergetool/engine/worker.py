@@ -5,7 +5,7 @@ is still in the processor's cache, which is where the speed comes from. Memory i
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -60,6 +60,12 @@ class Worker:
             assert merged.shape == group.models[0].shape, f"{step.spec.name}: a method must not change shapes"
             self._put(step, begin, merged, notes)
         return notes
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write these tensors, checked and cast like merged ones, over what their steps wrote."""
+        steps = {step.spec.name: step for step in self._plan.steps}
+        for name, tensor in tensors.items():
+            self._put(steps[name], 0, tensor.to(self._device), [])
 
     def _slices(self, step: Step, start: int, stop: int) -> list[tuple[int, int]]:
         if step.row >= stop - start:

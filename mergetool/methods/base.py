@@ -281,6 +281,19 @@ class FittedMethod(Method):
     def load(self, models: Models, folder: Path) -> Fitted | None:
         """The fit that `save` wrote into this folder, or None where there is none."""
 
+    def finishes(self) -> bool:
+        """Whether `finish` has something to do once everything is merged."""
+        return False
+
+    def finish(
+        self, models: Models, fitted: Fitted, merged: "Mapping[str, Tensor]", folder: Path | None
+    ) -> "Mapping[str, Tensor]":
+        """Tensors of the merged model to replace (same shapes), in compute dtype. Raises PlanError or SourceError.
+
+        A killed run asks again when some tensors are replaced already: what is found must first be kept in `folder`.
+        """
+        return {}
+
 
 def all_methods() -> dict[str, type[Method]]:
     """Every registered method by name, sorted."""

@@ -16,13 +16,16 @@ polish; running statistics are permuted but do not take part in the matching; at
 signs that RMSNorm and LayerNorm allow; REPAIR averages standard deviations, as its own paper does, not variances.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.alignment.options import Align
+from mergetool.alignment.options import REPAIR_HELP, Align, Repair
 from mergetool.methods.base import AnyTensorMethod, Field, Fitted, FittedMethod, Models, TensorMethod
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mergetool.alignment.task import Task
     from mergetool.kernels.frank_wolfe import Alignment
 
@@ -35,11 +38,24 @@ class C2M3(FittedMethod):
     combine: AnyTensorMethod = Field(
         default={"method": "linear"}, validate_default=True, description="the method that merges the aligned models"
     )
+    repair: Repair = Field(default={}, validate_default=True, description=REPAIR_HELP)
     needs_base: ClassVar = "unused"
     min_models: ClassVar = 2
 
     def inner(self) -> TensorMethod:
         return self.combine
+
+    def finishes(self) -> bool:
+        return self.repair.mode != "none"
+
+    def finish(
+        self, models: Models, fitted: Fitted, merged: "Mapping[str, Tensor]", folder: Path | None
+    ) -> "Mapping[str, Tensor]":
+        from mergetool.alignment.finish import finish
+        from mergetool.alignment.fitted import Aligned
+
+        assert isinstance(fitted, Aligned)
+        return finish(self.repair, models, fitted, merged, folder)
 
     def load(self, models: Models, folder: Path) -> Fitted | None:
         from mergetool.alignment.fitted import load_beside

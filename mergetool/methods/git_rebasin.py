@@ -9,11 +9,15 @@ Differs from the paper: layers in the network's order, not a random one, so that
 heads, grouped queries and signs beside plain permutations; running statistics do not take part in the matching.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.alignment.options import WEIGHTING_HELP, Text, Weighting
+from mergetool.alignment.options import REPAIR_HELP, WEIGHTING_HELP, Repair, Text, Weighting
 from mergetool.methods.base import AnyTensorMethod, Field, Fitted, FittedMethod, Models, TensorMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class GitRebasin(FittedMethod):
@@ -25,11 +29,24 @@ class GitRebasin(FittedMethod):
     combine: AnyTensorMethod = Field(
         default={"method": "linear"}, validate_default=True, description="the method that merges the aligned models"
     )
+    repair: Repair = Field(default={}, validate_default=True, description=REPAIR_HELP)
     needs_base: ClassVar = "unused"
     min_models: ClassVar = 2
 
     def inner(self) -> TensorMethod:
         return self.combine
+
+    def finishes(self) -> bool:
+        return self.repair.mode != "none"
+
+    def finish(
+        self, models: Models, fitted: Fitted, merged: "Mapping[str, Tensor]", folder: Path | None
+    ) -> "Mapping[str, Tensor]":
+        from mergetool.alignment.finish import finish
+        from mergetool.alignment.fitted import Aligned
+
+        assert isinstance(fitted, Aligned)
+        return finish(self.repair, models, fitted, merged, folder)
 
     def load(self, models: Models, folder: Path) -> Fitted | None:
         from mergetool.alignment.fitted import load_beside

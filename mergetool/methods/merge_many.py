@@ -10,11 +10,15 @@ random ones, so that a recipe gives one result; attention heads, grouped queries
 take part in the matching.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.alignment.options import WEIGHTING_HELP, Weighting
+from mergetool.alignment.options import REPAIR_HELP, WEIGHTING_HELP, Repair, Weighting
 from mergetool.methods.base import AnyTensorMethod, Field, Fitted, FittedMethod, Models, TensorMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MergeMany(FittedMethod):
@@ -25,11 +29,24 @@ class MergeMany(FittedMethod):
     combine: AnyTensorMethod = Field(
         default={"method": "linear"}, validate_default=True, description="the method that merges the aligned models"
     )
+    repair: Repair = Field(default={}, validate_default=True, description=REPAIR_HELP)
     needs_base: ClassVar = "unused"
     min_models: ClassVar = 2
 
     def inner(self) -> TensorMethod:
         return self.combine
+
+    def finishes(self) -> bool:
+        return self.repair.mode != "none"
+
+    def finish(
+        self, models: Models, fitted: Fitted, merged: "Mapping[str, Tensor]", folder: Path | None
+    ) -> "Mapping[str, Tensor]":
+        from mergetool.alignment.finish import finish
+        from mergetool.alignment.fitted import Aligned
+
+        assert isinstance(fitted, Aligned)
+        return finish(self.repair, models, fitted, merged, folder)
 
     def load(self, models: Models, folder: Path) -> Fitted | None:
         from mergetool.alignment.fitted import load_beside

@@ -1,0 +1,106 @@
+"""The network behind a checkpoint, and data to run through it: what REPAIR needs and the weights alone do not give.
+
+The network is the class that config.json names (built by transformers), or what a function of the user's returns:
+`network: nets.py:build` calls `build()` of the file nets.py, which runs that file. Names of its parameters are those of
+the checkpoint.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from mergetool.alignment.repair import Batch
+from mergetool.arch.auto import network_of
+from mergetool.errors import PlanError, SourceError
+
+if TYPE_CHECKING:
+    from mergetool.methods.base import Models
+
+BATCH = 100
+
+
+@dataclass(frozen=True)
+class Network:
+    """A module, and for the names of its tensors those of the checkpoint."""
+
+    module: nn.Module
+    names: Mapping[str, str]
+
+    def inside(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights by the module's names."""
+        return {own: weights[name] for own, name in self.names.items()}
+
+
+def build(models: "Models", factory: str | None) -> Network:
+    """The network of a run's models: by `file.py:function`, or by config.json (None). Raises PlanError."""
+    if factory is None:
+        return Network(*network_of(models.shapes, models.config))
+    text, _, function = factory.rpartition(":")
+    path = models.path(text)
+    if not text or not path.is_file():
+        raise PlanError(f"{factory!r} is not FILE.py:FUNCTION", where="merge.repair.network", fix="e.g. nets.py:build")
+    module = _call(path, function)
+    names = {name: name for name, x in module.state_dict().items() if x.is_floating_point() and name in models.shapes}
+    unknown = sorted(set(models.shapes) - set(names))
+    if unknown:
+        what = f"the network has no tensor {unknown[0]!r}, the models have"
+        raise PlanError(what, where=f"merge.repair.network: {factory}", fix="return the network of these models")
+    return Network(module, names)
+
+
+def _call(path: Path, function: str) -> nn.Module:
+    """What `function()` of a Python file returns: the user's own code, run because the recipe names it."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    namespace = importlib.util.module_from_spec(spec)
+    where = f"merge.repair.network: {path}"
+    try:
+        spec.loader.exec_module(namespace)
+        network = getattr(namespace, function)()
+    except Exception as error:
+        what = f"{function}() failed: {type(error).__name__}: {error}"
+        raise PlanError(what, where=where, fix="call it by hand in Python") from error
+    if not isinstance(network, nn.Module):
+        raise PlanError(
+            f"{function}() returned a {type(network).__name__}", where=where, fix="return a torch.nn.Module"
+        )
+    return network
+
+
+def read_batches(path: Path, network: nn.Module) -> list[Batch]:
+    """The rows of a .safetensors file in batches of 100.
+
+    Its tensors are named like the arguments of the network's `forward`; one tensor alone may have any name.
+    Raises SourceError.
+    """
+    import inspect
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    fix = "save e.g. {'pixel_values': images} with safetensors.torch.save_file"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"cannot be read as data: {error}", str(path), fix) from None
+    lengths = {len(x) if x.ndim else 0 for x in tensors.values()}
+    if len(lengths) != 1 or 0 in lengths:
+        sizes = ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
+        raise SourceError(
+            f"its tensors do not have one row per sample each: {sizes or 'there are none'}", str(path), fix
+        )
+    starts = range(0, lengths.pop(), BATCH)
+    known = inspect.signature(network.forward).parameters
+    unknown = [name for name in tensors if name not in known]
+    if unknown and len(tensors) > 1:
+        what = f"the network takes {', '.join(known)}, not {unknown[0]!r}"
+        raise SourceError(what, str(path), "name the tensors like the arguments of the network")
+    if unknown:
+        (only,) = tensors.values()
+        return [only[start : start + BATCH] for start in starts]
+    return [{name: x[start : start + BATCH] for name, x in tensors.items()} for start in starts]
