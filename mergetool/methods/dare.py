@@ -9,7 +9,7 @@ nothing else: the same on any machine, for any number of workers, and after a re
 
 Reference: Yu et al., Language models are super Mario, ICML 2024, https://arxiv.org/abs/2311.03099, section 3.
 Differs from the paper: `density` is the share that is kept (the paper's p is the share dropped); `rescale: l1` restores
-each task vector's L1 norm instead, as mergekit does; draws have a resolution of 2^-24, and the factor matches it.
+each task vector's L1 norm instead, as mergekit does; draws have a resolution of 2^-16, and the factor matches it.
 """
 
 from collections.abc import Iterable

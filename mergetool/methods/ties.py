@@ -114,9 +114,11 @@ class Ties(TensorMethod):
         ):
             if density == 1.0:  # even with `boundary: drop`, nothing is to go
                 continue
-            if self.boundary == "random" and 0.0 < share < 1.0:
-                key = stream_key(group.seed, group.name, name, "ties boundary")
-                kept = keep_mask(key, group.start, share, group.scratch(2), group.scratch)
-                kept.masked_fill_(delta.abs() != threshold, 1.0)
-                delta.mul_(kept)
-            keep_largest_(delta, threshold, inclusive=self.boundary != "drop")
+            if self.boundary != "random" or share == 1.0:
+                keep_largest_(delta, threshold, inclusive=self.boundary != "drop")
+                continue
+            key = stream_key(group.seed, group.name, name, "ties boundary")
+            kept = keep_mask(key, group.start, share, group.scratch(2), group.scratch)
+            larger = keep_largest_(group.scratch(3).copy_(delta), threshold, inclusive=False)
+            at_threshold = keep_largest_(delta, threshold, inclusive=True).sub_(larger)
+            at_threshold.mul_(kept).add_(larger)

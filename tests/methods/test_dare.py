@@ -42,7 +42,7 @@ def test_an_entry_is_dropped_or_divided_by_the_share_kept():
     found = dropped(delta, density=0.3)
     chosen = found != 0
     assert 0 < int(chosen.sum()) < SIZE
-    torch.testing.assert_close(found[chosen], delta[chosen] / 0.3, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[chosen], delta[chosen] / 0.3, rtol=2e-5, atol=0)  # draws have 16 bits
 
 
 def test_without_rescaling_the_entries_kept_are_as_they_were():
@@ -154,7 +154,7 @@ def test_densities_can_differ_by_model():
 def test_a_density_below_the_resolution_of_the_draws_stays_finite():
     found = dropped(torch.ones(SIZE), density=1e-12)
     assert bool(found.isfinite().all())
-    assert set(found[found != 0].tolist()) <= {2.0**24}
+    assert set(found[found != 0].tolist()) <= {2.0**16}
 
 
 def test_weights_that_cancel_cannot_be_normalised():
