@@ -41,16 +41,16 @@ class Knob:
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, Gradient) or (isinstance(value, dict) and set(value) == {"gradient"}):
-        return "gradient"
-    return "per model" if isinstance(value, dict) else "number"
+    if isinstance(value, Gradient) or (isinstance(value, dict) and "gradient" in value):
+        return "(gradient)"
+    return "(per model)" if isinstance(value, dict) else "(number)"
 
 
-_Number = Annotated[T, Tag("number")]
-_Gradient = Annotated[Gradient[T], Tag("gradient")]
+_Number = Annotated[T, Tag("(number)")]
+_Gradient = Annotated[Gradient[T], Tag("(gradient)")]
 Scheduled = Annotated[_Number[T] | _Gradient[T], Discriminator(_kind), Knob(per_model=False)]
 _Plain = Annotated[_Number[T] | _Gradient[T], Discriminator(_kind)]
-_Mapping = Annotated[dict[str, _Plain[T]], Tag("per model")]
+_Mapping = Annotated[dict[str, _Plain[T]], Tag("(per model)")]
 PerModel = Annotated[_Number[T] | _Gradient[T] | _Mapping[T], Discriminator(_kind), Knob(per_model=True)]
 
 

@@ -1,79 +1,77 @@
 """Checks of a recipe that need several of its sections: names of models, bases, settings that would have no effect."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mergetool.errors import RecipeError
-from mergetool.methods.base import FittedMethod, Gradient, Method
+from mergetool.methods.base import FittedMethod, Method
 from mergetool.recipe.document import Document, Place
-from mergetool.recipe.model import Check, ModelReference, Override, Tokenizer
 from mergetool.recipe.render import suggestion
 
 _RESERVED = ("base", "gradient")
 
 
-def cross_checks(
-    document: Document,
-    sections: Mapping[str, Any],
-    kind: type[Method] | None,
-    method: Method | None,
-    overrides: Sequence[Override],
-) -> Iterator[RecipeError]:
-    """Checks that need several sections; each runs as soon as the sections it needs are valid."""
-    models: Mapping[str, ModelReference] | None = sections.get("models")
-    has_base = "base" in document.data
-    if models is not None:
+def cross_checks(document: Document, kind: type[Method] | None, method: Method | None) -> Iterator[RecipeError]:
+    """Checks that need several sections, of what was written: a mistake elsewhere hides none of these."""
+    data: Mapping[str, Any] = document.data
+    models = data.get("models")
+    has_base = "base" in data
+    if kind is not None:
+        yield from _check_base(document, kind, has_base)
+    if isinstance(models, dict):
         yield from _check_names(document, models)
         if kind is not None:
-            if "architecture" in document.data and not issubclass(kind, FittedMethod):
-                what = f"{kind.method_name()} does not look at the architecture, so this would have no effect"
-                yield document.error(("architecture",), what, "remove `architecture`")
-            inner = method.inner() if isinstance(method, FittedMethod) else kind
-            yield from _check_method(document, models, kind, has_base)
-            if isinstance(inner, Method):
-                yield from _check_inner(document, models, inner, has_base)
-            yield from _check_overrides(document, models, kind, overrides, has_base)
-        if method is not None:
-            yield from _check_per_model(
-                document, ("merge",), {key: getattr(method, key) for key in method.knobs()}, models
-            )
-    check: Check | None = sections.get("check")
-    if check is not None and check.missing == "base" and not has_base:
-        yield document.error(
-            ("check", "missing"), "`base` needs a base, and the recipe has none", "write missing: skip"
-        )
-    tokenizer: Tokenizer | None = sections.get("tokenizer")
-    if tokenizer is not None and models is not None:
-        yield from _check_use(document, ("tokenizer", "source"), tokenizer.source, models, has_base)
+            yield from _check_count(document, models, kind)
+            yield from _check_per_model(document, ("merge",), kind, data["merge"], models)
+            yield from _check_overrides(document, kind, models)
+        if isinstance(method, FittedMethod):
+            yield from _check_inner(document, models, method.inner(), has_base)
+        source = _in(data, "tokenizer", "source")
+        if source is not None:
+            yield from _check_use(document, ("tokenizer", "source"), source, models)
+    if _in(data, "check", "missing") == "base" and not has_base:
+        what = "`base` needs a base, and the recipe has none"
+        yield document.error(("check", "missing"), what, "write missing: skip")
+    if _in(data, "check", "extra") is not None and not has_base:
+        what = "without a base no tensor is extra, so this would have no effect"
+        yield document.error(("check", "extra"), what, "remove `extra`")
 
 
-def _check_names(document: Document, models: Mapping[str, ModelReference]) -> Iterator[RecipeError]:
+def _in(data: Mapping[str, Any], section: str, key: str) -> Any:
+    found = data.get(section)
+    return found.get(key) if isinstance(found, dict) else None
+
+
+def _check_names(document: Document, models: Collection[str]) -> Iterator[RecipeError]:
     for name in models:
         if name in _RESERVED or not name or name != name.strip():
             yield document.error(("models", name), f"a model cannot be called {name!r}", "choose another name")
 
 
-def _check_method(
-    document: Document, models: Mapping[str, ModelReference], method: type[Method], has_base: bool
-) -> Iterator[RecipeError]:
-    name = method.method_name()
-    if method.needs_base == "required" and not has_base:
+def _check_base(document: Document, kind: type[Method], has_base: bool) -> Iterator[RecipeError]:
+    name = kind.method_name()
+    if kind.needs_base == "required" and not has_base:
         yield document.error(("merge", "method"), f"{name} needs the common ancestor of the models", "add base: PATH")
-    if method.needs_base == "unused" and has_base:
+    if kind.needs_base == "unused" and has_base:
         fix = "remove `base`, or list it under `models` to merge it too"
         yield document.error(("base",), f"{name} does not use a base, so this would have no effect", fix)
-    if len(models) < method.min_models:
+    if "architecture" in document.data and not issubclass(kind, FittedMethod):
+        what = f"{name} does not look at the architecture, so this would have no effect"
+        yield document.error(("architecture",), what, "remove `architecture`")
+
+
+def _check_count(document: Document, models: Collection[str], kind: type[Method]) -> Iterator[RecipeError]:
+    name = kind.method_name()
+    if 0 < len(models) < kind.min_models:
         yield document.error(
-            ("models",), f"{name} needs at least {method.min_models} models, not {len(models)}", "add one"
+            ("models",), f"{name} needs at least {kind.min_models} models, not {len(models)}", "add one"
         )
-    if method.max_models is not None and len(models) > method.max_models:
-        what = f"{name} takes at most {method.max_models} models, not {len(models)}"
+    if kind.max_models is not None and len(models) > kind.max_models:
+        what = f"{name} takes at most {kind.max_models} models, not {len(models)}"
         yield document.error(("models",), what, "remove some, or choose another method (mergetool methods)")
 
 
-def _check_inner(
-    document: Document, models: Mapping[str, ModelReference], inner: Method, has_base: bool
-) -> Iterator[RecipeError]:
+def _check_inner(document: Document, models: Collection[str], inner: Method, has_base: bool) -> Iterator[RecipeError]:
     """The method inside a fitted one works on the same models."""
     name = inner.method_name()
     if inner.needs_base == "required" and not has_base:
@@ -82,15 +80,18 @@ def _check_inner(
     if inner.max_models is not None and len(models) > inner.max_models:
         what = f"{name} takes at most {inner.max_models} models, not {len(models)}"
         yield document.error(("merge", "combine"), what, "remove some, or choose another method (mergetool methods)")
-    values = {key: getattr(inner, key) for key in inner.knobs()}
-    yield from _check_per_model(document, ("merge", "combine"), values, models)
+    written = document.data["merge"].get("combine")
+    if isinstance(written, dict):
+        yield from _check_per_model(document, ("merge", "combine"), type(inner), written, models)
 
 
 def _check_per_model(
-    document: Document, place: Place, values: Mapping[str, Any], models: Mapping[str, ModelReference]
+    document: Document, place: Place, kind: type[Method], settings: Mapping[str, Any], models: Collection[str]
 ) -> Iterator[RecipeError]:
-    for key, value in values.items():
-        if not isinstance(value, dict) or isinstance(value, Gradient):
+    """Mappings from models to numbers must name every model, and no others."""
+    for key, knob in kind.knobs().items():
+        value = settings.get(key)
+        if not knob.per_model or not isinstance(value, dict) or "gradient" in value:
             continue
         for name in value:
             if name not in models:
@@ -101,31 +102,25 @@ def _check_per_model(
                 yield document.error((*place, key), f"no value for model {name!r}", f"add {name}: to {key}")
 
 
-def _check_overrides(
-    document: Document,
-    models: Mapping[str, ModelReference],
-    method: type[Method],
-    overrides: Sequence[Override],
-    has_base: bool,
-) -> Iterator[RecipeError]:
-    knobs = method.knobs()
-    for index, override in enumerate(overrides):
+def _check_overrides(document: Document, kind: type[Method], models: Collection[str]) -> Iterator[RecipeError]:
+    overrides = document.data["merge"].get("overrides")
+    for index, override in enumerate(overrides if isinstance(overrides, list) else ()):
+        if not isinstance(override, dict):
+            continue
         place: Place = ("merge", "overrides", index)
-        settings = override.settings()
-        if override.use is not None:
-            yield from _check_use(document, (*place, "use"), override.use, models, has_base)
+        settings = {key: value for key, value in override.items() if key not in ("match", "use")}
+        if "use" in override:
+            yield from _check_use(document, (*place, "use"), override["use"], models)
             if settings:
                 what = f"`use` copies tensors, so {', '.join(settings)} would have no effect"
                 yield document.error(place, what, "keep `use`, or the settings")
         elif not settings:
             yield document.error(place, "this override changes nothing", "add `use: MODEL` or a setting")
-        yield from _check_per_model(document, place, {k: v for k, v in settings.items() if k in knobs}, models)
+        yield from _check_per_model(document, place, kind, settings, models)
 
 
-def _check_use(
-    document: Document, place: Place, name: str, models: Mapping[str, ModelReference], has_base: bool
-) -> Iterator[RecipeError]:
-    known = [*(["base"] if has_base else []), *models]
-    if name not in known:
+def _check_use(document: Document, place: Place, name: Any, models: Collection[str]) -> Iterator[RecipeError]:
+    known = [*(["base"] if "base" in document.data else []), *models]
+    if isinstance(name, str) and name not in known:
         fix = suggestion(name, known) or f"one of: {', '.join(known)}"
         yield document.error(place, f"there is no model {name!r}", fix)

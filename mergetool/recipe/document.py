@@ -32,6 +32,7 @@ _INT = re.compile(r"[-+]?[0-9]+")
 _OTHER_INT = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INF = re.compile(r"([-+]?)\.(inf|Inf|INF)")
+_RESOLVER = yaml.resolver.Resolver()
 _CONSTANTS: dict[str, Any] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
 _CONSTANTS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false", "False", "FALSE"), False)
 _CONSTANTS |= dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan"))
@@ -47,10 +48,14 @@ class Document:
     marks: dict[Place, tuple[int, int]] = field(default_factory=dict)
     folder: Path = Path()
     """What relative paths in it are relative to."""
+    settings: set[Place] = field(default_factory=set)
+    """Places that were given by `--set`, not in the file."""
 
     def where(self, place: Place) -> str:
         """`file:line:column path` of a place, or of its nearest ancestor that was written down."""
         path = ".".join(str(part) for part in place)
+        if any(place[:end] in self.settings for end in range(len(place) + 1)):
+            return f"--set {path}"
         for end in range(len(place), -1, -1):
             if place[:end] in self.marks:
                 line, column = self.marks[place[:end]]
@@ -64,9 +69,11 @@ class Document:
 def read_document(path: Path) -> Document:
     """Read a recipe file. Raises RecipeError with line and column."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
             raise RecipeError(f"the file has more than {_MAX_BYTES} bytes", str(path), "a recipe is a short YAML file")
-        text = path.read_bytes().decode("utf-8")
+        text = data.decode("utf-8")
     except OSError as error:
         raise RecipeError(f"cannot be read: {error.strerror}", str(path), "check the path") from error
     except UnicodeDecodeError as error:
@@ -125,19 +132,21 @@ class _Builder:
             raise self.document.error(
                 (), f"nested deeper than {_MAX_DEPTH} levels", "remove aliases that contain themselves"
             )
-        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
+        if node.tag != _own_tag(node):
             raise self.document.error(place, f"tag {node.tag!r} is not allowed", "remove the tag; write plain values")
         if isinstance(node, yaml.MappingNode):
             return dict(self._items(node, place))
         if isinstance(node, yaml.SequenceNode):
             return [self.build(item, (*place, index)) for index, item in enumerate(node.value)]
+        if any("\ud800" <= character <= "\udfff" for character in node.value):
+            raise self.document.error(place, f"{node.value!a} is not valid Unicode", "write plain characters")
         return _scalar(node)
 
     def _items(self, node: yaml.MappingNode, place: Place) -> Iterator[tuple[str, Any]]:
         seen: dict[str, int] = {}
         for key_node, value_node in node.value:
             line, column = key_node.start_mark.line + 1, key_node.start_mark.column + 1
-            if not isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _own_tag(key_node):
                 raise RecipeError("a key must be text", f"{self.document.name}:{line}:{column}", "write a plain word")
             key = str(key_node.value)
             here = (*place, key)
@@ -154,6 +163,14 @@ class _Builder:
             seen[key] = line
             self.document.marks.setdefault(here, (line, column))
             yield key, self.build(value_node, here)
+
+
+def _own_tag(node: yaml.Node) -> str:
+    """The tag of a node for which none was written."""
+    if isinstance(node, yaml.ScalarNode) and node.style is None:
+        return str(_RESOLVER.resolve(yaml.ScalarNode, node.value, (True, False)))  # type: ignore[no-untyped-call]
+    kind = {yaml.MappingNode: "map", yaml.SequenceNode: "seq", yaml.ScalarNode: "str"}[type(node)]
+    return f"tag:yaml.org,2002:{kind}"
 
 
 def _scalar(node: yaml.Node) -> Any:

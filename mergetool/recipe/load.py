@@ -15,7 +15,7 @@ from mergetool.errors import RecipeError
 from mergetool.methods import registry
 from mergetool.methods.base import FittedMethod, Method
 from mergetool.recipe.checks import cross_checks
-from mergetool.recipe.document import Document, parse_value, read_document
+from mergetool.recipe.document import Document, Place, parse_value, read_document
 from mergetool.recipe.mergekit import convert, is_mergekit
 from mergetool.recipe.model import Check, Compute, Output, Override, Recipe, Reference, Tokenizer
 from mergetool.recipe.render import render, suggestion, unknown_key
@@ -45,8 +45,9 @@ def load_recipe(source: "str | Path | Mapping[str, Any]", settings: Sequence[str
         document = read_document(Path(source))
     if is_mergekit(document.data):
         document = convert(document)
-    for setting in settings:
-        _apply(document, setting)
+    problems = [problem for setting in settings for problem in _apply(document, setting)]
+    if problems:
+        raise RecipeError.of(problems)
     return check_document(document, tuple(settings))
 
 
@@ -59,31 +60,43 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _apply(document: Document, setting: str) -> None:
+def _apply(document: Document, setting: str) -> Sequence[RecipeError]:
+    """Put one `--set` value into the document. Returns what is wrong with it."""
     key, equals, text = setting.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
-        raise RecipeError(f"{setting!r} is not key.path=value", "--set", "write e.g. --set merge.density=0.3")
-    node = document.data
-    for index, part in enumerate(parts[:-1]):
-        node = _descend(node, part, ".".join(parts[: index + 1]))
-    if isinstance(node, list):
-        node[_list_index(node, parts[-1], key)] = parse_value(text)
-    elif isinstance(node, dict):
-        node[parts[-1]] = parse_value(text)
-    else:
-        raise RecipeError(f"{'.'.join(parts[:-1])} is not a mapping", f"--set {key}", "set the whole value instead")
+        return [RecipeError(f"{setting!r} is not key.path=value", "--set", "write e.g. --set merge.density=0.3")]
+    if not isinstance(document.data, dict):
+        return []  # no recipe at all, which will be said
+    try:
+        _put(document, key, parts, parse_value(text))
+    except RecipeError as error:
+        return error.problems
+    return []
 
 
-def _descend(node: Any, part: str, key: str) -> Any:
-    if isinstance(node, list):
-        return node[_list_index(node, part, key)]
-    if not isinstance(node, dict):
-        raise RecipeError(f"there is nothing inside {key.rpartition('.')[0]!r}", f"--set {key}", "check the key")
-    return node.setdefault(part, {})
+def _put(document: Document, key: str, parts: Sequence[str], value: Any) -> None:
+    node: Any = document.data
+    place: Place = ()
+    new: Place = ()
+    for part in parts:
+        parent, at = node, _key_in(node, part, place, key)
+        place = (*place, at)
+        if isinstance(node, dict) and part not in node:
+            node[part] = {}
+            new = new or place
+        node = node[at]
+    parent[at] = value
+    document.settings.add(new or place)
 
 
-def _list_index(node: list[Any], part: str, key: str) -> int:
+def _key_in(node: Any, part: str, place: Place, key: str) -> Any:
+    """One step of a `--set` path: a key of a mapping, or an index into a list."""
+    if isinstance(node, dict):
+        return part
+    path = ".".join(map(str, place))
+    if not isinstance(node, list):
+        raise RecipeError(f"{path} is not a mapping", f"--set {key}", f"set the whole of it: --set {path}=...")
     if not part.isdecimal() or int(part) >= len(node):
         raise RecipeError(f"{part!r} is not an index into a list of {len(node)}", f"--set {key}", "count from 0")
     return int(part)
@@ -110,7 +123,7 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
         if key not in data
     ]
     kind, method, overrides = _merge_section(document, problems) if "merge" in data else (None, None, ())
-    problems += cross_checks(document, sections, kind, method, overrides)
+    problems += cross_checks(document, kind, method)
     if problems or method is None:
         raise RecipeError.of(problems)
     return Recipe(
@@ -158,7 +171,7 @@ def _merge_section(
 def _method_class(document: Document, data: dict[str, Any], problems: list[RecipeError]) -> type[Method] | None:
     methods = registry()
     name = data.get("method")
-    if name in methods:
+    if isinstance(name, str) and name in methods:
         return methods[name]
     if name is None:
         problems.append(document.error(("merge",), "required key 'method' is missing", "see: mergetool methods"))

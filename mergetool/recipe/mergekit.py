@@ -29,6 +29,7 @@ from mergetool.methods import registry
 from mergetool.recipe.document import Document, Place, read_document
 from mergetool.recipe.filters import Branch, Case, cases, globs
 from mergetool.recipe.mergekit_parameters import Parameter, Scope, branches_of, check_keys
+from mergetool.recipe.model import expanded
 from mergetool.recipe.render import suggestion
 from mergetool.tensors.side_files import read_config
 
@@ -205,7 +206,7 @@ class _Importer:
         return slices[0].get("sources"), (*place, "sources")
 
     def _check_range(self, reference: str, wanted: Any, place: Place) -> None:
-        config = read_config(Path(reference).expanduser())
+        config = read_config(expanded(reference))
         layers = next((config[k] for k in ("num_hidden_layers", "n_layer", "num_layers") if k in config), None)
         if layers is None:
             what = f"cannot tell whether layer_range is the whole model: {reference}/config.json does not say"
@@ -217,7 +218,7 @@ class _Importer:
     def _reference(self, reference: str, place: Place, origin: Place) -> Any:
         self._mark(place, origin)
         source, plus, adapter = reference.partition("+")
-        if not plus or Path(reference).expanduser().exists():
+        if not plus or _is_there(reference):
             return reference
         return {"source": source, "adapters": [adapter]}
 
@@ -329,8 +330,15 @@ def converted_text(path: Path, folder: Path) -> str:
     return yaml.safe_dump({**base, **data, **base, "models": models}, sort_keys=False, allow_unicode=True)
 
 
+def _is_there(reference: str) -> bool:
+    try:
+        return expanded(reference).exists()
+    except OSError:  # too long for a path
+        return False
+
+
 def _seen_from(reference: Any, folder: Path) -> Any:
-    if not isinstance(reference, str) or not Path(reference).expanduser().exists():
+    if not isinstance(reference, str) or not _is_there(reference):
         return reference
-    target = Path(reference).expanduser()
+    target = expanded(reference)
     return str(target) if target.is_absolute() else os.path.relpath(target, folder)

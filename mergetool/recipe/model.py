@@ -1,6 +1,7 @@
 """The sections of a recipe, as strict models: unknown keys, wrong types and bad names are errors."""
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,14 @@ def parse_size(value: Any) -> int:
     return int(size)
 
 
+def expanded(text: str) -> Path:
+    """A path with `~` replaced; left as it is where there is no such user."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  (pathlib's raises for an unknown user)
+
+
+PathText = Annotated[str, Field(min_length=1, strict=True, pattern=r"^[^\x00]+$")]
+
+
 def _as_reference(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
@@ -44,8 +53,8 @@ class Section(BaseModel):
 class ModelReference(Section):
     """Where a model is: a folder, a .safetensors file, or a model id."""
 
-    source: Annotated[str, Field(min_length=1, strict=True)] = Field(description="folder or .safetensors file")
-    adapters: tuple[Annotated[str, Field(min_length=1, strict=True)], ...] = Field(
+    source: PathText = Field(description="folder or .safetensors file")
+    adapters: tuple[PathText, ...] = Field(
         (), description="folders of LoRA adapters, applied in this order while reading"
     )
 
@@ -81,7 +90,7 @@ class Tokenizer(Section):
 class Output(Section):
     """Where the result goes and how it is stored."""
 
-    path: Annotated[str, Field(min_length=1, strict=True)] | None = Field(None, description="folder to write")
+    path: PathText | None = Field(None, description="folder to write")
     dtype: Literal["source", "float32", "bfloat16", "float16"] = Field(
         "source", description="storage dtype of floating-point tensors; `source` keeps each tensor's own"
     )
@@ -125,4 +134,4 @@ class Recipe:
 
     def path_of(self, text: str) -> Path:
         """A path written in the recipe, made absolute by the recipe's folder."""
-        return (self.folder / Path(text).expanduser()).absolute()
+        return (self.folder / expanded(text)).absolute()

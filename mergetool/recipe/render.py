@@ -1,16 +1,17 @@
 """pydantic's findings in words for people: the place that was written, what is wrong there, and what to write."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, TypeGuard
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mergetool.errors import RecipeError
 from mergetool.methods.base import Method
 from mergetool.recipe.document import Document, Place
-from mergetool.recipe.model import ModelReference, Section
+from mergetool.recipe.model import ModelReference
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -29,7 +30,7 @@ def render(document: Document, prefix: Place, error: ValidationError, kind: Any)
         if detail["type"] == "too_short" and any(other[: len(loc)] == loc and other != loc for other in nested):
             continue
         place = _written(document, (*prefix, *loc), detail["type"])
-        if detail["type"] == "extra_forbidden":
+        if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             found.append(unknown_key(document, place, _known_keys(kind, loc)))
         else:
             found.append(document.error(place, *_words(detail)))
@@ -51,19 +52,17 @@ def _written(document: Document, loc: tuple[str | int, ...], kind: str) -> Place
 
 
 def _known_keys(kind: Any, loc: tuple[str | int, ...]) -> list[str]:
-    if isinstance(kind, type) and issubclass(kind, Method):
-        if len(loc) == 1:
-            return [*kind.model_fields, "overrides"]
-        section = kind.model_fields[str(loc[0])].annotation
-        return list(section.model_fields) if _is_section(section) else ["gradient"]
-    if isinstance(kind, type) and issubclass(kind, Section):
-        return list(kind.model_fields)
-    return list(ModelReference.model_fields)
-
-
-def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    """Whether a field is a mapping with fields of its own."""
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel) and not issubclass(annotation, Method)
+    """Keys that are known where an unknown one was found: at the end of `loc`, inside a section, method or model."""
+    if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        return list(ModelReference.model_fields)
+    fields: Mapping[str, FieldInfo] = kind.model_fields
+    for part in loc[:-1]:
+        if part in fields:
+            annotation = fields[str(part)].annotation
+            if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+                return ["gradient"]
+            fields = annotation.model_fields
+    return [*fields, *(["overrides"] if issubclass(kind, Method) and len(loc) == 1 else [])]
 
 
 def unknown_key(document: Document, place: Place, known: Sequence[str]) -> RecipeError:
@@ -72,26 +71,59 @@ def unknown_key(document: Document, place: Place, known: Sequence[str]) -> Recip
     return document.error(place, f"unknown key {str(place[-1])!r}", fix)
 
 
+_EXPECTED = {
+    "float_type": ("a number", "write a number"),
+    "int_type": ("a whole number", "write a whole number"),
+    "bool_type": ("true or false", "write true or false"),
+    "string_pattern_mismatch": ("characters that a path can hold", "write another path"),
+    "string_type": ("text", "write text, in quotes if it looks like a number"),
+    "tuple_type": ("a list", "write [...]"),
+    "dict_type": ("a mapping", "write it as `key: value`"),
+    "model_type": ("a mapping", "write it as `key: value`"),
+    "dataclass_type": ("a mapping", "write it as `key: value`"),
+    "union_tag_invalid": ("a number or {gradient: [...]}", "write one number, or {gradient: [...]}"),
+}
+"""pydantic's kind of finding -> what was expected, and what to write."""
+
+
 def _words(detail: ErrorDetails) -> tuple[str, str]:
     """(what, fix) for one pydantic finding."""
     value, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
     shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-    if kind in ("float_type", "int_type", "float_parsing"):
-        text = isinstance(value, str)
-        what = f"expected a number, found {'the text ' if text else ''}{shown}"
-        return what, f"write {'the number without quotes' if text else 'a number'}"
+    if kind in _EXPECTED:
+        expected, fix = _EXPECTED[kind]
+        if context.get("class_name") == ModelReference.__name__:
+            expected, fix = "a path or a mapping with `source`", "write the path of a folder or .safetensors file"
+        if isinstance(value, str) and "number" in expected:
+            return f"expected {expected}, found the text {shown}", "write the number without quotes"
+        return f"expected {expected}, found {shown}", fix
     if kind == "finite_number":
         return f"{shown} is not a finite number", "write a finite number"
     if kind == "missing":
         return "this key is required", f"add {detail['loc'][-1]}:"
-    if kind.startswith("bool"):
-        return f"expected true or false, found {shown}", "write true or false"
+    if kind in ("too_short", "string_too_short"):
+        least = context["min_length"]
+        return f"needs at least {least} {_ITEMS[kind, least > 1]}, found {shown}", "write more"
     if kind == "literal_error":
-        expected = [part.strip("' ") for part in str(context.get("expected", "")).replace(" or ", ",").split(",")]
-        return f"{shown} is not one of {', '.join(expected)}", suggestion(
-            str(value), expected
-        ) or f"write {expected[0]}"
+        return _not_one_of(value, shown, str(context.get("expected", "")))
     if kind == "value_error":
         return f"{context.get('error', detail['msg'])}, found {shown}", "see: mergetool schema"
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return f"{message.replace('input should', 'must')} (found {shown})", "see: mergetool schema"
+
+
+_ITEMS = {
+    ("too_short", False): "entry",
+    ("too_short", True): "entries",
+    ("string_too_short", False): "character",
+    ("string_too_short", True): "characters",
+}
+
+
+def _not_one_of(value: Any, shown: str, listed: str) -> tuple[str, str]:
+    """For a value that is none of the literals that pydantic lists."""
+    literals = listed.replace(" or ", ", ").split(", ")
+    expected = [literal.strip("'") for literal in literals]
+    if str(value) in literals:
+        return f"expected the number {value}, found the text {shown}", "write the number without quotes"
+    return f"{shown} is not one of {', '.join(expected)}", suggestion(str(value), expected) or f"write {expected[0]}"

@@ -31,11 +31,13 @@ _MAX_CONFIG_BYTES = 20_000_000
 
 def read_config(folder: Path | None) -> dict[str, Any]:
     """The folder's config.json, or an empty mapping where there is none. Raises SourceError if it is not JSON."""
-    path = None if folder is None else folder / CONFIG_NAME
-    if path is None or not path.is_file():
+    if folder is None:
         return {}
+    path = folder / CONFIG_NAME
     fix = "repair the file, or get the model again"
     try:
+        if not path.is_file():
+            return {}
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise SourceError("is far too large for a config", str(path), fix)
         config = json.loads(path.read_text("utf-8"))
