@@ -301,7 +301,7 @@ class _Importer:
         known = {source.reference: source.name for source in sources} | ({base: "base"} if base else {})
         if wanted == "base":
             wanted = self.data.get("base_model")
-        if wanted not in known:
+        if not isinstance(wanted, str) or wanted not in known:
             what = f"tokenizer_source {self.data['tokenizer_source']!r} is not supported"
             self._problem(("tokenizer_source",), what, "write `base`, or the model whose tokenizer to take")
             return {}
