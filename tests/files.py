@@ -1,6 +1,7 @@
 """Small models on the disk: files with any header, folders, recipes. Everything real, nothing mocked."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -50,4 +51,12 @@ def write_models(folder, names=("base", "a", "b"), **changes):
 def write_recipe(path, **sections):
     """A recipe file made of these sections."""
     Path(path).write_text(yaml.safe_dump(sections, sort_keys=False))
+    return path
+
+
+def write_sparse(path, num_bytes):
+    """A sound file with one tensor of zeros, of which the disk holds only the header."""
+    entry = {"dtype": "U8", "shape": [num_bytes], "data_offsets": [0, num_bytes]}
+    write_raw(path, {"w": entry})
+    os.truncate(path, Path(path).stat().st_size + num_bytes)
     return path

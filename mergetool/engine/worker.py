@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergetool.errors import MergeError, at
-from mergetool.methods.base import Stats, Survey, TensorGroup
+from mergetool.methods.base import Params, Stats, Survey, TensorGroup, TensorMethod
 from mergetool.planner.model import BASE, SLICE_ELEMENTS, Plan, Step
 from mergetool.tensors.dtypes import DType, torch_dtype
 from mergetool.tensors.io import bytes_of
@@ -56,7 +56,7 @@ class Worker:
             group = self._group(step, begin, end)
             group.notes = notes
             with at(f"{step.method.method_name()}: {step.spec.name}"):
-                merged = step.method.merge(group, step.params, stats)
+                merged = _merge(step.method, group, step.params, stats)
             assert merged.shape == group.models[0].shape, f"{step.spec.name}: a method must not change shapes"
             self._put(step, begin, merged, notes)
         return notes
@@ -187,6 +187,15 @@ def add_up(counts: Iterable[Tensor]) -> Tensor:
     for other in waiting:
         total.add_(other)
     return total
+
+
+def _merge(method: TensorMethod, group: TensorGroup, params: Params, stats: Stats) -> Tensor:
+    try:
+        return method.merge(group, params, stats)
+    except RuntimeError as error:  # torch's answer to a factor such as 1e300 in float32
+        if "without overflow" not in str(error):
+            raise
+        raise MergeError(f"{error}", "", "use smaller numbers, or set compute.dtype: float64") from None
 
 
 def _within(values: Tensor, dtype: DType) -> bool:

@@ -20,7 +20,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from mergetool.methods.values import Finite, Fraction, Gradient, Knob, PerModel, Positive, Scheduled, Unit, resolve
+from mergetool.methods.values import (
+    Finite,
+    Fraction,
+    Gradient,
+    Knob,
+    PerModel,
+    Positive,
+    Scheduled,
+    Unit,
+    cancel,
+    resolve,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +58,7 @@ __all__ = [
     "TensorMethod",
     "Unit",
     "all_methods",
+    "cancel",
 ]
 
 Params = SimpleNamespace

@@ -27,6 +27,7 @@ from mergetool.methods.base import (
     Survey,
     TensorGroup,
     TensorMethod,
+    cancel,
 )
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class _Dare(TensorMethod):
         return _Norms() if self.rescale == "l1" else None
 
     def problem(self, p: Params) -> str | None:
-        if self.normalize and sum(p.weight) == 0.0:
+        if self.normalize and cancel(p.weight):
             return f"the weights {p.weight} add up to 0, so they cannot be normalised"
         return None
 

@@ -10,7 +10,7 @@ Differs from the paper: weights may differ by model and along depth, and need no
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.methods.base import Field, Finite, Params, PerModel, Stats, TensorGroup, TensorMethod
+from mergetool.methods.base import Field, Finite, Params, PerModel, Stats, TensorGroup, TensorMethod, cancel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class Linear(TensorMethod):
     neutral: ClassVar = {"normalize": True}
 
     def problem(self, p: Params) -> str | None:
-        if (self.normalize and abs(sum(p.weight)) < 1e-12 * sum(map(abs, p.weight))) or not any(p.weight):
+        if (self.normalize and cancel(p.weight)) or not any(p.weight):
             return f"the weights {p.weight} add up to 0, so their average does not exist"
         return None
 

@@ -10,7 +10,7 @@ Differs from the paper: weights may differ by model, and `normalize` can divide 
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.methods.base import Field, Finite, Params, PerModel, Scheduled, Stats, TensorGroup, TensorMethod
+from mergetool.methods.base import Field, Finite, Params, PerModel, Scheduled, Stats, TensorGroup, TensorMethod, cancel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class TaskArithmetic(TensorMethod):
     neutral: ClassVar = {"normalize": True}
 
     def problem(self, p: Params) -> str | None:
-        if self.normalize and sum(p.weight) == 0.0:
+        if self.normalize and cancel(p.weight):
             return f"the weights {p.weight} add up to 0, so they cannot be normalised"
         return None
 

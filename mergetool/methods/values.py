@@ -72,3 +72,8 @@ def resolve(value: Any, depth: float, models: Sequence[str], *, per_model: bool)
     if isinstance(value, dict):
         return tuple(at_depth(value[name], depth) for name in models)
     return (at_depth(value, depth),) * len(models)
+
+
+def cancel(weights: Sequence[float]) -> bool:
+    """Whether weights add up to 0, but for rounding (0.1 + 0.2 - 0.3 is 5.6e-17)."""
+    return abs(sum(weights)) <= 1e-12 * sum(map(abs, weights))

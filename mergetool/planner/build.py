@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mergetool.arch.depth import structural_depths
 from mergetool.errors import PlanError, at
-from mergetool.methods.base import FittedMethod, Method, TensorMethod
+from mergetool.methods.base import FittedMethod, Method, Survey, TensorMethod
 from mergetool.planner.model import BASE, Plan, Shard, Step
 from mergetool.recipe.model import Override, Recipe
 from mergetool.tensors.adapter import AdapterSource
@@ -88,6 +88,7 @@ class _Draft:
         ]
         if not steps:
             raise PlanError("the models hold no tensors to merge", "plan", "check the paths of the models")
+        _check_surveyed_together([step for step in steps if step.surveyed_together])
         self.warnings += [
             f"override {override.match!r} matches no tensor"
             for override, matched in zip(self.recipe.overrides, self.matched, strict=True)
@@ -151,6 +152,8 @@ class _Draft:
             return self._copy(name, holders[0], depth) if self.recipe.check.extra == "keep" else None
         leader = self.donor if name in self.sources[self.donor].specs else holders[0]
         spec = self.sources[leader].specs[name]
+        if not spec.dtype.is_float:
+            self._check_none_is_float(spec, leader, holders)
         if not spec.dtype.is_float or spec.num_elements == 0:
             return self._copy(name, leader, depth)
         models = [model for model in self.recipe.models if model in holders or self.recipe.check.missing == "base"]
@@ -192,6 +195,42 @@ class _Draft:
                     spec.name,
                     f"copy it: overrides: [{{match: {spec.name!r}, use: {leader}}}]",
                 )
+
+    def _check_none_is_float(self, spec: TensorSpec, leader: str, models: Sequence[str]) -> None:
+        """Whole numbers are copied, but not where another model has learnt values in their place."""
+        for model in models:
+            other = self.sources[model].specs[spec.name]
+            if other.dtype.is_float:
+                raise PlanError(
+                    f"dtype {spec.dtype.name} in {_label(leader)}, {other.dtype.name} in {_label(model)}",
+                    spec.name,
+                    f"copy it: overrides: [{{match: {spec.name!r}, use: {model}}}]",
+                )
+
+
+def _check_surveyed_together(steps: Sequence[Step]) -> None:
+    """A survey of the whole model has one set of models and one set of numbers."""
+    for step in steps[1:]:
+        assert step.method is not None
+        first = steps[0]
+        name = step.method.method_name()
+        if step.models != first.models:
+            raise PlanError(
+                f"{name} looks at the whole model at once, but models {', '.join(step.models)} have this tensor,"
+                f" and {', '.join(first.models)} have {first.spec.name}",
+                step.spec.name,
+                "set check.missing: base, or merge each tensor for itself (scope: tensor)",
+            )
+        if _survey(step) != _survey(first):
+            raise PlanError(
+                f"{name} looks at the whole model at once, but its numbers differ from those of {first.spec.name}",
+                step.spec.name,
+                "use the same numbers for all tensors, or merge each tensor for itself (scope: tensor)",
+            )
+
+
+def _survey(step: Step) -> Survey | None:
+    return None if step.method is None else step.method.survey(step.params, 1 << 40, bits=32)
 
 
 def _depth(layer: tuple[int, int] | None) -> float:

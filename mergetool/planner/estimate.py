@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from mergetool.planner.model import SLICE_ELEMENTS, Plan, Step
 
 RUNTIME_BYTES = 300_000_000
 """Python and torch themselves, measured on Linux with a CPU build of torch."""
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _SPARE = 64_000_000
 """Headers, journal, thread stacks, fragmentation."""
 
@@ -46,7 +48,7 @@ def estimate(plan: Plan, *, workers: int | None, memory: int | None) -> Costs:
     largest = whole[0] if whole else 0
     fixed = RUNTIME_BYTES + _SPARE
     budget = memory if memory is not None else int(0.8 * available_memory())
-    count = workers or min(os.cpu_count() or 1, 32)
+    count = workers or min(len(os.sched_getaffinity(0)), 32)
     count = max(1, min(count, (budget - fixed - largest) // one if budget > fixed + largest else 1))
     if memory is not None and fixed + one + largest > memory:
         worst = max(plan.steps, key=lambda step: step_memory(plan, step))
@@ -76,14 +78,15 @@ def check_disk(plan: Plan, output: Path) -> None:
 
 
 def available_memory() -> int:
-    """Bytes of memory that could be used now without swapping."""
-    try:
+    """Bytes of memory that could be used now without swapping, on this machine and in this container."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    with suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+                available = int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        available = min(available, int(_CONTAINER_LIMIT.read_text()))
+    return available
 
 
 def _gib(size: int) -> str:

@@ -20,7 +20,7 @@ def facts_about(path: Path) -> dict[str, Any]:
         sizes[spec.dtype.name] += spec.num_bytes
     facts: dict[str, Any] = {
         "path": str(path),
-        "architecture": (config.get("architectures") or [config.get("model_type") or "unknown"])[0],
+        "architecture": _architecture(config),
         "parameters": sum(spec.num_elements for spec in specs if spec.dtype.is_float),
         "num_tensors": len(specs),
         "bytes_by_dtype": dict(sizes),
@@ -32,6 +32,11 @@ def facts_about(path: Path) -> dict[str, Any]:
         ],
     }
     return facts
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    names = config.get("architectures")
+    return str(names[0] if isinstance(names, list) and names else config.get("model_type") or "unknown")
 
 
 def _remarks(source: ModelSource, config: dict[str, Any]) -> list[str]:
