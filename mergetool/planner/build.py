@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mergetool.arch.depth import structural_depths
 from mergetool.errors import PlanError, at
-from mergetool.methods.base import FittedMethod, Method, Survey, TensorMethod
+from mergetool.methods.base import FittedMethod, Method, TensorMethod
 from mergetool.planner.model import BASE, Plan, Shard, Step
 from mergetool.recipe.model import Override, Recipe
 from mergetool.tensors.adapter import AdapterSource
@@ -229,7 +229,7 @@ def _check_surveyed_together(steps: Sequence[Step]) -> None:
             )
 
 
-def _survey(step: Step) -> Survey | None:
+def _survey(step: Step) -> object:
     return None if step.method is None else step.method.survey(step.params, 1 << 40, bits=32)
 
 
