@@ -29,6 +29,8 @@ SHAPES = {
     "adapter.empty.weight": (0, 6),
     "lm_head.weight": (11, 6),
 }
+MLP = {"fc1.weight": (7, 5), "fc1.bias": (7,), "fc2.weight": (3, 7), "fc2.bias": (3,)}
+"""A network whose neurons can be permuted."""
 INTEGERS = {"position_ids": torch.arange(8).reshape(1, 8), "causal": torch.tensor([True, False, True])}
 
 

@@ -32,6 +32,7 @@ class GitRebasin(FittedMethod):
     repair: Repair = Field(default={}, validate_default=True, description=REPAIR_HELP)
     needs_base: ClassVar = "unused"
     min_models: ClassVar = 2
+    exempt: ClassVar = {"order": "the first model is the reference unless the recipe names one"}
 
     def inner(self) -> TensorMethod:
         return self.combine

@@ -32,6 +32,10 @@ class MergeMany(FittedMethod):
     repair: Repair = Field(default={}, validate_default=True, description=REPAIR_HELP)
     needs_base: ClassVar = "unused"
     min_models: ClassVar = 2
+    exempt: ClassVar = {
+        "units": "the order of neurons is that of a model chosen by content, which is other for other numbers",
+        "precision": "the order of neurons is that of a model chosen by content, as read in the compute dtype",
+    }
 
     def inner(self) -> TensorMethod:
         return self.combine

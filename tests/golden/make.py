@@ -3,7 +3,8 @@
     python tests/golden/make.py      merge again, rewrite tests/golden/golden.json; commit that if the change is meant
 
 Methods that work element by element must give the same file to the bit: its SHA-256 is kept. Linear algebra on whole
-tensors differs in the last bits between builds of BLAS: for such methods the numbers are kept, and compared closely.
+tensors or models differs in the last bits between builds of BLAS: for such methods the numbers are kept, and compared
+closely.
 """
 
 import json
@@ -17,8 +18,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # so that this file runs as a script, too
 
 import mergetool  # noqa: E402
+from mergetool.methods.base import TensorMethod  # noqa: E402
 from mergetool.tensors.io import sha256_file  # noqa: E402
-from tests.laws.cases import Case, tensor_cases  # noqa: E402
+from tests.laws.cases import Case, all_cases  # noqa: E402
 from tests.toys import SHAPES, read, toy_models, write  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden.json"
@@ -30,17 +32,20 @@ SMALL = {name: SHAPES[name] for name in ("model.layers.0.mlp.up_proj.weight", "m
 
 def is_exact(case: Case) -> bool:
     """Whether the result must be the same to the bit everywhere."""
-    return case.kind.reach != "tensor"
+    return issubclass(case.kind, TensorMethod) and case.kind.reach != "tensor"
 
 
 def outcome(case: Case, folder: Path):
     """What is kept of a merge: the digest of its file, or its numbers."""
-    base, models = toy_models(case.names, exact=False, shapes=SHAPES if is_exact(case) else SMALL)
+    base, models = case.toys(exact=False)
+    if not is_exact(case) and not case.architecture:
+        base, models = toy_models(case.names, exact=False, shapes=SMALL)
     states = {name: _stored(state) for name, state in {"base": base, **models}.items()}
     paths = {name: str(path) for name, path in write(folder / "in", states).items()}
     recipe = {
         **({"base": paths["base"]} if case.has_base else {}),
         "models": {name: paths[name] for name in case.names},
+        **case.architecture,
         "merge": case.uneven().section(),
         "compute": {"seed": 20},
     }
@@ -62,7 +67,7 @@ def main() -> None:
     """Merge everything again, say what changed, and write the file."""
     before = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     after = {}
-    for case in tensor_cases():
+    for case in all_cases():
         with TemporaryDirectory() as folder:
             after[name_of(case)] = outcome(case, Path(folder))
     for name in sorted({*before, *after}):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.golden.make import GOLDEN, is_exact, name_of, outcome
-from tests.laws.cases import tensor_cases
+from tests.laws.cases import all_cases
 
-CASES = {name_of(case): case for case in tensor_cases()}
+CASES = {name_of(case): case for case in all_cases()}
 KEPT = json.loads(GOLDEN.read_text())
 FUSED = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 

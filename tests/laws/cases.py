@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 import mergetool
 from mergetool.methods import registry
-from mergetool.methods.base import Method, TensorMethod
+from mergetool.methods.base import FittedMethod, Method, TensorMethod
+from tests.toys import MLP, toy_base, toy_deltas, toy_models
 
 LAWS: dict[str, str] = {}
 """Every law by name, with its claim."""
@@ -48,6 +50,23 @@ class Case:
         """Models that a merge takes, a letter each: three, if the method can."""
         return "abc"[: self.kind.max_models or 3]
 
+    @property
+    def architecture(self) -> dict[str, str]:
+        """What a recipe says about the architecture: something where a method looks at whole models."""
+        return {"architecture": "mlp"} if issubclass(self.kind, FittedMethod) else {}
+
+    def toys(self, names=None, *, exact=True):
+        """(base, models by name) for this method: fine-tunes of the base, or networks trained apart."""
+        names = names or self.names
+        if not self.architecture:
+            return toy_models(names, exact=exact)
+        models = {name: toy_base(f"apart {name}", exact=exact, shapes=MLP) for name in names}
+        return toy_base(exact=exact, shapes=MLP), models
+
+    def toy_parts(self):
+        """(base, task vectors by name), exact."""
+        return toy_base(), {name: toy_deltas(name) for name in self.names}
+
     def with_settings(self, **more: Any) -> "Case":
         return Case(self.kind, self.option, {**self.settings, **more})
 
@@ -65,38 +84,50 @@ class Case:
 
     def merge(self, base, models, **compute):
         """Merge state dicts (`seed` and `dtype` go to the computation)."""
-        return mergetool.merge_state_dicts(self.section(), models, base if self.has_base else None, **compute)
+        given = base if self.has_base else None
+        return mergetool.merge_state_dicts(self.section(), models, given, **self.architecture, **compute)
 
 
-def choices(kind: type[Method]) -> Iterator[tuple[str, Any]]:
-    """(field, value) for every choice of an option other than its default."""
+def choices(kind: type[BaseModel]) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, value, setting) for every choice of an option other than its default; sections are looked into."""
     for key, info in kind.model_fields.items():
         values = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
         if info.annotation is bool:
             values = (False, True)
-        yield from ((key, value) for value in values if key != "method" and value != info.default)
+        yield from ((key, value, {key: value}) for value in values if key != "method" and value != info.default)
+        kind_of_section = info.annotation if isinstance(info.annotation, type) else object
+        if issubclass(kind_of_section, BaseModel) and not issubclass(kind_of_section, Method):
+            yield from ((f"{key}.{k}", value, {key: setting}) for k, value, setting in choices(kind_of_section))
 
 
 def cases(kind: type[Method]) -> Iterator[Case]:
-    """The defaults, then one case for every other choice."""
+    """The defaults, then one case for every other choice that needs no second setting beside it."""
     yield Case(kind)
-    for key, value in choices(kind):
-        yield Case(kind, f"{key}={value if isinstance(value, str) else json.dumps(value)}", {key: value})
+    for key, value, setting in choices(kind):
+        try:
+            kind.model_validate(setting)
+        except ValidationError:
+            continue
+        yield Case(kind, f"{key}={value if isinstance(value, str) else json.dumps(value)}", setting)
 
 
-def tensor_cases() -> Iterator[Case]:
-    """Cases of all methods that see each tensor once."""
+def all_cases() -> Iterator[Case]:
+    """Cases of all methods whose result is a checkpoint."""
     for kind in registry().values():
-        if issubclass(kind, TensorMethod):
+        if issubclass(kind, TensorMethod | FittedMethod):
             yield from cases(kind)
 
 
-def law(name: str, applies: Callable[[Case], bool] = lambda case: True):
-    """Make a test a law: parametrised over all cases to which it applies; its docstring is its claim."""
+def law(name: str, applies: Callable[[Case], bool] = lambda case: True, *, fitted: bool = False):
+    """Make a test a law: parametrised over all cases to which it applies; its docstring is its claim.
+
+    `fitted` laws are for methods that see whole models first, too.
+    """
 
     def decorate(test):
         LAWS[name] = " ".join(test.__doc__.split())
-        return pytest.mark.parametrize("case", [_param(name, case) for case in tensor_cases() if applies(case)])(test)
+        chosen = (case for case in all_cases() if fitted or not case.architecture)
+        return pytest.mark.parametrize("case", [_param(name, case) for case in chosen if applies(case)])(test)
 
     return decorate
 
