@@ -18,7 +18,7 @@ Reference: mergekit 0.1.5, https://github.com/arcee-ai/mergekit; tests/peers com
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,8 @@ class _Counterpart:
     parameters: Mapping[str, Parameter]
     without_effect: tuple[str, ...] = ()
     """Parameters that mergekit accepts and that change no number."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Our fields for what mergekit always does."""
 
 
 _WEIGHT = {"weight": Parameter("weight", per_model=True)}
@@ -64,7 +66,9 @@ _METHODS = {
     "task_arithmetic": _Counterpart(
         "task-arithmetic", "ancestor", _WEIGHT | _SUMMED | _LAMBDA, ("density", "rescale", "int8_mask")
     ),
-    "ties": _Counterpart("ties", "ancestor", _WEIGHT | _DENSITY | _AVERAGED | _LAMBDA, ("int8_mask",)),
+    "ties": _Counterpart(
+        "ties", "ancestor", _WEIGHT | _DENSITY | _AVERAGED | _LAMBDA, ("int8_mask",), {"boundary": "random"}
+    ),
     "dare_linear": _Counterpart("dare-linear", "ancestor", _DARE, ("int8_mask",)),
     "dare_ties": _Counterpart("dare-ties", "ancestor", _DARE, ("int8_mask",)),
 }
@@ -240,7 +244,7 @@ class _Importer:
                     continue
                 if any(branch.place for branch in branches) or parameter.default != fields[parameter.field].default:
                     cells[parameter.field, source.name if source else None] = branches
-        return {"method": target.method, **self._fields(cells)} if not self.problems else {}
+        return {"method": target.method, **target.constants, **self._fields(cells)} if not self.problems else {}
 
     def _check_parameters(self, scope: Scope, known: Sequence[str]) -> None:
         for key in scope.parameters:

@@ -124,6 +124,17 @@ def test_defaults_of_mergekit_that_are_not_ours_are_written_down():
     }
 
 
+def test_ties_keeps_no_more_than_the_density_as_mergekit_does():
+    data = converted(DARE.replace("dare_ties", "ties"))
+    assert data["merge"] == {
+        "method": "ties",
+        "boundary": "random",
+        "weight": 1,
+        "density": {"a": 1.0, "b": 0.5},
+        "scale": 0.7,
+    }
+
+
 @pytest.mark.parametrize(("theirs", "ours"), [("true", "l1"), ("false", "none")])
 def test_rescale_has_other_words(theirs, ours):
     assert converted(DARE.replace("int8_mask: true", f"rescale: {theirs}"))["merge"]["rescale"] == ours
