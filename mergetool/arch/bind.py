@@ -103,7 +103,8 @@ def holes_of(template: str, name: str) -> dict[str, int] | None:
 
 def architectures(config: Mapping[str, Any]) -> list[str]:
     """The names that config.json gives to the network (transformers: `architectures`, timm: `architecture`)."""
-    named = [*(config.get("architectures") or []), config.get("architecture")]
+    listed = config.get("architectures")
+    named = [*(listed if isinstance(listed, list) else []), config.get("architecture")]
     return [name for name in named if isinstance(name, str)]
 
 

@@ -27,7 +27,7 @@ def build_chain(name: str, kinds: Iterable[str], shapes: Shapes) -> ArchSpec:
     """
     ranks = {2 if kind == "linear" else 4 for kind in kinds}
     weights = [tensor for tensor, shape in shapes.items() if len(shape) in ranks]
-    strangers = sorted(tensor for tensor, shape in shapes.items() if len(shape) not in {0, 1, *ranks})
+    strangers = sorted(t for t, shape in shapes.items() if len(shape) not in {0, 1, *ranks} or 0 in shape)
     if strangers or not weights:
         what = f"{strangers[0]} {tuple(shapes[strangers[0]])} is no layer" if strangers else "there are no layers"
         raise PlanError(f"not a chain of layers: {what}", where=f"architecture {name}", fix=_FIX)

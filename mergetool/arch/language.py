@@ -32,6 +32,7 @@ from mergetool.errors import PlanError
 from mergetool.kernels.spaces import Symmetry
 
 _FACTOR = re.compile(r"abs\(([^()\s]+)\)|(\d+)(?![\w.{])|([A-Za-z][\w.]*(?:\{[^{}]*\}[\w.]*)*)|(_)|(\+)|(\S)")
+_HELP = "the language is told by: python -m pydoc mergetool.arch.language"
 _HOLE = re.compile(r"\{([^{}]*)\}")
 
 
@@ -140,6 +141,8 @@ def _parse_axis(text: str) -> Axis:
             segments.append([])
         elif hole:
             segments[-1].append(Term())
+        elif number and int(number) < 1:
+            raise ValueError(f"a factor of size 0 in the layout {text.strip()!r}")
         elif number:
             segments[-1].append(Term(size=int(number)))
         else:
@@ -193,8 +196,8 @@ def evaluate(expression: str | int, values: Mapping[str, Any]) -> int:
 
     try:
         return value(ast.parse(str(expression), mode="eval").body)
-    except SyntaxError:
-        raise ValueError(f"cannot compute {expression!r}") from None
+    except (SyntaxError, ZeroDivisionError) as error:
+        raise ValueError(f"cannot compute {expression!r}: {error}") from None
 
 
 def first_known(size: int | str | Sequence[int | str], values: Mapping[str, Any]) -> int:
@@ -237,9 +240,9 @@ def read_family(path: Path, find: Callable[[str, Path], Path]) -> Family:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise PlanError(f"{place}: {first['msg']}", where=str(path), fix="see mergetool/arch/language.py") from None
+        raise PlanError(f"{place}: {first['msg']}", where=str(path), fix=_HELP) from None
     except ValueError as error:
-        raise PlanError(str(error), where=str(path)) from None
+        raise PlanError(str(error), where=str(path), fix=_HELP) from None
     return family
 
 
@@ -250,7 +253,7 @@ def _read(path: Path, find: Callable[[str, Path], Path], seen: tuple[Path, ...])
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys) or {}
     except OSError as error:
         raise PlanError(f"cannot read the architecture file: {error.strerror}", where=str(path)) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PlanError(f"not valid YAML: {error}", where=str(path)) from None
     if not isinstance(content, dict):
         raise PlanError("an architecture file is a mapping", where=str(path))

@@ -25,9 +25,16 @@ class Sizes:
         for name, instance in self.instances.items():
             if instance.rule.size is not None:
                 try:
-                    self._learn(name, first_known(instance.rule.size, {**self.config, **instance.holes}), "config.json")
+                    size = first_known(instance.rule.size, {**self.config, **instance.holes})
                 except KeyError as error:
                     self.missing[name] = str(error.args[0])
+                    continue
+                except ValueError as error:
+                    raise PlanError(str(error), where=f"architecture {self.family}: space {name!r}") from None
+                if size < 1:
+                    what = f"the size of {name!r} would be {size}, by config.json ({instance.rule.size})"
+                    raise PlanError(what, where=f"architecture {self.family}", fix="correct config.json")
+                self._learn(name, size, "config.json")
         axes = [(tensor, axis) for tensor in bound for axis in range(len(tensor.shape))]
         while True:
             before = len(self.known)

@@ -102,6 +102,15 @@ def test_pins_travel_through_equations_and_splits():
     assert is_pinned(right)
 
 
+def test_what_is_left_of_a_pinned_atom_when_it_is_split_stays_pinned():
+    rows, columns = fresh(6, pinned=True), fresh(2)
+    both = ((*rows[0], *columns[0]),)
+    first, rest = regroup([both], [3, 4])
+    assert sizes(both) == [[3, 2, 2]]
+    assert is_pinned(first)
+    assert [atom.pinned for atom in resolve(rest)[0]] == [True, False]
+
+
 def test_flattening_pixels_keeps_padded_channels_apart():
     lo, channels, hi, pixels = fresh(1), fresh(4), fresh(2), fresh(9, pinned=True)
     (flat,) = regroup([lo + channels + hi, pixels], [63])

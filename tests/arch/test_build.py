@@ -37,6 +37,12 @@ def test_a_size_that_no_key_and_no_axis_tells_is_asked_for(tmp_path):
         build(tmp_path, text, {"w": (12,)})
 
 
+def test_a_size_that_cannot_be_computed_names_its_space(tmp_path):
+    text = "spaces:\n  a: {size: width // heads}\ntensors:\n  w: a _\n"
+    with pytest.raises(PlanError, match="architecture mine: space 'a': cannot compute 'width // heads'"):
+        build(tmp_path, text, {"w": (12,)}, {"width": 12, "heads": 0})
+
+
 def test_spaces_said_to_be_one_must_have_one_size(tmp_path):
     text = "spaces:\n  a:\n  b:\ntensors:\n  w: a, b\nidentities:\n  - {space: a, is: b}\n"
     assert list(build(tmp_path, text, {"w": (3, 3)}).spaces) == ["b"]

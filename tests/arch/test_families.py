@@ -64,6 +64,8 @@ TRANSFORMERS = {
     "llama-classifier": ("LlamaForSequenceClassification", {}),
     "mistral": ("MistralForCausalLM", {}),
     "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3ForCausalLM", {}),
+    "qwen3-headless": ("Qwen3Model", {}),
     "qwen2-tied": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
 }
 

@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mergetool.arch.match import describe, families, recognise, resolve, structural
 from mergetool.arch.spec import check_shapes
@@ -113,6 +115,31 @@ def test_a_number_of_heads_that_nothing_tells_is_asked_for(llama, tmp_path):
     spec = resolve(str(path), shapes)
     assert spec.spaces["q.0"].size == 2
     assert spec.family == "mine"
+
+
+def test_numbers_of_config_json_that_cannot_be_are_refused(llama):
+    shapes, config = llama
+    with pytest.raises(PlanError, match=r"the size of 'kv\.0' would be 0, by config\.json"):
+        resolve(None, shapes, {**config, "num_key_value_heads": 0})
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_names_shapes_and_config_give_a_spec_or_an_error_of_ours(llama, data):
+    shapes, config = llama
+    names = data.draw(st.lists(st.sampled_from(sorted(shapes)), unique=True))
+    odd = st.lists(st.integers(0, 24), max_size=4).map(tuple)
+    changed = {name: data.draw(st.one_of(st.just(shapes[name]), odd)) for name in names}
+    keys = ("num_attention_heads", "num_key_value_heads", "architectures", "model_type", "tie_word_embeddings")
+    junk = st.one_of(st.none(), st.integers(-3, 9), st.just("llama"), st.just(["GPT2Model", 3]), st.booleans())
+    config = {**config, **data.draw(st.dictionaries(st.sampled_from(keys), junk))}
+    for architecture in (None, "llama", "mlp", "vgg", "resnet", "gpt2"):
+        try:
+            spec = resolve(architecture, changed, config)
+        except PlanError:
+            continue
+        assert set(spec.tensors) == set(changed)
+    assert set(describe(changed, config).tensors) == set(changed)
 
 
 def test_a_checkpoint_under_another_prefix_is_the_same_network(llama):
