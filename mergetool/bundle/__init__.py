@@ -1,0 +1,12 @@
+"""Routed bundles: one base, the compressed changes of many experts, and a router that needs no data.
+
+    manifest  what a bundle holds            build    from experts to a folder
+    store     factors, computed once         verify   is it what it says
+    factors   groups of tasks                grouped  one pass, every sample with its group's weights
+    model     load_bundle -> MassModel       hf       the seam to transformers
+    expert    one compressed expert as a model that any method can read
+
+Usable by itself: nothing here knows of recipes, plans or runs.
+"""
+
+from mergetool.bundle.manifest import is_bundle as is_bundle

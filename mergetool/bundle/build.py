@@ -1,0 +1,433 @@
+"""Make a bundle: factors of every expert's changes, heads, what the router needs, and the manifest.
+
+factor     tensor by tensor, in threads: task vectors, their leading singular triplets (through the store)
+write      task by task: one file of factors, laid out first and filled from the store, so memory stays small
+first pass the merged weights that routing features come from, if they are not to come from the base
+finish     heads, base, config, hashes, manifest
+
+Only one tensor of every model is in memory at a time, a thread.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal, Protocol
+from urllib.parse import quote
+
+import torch
+from torch import Tensor
+
+from mergetool import __version__
+from mergetool.arch.depth import structural_depths
+from mergetool.arch.matrices import MatrixFilter, is_matrix
+from mergetool.bundle.heads import write_head
+from mergetool.bundle.manifest import MANIFEST_NAME, Base, Head, HeadRule, Manifest, Parameter, Router, Task
+from mergetool.bundle.store import FactorStore
+from mergetool.errors import MergeError, PlanError
+from mergetool.kernels.routing import cosines, without_duplicates
+from mergetool.kernels.spectral import Factors, concatenated, energy_rank, interference, orthogonalised
+from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME, torch_dtype
+from mergetool.tensors.header import Header, TensorSpec, lay_out
+from mergetool.tensors.io import bytes_of, sha256_file, write_error
+from mergetool.tensors.side_files import carried_files, read_config
+from mergetool.tensors.source import INDEX_NAME, SINGLE_NAME, ModelSource
+from mergetool.tensors.writer import SlotWriter, write_file
+
+CONFIG_NAME = "config.json"
+FIRST_PASS = "first_pass.safetensors"
+
+
+@dataclass(frozen=True)
+class HeadSource:
+    """Where a task's head is, and what it reads."""
+
+    path: Path
+    pool: Literal["cls", "mean", "last"]
+    normalize: bool = False
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """What a recipe says about routing; `layers` are globs on names of matrices, or auto."""
+
+    layers: tuple[str, ...] | Literal["auto"]
+    features: Literal["base", "merged"]
+    pool: Literal["cls", "mean", "last"]
+    norm: Literal["l2", "l1", "mahalanobis"]
+    mode: Literal["topk", "weighted", "top1"]
+    threshold: float
+    top_k: int
+    temperature: float
+    redundancy: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is kept of every expert, and how a bundle is used. `rank`: auto, a number, a share, or (energy share,)."""
+
+    kind: Literal["mass", "tsv-compress"]
+    rank: Literal["auto"] | int | float | tuple[float]
+    filter: MatrixFilter
+    conv: Literal["mean", "matricize"]
+    dtype: Literal["bfloat16", "float16", "float32"]
+    base: Literal["copy", "reference"]
+    router: RouterOptions | None = None
+    heads: HeadRule = "joint"
+
+
+class Experts(Protocol):
+    """The models that go into a bundle."""
+
+    names: tuple[str, ...]
+    """Tasks in order; the base is called "base"."""
+    sources: Mapping[str, ModelSource]
+    heads: Mapping[str, HeadSource]
+    shapes: Mapping[str, tuple[int, ...]]
+    """Tensors whose changes are kept, with their shapes, in file order."""
+
+    def read(self, model: str, name: str) -> Tensor:
+        """One tensor, whole, in compute dtype; that of the base where the model lacks it."""
+        ...
+
+    def digests(self, model: str) -> Mapping[str, str]:
+        """SHA-256 of a model's weight files, by file name."""
+        ...
+
+
+def build(experts: Experts, folder: Path, store: FactorStore, options: Options, num_threads: int = 1) -> Manifest:
+    """Write a bundle into `folder` (which exists) and return its manifest.
+
+    Raises PlanError for heads that are missing or do not fit and for layers that match nothing, MergeError for weights
+    that are not finite.
+    """
+    work = _Work(experts, folder, store, options)
+    heads = work.write_heads()
+    with ThreadPoolExecutor(num_threads) as pool:
+        parameters = dict(zip(experts.shapes, pool.map(work.factor, experts.shapes), strict=True))
+        router = work.router(parameters)
+        if router is not None and router.features == "merged":
+            parameters |= dict(pool.map(lambda name: (name, work.without_redundancy(name, parameters)), parameters))
+            work.write_first_pass(parameters, router)
+        files = dict(pool.map(lambda task: (task, work.write_factors(task, parameters)), experts.names))
+    base = work.write_base()
+    tasks = tuple(
+        Task(
+            name=name,
+            source=str(experts.sources[name].folder or ""),
+            files=experts.digests(name),
+            factors=files[name],
+            head=heads.get(name),
+        )
+        for name in experts.names
+    )
+    return work.finish(base, tasks, parameters, router)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    name: str
+    prefix: bytes
+    header: Header
+
+
+class _Work:
+    """One build: where things come from and go."""
+
+    def __init__(self, experts: Experts, folder: Path, store: FactorStore, options: Options) -> None:
+        self.experts = experts
+        self.folder = folder
+        self.store = store
+        self.options = options
+
+    # ---------------------------------------------------------------- factors
+
+    def factor(self, name: str) -> Parameter:
+        """Decide how a tensor is kept, and put its factors into the store."""
+        shape = self.experts.shapes[name]
+        deltas = self._deltas(name)
+        if not any(bool(delta.any()) for delta in deltas):
+            return Parameter(policy="skip", shape=shape)
+        most = self._most(name, shape)
+        if most == 0:
+            return Parameter(policy="full", shape=shape)
+        factors = [self._factors(delta, most) for delta in deltas]
+        return Parameter(
+            policy="svd",
+            shape=shape,
+            ranks=tuple(each.rank for each in factors),
+            interference=interference(concatenated(factors).to(torch.float64)).normalised,
+        )
+
+    def _deltas(self, name: str) -> list[Tensor]:
+        base = self.experts.read("base", name)
+        deltas = []
+        for task in self.experts.names:
+            delta = self.experts.read(task, name).sub_(base)
+            if not bool(delta.isfinite().all()):
+                what = "holds values that are not finite, or the base does"
+                raise MergeError(what, f"model {task!r}: {name}", "repair or replace that model")
+            deltas.append(delta)
+        return deltas
+
+    def _most(self, name: str, shape: tuple[int, ...]) -> int:
+        """Directions kept of one task; 0 where storing the tensor in full is smaller, or it is no matrix."""
+        if not is_matrix(name, shape, self.options.filter, conv=self.options.conv):
+            return 0
+        rows, columns = shape[0], torch.Size(shape[1:]).numel()
+        size = min(rows, columns)
+        match self.options.rank:
+            case "auto":
+                most = size // len(self.experts.names)
+            case int() as number:
+                most = min(number, size)
+            case float() as share:
+                most = int(share * size)
+            case _:
+                return size
+        return most if most * (rows + columns + 1) < rows * columns else 0
+
+    def _factors(self, delta: Tensor, most: int) -> Factors:
+        factors = self.store.factors(delta.flatten(1), most)
+        if isinstance(self.options.rank, tuple) and factors.rank:
+            return factors.leading(energy_rank(factors.s, self.options.rank[0]))
+        return factors
+
+    def _stored(self, name: str, parameters: Mapping[str, Parameter]) -> list[Factors]:
+        """Every task's factors of a tensor, from the store, rounded as they are written."""
+        most = max(*parameters[name].ranks, 1)
+        dtype = _torch(self.options.dtype)
+        found = []
+        for delta, rank in zip(self._deltas(name), parameters[name].ranks, strict=True):
+            factors = self.store.factors(delta.flatten(1), most).leading(rank)
+            found.append(Factors(factors.u.to(dtype).double(), factors.s.double(), factors.v.to(dtype).double()))
+        return found
+
+    def write_factors(self, task: str, parameters: Mapping[str, Parameter]) -> str:
+        """Write one task's file; its path in the bundle."""
+        place = self.experts.names.index(task)
+        specs = []
+        for name, parameter in parameters.items():
+            if parameter.policy == "svd" and (rank := parameter.ranks[place]):
+                rows, columns = parameter.shape[0], torch.Size(parameter.shape[1:]).numel()
+                kept = BY_TORCH_NAME[self.options.dtype]
+                specs += [TensorSpec(f"{name}.U", kept, (rows, rank)), TensorSpec(f"{name}.Vh", kept, (rank, columns))]
+                specs += [TensorSpec(f"{name}.S", BY_NAME["F32"], (rank,))]
+            elif parameter.policy == "full":
+                specs += [TensorSpec(f"{name}.delta", BY_NAME["F32"], parameter.shape)]
+        path = f"factors/{quote(task, safe='')}.safetensors"
+        with _Writer(self.folder, path, specs) as writer:
+            for name, parameter in parameters.items():
+                if parameter.policy == "skip" or (parameter.policy == "svd" and not parameter.ranks[place]):
+                    continue
+                delta = self.experts.read(task, name).sub_(self.experts.read("base", name))
+                if parameter.policy == "full":
+                    writer.put(f"{name}.delta", delta)
+                    continue
+                factors = self.store.factors(delta.flatten(1), parameter.ranks[place]).leading(parameter.ranks[place])
+                writer.put(f"{name}.U", factors.u)
+                writer.put(f"{name}.S", factors.s)
+                writer.put(f"{name}.Vh", factors.v.mT)
+        return path
+
+    # ---------------------------------------------------------------- routing
+
+    def router(self, parameters: Mapping[str, Parameter]) -> Router | None:
+        """The router, with the matrices it reads."""
+        options = self.options.router
+        if options is None:
+            return None
+        matrices = _routing_matrices(parameters, options.layers)
+        merged = options.features == "merged"
+        return Router(
+            matrices=matrices,
+            features=options.features,
+            pool=options.pool,
+            norm=options.norm,
+            mode=options.mode,
+            threshold=options.threshold,
+            top_k=options.top_k,
+            temperature=options.temperature,
+            redundancy=options.redundancy if merged else None,
+        )
+
+    def without_redundancy(self, name: str, parameters: Mapping[str, Parameter]) -> Parameter:
+        """The parameter with the tasks that go into the first-pass merge."""
+        parameter = parameters[name]
+        if parameter.policy != "svd" or self.options.router is None:
+            return parameter
+        every = concatenated(self._stored(name, parameters))
+        similar = cosines(every.u.mT @ every.u, every.v.mT @ every.v, every.s, parameter.ranks)
+        kept = without_duplicates(similar, self.options.router.redundancy)
+        return parameter.model_copy(update={"kept": tuple(kept)})
+
+    def write_first_pass(self, parameters: Mapping[str, Parameter], router: Router) -> None:
+        """Base plus TSV-Merge of the tasks that were kept, as far as the last layer that routing reads."""
+        depths = structural_depths(parameters)
+        last = max(depth[0] for name in router.matrices if (depth := depths[name]) is not None)
+        wanted = [
+            name
+            for name, parameter in parameters.items()
+            if parameter.policy != "skip" and ((depth := depths[name]) is None or depth[0] <= last)
+        ]
+        base = self.experts.sources["base"].specs
+        specs = [TensorSpec(name, base[name].dtype, base[name].shape) for name in wanted]
+        with _Writer(self.folder, FIRST_PASS, specs) as writer:
+            for name in wanted:
+                writer.put(name, self._merged(name, parameters))
+
+    def _merged(self, name: str, parameters: Mapping[str, Parameter]) -> Tensor:
+        base = self.experts.read("base", name)
+        kept = parameters[name].kept
+        if kept is None:
+            return base + torch.stack(self._deltas(name)).mean(0)
+        factors = self._stored(name, parameters)
+        merged = orthogonalised(concatenated([factors[task] for task in kept])).dense()
+        return base + merged.to(base.dtype).view_as(base)
+
+    # ---------------------------------------------------------------- everything else
+
+    def write_heads(self) -> dict[str, Head]:
+        """Copy the heads; either every task has one or none has."""
+        missing = [name for name in self.experts.names if name not in self.experts.heads]
+        if missing and self.experts.heads:
+            what = f"task {missing[0]!r} has no head, but {next(iter(self.experts.heads))!r} has"
+            fix = f"add head: {{weights: PATH}} to model {missing[0]!r}, or take all heads away"
+            raise PlanError(what, f"model {missing[0]!r}", fix)
+        width = _hidden_size(read_config(self.experts.sources["base"].folder))
+        return {
+            name: write_head(name, source.path, self.folder, width, source.pool, source.normalize, source.labels)
+            for name, source in self.experts.heads.items()
+        }
+
+    def write_base(self) -> Base:
+        """Copy the base, byte for byte, or say where it is."""
+        source = self.experts.sources["base"]
+        digests = self.experts.digests("base")
+        if self.options.base == "reference":
+            files = source.files
+            place = source.folder or files[0].path
+            return Base(kind="reference", path=str(place.absolute()), files=digests)
+        _copy_model(source, self.folder / "base")
+        single = source.folder is None
+        return Base(kind="copy", path="base", files={SINGLE_NAME if single else key: d for key, d in digests.items()})
+
+    def finish(
+        self, base: Base, tasks: tuple[Task, ...], parameters: Mapping[str, Parameter], router: Router | None
+    ) -> Manifest:
+        """Config, hashes, manifest."""
+        config = read_config(self.experts.sources["base"].folder)
+        write_file(self.folder / CONFIG_NAME, json.dumps(bundle_config(config), indent=2) + "\n")
+        write_file(self.folder / "modeling_mass.py", _MODELING)
+        globs = ("base/*", "factors/*", "heads/*", FIRST_PASS, CONFIG_NAME, "modeling_mass.py")
+        written = [path for glob in globs for path in sorted(self.folder.glob(glob))]
+        manifest = Manifest(
+            mergetool=__version__,
+            kind=self.options.kind,
+            base=base,
+            tasks=tasks,
+            dtype=self.options.dtype,
+            parameters=parameters,
+            router=router,
+            heads=self.options.heads,
+            files={path.relative_to(self.folder).as_posix(): sha256_file(path) for path in written},
+        )
+        text = json.dumps(manifest.model_dump(mode="json", exclude_none=True), indent=1)
+        write_file(self.folder / MANIFEST_NAME, text + "\n")
+        return manifest
+
+
+_MODELING = '''"""Lets transformers' AutoModel open this folder; the code is in the package mergetool."""
+
+from mergetool.bundle.hf import AutoMassModel, MassConfig  # noqa: F401
+'''
+
+
+def bundle_config(base: Mapping[str, object]) -> dict[str, object]:
+    """config.json of a bundle: its own model type, with the base's config inside."""
+    return {
+        "model_type": "mass",
+        "architectures": ["AutoMassModel"],
+        "auto_map": {"AutoConfig": "modeling_mass.MassConfig", "AutoModel": "modeling_mass.AutoMassModel"},
+        "base_config": dict(base),
+    }
+
+
+class _Writer:
+    """One safetensors file, laid out first, filled tensor by tensor."""
+
+    def __init__(self, folder: Path, path: str, specs: Sequence[TensorSpec]) -> None:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        self._specs = {spec.name: spec for spec in specs}
+        self._slots = SlotWriter(folder, [_Layout(path, *lay_out(specs, {"format": "pt"}))])
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._slots.close()
+
+    def put(self, name: str, values: Tensor) -> None:
+        stored = values.to(torch_dtype(self._specs[name].dtype)).contiguous()
+        assert tuple(stored.shape) == self._specs[name].shape, name
+        self._slots.write(0, name, 0, bytes_of(stored.reshape(-1)))
+
+
+def _torch(name: str) -> torch.dtype:
+    return torch_dtype(BY_TORCH_NAME[name])
+
+
+def _hidden_size(config: Mapping[str, object]) -> int | None:
+    for key in ("hidden_size", "d_model"):
+        if isinstance(value := config.get(key), int):
+            return value
+    return None
+
+
+def _routing_matrices(
+    parameters: Mapping[str, Parameter], layers: tuple[str, ...] | Literal["auto"]
+) -> tuple[str, ...]:
+    """Matrices whose inputs routing reads. auto: all inside numbered layers, of the encoder where there are two."""
+    depths = structural_depths(parameters)
+    inside = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.policy == "svd" and len(parameter.shape) == 2 and depths[name] is not None
+    ]
+    if layers != "auto":
+        chosen = [name for name in inside if any(fnmatchcase(name, glob) for glob in layers)]
+        if not chosen:
+            what = f"no changed matrix inside a layer matches {', '.join(layers)}"
+            shown = inside[0] if inside else "none"
+            raise PlanError(what, "merge.router.layers", f"write layers: auto, or globs on names such as {shown}")
+        return tuple(chosen)
+    encoder = [name for name in inside if "encoder" in name.split(".")]
+    decoder = [name for name in inside if "decoder" in name.split(".")]
+    chosen = encoder if encoder and decoder else inside
+    if not chosen:
+        what = "no matrix inside a layer was changed by any expert, so there is nothing to route by"
+        raise PlanError(what, "merge.router", "check that the experts are fine-tunes of the base")
+    return tuple(chosen)
+
+
+def _copy_model(source: ModelSource, folder: Path) -> None:
+    """A model's weights, index, config and tokenizer, byte for byte."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = [stamp.path for stamp in source.files]
+    if source.folder is None:
+        _copy(weights[0], folder / SINGLE_NAME)
+        return
+    beside = [source.folder / name for name in (CONFIG_NAME, INDEX_NAME) if (source.folder / name).is_file()]
+    for path in [*weights, *beside, *carried_files(source.folder)]:
+        _copy(path, folder / path.name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise write_error(error, str(target)) from error

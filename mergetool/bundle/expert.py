@@ -1,0 +1,80 @@
+"""One compressed expert of a bundle, as a model like any other: base plus factors, rebuilt as it is read.
+
+models: {sst2: {source: out/library, select: sst2}}       in a recipe of any method; passthrough writes it out
+"""
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mergetool.bundle.manifest import Manifest, read_manifest
+from mergetool.bundle.verify import base_folder, check_base, check_files
+from mergetool.errors import SourceError
+from mergetool.tensors.dtypes import torch_dtype
+from mergetool.tensors.header import TensorSpec
+from mergetool.tensors.io import bytes_of
+from mergetool.tensors.source import FileStamp, ModelSource, open_model
+
+
+class ExpertSource(ModelSource):
+    """A task's expert: names, shapes and dtypes of the base."""
+
+    def __init__(self, base: ModelSource, manifest: Manifest, factors: Path) -> None:
+        self._base = base
+        self._parameters = manifest.parameters
+        self._factors = factors
+        self._last = threading.local()
+        self.folder = base.folder
+        self.specs: Mapping[str, TensorSpec] = base.specs
+
+    @property
+    def files(self) -> tuple[FileStamp, ...]:
+        return (*self._base.files, FileStamp.of(self._factors))
+
+    def position(self, name: str) -> tuple[int, int]:
+        return self._base.position(name)
+
+    def read_bytes(self, name: str, begin: int, buffer: memoryview) -> None:
+        parameter = self._parameters.get(name)
+        if parameter is None or parameter.policy == "skip":
+            self._base.read_bytes(name, begin, buffer)
+            return
+        if getattr(self._last, "name", None) != name:  # one tensor is read in several slices, one after the other
+            self._last.name, self._last.data = name, bytes_of(self._rebuilt(name).reshape(-1))
+        buffer[:] = self._last.data[begin : begin + len(buffer)]
+
+    def _rebuilt(self, name: str) -> Tensor:
+        """Base + U diag(S) Vh (or the change kept in full), rounded once to the base's dtype."""
+        spec = self.specs[name]
+        stored = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+        self._base.read_bytes(name, 0, bytes_of(stored.reshape(-1)))
+        values = stored.to(torch.float64)
+        try:
+            with safe_open(self._factors, framework="pt") as file:
+                if self._parameters[name].policy == "full":
+                    values += file.get_tensor(f"{name}.delta")
+                elif f"{name}.U" in file.keys():  # noqa: SIM118  (not a mapping)
+                    u, s, vh = (file.get_tensor(f"{name}.{key}").to(torch.float64) for key in ("U", "S", "Vh"))
+                    values += ((u * s) @ vh).view(spec.shape)
+        except (OSError, SafetensorError) as error:
+            what = f"cannot be read ({str(error)[:100]})"
+            raise SourceError(what, str(self._factors), "make the bundle again") from None
+        return values.to(stored.dtype).contiguous()
+
+    def close(self) -> None:
+        self._base.close()
+
+
+def open_expert(folder: Path, task: str) -> ExpertSource:
+    """One expert of a bundle. Raises SourceError for a task that it does not hold, and for a damaged bundle."""
+    manifest = read_manifest(folder)
+    if task not in manifest.names:
+        raise SourceError(f"there is no task {task!r}", str(folder), f"its tasks are: {', '.join(manifest.names)}")
+    check_files(folder, manifest, hashes=False)
+    check_base(folder, manifest, hashes=manifest.base.kind == "reference")
+    file = next(each.factors for each in manifest.tasks if each.name == task)
+    return ExpertSource(open_model(base_folder(folder, manifest)), manifest, folder / file)

@@ -1,0 +1,273 @@
+"""One forward pass of a real model in which every sample has the weights of its own group of tasks.
+
+The samples of a batch are sorted by group, so a group is a run of rows. Each module whose parameters any expert
+changed gets another `forward` for the time being:
+
+linear      x W0^T for all rows, and for each run ((x Vh^T) C^T) U^T on top; or, for runs that have seen enough rows
+            for it to pay, x W_g^T with the group's own weights
+embedding   rows of W0, and rows of U times (C Vh) on top
+norm        the same normalisation, then each sample's own weight and bias
+conv        run by run with the group's own weights
+others      (class tokens, tables of positions) one value per sample, where the model adds them up by broadcasting
+
+Where that is not possible (weights that all samples share by construction, experts of a mixture, modules of unknown
+kind) a batch is cut into groups, and each passes through the model alone. Weights are never made per sample.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (as everybody calls it)
+
+from mergetool.bundle.factors import Group, TaskFactors
+from mergetool.errors import SourceError
+
+_SHARED = ("relative_attention_bias",)
+"""Modules whose output all samples of a batch share."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The groups of a sorted batch: group i has samples [bounds[i], bounds[i + 1])."""
+
+    groups: tuple[Group, ...]
+    bounds: tuple[int, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return self.bounds[-1]
+
+    def slices(self, num_rows: int) -> Iterator[tuple[Group, slice]]:
+        """Every group with its run of rows, where `num_rows` is a multiple of the number of samples."""
+        if len(self.groups) == 1:
+            yield self.groups[0], slice(0, num_rows)
+            return
+        per_sample, rest = divmod(num_rows, self.num_samples)
+        assert rest == 0, f"{num_rows} rows for {self.num_samples} samples"
+        for group, start, stop in zip(self.groups, self.bounds, self.bounds[1:], strict=False):
+            yield group, slice(start * per_sample, stop * per_sample)
+
+    def spread(self, values: Sequence[Tensor], like: Tensor) -> Tensor:
+        """One value (D,) per group as one per row of `like` (rows, ..., D), shaped to broadcast; or the only one."""
+        if len(self.groups) == 1:
+            return values[0]
+        runs = [run.stop - run.start for _, run in self.slices(like.shape[0])]
+        counts = torch.tensor(runs, device=like.device)
+        rows = torch.stack(list(values)).repeat_interleave(counts, 0)
+        return rows.view(len(rows), *[1] * (like.ndim - 2), -1)
+
+
+class GroupedModel:
+    """A model, the factors of its experts, and the way every changed parameter is used."""
+
+    def __init__(self, model: nn.Module, names: Mapping[str, str], factors: TaskFactors) -> None:
+        """`names`: what the model's parameters are called in the checkpoint."""
+        self.factors = factors
+        self._places = _places(model, names, factors)
+        self.mixable = all(place.mixable for place in self._places)
+
+    @contextmanager
+    def using(self, runs: Runs) -> Iterator[None]:
+        """While inside, the model has each group's weights for its run of samples."""
+        assert len(runs.groups) == 1 or self.mixable
+        with ExitStack() as stack:
+            for place in self._places:
+                stack.enter_context(place.patched(runs, self.factors))
+            yield
+        self.factors.trim()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A module with changed parameters: names in the checkpoint by name in the module."""
+
+    module: nn.Module
+    names: dict[str, str]
+    forward: "Callable[[_Place, Runs, TaskFactors, Any], Tensor] | None"
+    """How it runs for several groups; None: its parameters are replaced for the whole pass."""
+    mixable: bool
+
+    @contextmanager
+    def patched(self, runs: Runs, factors: TaskFactors) -> Iterator[None]:
+        if self.forward is not None:
+            self.module.forward = partial(self.forward, self, runs, factors)
+            try:
+                yield
+            finally:
+                del self.module.forward
+            return
+        with _replaced(self.module, {key: self._whole(key, runs, factors) for key in self.names}):
+            yield
+
+    def _whole(self, key: str, runs: Runs, factors: TaskFactors) -> Tensor:
+        """A parameter of its group, or one per sample along a first axis of size 1."""
+        original = _get(self.module, key)
+        values = [original + factors.dense_change(group, self.names[key]).to(original) for group in runs.groups]
+        if len(values) == 1:
+            return values[0]
+        counts = torch.tensor([b - a for a, b in zip(runs.bounds, runs.bounds[1:], strict=False)])
+        return torch.cat(values).repeat_interleave(counts.to(original.device), 0)
+
+    def value(self, key: str, group: Group, factors: TaskFactors) -> Tensor | None:
+        """A vector of the group (the model's own where no expert changed it), or None where the module has none."""
+        original = self.module._parameters[key]
+        if original is None or key not in self.names:
+            return original
+        return original + factors.vector(group, self.names[key]).to(original)
+
+
+def _get(module: nn.Module, key: str) -> Tensor:
+    """A parameter or buffer that is there."""
+    found = module._parameters[key] if key in module._parameters else module._buffers[key]
+    assert found is not None, key
+    return found
+
+
+@contextmanager
+def _replaced(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
+    """Other tensors in the place of a module's parameters or buffers."""
+    tables: dict[str, dict[str, Any]] = {
+        key: module._parameters if key in module._parameters else module._buffers for key in values
+    }
+    before = {key: table[key] for key, table in tables.items()}
+    try:
+        for key, value in values.items():
+            tables[key][key] = value
+        yield
+    finally:
+        for key, value in before.items():
+            tables[key][key] = value
+
+
+def _places(model: nn.Module, stored: Mapping[str, str], factors: TaskFactors) -> list[_Place]:
+    """Every module that holds a changed parameter, and how it can be run."""
+    parameters = factors.manifest.parameters
+    changed = {name for name, parameter in parameters.items() if parameter.policy != "skip"}
+    by_identity: dict[int, str] = {}
+    for name, tensor in _tensors(model):
+        if stored.get(name) in changed:
+            by_identity[id(tensor)] = stored[name]
+    if missing := changed - set(by_identity.values()):
+        what = f"the model has no parameter for {len(missing)} changed tensors, first {min(missing)!r}"
+        raise SourceError(what, type(model).__name__, "use the transformers version that the base was saved with")
+    places = []
+    for path, module in model.named_modules():
+        own = {**module._parameters, **module._buffers}
+        names = {key: by_identity[id(value)] for key, value in own.items() if id(value) in by_identity}
+        if names:
+            places.append(_place(path, module, names, factors))
+    return places
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _place(path: str, module: nn.Module, names: dict[str, str], factors: TaskFactors) -> _Place:
+    shared = path.rpartition(".")[2] in _SHARED
+    spectral = {key for key, name in names.items() if factors.manifest.parameters[name].policy == "svd"}
+    if type(module) is nn.Linear:
+        return _Place(module, names, _linear, mixable=True)
+    if type(module) is nn.Embedding and not shared:
+        return _Place(module, names, _embedding, mixable=True)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return _Place(module, names, _run_by_run, mixable=True)
+    if type(module) is nn.LayerNorm:
+        return _Place(module, names, _layer_norm, mixable=True)
+    if type(module).__name__.endswith("Norm") and set(names) == {"weight"} and module.weight.ndim == 1 and not spectral:
+        return _Place(module, names, _scaled_norm, mixable=True)
+    leaf = [_get(module, key) for key in names]
+    per_sample = not shared and all(value.ndim > 1 and value.shape[0] == 1 for value in leaf)
+    return _Place(module, names, None, mixable=per_sample)
+
+
+# ---------------------------------------------------------------- the ways to run a module
+
+
+def _linear(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> Tensor:
+    module = place.module
+    weight, name = module._parameters["weight"], place.names.get("weight")
+    assert weight is not None
+    runs_of_rows = list(runs.slices(x.shape[0]))
+    biases = [place.value("bias", group, factors) for group, _ in runs_of_rows]
+    if name is None or factors.manifest.parameters[name].policy == "full":
+        outputs = [
+            F.linear(x[run], _full(weight, name, group, factors), bias)
+            for (group, run), bias in zip(runs_of_rows, biases, strict=True)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    for (group, run), bias in zip(runs_of_rows, biases, strict=True):
+        out[run] = _low_rank(x[run], weight, bias, group, name, factors)
+    return out
+
+
+def _full(weight: Tensor, name: str | None, group: Group, factors: TaskFactors) -> Tensor:
+    return weight if name is None else weight + factors.vector(group, name).to(weight)
+
+
+def _low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, name: str, factors: TaskFactors) -> Tensor:
+    """x (W0 + U C Vh)^T + bias for one group, through the factors or, once that pays, through the dense matrix."""
+    matrix = factors.matrix(group, name)
+    matrix.num_rows_seen += x[..., 0].numel()
+    if matrix.dense is None and matrix.num_rows_seen > matrix.worthwhile:
+        matrix.dense = weight + matrix.change().to(weight)
+    if matrix.dense is not None:
+        return F.linear(x, matrix.dense, bias)
+    return F.linear(x, weight, bias) + ((x @ matrix.vh.mT) @ matrix.core.mT) @ matrix.u.mT
+
+
+def _embedding(place: _Place, runs: Runs, factors: TaskFactors, ids: Tensor) -> Tensor:
+    module, name = place.module, place.names["weight"]
+    assert isinstance(module, nn.Embedding)
+    if len(runs.groups) > 1 and ids.shape[0] == 1:  # positions, which all samples share
+        ids = ids.expand(runs.num_samples, *ids.shape[1:])
+    rows = F.embedding(ids, module.weight, module.padding_idx)
+    changes = [_rows(group, name, ids[run], factors) for group, run in runs.slices(ids.shape[0])]
+    return rows + (changes[0] if len(changes) == 1 else torch.cat(changes)).to(rows.dtype)
+
+
+def _rows(group: Group, name: str, ids: Tensor, factors: TaskFactors) -> Tensor:
+    if factors.manifest.parameters[name].policy == "full":
+        return F.embedding(ids, factors.vector(group, name))
+    matrix = factors.matrix(group, name)
+    return F.embedding(ids, matrix.u) @ matrix.core @ matrix.vh
+
+
+def _layer_norm(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> Tensor:
+    module = place.module
+    assert isinstance(module, nn.LayerNorm)
+    weight, bias = ([place.value(key, group, factors) for group in runs.groups] for key in ("weight", "bias"))
+    normed = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    if weight[0] is not None:
+        normed = normed * runs.spread([w for w in weight if w is not None], x)
+    if bias[0] is not None:
+        normed = normed + runs.spread([b for b in bias if b is not None], x)
+    return normed
+
+
+def _scaled_norm(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> Tensor:
+    """Norms of any formula that multiply by their weight: run as they are, with one weight per sample."""
+    weights = [place.value("weight", group, factors) for group in runs.groups]
+    spread = runs.spread([weight for weight in weights if weight is not None], x)
+    with _replaced(place.module, {"weight": spread}):
+        out: Tensor = type(place.module).forward(place.module, x)
+    return out
+
+
+def _run_by_run(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> Tensor:
+    outputs = []
+    for group, run in runs.slices(x.shape[0]):
+        values = {
+            key: _get(place.module, key) + factors.dense_change(group, name).to(_get(place.module, key))
+            for key, name in place.names.items()
+        }
+        with _replaced(place.module, values):
+            outputs.append(type(place.module).forward(place.module, x[run]))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

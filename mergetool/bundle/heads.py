@@ -1,0 +1,76 @@
+"""Classifier heads: read from files in the forms in which people have them, kept in one form in a bundle."""
+
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mergetool.bundle.manifest import Head
+from mergetool.errors import PlanError, SourceError
+
+_NAMES = ("classifier", "score", "classification_head.out_proj", "classifier.out_proj", "head", "fc")
+"""What classifiers are called in transformers checkpoints (and timm), the most usual first."""
+
+
+def read_head(path: Path, task: str) -> tuple[Tensor, Tensor]:
+    """Weight (classes, features) and bias (classes,), float32, from a .safetensors file or a model folder.
+
+    The file holds `weight` and perhaps `bias`, or is a checkpoint with a classifier inside. Raises SourceError.
+    """
+    file = path / "model.safetensors" if path.is_dir() else path
+    where = f"head of task {task!r}: {file}"
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"cannot be read ({str(error)[:100]})", where, "name a .safetensors file") from None
+    found = next((name for name in ("", *_NAMES) if _key(name, "weight") in tensors), None)
+    if found is None:
+        fix = "save it with keys weight and bias"
+        raise SourceError(
+            f"holds neither `weight` nor a classifier (it holds {', '.join(list(tensors)[:5])})", where, fix
+        )
+    weight = tensors[_key(found, "weight")].float()
+    bias = tensors.get(_key(found, "bias"))
+    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = f"weight {list(weight.shape)}" + (f", bias {list(bias.shape)}" if bias is not None else "")
+        raise SourceError(f"{shapes}: expected (classes, features) and (classes,)", where, "save it in that shape")
+    return weight, torch.zeros(len(weight)) if bias is None else bias.float()
+
+
+def _key(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
+
+
+def write_head(
+    task: str,
+    path: Path,
+    folder: Path,
+    width: int | None,
+    pool: Literal["cls", "mean", "last"],
+    normalize: bool,
+    labels: tuple[str, ...],
+) -> Head:
+    """Copy a head into a bundle. Raises PlanError where it does not fit the base or its labels."""
+    weight, bias = read_head(path, task)
+    where = f"head of task {task!r}"
+    if width is not None and weight.shape[1] != width:
+        what = f"reads {weight.shape[1]} features, the base has {width}"
+        raise PlanError(what, where, "give the head that was trained on this base")
+    if labels and len(labels) != len(weight):
+        raise PlanError(f"{len(labels)} labels for {len(weight)} classes", where, "give one label per class")
+    name = f"heads/{quote(task, safe='')}.safetensors"
+    (folder / "heads").mkdir(exist_ok=True)
+    save_file({"weight": weight.contiguous(), "bias": bias.contiguous()}, folder / name)
+    return Head(file=name, num_classes=len(weight), pool=pool, normalize=normalize, labels=labels or _labels(path))
+
+
+def _labels(path: Path) -> tuple[str, ...]:
+    """Class names from `id2label` of the checkpoint's config, if there are any."""
+    from mergetool.tensors.side_files import read_config
+
+    names = read_config(path).get("id2label") if path.is_dir() else None
+    return tuple(str(names[key]) for key in sorted(names, key=int)) if isinstance(names, dict) else ()

@@ -1,0 +1,126 @@
+"""The one seam to transformers: build the base from its config, read its tokenizer, and let AutoModel open bundles.
+
+    import mergetool.bundle.hf                                   # registers the model type "mass"
+    model = transformers.AutoModel.from_pretrained("out/bundle")
+
+Without the import, `AutoModel.from_pretrained("out/bundle", trust_remote_code=True)` finds this file through the
+bundle's own modeling_mass.py.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mergetool.errors import SourceError
+from mergetool.tensors.source import ModelSource, open_model
+
+try:
+    import transformers
+except ImportError as error:  # pragma: no cover  (the test environment has it)
+    raise SourceError(
+        "running a bundle needs transformers, which is not installed", "bundle", "pip install 'mergetool[eval]'"
+    ) from error
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A model, and what its parameters and buffers are called in the checkpoint that it came from."""
+
+    model: nn.Module
+    names: Mapping[str, str]
+
+
+def load_base(folder: Path, dtype: torch.dtype | None, *, encoder: bool) -> LoadedBase:
+    """The model that a checkpoint's config.json names, or only its encoder; ready to predict. Raises SourceError."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    architectures = [] if encoder else config.architectures or []
+    kind: Any = getattr(transformers, architectures[0], None) if architectures else transformers.AutoModel
+    if kind is None:
+        what = f"transformers {transformers.__version__} has no {architectures[0]}"
+        raise SourceError(what, str(folder), "install the version that the base was made with")
+    with _quiet():
+        model = kind.from_pretrained(folder, dtype=dtype or "auto").eval()
+        return LoadedBase(model, _names(model, open_model(folder)))
+
+
+def _names(model: Any, checkpoint: ModelSource) -> dict[str, str]:
+    """Names in the checkpoint by name in the model.
+
+    transformers renames tensors while it loads them, differently in every version. So a checkpoint is loaded in which
+    every entry of a tensor is that tensor's number, and the numbers tell where each one went.
+    """
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    prefix = f"{model.base_model_prefix}."
+    found = {}
+    for name in tensors:
+        same = (each for each in (name, prefix + name, name.removeprefix(prefix)) if each in checkpoint.specs)
+        if stored := next(same, None):
+            found[name] = stored
+    if set(found.values()) == set(checkpoint.specs):
+        return found
+    numbered = list(checkpoint.specs)
+    marked = {name: torch.full(checkpoint.specs[name].shape, float(i)) for i, name in enumerate(numbered)}
+    probe = type(model).from_pretrained(None, config=model.config, state_dict=marked, dtype=torch.float32)
+    for name, value in {**dict(probe.named_parameters(remove_duplicate=False)), **dict(probe.named_buffers())}.items():
+        if name not in found and value.numel() and bool((value == value.detach().reshape(-1)[0]).all()):
+            number = float(value.detach().reshape(-1)[0])
+            stored = numbered[int(number)] if number in range(len(numbered)) else None
+            if stored is not None and checkpoint.specs[stored].num_elements == value.numel():
+                found[name] = stored
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, and no remarks about parts of a checkpoint that an encoder does not use."""
+    logging: Any = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder. Raises SourceError where there is none."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        what = f"has no tokenizer that transformers can read ({str(error).splitlines()[0][:100]})"
+        raise SourceError(what, str(folder), "give tensors instead of text, or add the tokenizer's files") from None
+
+
+class MassConfig(transformers.PretrainedConfig):  # type: ignore[no-untyped-call]
+    """config.json of a bundle: the base's config inside."""
+
+    model_type = "mass"
+
+    def __init__(self, base_config: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.base_config = base_config or {}
+
+
+class AutoMassModel(transformers.PreTrainedModel):  # type: ignore[no-untyped-call]
+    """What AutoModel finds under the model type "mass". `from_pretrained` gives a `mergetool.bundle.MassModel`."""
+
+    config_class = MassConfig
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *_: Any, dtype: Any = None, **__: Any) -> Any:  # type: ignore[override]
+        """Open a bundle folder; as `mergetool.load_bundle`."""
+        from mergetool.bundle.model import load_bundle
+
+        return load_bundle(Path(path), dtype=dtype if isinstance(dtype, torch.dtype) else None)
+
+
+transformers.AutoConfig.register("mass", MassConfig, exist_ok=True)
+transformers.AutoModel.register(MassConfig, AutoMassModel, exist_ok=True)

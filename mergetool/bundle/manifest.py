@@ -1,0 +1,133 @@
+"""What a bundle holds and how it is to be used: `manifest.json`, strict on the way in.
+
+The order of `tasks` is authoritative: a task's number is its place there. `files` holds the SHA-256 of every other
+file of the bundle, and `base.files` that of the base's weights, wherever they lie.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mergetool.errors import SourceError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+
+Pool = Literal["cls", "mean", "last"]
+HeadRule = Literal["joint", "log-softmax", "max", "mean"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Head(_Part):
+    """A task's classifier: scores = weight x + bias, of the pooled last layer x."""
+
+    file: str
+    num_classes: int
+    pool: Pool
+    normalize: bool = False
+    """Divide x by its length first (CLIP's zero-shot heads)."""
+    labels: tuple[str, ...] = ()
+
+
+class Task(_Part):
+    """One expert."""
+
+    name: str
+    source: str
+    files: Mapping[str, str]
+    """SHA-256 of the expert's weight files, by name."""
+    factors: str
+    head: Head | None = None
+
+
+class Base(_Part):
+    """The common ancestor: a copy in the bundle, or a reference to where it was."""
+
+    kind: Literal["copy", "reference"]
+    path: str
+    """Relative to the bundle for a copy."""
+    files: Mapping[str, str]
+
+
+class Parameter(_Part):
+    """How one tensor's changes are stored: as factors per task, in full per task, or not at all."""
+
+    policy: Literal["svd", "full", "skip"]
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...] = ()
+    """Kept rank of each task (svd only)."""
+    interference: float | None = None
+    """Singular task interference of all tasks, over the sum of their singular values."""
+    kept: tuple[int, ...] | None = None
+    """Tasks that the redundancy filter left in the first-pass merge, if there is one."""
+
+
+class Router(_Part):
+    """How tasks are chosen from the features that go into some of the matrices."""
+
+    matrices: tuple[str, ...]
+    features: Literal["base", "merged"]
+    pool: Pool
+    norm: Literal["l2", "l1", "mahalanobis"]
+    mode: Literal["topk", "weighted", "top1"]
+    threshold: float
+    top_k: int
+    temperature: float
+    redundancy: float | None = None
+    offsets: tuple[float, ...] | None = None
+    """Subtracted from every task's distances; from a calibration file."""
+
+
+class Manifest(_Part):
+    """Everything about a bundle but the numbers."""
+
+    format_version: Literal[1] = 1
+    mergetool: str
+    kind: Literal["mass", "tsv-compress"]
+    base: Base
+    tasks: tuple[Task, ...] = Field(min_length=1)
+    dtype: Literal["bfloat16", "float16", "float32"]
+    parameters: Mapping[str, Parameter]
+    router: Router | None = None
+    heads: HeadRule = "joint"
+    files: Mapping[str, str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tasks' names, in order."""
+        return tuple(task.name for task in self.tasks)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder is a bundle (or what is left of one)."""
+    return (folder / MANIFEST_NAME).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle. Raises SourceError for one that is missing, damaged or of another format version."""
+    path = folder / MANIFEST_NAME
+    fix = "make the bundle again with mergetool run"
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise SourceError(
+            f"not a bundle: {MANIFEST_NAME} cannot be read ({error.strerror})", str(folder), fix
+        ) from None
+    except (ValueError, RecursionError):
+        raise SourceError("the manifest is not valid JSON", str(path), fix) from None
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if version != FORMAT_VERSION:
+        what = f"format version {version!r}, this mergetool reads {FORMAT_VERSION}"
+        raise SourceError(what, str(path), "use the mergetool that made it, or make it again")
+    try:
+        return Manifest.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise SourceError(f"{place}: {first['msg']}", str(path), fix) from None

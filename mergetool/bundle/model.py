@@ -1,0 +1,364 @@
+"""A bundle as a model: every input is answered by the experts that it belongs to, without being told which.
+
+    model = mergetool.load_bundle("out/bundle")
+    answer = model(**tokenizer(texts, padding=True, return_tensors="pt"))
+    answer.task, answer.logits, answer.tasks, answer.coefficients         # one each per sample
+
+First pass: the base (or the merged model) runs as far as the last matrix that the router reads, and no further; what
+goes into those matrices tells how near each task is. Second pass: samples that chose the same tasks form a group, and
+one pass runs all groups, each with its own weights (see `mergetool.bundle.grouped`). Then the heads of a sample's tasks
+read its features, and the calibrated best one answers.
+
+Reference: Crisostomi et al., MASS, https://arxiv.org/abs/2504.05342, sections 3 and 4.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mergetool.bundle.build import FIRST_PASS
+from mergetool.bundle.factors import Group, TaskFactors
+from mergetool.bundle.grouped import GroupedModel, Runs
+from mergetool.bundle.manifest import Manifest, read_manifest
+from mergetool.bundle.readout import calibrated, head_scores, pool_tokens
+from mergetool.bundle.verify import base_folder, check_base, check_files
+from mergetool.errors import PlanError, SourceError
+from mergetool.kernels.routing import coefficients, mean_distance, select
+
+if TYPE_CHECKING:
+    from mergetool.bundle.hf import LoadedBase
+
+CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where each sample belongs."""
+
+    tasks: tuple[tuple[str, ...], ...]
+    """Tasks chosen for every sample, in the bundle's order."""
+    coefficients: Tensor
+    """(samples, tasks): how much every task claims the sample; rows sum to 1."""
+    distances: Tensor
+    """(samples, tasks): distance from the span of the task's directions."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a bundle says about a batch."""
+
+    task: tuple[str, ...]
+    """The task whose head answered, per sample (without heads: the task with the largest coefficient)."""
+    tasks: tuple[tuple[str, ...], ...]
+    coefficients: Tensor
+    logits: Tensor
+    """(samples, most classes): scores of the head that answered, -inf beyond its classes. Language models: theirs."""
+    features: Tensor | None = None
+    """(samples, features): what the head that answered read."""
+
+
+class _Stop(Exception):  # noqa: N818  (no error: it ends the first pass)
+    pass
+
+
+class MassModel(nn.Module):
+    """A routed bundle over a transformers model. Not safe to call from several threads at once."""
+
+    def __init__(self, manifest: Manifest, base: "LoadedBase", factors: TaskFactors, folder: Path) -> None:
+        super().__init__()
+        self.manifest = manifest
+        self.folder = folder
+        self.base = base.model
+        self._names = base.names
+        self._factors = factors
+        self._grouped = GroupedModel(base.model, base.names, factors)
+        self._heads = [None if task.head is None else load_file(folder / task.head.file) for task in manifest.tasks]
+        self._first_pass = self._first_pass_weights()
+        router = manifest.router
+        self._bases = factors.bases(router.matrices) if router is not None else []
+        self._read_at = self._routing_modules() if router is not None else []
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """All tasks, in order."""
+        return self.manifest.names
+
+    def tokenizer(self) -> Any:
+        """The base's tokenizer. Raises SourceError where it has none."""
+        from mergetool.bundle.hf import load_tokenizer
+
+        return load_tokenizer(base_folder(self.folder, self.manifest))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MassModel":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = next(self.base.parameters()).device
+        self._factors.to(device)
+        self._heads = [
+            None if head is None else {name: value.to(device) for name, value in head.items()} for head in self._heads
+        ]
+        self._bases = [[basis.to(device) for basis in bases] for bases in self._bases]
+        self._first_pass = {name: value.to(device) for name, value in self._first_pass.items()}
+        return self
+
+    # ---------------------------------------------------------------- first pass
+
+    @torch.inference_mode()
+    def route(self, **inputs: Tensor) -> Routing:
+        """Where each sample of a batch belongs. `inputs` are those of the base model.
+
+        Raises PlanError for a bundle without a router, SourceError for an empty batch.
+        """
+        _check(inputs)
+        router = self.manifest.router
+        if router is None:
+            what = "this bundle has no router (it was made by tsv-compress)"
+            raise PlanError(what, str(self.folder), f"say which: tasks=[{self.task_names[0]!r}]")
+        if len(self.task_names) == 1:
+            ones = torch.ones(_num_samples(inputs), 1)
+            return Routing((self.task_names,) * len(ones), ones, torch.zeros_like(ones))
+        features = self._features(inputs)
+        distances = mean_distance(features, self._bases, router.norm)
+        if router.offsets is not None:
+            distances = distances - distances.new_tensor(router.offsets)
+        weights = coefficients(distances, router.mode, router.temperature)
+        chosen = select(weights, router.threshold, router.top_k)
+        names = tuple(tuple(self.task_names[task] for task in tasks) for tasks in chosen)
+        return Routing(names, weights, distances)
+
+    def _features(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Pooled inputs (samples, features), float32, of every routing matrix. Stops the pass at the last one."""
+        assert self.manifest.router is not None
+        pool, mask = self.manifest.router.pool, inputs.get("attention_mask")
+        found: dict[int, Tensor] = {}
+        pooled: dict[int, tuple[Tensor, Tensor]] = {}  # query, key and value read the same tensor: pool it once
+
+        def read(place: int, x: Tensor) -> None:
+            if place not in found:
+                if id(x) not in pooled:
+                    pooled[id(x)] = x, pool_tokens(x.float(), mask, pool)
+                found[place] = pooled[id(x)][1]
+            if len(found) == len(self._read_at):
+                raise _Stop
+
+        hooks = [
+            module.register_forward_pre_hook(lambda _, arguments, place=place: read(place, arguments[0]))
+            for place, module in enumerate(self._read_at)
+        ]
+        try:
+            with self._first_pass_model():
+                self.base(**self._encoder_inputs(inputs))
+        except _Stop:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [found[place] for place in range(len(self._read_at))]
+
+    def _encoder_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Routing never gets to the outputs, so labels and caches are left out."""
+        left_out = ("labels", "past_key_values", "use_cache")
+        return {key: value for key, value in inputs.items() if key not in left_out}
+
+    def _first_pass_weights(self) -> dict[str, Tensor]:
+        path = self.folder / FIRST_PASS
+        return load_file(path) if path.is_file() else {}
+
+    @contextmanager
+    def _first_pass_model(self) -> Iterator[None]:
+        """While inside, the model has the merged weights, if routing features come from those."""
+        if not self._first_pass:
+            yield
+            return
+        originals = {}
+        for name, parameter in self.base.named_parameters():
+            if (merged := self._first_pass.get(self._names.get(name, ""))) is not None:
+                originals[name] = (parameter, parameter.data)
+                parameter.data = merged.to(parameter)
+        try:
+            yield
+        finally:
+            for parameter, data in originals.values():
+                parameter.data = data
+
+    def _routing_modules(self) -> list[nn.Module]:
+        assert self.manifest.router is not None
+        known = set(self.manifest.router.matrices)
+        found = {}
+        for path, module in self.base.named_modules():
+            if (name := self._names.get(f"{path}.weight")) in known and name is not None:
+                found[name] = module
+        if missing := known - found.keys():
+            what = f"the model has no module with weight {min(missing)!r}, which routing reads"
+            raise SourceError(what, str(self.folder), "use the transformers version that the base was saved with")
+        return [found[name] for name in self.manifest.router.matrices]
+
+    # ---------------------------------------------------------------- second pass
+
+    @torch.inference_mode()
+    def forward(self, tasks: Sequence[str] | Literal["route"] = "route", **inputs: Tensor) -> Answer:
+        """Answer a batch. `inputs` are those of the base model; `tasks` forces all samples to these tasks.
+
+        Raises PlanError for a task that does not exist, SourceError for an empty batch.
+        """
+        _check(inputs)
+        routing = self._routing(tasks, inputs)
+        groups = [tuple(self.task_names.index(name) for name in chosen) for chosen in routing.tasks]
+        outputs = self._second_pass(groups, inputs)
+        if not any(self._heads):
+            best = [self.task_names[task] for task in routing.coefficients.argmax(-1).tolist()]
+            return Answer(tuple(best), routing.tasks, routing.coefficients, outputs)
+        return self._ask_heads(groups, routing, outputs, inputs.get("attention_mask"))
+
+    def _routing(self, tasks: Sequence[str] | Literal["route"], inputs: Mapping[str, Tensor]) -> Routing:
+        if tasks == "route":
+            return self.route(**inputs)
+        names = self.check_tasks(tasks)
+        num_samples = _num_samples(inputs)
+        weights = torch.zeros(num_samples, len(self.task_names))
+        weights[:, [self.task_names.index(name) for name in names]] = 1 / len(names)
+        return Routing((names,) * num_samples, weights, torch.zeros_like(weights))
+
+    def check_tasks(self, tasks: Sequence[str]) -> tuple[str, ...]:
+        """The given tasks in the bundle's order. Raises PlanError for one that does not exist."""
+        known = f"the tasks are: {', '.join(self.task_names)}"
+        if isinstance(tasks, str) or not tasks:
+            raise PlanError(f"tasks is {tasks!r}, expected a list of names", "tasks", known)
+        for name in tasks:
+            if name not in self.task_names:
+                raise PlanError(f"there is no task {name!r}", "tasks", known)
+        return tuple(name for name in self.task_names if name in tasks)
+
+    def _second_pass(self, groups: Sequence[Group], inputs: Mapping[str, Tensor]) -> Tensor:
+        """Last layer (samples, tokens, features) or logits of language models, in the order of the samples."""
+        num_samples = len(groups)
+        order = sorted(range(num_samples), key=lambda sample: groups[sample])
+        distinct = sorted(set(groups))
+        counts = [sum(group == each for group in groups) for each in distinct]
+        bounds = [sum(counts[:place]) for place in range(len(counts) + 1)]
+        batch = _take(inputs, order)
+        if self._grouped.mixable or len(distinct) == 1:
+            found = self._pass(Runs(tuple(distinct), tuple(bounds)), batch)
+        else:
+            parts = []
+            for group, start, stop in zip(distinct, bounds, bounds[1:], strict=False):
+                part = _take(batch, list(range(start, stop)))
+                parts.append(self._pass(Runs((group,), (0, stop - start)), part))
+            found = torch.cat(parts)
+        back = torch.empty(num_samples, dtype=torch.long)
+        back[torch.tensor(order)] = torch.arange(num_samples)
+        return found[back.to(found.device)]
+
+    def _pass(self, runs: Runs, inputs: Mapping[str, Any]) -> Tensor:
+        with self._grouped.using(runs):
+            output = self.base(**inputs)
+        found: Tensor = output.last_hidden_state if any(self._heads) or "logits" not in output else output.logits
+        return found
+
+    @torch.inference_mode()
+    def generate(self, tasks: Sequence[str] | Literal["route"] = "route", **inputs: Any) -> Tensor:
+        """Continue prompts: routed once on the prompt, then each group generates with its own weights.
+
+        Tensors of the batch and options of transformers' `generate` in, token ids (samples, longest) out, padded on the
+        right with the model's padding token.
+        """
+        tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
+        options = {key: value for key, value in inputs.items() if key not in tensors}
+        _check(tensors)
+        routing = self._routing(tasks, tensors)
+        groups = [tuple(self.task_names.index(name) for name in chosen) for chosen in routing.tasks]
+        rows: dict[int, Tensor] = {}
+        for group in sorted(set(groups)):
+            chosen = [sample for sample, each in enumerate(groups) if each == group]
+            with self._grouped.using(Runs((group,), (0, len(chosen)))):
+                generated = self.base.generate(**_take(tensors, chosen), **options)  # type: ignore[operator]
+            rows |= dict(zip(chosen, generated, strict=True))
+        config: Any = self.base.generation_config
+        pad = next((p for p in (config.pad_token_id, config.eos_token_id) if isinstance(p, int)), 0)
+        ordered = [rows[sample] for sample in range(len(groups))]
+        return nn.utils.rnn.pad_sequence(ordered, batch_first=True, padding_value=pad)
+
+    # ---------------------------------------------------------------- heads
+
+    def _ask_heads(self, groups: Sequence[Group], routing: Routing, hidden: Tensor, mask: Tensor | None) -> Answer:
+        """Let the heads of every sample's tasks score its features; the best calibrated one answers."""
+        pools = {task.head.pool for task in self.manifest.tasks if task.head is not None}
+        pooled = {pool: pool_tokens(hidden.float(), mask, pool) for pool in pools}
+        num_samples, num_tasks = len(groups), len(self.task_names)
+        width = max(task.head.num_classes for task in self.manifest.tasks if task.head is not None)
+        logits = hidden.new_full((num_samples, num_tasks, width), float("-inf"), dtype=torch.float32)
+        confidence = logits.new_full((num_samples, num_tasks), float("-inf"))
+        for place, task in enumerate(self.manifest.tasks):
+            samples = torch.tensor([i for i, group in enumerate(groups) if place in group], dtype=torch.long)
+            weights = self._heads[place]
+            if len(samples) == 0 or task.head is None or weights is None:
+                continue
+            scores = head_scores(pooled[task.head.pool][samples], task.head, weights)
+            logits[samples, place, : scores.shape[1]] = scores
+            claim = routing.coefficients[samples, place].to(scores)
+            confidence[samples, place] = calibrated(scores, claim, self.manifest.heads)
+        best = confidence.argmax(-1)
+        rows = torch.arange(num_samples)
+        features = torch.stack(
+            [
+                pooled[head.pool][row]
+                for row, task in enumerate(best.tolist())
+                if (head := self.manifest.tasks[task].head)
+            ]
+        )
+        names = tuple(self.task_names[task] for task in best.tolist())
+        return Answer(names, routing.tasks, routing.coefficients, logits[rows, best], features)
+
+
+def _check(inputs: Mapping[str, Tensor]) -> None:
+    """Refuse batches without samples, and samples without tokens."""
+    if not inputs or _num_samples(inputs) == 0:
+        raise SourceError("the batch is empty", "inputs", "give at least one sample")
+    if any(value.numel() == 0 for value in inputs.values() if isinstance(value, Tensor)):
+        raise SourceError("the samples are empty", "inputs", "give every sample at least one token")
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and bool((mask.sum(1) == 0).any()):
+        sample = int((mask.sum(1) == 0).nonzero()[0])
+        raise SourceError(f"every token of sample {sample} is masked", "attention_mask", "leave that sample out")
+
+
+def _num_samples(inputs: Mapping[str, Tensor]) -> int:
+    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), 0)
+
+
+def _take(inputs: Mapping[str, Any], samples: Sequence[int]) -> dict[str, Any]:
+    """Some samples of a batch, in the order given."""
+    total = _num_samples(inputs)
+    chosen = torch.tensor(samples, dtype=torch.long)
+    return {
+        key: value[chosen.to(value.device)]
+        if isinstance(value, Tensor) and value.ndim and len(value) == total
+        else value
+        for key, value in inputs.items()
+    }
+
+
+def load_bundle(
+    path: str | Path, *, dtype: torch.dtype | None = None, verify: bool = True, cache_bytes: int = CACHE_BYTES
+) -> MassModel:
+    """Open a bundle.
+
+    `dtype` is that of the base and of arithmetic with the factors (default: as the base is stored). `verify` compares
+    every file with its SHA-256 in the manifest. `cache_bytes` bounds what is kept of groups of tasks between calls.
+    Raises SourceError for a bundle that is damaged, incomplete, or whose base is another model.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, hashes=verify)
+    check_base(folder, manifest, hashes=verify)
+    from mergetool.bundle.hf import load_base
+
+    encoder = any(task.head is not None for task in manifest.tasks)
+    base = load_base(base_folder(folder, manifest), dtype, encoder=encoder)
+    factors = TaskFactors(manifest, folder, next(base.model.parameters()).dtype, cache_bytes)
+    return MassModel(manifest, base, factors, folder)

@@ -1,0 +1,81 @@
+"""Factors of task vectors, computed once and kept under the hash of what they are factors of.
+
+A task vector's key is the SHA-256 of its shape, dtype and bytes, so whatever needs its factors again (another scale,
+another subset of tasks, a library, a routed bundle, a run that was killed) finds them. Leading triplets do not depend
+on how many were asked for: a file made at a higher rank serves every lower one.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergetool.kernels.spectral import Factors, live_factors
+from mergetool.tensors.io import bytes_of, write_error
+
+_VERSION = "live-factors-1"
+"""Changes when the same task vector would get other factors."""
+
+
+class FactorStore:
+    """Factors on disk. Safe for several threads and processes: files appear whole, by a rename."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(error, str(folder)) from error
+
+    def factors(self, delta: Tensor, k: int) -> Factors:
+        """The at most k leading live triplets of `delta` (m, n), float32 or float64, with canonical signs; float32.
+
+        Raises ValueError if k is not in 1..min(m, n), or `delta` is not finite.
+        """
+        path = self.folder / f"{self.key(delta)}.safetensors"
+        found = _load(path, k)
+        if found is None:
+            found = canonical(live_factors(delta, k)).to(torch.float32)
+            self._save(path, found, k)
+        return found
+
+    @staticmethod
+    def key(delta: Tensor) -> str:
+        """SHA-256 that names a task vector's file."""
+        digest = hashlib.sha256(f"{_VERSION} {delta.dtype} {tuple(delta.shape)}".encode())
+        digest.update(bytes_of(delta.contiguous().reshape(-1)))
+        return digest.hexdigest()
+
+    def _save(self, path: Path, factors: Factors, k: int) -> None:
+        sibling = path.with_name(f".{path.name}.{os.getpid()}.{id(factors)}")
+        tensors = {"u": factors.u.contiguous(), "s": factors.s.contiguous(), "v": factors.v.contiguous()}
+        try:
+            save_file(tensors, sibling, metadata={"k": str(k)})
+            sibling.replace(path)
+        except (OSError, SafetensorError) as error:
+            sibling.unlink(missing_ok=True)
+            raise write_error(error if isinstance(error, OSError) else OSError(str(error)), str(path)) from error
+
+
+def _load(path: Path, k: int) -> Factors | None:
+    """Stored factors of rank k, or None where there are none, or ones of a lower rank."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if int((file.metadata() or {}).get("k", 0)) < k:
+                return None
+            return Factors(*(file.get_tensor(name) for name in "usv")).leading(k)
+    except (OSError, SafetensorError):  # not there, or damaged: it is only a cache
+        return None
+
+
+def canonical(factors: Factors) -> Factors:
+    """The same matrix, with the largest entry of every left vector positive: equal bytes on every machine's BLAS."""
+    if factors.rank == 0:
+        return factors
+    largest = factors.u.gather(0, factors.u.abs().argmax(0, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(factors.u.dtype)
+    return Factors(factors.u * signs, factors.s, factors.v * signs)

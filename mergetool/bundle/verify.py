@@ -1,0 +1,121 @@
+"""Is a bundle what its manifest says? Files, hashes, the base, and whether all numbers are finite."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mergetool.bundle.manifest import Manifest, read_manifest
+from mergetool.errors import SourceError
+from mergetool.tensors.io import sha256_file
+from mergetool.tensors.source import open_model
+
+_AGAIN = "the file was changed or damaged; make the bundle again"
+
+
+def base_folder(folder: Path, manifest: Manifest) -> Path:
+    """Where the base's checkpoint lies."""
+    place = Path(manifest.base.path)
+    return folder / place if manifest.base.kind == "copy" else place
+
+
+def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> int:
+    """Every file is there and, with `hashes`, unchanged; returns how many. Raises SourceError."""
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            what = "a head is missing" if name.startswith("heads/") else "a file of the bundle is missing"
+            raise SourceError(what, str(path), "put it back, or make the bundle again")
+        if hashes and (found := sha256_file(path)) != expected:
+            raise SourceError(f"SHA-256 is {found[:12]}..., the manifest says {expected[:12]}...", str(path), _AGAIN)
+    return len(manifest.files)
+
+
+def check_base(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
+    """The base is there and, with `hashes`, the one that the factors were made for. Raises SourceError."""
+    place = base_folder(folder, manifest)
+    for name, expected in manifest.base.files.items():
+        path = place if place.is_file() else place / name
+        if not path.is_file():
+            what = f"the base's file {name} is missing"
+            raise SourceError(what, str(place), "put the base back, or make the bundle again with base: copy")
+        if hashes and (found := sha256_file(path)) != expected:
+            what = f"this is another base: SHA-256 is {found[:12]}..., the factors were made for {expected[:12]}..."
+            raise SourceError(what, str(path), "put the right base there, or make the bundle again")
+
+
+def verify_bundle(folder: Path) -> dict[str, Any]:
+    """Everything above, and a scan for values that are not finite. Raises SourceError for the first kind of damage."""
+    manifest = read_manifest(folder)
+    num_files = check_files(folder, manifest, hashes=True)
+    check_base(folder, manifest, hashes=True)
+    num_tensors = 0
+    for name in manifest.files:
+        if name.endswith(".safetensors"):
+            num_tensors += _scan(folder / name)
+    return {
+        "path": str(folder),
+        "files_checked": num_files,
+        "tensors": num_tensors,
+        "summary": f"{num_files} files match the manifest; {num_tensors} tensors are finite",
+    }
+
+
+def _scan(path: Path) -> int:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            for name in names:
+                values = file.get_tensor(name)
+                if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+                    raise SourceError("holds values that are not finite", f"{path}: {name}", "make the bundle again")
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"cannot be read ({str(error)[:100]})", str(path), _AGAIN) from None
+    return len(names)
+
+
+def facts_about_bundle(folder: Path) -> dict[str, Any]:
+    """What a bundle holds and how large it is, JSON-able. Raises SourceError."""
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, hashes=False)
+    place = base_folder(folder, manifest)
+    base = open_model(place)
+    base_bytes = sum(spec.num_bytes for spec in base.specs.values())
+    factor_bytes = {task.name: (folder / task.factors).stat().st_size for task in manifest.tasks}
+    others = [name for name in manifest.files if not name.startswith(("base/", "factors/"))]
+    beside = sum(factor_bytes.values()) + sum((folder / name).stat().st_size for name in others)
+    policies = [parameter.policy for parameter in manifest.parameters.values()]
+    return {
+        "path": str(folder),
+        "kind": manifest.kind,
+        "base": f"{manifest.base.kind}: {place}",
+        "base_bytes": base_bytes,
+        "factor_bytes": factor_bytes,
+        "bytes_beside_base": beside,
+        "size_over_base": round((base_bytes + beside) / base_bytes, 4),
+        "dtype": manifest.dtype,
+        "tensors": {policy: policies.count(policy) for policy in ("svd", "full", "skip")},
+        "router": None if manifest.router is None else _router_facts(manifest),
+        "tasks": [
+            {
+                "name": task.name,
+                "source": task.source,
+                "bytes": factor_bytes[task.name],
+                "classes": None if task.head is None else task.head.num_classes,
+                "pool": None if task.head is None else task.head.pool,
+            }
+            for task in manifest.tasks
+        ],
+        "interference": {
+            name: parameter.interference
+            for name, parameter in manifest.parameters.items()
+            if parameter.interference is not None
+        },
+    }
+
+
+def _router_facts(manifest: Manifest) -> dict[str, Any]:
+    assert manifest.router is not None
+    facts = manifest.router.model_dump(exclude={"matrices", "offsets"}, exclude_none=True)
+    return {"matrices": len(manifest.router.matrices), **facts}
