@@ -21,7 +21,7 @@ from mergetool.errors import (
 )
 
 if TYPE_CHECKING:
-    from mergetool.api import load_recipe, merge_state_dicts, plan, run
+    from mergetool.api import load_bundle, load_recipe, merge_state_dicts, plan, run
     from mergetool.engine.result import Result
     from mergetool.methods.base import Method
 
@@ -39,6 +39,7 @@ __all__ = [
     "Result",
     "SourceError",
     "__version__",
+    "load_bundle",
     "load_recipe",
     "merge_state_dicts",
     "plan",
@@ -48,6 +49,7 @@ __all__ = [
 _LAZY = {
     "Method": "mergetool.methods.base",
     "Result": "mergetool.engine.result",
+    "load_bundle": "mergetool.api",
     "load_recipe": "mergetool.api",
     "merge_state_dicts": "mergetool.api",
     "plan": "mergetool.api",

@@ -13,22 +13,36 @@ from mergetool.recipe import load_recipe as load_recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergetool.bundle.model import MassModel
+
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
 
 def run(recipe: RecipeLike, *, settings: Sequence[str] = (), progress: Progress | None = None, **flags: Any) -> Result:
     """Run a recipe (a path, a mapping, or a loaded recipe) and return where the result is and what it cost.
 
-    `flags` are those of the command: output, device, workers, memory (bytes), overwrite, resume. `settings` are
+    `flags` are those of the command: output, device, workers, memory (bytes), overwrite, resume, cache. `settings` are
     `key.path=value` overrides. Raises a MergetoolError.
     """
-    flags = {key: Path(value) if key == "output" and value is not None else value for key, value in flags.items()}
+    paths = ("output", "cache")
+    flags = {key: Path(value) if key in paths and value is not None else value for key, value in flags.items()}
     return run_recipe(_loaded(recipe, settings), Flags(**flags), progress)
 
 
 def plan(recipe: RecipeLike, *, settings: Sequence[str] = ()) -> Plan:
     """Plan a recipe from headers alone. Raises RecipeError, SourceError or PlanError."""
     return make_plan(_loaded(recipe, settings))
+
+
+def load_bundle(path: str | Path, **options: Any) -> "MassModel":
+    """Open a bundle as a model: `route(**inputs)`, `forward(**inputs)`, `generate(**inputs)`.
+
+    `options`: dtype (of the base and of the arithmetic), verify (compare every file with its SHA-256; default true),
+    cache_bytes (what may be kept of groups of tasks between calls). Raises SourceError for a damaged bundle.
+    """
+    from mergetool.bundle.model import load_bundle as load
+
+    return load(path, **options)
 
 
 def merge_state_dicts(

@@ -52,6 +52,7 @@ def run(
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Most memory to use, e.g. 8GiB.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at the output.")] = False,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming.")] = False,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps factors of experts between runs.")] = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -59,7 +60,7 @@ def run(
     from mergetool.engine import Flags, run_recipe
     from mergetool.recipe import load_recipe
 
-    flags = Flags(output, device, workers, _size(memory), overwrite=overwrite, resume=not no_resume)
+    flags = Flags(output, device, workers, _size(memory), overwrite=overwrite, resume=not no_resume, cache=cache)
     with ProgressBar() as progress:
         result = run_recipe(load_recipe(recipe, settings or ()), flags, progress)
     for note, count in result.notes.items():
@@ -110,8 +111,12 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Look at a checkpoint's headers: tensors, dtypes, shards, tied weights, health."""
+    from mergetool.bundle import is_bundle
     from mergetool.planner.inspect import facts_about
 
+    if is_bundle(reference):
+        _inspect_bundle(reference, as_json=as_json)
+        return
     facts = facts_about(reference)
     if as_json:
         _print(facts, as_json=True)
@@ -127,10 +132,53 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check a result against its lock, and scan its weights for values that are not finite."""
-    from mergetool.engine.verify import verify_output
+    from mergetool.bundle import is_bundle
 
-    report = verify_output(path)
+    if is_bundle(path):
+        from mergetool.bundle.verify import verify_bundle
+
+        report = verify_bundle(path)
+    else:
+        from mergetool.engine.verify import verify_output
+
+        report = verify_output(path)
     _print(report if as_json else f"{path}: {report['summary']}", as_json=as_json)
+
+
+def _inspect_bundle(folder: Path, *, as_json: bool) -> None:
+    from mergetool.bundle.verify import facts_about_bundle
+
+    facts = facts_about_bundle(folder)
+    if as_json:
+        _print(facts, as_json=True)
+        return
+    tasks, interference = facts.pop("tasks"), facts.pop("interference")
+    table(("matrix", "interference"), sorted(interference.items(), key=lambda item: -item[1]))
+    columns = ("name", "classes", "pool", "bytes", "source")
+    table(("task", *columns[1:]), [["-" if task[key] is None else task[key] for key in columns] for task in tasks])
+    table(("", ""), list(facts.items()))
+
+
+@app.command()
+def route(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by the method mass or tsv-compress.")],
+    rows: Annotated[Path, typer.Option("--input", metavar="FILE", help='JSON Lines: {"text": ...} or model inputs.')],
+    task: Annotated[list[str] | None, typer.Option(help="Force this task (repeat for several).")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are answered together.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Answer rows with a bundle: which tasks they belong to, and what the right head says."""
+    from mergetool.bundle.model import load_bundle
+    from mergetool.bundle.rows import answers, read_rows
+
+    given = read_rows(rows)
+    found = answers(load_bundle(bundle), given, tasks=task, batch_size=batch_size)
+    if as_json:
+        for answer in found:
+            print(json.dumps(answer, ensure_ascii=False), flush=True)
+        return
+    heads = ("task", "label", "probability", "tasks", "coefficients")
+    table(heads, [[answer.get(key, "-") for key in heads] for answer in found])
 
 
 @app.command()

@@ -17,6 +17,7 @@ from mergetool.engine.provenance import finish
 from mergetool.engine.result import Result
 from mergetool.engine.schedule import Schedule
 from mergetool.errors import MergeError, OutputError
+from mergetool.methods.base import BundleMethod
 from mergetool.planner import Plan, make_plan
 from mergetool.planner.estimate import Costs, check_disk, estimate
 from mergetool.recipe.model import Recipe
@@ -60,6 +61,8 @@ class Flags:
     memory: int | None = None
     overwrite: bool = False
     resume: bool = True
+    cache: Path | None = None
+    """Where factors of task vectors are kept between runs."""
 
 
 def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None) -> Result:
@@ -86,6 +89,10 @@ def _run_claimed(plan: Plan, claim: Claim, costs: Costs, flags: Flags, progress:
     if claim.finished:  # killed between the last byte and the rename
         claim.publish()
         return Result(claim.output, 0.0, 0, plan.bytes_out, 0, len(plan.steps), resumed=True)
+    if isinstance(plan.recipe.method, BundleMethod):
+        from mergetool.engine.bundling import run_bundle
+
+        return run_bundle(plan, claim, costs.workers, flags.cache, progress.say)
     if claim.journal.resumed:
         progress.say(f"resuming: {len(claim.journal.done.units)} units are done already")
     else:

@@ -40,6 +40,13 @@ def finish(plan: Plan, claim: Claim, record: Record, seconds: float) -> Result:
         notes=notes,
         warnings=plan.warnings,
     )
+    describe_run(plan, claim, record, result)
+    return result
+
+
+def describe_run(plan: Plan, claim: Claim, record: Record, result: Result) -> None:
+    """Model card, and the lock of everything that lies in the partial folder by now."""
+    folder = claim.partial
     write_file(folder / "README.md", _card(plan))
     lock = _lock(plan, claim.key, record, result)
     weights = {*lock["output"]["files"], JOURNAL_NAME}
@@ -47,7 +54,6 @@ def finish(plan: Plan, claim: Claim, record: Record, seconds: float) -> Result:
     others = sorted(name for name in found if name not in weights)
     lock["output"]["files"] |= {name: sha256_file(folder / name) for name in others}
     write_file(folder / LOCK_NAME, json.dumps(lock, indent=2, ensure_ascii=False) + "\n")
-    return result
 
 
 def _write_index(plan: Plan, folder: Path) -> None:

@@ -37,8 +37,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from mergetool.bundle.build import Options
+
 __all__ = [
     "AnyTensorMethod",
+    "BundleMethod",
     "Field",
     "Finite",
     "Fitted",
@@ -305,6 +308,29 @@ class FittedMethod(Method):
         A killed run asks again when some tensors are replaced already: what is found must first be kept in `folder`.
         """
         return {}
+
+
+class _Kept(TensorMethod):
+    """Stands in a plan for what a bundle does to a tensor: it sees it whole, in every model."""
+
+    needs_base: ClassVar = "required"
+    reach: ClassVar = "tensor"
+    buffers: ClassVar = 16
+
+    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+        raise NotImplementedError
+
+
+class BundleMethod(Method):
+    """A method whose result is a folder that serves many tasks (`mergetool.bundle`), not a checkpoint."""
+
+    def inner(self) -> TensorMethod:
+        """What plans count with."""
+        return _Kept()
+
+    @abstractmethod
+    def options(self) -> "Options":
+        """What is kept of the models, and how the bundle is used."""
 
 
 def all_methods() -> dict[str, type[Method]]:

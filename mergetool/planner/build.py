@@ -11,8 +11,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mergetool.arch.depth import structural_depths
-from mergetool.errors import PlanError, at
-from mergetool.methods.base import FittedMethod, Method, TensorMethod
+from mergetool.bundle import is_bundle
+from mergetool.errors import PlanError, SourceError, at
+from mergetool.methods.base import BundleMethod, FittedMethod, Method, TensorMethod
 from mergetool.planner.model import BASE, Plan, Shard, Step
 from mergetool.recipe.model import Override, Recipe
 from mergetool.tensors.adapter import AdapterSource
@@ -46,11 +47,22 @@ def _open_models(recipe: Recipe) -> dict[str, ModelSource]:
     for name, reference in references.items():
         label = "base" if name == BASE else f"model {name!r}"
         with at(label):
-            opened[name] = open_model(recipe.path_of(reference.source))
+            opened[name] = _open(recipe.path_of(reference.source), reference.select)
             _refuse_quantised(opened[name])
             for adapter in reference.adapters:
                 opened[name] = AdapterSource(opened[name], recipe.path_of(adapter))
     return opened
+
+
+def _open(path: Path, select: str | None) -> ModelSource:
+    """A model, or one expert of a bundle."""
+    if select is not None:
+        from mergetool.bundle.expert import open_expert
+
+        return open_expert(path, select)
+    if is_bundle(path):
+        raise SourceError("this is a bundle of several experts", str(path), "say which: {source: PATH, select: TASK}")
+    return open_model(path)
 
 
 def _refuse_quantised(source: ModelSource) -> None:
@@ -247,8 +259,8 @@ def _overridden(method: Method, override: Override) -> Method:
 
 
 def _tensor_method(method: Method) -> TensorMethod:
-    """The method that merges tensors: the method itself, or the inner method of a fitted one."""
-    found = method.inner() if isinstance(method, FittedMethod) else method
+    """The method that merges tensors: the method itself, or the inner method of one that sees whole models."""
+    found = method.inner() if isinstance(method, FittedMethod | BundleMethod) else method
     assert isinstance(found, TensorMethod)
     return found
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mergetool.errors import RecipeError
-from mergetool.methods.base import FittedMethod, Method
+from mergetool.methods.base import BundleMethod, FittedMethod, Method
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.render import suggestion
 
@@ -21,6 +21,7 @@ def cross_checks(document: Document, kind: type[Method] | None, method: Method |
     if isinstance(models, dict):
         yield from _check_names(document, models)
         if kind is not None:
+            yield from _check_heads(document, models, kind)
             yield from _check_count(document, models, kind)
             yield from _check_per_model(document, ("merge",), kind, data["merge"], models)
             yield from _check_overrides(document, kind, models)
@@ -46,6 +47,15 @@ def _check_names(document: Document, models: Collection[str]) -> Iterator[Recipe
     for name in models:
         if name in _RESERVED or not name or name != name.strip():
             yield document.error(("models", name), f"a model cannot be called {name!r}", "choose another name")
+
+
+def _check_heads(document: Document, models: Mapping[str, Any], method: type[Method]) -> Iterator[RecipeError]:
+    if issubclass(method, BundleMethod):
+        return
+    for name, reference in models.items():
+        if isinstance(reference, dict) and "head" in reference:
+            what = f"{method.method_name()} does not use heads, so this would have no effect"
+            yield document.error(("models", name, "head"), what, "remove `head`, or use the method mass")
 
 
 def _check_base(document: Document, kind: type[Method], has_base: bool) -> Iterator[RecipeError]:

@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError, create_model
 
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
-from mergetool.methods.base import FittedMethod, Method
+from mergetool.methods.base import BundleMethod, FittedMethod, Method
 from mergetool.recipe.checks import cross_checks
 from mergetool.recipe.document import Document, Place, parse_value, read_document
 from mergetool.recipe.mergekit import convert, is_mergekit
@@ -183,10 +183,10 @@ def _method_class(document: Document, data: dict[str, Any], problems: list[Recip
 
 @cache
 def override_class(method: type[Method]) -> type[Override]:
-    """The override model of a method: a glob, `use`, and the method's own fields (those of a fit do not vary)."""
+    """The override model of a method: a glob, `use`, and its own fields (those of a fit or a bundle do not vary)."""
     fields: dict[str, Any] = {
         key: (info.rebuild_annotation(), Field(None, description=info.description))
         for key, info in method.model_fields.items()
-        if key != "method" and not issubclass(method, FittedMethod)
+        if key != "method" and not issubclass(method, FittedMethod | BundleMethod)
     }
     return create_model(f"{method.__name__}Override", __base__=Override, **fields)

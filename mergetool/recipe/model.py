@@ -50,6 +50,17 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Head(Section):
+    """A task's classifier, for a bundle."""
+
+    weights: Annotated[str, Field(min_length=1, strict=True)] = Field(
+        description="a .safetensors file with `weight` and `bias`, or a model folder with a classifier inside"
+    )
+    pool: Literal["cls", "mean", "last"] = Field("mean", description="which token the head reads, or the mean of all")
+    normalize: bool = Field(False, strict=True, description="divide what the head reads by its length first")
+    labels: tuple[str, ...] = Field((), description="names of the classes")
+
+
 class ModelReference(Section):
     """Where a model is: a folder, a .safetensors file, or a model id."""
 
@@ -57,6 +68,10 @@ class ModelReference(Section):
     adapters: tuple[PathText, ...] = Field(
         (), description="folders of LoRA adapters, applied in this order while reading"
     )
+    select: Annotated[str, Field(min_length=1, strict=True)] | None = Field(
+        None, description="the task whose expert is meant, where `source` is a bundle"
+    )
+    head: Head | None = Field(None, description="the classifier of this task, for a bundle")
 
 
 Reference = Annotated[ModelReference, BeforeValidator(_as_reference, json_schema_input_type=str | dict[str, Any])]

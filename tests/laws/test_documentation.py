@@ -7,8 +7,10 @@ import yaml
 from typer.testing import CliRunner
 
 import mergetool
+from mergetool.bundle.manifest import read_manifest
 from mergetool.cli.app import app
 from mergetool.methods import registry
+from mergetool.methods.base import BundleMethod
 from mergetool.recipe.reference import method_facts
 from tests.toys import INTEGERS, SHAPES, read, toy_models, write
 
@@ -76,7 +78,10 @@ def test_its_recipe_runs_from_end_to_end(name, tmp_path):
     result = mergetool.run(recipe)
     assert result.path == tmp_path / "out" / name
     assert result.warnings == ()
-    assert read(result.path).keys() == states["base"].keys()
+    if issubclass(registry()[name], BundleMethod):
+        assert read_manifest(result.path).names == tuple(document["models"])
+    else:
+        assert read(result.path).keys() == states["base"].keys()
 
 
 def test_every_recipe_here_is_valid():

@@ -1,0 +1,112 @@
+"""Bundle methods in the engine: the plan's models become a folder of factors, under the same claim as any result.
+
+A run that is killed and started again finds the factors it had computed: they are kept in the unfinished folder under
+the hash of their task vectors (or, with `cache`, in a folder that several runs share).
+"""
+
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergetool.bundle.build import Experts, HeadSource, build
+from mergetool.bundle.manifest import Manifest
+from mergetool.bundle.store import FactorStore
+from mergetool.engine.claim import Claim
+from mergetool.engine.fitting import WholeModels
+from mergetool.engine.jobs import Record
+from mergetool.engine.provenance import describe_run
+from mergetool.engine.result import Result
+from mergetool.methods.base import BundleMethod
+from mergetool.planner import Plan
+from mergetool.planner.model import BASE
+from mergetool.tensors.io import sha256_file
+
+_STORE = ".factors"
+
+
+class WholeExperts(WholeModels, Experts):
+    """The opened models of a plan, as a bundle's build sees them."""
+
+    def __init__(self, plan: Plan, say: Callable[[str], None]) -> None:
+        super().__init__(plan, say)
+        self.names = tuple(plan.recipe.models)
+        self.sources = plan.sources
+        merged = [step for step in plan.steps if step.method is not None]
+        self.shapes = {step.spec.name: step.spec.shape for step in merged}
+        self._stand_ins = {
+            (model, step.spec.name): source
+            for step in merged
+            for model, source in zip(step.models, step.sources, strict=True)
+        }
+        self.heads: Mapping[str, HeadSource] = {
+            name: HeadSource(self.path(head.weights), head.pool, head.normalize, head.labels)
+            for name, reference in plan.recipe.models.items()
+            if (head := reference.head) is not None
+        }
+        self.inputs: dict[str, str] = {}
+        """SHA-256 of every input file hashed so far, by path."""
+
+    def read(self, model: str, name: str) -> Tensor:
+        return super().read(self._stand_ins.get((model, name), BASE), name)
+
+    def digests(self, model: str) -> Mapping[str, str]:
+        found = {}
+        for stamp in self.sources[model].files:
+            path = str(stamp.path)
+            if path not in self.inputs:
+                self.inputs[path] = sha256_file(stamp.path)
+            found[stamp.path.name] = self.inputs[path]
+        return found
+
+
+def run_bundle(plan: Plan, claim: Claim, workers: int, cache: Path | None, say: Callable[[str], None]) -> Result:
+    """Build a bundle in the claimed folder and publish it."""
+    started = time.monotonic()
+    method = plan.recipe.method
+    assert isinstance(method, BundleMethod)
+    experts = WholeExperts(plan, say)
+    folder = claim.partial
+    store = FactorStore(cache or folder / _STORE)
+    resumed = claim.journal.found and any((folder / _STORE).glob("*.safetensors"))
+    for path in folder.iterdir():  # what an earlier try wrote; only its factors are worth keeping
+        if path not in (claim.journal.path, folder / _STORE):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))
+    try:
+        manifest = build(experts, folder, store, method.options(), workers)
+    finally:
+        torch.set_num_threads(threads)
+    shutil.rmtree(folder / _STORE, ignore_errors=True)
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    result = Result(
+        path=claim.output,
+        seconds=time.monotonic() - started,
+        bytes_read=sum(stamp.size for source in plan.sources.values() for stamp in source.files),
+        bytes_written=written,
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        num_tensors=len(manifest.parameters),
+        resumed=resumed,
+        notes=_notes(manifest, written, folder),
+        warnings=plan.warnings,
+    )
+    describe_run(plan, claim, Record(inputs=experts.inputs), result)
+    claim.publish()
+    return result
+
+
+def _notes(manifest: Manifest, written: int, folder: Path) -> dict[str, int]:
+    """Remarks for people: what became of the tensors, and what it all weighs."""
+    policies = [parameter.policy for parameter in manifest.parameters.values()]
+    measured = [p.interference for p in manifest.parameters.values() if p.interference is not None]
+    factors = sum((folder / task.factors).stat().st_size for task in manifest.tasks)
+    notes = {f"factors of all experts: {factors / 1e6:.1f} MB of {written / 1e6:.1f} MB": 1}
+    notes |= {"kept as factors": policies.count("svd"), "kept in full": policies.count("full")}
+    if measured:
+        notes[f"interference between tasks, mean over matrices: {sum(measured) / len(measured):.3f}"] = 1
+    return {note: count for note, count in notes.items() if count}

@@ -1,0 +1,104 @@
+"""Keep every expert as a few directions beside the base, and let each input find its own.
+
+The result is no checkpoint but a bundle: the base, low-rank factors of every expert's changes (together about a third
+larger than the matrices they change, however many experts there are), their heads, and a router. At run time the
+features of an input are compared with the directions of each task, and the input is answered by the experts of the
+nearest ones, merged on the fly; nobody has to say which task it belongs to. Nothing is trained and no data are needed.
+
+`mergetool.load_bundle` opens it, `mergetool route` answers rows of a file. Heads are given with the models:
+`{source: ./sst2, head: {weights: ./sst2/head.safetensors, pool: mean}}`; language models have none.
+
+Reference: Crisostomi et al., MASS: MoErging through Adaptive Subspace Selection, https://arxiv.org/abs/2504.05342.
+Differs from the paper: the router reads many matrices of the base (`layers: auto`), where theirs reads one of a merged
+model; a sample's heads are compared by joint log-probability instead of raw scores; the merge of a group of tasks is
+never materialised per sample; redundant tasks are left out of the first pass only where that uses merged weights.
+"""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from mergetool.arch.matrices import MatrixFilter
+from mergetool.methods.base import BundleMethod, Field, Finite, Fraction, Unit
+
+if TYPE_CHECKING:
+    from mergetool.bundle.build import Options
+
+
+class Router(BaseModel):
+    """How tasks are chosen for an input."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: Literal["auto"] | tuple[str, ...] = Field(
+        "auto", description="matrices whose inputs are compared: auto (all inside layers), or globs on tensor names"
+    )
+    features: Literal["base", "merged"] = Field(
+        "base", description="what the first pass runs: the base, or the merge of all experts (takes more space)"
+    )
+    pool: Literal["cls", "mean", "last"] = Field("mean", description="which token's features, or the mean of all")
+    norm: Literal["l2", "l1", "mahalanobis"] = Field("l2", description="how distances are measured")
+    mode: Literal["topk", "weighted", "top1"] = Field(
+        "topk", description="coefficients: softmax of standardised distances, of distances as they are, or the nearest"
+    )
+    threshold: Unit = Field(0.2, description="tasks with a larger coefficient are chosen")
+    top_k: Annotated[int, Field(strict=True, ge=1)] = Field(3, description="at most so many tasks for one input")
+    temperature: Annotated[Finite, Field(gt=0)] = Field(1.0, description="divides distances before the softmax")
+    redundancy: Annotated[Finite, Field(ge=-1, le=1)] | None = Field(
+        None, description="leave tasks out of the merged first pass whose cosine with an earlier one exceeds this (0.3)"
+    )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class Energy(BaseModel):
+    """As many directions as hold this share of a task vector's squared norm."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    energy: Fraction
+
+
+class Mass(BundleMethod):
+    """A bundle: base, factors, heads, router"""
+
+    method: Literal["mass"] = "mass"
+    rank: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] | Fraction | Energy = Field(
+        "auto",
+        description="directions kept of each expert: auto (smaller dimension // number of experts), a number, "
+        "a share of the smaller dimension, or {energy: share of the squared norm}",
+    )
+    router: Router = Field(Router(), description="how tasks are chosen for an input")
+    heads: Literal["joint", "log-softmax", "max", "mean"] = Field(
+        "joint",
+        description="whose head answers: best probability (joint: times coefficient), or best or mean raw score",
+    )
+    factors: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of stored factors")
+    base: Literal["copy", "reference"] = Field("copy", description="copy the base, or only refer to it")
+    filter: MatrixFilter = Field(
+        "fusionbench", description="which two-dimensional tensors are kept as factors; all others are kept in full"
+    )
+    conv: Literal["mean", "matricize"] = Field(
+        "matricize", description="keep tensors of more axes in full, or as factors of (out, everything else)"
+    )
+    needs_base: ClassVar = "required"
+
+    def options(self) -> "Options":
+        from mergetool.bundle.build import Options, RouterOptions
+
+        router = self.router.model_dump()
+        if router["redundancy"] is None:
+            router["redundancy"] = 0.3
+        return Options(
+            kind="mass",
+            rank=(self.rank.energy,) if isinstance(self.rank, Energy) else self.rank,
+            filter=self.filter,
+            conv=self.conv,
+            dtype=self.factors,
+            base=self.base,
+            router=RouterOptions(**router),
+            heads=self.heads,
+        )
