@@ -18,7 +18,7 @@ from mergetool.arch.build import build
 from mergetool.arch.chain import build_chain
 from mergetool.arch.depth import structural_depths
 from mergetool.arch.language import Family, read_family
-from mergetool.arch.spec import ArchSpec, TensorSpec
+from mergetool.arch.spec import ArchSpec, TensorSpec, check_structure
 from mergetool.errors import PlanError
 from mergetool.kernels.spaces import Factor
 
@@ -104,9 +104,9 @@ def structural(shapes: Shapes) -> ArchSpec:
 
 
 def _build(name: str, family: Family, shapes: Shapes, config: Mapping[str, Any]) -> ArchSpec:
-    if family.chain:
-        return build_chain(name, family.chain, shapes)
-    return build(name, family, shapes, config)
+    spec = build_chain(name, family.chain, shapes) if family.chain else build(name, family, shapes, config)
+    check_structure(spec)
+    return spec
 
 
 def _locate(name: str, path: Path) -> Path:

@@ -116,6 +116,24 @@ def check(spec: ArchSpec) -> ArchSpec:
     return spec
 
 
+def check_structure(spec: ArchSpec) -> None:
+    """What can be said without a module: a space met by one segment of one matrix only has nothing to undo its moves.
+
+    Raises PlanError naming the tensor and the axis.
+    """
+    places = spec.incidences(matched=False)
+    for name, space in spec.spaces.items():
+        where = {(place.tensor, place.axis, place.segment) for place in places.get(name, ())}
+        matrices = {place for place in where if len(spec.tensors[place[0]].shape) > 1}
+        if space.symmetry != "fixed" and where and len(matrices) < 2:
+            tensor, axis, _ = sorted(matrices or where)[0]
+            raise PlanError(
+                f"space {name!r} is met on one axis of one matrix only, so nothing undoes its permutation",
+                where=f"architecture {spec.family}: {tensor}, axis {axis}",
+                fix="name the space on the axis that reads it, or declare it `fixed`",
+            )
+
+
 def check_shapes(spec: ArchSpec, shapes: Mapping[str, tuple[int, ...]], model: str) -> None:
     """Raise PlanError unless `model` has exactly the tensors and shapes of `spec`."""
     for name, tensor in spec.tensors.items():

@@ -122,24 +122,6 @@ def prove(
     )
 
 
-def check_structure(spec: ArchSpec) -> None:
-    """What can be said without a module: a space met by one segment of one matrix only has nothing to undo its moves.
-
-    Raises PlanError naming the tensor and the axis. (Shapes were checked when the spec was built.)
-    """
-    places = spec.incidences(matched=False)
-    for name, space in spec.spaces.items():
-        where = {(place.tensor, place.axis, place.segment) for place in places.get(name, ())}
-        matrices = {place for place in where if len(spec.tensors[place[0]].shape) > 1}
-        if space.symmetry != "fixed" and where and len(matrices) < 2:
-            tensor, axis, _ = sorted(matrices or where)[0]
-            raise PlanError(
-                f"space {name!r} is met on one axis of one matrix only, so nothing undoes its permutation",
-                where=f"architecture {spec.family}: {tensor}, axis {axis}",
-                fix="name the space on the axis that reads it, or declare it `fixed`",
-            )
-
-
 def _change(before: Tensor, after: Tensor) -> float:
     change = float((after - before).abs().max() / before.abs().max().clamp_min(torch.finfo(before.dtype).tiny))
     return change if isfinite(change) else float("inf")

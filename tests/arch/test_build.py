@@ -20,9 +20,9 @@ def build(tmp_path, text, shapes, config=None):
 def test_one_unknown_on_an_axis_is_solved_for(tmp_path):
     text = """
     spaces:
-      head: {size: heads}
-      qk: {within: head}
-      vo: {within: head}
+      head: {symmetry: fixed, size: heads}
+      qk: fixed
+      vo: fixed
     tensors:
       qkv: head qk + head qk + head vo
       out: 2 head vo
@@ -44,7 +44,7 @@ def test_a_size_that_cannot_be_computed_names_its_space(tmp_path):
 
 
 def test_spaces_said_to_be_one_must_have_one_size(tmp_path):
-    text = "spaces:\n  a:\n  b:\ntensors:\n  w: a, b\nidentities:\n  - {space: a, is: b}\n"
+    text = "spaces:\n  a:\n  b: fixed\ntensors:\n  w: a, b\nidentities:\n  - {space: a, is: b}\n"
     assert list(build(tmp_path, text, {"w": (3, 3)}).spaces) == ["b"]
     with pytest.raises(PlanError, match="'a' is said to be 'b', but their sizes are 4 and 3"):
         build(tmp_path, text, {"w": (4, 3)})

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from mergetool.arch.apply import transform
 from mergetool.arch.match import resolve
-from mergetool.arch.verify import check_structure, failures, prove, runner
+from mergetool.arch.verify import failures, prove, runner
 from mergetool.kernels.permute import Element
 from tests.arch.networks import (
     MLP,
@@ -89,7 +89,6 @@ def test_a_network_keeps_its_outputs_under_every_group_of_its_family(case):
     assert spec.groups
     assert failures(runner(module, inputs), weights, spec) == ()
     assert prove(runner(module, inputs), weights, spec) < 1e-10
-    check_structure(spec)
 
     def single(values):
         with torch.no_grad():
@@ -108,7 +107,6 @@ def test_a_saved_transformer_keeps_its_outputs_under_every_group_of_its_family(c
     assert spec.groups
     assert failures(runner(model, **batch), weights, spec) == ()
     assert prove(runner(model, **batch), weights, spec) < 1e-10
-    check_structure(spec)
 
     # The file: other names than the module's for some models, and no second name of tied tensors.
     model.save_pretrained(tmp_path)
