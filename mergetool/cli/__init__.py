@@ -1,5 +1,6 @@
 """The command line: the only place that prints, colours and exits."""
 
+import gc
 import sys
 
 
@@ -9,6 +10,7 @@ def main() -> None:
     from mergetool.cli.show import explain, interrupted
     from mergetool.errors import MergetoolError
 
+    gc.set_threshold(100_000, 50, 50)  # importing torch makes many objects and no garbage
     try:
         app()
     except MergetoolError as error:
@@ -20,3 +22,5 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone; nothing more to say
         sys.exit(141)
+    finally:
+        gc.freeze()  # the process ends here: what is left need not be searched for garbage
