@@ -42,12 +42,29 @@ def keep_mask(
 
     `scratch(place, dtype)` gives temporaries shaped like `out`; places 0 and 1 are used, as int32.
     """
-    last = round(resolved(probability) * _RESOLUTION) - 1 - _RESOLUTION // 2  # the largest draw that is kept
+    last = _largest_kept(probability)
     if last == _RESOLUTION // 2 - 1:
         return out.fill_(1.0)
     draws = draw(key, start, scratch(0, torch.int32), scratch(1, torch.int32))
     torch.clamp(draws, last, last + 1, out=draws).neg_().add_(last + 1)  # 1 and 0, whatever wraps around on the way
     return out.copy_(draws)
+
+
+def keep_at(key: Key, places: Tensor, probability: float) -> Tensor:
+    """What `keep_mask` says of the elements at `places` (int64, ascending): whether they are kept (bool)."""
+    if len(places) and int(places[0]) >> 33 != int(places[-1]) >> 33:  # hashed by different blocks
+        cut = int(torch.searchsorted(places, (int(places[0] >> 33) + 1) << 33))
+        return torch.cat([keep_at(key, part, probability) for part in (places[:cut], places[cut:])])
+    block = int(places[0]) >> 33 if len(places) else 0
+    words = (places >> 1).to(torch.int32)
+    _hash(_block_key(key, block), words, torch.empty_like(words))
+    halves = words.bitwise_left_shift_(16 - 16 * (places & 1).to(torch.int32)).bitwise_right_shift_(16)
+    return halves <= _largest_kept(probability)
+
+
+def _largest_kept(probability: float) -> int:
+    """The largest draw that is kept with this probability."""
+    return round(resolved(probability) * _RESOLUTION) - 1 - _RESOLUTION // 2
 
 
 def draw(key: Key, start: int, words: Tensor, temporary: Tensor) -> Tensor:
@@ -78,7 +95,12 @@ def _block_key(key: Key, block: int) -> Key:
 
 def _fill(key: Key, offset: int, x: Tensor, shifted: Tensor) -> None:
     torch.arange(len(x), dtype=torch.int32, device=x.device, out=x)
-    x.add_(_signed(offset)).bitwise_xor_(_signed(key[0]))
+    _hash(key, x.add_(_signed(offset)), shifted)
+
+
+def _hash(key: Key, x: Tensor, shifted: Tensor) -> None:
+    """Counters (int32, modulo 2^32) become their hashes, in place."""
+    x.bitwise_xor_(_signed(key[0]))
     _xor_shift(x, 16, shifted).mul_(_signed(0x85EBCA6B))
     _xor_shift(x, 13, shifted).add_(_signed(key[1])).mul_(_signed(0xC2B2AE35))
     _xor_shift(x, 16, shifted)

@@ -107,18 +107,16 @@ class Ties(TensorMethod):
 
     def _trim(self, group: TensorGroup, p: Params, stats: Stats) -> None:
         from mergetool.kernels.consensus import keep_largest_
-        from mergetool.kernels.rng import keep_mask, stream_key
+        from mergetool.kernels.rng import keep_at, stream_key
+        from mergetool.kernels.select import places_of
 
         for name, delta, density, threshold, share in zip(
             group.names, group.deltas, p.density, stats["threshold"], stats["share"], strict=True
         ):
             if density == 1.0:  # even with `boundary: drop`, nothing is to go
                 continue
-            if self.boundary != "random" or share == 1.0:
-                keep_largest_(delta, threshold, inclusive=self.boundary != "drop")
-                continue
-            key = stream_key(group.seed, group.name, name, "ties boundary")
-            kept = keep_mask(key, group.start, share, group.scratch(2), group.scratch)
-            larger = keep_largest_(group.scratch(3).copy_(delta), threshold, inclusive=False)
-            at_threshold = keep_largest_(delta, threshold, inclusive=True).sub_(larger)
-            at_threshold.mul_(kept).add_(larger)
+            keep_largest_(delta, threshold, inclusive=self.boundary != "drop")
+            if self.boundary == "random" and share < 1.0:
+                key = stream_key(group.seed, group.name, name, "ties boundary")
+                places = places_of(delta, threshold)
+                delta.index_fill_(0, places[~keep_at(key, places + group.start, share)], 0.0)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mergetool.kernels.rng import draw, hash_words, keep_mask, resolved, stream_key
+from mergetool.kernels.rng import draw, hash_words, keep_at, keep_mask, resolved, stream_key
 
 WORD = 0xFFFFFFFF
 MANY = 1 << 18
@@ -224,3 +224,11 @@ def test_probabilities_are_resolved_to_the_sixteenth_bit_and_never_to_zero(proba
 def test_nothing_is_drawn_for_an_empty_slice():
     assert draws(STREAMS[0], 5, 0).tolist() == []
     assert mask(STREAMS[0], 5, 0.5, 0).tolist() == []
+
+
+@pytest.mark.parametrize("start", [0, 2**33 - 1001])
+def test_single_elements_are_kept_as_in_a_slice(start):
+    whole = mask(STREAMS[0], start, 0.3, 2000)
+    places = torch.arange(0, 2000, 7)
+    assert keep_at(STREAMS[0], places + start, 0.3).equal(whole[places] == 1.0)
+    assert keep_at(STREAMS[0], places[:0], 0.3).shape == (0,)

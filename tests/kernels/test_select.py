@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergetool.kernels.select import Count, Found, Search
+from mergetool.kernels.select import Count, Found, Search, places_of
 from tests.toys import uniform
 
 KINDS = {32: (torch.float32, np.float32), 64: (torch.float64, np.float64)}
@@ -114,3 +114,11 @@ def test_any_finite_floats_are_ranked_as_by_a_sort(data):
     x = torch.tensor(np.array(values, dtype=KINDS[bits][1]))
     rank = data.draw(st.integers(1, len(values)))
     assert select(x.abs().split(data.draw(st.integers(1, 30))), rank, bits)[0] == sorted_out(x, rank)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_places_of_a_magnitude_have_either_sign(dtype):
+    x = torch.tensor([0.1, -0.1, 0.2, 0.0, -0.0, 0.1], dtype=dtype)
+    assert places_of(x, float(x[0])).tolist() == [0, 1, 5]
+    assert places_of(x, 0.0).tolist() == [3, 4]
+    assert places_of(x, 0.3).tolist() == []
