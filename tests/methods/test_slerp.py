@@ -37,6 +37,8 @@ def test_every_tensor_follows_the_formula_in_float64(t):
 
 def test_the_ends_of_the_path_are_the_models_to_the_bit():
     _, models = toy_models("ab", exact=False)
+    for state, values in zip(models.values(), ([-0.0, 1.0, 2.0], [1.0, -0.0, 3.0]), strict=True):
+        state["zeros"] = torch.tensor(values)
     assert_same_bytes(merge_state_dicts("slerp", models, t=0.0), models["a"])
     assert_same_bytes(merge_state_dicts("slerp", models, t=1.0), models["b"])
 
