@@ -1,0 +1,206 @@
+"""The command line as its users meet it: exit codes, what goes to stdout and what to stderr, and how fast it starts."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file
+
+from mergetool.cli import main
+from mergetool.cli.app import app
+from tests.files import tensors, write_model, write_models, write_raw, write_recipe
+
+FLAGS = {
+    "run": {"recipe", "--output", "--device", "--workers", "--memory", "--overwrite", "--no-resume", "--set", "--json"},
+    "validate": {"recipe", "--set", "--json"},
+    "plan": {"recipe", "--set", "--workers", "--memory", "--json"},
+    "inspect": {"reference", "--json"},
+    "verify": {"path", "--json"},
+    "methods": {"name", "--json"},
+    "schema": set(),
+    "import": {"recipe", "--output"},
+}
+"""Where and how a run runs. What changes a result belongs in the recipe: think twice before adding a flag."""
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mergetool", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        told = capsys.readouterr()
+        return stopped.value.code or 0, told.out, told.err
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    write_models(tmp_path)
+    models = {"a": "./a", "b": "./b"}
+    return write_recipe(tmp_path / "r.yaml", models=models, merge={"method": "linear"}, output={"path": "out"})
+
+
+def test_the_commands_and_flags_are_frozen():
+    commands = typer.main.get_command(app).commands
+    frozen = {
+        name: {p.opts[-1] if p.param_type_name == "option" else p.name for p in commands[name].params} - {"--help"}
+        for name in FLAGS
+    }
+    extra = {"run": {"--cache"}}
+    assert {name: flags - extra.get(name, set()) for name, flags in frozen.items()} == FLAGS
+
+
+def test_run_prints_the_path_and_nothing_else_on_stdout(call, recipe, tmp_path):
+    code, out, err = call("run", recipe)
+    assert (code, out.strip()) == (0, str(tmp_path / "out"))
+    assert "6 tensors" in err
+    merged, a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "a", "b"))
+    for name, value in merged.items():
+        torch.testing.assert_close(value, (a[name] + b[name]) / 2)
+
+
+def test_run_tells_its_result_as_json(call, recipe, tmp_path):
+    code, out, _ = call("run", recipe, "-o", tmp_path / "there", "--json")
+    answer = json.loads(out)
+    assert (code, answer["path"], answer["tensors"]) == (0, str(tmp_path / "there"), 6)
+
+
+def test_set_changes_one_value_and_is_recorded(call, recipe, tmp_path):
+    assert call("run", recipe, "--set", "merge.weight.a=1", "--set", "merge.weight.b=0")[0] == 0
+    lock = json.loads((tmp_path / "out" / "mergetool.json").read_text())
+    assert lock["settings"] == ["merge.weight.a=1", "merge.weight.b=0"]
+    assert lock["recipe"]["merge"]["weight"] == {"a": 1, "b": 0}
+    a = load_file(tmp_path / "a" / "model.safetensors")
+    torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors"), a, rtol=0, atol=0)
+
+
+def test_plan_and_inspect_tell_what_is_there(call, recipe, tmp_path):
+    plan = json.loads(call("plan", recipe, "--json")[1])
+    assert [step["name"] for step in plan["steps"]][:1] == ["lm_head.weight"]
+    assert plan["bytes_in"] == 2 * sum(value.nbytes for value in tensors(0).values())
+    facts = json.loads(call("inspect", tmp_path / "a", "--json")[1])
+    assert (facts["num_tensors"], facts["remarks"]) == (6, ["no config.json"])
+    assert "model.layers.1.mlp.weight" in call("plan", recipe)[1]
+    assert "model.layers.1.mlp.weight" in call("inspect", tmp_path / "a")[1]
+
+
+def test_verify_finds_a_flipped_bit(call, recipe, tmp_path):
+    call("run", recipe)
+    assert call("verify", tmp_path / "out")[0] == 0
+    weights = tmp_path / "out" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    code, _, err = call("verify", tmp_path / "out")
+    assert code == 3
+    assert "SHA-256" in err
+    assert str(weights) in err
+
+
+def test_verify_finds_values_that_are_not_finite(call, tmp_path):
+    state = tensors(0)
+    state["lm_head.weight"][3, 2] = float("nan")
+    write_model(tmp_path / "m", state)
+    code, _, err = call("verify", tmp_path / "m")
+    assert (code, "lm_head.weight" in err) == (3, True)
+
+
+def wrong_recipe(folder):
+    return write_recipe(folder / "wrong.yaml", models={"a": "./a"}, merge={"method": "linaer"})
+
+
+def missing_model(folder):
+    return write_recipe(folder / "wrong.yaml", models={"a": "./nowhere"}, merge={"method": "linear"})
+
+
+def hostile_model(folder):
+    write_raw(folder / "bad.safetensors", {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 9]}}, b"123456789")
+    return write_recipe(folder / "wrong.yaml", models={"a": "./bad.safetensors"}, merge={"method": "linear"})
+
+
+def shapes_differ(folder):
+    write_model(folder / "c", {name: value[:4] for name, value in tensors(0).items()})
+    return write_recipe(folder / "wrong.yaml", models={"a": "./a", "c": "./c"}, merge={"method": "linear"})
+
+
+def holds_nan(folder):
+    write_model(folder / "c", {name: value * float("nan") for name, value in tensors(0).items()})
+    return write_recipe(folder / "wrong.yaml", models={"a": "./a", "c": "./c"}, merge={"method": "linear"})
+
+
+def nowhere_to_write(folder):
+    (folder / "taken").mkdir()
+    models = {"a": "./a", "b": "./b"}
+    return write_recipe(
+        folder / "wrong.yaml", models=models, merge={"method": "linear"}, output={"path": str(folder / "taken")}
+    )
+
+
+MISTAKES = {
+    wrong_recipe: (2, "did you mean 'linear'"),
+    missing_model: (3, "no such file or folder"),
+    hostile_model: (3, "needs 8 bytes"),
+    shapes_differ: (4, "shape"),
+    holds_nan: (5, "not finite in model 'c'"),
+    nowhere_to_write: (6, "exists already"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_every_class_of_error_has_its_exit_code_a_fix_and_no_output(mistake, call, tmp_path):
+    write_models(tmp_path)
+    recipe = mistake(tmp_path)
+    code, out, err = call("run", recipe, *([] if mistake is nowhere_to_write else ["-o", tmp_path / "out"]))
+    expected, text = MISTAKES[mistake]
+    assert (code, out) == (expected, "")
+    assert text in err
+    assert "fix:" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_are_told_as_json_too(call, tmp_path):
+    code, out, err = call("validate", wrong_recipe(tmp_path), "--json")
+    answer = json.loads(out)
+    assert (code, answer["exit_code"], answer["error"]) == (2, 2, "RecipeError")
+    assert answer["what"] in err
+
+
+def test_a_mergekit_recipe_runs_as_it_is_and_converts(call, tmp_path, monkeypatch):
+    write_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    theirs = write_recipe(
+        tmp_path / "kit.yml",
+        merge_method="task_arithmetic",
+        base_model="./base",
+        models=[{"model": "./a", "parameters": {"weight": 0.5}}, {"model": "./b", "parameters": {"weight": 0.25}}],
+    )
+    assert call("run", theirs, "-o", "one")[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    assert call("import", theirs, "-o", "elsewhere/ours.yaml")[0] == 0
+    assert call("run", "elsewhere/ours.yaml", "-o", "two")[0] == 0
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert first == second
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["methods"], ["schema"]])
+def test_help_and_documentation_need_no_torch(arguments):
+    assert torchless(*arguments) == 0
+
+
+def test_validating_needs_no_torch_and_reads_no_model(tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", models={"a": "./nowhere"}, merge={"method": "linear"})
+    assert torchless("validate", str(recipe)) == 0
+
+
+def torchless(*arguments):
+    """Exit code of a Python in which importing torch fails."""
+    ban = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('mergetool', run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", ban, *arguments], capture_output=True, timeout=120).returncode
