@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergetool.errors import MergeError
 from mergetool.methods.base import Fitted, FittedMethod
 from mergetool.planner import Plan
 from mergetool.planner.model import BASE
@@ -38,7 +39,11 @@ class WholeModels:
             self.architecture = str(recipe.path_of(self.architecture))
 
     def read(self, model: str, name: str) -> Tensor:
-        return _read_stored(self._plan.sources[model], name).to(self.compute, copy=True)
+        tensor = _read_stored(self._plan.sources[model], name).to(self.compute, copy=True)
+        if not bool(torch.isfinite(tensor).all()):
+            label = "base" if model == BASE else f"model {model!r}"
+            raise MergeError("holds values that are not finite", f"{label}: {name}", "repair or replace that model")
+        return tensor
 
     @property
     def compute(self) -> torch.dtype:

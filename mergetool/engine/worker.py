@@ -174,9 +174,15 @@ class Worker:
         )
 
     def _culprit(self, step: Step, index: int) -> str:
-        for name in step.reads:
-            if not bool(torch.isfinite(self._read(name, step, index, 1, "culprit")).all()):
-                return ": it is not finite in the base" if name == BASE else f": it is not finite in model {name!r}"
+        """Whose value it is: at that place, or, as norms and angles spread it, anywhere in the tensor."""
+        total = step.spec.num_elements
+        slices = ((begin, min(SLICE_ELEMENTS, total - begin)) for begin in range(0, total, SLICE_ELEMENTS))
+        for begin, length in ((index, 1), *slices):
+            for name in step.reads:
+                bad = ~torch.isfinite(self._read(name, step, begin, length, "culprit"))
+                if bool(bad.any()):
+                    place = "" if length == 1 else f" at flat index {begin + int(bad.nonzero()[0])}"
+                    return f": it is not finite in {'the base' if name == BASE else f'model {name!r}'}{place}"
         return ""
 
 

@@ -23,6 +23,8 @@ repeatable    the same seed gives the same bits
 slices        how finely tensors are cut does not matter, to the bit
 workers       neither the number of workers nor the sharding of the output matters, to the bit
 memory        merging in memory and from files give the same bits
+buffers       no more scratch space is used than the memory plan counts
+non-finite    a value that is not finite is never lost: the merge stops and says whose it is
 device        an accelerator gives what the CPU gives
 """
 
@@ -33,7 +35,9 @@ import pytest
 import torch
 
 import mergetool
+from mergetool import MergeError
 from mergetool.methods import registry
+from mergetool.methods.base import TensorGroup
 from tests.laws.cases import LAWS, Case, all_cases, cases, law
 from tests.toys import (
     INTEGERS,
@@ -242,6 +246,20 @@ def test_tensors_of_integers_and_booleans_are_copied(case):
     assert_same_bytes({name: merged[name] for name in INTEGERS}, INTEGERS)
 
 
+@law("non-finite", fitted=True)
+def test_a_value_that_is_not_finite_is_never_lost(case):
+    """A value that is not finite is never lost: the merge stops and says whose it is."""
+    for value in (float("nan"), float("-inf")):
+        for culprit in case.names:
+            base, models = case.toys()
+            name = next(name for name, tensor in base.items() if tensor.ndim == 2)
+            models[culprit][name][2, 3] = value
+            with pytest.raises(MergeError) as raised:
+                case.merge(base, models)
+            assert name in str(raised.value)
+            assert f"model '{culprit}'" in str(raised.value)
+
+
 # ---------------------------------------------------------------- what a result may depend on
 
 
@@ -353,6 +371,21 @@ def test_merging_in_memory_and_from_files_give_the_same_bits(case, run):
     found, _ = run(case, exact=False)
     expected = case.merge(base | INTEGERS, {name: model | INTEGERS for name, model in models.items()})
     assert_same_bytes(found, expected)
+
+
+@law("buffers")
+def test_no_more_scratch_space_is_used_than_is_counted(case, monkeypatch):
+    """No more scratch space is used than the memory plan counts."""
+    used = set()
+    scratch = TensorGroup.scratch
+
+    def counted(group, place, dtype=None):
+        used.add((place, dtype or group.models[0].dtype))
+        return scratch(group, place, dtype)
+
+    monkeypatch.setattr(TensorGroup, "scratch", counted)
+    case.uneven().merge(*case.toys())
+    assert len(used) <= case.kind.buffers
 
 
 @pytest.mark.gpu
