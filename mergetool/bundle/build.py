@@ -175,7 +175,7 @@ class _Work:
         return deltas
 
     def _most(self, name: str, shape: tuple[int, ...]) -> int:
-        """Directions kept of one task; 0 where storing the tensor in full is smaller, or it is no matrix."""
+        """Directions kept of one task; 0 where it is no matrix, or as factors neither smaller nor fit for routing."""
         if not is_matrix(name, shape, self.options.filter, conv=self.options.conv):
             return 0
         rows, columns = shape[0], torch.Size(shape[1:]).numel()
@@ -189,7 +189,9 @@ class _Work:
                 most = int(share * size)
             case _:
                 return size
-        return most if most * (rows + columns + 1) < rows * columns else 0
+        smaller = most * (rows + columns + 1) < rows * columns
+        routes = self.options.kind == "mass" and most < size
+        return most if smaller or routes else 0
 
     def _factors(self, delta: Tensor, most: int) -> Factors:
         factors = self.store.factors(delta.flatten(1), most)
@@ -241,7 +243,8 @@ class _Work:
         options = self.options.router
         if options is None:
             return None
-        matrices = _routing_matrices(parameters, options.layers)
+        one = len(self.experts.names) == 1  # nothing to choose
+        matrices = () if one else _routing_matrices(parameters, options.layers)
         merged = options.features == "merged"
         return Router(
             matrices=matrices,
@@ -268,7 +271,7 @@ class _Work:
     def write_first_pass(self, parameters: Mapping[str, Parameter], router: Router) -> None:
         """Base plus TSV-Merge of the tasks that were kept, as far as the last layer that routing reads."""
         depths = structural_depths(parameters)
-        last = max(depth[0] for name in router.matrices if (depth := depths[name]) is not None)
+        last = max((depth[0] for name in router.matrices if (depth := depths[name]) is not None), default=0)
         wanted = [
             name
             for name, parameter in parameters.items()
@@ -409,8 +412,10 @@ def _routing_matrices(
     decoder = [name for name in inside if "decoder" in name.split(".")]
     chosen = encoder if encoder and decoder else inside
     if not chosen:
-        what = "no matrix inside a layer was changed by any expert, so there is nothing to route by"
-        raise PlanError(what, "merge.router", "check that the experts are fine-tunes of the base")
+        what = (
+            "no matrix inside a layer was changed and is kept at less than full rank, so there is nothing to route by"
+        )
+        raise PlanError(what, "merge.router", "check that the experts are fine-tunes of the base, or lower the rank")
     return tuple(chosen)
 
 

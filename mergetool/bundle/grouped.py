@@ -3,9 +3,9 @@
 The samples of a batch are sorted by group, so a group is a run of rows. Each module whose parameters any expert
 changed gets another `forward` for the time being:
 
-linear      x W0^T for all rows, and for each run ((x Vh^T) C^T) U^T on top; or, for runs that have seen enough rows
-            for it to pay, x W_g^T with the group's own weights
-embedding   rows of W0, and rows of U times (C Vh) on top
+linear      x W0^T and ((x V) S) U^T on top, run by run; or, for groups that have seen enough rows for it to pay, x W^T
+            with the group's own weights
+embedding   rows of W0, and rows of U S times V^T on top
 norm        the same normalisation, then each sample's own weight and bias
 conv        run by run with the group's own weights
 others      (class tokens, tables of positions) one value per sample, where the model adds them up by broadcasting
@@ -213,14 +213,14 @@ def _full(weight: Tensor, name: str | None, group: Group, factors: TaskFactors) 
 
 
 def _low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, name: str, factors: TaskFactors) -> Tensor:
-    """x (W0 + U C Vh)^T + bias for one group, through the factors or, once that pays, through the dense matrix."""
+    """x (W0 + us vh)^T + bias for one group, through the factors or, once that pays, through the dense matrix."""
     matrix = factors.matrix(group, name)
     matrix.num_rows_seen += x[..., 0].numel()
     if matrix.dense is None and matrix.num_rows_seen > matrix.worthwhile:
         matrix.dense = weight + matrix.change().to(weight)
     if matrix.dense is not None:
         return F.linear(x, matrix.dense, bias)
-    return F.linear(x, weight, bias) + ((x @ matrix.vh.mT) @ matrix.core.mT) @ matrix.u.mT
+    return F.linear(x, weight, bias) + (x @ matrix.vh.mT) @ matrix.us.mT
 
 
 def _embedding(place: _Place, runs: Runs, factors: TaskFactors, ids: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ def _rows(group: Group, name: str, ids: Tensor, factors: TaskFactors) -> Tensor:
     if factors.manifest.parameters[name].policy == "full":
         return F.embedding(ids, factors.vector(group, name))
     matrix = factors.matrix(group, name)
-    return F.embedding(ids, matrix.u) @ matrix.core @ matrix.vh
+    return F.embedding(ids, matrix.us) @ matrix.vh
 
 
 def _layer_norm(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> Tensor:

@@ -27,6 +27,9 @@ except ImportError as error:  # pragma: no cover  (the test environment has it)
     ) from error
 
 
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+
+
 @dataclass(frozen=True)
 class LoadedBase:
     """A model, and what its parameters and buffers are called in the checkpoint that it came from."""
@@ -92,11 +95,14 @@ def _quiet() -> Iterator[None]:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder. Raises SourceError where there is none."""
+    fix = "give tensors instead of text, or add the tokenizer's files"
+    if not any((folder / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty one up
+        raise SourceError(f"has no tokenizer (looked for {', '.join(_VOCABULARIES)})", str(folder), fix)
     try:
         return transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        what = f"has no tokenizer that transformers can read ({str(error).splitlines()[0][:100]})"
-        raise SourceError(what, str(folder), "give tensors instead of text, or add the tokenizer's files") from None
+        what = f"transformers cannot read its tokenizer ({str(error).splitlines()[0][:100]})"
+        raise SourceError(what, str(folder), fix) from None
 
 
 class MassConfig(transformers.PretrainedConfig):  # type: ignore[no-untyped-call]

@@ -1,0 +1,133 @@
+"""`mergetool route`, `inspect` and `verify` on a bundle, with text and with tensors."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import mergetool
+from mergetool.bundle.rows import answers, read_rows
+from mergetool.cli.app import app
+from mergetool.errors import PlanError, SourceError
+from tests.bundle.tiny import make_bundle, tiny_inputs, tiny_model, write_models
+
+WORDS = ["[PAD]", "[UNK]", *(f"w{index}" for index in range(38))]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """A bundle whose base has a tokenizer: words w0 to w37."""
+    folder = tmp_path_factory.mktemp("bundle")
+    paths = write_models(folder / "models", tiny_model("bert"))
+    words = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    tokenizer.save_pretrained(paths["base"])
+    heads = {task: str(paths[task].parent / f"{task}.head.safetensors") for task in "abc"}
+    recipe = {
+        "base": str(paths["base"]),
+        "models": {task: {"source": str(paths[task]), "head": {"weights": heads[task]}} for task in "abc"},
+        "merge": {"method": "mass"},
+    }
+    recipe["models"]["c"]["head"]["labels"] = ["no", "yes"]
+    return mergetool.run(recipe, output=folder / "out").path
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+ROWS = [{"text": f"w{i} w{3 * i % 38} w{7 * i % 38}", "id": i} for i in range(9)]
+
+
+def test_route_answers_rows_of_text_in_order(bundle, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", ROWS)
+    shown = CliRunner().invoke(app, ["route", str(bundle), "--input", str(file), "--json", "--batch-size", "4"])
+    assert shown.exit_code == 0, shown.output
+    found = [json.loads(line) for line in shown.stdout.splitlines()]
+    assert [answer["row"]["id"] for answer in found] == list(range(9))
+    model = mergetool.load_bundle(bundle)
+    texts = [row["text"] for row in ROWS]
+    answer = model(**dict(model.tokenizer()(texts, padding=True, return_tensors="pt")))
+    for place, row in enumerate(found):
+        assert row["task"] == answer.task[place]
+        assert tuple(row["tasks"]) == answer.tasks[place]
+        assert row["class"] == int(answer.logits[place].argmax())
+        assert list(row["coefficients"].values()) == pytest.approx(answer.coefficients[place].tolist(), abs=1e-5)
+        assert row["label"] == (["no", "yes"][row["class"]] if row["task"] == "c" else str(row["class"]))
+
+
+def test_route_prints_a_table_and_takes_forced_tasks(bundle, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", ROWS[:2])
+    shown = CliRunner().invoke(app, ["route", str(bundle), "--input", str(file), "--task", "c"])
+    assert shown.exit_code == 0, shown.output
+    head, *rows = shown.stdout.splitlines()
+    assert head.split()[:2] == ["task", "label"]
+    assert [row.split()[0] for row in rows] == ["c", "c"]
+
+
+def test_rows_may_hold_tensors(tmp_path):
+    folder = make_bundle(tmp_path, "vit")
+    pixels = tiny_inputs("vit", 3)["pixel_values"]
+    rows = read_rows(write_rows(tmp_path / "rows.jsonl", [{"pixel_values": each.tolist()} for each in pixels]))
+    model = mergetool.load_bundle(folder)
+    found = list(answers(model, rows))
+    assert tuple(row["task"] for row in found) == model(pixel_values=pixels).task
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "input is empty"),
+        ("\n\n", "input is empty"),
+        ("[1]\n", "expected a JSON object"),
+        ('{"id": 1}\n', "expected"),
+    ],
+)
+def test_rows_without_input_are_refused(tmp_path, text, says):
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(SourceError, match=says):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+def test_what_cannot_be_answered_is_said(bundle, tmp_path):
+    model = mergetool.load_bundle(bundle)
+    with pytest.raises(PlanError, match="no task 'nope'"):
+        list(answers(model, ROWS, tasks=["nope"]))
+    with pytest.raises(SourceError, match="different names or shapes"):
+        list(answers(model, [{"input_ids": [1, 2]}, {"input_ids": [1]}]))
+    with pytest.raises(SourceError, match="cannot be read"):
+        read_rows(tmp_path / "nowhere.jsonl")
+    untold = make_bundle(tmp_path, "bert")
+    with pytest.raises(SourceError, match="no tokenizer"):
+        list(answers(mergetool.load_bundle(untold), ROWS))
+
+
+def test_inspect_tells_what_a_bundle_holds_and_weighs(bundle):
+    facts = json.loads(CliRunner().invoke(app, ["inspect", str(bundle), "--json"]).stdout)
+    sizes = {task: (bundle / "factors" / f"{task}.safetensors").stat().st_size for task in "abc"}
+    assert facts["factor_bytes"] == sizes
+    assert facts["base_bytes"] == pytest.approx((bundle / "base" / "model.safetensors").stat().st_size, rel=0.2)
+    assert [task["classes"] for task in facts["tasks"]] == [3, 5, 2]
+    assert facts["router"]["matrices"] == 18
+    assert all(value >= 0 for value in facts["interference"].values())
+    shown = CliRunner().invoke(app, ["inspect", str(bundle)])
+    assert shown.exit_code == 0
+    assert "size_over_base" in shown.stdout
+
+
+def test_verify_finds_a_bundle_sound_or_says_what_is_wrong(bundle, tmp_path):
+    shown = CliRunner().invoke(app, ["verify", str(bundle)])
+    assert shown.exit_code == 0
+    assert "match the manifest" in shown.stdout
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    damaged = (copy / "heads" / "a.safetensors").read_bytes()
+    (copy / "heads" / "a.safetensors").write_bytes(damaged[:-4] + torch.tensor([float("nan")]).numpy().tobytes())
+    shown = CliRunner().invoke(app, ["verify", str(copy)])
+    assert isinstance(shown.exception, SourceError)
+    assert "SHA-256" in str(shown.exception)
