@@ -28,13 +28,15 @@ non-finite    a value that is not finite is never lost: the merge stops and says
 device        an accelerator gives what the CPU gives
 """
 
-import sys
+from importlib import import_module
 from itertools import product
+from pkgutil import walk_packages
 
 import pytest
 import torch
 
-import mergetool
+import mergetool.engine
+import mergetool.planner
 from mergetool import MergeError
 from mergetool.methods import registry
 from mergetool.methods.base import TensorGroup
@@ -338,9 +340,14 @@ def run(files, tmp_path, monkeypatch):
 
 def cut_finely(monkeypatch, slice_elements, unit_elements):
     """The two sizes are constants that several modules import; give all of them other values."""
+    modules = [
+        import_module(found.name)
+        for package in (mergetool.engine, mergetool.planner)
+        for found in walk_packages(package.__path__, f"{package.__name__}.")
+    ]
     for key, value in (("SLICE_ELEMENTS", slice_elements), ("UNIT_ELEMENTS", unit_elements)):
-        holders = [m for name, m in sys.modules.items() if name.startswith("mergetool") and hasattr(m, key)]
-        assert holders
+        holders = [module for module in modules if hasattr(module, key)]
+        assert len(holders) > 2
         for module in holders:
             monkeypatch.setattr(module, key, value)
 
