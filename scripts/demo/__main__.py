@@ -37,7 +37,7 @@ def main() -> None:
 def make_data() -> Stage:
     stage = Stage(DEMO / "data", digest(code("sources.py", "tasks.py", "wheels.txt"), version("scikit-learn")))
     if not stage.is_current():
-        say("data: six tasks and a corpus from scikit-learn, Unicode and the wheels of eight projects")
+        say("data: five tasks and a corpus from scikit-learn, Unicode and the wheels of eight projects")
         stage.build(lambda folder: tasks.write(DEMO / "wheels", folder))
     return stage
 
@@ -59,7 +59,7 @@ def make_experts(data: Stage, base: Stage) -> dict[str, Stage]:
     stages = {task: Stage(DEMO / "experts" / task, digest(task, *inputs)) for task in tasks.NAMES}
     missing = [task for task, stage in stages.items() if not stage.is_current()]
     if missing:
-        say(f"experts: every weight of the base fine-tuned on {', '.join(missing)}")
+        say(f"experts: all weights of the base fine-tuned on {', '.join(missing)}")
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(max_workers=2, mp_context=context) as pool:
             for task, summary in pool.map(_finetune, [(task, data, base, stages[task]) for task in missing]):

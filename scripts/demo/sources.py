@@ -33,7 +33,7 @@ def fetch(folder: Path) -> dict[str, Path]:
     """Project name -> its wheel under `folder`; asks PyPI only if a file with the pinned hash is not there yet."""
     wanted = dict(re.findall(r"^(\w+)==\S+\s+--hash=sha256:(\w+)", WHEELS.read_text(), re.MULTILINE))
     if not set(wanted.values()) <= set(_by_digest(folder)):
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        pip = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check"]
         options = ["--no-deps", "--only-binary", ":all:", "--require-hashes"]
         command = [*pip, *options, "--dest", str(folder), "--requirement", str(WHEELS)]
         subprocess.run(command, check=True, stdout=sys.stderr)

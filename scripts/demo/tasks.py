@@ -1,4 +1,4 @@
-"""Six classification tasks on real data, all of them sequences of tokens that one encoder can read.
+"""Five classification tasks on real data, all of them sequences of tokens that one encoder can read.
 
 | task     | input                                      | classes                    | split by  |
 |----------|--------------------------------------------|----------------------------|-----------|
@@ -6,7 +6,6 @@
 | language | Django's translated messages               | 16 languages in Latin type | message   |
 | project  | four lines of Python                       | 8 projects                 | file      |
 | operator | an `if` with its comparison hidden         | 8 operators                | file      |
-| error    | a `raise` with the exception hidden        | 5 exceptions               | file      |
 | category | the Unicode name of a character            | 10 general categories      | character |
 
 A hash of what the data is split by decides between train (70 %), validation (10 %) and test (20 %), so neither a
@@ -28,7 +27,6 @@ MASK = "[MASK]"
 SPLITS = ("train", "validation", "test")
 LANGUAGES = ("af", "ca", "cs", "da", "de", "es", "et", "fi", "fr", "it", "nb", "nl", "pl", "pt", "sk", "sv")
 OPERATORS = ("==", "!=", "is", "is not", "in", "not in", "<", ">")
-ERRORS = ("AttributeError", "NotImplementedError", "RuntimeError", "TypeError", "ValueError")
 CATEGORIES = ("Ll", "Lo", "Lu", "Mc", "Mn", "Nd", "No", "Po", "Sm", "So")
 NUM_SNIPPETS = 40_000  # of Python code, drawn for the corpus before the test files are taken out
 NUM_INTENSITIES = 5  # scikit-learn's 17 grey levels, binned, so that a pair of pixels is one of 25 tokens
@@ -136,17 +134,6 @@ def operator(files: Iterable[SourceFile]) -> Iterator[Item]:
                 yield Item(_dedent([f"if {found[1]} {MASK} {found[3]}:", following]), found[2], _group(file))
 
 
-def error(files: Iterable[SourceFile]) -> Iterator[Item]:
-    """A raise statement with the exception's name hidden, after the two lines that lead to it."""
-    statement = re.compile(rf"^(\s*)raise ({'|'.join(ERRORS)})\((.+)$")
-    for file in files:
-        lines = [line for line in file.text.splitlines() if line.strip()]
-        for number, line in enumerate(lines):
-            if found := statement.match(line):
-                before = lines[max(0, number - 2) : number]
-                yield Item(_dedent([*before, f"{found[1]}raise {MASK}({found[3]}"]), found[2], _group(file))
-
-
 def category() -> Iterator[Item]:
     """Names of characters in Unicode 3.2, the one version that every Python carries; ideographs are left out."""
     database = unicodedata.ucd_3_2_0
@@ -170,7 +157,7 @@ def _group(file: SourceFile) -> str:
 # ---------------------------------------------------------------- on disk
 
 
-NAMES = ("digits", "language", "project", "operator", "error", "category")
+NAMES = ("digits", "language", "project", "operator", "category")
 
 
 def write(wheels: Path, folder: Path) -> None:
@@ -183,7 +170,6 @@ def write(wheels: Path, folder: Path) -> None:
         make_task("language", language(found["django"]), per_class=500),
         make_task("project", snippets, per_class=700),
         make_task("operator", operator(files), per_class=700),
-        make_task("error", error(files), per_class=600),
         make_task("category", category(), per_class=400),
     ]
     for task in made:
