@@ -30,7 +30,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve()
 ROOT = SCRIPT.parents[1]
 TASKS = ("package", "kind", "length", "returns", "order", "name")
-WIDTHS = ((1024, 2816), (2816, 1024), (1536, 4096))
+WIDTHS = (*[(1024, 2816), (2816, 1024)] * 2, (1536, 4096), (4096, 1536))
 STEPS, BATCH, TOKENS, RATE = 30, 12, 32, 1e-4
 
 
