@@ -26,6 +26,7 @@ class Atom:
         self.bound: Axis | None = None  # what it is really made of
         self.outer: set[Atom] = set()  # atoms before it in a product that one atom was split into
         self.family: dict[tuple[Atom, int], Atom] = {}
+        self.member = False  # of a family; then it has none of its own
 
 
 Product = tuple[Atom, ...]
@@ -128,11 +129,16 @@ def _front(product: list[Atom]) -> list[Atom]:
 
 
 def _union(a: Atom, b: Atom) -> None:
+    if root(a).member or root(b).member:
+        for atom in (root(a), root(b)):
+            for outer in families_over(atom):
+                collapse(atom, outer)
     a, b = root(a), root(b)
     if a is b:
         return
     b.link = a
     a.outer |= b.outer
+    a.member = a.member or b.member
     moved = a.pinned == b.pinned
     a.pinned = a.pinned or b.pinned
     for (outer, index), choice in b.family.items():
@@ -286,11 +292,14 @@ def choose(axes: list[Axis], axis: int, index: int) -> list[Axis]:
 
 
 def chosen(atom: Atom, outer: Atom, index: int) -> Atom:
-    """The atom that stands for `atom` where `outer` has this index."""
+    """The atom that stands for `atom` where `outer` has this index: itself, if it is such a choice already."""
+    if atom.member:
+        return atom
     for (known, at), choice in atom.family.items():
         if root(known) is root(outer) and at == index:
             return choice
     choice = Atom(atom.size, pinned=atom.pinned)
+    choice.member = True
     atom.family[outer, index] = choice
     return choice
 
@@ -303,6 +312,6 @@ def families_over(atom: Atom) -> set[Atom]:
 def collapse(atom: Atom, outer: Atom) -> None:
     """Give up the distinction between the members of a family: all move like the whole."""
     members = {key: choice for key, choice in atom.family.items() if root(key[0]) is root(outer)}
-    for key, choice in members.items():
-        del atom.family[key]
+    atom.family = {key: choice for key, choice in atom.family.items() if key not in members}
+    for choice in members.values():
         unify(((choice,),), ((atom,),))

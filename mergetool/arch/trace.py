@@ -88,7 +88,6 @@ class _Trace:
         self.program = program
         self.weights = weights
         self.parameters: dict[int, Value] = {}  # by identity: tied names are one tensor
-        self.used: set[int] = set()
         self.values: dict[str, Any] = {}
 
     def run(self) -> list[Value]:
@@ -102,7 +101,6 @@ class _Trace:
                 self.values[node.name] = self._call(node)
             elif node.op == "output":
                 _pin_all(self._operand(node.args))
-        _pin_all([axes for tensor, axes in self.parameters.items() if tensor not in self.used])
         return list(_flat(list(self.values.values())))
 
     def _input(self, node: fx.Node, spec: InputSpec, statistic: bool) -> Any:
@@ -111,8 +109,6 @@ class _Trace:
             return None
         known = self.weights.get(spec.target or "")
         if known is not None and (spec.kind is InputKind.PARAMETER or statistic):
-            if node.users:
-                self.used.add(id(known))
             return self.parameters.setdefault(id(known), Value(fresh(size) for size in value.shape))
         constant = self._constant(spec)
         if constant is None:

@@ -1,3 +1,6 @@
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from mergetool.arch.atoms import (
     ONE,
     choose,
@@ -138,3 +141,42 @@ def test_the_choices_of_a_fused_axis_are_atoms_of_their_own():
     pin(channels)
     assert is_pinned(query[1])
     assert not is_pinned(query[0])
+
+
+def test_a_choice_that_equals_the_whole_makes_all_choices_equal():
+    fused = fresh(24)
+    which, heads, channels = regroup([fused], [3, 2, 4])
+    first, second = (choose([which, heads, channels], 0, index) for index in (0, 1))
+    unify(first[1], channels)
+    assert same(second[1], channels)
+    assert not same(first[0], second[0])
+    assert not is_pinned(channels)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_equations_between_axes_end_and_keep_their_sizes(data):
+    axes = [fresh(12) for _ in range(5)]
+    for _ in range(data.draw(st.integers(1, 14))):
+        pick = st.sampled_from(axes)
+        action = data.draw(st.sampled_from(["unify", "pin", "split", "cut", "choose", "swap"]))
+        axis = data.draw(pick)
+        if action == "unify":
+            unify(axis, data.draw(pick))
+        elif action == "pin" and data.draw(st.integers(0, 3)) == 0:
+            pin(axis)
+        elif action == "split":
+            parts = regroup([axis], data.draw(st.sampled_from([[3, 4], [4, 3], [2, 6], [2, 2, 3]])))
+            assert [size_of(part) for part in parts] in ([3, 4], [4, 3], [2, 6], [2, 2, 3])
+            axes += regroup(parts, [12])
+        elif action == "choose":
+            (which, rest) = regroup([axis], [3, 4])
+            (choice,) = choose([which, rest], 0, data.draw(st.integers(0, 2)))
+            assert size_of(choice) == 4
+            unify(choice, regroup([data.draw(pick)], [3, 4])[1])
+        else:
+            at = data.draw(st.integers(1, 11))
+            first, second = part_of(axis, 0, at), part_of(axis, at, 12)
+            assert (size_of(first), size_of(second)) == (at, 12 - at)
+            axes.append(second + first if action == "swap" else first + second)
+    assert all(size_of(resolve(axis)) == 12 for axis in axes)

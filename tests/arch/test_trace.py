@@ -178,6 +178,27 @@ def test_channels_that_meet_a_gain_without_heads_are_shared_by_all_heads():
     assert spec.tensors["gain"].axes[0][0][0].space in within
 
 
+class FusedGain(nn.Module):
+    """Queries, keys and values in one tensor, scaled by one gain before they part."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 12), nn.Linear(12, 4)
+        self.qkv, self.gain = nn.Linear(12, 36), nn.Parameter(torch.ones(3, 4))
+
+    def forward(self, x):
+        fused = self.qkv(self.first(x)).view(*x.shape[:2], 3, 3, 4) * self.gain
+        q, k, v = fused.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.last(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_what_is_used_before_a_fused_tensor_parts_is_shared_by_its_parts():
+    module, inputs = randomised(FusedGain()), normal(2, 6, 5)
+    spec = traced(module, inputs)
+    assert sorted(space.size for space in spec.spaces.values()) == [3, 4, 12]
+    assert failures(runner(module, inputs), module.state_dict(), spec) == ()
+
+
 class Squeeze(nn.Module):
     """Every head is scaled by what all heads have in common, channel by channel; no parameter sees that."""
 

@@ -102,6 +102,13 @@ def test_the_axis_at_fault_is_named(entry, blamed, tmp_path):
     assert blamed in str(caught.value)
 
 
+def test_a_sign_that_only_a_flip_of_the_whole_stream_shows_is_found(tmp_path):
+    model, batch = transformer("GPT2LMHeadModel", n_layer=1)
+    spec = spec_of(model, tmp_path / "wrong.yaml", "extends: gpt2\ntensors:\n  ln_f.bias: abs(residual)\n")
+    with pytest.raises(PlanError, match=r"transformer\.ln_f\.bias, axis 0 \(has its signs wrong\)"):
+        prove(runner(model, **batch), model.state_dict(), spec)
+
+
 def test_an_axis_that_must_stay_is_named(tmp_path):
     module = randomised(MLP(widths=(6, 9, 9)))
     path = tmp_path / "wrong.yaml"
