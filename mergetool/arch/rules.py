@@ -72,13 +72,21 @@ def _linear(call: Call) -> list[Axes]:
 
 def _einsum(call: Call) -> list[Axes]:
     left, right = call["equation"].replace(" ", "").split("->")
-    if "." in left:
-        return _unknown(call)
     letters: dict[str, Axis] = {}
     for term, axes in zip(left.split(","), call["tensors"], strict=True):
-        for letter, axis in zip(term, axes, strict=True):
-            unify(letters.setdefault(letter, axis), axis)
-    return [[letters[letter] for letter in right]]
+        for letter, axis in zip(_letters(term, len(axes)), axes, strict=True):
+            if size_of(letters.get(letter, ONE)) == 1:
+                letters[letter] = axis
+            elif size_of(axis) > 1:
+                unify(letters[letter], axis)
+    return [[letters[letter] for letter in _letters(right, len(call.shape))]]
+
+
+def _letters(term: str, rank: int) -> list[str]:
+    """One label per axis; those that an ellipsis stands for are counted from its right end, as broadcasting does."""
+    first, ellipsis, last = term.partition("...")
+    unnamed = rank - len(first) - len(last) if ellipsis else 0
+    return [*first, *(f"...{k}" for k in range(unnamed, 0, -1)), *last]
 
 
 def _convolution(call: Call) -> list[Axes]:
