@@ -5,6 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mergetool.kernels.matching import curve, gradient, objective
 from mergetool.kernels.permute import Element
@@ -174,3 +175,18 @@ def test_models_are_not_changed_and_may_require_gradients(case):
     scores = gradient(problem, problem.families[0], point, [0, 1])
     assert not any(score.requires_grad for score in scores.values())
     assert all(torch.equal(x[name], y[name]) for x, y in zip(live, models, strict=True) for name in x)
+
+
+def test_the_work_of_an_iteration_grows_like_the_number_of_models():
+    toy = toys.mlp(6, 16, 12, 4)
+    work = {}
+    for num_models in (3, 6, 12):
+        problem = toys.problem(toy, [toys.weights(toy[1], seed) for seed in range(num_models)])
+        start, end = random_point(problem, 0, 2), random_point(problem, 1, 1)
+        with FlopCounterMode(display=False) as counter:
+            for family in problem.families:
+                gradient(problem, family, start, range(num_models))
+            curve(problem, start, end, movers=range(num_models))
+        work[num_models] = counter.get_total_flops()
+    assert work[12] - work[6] == 2 * (work[6] - work[3])
+    assert work[12] < 4.01 * work[3]
