@@ -24,11 +24,6 @@ def explain(error: MergetoolError, *, as_json: bool) -> None:
         print(json.dumps(error.as_dict(), indent=2, ensure_ascii=False))
 
 
-def interrupted() -> None:
-    """Say what Ctrl-C left behind."""
-    say("interrupted; what was finished is kept, the same command goes on from there")
-
-
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Aligned columns on stdout; heads are left out when they are all empty."""
     cells = [[_cell(value) for value in row] for row in rows]

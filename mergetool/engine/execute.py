@@ -16,7 +16,7 @@ from mergetool.engine.jobs import Jobs
 from mergetool.engine.provenance import finish
 from mergetool.engine.result import Result
 from mergetool.engine.schedule import Schedule
-from mergetool.errors import MergeError, OutputError
+from mergetool.errors import MergeError, OutputError, SourceError
 from mergetool.methods.base import BundleMethod
 from mergetool.planner import Plan, make_plan
 from mergetool.planner.estimate import Costs, check_disk, estimate
@@ -108,10 +108,20 @@ def _run_claimed(plan: Plan, claim: Claim, costs: Costs, flags: Flags, progress:
         raise
     finally:
         writer.close()
+    _check_unchanged(plan)
     seconds = claim.journal.done.seconds + time.monotonic() - started
     result = finish(plan, claim, jobs.record, seconds)
     claim.publish()
     return result
+
+
+def _check_unchanged(plan: Plan) -> None:
+    """Raise SourceError if an input was written to since its header was read."""
+    for source in plan.sources.values():
+        for stamp in source.files:
+            if stamp.changed():
+                what = "the file changed while it was being merged"
+                raise SourceError(what, str(stamp.path), "let nothing write to it, then run again")
 
 
 def _work(

@@ -38,20 +38,26 @@ class SlotWriter:
     def __init__(self, folder: Path, layouts: Sequence[FileLayout]) -> None:
         self.folder = folder
         self._layouts = layouts
-        self._fds = [self._create(layout) for layout in layouts]
+        self._fds: list[int] = []
+        try:
+            for layout in layouts:
+                self._create(layout)
+        except OutputError:
+            self.close()
+            raise
 
-    def _create(self, layout: FileLayout) -> int:
+    def _create(self, layout: FileLayout) -> None:
         path = self.folder / layout.name
         size = layout.header.file_size
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._fds.append(fd)
             if os.fstat(fd).st_size != size:
                 os.ftruncate(fd, 0)
                 _reserve(fd, size)
         except OSError as error:
             raise write_error(error, str(path)) from error
         write_exact(fd, memoryview(layout.prefix), 0, str(path))
-        return fd
 
     def write(self, shard: int, name: str, begin: int, data: memoryview) -> None:
         """Put `data` at byte `begin` of tensor `name` in file `shard`. Raises OutputError."""
