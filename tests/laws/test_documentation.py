@@ -12,11 +12,9 @@ from mergetool.cli.app import app
 from mergetool.methods import registry
 from mergetool.methods.base import BundleMethod
 from mergetool.recipe.reference import method_facts
-from tests.toys import INTEGERS, SHAPES, read, toy_models, write
+from tests.toys import INTEGERS, MLP, SHAPES, read, toy_models, write
 
 METHODS = sorted(registry())
-MLP = {"fc1.weight": (7, 5), "fc1.bias": (7,), "fc2.weight": (3, 7), "fc2.bias": (3,)}
-"""What methods that ask for the architecture are tried on."""
 RECIPES = Path(__file__).parents[2] / "recipes"
 every_method = pytest.mark.parametrize("name", METHODS)
 
