@@ -60,3 +60,48 @@ def write_sparse(path, num_bytes):
     write_raw(path, {"w": entry})
     os.truncate(path, Path(path).stat().st_size + num_bytes)
     return path
+
+
+class Watch:
+    """Progress that calls back: `on_advance(n)` after the n-th unit (from 1; 0 is what a resumed run begins with)."""
+
+    def __init__(self, on_advance=lambda count: None):
+        self.count = -1
+        self.said = []
+        self._on_advance = on_advance
+
+    def start(self, total_bytes, label):
+        pass
+
+    def advance(self, num_bytes):
+        self.count += 1
+        self._on_advance(self.count)
+
+    def say(self, text):
+        self.said.append(text)
+
+    def stop(self):
+        pass
+
+
+class StoppedError(Exception):
+    """Stands for whatever ends a run in the middle."""
+
+
+def stop_after(count):
+    """Progress that ends a run after `count` units."""
+
+    def on_advance(done):
+        if done >= count:
+            raise StoppedError
+
+    return Watch(on_advance)
+
+
+def content(folder):
+    """Every file of a folder but the lock (which holds timings) and the card, as bytes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("mergetool.json", "README.md")
+    }

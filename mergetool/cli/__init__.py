@@ -1,23 +1,71 @@
 """The command line: the only place that prints, colours and exits."""
 
 import gc
+import os
+import signal
 import sys
+from io import TextIOWrapper
+from types import FrameType
+from typing import Any
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C. An exception of its own: the command-line library would swallow a KeyboardInterrupt."""
+
+    happened = False
 
 
 def main() -> None:
     """Run the command line and exit with the code of design section 3: 0 done, 1 our bug, 2 to 8 by error class."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # else it is ignored (nohup), and shall be
+        signal.signal(signal.SIGINT, _interrupt)
+    if isinstance(sys.stdout, TextIOWrapper):  # a file name may be no Unicode, and a terminal may know only ASCII
+        sys.stdout.reconfigure(errors="backslashreplace")
+    gc.set_threshold(100_000, 50, 50)  # importing torch makes many objects and no garbage
+    code = _run()
+    signal.signal(signal.SIGINT, handler)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 141
+    if code == 141:  # whoever read our output has gone; nothing more to say
+        sys.stdout = sys.stderr = None
+    gc.freeze()  # the process ends here: what is left need not be searched for garbage
+    sys.exit(code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End in good order; the second time, at once."""
+    if _Interrupted.happened:
+        os._exit(130)
+    _Interrupted.happened = True
+    raise _Interrupted
+
+
+def _run() -> int:
+    """Run a command; its exit code."""
     from mergetool.cli.app import app
-    from mergetool.cli.show import explain
+    from mergetool.cli.show import explain, explain_bug, explain_usage, interrupted
     from mergetool.errors import MergetoolError
 
-    gc.set_threshold(100_000, 50, 50)  # importing torch makes many objects and no garbage
+    as_json = "--json" in sys.argv
     try:
-        app()
-    except MergetoolError as error:
-        explain(error, as_json="--json" in sys.argv)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has gone; nothing more to say
-        sys.exit(141)
-    finally:
-        gc.freeze()  # the process ends here: what is left need not be searched for garbage
+        code: Any = app(standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except SystemExit as end:  # how the library answers a pipe that is closed
+        if isinstance(end.__context__, BrokenPipeError):
+            return 141
+        raise
+    except BaseException as error:
+        if _Interrupted.happened:  # whatever became of it: modules that were being imported make other errors of it
+            interrupted()
+            return 130
+        if isinstance(error, MergetoolError):
+            explain(error, as_json=as_json)
+            return error.exit_code
+        if hasattr(error, "format_message"):  # a wrong option or argument
+            explain_usage(error, as_json=as_json)
+            return 2
+        explain_bug(as_json=as_json)
+        return 1

@@ -61,12 +61,8 @@ def run(
     from mergetool.recipe import load_recipe
 
     flags = Flags(output, device, workers, _size(memory), overwrite=overwrite, resume=not no_resume, cache=cache)
-    try:
-        with ProgressBar() as progress:
-            result = run_recipe(load_recipe(recipe, settings or ()), flags, progress)
-    except KeyboardInterrupt:
-        say("interrupted; what was finished is kept, the same command goes on from there")
-        raise typer.Exit(130) from None
+    with ProgressBar() as progress:
+        result = run_recipe(load_recipe(recipe, settings or ()), flags, progress)
     for note, count in result.notes.items():
         say(f"note: {note} ({count} tensors)" if count > 1 else f"note: {note}")
     say(f"{result.num_tensors} tensors, {result.bytes_written / 1e9:.2f} GB in {result.seconds:.1f} s")

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
@@ -12,16 +13,46 @@ from mergetool.errors import MergetoolError, RecipeError
 
 def say(text: str) -> None:
     """A line for people."""
-    print(text, file=sys.stderr)
+    print(_plain(text), file=sys.stderr)
+
+
+def _plain(text: str) -> str:
+    """Text in which names out of a hostile file can do nothing to a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
 def explain(error: MergetoolError, *, as_json: bool) -> None:
     """Print an error: on stderr for people, and with `as_json` on stdout too."""
     problems = error.problems if isinstance(error, RecipeError) else (error,)
     for problem in problems:
-        say(f"{_paint('error', '31;1')}: {problem}")
+        print(f"{_paint('error', '31;1')}: {_plain(str(problem))}", file=sys.stderr)
     if as_json:
-        print(json.dumps(error.as_dict(), indent=2, ensure_ascii=False))
+        _print_json(error.as_dict())
+
+
+def explain_usage(error: Any, *, as_json: bool) -> None:
+    """Print what the command-line library says about a wrong option or argument."""
+    error.show()
+    if as_json:
+        _print_json(RecipeError(error.format_message(), "command line", "see: mergetool --help").as_dict())
+
+
+def explain_bug(*, as_json: bool) -> None:
+    """Print the traceback of an error that should not have been possible."""
+    text = traceback.format_exc()
+    say(text)
+    say("this is a bug in mergetool: please report it, with the lines above")
+    if as_json:
+        _print_json({"error": "Bug", "exit_code": 1, "what": text, "where": "", "fix": "please report it"})
+
+
+def _print_json(answer: Any) -> None:
+    print(json.dumps(answer, indent=2, ensure_ascii=False))
+
+
+def interrupted() -> None:
+    """Say what Ctrl-C left behind."""
+    say("interrupted; what was finished is kept, the same command goes on from there")
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -30,7 +61,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     lines = ([list(heads)] if any(heads) else []) + cells
     widths = [max((len(line[at]) for line in lines), default=0) for at in range(len(heads))]
     for line in lines:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+        print("  ".join(_plain(text).ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _cell(value: Any) -> str:
@@ -97,7 +128,7 @@ class ProgressBar:
     def say(self, text: str) -> None:
         """A message that stays, above the bar."""
         self._erase()
-        print(text, file=self._stream)
+        print(_plain(text), file=self._stream)
 
     def stop(self) -> None:
         """Take the bar away."""

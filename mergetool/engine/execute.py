@@ -16,7 +16,7 @@ from mergetool.engine.jobs import Jobs
 from mergetool.engine.provenance import finish
 from mergetool.engine.result import Result
 from mergetool.engine.schedule import Schedule
-from mergetool.errors import MergeError, OutputError, SourceError
+from mergetool.errors import MergeError, MergetoolError, OutputError
 from mergetool.methods.base import BundleMethod
 from mergetool.planner import Plan, make_plan
 from mergetool.planner.estimate import Costs, check_disk, estimate
@@ -85,43 +85,48 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
 
 
 def _run_claimed(plan: Plan, claim: Claim, costs: Costs, flags: Flags, progress: Progress) -> Result:
-    started = time.monotonic()
-    if claim.finished:  # killed between the last byte and the rename
-        claim.publish()
-        return Result(claim.output, 0.0, 0, plan.bytes_out, 0, len(plan.steps), resumed=True)
-    if isinstance(plan.recipe.method, BundleMethod):
-        from mergetool.engine.bundling import run_bundle
+    try:
+        if claim.finished:  # killed between the last byte and the rename
+            claim.publish()
+            return Result(claim.output, 0.0, 0, plan.bytes_out, 0, len(plan.steps), resumed=True)
+        if isinstance(plan.recipe.method, BundleMethod):
+            from mergetool.engine.bundling import run_bundle
 
-        return run_bundle(plan, claim, costs.workers, flags.cache, progress.say)
+            return run_bundle(plan, claim, costs.workers, flags.cache, progress.say)
+        return _merge(plan, claim, costs, flags, progress)
+    except MergetoolError as error:
+        if isinstance(error, MergeError) or claim.changed_inputs():  # nothing here is worth resuming
+            claim.discard()
+        raise
+
+
+def _merge(plan: Plan, claim: Claim, costs: Costs, flags: Flags, progress: Progress) -> Result:
+    started = time.monotonic()
     if claim.journal.resumed:
         progress.say(f"resuming: {len(claim.journal.done.units)} units are done already")
-    else:
-        check_disk(plan, claim.output)
-    writer = SlotWriter(claim.partial, plan.shards)
+    writer = _open_writer(plan, claim)
     try:
         schedule = Schedule(costs.step_memory)
         jobs = Jobs(plan, writer, claim.journal, schedule, progress)
         _work(jobs, schedule, writer, claim, costs, flags, started)
-    except MergeError:  # would fail again in the same way, so nothing here is worth resuming
-        writer.close()
-        claim.discard()
-        raise
     finally:
         writer.close()
-    _check_unchanged(plan)
     seconds = claim.journal.done.seconds + time.monotonic() - started
     result = finish(plan, claim, jobs.record, seconds)
     claim.publish()
     return result
 
 
-def _check_unchanged(plan: Plan) -> None:
-    """Raise SourceError if an input was written to since its header was read."""
-    for source in plan.sources.values():
-        for stamp in source.files:
-            if stamp.changed():
-                what = "the file changed while it was being merged"
-                raise SourceError(what, str(stamp.path), "let nothing write to it, then run again")
+def _open_writer(plan: Plan, claim: Claim) -> SlotWriter:
+    """The output files at their final size. A disk that is too small for them is left as it was."""
+    try:
+        if not claim.journal.resumed:
+            check_disk(plan, claim.output)
+        return SlotWriter(claim.partial, plan.shards)
+    except OutputError:
+        if not claim.journal.resumed:
+            claim.discard()
+        raise
 
 
 def _work(
@@ -138,8 +143,7 @@ def _work(
             jobs.fit(claim.partial)
             jobs.queue_all()
             schedule.close()
-            for thread in threads[:-1]:
-                thread.join()
+            schedule.wait()
     except BaseException as error:
         schedule.stop(error)
         raise

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from mergetool.engine.fitting import Fit
     from mergetool.engine.worker import Worker
 
-_WHOLE_MODEL = "model"
+_WHOLE_MODEL = None
+"""Scope of a survey over all tensors; every other scope is a tensor's name."""
 
 
 class Teller(Protocol):
@@ -150,7 +151,7 @@ class Jobs:
 
     # ---------------------------------------------------------------- surveys
 
-    def _begin_survey(self, scope: str, steps: list[Step], *, first: bool) -> None:
+    def _begin_survey(self, scope: str | None, steps: list[Step], *, first: bool) -> None:
         known = self._journal.done.stats.get(scope)
         survey = None
         if known is None and steps[0].method is not None:
@@ -161,7 +162,7 @@ class Jobs:
         else:
             self._queue_survey(scope, _Scope(survey, steps), first=first)
 
-    def _queue_survey(self, name: str, scope: _Scope, *, first: bool) -> None:
+    def _queue_survey(self, name: str | None, scope: _Scope, *, first: bool) -> None:
         pieces = [(step, *piece) for step in scope.steps for piece in step.pieces(UNIT_ELEMENTS)]
         scope.waiting = len(pieces)
         scope.partial = [None] * len(pieces)
@@ -179,7 +180,7 @@ class Jobs:
     def _survey(self, step: Step, start: int, stop: int, survey: Any) -> tuple[int, "Tensor"]:
         return self._bytes_of(step, start, stop), self._worker().survey(step, start, stop, survey)
 
-    def _surveyed(self, name: str, scope: _Scope, place: int, result: tuple[int, "Tensor"]) -> None:
+    def _surveyed(self, name: str | None, scope: _Scope, place: int, result: tuple[int, "Tensor"]) -> None:
         size, counts = result
         self.record.bytes_read += size
         if not counts.is_floating_point() and place > 0:  # exact in any order: keep one histogram, not thousands
@@ -195,7 +196,7 @@ class Jobs:
         conclusion = scope.survey.conclude(add_up(counts for counts in scope.partial if counts is not None))
         if isinstance(conclusion, Mapping):
             self._journal.stats(name, conclusion)
-            self._queue_merges(scope.steps, conclusion, first=name != _WHOLE_MODEL)
+            self._queue_merges(scope.steps, conclusion, first=name is not _WHOLE_MODEL)
         else:
             scope.survey = conclusion
             self._queue_survey(name, scope, first=True)

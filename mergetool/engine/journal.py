@@ -3,8 +3,8 @@
 One JSON line for every finished unit, written after its bytes were handed to the kernel; these survive a kill of the
 process. They do not all survive a power cut, so from time to time the data is synced and a `synced` line follows.
 The header line holds the machine's boot id: resuming within the same boot trusts every line, after a reboot only as
-many as the last `synced` line vouches for. A torn last line is cut off. An exclusive lock on the file keeps a second
-run out.
+many as the last `synced` line vouches for (which the new boot then notes). A torn last line is cut off. An exclusive
+lock on the file keeps a second run out.
 """
 
 import errno
@@ -13,7 +13,6 @@ import json
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ class Done:
     """What an earlier run finished: units by (step, start), statistics by scope, notes by tensor, seconds spent."""
 
     units: set[tuple[int, int]] = field(default_factory=set)
-    stats: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+    stats: dict[str | None, dict[str, tuple[float, ...]]] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -43,7 +42,8 @@ class Journal:
         self.path = folder / JOURNAL_NAME
         self._fd = _open_locked(self.path)
         self._lock = threading.Lock()
-        lines = _trusted(self.path, key) if resume else []
+        self._key = key
+        lines, boot = _trusted(self.path, key) if resume else ([], "")
         self.done = Done()
         for line in lines[1:]:
             _apply(self.done, json.loads(line))
@@ -53,14 +53,27 @@ class Journal:
         self._num_records = len(lines)
         os.ftruncate(self._fd, sum(len(line) + 1 for line in lines))
         if not lines:
-            self._write({"key": key, "boot": _boot_id()})
-            os.fsync(self._fd)
+            self._begin()
+        elif boot != _boot_id():
+            self.synced(len(lines), self.done.seconds)
+
+    def _begin(self) -> None:
+        self._write({"key": self._key, "boot": _boot_id()})
+        os.fsync(self._fd)
+
+    def start_over(self) -> None:
+        """Forget everything: what this journal speaks of is not there."""
+        os.ftruncate(self._fd, 0)
+        self.done = Done()
+        self.found = self.resumed = False
+        self._num_records = 0
+        self._begin()
 
     def unit(self, step: int, start: int, name: str, notes: list[str]) -> None:
         """A unit's bytes are in the page cache."""
         self._write({"unit": [step, start]} | ({"name": name, "notes": notes} if notes else {}))
 
-    def stats(self, scope: str, stats: Mapping[str, tuple[float, ...]]) -> None:
+    def stats(self, scope: str | None, stats: Mapping[str, tuple[float, ...]]) -> None:
         """The surveys of a scope are finished."""
         self._write({"scope": scope, "stats": {key: list(values) for key, values in stats.items()}})
 
@@ -74,7 +87,7 @@ class Journal:
 
     def synced(self, mark: int, seconds: float) -> None:
         """The data of the first `mark` records is on the disk; `seconds` of work so far, over all runs."""
-        self._write({"synced": mark, "seconds": round(seconds, 3)})
+        self._write({"synced": mark, "seconds": round(seconds, 3), "boot": _boot_id()})
         os.fsync(self._fd)
 
     def close(self) -> None:
@@ -82,11 +95,6 @@ class Journal:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def remove(self) -> None:
-        """The run is finished: no journal is needed any more."""
-        with suppress(FileNotFoundError):
-            self.path.unlink()
 
     def _write(self, record: dict[str, Any]) -> None:
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
@@ -108,11 +116,14 @@ def _open_locked(path: Path) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(fd).st_ino != path.stat().st_ino:  # the run that held it has just finished and moved it away
             raise FileNotFoundError
-    except OSError:
+    except (BlockingIOError, FileNotFoundError):
         os.close(fd)
         raise OutputError(
             "another run is writing this output", str(path.parent), "wait for it, or choose another place with -o PATH"
         ) from None
+    except OSError as error:
+        os.close(fd)
+        raise write_error(error, str(path)) from error
     return fd
 
 
@@ -123,21 +134,21 @@ def _boot_id() -> str:
         return ""
 
 
-def _trusted(path: Path, key: str) -> list[bytes]:
-    """The lines that can be believed: all within one boot, the synced ones after a reboot, none of another plan."""
-    lines = []
-    synced = 1
+def _trusted(path: Path, key: str) -> tuple[list[bytes], str]:
+    """The lines that can be believed (see above; none of another plan), and the boot that wrote the last of them."""
+    lines: list[bytes] = []
+    synced, boot = 1, ""
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
             record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or (not lines and record.get("key") != key):
+            break
         lines.append(line)
-        synced = record.get("synced", synced)
-    if not lines or json.loads(lines[0]).get("key") != key:
-        return []
-    same_boot = bool(_boot_id()) and json.loads(lines[0]).get("boot") == _boot_id()
-    return lines if same_boot else lines[:synced]
+        synced, boot = record.get("synced", synced), record.get("boot", boot)
+    same_boot = bool(boot) and boot == _boot_id()
+    return (lines if same_boot else lines[:synced]), boot
 
 
 def _apply(done: Done, record: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import platform
 import resource
-import shutil
 import sys
 from collections import Counter
 from importlib.metadata import version
@@ -17,10 +16,10 @@ from mergetool.engine.jobs import Record
 from mergetool.engine.journal import JOURNAL_NAME
 from mergetool.engine.result import Result
 from mergetool.planner import Plan
-from mergetool.tensors.io import sha256_file, write_error
+from mergetool.tensors.io import sha256_file
 from mergetool.tensors.side_files import CONFIG_NAME, carried_files, read_config
 from mergetool.tensors.source import INDEX_NAME
-from mergetool.tensors.writer import write_file
+from mergetool.tensors.writer import copy_file, write_file
 
 
 def finish(plan: Plan, claim: Claim, record: Record, seconds: float) -> Result:
@@ -50,7 +49,8 @@ def describe_run(plan: Plan, claim: Claim, record: Record, result: Result) -> No
     write_file(folder / "README.md", _card(plan))
     lock = _lock(plan, claim.key, record, result)
     weights = {*lock["output"]["files"], JOURNAL_NAME}
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    written = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    found = (path.relative_to(folder).as_posix() for path in written)
     others = sorted(name for name in found if name not in weights)
     lock["output"]["files"] |= {name: sha256_file(folder / name) for name in others}
     write_file(folder / LOCK_NAME, json.dumps(lock, indent=2, ensure_ascii=False) + "\n")
@@ -69,15 +69,21 @@ def _carry_files(plan: Plan, folder: Path) -> None:
     """config.json with its true dtype, tokenizer and generation files."""
     config = read_config(plan.sources[plan.donor].folder)
     if config:
-        key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
-        config[key] = _main_dtype(plan) or config.get(key)
+        if dtype := _main_dtype(plan):
+            _set_dtype(config, dtype, inside=plan.recipe.output.dtype != "source")
         write_file(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     tokenizer = plan.recipe.tokenizer
     for path in carried_files(plan.sources[tokenizer.source if tokenizer else plan.donor].folder):
-        try:
-            shutil.copyfile(path, folder / path.name)
-        except OSError as error:
-            raise write_error(error, str(folder / path.name)) from error
+        copy_file(path, folder / path.name)
+
+
+def _set_dtype(config: dict[str, Any], dtype: str, *, inside: bool) -> None:
+    """Write the dtype under the name that the config uses; `inside`: in the configs of parts (text, vision) too."""
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    config.update(dict.fromkeys(names, dtype))
+    for part in config.values() if inside else ():
+        if isinstance(part, dict) and ("dtype" in part or "torch_dtype" in part):
+            _set_dtype(part, dtype, inside=True)
 
 
 def _main_dtype(plan: Plan) -> str | None:

@@ -58,10 +58,19 @@ class Schedule:
             self.error = self.error or error
             self._changed.notify_all()
 
+    def wait(self) -> None:
+        """Wait until all is done, or something failed. (An interrupted `Thread.join` takes its thread for ended.)"""
+        with self._changed:
+            while self.error is None and (self._ready or self._running or self._open):
+                self._changed.wait()
+
     def work(self) -> None:
         """One thread's life: take jobs until there are none left or something failed."""
-        while (job := self._take()) is not None:
+        while (taken := self._take()) is not None:
+            job, hint = taken
             try:
+                if hint is not None:
+                    hint()
                 result = job.run()
                 with self._changed:
                     job.after(result)
@@ -70,7 +79,8 @@ class Schedule:
             finally:
                 self._give_back(job)
 
-    def _take(self) -> Job | None:
+    def _take(self) -> tuple[Job, Callable[[], None] | None] | None:
+        """A job, and the hint of the one that follows it; None when there are no more."""
         with self._changed:
             while True:
                 if self.error is not None:
@@ -79,14 +89,10 @@ class Schedule:
                     job = self._ready.popleft()
                     self._running += 1
                     self._used += job.memory
-                    following = self._ready[0].hint if self._ready else None
-                    break
+                    return job, self._ready[0].hint if self._ready else None
                 if not self._ready and not self._running and not self._open:
                     return None
                 self._changed.wait()
-        if following is not None:
-            following()
-        return job
 
     def _give_back(self, job: Job) -> None:
         with self._changed:

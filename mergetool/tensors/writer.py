@@ -6,6 +6,7 @@ or does not exist. Space is reserved when a file is created, so a disk that is t
 
 import errno
 import os
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -105,7 +106,7 @@ def write_file(path: Path, text: str) -> None:
     """Write a small file whole or not at all: to a sibling, synced, then renamed. Raises OutputError."""
     sibling = path.with_name(f".{path.name}.tmp")
     try:
-        with sibling.open("w", encoding="utf-8") as file:
+        with sibling.open("w", encoding="utf-8", errors="backslashreplace") as file:  # file names may be no Unicode
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -113,6 +114,16 @@ def write_file(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             sibling.unlink(missing_ok=True)
+        raise write_error(error, str(path)) from error
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a small file, and wait until it is on the disk. Raises OutputError."""
+    try:
+        shutil.copyfile(source, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    except OSError as error:
         raise write_error(error, str(path)) from error
 
 
