@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import mergetool
 
 from . import tasks, train
-from .__main__ import DEMO, RECIPES
+from .pipeline import DEMO, RECIPES
 
 GRID = (0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
 
