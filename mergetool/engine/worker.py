@@ -156,7 +156,7 @@ class Worker:
     def _judge(self, step: Step, start: int, values: Tensor, notes: list[str]) -> None:
         """Count what would not be finite once stored, and stop or note it, as the recipe says."""
         dtype = step.spec.dtype
-        bad = ~torch.isfinite(values.to(torch_dtype(dtype)).to(self._compute))
+        bad = _lost(values, dtype)
         count = int(bad.sum())
         if count == 0:
             return
@@ -203,6 +203,14 @@ def _merge(method: TensorMethod, group: TensorGroup, params: Params, stats: Stat
         if "without overflow" not in str(error):
             raise
         raise MergeError(f"{error}", "", "use smaller numbers, or set compute.dtype: float64") from None
+
+
+def _lost(values: Tensor, dtype: DType) -> Tensor:
+    """Which values are not finite, or not once stored. (Casts to some 8-bit floats give the largest number instead.)"""
+    stored = torch_dtype(dtype)
+    half_a_step = torch.finfo(stored).eps * 2.0 ** (math.frexp(dtype.largest)[1] - 2)
+    kept = torch.isfinite(values) & torch.isfinite(values.to(stored).to(values.dtype))
+    return ~kept | (values.abs() > dtype.largest + half_a_step)
 
 
 def _within(values: Tensor, dtype: DType) -> bool:
