@@ -10,7 +10,7 @@ from mergetool.engine.claim import LOCK_NAME
 from mergetool.errors import SourceError
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.io import bytes_of, sha256_file
-from mergetool.tensors.source import ModelSource, open_model
+from mergetool.tensors.source import FileStamp, ModelSource, open_model
 
 _CHUNK = 1 << 24
 
@@ -40,9 +40,12 @@ def _check_lock(lock_path: Path) -> int:
     try:
         files = json.loads(lock_path.read_text("utf-8"))["output"]["files"]
         expected = {str(name): str(digest) for name, digest in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SourceError("the lock cannot be read", str(lock_path), "merge again") from None
     for name, digest in expected.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise SourceError(f"the lock names {name!r}, which is not in this folder", str(lock_path), "merge again")
+        FileStamp.of(lock_path.parent / name)  # refuses what is no file
         found = sha256_file(lock_path.parent / name)
         if found != digest:
             what = f"SHA-256 is {found[:12]}..., the lock says {digest[:12]}..."
@@ -59,6 +62,7 @@ def _is_finite(source: ModelSource, name: str) -> bool:
         stored = torch.empty(min(_CHUNK, spec.num_bytes - begin), dtype=torch.uint8)
         source.read_bytes(name, begin, bytes_of(stored))
         assert len(stored) % itemsize == 0
-        if not bool(torch.isfinite(stored.view(torch_dtype(spec.dtype)).float()).all()):
+        values = stored.view(torch_dtype(spec.dtype))
+        if not bool(torch.isfinite(values if itemsize > 1 else values.float()).all()):
             return False
     return True

@@ -76,6 +76,7 @@ _EXPECTED = {
     "int_type": ("a whole number", "write a whole number"),
     "bool_type": ("true or false", "write true or false"),
     "string_pattern_mismatch": ("characters that a path can hold", "write another path"),
+    "string_unicode": ("Unicode text", "rename the file or folder, or name it from inside"),
     "string_type": ("text", "write text, in quotes if it looks like a number"),
     "tuple_type": ("a list", "write [...]"),
     "dict_type": ("a mapping", "write it as `key: value`"),
