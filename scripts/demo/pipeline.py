@@ -119,8 +119,12 @@ def print_table(path: Path) -> None:
     """The result, and nothing else, on stdout."""
     results = json.loads(path.read_text())
     total = sum(results["examples"].values())
-    print(f"Accuracy in percent on the {results['split']} split ({total} examples that no training saw),")
-    print("and in brackets as percent of the expert's accuracy.\n")
+    print(
+        f"Accuracy in percent on the {results['split']} split ({total} examples that no training saw), and in brackets as"
+    )
+    print(
+        "percent of the expert's. `base` and the merges use the experts' heads; scales were chosen on validation data.\n"
+    )
     print(table.render(results["accuracy"]))
 
 
