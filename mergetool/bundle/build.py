@@ -9,8 +9,7 @@ Only one tensor of every model is in memory at a time, a thread.
 """
 
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -24,6 +23,7 @@ from torch import Tensor
 from mergetool import __version__
 from mergetool.arch.depth import structural_depths
 from mergetool.arch.matrices import MatrixFilter, is_matrix
+from mergetool.bundle.files import CONFIG_NAME, TensorWriter, copy_model
 from mergetool.bundle.heads import write_head
 from mergetool.bundle.manifest import MANIFEST_NAME, Base, Head, HeadRule, Manifest, Parameter, Router, Task
 from mergetool.bundle.store import FactorStore
@@ -31,13 +31,12 @@ from mergetool.errors import MergeError, PlanError
 from mergetool.kernels.routing import cosines, without_duplicates
 from mergetool.kernels.spectral import Factors, concatenated, energy_rank, interference, orthogonalised
 from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME, torch_dtype
-from mergetool.tensors.header import Header, TensorSpec, lay_out
-from mergetool.tensors.io import bytes_of, sha256_file, write_error
-from mergetool.tensors.side_files import carried_files, read_config
-from mergetool.tensors.source import INDEX_NAME, SINGLE_NAME, ModelSource
-from mergetool.tensors.writer import SlotWriter, write_file
+from mergetool.tensors.header import TensorSpec
+from mergetool.tensors.io import sha256_file
+from mergetool.tensors.side_files import read_config
+from mergetool.tensors.source import SINGLE_NAME, ModelSource
+from mergetool.tensors.writer import write_file
 
-CONFIG_NAME = "config.json"
 FIRST_PASS = "first_pass.safetensors"
 
 
@@ -128,13 +127,6 @@ def build(experts: Experts, folder: Path, store: FactorStore, options: Options, 
     return work.finish(base, tasks, parameters, router)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    name: str
-    prefix: bytes
-    header: Header
-
-
 class _Work:
     """One build: where things come from and go."""
 
@@ -222,7 +214,7 @@ class _Work:
             elif parameter.policy == "full":
                 specs += [TensorSpec(f"{name}.delta", BY_NAME["F32"], parameter.shape)]
         path = f"factors/{quote(task, safe='')}.safetensors"
-        with _Writer(self.folder, path, specs) as writer:
+        with TensorWriter(self.folder, path, specs) as writer:
             for name, parameter in parameters.items():
                 if parameter.policy == "skip" or (parameter.policy == "svd" and not parameter.ranks[place]):
                     continue
@@ -279,7 +271,7 @@ class _Work:
         ]
         base = self.experts.sources["base"].specs
         specs = [TensorSpec(name, base[name].dtype, base[name].shape) for name in wanted]
-        with _Writer(self.folder, FIRST_PASS, specs) as writer:
+        with TensorWriter(self.folder, FIRST_PASS, specs) as writer:
             for name in wanted:
                 writer.put(name, self._merged(name, parameters))
 
@@ -315,7 +307,7 @@ class _Work:
             files = source.files
             place = source.folder or files[0].path
             return Base(kind="reference", path=str(place.absolute()), files=digests)
-        _copy_model(source, self.folder / "base")
+        copy_model(source, self.folder / "base")
         single = source.folder is None
         return Base(kind="copy", path="base", files={SINGLE_NAME if single else key: d for key, d in digests.items()})
 
@@ -360,26 +352,6 @@ def bundle_config(base: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-class _Writer:
-    """One safetensors file, laid out first, filled tensor by tensor."""
-
-    def __init__(self, folder: Path, path: str, specs: Sequence[TensorSpec]) -> None:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        self._specs = {spec.name: spec for spec in specs}
-        self._slots = SlotWriter(folder, [_Layout(path, *lay_out(specs, {"format": "pt"}))])
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._slots.close()
-
-    def put(self, name: str, values: Tensor) -> None:
-        stored = values.to(torch_dtype(self._specs[name].dtype)).contiguous()
-        assert tuple(stored.shape) == self._specs[name].shape, name
-        self._slots.write(0, name, 0, bytes_of(stored.reshape(-1)))
-
-
 def _torch(name: str) -> torch.dtype:
     return torch_dtype(BY_TORCH_NAME[name])
 
@@ -417,22 +389,3 @@ def _routing_matrices(
         )
         raise PlanError(what, "merge.router", "check that the experts are fine-tunes of the base, or lower the rank")
     return tuple(chosen)
-
-
-def _copy_model(source: ModelSource, folder: Path) -> None:
-    """A model's weights, index, config and tokenizer, byte for byte."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = [stamp.path for stamp in source.files]
-    if source.folder is None:
-        _copy(weights[0], folder / SINGLE_NAME)
-        return
-    beside = [source.folder / name for name in (CONFIG_NAME, INDEX_NAME) if (source.folder / name).is_file()]
-    for path in [*weights, *beside, *carried_files(source.folder)]:
-        _copy(path, folder / path.name)
-
-
-def _copy(source: Path, target: Path) -> None:
-    try:
-        shutil.copyfile(source, target)
-    except OSError as error:
-        raise write_error(error, str(target)) from error

@@ -1,0 +1,64 @@
+"""Files of a bundle: tensors laid out first and filled one by one, and models copied byte for byte."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor
+
+from mergetool.tensors.dtypes import torch_dtype
+from mergetool.tensors.header import Header, TensorSpec, lay_out
+from mergetool.tensors.io import bytes_of, write_error
+from mergetool.tensors.side_files import carried_files
+from mergetool.tensors.source import INDEX_NAME, SINGLE_NAME, ModelSource
+from mergetool.tensors.writer import SlotWriter
+
+CONFIG_NAME = "config.json"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    name: str
+    prefix: bytes
+    header: Header
+
+
+class TensorWriter:
+    """One safetensors file, laid out first, filled tensor by tensor."""
+
+    def __init__(self, folder: Path, path: str, specs: Sequence[TensorSpec]) -> None:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        self._specs = {spec.name: spec for spec in specs}
+        self._slots = SlotWriter(folder, [_Layout(path, *lay_out(specs, {"format": "pt"}))])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._slots.close()
+
+    def put(self, name: str, values: Tensor) -> None:
+        stored = values.to(torch_dtype(self._specs[name].dtype)).contiguous()
+        assert tuple(stored.shape) == self._specs[name].shape, name
+        self._slots.write(0, name, 0, bytes_of(stored.reshape(-1)))
+
+
+def copy_model(source: ModelSource, folder: Path) -> None:
+    """A model's weights, index, config and tokenizer, byte for byte."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = [stamp.path for stamp in source.files]
+    if source.folder is None:
+        _copy(weights[0], folder / SINGLE_NAME)
+        return
+    beside = [source.folder / name for name in (CONFIG_NAME, INDEX_NAME) if (source.folder / name).is_file()]
+    for path in [*weights, *beside, *carried_files(source.folder)]:
+        _copy(path, folder / path.name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise write_error(error, str(target)) from error
