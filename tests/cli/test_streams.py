@@ -1,0 +1,255 @@
+"""What goes to stdout, what to stderr, whatever goes wrong: programs read the one, terminals show the other."""
+
+import json
+import os
+import pty
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mergetool.cli import main
+from tests.files import tensors, write_model, write_models, write_raw, write_recipe
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mergetool", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        told = capsys.readouterr()
+        return stopped.value.code or 0, told.out, told.err
+
+    return run
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Models base, a and b and a recipe of them in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    write_models(tmp_path)
+    write_recipe("r.yaml", models={"a": "a", "b": "b"}, merge={"method": "linear"}, output={"path": "out"})
+    return tmp_path
+
+
+def process(*arguments, **options):
+    """Run a command in a process of its own."""
+    command = [sys.executable, "-m", "mergetool", *arguments]
+    return subprocess.Popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
+
+
+# -------------------------------------------------------------------- for programs
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        ("validate r.yaml", "valid"),
+        ("plan r.yaml", "steps"),
+        ("run r.yaml", "bytes_read"),
+        ("inspect a", "tensors"),
+        ("inspect a/model.safetensors", "tensors"),
+        ("verify a", "summary"),
+        ("methods", None),
+        ("methods ties", None),
+    ],
+)
+def test_every_command_answers_in_json(call, here, command, key):
+    code, out, _ = call(*command.split(), "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert key in answer if key else isinstance(answer, list)
+
+
+def test_the_schema_is_json(call):
+    assert json.loads(call("schema")[1])["title"] == "mergetool recipe"
+
+
+WRONG = {
+    "no command of that name": ("walk --json", 2),
+    "no such flag": ("run r.yaml --fast --json", 2),
+    "no recipe": ("run --json", 2),
+    "wrong number": ("run r.yaml --workers 0 --json", 2),
+    "wrong size": ("run r.yaml --memory 1XB --json", 2),
+    "recipe is not there": ("plan gone.yaml --json", 2),
+    "recipe is wrong": ("validate wrong.yaml --json", 2),
+    "setting is wrong": ("run r.yaml --set merge.wieght=1 --json", 2),
+    "method is not there": ("methods tiess --json", 2),
+    "model is not there": ("inspect gone --json", 3),
+    "model is broken": ("verify broken --json", 3),
+    "models do not fit": ("plan r.yaml --memory 1MB --json", 4),
+    "device is not there": ("run r.yaml --device cuda:99 --json", 4),
+    "result is not finite": ("run nan.yaml -o new --json", 5),
+    "output exists": ("run r.yaml -o a --json", 6),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_every_error_is_told_in_json_too(call, here, case):
+    write_recipe("wrong.yaml", models={"a": "a"}, merge={"method": "linaer", "x": 1}, outptu={})
+    write_model(here / "bad", {name: value * float("nan") for name, value in tensors(0).items()})
+    write_recipe("nan.yaml", models={"a": "bad"}, merge={"method": "linear"})
+    (here / "broken").mkdir()
+    command, expected = WRONG[case]
+    code, out, err = call(*command.split())
+    answer = json.loads(out)
+    assert (code, answer["exit_code"]) == (expected, expected)
+    assert answer["what"]
+    assert "Traceback" not in err
+    assert answer["what"] in err or answer["problems"]
+
+
+def test_all_problems_of_a_recipe_are_in_the_json(call, here):
+    write_recipe("wrong.yaml", models={"a": "a"}, merge={"method": "ties", "x": 1}, outptu={})
+    answer = json.loads(call("validate", "wrong.yaml", "--json")[1])
+    assert [problem["where"].partition(" ")[2] for problem in answer["problems"]] == [
+        "outptu",
+        "merge.x",
+        "merge.method",
+    ]
+
+
+BROKEN_METHOD = """
+import sys
+from typing import ClassVar, Literal
+from mergetool.methods.base import TensorMethod
+
+class Broken(TensorMethod):
+    method: Literal["broken"] = "broken"
+    needs_base: ClassVar = "unused"
+    reach: ClassVar = "element"
+
+    def merge(self, group, p, stats):
+        raise ZeroDivisionError("of my own")
+
+sys.argv = ["mergetool", "run", "r.yaml", "--json", "--set", "merge.method=broken"]
+from mergetool.cli import main
+main()
+"""
+
+
+def test_a_bug_is_called_a_bug(here):
+    ended = subprocess.run([sys.executable, "-c", BROKEN_METHOD], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "ZeroDivisionError: of my own" in ended.stderr
+    assert "please report" in ended.stderr
+    assert json.loads(ended.stdout)["exit_code"] == 1
+
+
+def test_a_reader_who_leaves_is_no_error(here):
+    for arguments in (["schema"], ["plan", "r.yaml"]):
+        running = process(*arguments)
+        running.stdout.close()
+        told = running.stderr.read().decode()
+        running.stderr.close()
+        assert running.wait() == 141, told
+        assert told == ""
+
+
+# -------------------------------------------------------------------- names that are no plain text
+
+
+def test_names_out_of_a_file_do_nothing_to_a_terminal(call, here):
+    name = "w\x1b]0;owned\x07\x9b31m\r\u202e"
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    (here / "bad").mkdir()
+    write_raw(here / "bad/model.safetensors", {name: {**entry, "dtype": "F31"}}, bytes(4))
+    write_raw(here / "odd.safetensors", {name: entry}, bytes(4))
+    code, out, err = call("inspect", "bad")
+    assert (code, out) == (3, "")
+    _, table, _ = call("inspect", "odd.safetensors")
+    for text in (err, table):
+        assert "owned" in text
+        assert not set(text) & set("\x1b\x07\x9b\r\u202e")
+    facts = json.loads(call("inspect", "odd.safetensors", "--json")[1])
+    assert facts["tensors"][0]["name"] == name
+
+
+def test_an_output_whose_name_is_no_unicode_is_written_and_printed(here):
+    running = process("run", "r.yaml", "-o", b"\xff\xfe")
+    out, _ = running.communicate()
+    assert running.returncode == 0
+    assert out.decode("ascii").strip().endswith(r"\udcff\udcfe")
+    assert (here / os.fsdecode(b"\xff\xfe") / "model.safetensors").is_file()
+
+
+def test_a_terminal_that_knows_only_ascii_is_enough(here):
+    write_model(here / "ü", {"größe": torch.ones(2)})
+    for flags in ([], ["--json"]):
+        environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+        out, _ = process("inspect", "ü", *flags, env=environment).communicate()
+        assert b"gr" in out
+
+
+# -------------------------------------------------------------------- for people
+
+
+def read_all(descriptor):
+    found = b""
+    while True:
+        try:
+            data = os.read(descriptor, 4096)
+        except OSError:  # the other end of a terminal was closed
+            return found.decode()
+        if not data:
+            return found.decode()
+        found += data
+
+
+def test_progress_is_drawn_on_a_terminal_only(here):
+    ours, theirs = pty.openpty()
+    running = process("run", "r.yaml", stderr=theirs)
+    os.close(theirs)
+    drawn = read_all(ours)
+    os.close(ours)
+    assert running.communicate()[0].decode().strip() == str(here / "out")
+    assert "merging [" in drawn
+    assert "\x1b[K" in drawn
+    running = process("run", "r.yaml", "-o", "again")
+    _, told = running.communicate()
+    assert b"merging" not in told
+    assert b"\x1b" not in told
+
+
+def test_an_error_is_red_on_a_terminal_only(here):
+    ours, theirs = pty.openpty()
+    running = process("validate", "gone.yaml", stderr=theirs)
+    os.close(theirs)
+    assert read_all(ours).startswith("\x1b[31;1merror\x1b[0m: gone.yaml")
+    os.close(ours)
+    running.communicate()
+    assert process("validate", "gone.yaml").communicate()[1].startswith(b"error: gone.yaml")
+
+
+# -------------------------------------------------------------------- interrupted
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ctrl_c_at_any_moment_is_no_bug(here, seed):
+    """Also while modules are being imported, which makes other errors out of it."""
+    running = process("run", "r.yaml")
+    time.sleep(random.Random(seed).uniform(0.2, 2.5))
+    running.send_signal(signal.SIGINT)
+    out, told = running.communicate()
+    assert running.returncode in (0, 130, -signal.SIGINT), told
+    assert b"this is a bug" not in told
+    if running.returncode == 0:
+        assert out.decode().strip() == str(here / "out")
+    if (here / "out").exists():
+        assert load_file(here / "out/model.safetensors").keys() == tensors(0).keys()
+
+
+def test_a_signal_that_was_to_be_ignored_is_ignored(here):
+    running = process("run", "r.yaml", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    time.sleep(0.3)
+    running.send_signal(signal.SIGINT)
+    running.communicate()
+    assert running.returncode == 0
