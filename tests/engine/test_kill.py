@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -116,12 +115,6 @@ def test_a_run_killed_again_and_again_gives_the_same_bytes_and_repeats_no_unit(s
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_the_number_of_workers_changes_no_byte(workers, models, undisturbed, tmp_path):
-    recipe = recipe_for(tmp_path, models, scope="model")
-    assert weights(mergetool.run(recipe, workers=workers).path) == undisturbed["model"]
-
-
 def test_an_interrupted_run_says_so_and_goes_on(models, undisturbed, tmp_path):
     recipe, output = recipe_for(tmp_path, models), tmp_path / "out"
     process = start(recipe)
@@ -143,15 +136,6 @@ def stopped_midway(models, folder):
     return recipe, folder / "out.partial"
 
 
-@pytest.mark.parametrize("cut", [1, 2, 17, 40, 200])
-def test_a_journal_torn_at_any_byte_still_resumes(cut, models, undisturbed, tmp_path):
-    recipe, partial = stopped_midway(models, tmp_path)
-    journal = partial / "journal.jsonl"
-    journal.write_bytes(journal.read_bytes()[:-cut])
-    mergetool.run(recipe)
-    assert weights(tmp_path / "out") == undisturbed["tensor"]
-
-
 def test_after_a_reboot_only_synced_units_are_trusted(models, undisturbed, tmp_path):
     recipe, partial = stopped_midway(models, tmp_path)
     journal = partial / "journal.jsonl"
@@ -166,56 +150,6 @@ def test_after_a_reboot_only_synced_units_are_trusted(models, undisturbed, tmp_p
         file.write(bytes(1_000_000))
     assert mergetool.run(recipe).resumed == any('"unit"' in line for line in done[:2])
     assert weights(tmp_path / "out") == undisturbed["tensor"]
-
-
-@pytest.mark.parametrize("change", ["recipe", "input"])
-def test_what_was_done_for_other_inputs_is_not_used(change, models, tmp_path):
-    recipe, _ = stopped_midway(models, tmp_path)
-    if change == "recipe":
-        recipe = recipe_for(tmp_path, models, density=0.5)
-    else:
-        os.utime(models / "a" / "model.safetensors")
-    assert not mergetool.run(recipe).resumed
-
-
-def test_killed_between_the_lock_and_the_rename_the_next_run_publishes(models, undisturbed, tmp_path):
-    recipe, output = recipe_for(tmp_path, models), tmp_path / "out"
-    mergetool.run(recipe)
-    output.rename(tmp_path / "out.partial")
-    assert mergetool.run(recipe).seconds == 0.0
-    assert weights(output) == undisturbed["tensor"]
-
-
-def test_a_second_run_on_the_same_output_is_refused(models, tmp_path):
-    recipe = recipe_for(tmp_path, models)
-    first = start(recipe)
-    wait_for(lambda: units(tmp_path / "out"), first)
-    with pytest.raises(OutputError, match="another run is writing"):
-        mergetool.run(recipe)
-    assert ended(first)[0] == 0
-
-
-def test_an_input_that_changes_during_the_run_is_found(models, tmp_path):
-    copy = write_model(tmp_path / "c", {"w": torch.zeros(10)}) / "model.safetensors"
-
-    class Touch:
-        def start(self, total_bytes, label):
-            os.utime(copy)
-
-        def advance(self, num_bytes): ...
-        def say(self, text): ...
-        def stop(self): ...
-
-    document = {
-        "models": {"c": str(copy), "big": str(models / "a" / "model.safetensors")},
-        "merge": {"method": "linear"},
-        "check": {"missing": "skip"},
-        "output": {"path": str(tmp_path / "out")},
-    }
-    with pytest.raises(mergetool.SourceError, match="changed") as caught:
-        mergetool.run(document, progress=Touch())
-    assert str(copy) in caught.value.where
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_size_limit_is_met_before_any_work_and_leaves_no_output(models, tmp_path):
@@ -239,7 +173,7 @@ def small_disk(tmp_path):
     if mounted.returncode:  # not allowed here: a limit on file sizes starves the run all the same (test above)
         pytest.skip("mounting is not allowed")
     yield place
-    subprocess.run(["umount", str(place)], check=True)
+    subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def test_a_full_disk_is_noticed_before_any_work(models, small_disk, tmp_path):
@@ -259,26 +193,3 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_resumed_from(
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
     mergetool.run(recipe, output=small_disk / "out")
     assert weights(small_disk / "out") == undisturbed["tensor"]
-
-
-def test_an_input_is_never_written_to(models, tmp_path):
-    for place in (models / "a", models):
-        with pytest.raises(OutputError, match="is an input, or holds one"):
-            mergetool.run(recipe_for(tmp_path, models), output=place, overwrite=True)
-    assert (models / "a" / "model.safetensors").is_file()
-
-
-def test_only_results_of_our_own_are_overwritten(models, tmp_path):
-    recipe, output = recipe_for(tmp_path, models), tmp_path / "out"
-    output.mkdir()
-    (output / "thesis.txt").write_text("years of work")
-    with pytest.raises(OutputError, match="was not made by mergetool"):
-        mergetool.run(recipe, overwrite=True)
-    assert (output / "thesis.txt").read_text() == "years of work"
-    Path(output / "thesis.txt").unlink()
-    output.rmdir()
-    first = mergetool.run(recipe).path
-    with pytest.raises(OutputError, match="exists already"):
-        mergetool.run(recipe)
-    assert mergetool.run(recipe_for(tmp_path, models, density=0.4), overwrite=True).path == first
-    assert json.loads((first / "mergetool.json").read_text())["recipe"]["merge"]["density"] == 0.4

@@ -1,0 +1,84 @@
+"""Rules of the house that no linter knows."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mergetool
+from mergetool.methods import registry
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "mergetool").rglob("*.py"))
+MAX_FILE, MAX_FUNCTION = 400, 50
+
+
+def trees():
+    return {path.relative_to(ROOT): ast.parse(path.read_text("utf-8")) for path in FILES}
+
+
+def test_every_module_says_what_it_is_for():
+    assert [str(path) for path, tree in trees().items() if not ast.get_docstring(tree)] == []
+
+
+def test_files_stay_short():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text("utf-8").splitlines()) for path in FILES}
+    assert {name: length for name, length in lengths.items() if length > MAX_FILE} == {}
+
+
+def test_functions_stay_short():
+    long = {
+        f"{path}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
+        for path, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > MAX_FUNCTION
+    }
+    assert long == {}
+
+
+def test_only_the_command_line_prints():
+    printing = [
+        f"{path}:{node.lineno}"
+        for path, tree in trees().items()
+        if path.parts[1] != "cli"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert printing == []
+
+
+@pytest.mark.parametrize("name", registry())
+def test_every_method_has_a_recipe(name):
+    assert (ROOT / "recipes" / f"{name}.yaml").is_file()
+
+
+def test_the_public_names_are_listed_and_exist():
+    assert sorted(mergetool.__all__) == mergetool.__all__
+    assert all(getattr(mergetool, name) is not None for name in mergetool.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        mergetool.nothing  # noqa: B018
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import mergetool, mergetool.api, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_optional_packages_are_imported_late():
+    optional = {"transformers", "huggingface_hub", "accelerate", "matplotlib", "lm_eval", "peft", "sklearn"}
+    early = [
+        f"{path}:{node.lineno}"
+        for path, tree in trees().items()
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom) and roots(node) & optional
+    ]
+    assert early == []
+
+
+def roots(node):
+    """The top-level packages that an import statement names."""
+    if isinstance(node, ast.ImportFrom):
+        return {str(node.module).partition(".")[0]}
+    return {alias.name.partition(".")[0] for alias in node.names}
