@@ -119,12 +119,8 @@ def print_table(path: Path) -> None:
     """The result, and nothing else, on stdout."""
     results = json.loads(path.read_text())
     total = sum(results["examples"].values())
-    print(
-        f"Accuracy in percent on the {results['split']} split ({total} examples that no training saw), and in brackets as"
-    )
-    print(
-        "percent of the expert's. `base` and the merges use the experts' heads; scales were chosen on validation data.\n"
-    )
+    print(f"Accuracy in percent on the {results['split']} split ({total} examples that no training saw); in brackets,")
+    print("percent of the expert's. Each task has its expert's head. Scales were chosen on the validation split.\n")
     print(table.render(results["accuracy"]))
 
 
