@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mergetool.errors import SourceError
 from mergetool.tensors.dtypes import BY_NAME, DType, torch_dtype
 from mergetool.tensors.header import TensorSpec
-from mergetool.tensors.io import bytes_of
+from mergetool.tensors.io import bytes_of, read_error
 from mergetool.tensors.source import FileStamp, ModelSource, SafetensorsSource
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_HALVES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 _FLOAT32 = BY_NAME["F32"]
 _FIX = "merge the adapter into its model with peft first (merge_and_unload, save_pretrained)"
 
@@ -53,6 +54,7 @@ class AdapterSource(ModelSource):
         self._where = str(folder)
         self.folder = model.folder
         self._settings = _settings(folder)
+        self._config = FileStamp.of(folder / CONFIG_NAME)  # its alpha decides about values as much as the weights do
         if not (folder / WEIGHTS_NAME).is_file():
             raise SourceError(f"there is no {WEIGHTS_NAME}", self._where, "save the adapter as safetensors")
         self._adapter = SafetensorsSource([folder / WEIGHTS_NAME], None)
@@ -72,7 +74,7 @@ class AdapterSource(ModelSource):
 
     @property
     def files(self) -> tuple[FileStamp, ...]:
-        return (*self._model.files, *self._adapter.files)
+        return (*self._model.files, *self._adapter.files, self._config)
 
     def position(self, name: str) -> tuple[int, int]:
         return self._model.position(name)
@@ -127,26 +129,39 @@ class AdapterSource(ModelSource):
             if ".base_layer." in own:  # peft's copy of an embedding that it adapted: the model has it
                 continue
             module, kind = _split(own)
-            if kind in ("lora_A.weight", "lora_embedding_A"):
+            if kind in _HALVES:
                 self._add_low_rank(own, module, kind)
             elif kind == "":
                 self._replaced[self._counterpart(module, own)] = own
-            elif kind not in ("lora_B.weight", "lora_embedding_B"):
+            else:
                 raise SourceError(f"{kind} is not supported", f"{self._where}: {own}", _FIX)
+        if both := self._low_rank.keys() & self._replaced.keys():
+            raise SourceError(f"{min(both)} is both adapted and replaced", self._where, _FIX)
+        if not self._low_rank and not self._replaced:
+            raise SourceError("the adapter changes nothing", self._where, "save the adapter again")
 
     def _add_low_rank(self, own: str, module: str, kind: str) -> None:
-        embedding = kind == "lora_embedding_A"
-        other = own.removesuffix("A" if embedding else "A.weight") + ("B" if embedding else "B.weight")
+        where = f"{self._where}: {own}"
         name = self._counterpart(f"{module}.weight", own)
+        head, lora, half = own.rpartition("lora_")
+        other = head + lora + half.translate(str.maketrans("AB", "BA"))
         if other not in self._adapter.specs:
-            raise SourceError(f"{other} is missing", f"{self._where}: {own}", _FIX)
-        rank = self._adapter.specs[own].shape[0]
-        transposed = embedding or bool(self._settings.get("fan_in_fan_out"))
-        product = (self._adapter.specs[other].shape[0], self._adapter.specs[own].shape[1])
-        shape = self._model.specs[name].shape
-        if (product[::-1] if transposed else product) != shape:
-            raise SourceError(f"B A is {list(product)}, {name} is {list(shape)}", f"{self._where}: {own}", _FIX)
-        self._low_rank[name] = _LowRank(own, other, self._factor_of(module, rank), transposed)
+            raise SourceError(f"{other} is missing", where, _FIX)
+        if "_B" in kind:
+            return  # A stands for both
+        a, b, weight = self._adapter.specs[own], self._adapter.specs[other], self._model.specs[name]
+        transposed = "embedding" in kind or self._settings.get("fan_in_fan_out") is True
+        if not (a.dtype.is_float and b.dtype.is_float and weight.dtype.is_float):
+            what = (
+                f"A is {a.dtype.name}, B is {b.dtype.name}, {name} is {weight.dtype.name}; all must be floating point"
+            )
+            raise SourceError(what, where, _FIX)
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+            raise SourceError(f"A is {list(a.shape)}, B is {list(b.shape)}: B A is no matrix", where, _FIX)
+        product = (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])
+        if product != weight.shape:
+            raise SourceError(f"B A is {list(product)}, {name} is {list(weight.shape)}", where, _FIX)
+        self._low_rank[name] = _LowRank(own, other, self._factor_of(module, a.shape[0]), transposed)
 
     def _counterpart(self, name: str, own: str) -> str:
         """The model's tensor of this name; checkpoints of a bare base model lack the head model's first name part."""
@@ -158,8 +173,12 @@ class AdapterSource(ModelSource):
         )
 
     def _factor_of(self, module: str, rank: int) -> float:
-        alpha = float(_patterned(self._settings.get("alpha_pattern"), module, self._settings.get("lora_alpha", rank)))
-        return alpha / (math.sqrt(rank) if self._settings.get("use_rslora") else rank)
+        alpha = _patterned(self._settings["alpha_pattern"], module, self._settings.get("lora_alpha", rank))
+        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise SourceError(
+                f"the alpha of {module} is {alpha!r}, not a number", self._where, "save the adapter again"
+            )
+        return float(alpha) / (math.sqrt(rank) if self._settings.get("use_rslora") is True else rank)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -167,14 +186,21 @@ def _settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", str(path), "name the adapter's folder") from error
-    except ValueError as error:
+        raise read_error(error, str(path)) from error
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"is not valid JSON ({str(error)[:100]})", str(path), "save the adapter again") from None
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise SourceError("is not a LoRA adapter (peft_type)", str(path), _FIX)
     if settings.get("use_dora") or settings.get("bias", "none") != "none":
         raise SourceError("DoRA and trained biases are not supported", str(path), _FIX)
-    return settings
+    try:
+        for pattern in settings.get("alpha_pattern") or {}:
+            re.compile(pattern)
+        return settings | {"alpha_pattern": dict(settings.get("alpha_pattern") or {})}
+    except (TypeError, ValueError, re.error):
+        raise SourceError(
+            "alpha_pattern does not map patterns to numbers", str(path), "save the adapter again"
+        ) from None
 
 
 def _split(own: str) -> tuple[str, str]:
@@ -186,9 +212,9 @@ def _split(own: str) -> tuple[str, str]:
     return match.group(1), match.group(2).replace(".default", "")
 
 
-def _patterned(patterns: Any, module: str, default: Any) -> Any:
+def _patterned(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that is the module's name, or matches its end after a dot."""
-    for pattern, value in (patterns or {}).items():
+    for pattern, value in patterns.items():
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
             return value
     return default

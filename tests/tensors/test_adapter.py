@@ -15,6 +15,7 @@ from mergetool.errors import SourceError
 from mergetool.tensors.adapter import AdapterSource
 from mergetool.tensors.io import bytes_of
 from mergetool.tensors.source import open_model
+from tests.files import StoppedError, stop_after
 
 LLAMA = LlamaConfig(
     vocab_size=61,
@@ -132,3 +133,95 @@ def test_an_adapter_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="has no tensor") as caught:
         AdapterSource(open_model(tmp_path / "gpt2"), adapter)
     assert "down_proj" in caught.value.where
+
+
+# -------------------------------------------------------------------- broken and hostile adapters
+
+A, B = "base_model.model.layer.lora_A.weight", "base_model.model.layer.lora_B.weight"
+SOUND = {A: torch.ones(2, 6), B: torch.ones(4, 2)}
+
+
+def adapted(folder: Path, tensors: dict[str, torch.Tensor], settings: dict[str, object] | str) -> AdapterSource:
+    """A model of a 4 x 6 weight, a vector and whole numbers, with an adapter of these tensors and settings."""
+    weights = {"layer.weight": torch.ones(4, 6), "norm.weight": torch.ones(4), "ids.weight": torch.ones(4, 6).long()}
+    save_file(weights, folder / "model.safetensors")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    if not isinstance(settings, str):
+        settings = json.dumps({"peft_type": "LORA", "lora_alpha": 2, **settings})
+    (folder / "adapter_config.json").write_bytes(settings.encode("latin-1"))
+    return AdapterSource(open_model(folder), folder)
+
+
+def test_a_sound_adapter_is_read_also_with_the_adapters_name_in_its_names(tmp_path: Path) -> None:
+    for tensors in (SOUND, {name.replace(".weight", ".default.weight"): value for name, value in SOUND.items()}):
+        source = adapted(tmp_path, tensors, {})
+        data = bytearray(96)
+        source.read_bytes("layer.weight", 0, memoryview(data))
+        assert torch.frombuffer(data, dtype=torch.float32).eq(1 + 2 / 2 * 2).all()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "the adapter changes nothing"),
+        ({A: SOUND[A]}, "lora_B.weight is missing"),
+        ({B: SOUND[B]}, "lora_A.weight is missing"),
+        ({**SOUND, B: torch.ones(4, 3)}, "B A is no matrix"),
+        ({A: torch.ones(0, 6), B: torch.ones(4, 0)}, "B A is no matrix"),
+        ({**SOUND, A: torch.ones(6)}, "B A is no matrix"),
+        ({**SOUND, A: torch.tensor(1.0)}, "B A is no matrix"),
+        ({**SOUND, A: torch.ones(2, 6, 1)}, "B A is no matrix"),
+        ({**SOUND, A: torch.ones(2, 5)}, "B A is [4, 5], layer.weight is [4, 6]"),
+        ({**SOUND, A: torch.ones(2, 6).char()}, "A is I8, B is F32"),
+        ({name.replace("layer", "norm"): value for name, value in SOUND.items()}, "norm.weight is [4]"),
+        ({name.replace("layer", "ids"): value for name, value in SOUND.items()}, "ids.weight is I64"),
+        ({**SOUND, "base_model.model.layer.weight": torch.ones(4, 6)}, "is both adapted and replaced"),
+    ],
+)
+def test_adapter_tensors_that_do_not_fit_are_refused(
+    tensors: dict[str, torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SourceError) as caught:
+        adapted(tmp_path, tensors, {})
+    assert message in caught.value.what
+    assert str(tmp_path) in caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("\xff", "not valid JSON"),
+        ("[]", "not a LoRA adapter"),
+        ({"lora_alpha": "2"}, "the alpha of layer is '2'"),
+        ({"lora_alpha": None}, "the alpha of layer is None"),
+        ({"lora_alpha": float("nan")}, "the alpha of layer is nan"),
+        ({"lora_alpha": True}, "the alpha of layer is True"),
+        ({"alpha_pattern": [1]}, "alpha_pattern does not map"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern does not map"),
+        ({"alpha_pattern": {"layer": [1]}}, "the alpha of layer is [1]"),
+    ],
+)
+def test_adapter_settings_that_make_no_sense_are_refused(
+    settings: dict[str, object] | str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SourceError) as caught:
+        adapted(tmp_path, SOUND, settings)
+    assert message in caught.value.what
+
+
+def test_a_run_does_not_go_on_with_another_alpha(tmp_path: Path) -> None:
+    adapted(tmp_path, SOUND, {})
+    reference = {"source": str(tmp_path), "adapters": [str(tmp_path)]}
+    recipe = {"models": {"m": reference}, "merge": {"method": "linear"}}
+    with pytest.raises(StoppedError):
+        mergetool.run(recipe, output=tmp_path / "out", progress=stop_after(1))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 3}')
+    assert not mergetool.run(recipe, output=tmp_path / "out").resumed
+    found = load_file(tmp_path / "out/model.safetensors")["layer.weight"]
+    assert found.eq(1 + 3 / 2 * 2).all()
+    lock = json.loads((tmp_path / "out/mergetool.json").read_text())
+    names = [Path(entry["file"]).name for entry in lock["inputs"]["m"]]
+    assert names == ["model.safetensors", "adapter_model.safetensors", "adapter_config.json"]
+    assert all(entry["sha256"] for entry in lock["inputs"]["m"])
