@@ -106,7 +106,7 @@ def _merge(plan: Plan, claim: Claim, costs: Costs, flags: Flags, progress: Progr
         progress.say(f"resuming: {len(claim.journal.done.units)} units are done already")
     writer = _open_writer(plan, claim)
     try:
-        schedule = Schedule(costs.step_memory)
+        schedule = Schedule(costs.step_memory, costs.workers)
         jobs = Jobs(plan, writer, claim.journal, schedule, progress)
         _work(jobs, schedule, writer, claim, costs, flags, started)
     finally:

@@ -3,7 +3,7 @@
 input file      hashed early when all inputs fit in the page cache, else when the last of its tensors was read
 step            surveys first if its method asks for them, then its units are merged
 model           where a fitted method has something to finish: tensors replaced when every step is merged
-output file     synced and hashed when its last unit is written, while it is still in the page cache
+output file     hashed from its front on as units are finished, while they are in the page cache; then synced
 """
 
 import threading
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mergetool.engine.front import Front
 from mergetool.engine.journal import Journal
 from mergetool.engine.schedule import Job, Schedule
 from mergetool.errors import PlanError
@@ -84,10 +85,15 @@ class Jobs:
             step.index: [piece for piece in step.pieces(UNIT_ELEMENTS) if (step.index, piece[0]) not in done.units]
             for step in plan.steps
         }
-        self._left_in_shard = Counter(dict.fromkeys(range(len(plan.shards)), 0))
+        self._units_left = sum(len(pieces) for pieces in self._todo.values())
+        self._fronts = [
+            Front(writer.path(index), shard.header.file_size, len(shard.prefix))
+            for index, shard in enumerate(plan.shards)
+        ]
         for step in plan.steps:
-            self._left_in_shard[step.shard] += len(self._todo[step.index])
-        self._merged_shards: set[int] = set()
+            for start, stop in step.pieces(UNIT_ELEMENTS):
+                if (step.index, start) in done.units:
+                    self._fill(step, start, stop)
         self._files = {str(stamp.path): stamp for source in plan.sources.values() for stamp in source.files}
         self._left_of_file: Counter[str] = Counter()
 
@@ -142,9 +148,10 @@ class Jobs:
         for step in steps:
             if not step.surveyed_together:
                 self._begin_survey(step.spec.name, [step], first=False)
-        for shard, left in self._left_in_shard.items():
-            if left == 0:
-                self._shard_merged(shard)
+        if self._units_left == 0:
+            self._all_merged()
+        for shard in range(len(self._fronts)):
+            self._hash_front(shard)
 
     def _bytes_left(self, step: Step) -> int:
         return sum(step.spec.dtype.num_bytes(stop - start) for start, stop in self._todo[step.index])
@@ -226,9 +233,11 @@ class Jobs:
         known = self.record.notes.setdefault(step.spec.name, []) if notes else []
         known += [note for note in notes if note not in known]
         self._teller.advance(step.spec.dtype.num_bytes(stop - start))
-        self._left_in_shard[step.shard] -= 1
-        if self._left_in_shard[step.shard] == 0:
-            self._shard_merged(step.shard)
+        self._fill(step, start, stop)
+        self._units_left -= 1
+        if self._units_left == 0:
+            self._all_merged()
+        self._hash_front(step.shard)
         for path in self._paths(step):
             if path in self._left_of_file:
                 self._left_of_file[path] -= 1
@@ -264,18 +273,14 @@ class Jobs:
         stamp = self._files[path]
         if path in self.record.inputs:
             return Job(run=lambda: self.record.inputs[path], after=lambda _: None)
-        return Job(run=partial(sha256_file, stamp.path), after=partial(self._hashed, path))
+        return Job(run=partial(sha256_file, stamp.path), after=partial(self._hashed, path), hashes=True)
 
     def _hashed(self, path: str, digest: str) -> None:
         self.record.inputs[path] = digest
         self._journal.hashed(path, digest)
 
-    def _shard_merged(self, shard: int) -> None:
-        """A file holds all its merged tensors. It is finished now, or after the whole model is."""
-        self._merged_shards.add(shard)
-        if self._fit is None or not self._fit.finishes:
-            self._schedule.add([self._finish_job(shard)], first=True)
-        elif len(self._merged_shards) == len(self._plan.shards):
+    def _all_merged(self) -> None:
+        if self._fit is not None and self._fit.finishes:
             self._schedule.add([Job(run=self._finish_model, after=self._model_finished)], first=True)
 
     def _finish_model(self) -> None:
@@ -288,17 +293,35 @@ class Jobs:
             merged.close()
 
     def _model_finished(self, _: None) -> None:
-        self._schedule.add([self._finish_job(shard) for shard in sorted(self._merged_shards)], first=True)
+        self._fit = None  # nothing will change any more
+        for shard in range(len(self._fronts)):
+            self._hash_front(shard)
 
-    def _finish_job(self, shard: int) -> Job:
-        return Job(run=partial(self._finish_file, shard), after=partial(self._finished, shard))
+    def _fill(self, step: Step, start: int, stop: int) -> None:
+        """The file that holds a step has this unit now."""
+        slot = self._plan.shards[step.shard].header.slots[step.spec.name]
+        begin, end = start * step.spec.dtype.bits // 8, step.spec.dtype.num_bytes(stop)
+        self._fronts[step.shard].add(slot.begin + begin, slot.begin + end)
 
-    def _finish_file(self, shard: int) -> str:
-        self._writer.sync(shard)
-        return sha256_file(self._writer.path(shard))
+    def _hash_front(self, shard: int) -> None:
+        """Have an output file hashed as far as it is finished, unless a fit will still change it."""
+        final = self._fit is None or not self._fit.finishes
+        if final and self._fronts[shard].take():
+            after = partial(self._front_hashed, shard)
+            job = Job(run=partial(self._sync_and_hash, shard), after=after, hashes=True)
+            self._schedule.add([job], first=True)
 
-    def _finished(self, shard: int, digest: str) -> None:
-        self.record.outputs[self._plan.shards[shard].name] = digest
+    def _sync_and_hash(self, shard: int) -> str | None:
+        front = self._fronts[shard]
+        if front.complete:
+            self._writer.sync(shard)
+        return front.hash()
+
+    def _front_hashed(self, shard: int, digest: str | None) -> None:
+        if digest is None:
+            self._hash_front(shard)
+        else:
+            self.record.outputs[self._plan.shards[shard].name] = digest
 
 
 def _device(name: str) -> str:

@@ -3,6 +3,9 @@
 Jobs run in plan order, which is file order. A tensor that needs surveys is read first for counting; its merge units
 join the queue when the last count has been concluded. A job is handed out only while the memory of all running jobs
 stays within the budget (one job may always run).
+
+Some jobs only hash. They leave the interpreter's lock alone, which those that compute contend for; so while there is
+anything to compute, at most half of the threads hash, and both kinds get done at the same time.
 """
 
 from collections import deque
@@ -23,27 +26,35 @@ class Job:
     """Bytes it holds while running, beyond a worker's own buffers."""
     hint: Callable[[], None] | None = None
     """Tells the disk that this job's inputs are wanted soon."""
+    hashes: bool = False
+    """It only hashes."""
 
 
 class Schedule:
     """A blocking queue of jobs. `after` callbacks may add jobs; the first error stops everything."""
 
-    def __init__(self, memory: int) -> None:
+    def __init__(self, memory: int, num_threads: int) -> None:
         self._memory = memory
+        self._num_threads = num_threads
         self._used = 0
         self._running = 0
+        self._hashing = 0
         self._open = True
         self._ready: deque[Job] = deque()
+        self._to_hash: deque[Job] = deque()
         self._changed = Condition()
         self.error: BaseException | None = None
 
     def add(self, jobs: Iterable[Job], *, first: bool = False) -> None:
-        """Queue jobs, at the end or before all others."""
+        """Queue jobs, at the end or before all others of their kind."""
+        jobs = list(jobs)
         with self._changed:
-            if first:
-                self._ready.extendleft(reversed(list(jobs)))
-            else:
-                self._ready.extend(jobs)
+            for queue, hashes in ((self._ready, False), (self._to_hash, True)):
+                chosen = [job for job in jobs if job.hashes == hashes]
+                if first:
+                    queue.extendleft(reversed(chosen))
+                else:
+                    queue.extend(chosen)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -61,7 +72,7 @@ class Schedule:
     def wait(self) -> None:
         """Wait until all is done, or something failed. (An interrupted `Thread.join` takes its thread for ended.)"""
         with self._changed:
-            while self.error is None and (self._ready or self._running or self._open):
+            while self.error is None and not self._finished:
                 self._changed.wait()
 
     def work(self) -> None:
@@ -79,23 +90,32 @@ class Schedule:
             finally:
                 self._give_back(job)
 
+    @property
+    def _finished(self) -> bool:
+        return not (self._ready or self._to_hash or self._running or self._open)
+
     def _take(self) -> tuple[Job, Callable[[], None] | None] | None:
         """A job, and the hint of the one that follows it; None when there are no more."""
         with self._changed:
-            while True:
-                if self.error is not None:
-                    return None
-                if self._ready and (self._running == 0 or self._used + self._ready[0].memory <= self._memory):
-                    job = self._ready.popleft()
+            while self.error is None and not self._finished:
+                if (job := self._next()) is not None:
                     self._running += 1
+                    self._hashing += job.hashes
                     self._used += job.memory
-                    return job, self._ready[0].hint if self._ready else None
-                if not self._ready and not self._running and not self._open:
-                    return None
+                    return job, self._ready[0].hint if self._ready and not job.hashes else None
                 self._changed.wait()
+            return None
+
+    def _next(self) -> Job | None:
+        computing = self._running - self._hashing
+        fits = bool(self._ready) and (computing == 0 or self._used + self._ready[0].memory <= self._memory)
+        if self._to_hash and (not fits or True):
+            return self._to_hash.popleft()
+        return self._ready.popleft() if fits else None
 
     def _give_back(self, job: Job) -> None:
         with self._changed:
             self._running -= 1
+            self._hashing -= job.hashes
             self._used -= job.memory
             self._changed.notify_all()

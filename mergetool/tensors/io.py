@@ -15,7 +15,7 @@ from mergetool.errors import OutputError, SourceError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_HASH_BLOCK = 8 << 20
+_HASH_BLOCK = 1 << 20
 
 
 def read_exact(fd: int, buffer: memoryview, offset: int, where: str) -> None:
@@ -80,3 +80,16 @@ def sha256_file(path: Path) -> str:
     except OSError as error:
         raise read_error(error, str(path)) from error
     return digest.hexdigest()
+
+
+def hash_range(path: Path, digest: "hashlib._Hash", begin: int, end: int) -> None:
+    """Feed bytes [begin, end) of a file to `digest`. Raises SourceError when they cannot be read."""
+    buffer = memoryview(bytearray(_HASH_BLOCK))
+    try:
+        with path.open("rb", buffering=0) as file:
+            for offset in range(begin, end, len(buffer)):
+                part = buffer[: min(len(buffer), end - offset)]
+                read_exact(file.fileno(), part, offset, str(path))
+                digest.update(part)
+    except OSError as error:
+        raise read_error(error, str(path)) from error
