@@ -235,8 +235,11 @@ def test_an_error_is_red_on_a_terminal_only(here):
 @pytest.mark.parametrize("seed", range(4))
 def test_ctrl_c_at_any_moment_is_no_bug(here, seed):
     """Also while modules are being imported, which makes other errors out of it."""
-    running = process("run", "r.yaml")
-    time.sleep(random.Random(seed).uniform(0.2, 2.5))
+    start = "import sys; print('up', flush=True); sys.argv[0] = 'mergetool'; from mergetool.cli import main; main()"
+    command = [sys.executable, "-c", start, "run", "r.yaml"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert running.stdout.readline() == b"up\n"  # before that a signal meets Python's own start, not us
+    time.sleep(random.Random(seed).uniform(0.1, 2.5))
     running.send_signal(signal.SIGINT)
     out, told = running.communicate()
     assert running.returncode in (0, 130, -signal.SIGINT), told
