@@ -312,10 +312,10 @@ class Jobs:
             self._schedule.add([job], first=True)
 
     def _sync_and_hash(self, shard: int) -> str | None:
-        front = self._fronts[shard]
-        if front.complete:
+        digest = self._fronts[shard].hash()
+        if digest is not None:
             self._writer.sync(shard)
-        return front.hash()
+        return digest
 
     def _front_hashed(self, shard: int, digest: str | None) -> None:
         if digest is None:

@@ -109,7 +109,7 @@ class Schedule:
     def _next(self) -> Job | None:
         computing = self._running - self._hashing
         fits = bool(self._ready) and (computing == 0 or self._used + self._ready[0].memory <= self._memory)
-        if self._to_hash and (not fits or True):
+        if self._to_hash and (not fits or 2 * self._hashing < self._num_threads):
             return self._to_hash.popleft()
         return self._ready.popleft() if fits else None
 
