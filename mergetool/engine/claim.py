@@ -44,10 +44,14 @@ class Claim:
             raise write_error(error, str(self.partial)) from error
         self.finished = resume and self._is_finished()
         self.journal = Journal(self.partial, self.key, resume=resume)
-        if self.journal.resumed and not self._has_files(plan):
-            self.journal.start_over()
-        if not self.finished and not self.journal.found:
-            _empty(self.partial, keep=JOURNAL_NAME)
+        try:
+            if self.journal.resumed and not self._has_files(plan):
+                self.journal.start_over()
+            if not self.finished and not self.journal.found:
+                _empty(self.partial, keep=JOURNAL_NAME)
+        except OSError as error:
+            self.release()
+            raise write_error(error, str(self.partial)) from error
 
     def _check_inputs(self) -> None:
         inputs = [stamp.path for stamp in self._inputs]
