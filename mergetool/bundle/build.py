@@ -29,7 +29,7 @@ from mergetool.bundle.manifest import MANIFEST_NAME, Base, Head, HeadRule, Manif
 from mergetool.bundle.store import FactorStore
 from mergetool.errors import MergeError, PlanError
 from mergetool.kernels.routing import cosines, without_duplicates
-from mergetool.kernels.spectral import Factors, concatenated, energy_rank, interference, orthogonalised
+from mergetool.kernels.spectral import Factors, Rank, concatenated, interference, kept, orthogonalised, rank_limit
 from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME, torch_dtype
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import sha256_file
@@ -67,10 +67,10 @@ class RouterOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """What is kept of every expert, and how a bundle is used. `rank`: auto, a number, a share, or (energy share,)."""
+    """What is kept of every expert, and how a bundle is used."""
 
     kind: Literal["mass", "tsv-compress"]
-    rank: Literal["auto"] | int | float | tuple[float]
+    rank: Rank
     filter: MatrixFilter
     conv: Literal["mean", "matricize"]
     dtype: Literal["bfloat16", "float16", "float32"]
@@ -147,7 +147,9 @@ class _Work:
         most = self._most(name, shape)
         if most == 0:
             return Parameter(policy="full", shape=shape)
-        factors = [self._factors(delta, most) for delta in deltas]
+        factors = [kept(self.store.factors(delta.flatten(1), most), self.options.rank) for delta in deltas]
+        if not self._worthwhile(shape, max(each.rank for each in factors)):
+            return Parameter(policy="full", shape=shape)
         return Parameter(
             policy="svd",
             shape=shape,
@@ -172,24 +174,14 @@ class _Work:
             return 0
         rows, columns = shape[0], torch.Size(shape[1:]).numel()
         size = min(rows, columns)
-        match self.options.rank:
-            case "auto":
-                most = size // len(self.experts.names)
-            case int() as number:
-                most = min(number, size)
-            case float() as share:
-                most = int(share * size)
-            case _:
-                return size
-        smaller = most * (rows + columns + 1) < rows * columns
-        routes = self.options.kind == "mass" and most < size
-        return most if smaller or routes else 0
+        most = rank_limit(self.options.rank, size, len(self.experts.names))
+        return most if isinstance(self.options.rank, Mapping) or self._worthwhile(shape, most) else 0
 
-    def _factors(self, delta: Tensor, most: int) -> Factors:
-        factors = self.store.factors(delta.flatten(1), most)
-        if isinstance(self.options.rank, tuple) and factors.rank:
-            return factors.leading(energy_rank(factors.s, self.options.rank[0]))
-        return factors
+    def _worthwhile(self, shape: tuple[int, ...], rank: int) -> bool:
+        """Whether factors of this rank are smaller than the matrix, or fit for routing."""
+        rows, columns = shape[0], torch.Size(shape[1:]).numel()
+        smaller = rank * (rows + columns + 1) < rows * columns
+        return smaller or (self.options.kind == "mass" and rank < min(rows, columns))
 
     def _stored(self, name: str, parameters: Mapping[str, Parameter]) -> list[Factors]:
         """Every task's factors of a tensor, from the store, rounded as they are written."""
@@ -208,8 +200,11 @@ class _Work:
         for name, parameter in parameters.items():
             if parameter.policy == "svd" and (rank := parameter.ranks[place]):
                 rows, columns = parameter.shape[0], torch.Size(parameter.shape[1:]).numel()
-                kept = BY_TORCH_NAME[self.options.dtype]
-                specs += [TensorSpec(f"{name}.U", kept, (rows, rank)), TensorSpec(f"{name}.Vh", kept, (rank, columns))]
+                dtype = BY_TORCH_NAME[self.options.dtype]
+                specs += [
+                    TensorSpec(f"{name}.U", dtype, (rows, rank)),
+                    TensorSpec(f"{name}.Vh", dtype, (rank, columns)),
+                ]
                 specs += [TensorSpec(f"{name}.S", BY_NAME["F32"], (rank,))]
             elif parameter.policy == "full":
                 specs += [TensorSpec(f"{name}.delta", BY_NAME["F32"], parameter.shape)]
@@ -257,8 +252,8 @@ class _Work:
             return parameter
         every = concatenated(self._stored(name, parameters))
         similar = cosines(every.u.mT @ every.u, every.v.mT @ every.v, every.s, parameter.ranks)
-        kept = without_duplicates(similar, self.options.router.redundancy)
-        return parameter.model_copy(update={"kept": tuple(kept)})
+        chosen = without_duplicates(similar, self.options.router.redundancy)
+        return parameter.model_copy(update={"kept": tuple(chosen)})
 
     def write_first_pass(self, parameters: Mapping[str, Parameter], router: Router) -> None:
         """Base plus TSV-Merge of the tasks that were kept, as far as the last layer that routing reads."""
@@ -277,11 +272,11 @@ class _Work:
 
     def _merged(self, name: str, parameters: Mapping[str, Parameter]) -> Tensor:
         base = self.experts.read("base", name)
-        kept = parameters[name].kept
-        if kept is None:
+        chosen = parameters[name].kept
+        if chosen is None:
             return base + torch.stack(self._deltas(name)).mean(0)
         factors = self._stored(name, parameters)
-        merged = orthogonalised(concatenated([factors[task] for task in kept])).dense()
+        merged = orthogonalised(concatenated([factors[task] for task in chosen])).dense()
         return base + merged.to(base.dtype).view_as(base)
 
     # ---------------------------------------------------------------- everything else

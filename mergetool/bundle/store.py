@@ -9,7 +9,6 @@ import hashlib
 import os
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from mergetool.kernels.spectral import Factors, live_factors
 from mergetool.tensors.io import bytes_of, write_error
 
-_VERSION = "live-factors-1"
+_VERSION = "live-factors-2"
 """Changes when the same task vector would get other factors."""
 
 
@@ -32,14 +31,16 @@ class FactorStore:
             raise write_error(error, str(folder)) from error
 
     def factors(self, delta: Tensor, k: int) -> Factors:
-        """The at most k leading live triplets of `delta` (m, n), float32 or float64, with canonical signs; float32.
+        """The at most k leading live triplets of `delta` (m, n), float32 or float64; in float64.
+
+        Stored as they were computed: the polar factor of nearly dependent directions needs all their digits.
 
         Raises ValueError if k is not in 1..min(m, n), or `delta` is not finite.
         """
         path = self.folder / f"{self.key(delta)}.safetensors"
         found = _load(path, k)
         if found is None:
-            found = canonical(live_factors(delta, k)).to(torch.float32)
+            found = live_factors(delta, k)
             self._save(path, found, k)
         return found
 
@@ -70,12 +71,3 @@ def _load(path: Path, k: int) -> Factors | None:
             return Factors(*(file.get_tensor(name) for name in "usv")).leading(k)
     except (OSError, SafetensorError):  # not there, or damaged: it is only a cache
         return None
-
-
-def canonical(factors: Factors) -> Factors:
-    """The same matrix, with the largest entry of every left vector positive: equal bytes on every machine's BLAS."""
-    if factors.rank == 0:
-        return factors
-    largest = factors.u.gather(0, factors.u.abs().argmax(0, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0).to(factors.u.dtype)
-    return Factors(factors.u * signs, factors.s, factors.v * signs)

@@ -16,7 +16,7 @@ from mergetool.engine.jobs import Jobs
 from mergetool.engine.provenance import finish
 from mergetool.engine.result import Result
 from mergetool.engine.schedule import Schedule
-from mergetool.errors import MergeError, MergetoolError, OutputError
+from mergetool.errors import MergeError, MergetoolError, OutputError, PlanError
 from mergetool.methods.base import BundleMethod
 from mergetool.planner import Plan, make_plan
 from mergetool.planner.estimate import Costs, check_disk, estimate
@@ -71,6 +71,9 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
     plan = make_plan(recipe, flags.output.absolute() if flags.output else None)
     if plan.output is None:
         raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
+    if flags.cache is not None and not recipe.method.uses_factors:
+        what = f"{recipe.method.method_name()} computes no factors, so this would have no effect"
+        raise PlanError(what, "--cache", "leave it out")
     costs = estimate(plan, workers=flags.workers, memory=flags.memory)
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")
@@ -139,7 +142,7 @@ def _work(
     for thread in threads:
         thread.start()
     try:
-        with jobs.torch_ready(flags.device, costs.workers):
+        with jobs.torch_ready(flags.device, costs.workers, flags.cache):
             jobs.fit(claim.partial)
             jobs.queue_all()
             schedule.close()

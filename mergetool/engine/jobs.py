@@ -30,6 +30,7 @@ from mergetool.tensors.writer import SlotWriter
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergetool.bundle.store import FactorStore
     from mergetool.engine.fitting import Fit
     from mergetool.engine.worker import Worker
 
@@ -79,6 +80,7 @@ class Jobs:
         self._device = "cpu"
         self._threads = 1
         self._fit: Fit | None = None
+        self._store: FactorStore | None = None
         done = journal.done
         self.record = Record(inputs=dict(done.hashes), notes={name: list(notes) for name, notes in done.notes.items()})
         self._todo = {
@@ -109,11 +111,14 @@ class Jobs:
         self._schedule.add(self._hash_job(path) for path in self._files if self._left_of_file[path] == 0)
 
     @contextmanager
-    def torch_ready(self, device: str, workers: int) -> Iterator[None]:
+    def torch_ready(self, device: str, workers: int, cache: Path | None) -> Iterator[None]:
         """Import torch (threads are hashing meanwhile), check the device, and use one torch thread per worker."""
         import torch
 
+        from mergetool.bundle.store import FactorStore
+
         self._device = _device(device)
+        self._store = FactorStore(cache) if cache else None
         self._threads = torch.get_num_threads()
         torch.set_num_threads(max(1, self._threads // workers))
         try:
@@ -263,7 +268,7 @@ class Jobs:
 
             from mergetool.engine.worker import Worker
 
-            self._local.worker = Worker(self._plan, self._writer, torch.device(self._device))
+            self._local.worker = Worker(self._plan, self._writer, torch.device(self._device), self._store)
         worker: Worker = self._local.worker
         return worker
 

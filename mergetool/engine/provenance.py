@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def finish(plan: Plan, claim: Claim, record: Record, seconds: float) -> Result:
     folder = claim.partial
     _write_index(plan, folder)
     _carry_files(plan, folder)
-    notes = dict(Counter(note for texts in record.notes.values() for note in texts).most_common())
+    notes = _summary(record.notes)
     result = Result(
         path=claim.output,
         seconds=seconds,
@@ -41,6 +42,30 @@ def finish(plan: Plan, claim: Claim, record: Record, seconds: float) -> Result:
     )
     describe_run(plan, claim, record, result)
     return result
+
+
+def _summary(notes: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """How many tensors each remark is about; of numbers that were measured, mean and largest."""
+    measured, remarks = _measured(notes), _remarks(notes)
+    counts = Counter(note for texts in remarks.values() for note in texts)
+    for what in sorted({key for found in measured.values() for key in found}):
+        values = {name: found[what] for name, found in measured.items() if what in found}
+        largest = max(values, key=lambda name: values[name])
+        mean = sum(values.values()) / len(values)
+        counts[f"{what}: {mean:.3f} on average, at most {values[largest]:.3f} ({largest})"] = len(values)
+    return dict(counts.most_common())
+
+
+def _measured(notes: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
+    """Numbers that methods measured, by tensor: notes of the form `what = number`."""
+    found = {name: [text.split(" = ") for text in texts if " = " in text] for name, texts in notes.items()}
+    return {name: {what: float(value) for what, value in pairs} for name, pairs in found.items() if pairs}
+
+
+def _remarks(notes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """All other notes."""
+    found = {name: [text for text in texts if " = " not in text] for name, texts in notes.items()}
+    return {name: texts for name, texts in found.items() if texts}
 
 
 def describe_run(plan: Plan, claim: Claim, record: Record, result: Result) -> None:
@@ -125,7 +150,8 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
         },
         "resolved_sha256": hashlib.sha256(json.dumps(numbers, default=str).encode()).hexdigest(),
         "output": {"dtype": plan.recipe.output.dtype, "files": dict(sorted(record.outputs.items()))},
-        "notes": record.notes,
+        "notes": _remarks(record.notes),
+        "measured": _measured(record.notes),
         "warnings": list(plan.warnings),
         "run": {
             "seconds": round(result.seconds, 3),

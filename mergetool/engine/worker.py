@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mergetool.bundle.store import FactorStore
 from mergetool.errors import MergeError, at
 from mergetool.methods.base import Params, Stats, Survey, TensorGroup, TensorMethod
 from mergetool.planner.model import BASE, SLICE_ELEMENTS, Plan, Step
@@ -31,8 +32,9 @@ class Sink(Protocol):
 class Worker:
     """Surveys and merges units. Used by one thread at a time."""
 
-    def __init__(self, plan: Plan, sink: Sink, device: torch.device) -> None:
+    def __init__(self, plan: Plan, sink: Sink, device: torch.device, store: FactorStore | None = None) -> None:
         self._plan = plan
+        self._store = store
         self._sink = sink
         self._device = device
         self._compute = torch.float64 if plan.compute_bits == 64 else torch.float32
@@ -90,6 +92,7 @@ class Worker:
             start=start,
             seed=self._plan.seed,
             new=self._scratch(shape),
+            store=self._store,
         )
 
     def _scratch(self, shape: tuple[int, ...]) -> Callable[[int, torch.dtype], Tensor]:

@@ -22,9 +22,9 @@ Differs from the paper: directions that carry nothing (of zero or rank-deficient
 copies of each other) are left out instead of being filled with arbitrary orthonormal vectors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ NULL_DIRECTION = 1e-8
 
 _TRUSTED = 1e-8
 """Smallest eigenvalue of a Gram matrix, over the largest, whose inverse square root is right to about 1e-7."""
+
+
+Rank = Literal["auto"] | int | float | Mapping[Literal["energy"], float]
+"""Directions kept of a task vector: auto (as many as fit side by side), a number, a share, or {energy: share}."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +80,16 @@ class Factors:
 def truncated_svd(delta: Tensor, k: int) -> Factors:
     """The k leading singular triplets of `delta` (m, n), in float64, s descending; s may hold zeros.
 
+    Signs are such that the largest entry of every left vector is positive, whatever the machine's BLAS does.
+
     Raises ValueError if k is not in 1..min(m, n), or `delta` is not finite.
     """
     if delta.shape[0] < delta.shape[1]:
-        return truncated_svd(delta.mT, k).mT
+        return _with_signs(_truncated_svd(delta.mT, k).mT)
+    return _with_signs(_truncated_svd(delta, k))
+
+
+def _truncated_svd(delta: Tensor, k: int) -> Factors:
     delta = delta.to(torch.float64)
     _, right = gram_eigh(delta, k)
     # Rayleigh-Ritz: the best triplets within the space found. It measures small singular values at full precision,
@@ -87,6 +97,12 @@ def truncated_svd(delta: Tensor, k: int) -> Factors:
     basis, small = torch.linalg.qr(delta @ right)
     u, s, vh = torch.linalg.svd(small)
     return Factors(basis @ u, s, right @ vh.mT)
+
+
+def _with_signs(factors: Factors) -> Factors:
+    largest = factors.u.gather(0, factors.u.abs().argmax(0, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(factors.u.dtype)
+    return Factors(factors.u * signs, factors.s, factors.v * signs)
 
 
 def live_factors(delta: Tensor, k: int) -> Factors:
@@ -100,6 +116,26 @@ def live_factors(delta: Tensor, k: int) -> Factors:
     factors = truncated_svd(delta, k)
     noise = max(delta.shape) * torch.finfo(delta.dtype).eps * factors.s[0]
     return factors.leading(int((factors.s > noise).sum()))
+
+
+def rank_limit(rank: Rank, size: int, num_tasks: int) -> int:
+    """At most how many directions of each task vector `rank` keeps of matrices with smaller dimension `size`."""
+    match rank:
+        case "auto":
+            return size // num_tasks
+        case int():
+            return min(rank, size)
+        case float():
+            return int(rank * size)
+        case _:
+            return size
+
+
+def kept(factors: Factors, rank: Rank) -> Factors:
+    """Of the leading factors that `rank_limit` allows, those that hold the share of the energy that is asked for."""
+    if isinstance(rank, Mapping) and factors.rank:
+        return factors.leading(energy_rank(factors.s, rank["energy"]))
+    return factors
 
 
 def energy_rank(s: Tensor, share: float) -> int:
@@ -184,7 +220,7 @@ class Interference:
 
 def interference(every: Factors) -> Interference:
     """Singular task interference of the tasks whose `concatenated` factors these are (paper, section 3.3)."""
-    if every.rank == 0:
+    if not every.s.any():
         return Interference(0.0, 0.0, 0.0)
     identity = torch.eye(every.rank, dtype=every.s.dtype, device=every.s.device)
     overlap = ((every.u.mT @ every.u - identity) * every.s) @ (every.v.mT @ every.v - identity)

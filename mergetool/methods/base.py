@@ -11,22 +11,24 @@ documentation and must have a `Reference:` and a `Differs from the paper:` parag
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from mergetool.arch.matrices import MatrixFilter, is_matrix
+from mergetool.methods.group import TensorGroup
 from mergetool.methods.values import (
+    RANK,
     Finite,
     Fraction,
     Gradient,
     Knob,
     PerModel,
     Positive,
+    Rank,
     Scheduled,
     Unit,
     cancel,
@@ -34,12 +36,12 @@ from mergetool.methods.values import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from mergetool.bundle.build import Options
 
 __all__ = [
+    "RANK",
     "AnyTensorMethod",
     "BundleMethod",
     "Field",
@@ -48,11 +50,14 @@ __all__ = [
     "FittedMethod",
     "Fraction",
     "Gradient",
+    "MatrixFilter",
+    "MatrixMethod",
     "Method",
     "Models",
     "Params",
     "PerModel",
     "Positive",
+    "Rank",
     "Reach",
     "Scheduled",
     "Stats",
@@ -74,52 +79,6 @@ Stats = Mapping[str, tuple[float, ...]]
 """What surveys found out about one tensor (or the whole model): small, exact, and savable as JSON."""
 
 _REGISTRY: dict[str, type["Method"]] = {}
-
-
-@dataclass
-class TensorGroup:
-    """One tensor (or a slice of it) of every model, in compute dtype, as a method sees it.
-
-    `base` and each of `models` have the same shape: 1-D slices for reach "element", (rows, ...) for reach "row", the
-    whole tensor for reach "tensor". The tensors belong to the call: a method may overwrite them through `deltas`.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    """Shape of the whole tensor."""
-    names: tuple[str, ...]
-    """Names of the models, in the order of `models`."""
-    base: "Tensor | None"
-    models: "list[Tensor]"
-    start: int = 0
-    """Flat index, in the whole tensor, of the first element here."""
-    seed: int = 0
-    """The run's seed; with the tensor's name, a model's name and a flat index it keys every random draw."""
-    new: "Callable[[int, torch.dtype], Tensor] | None" = None
-    """Where temporaries come from: (place, dtype) -> uninitialised tensor like `models[0]`, reused between calls."""
-    notes: list[str] = field(default_factory=list)
-
-    def note(self, text: str) -> None:
-        """Record a remark about this tensor; it goes into the lock and the summary of the run."""
-        if text not in self.notes:
-            self.notes.append(text)
-
-    @cached_property
-    def deltas(self) -> "list[Tensor]":
-        """Task vectors (model - base). Overwrites `models`, whose buffers it uses."""
-        import torch
-
-        assert self.base is not None, f"{self.name}: this method was planned without a base"
-        return [torch.sub(model, self.base, out=model) for model in self.models]
-
-    def scratch(self, place: int, dtype: "torch.dtype | None" = None) -> "Tensor":
-        """An uninitialised tensor shaped like one model's slice; the same memory for the same `place` every time."""
-        import torch
-
-        like = self.models[0]
-        if self.new is None:
-            return torch.empty_like(like, dtype=dtype or like.dtype)
-        return self.new(place, dtype or like.dtype)
 
 
 class Survey(Protocol):
@@ -145,6 +104,8 @@ class Method(BaseModel):
     needs_base: ClassVar[Literal["required", "optional", "unused"]]
     min_models: ClassVar[int] = 1
     max_models: ClassVar[int | None] = None
+    uses_factors: ClassVar[bool] = False
+    """Whether it computes factors of task vectors, which can be kept between runs."""
     exempt: ClassVar[Mapping[str, str]] = {}
     """Laws of `tests/laws` that this method does not obey, each with the reason."""
     neutral: ClassVar[Mapping[str, Any]] = {}
@@ -222,6 +183,48 @@ class TensorMethod(Method):
     @abstractmethod
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         """The merged slice: same shape, dtype and device as `group.models[0]`. It may be one of their buffers."""
+
+
+class MatrixMethod(TensorMethod):
+    """A method that merges weight matrices by their singular vectors, and averages the task vectors of the rest."""
+
+    scale: Scheduled[Finite] = Field(1.0, description="factor on the merged task vector (alpha in the paper)")
+    weight: PerModel[Finite] = Field(1.0, description="factor on each task vector; 0 leaves the model out")
+    filter: MatrixFilter = Field(
+        "llm", description="which two-dimensional tensors are treated as matrices; all others are averaged"
+    )
+    conv: Literal["mean", "matricize"] = Field(
+        "mean", description="average tensors of more than two dimensions, or treat them as (out, everything else)"
+    )
+    needs_base: ClassVar = "required"
+    reach: ClassVar = "tensor"
+    buffers: ClassVar = 16
+
+    @abstractmethod
+    def merged(self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float]) -> "Tensor | None":
+        """The merged task vector (m, n), in any dtype, of these (finite, weights not 0), or None where the mean has
+        to do. The matrices may be overwritten only if it is not None."""
+
+    def reach_in(self, name: str, shape: tuple[int, ...]) -> Reach:
+        return "tensor" if is_matrix(name, shape, self.filter, conv=self.conv) else "element"
+
+    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+        assert group.base is not None
+        chosen = [(delta, weight) for delta, weight in zip(group.deltas, p.weight, strict=True) if weight]
+        if not chosen:
+            return group.base
+        parts, weights = zip(*chosen, strict=True)
+        update = None
+        if self.reach_in(group.name, group.shape) == "tensor":
+            if all(bool(part.isfinite().all()) for part in parts):
+                update = self.merged(group, [part.flatten(1) for part in parts], weights)
+            else:  # the check of the result will say whose
+                group.note("holds values that are not finite: averaged")
+        if update is None:
+            update = group.scratch(0).zero_()
+            for part, weight in zip(parts, weights, strict=True):
+                update.add_(part, alpha=weight / len(parts))
+        return group.base.add_(update.to(group.base.dtype).view_as(group.base), alpha=p.scale)
 
 
 def _chosen(value: Any) -> Any:
@@ -323,6 +326,18 @@ class _Kept(TensorMethod):
 
 class BundleMethod(Method):
     """A method whose result is a folder that serves many tasks (`mergetool.bundle`), not a checkpoint."""
+
+    rank: Rank = Field("auto", description=RANK)
+    factors: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of stored factors")
+    base: Literal["copy", "reference"] = Field("copy", description="copy the base, or only refer to it")
+    filter: MatrixFilter = Field(
+        "fusionbench", description="which two-dimensional tensors are kept as factors; all others are kept in full"
+    )
+    conv: Literal["mean", "matricize"] = Field(
+        "matricize", description="keep tensors of more axes in full, or as factors of (out, everything else)"
+    )
+    needs_base: ClassVar = "required"
+    uses_factors: ClassVar = True
 
     def inner(self) -> TensorMethod:
         """What plans count with."""

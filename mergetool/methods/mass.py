@@ -14,12 +14,12 @@ model; a sample's heads are compared by joint log-probability instead of raw sco
 never materialised per sample; redundant tasks are left out of the first pass only where that uses merged weights.
 """
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from mergetool.arch.matrices import MatrixFilter
-from mergetool.methods.base import BundleMethod, Field, Finite, Fraction, Unit
+from mergetool.methods.base import BundleMethod, Field, Finite, Unit
 
 if TYPE_CHECKING:
     from mergetool.bundle.build import Options
@@ -53,38 +53,28 @@ class Router(BaseModel):
     def _as_tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
 
-
-class Energy(BaseModel):
-    """As many directions as hold this share of a task vector's squared norm."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    energy: Fraction
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> "Router":
+        if self.redundancy is not None and self.features == "base":
+            raise ValueError("without `features: merged` nothing is merged, so this would have no effect")
+        return self
 
 
 class Mass(BundleMethod):
     """A bundle: base, factors, heads, router"""
 
     method: Literal["mass"] = "mass"
-    rank: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] | Fraction | Energy = Field(
-        "auto",
-        description="directions kept of each expert: auto (smaller dimension // number of experts), a number, "
-        "a share of the smaller dimension, or {energy: share of the squared norm}",
-    )
     router: Router = Field(Router(), description="how tasks are chosen for an input")
     heads: Literal["joint", "log-softmax", "max", "mean"] = Field(
         "joint",
         description="whose head answers: best probability (joint: times coefficient), or best or mean raw score",
     )
-    factors: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of stored factors")
-    base: Literal["copy", "reference"] = Field("copy", description="copy the base, or only refer to it")
-    filter: MatrixFilter = Field(
-        "fusionbench", description="which two-dimensional tensors are kept as factors; all others are kept in full"
-    )
-    conv: Literal["mean", "matricize"] = Field(
-        "matricize", description="keep tensors of more axes in full, or as factors of (out, everything else)"
-    )
-    needs_base: ClassVar = "required"
+
+    @model_validator(mode="after")
+    def _has_matrices(self) -> "Mass":
+        if self.filter == "none":
+            raise ValueError("without matrices there is nothing to route by (filter)")
+        return self
 
     def options(self) -> "Options":
         from mergetool.bundle.build import Options, RouterOptions
@@ -92,13 +82,5 @@ class Mass(BundleMethod):
         router = self.router.model_dump()
         if router["redundancy"] is None:
             router["redundancy"] = 0.3
-        return Options(
-            kind="mass",
-            rank=(self.rank.energy,) if isinstance(self.rank, Energy) else self.rank,
-            filter=self.filter,
-            conv=self.conv,
-            dtype=self.factors,
-            base=self.base,
-            router=RouterOptions(**router),
-            heads=self.heads,
-        )
+        kept = Options("mass", self.rank, self.filter, self.conv, self.factors, self.base)
+        return replace(kept, router=RouterOptions(**router), heads=self.heads)

@@ -9,7 +9,7 @@ so that they hold for every knot and every model. `resolve` turns any of them in
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
@@ -24,6 +24,28 @@ Unit = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1)]
 """A share in [0, 1]."""
 Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
 """A finite number that is not negative."""
+
+
+def _form(value: object) -> str:
+    """Which form of a rank a value is meant to have, so that an error is about that one only."""
+    if isinstance(value, dict):
+        return "by energy"
+    return "share" if isinstance(value, float) else "count" if type(value) is int else "word"
+
+
+Rank = Annotated[
+    Annotated[Literal["auto"], Tag("word")]
+    | Annotated[int, Field(strict=True, ge=1), Tag("count")]
+    | Annotated[Fraction, Tag("share")]
+    | Annotated[dict[Literal["energy"], Fraction], Field(min_length=1), Tag("by energy")],
+    Discriminator(_form),
+]
+"""How many directions are kept of a task vector; `mergetool.kernels.spectral` says what each form comes to."""
+RANK = (
+    "directions kept of each task vector: auto (smaller dimension // number of models), a number, "
+    "a share of the smaller dimension, or {energy: share of the squared norm}"
+)
+"""The description of every field of this type."""
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

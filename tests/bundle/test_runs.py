@@ -83,6 +83,65 @@ def test_factors_are_shared_between_runs_through_a_cache(models, tmp_path, monke
     assert read_manifest(result.path).kind == "tsv-compress"
 
 
+def test_a_scale_sweep_a_subset_a_library_and_a_bundle_share_their_factors(models, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    sweep = recipe(models, "tsv-merge", heads=False, filter="fusionbench")
+    plain = load_file(mergetool.run(sweep, output=tmp_path / "plain").path / "model.safetensors")
+    first = mergetool.run(sweep, output=tmp_path / "first", cache=cache)
+    for name, value in load_file(first.path / "model.safetensors").items():
+        assert torch.equal(value, plain[name])
+
+    def never(delta, k):
+        raise AssertionError("factors were computed again")
+
+    monkeypatch.setattr(store, "live_factors", never)
+    sweep["merge"]["scale"] = 0.5
+    half = load_file(mergetool.run(sweep, output=tmp_path / "half", cache=cache).path / "model.safetensors")
+    base = load_file(models["base"] / "model.safetensors")
+    for name, value in plain.items():
+        torch.testing.assert_close(half[name] - base[name], (value - base[name]) / 2, rtol=0, atol=1e-6)
+    mergetool.run(recipe(models, "mass"), output=tmp_path / "mass", cache=cache)
+    mergetool.run(recipe(models, "tsv-compress"), output=tmp_path / "library", cache=cache)
+    fewer = recipe(models, "tsv-merge", heads=False, rank=4)
+    del fewer["models"]["b"]
+    mergetool.run(fewer, output=tmp_path / "fewer", cache=cache)
+
+
+def test_a_cache_that_nothing_would_use_is_an_error(models, tmp_path):
+    with pytest.raises(PlanError, match="computes no factors"):
+        mergetool.run(recipe(models, "ties", heads=False), output=tmp_path / "out", cache=tmp_path / "cache")
+
+
+def test_the_interference_of_every_matrix_is_reported(models, tmp_path):
+    result = mergetool.run(recipe(models, "tsv-merge", heads=False), output=tmp_path / "merged")
+    measured = json.loads((result.path / "mergetool.json").read_text())["measured"]
+    bundle = mergetool.run(recipe(models), output=tmp_path / "bundle").path
+    expected = {name: p.interference for name, p in read_manifest(bundle).parameters.items() if p.policy == "svd"}
+    assert len(measured) == 19  # six a layer and the pooler's
+    for name, found in measured.items():
+        assert found["interference"] == pytest.approx(expected[name], rel=1e-3)
+    assert any(note.startswith("interference: ") for note in result.notes)
+
+
+def test_an_expert_keeps_as_many_directions_as_hold_the_energy_asked_for(models, tmp_path):
+    settings = {"rank": {"energy": 0.7}, "factors": "float32"}
+    folder = mergetool.run(recipe(models, "tsv-compress", **settings), output=tmp_path / "out").path
+    base = load_file(models["base"] / "model.safetensors")
+    experts = [load_file(models[task] / "model.safetensors") for task in "abc"]
+    for name, parameter in read_manifest(folder).parameters.items():
+        if parameter.policy == "svd":
+            for expert, rank in zip(experts, parameter.ranks, strict=True):
+                energy = torch.linalg.svdvals((expert[name] - base[name]).double()).square().cumsum(0)
+                assert energy[rank - 1] >= 0.7 * energy[-1]
+                assert rank == 1 or energy[rank - 2] < 0.7 * energy[-1]
+    assert mergetool.load_bundle(folder)(tasks=["b"], **tiny_inputs("bert")).task == ("b",) * 7
+    everything = recipe(models, "tsv-compress", rank={"energy": 1.0})
+    policies = {
+        p.policy for p in read_manifest(mergetool.run(everything, output=tmp_path / "all").path).parameters.values()
+    }
+    assert policies == {"full"}  # all directions take more space than the matrix itself
+
+
 def test_an_expert_is_rebuilt_from_a_library(models, tmp_path):
     library = mergetool.run(recipe(models, "tsv-compress", factors="float32"), output=tmp_path / "library").path
     one = {"models": {"b": {"source": str(library), "select": "b"}}, "merge": {"method": "passthrough"}}
@@ -134,6 +193,7 @@ def test_tensors_that_are_taken_from_the_base_are_not_in_the_bundle(models, tmp_
         (lambda r: r["merge"].update(router={"layers": ["*.nothing.*"]}), PlanError, "no changed matrix"),
         (lambda r: r["merge"].update(rank=-1), RecipeError, "rank"),
         (lambda r: r["merge"].update(router={"treshold": 0.1}), RecipeError, "treshold"),
+        (lambda r: r["merge"].update(router={"redundancy": 0.3}), RecipeError, "would have no effect"),
         (lambda r: r["models"]["a"]["head"].update(weights="nowhere.safetensors"), SourceError, "head of task 'a'"),
         (lambda r: r["models"]["a"]["head"].update(labels=["x"]), PlanError, "1 labels for 3 classes"),
         (lambda r: r.pop("base"), RecipeError, "common ancestor"),

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # so that this file runs as a script, too
 
 import mergetool  # noqa: E402
-from mergetool.methods.base import TensorMethod  # noqa: E402
+from mergetool.methods.base import BundleMethod, TensorMethod  # noqa: E402
 from mergetool.tensors.io import sha256_file  # noqa: E402
-from tests.laws.cases import Case, all_cases  # noqa: E402
+from tests.laws.cases import Case, all_cases, bundle_cases  # noqa: E402
 from tests.toys import SHAPES, read, toy_models, write  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden.json"
@@ -52,11 +52,22 @@ def outcome(case: Case, folder: Path):
     result = mergetool.run(recipe, output=folder / "out")
     if is_exact(case):
         return sha256_file(result.path / "model.safetensors")
+    if issubclass(case.kind, BundleMethod):  # its last expert
+        one = {
+            "models": {"x": {"source": str(result.path), "select": case.names[-1]}},
+            "merge": {"method": "passthrough"},
+        }
+        result = mergetool.run(one, output=folder / "one")
     return {name: [float(f"{x:.7g}") for x in value.reshape(-1).tolist()] for name, value in read(result.path).items()}
 
 
 def _stored(state):
     return {name: value.to(STORED.get(name, torch.float32)) for name, value in state.items()}
+
+
+def every_case() -> list[Case]:
+    """All that a golden merge is kept of."""
+    return [*all_cases(), *bundle_cases()]
 
 
 def name_of(case: Case) -> str:
@@ -67,7 +78,7 @@ def main() -> None:
     """Merge everything again, say what changed, and write the file."""
     before = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     after = {}
-    for case in all_cases():
+    for case in every_case():
         with TemporaryDirectory() as folder:
             after[name_of(case)] = outcome(case, Path(folder))
     for name in sorted({*before, *after}):

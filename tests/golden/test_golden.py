@@ -5,10 +5,9 @@ import json
 import pytest
 import torch
 
-from tests.golden.make import GOLDEN, is_exact, name_of, outcome
-from tests.laws.cases import all_cases
+from tests.golden.make import GOLDEN, every_case, is_exact, name_of, outcome
 
-CASES = {name_of(case): case for case in all_cases()}
+CASES = {name_of(case): case for case in every_case()}
 KEPT = json.loads(GOLDEN.read_text())
 FUSED = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 import mergetool
 from mergetool.methods import registry
-from mergetool.methods.base import FittedMethod, Method, TensorMethod
+from mergetool.methods.base import BundleMethod, FittedMethod, Method, TensorMethod
 from tests.toys import MLP, toy_base, toy_deltas, toy_models
 
 LAWS: dict[str, str] = {}
@@ -116,6 +116,11 @@ def all_cases() -> Iterator[Case]:
     for kind in registry().values():
         if issubclass(kind, TensorMethod | FittedMethod):
             yield from cases(kind)
+
+
+def bundle_cases() -> list[Case]:
+    """Cases of all methods whose result is a bundle."""
+    return [case for kind in registry().values() if issubclass(kind, BundleMethod) for case in cases(kind)]
 
 
 def law(name: str, applies: Callable[[Case], bool] = lambda case: True, *, fitted: bool = False):

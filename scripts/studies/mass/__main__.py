@@ -1,6 +1,6 @@
-"""Merges and routed bundles on six real fine-tunes: accuracy, routing, size, speed.
+"""Merges and routed bundles on five real fine-tunes: accuracy, routing, size, speed.
 
-    python -m scripts.studies.mass FOLDER [--samples 300]
+    python -m scripts.studies.mass FOLDER [--set first] [--samples 300]
 
 Everything goes to FOLDER: tasks, base, experts, merges, bundles, and results.json with results.md made of it. What is
 there already is not made again, so a study that was interrupted goes on. Needs transformers, scikit-learn and the
@@ -25,8 +25,10 @@ from mergetool.bundle.verify import facts_about_bundle
 from mergetool.kernels.routing import distances
 from scripts.demo.tasks import Task
 
-from .experts import Training, encode, features, prepare
+from . import experts
+from .experts import Training, encode, features
 from .table import render
+from .tasks import SETS, prepare
 
 BATCH = 64
 MERGES = {
@@ -45,9 +47,10 @@ KINDS = ("query", "key", "value", "attention.output", "intermediate", "output.de
 class Study:
     """What all parts of the study need, and the results so far."""
 
-    def __init__(self, folder: Path, num_samples: int) -> None:
+    def __init__(self, folder: Path, tasks: list[Task], num_samples: int) -> None:
         self.folder = folder
-        self.tasks = prepare(folder, folder / "wheels", Training())
+        self.tasks = tasks
+        experts.prepare(folder, tasks, Training())
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "base")
         self.num_samples = num_samples
         self.results: dict[str, dict] = {}
@@ -81,7 +84,8 @@ class Study:
     def make(self, name: str, merge: dict[str, object], *, heads: bool = False) -> Path:
         output = self.folder / "made" / name.replace(" ", "-").replace(",", "")
         if not output.exists():
-            mergetool.run(self.recipe(merge, heads=heads), output=output, cache=self.folder / "factors")
+            shared = {"cache": self.folder / "factors"} if merge["method"] in ("mass", "tsv-merge") else {}
+            mergetool.run(self.recipe(merge, heads=heads), output=output, **shared)
         return output
 
     def part(self, group: str, name: str, measure: Callable[[], object]) -> None:
@@ -231,12 +235,14 @@ def _rate(run: Callable[[], object], num_samples: int, *, repeats: int = 5, warm
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--set", choices=SETS, default="first", help="which five tasks")
     parser.add_argument("--samples", type=int, default=300, help="test samples of every task")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    study = Study(given.folder.absolute(), given.samples)
-    experts = study.folder / "experts"
-    study.part("known task", "experts", lambda: with_known_task(study, lambda task: encoder(experts / task.name)))
+    folder = given.folder.absolute()
+    study = Study(folder, prepare(given.set, folder / "wheels", folder / "tasks"), given.samples)
+    own = study.folder / "experts"
+    study.part("known task", "experts", lambda: with_known_task(study, lambda task: encoder(own / task.name)))
     bundle = study.make("mass", {"method": "mass"}, heads=True)
     model = mergetool.load_bundle(bundle)
     study.part("routed", "mass", lambda: routed(study, model))

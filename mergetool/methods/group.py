@@ -1,0 +1,64 @@
+"""One tensor of every model, as a merging method sees it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mergetool.bundle.store import FactorStore
+
+
+@dataclass
+class TensorGroup:
+    """One tensor (or a slice of it) of every model, in compute dtype, as a method sees it.
+
+    `base` and each of `models` have the same shape: 1-D slices for reach "element", (rows, ...) for reach "row", the
+    whole tensor for reach "tensor". The tensors belong to the call: a method may overwrite them through `deltas`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    names: tuple[str, ...]
+    """Names of the models, in the order of `models`."""
+    base: "Tensor | None"
+    models: "list[Tensor]"
+    start: int = 0
+    """Flat index, in the whole tensor, of the first element here."""
+    seed: int = 0
+    """The run's seed; with the tensor's name, a model's name and a flat index it keys every random draw."""
+    new: "Callable[[int, torch.dtype], Tensor] | None" = None
+    """Where temporaries come from: (place, dtype) -> uninitialised tensor like `models[0]`, reused between calls."""
+    store: "FactorStore | None" = None
+    """Where factors of task vectors are kept between runs, if anywhere."""
+    notes: list[str] = field(default_factory=list)
+
+    def measure(self, what: str, value: float) -> None:
+        """Record a number about this tensor; it goes into the lock, and its mean into the summary of the run."""
+        self.note(f"{what} = {value:.6g}")
+
+    def note(self, text: str) -> None:
+        """Record a remark about this tensor; it goes into the lock and the summary of the run."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @cached_property
+    def deltas(self) -> "list[Tensor]":
+        """Task vectors (model - base). Overwrites `models`, whose buffers it uses."""
+        import torch
+
+        assert self.base is not None, f"{self.name}: this method was planned without a base"
+        return [torch.sub(model, self.base, out=model) for model in self.models]
+
+    def scratch(self, place: int, dtype: "torch.dtype | None" = None) -> "Tensor":
+        """An uninitialised tensor shaped like one model's slice; the same memory for the same `place` every time."""
+        import torch
+
+        like = self.models[0]
+        if self.new is None:
+            return torch.empty_like(like, dtype=dtype or like.dtype)
+        return self.new(place, dtype or like.dtype)

@@ -1,0 +1,98 @@
+"""The laws that every method obeys whose result is a bundle, under every choice of every option (see cases.py).
+
+sound         what a run made, verify finds sound, and inspect can tell of
+workers       the number of workers does not matter, to the bit
+order         the order of the tasks does not matter to what is kept of each, to the bit
+independent   how many directions an expert keeps is all that it takes from the others, to the bit
+whole         at full rank in float32 an expert comes back
+non-finite    a value that is not finite is never lost: the build stops and says whose it is
+"""
+
+import pytest
+import torch
+
+import mergetool
+from mergetool import MergeError
+from mergetool.bundle.manifest import read_manifest
+from mergetool.bundle.verify import facts_about_bundle, verify_bundle
+from mergetool.methods import registry
+from mergetool.methods.base import BundleMethod
+from tests.laws.cases import Case, bundle_cases
+from tests.toys import INTEGERS, assert_near, read, write
+
+every_case = pytest.mark.parametrize("case", bundle_cases(), ids=lambda case: f"{case.method} {case.option}".strip())
+every_bundle = pytest.mark.parametrize(
+    "case", [Case(kind) for kind in registry().values() if issubclass(kind, BundleMethod)], ids=lambda case: case.method
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    base, models = Case(BundleMethod).toys(exact=False)
+    states = {name: state | INTEGERS for name, state in {"base": base, **models}.items()}
+    return states, write(tmp_path_factory.mktemp("toys"), states)
+
+
+def make(case, paths, output, names="abc", **flags):
+    recipe = {"base": str(paths["base"]), "models": {n: str(paths[n]) for n in names}, "merge": case.section()}
+    return mergetool.run(recipe, output=output, **flags).path
+
+
+@every_case
+def test_a_bundle_is_sound(case, toys, tmp_path):
+    folder = make(case, toys[1], tmp_path / "out")
+    assert verify_bundle(folder)["tensors"] > 0
+    facts = facts_about_bundle(folder)
+    assert [task["name"] for task in facts["tasks"]] == ["a", "b", "c"]
+    assert facts["bytes_beside_base"] > 0
+
+
+@every_case
+def test_the_number_of_workers_does_not_matter(case, toys, tmp_path):
+    one, three = (make(case, toys[1], tmp_path / str(workers), workers=workers) for workers in (1, 3))
+    assert read_manifest(one) == read_manifest(three)
+
+
+@every_case
+def test_the_order_of_the_tasks_does_not_matter_to_what_is_kept_of_each(case, toys, tmp_path):
+    there, back = (make(case, toys[1], tmp_path / names, names) for names in ("abc", "cba"))
+    for task in "abc":
+        assert (there / f"factors/{task}.safetensors").read_bytes() == (
+            back / f"factors/{task}.safetensors"
+        ).read_bytes()
+
+
+@every_bundle
+def test_the_number_of_directions_is_all_that_an_expert_takes_from_the_others(case, toys, tmp_path):
+    case = case.with_settings(rank=2)
+    three, two = (make(case, toys[1], tmp_path / names, names) for names in ("abc", "ab"))
+    assert (three / "factors/b.safetensors").read_bytes() == (two / "factors/b.safetensors").read_bytes()
+
+
+@every_bundle
+def test_at_full_rank_an_expert_comes_back(case, toys, tmp_path):
+    states, paths = toys
+    folder = make(case.with_settings(rank=1.0, factors="float32"), paths, tmp_path / "out", "a")
+    recipe = {"models": {"a": {"source": str(folder), "select": "a"}}, "merge": {"method": "passthrough"}}
+    assert_near(read(mergetool.run(recipe, output=tmp_path / "a").path), states["a"])
+
+
+@every_bundle
+@pytest.mark.parametrize("culprit", ["b", "base"])
+def test_a_value_that_is_not_finite_is_never_lost(case, culprit, toys, tmp_path):
+    states = {name: dict(state) for name, state in toys[0].items()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    states[culprit][name] = states[culprit][name].clone().index_fill(0, torch.tensor([3]), float("nan"))
+    with pytest.raises(MergeError) as raised:
+        make(case, write(tmp_path / "models", states), tmp_path / "out")
+    assert name in str(raised.value)
+    assert culprit in str(raised.value)
+    assert not (tmp_path / "out").exists()
