@@ -21,8 +21,8 @@ RecipeLike = str | Path | Mapping[str, Any] | Recipe
 def run(recipe: RecipeLike, *, settings: Sequence[str] = (), progress: Progress | None = None, **flags: Any) -> Result:
     """Run a recipe (a path, a mapping, or a loaded recipe) and return where the result is and what it cost.
 
-    `flags` are those of the command: output, device, workers, memory (bytes), overwrite, resume, cache. `settings` are
-    `key.path=value` overrides. Raises a MergetoolError.
+    `flags` are those of the command: output, device, workers, memory (bytes), overwrite, resume, cache,
+    trust_code. `settings` are `key.path=value` overrides. Raises a MergetoolError.
     """
     paths = ("output", "cache")
     flags = {key: Path(value) if key in paths and value is not None else value for key, value in flags.items()}
@@ -53,13 +53,15 @@ def merge_state_dicts(
     seed: int = 0,
     dtype: str = "float32",
     architecture: str | None = None,
+    trust_code: bool = False,
     **parameters: Any,
 ) -> "dict[str, Tensor]":
     """Merge state dicts in memory, by the same rules and to the same bits as a recipe run.
 
     `method` is a name (its parameters as keywords) or the `merge` section of a recipe. `models` maps names to state
     dicts (or is a list: names are then m0, m1, ...). `dtype` is the compute dtype, float32 or float64. `architecture`
-    is for methods that ask for it, where the tensors' names do not tell. Inputs are not changed; the result holds new
+    is for methods that ask for it, where the tensors' names do not tell. `trust_code` allows Python files that the
+    parameters name to be run. Inputs are not changed; the result holds new
     tensors with the dtypes of `base` (or of the first model), on the CPU.
     Raises RecipeError or PlanError for inputs that do not fit, MergeError for results that are not finite.
     """
@@ -75,7 +77,8 @@ def merge_state_dicts(
         "merge": section,
         "compute": {"seed": seed, "dtype": dtype},
     }
-    return merge_in_memory(load_recipe(document), {**({"base": base} if base is not None else {}), **models})
+    states = {**({"base": base} if base is not None else {}), **models}
+    return merge_in_memory(load_recipe(document), states, trust_code=trust_code)
 
 
 def _loaded(recipe: RecipeLike, settings: Sequence[str]) -> Recipe:

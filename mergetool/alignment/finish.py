@@ -7,6 +7,7 @@ between ends with the same result.
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from mergetool.alignment.fitted import Aligned
 from mergetool.alignment.network import Network, build, read_batches
 from mergetool.alignment.options import Repair
-from mergetool.alignment.repair import Repaired, correctable, repair, reset_statistics
+from mergetool.alignment.repair import Batch, Repaired, correctable, repair, reset_statistics, try_out
 from mergetool.arch.spec import ArchSpec
 from mergetool.errors import PlanError
 from mergetool.tensors.writer import sync_folder, write_file
@@ -50,35 +51,59 @@ def finish(
     return done.tensors
 
 
+def check(options: Repair, models: "Models") -> None:
+    """Run a few rows of the data through the first model, so that what does not fit is told before anything is done.
+
+    Raises PlanError or SourceError.
+    """
+    if options.mode == "none":
+        return
+    network, batches = _network_and_data(options, models)
+    first = _Parent(models, None, network, models.names[0])
+    with _told():
+        try_out(network.module, first, batches[0], statistics=options.mode == "bn-stats")
+
+
 def _repaired(options: Repair, models: "Models", fitted: Aligned, merged: Mapping[str, Tensor]) -> Repaired:
-    assert options.data is not None
-    network = build(models, options.network)
-    batches = read_batches(models.path(options.data), network.module)
+    network, batches = _network_and_data(options, models)
     weights = network.inside(merged)
-    try:
+    with _told():
         if options.mode == "bn-stats":
             found = reset_statistics(network.module, weights, batches)
         else:
             parents = [_Parent(models, fitted, network, name) for name in models.names]
             layers = _layers(network, fitted.spec)
             found = repair(network.module, weights, parents, layers=layers, batches=batches)
-    except (ValueError, RuntimeError, TypeError) as error:
-        what = f"the data cannot be run through the network: {str(error).splitlines()[0]}"
-        raise PlanError(
-            what, where="merge.repair", fix="check `data` and `network`, or set repair.mode: none"
-        ) from error
     return Repaired({network.names[name]: x.contiguous() for name, x in found.tensors.items()}, found.ratios)
 
 
-class _Parent(Mapping[str, Tensor]):
-    """An aligned model by the names of the network, read when asked for."""
+def _network_and_data(options: Repair, models: "Models") -> tuple[Network, list[Batch]]:
+    assert options.data is not None
+    network = build(models, options.network)
+    return network, read_batches(models.path(options.data), network.module)
 
-    def __init__(self, models: "Models", fitted: Aligned, network: Network, name: str) -> None:
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What torch says of data that do not fit a network, as an error for people."""
+    try:
+        yield
+    except (ValueError, RuntimeError, TypeError, LookupError) as error:
+        what = f"the data cannot be run through the network: {str(error).splitlines()[0]}"
+        fix = "check `data` and `network`, or set repair.mode: none"
+        raise PlanError(what, where="merge.repair", fix=fix) from error
+
+
+class _Parent(Mapping[str, Tensor]):
+    """A model by the names of the network, aligned if it was fitted, read when asked for."""
+
+    def __init__(self, models: "Models", fitted: Aligned | None, network: Network, name: str) -> None:
         self._models, self._fitted, self._network, self._name = models, fitted, network, name
 
     def __getitem__(self, key: str) -> Tensor:
         tensor = self._network.names[key]
-        return self._fitted.apply(self._name, tensor, self._models.read(self._name, tensor))
+        weights = self._models.read(self._name, tensor)
+        return weights if self._fitted is None else self._fitted.apply(self._name, tensor, weights)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._network.names)

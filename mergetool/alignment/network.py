@@ -40,10 +40,7 @@ def build(models: "Models", factory: str | None) -> Network:
     if factory is None:
         return Network(*network_of(models.shapes, models.config))
     text, _, function = factory.rpartition(":")
-    path = models.path(text)
-    if not text or not path.is_file():
-        raise PlanError(f"{factory!r} is not FILE.py:FUNCTION", where="merge.repair.network", fix="e.g. nets.py:build")
-    module = _call(path, function)
+    module = _call(models.path(text), function)
     names = {name: name for name, x in module.state_dict().items() if x.is_floating_point() and name in models.shapes}
     unknown = sorted(set(models.shapes) - set(names))
     if unknown:

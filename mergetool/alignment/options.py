@@ -45,9 +45,16 @@ class Repair(Section):
         "none", description="correct nothing, the statistics of batch norm layers, or every layer's output channels"
     )
     data: Text | None = Field(None, description=".safetensors of inputs, named like the arguments of the network")
-    network: Text | None = Field(
-        None, description="FILE.py:FUNCTION that builds the network, where transformers cannot from config.json"
+    network: Annotated[str, Field(strict=True, pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$")] | None = Field(
+        None,
+        description="FILE.py:FUNCTION that builds the network, where transformers cannot from config.json; "
+        "runs that file, so the run needs --trust-code",
     )
+
+    @property
+    def file(self) -> str | None:
+        """The Python file of `network`."""
+        return None if self.network is None else self.network.rpartition(":")[0]
 
     @model_validator(mode="after")
     def _data_for_a_reason(self) -> Any:

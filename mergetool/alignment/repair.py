@@ -62,11 +62,22 @@ class Repaired:
     ratios: dict[str, float]
 
 
+def try_out(network: nn.Module, weights: Weights, batch: Batch, *, statistics: bool) -> None:
+    """Run two rows, to see that weights, network and data fit each other. Raises what torch raises, or ValueError.
+
+    `statistics`: also that there are batch norm statistics to measure.
+    """
+    _load(network, weights)
+    if statistics:
+        _check_norms(network)
+    with torch.no_grad():
+        _run(network, {key: x[:2] for key, x in batch.items()} if isinstance(batch, Mapping) else batch[:2])
+
+
 def reset_statistics(network: nn.Module, merged: Weights, batches: Sequence[Batch]) -> Repaired:
     """Measure all batch norm statistics of the merged network anew. Raises ValueError if it has no batch norm."""
     _load(network, merged)
-    if not _norms(network):
-        raise ValueError("the network has no batch norm, so there are no statistics to measure")
+    _check_norms(network)
     with _measuring(network), torch.no_grad():
         for batch in batches:
             _run(network, batch)
@@ -191,6 +202,11 @@ def _measuring(network: nn.Module) -> Iterator[None]:
         for norm, momentum in zip(_norms(network), before, strict=True):
             norm.momentum = momentum
         network.eval()
+
+
+def _check_norms(network: nn.Module) -> None:
+    if not _norms(network):
+        raise ValueError("the network has no batch norm, so there are no statistics to measure")
 
 
 def _norms(network: nn.Module) -> list[_BatchNorm]:

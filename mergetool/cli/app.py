@@ -53,6 +53,7 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at the output.")] = False,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming.")] = False,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps factors of experts between runs.")] = None,
+    trust_code: Annotated[bool, typer.Option("--trust-code", help="Run Python files that the recipe names.")] = False,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -60,7 +61,16 @@ def run(
     from mergetool.engine import Flags, run_recipe
     from mergetool.recipe import load_recipe
 
-    flags = Flags(output, device, workers, _size(memory), overwrite=overwrite, resume=not no_resume, cache=cache)
+    flags = Flags(
+        output,
+        device,
+        workers,
+        _size(memory),
+        overwrite=overwrite,
+        resume=not no_resume,
+        cache=cache,
+        trust_code=trust_code,
+    )
     with ProgressBar() as progress:
         result = run_recipe(load_recipe(recipe, settings or ()), flags, progress)
     for note, count in result.notes.items():

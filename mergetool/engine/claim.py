@@ -34,7 +34,7 @@ class Claim:
         self.partial = partial_path(output)
         self.overwrite = overwrite
         self.key = plan_key(plan)
-        self._inputs = [stamp for source in plan.sources.values() for stamp in source.files]
+        self._inputs = [stamp for stamps in plan.stamps.values() for stamp in stamps]
         try:
             self._check_inputs()
             self._check_output()
@@ -152,8 +152,8 @@ def plan_key(plan: Plan) -> str:
     document["output"] = {key: value for key, value in dict(document.get("output") or {}).items() if key != "path"}
     inputs = [
         [name, str(stamp.path.resolve()), stamp.size, stamp.mtime_ns]
-        for name, source in plan.sources.items()
-        for stamp in source.files
+        for name, stamps in plan.stamps.items()
+        for stamp in stamps
     ]
     layout = [[shard.name, hashlib.sha256(shard.prefix).hexdigest()] for shard in plan.shards]
     versions = [__version__, version("torch")]

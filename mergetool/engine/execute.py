@@ -16,6 +16,7 @@ from mergetool.engine.jobs import Jobs
 from mergetool.engine.provenance import finish
 from mergetool.engine.result import Result
 from mergetool.engine.schedule import Schedule
+from mergetool.engine.trust import check_trust
 from mergetool.errors import MergeError, MergetoolError, OutputError, PlanError
 from mergetool.methods.base import BundleMethod
 from mergetool.planner import Plan, make_plan
@@ -63,11 +64,14 @@ class Flags:
     resume: bool = True
     cache: Path | None = None
     """Where factors of task vectors are kept between runs."""
+    trust_code: bool = False
+    """Whether Python code that the recipe names may be run."""
 
 
 def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None) -> Result:
     """Plan and run a recipe. Raises any MergetoolError; the output is then incomplete and not under its name."""
     flags, progress = flags or Flags(), progress or Silent()
+    check_trust(recipe, trusted=flags.trust_code)
     plan = make_plan(recipe, flags.output.absolute() if flags.output else None)
     if plan.output is None:
         raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")

@@ -96,7 +96,7 @@ class Jobs:
             for start, stop in step.pieces(UNIT_ELEMENTS):
                 if (step.index, start) in done.units:
                     self._fill(step, start, stop)
-        self._files = {str(stamp.path): stamp for source in plan.sources.values() for stamp in source.files}
+        self._files = {str(stamp.path): stamp for stamps in plan.stamps.values() for stamp in stamps}
         self._left_of_file: Counter[str] = Counter()
 
     # ---------------------------------------------------------------- queueing

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mergetool.engine.fitting import fit
+from mergetool.engine.trust import check_trust
 from mergetool.engine.worker import Sink, Worker, add_up
 from mergetool.planner import Plan, Step, make_plan
 from mergetool.planner.model import UNIT_ELEMENTS
@@ -27,8 +28,11 @@ class _MemorySink(Sink):
         flat[begin : begin + len(data)] = torch.frombuffer(data, dtype=torch.uint8)
 
 
-def merge_in_memory(recipe: Recipe, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def merge_in_memory(
+    recipe: Recipe, tensors: Mapping[str, Mapping[str, Tensor]], *, trust_code: bool = False
+) -> dict[str, Tensor]:
     """Merge state dicts by name (the base under "base"). Surveys, methods and checks are those of a run."""
+    check_trust(recipe, trusted=trust_code)
     plan = make_plan(recipe, sources={name: MemorySource(state, name) for name, state in tensors.items()})
     fitted = fit(plan, None, lambda _: None)
     plan = fitted.plan

@@ -144,9 +144,9 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
         "inputs": {
             name: [
                 {"file": str(stamp.path), "size": stamp.size, "sha256": record.inputs.get(str(stamp.path))}
-                for stamp in source.files
+                for stamp in stamps
             ]
-            for name, source in plan.sources.items()
+            for name, stamps in plan.stamps.items()
         },
         "resolved_sha256": hashlib.sha256(json.dumps(numbers, default=str).encode()).hexdigest(),
         "output": {"dtype": plan.recipe.output.dtype, "files": dict(sorted(record.outputs.items()))},

@@ -155,6 +155,14 @@ class Method(BaseModel):
             }
         )
 
+    def files(self) -> Mapping[str, str]:
+        """Files beside the models that decide the result: field of the recipe -> path as written."""
+        return {}
+
+    def code(self) -> Mapping[str, str]:
+        """Python code that a run executes because the recipe names it: field of the recipe -> what is written there."""
+        return {}
+
     def problem(self, p: Params) -> str | None:
         """Why these numbers cannot work together (found while planning), or None."""
         return None

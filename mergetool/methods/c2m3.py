@@ -17,59 +17,37 @@ signs that RMSNorm and LayerNorm allow; REPAIR averages standard deviations, as 
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.alignment.options import REPAIR_HELP, Align, Repair
-from mergetool.methods.base import AnyTensorMethod, Field, Fitted, FittedMethod, Models, TensorMethod
+from mergetool.alignment.options import Align
+from mergetool.methods.aligning import AligningMethod
+from mergetool.methods.base import Field, Models
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from mergetool.alignment.fitted import Aligned
     from mergetool.alignment.task import Task
     from mergetool.kernels.frank_wolfe import Alignment
 
 
-class C2M3(FittedMethod):
+class C2M3(AligningMethod):
     """Frank-Wolfe into a common universe."""
 
     method: Literal["c2m3"] = "c2m3"
     align: Align = Field(default={}, validate_default=True, description="how to search for the permutations")
-    combine: AnyTensorMethod = Field(
-        default={"method": "linear"}, validate_default=True, description="the method that merges the aligned models"
-    )
-    repair: Repair = Field(default={}, validate_default=True, description=REPAIR_HELP)
-    needs_base: ClassVar = "unused"
-    min_models: ClassVar = 2
     exempt: ClassVar = {
         "units": "the order of neurons is that of a model chosen by content, which is other for other numbers",
         "precision": "the order of neurons is that of a model chosen by content, as read in the compute dtype",
     }
 
-    def inner(self) -> TensorMethod:
-        return self.combine
+    def files(self) -> Mapping[str, str]:
+        taken = self.align.permutations
+        return {**super().files(), **({} if taken is None else {"merge.align.permutations": taken})}
 
-    def finishes(self) -> bool:
-        return self.repair.mode != "none"
-
-    def finish(
-        self, models: Models, fitted: Fitted, merged: "Mapping[str, Tensor]", folder: Path | None
-    ) -> "Mapping[str, Tensor]":
-        from mergetool.alignment.finish import finish
-        from mergetool.alignment.fitted import Aligned
-
-        assert isinstance(fitted, Aligned)
-        return finish(self.repair, models, fitted, merged, folder)
-
-    def load(self, models: Models, folder: Path) -> Fitted | None:
-        from mergetool.alignment.fitted import load_beside
-
-        return load_beside(folder, models)
-
-    def fit(self, models: Models) -> Fitted:
+    def search(self, models: Models) -> "Aligned":
         from mergetool.alignment.fitted import Aligned, load
         from mergetool.alignment.report import report_of
         from mergetool.alignment.task import spec_of, task_of
+        from mergetool.kernels.permute import Element
 
         if self.align.permutations is not None:
             return load(models.path(self.align.permutations), spec_of(models), models.names)
@@ -77,7 +55,10 @@ class C2M3(FittedMethod):
         found = self._search(task)
         elements = dict(zip(task.names, found.elements, strict=True))
         report = report_of(task, "c2m3", elements, found.history)
-        models.say(f"aligned {len(task.names)} models: {len(found.history)} steps, objective {found.objective:.6g}")
+        if all(element.equals(Element.identity(element.spaces)) for element in found.elements):
+            models.say("the models are in one order already: nothing is permuted")
+        else:
+            models.say(f"aligned {len(task.names)} models: {len(found.history)} steps, objective {found.objective:.6g}")
         return Aligned(task.spec, elements, report)
 
     def _search(self, task: "Task") -> "Alignment":

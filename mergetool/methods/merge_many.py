@@ -10,54 +10,27 @@ random ones, so that a recipe gives one result; attention heads, grouped queries
 take part in the matching.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.alignment.options import REPAIR_HELP, WEIGHTING_HELP, Repair, Weighting
-from mergetool.methods.base import AnyTensorMethod, Field, Fitted, FittedMethod, Models, TensorMethod
+from mergetool.alignment.options import WEIGHTING_HELP, Weighting
+from mergetool.methods.aligning import AligningMethod
+from mergetool.methods.base import Field, Models
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from mergetool.alignment.fitted import Aligned
 
 
-class MergeMany(FittedMethod):
+class MergeMany(AligningMethod):
     """Coordinate ascent on the agreement of all models."""
 
     method: Literal["merge-many"] = "merge-many"
     weighting: Weighting = Field("none", description=WEIGHTING_HELP)
-    combine: AnyTensorMethod = Field(
-        default={"method": "linear"}, validate_default=True, description="the method that merges the aligned models"
-    )
-    repair: Repair = Field(default={}, validate_default=True, description=REPAIR_HELP)
-    needs_base: ClassVar = "unused"
-    min_models: ClassVar = 2
     exempt: ClassVar = {
         "units": "the order of neurons is that of a model chosen by content, which is other for other numbers",
         "precision": "the order of neurons is that of a model chosen by content, as read in the compute dtype",
     }
 
-    def inner(self) -> TensorMethod:
-        return self.combine
-
-    def finishes(self) -> bool:
-        return self.repair.mode != "none"
-
-    def finish(
-        self, models: Models, fitted: Fitted, merged: "Mapping[str, Tensor]", folder: Path | None
-    ) -> "Mapping[str, Tensor]":
-        from mergetool.alignment.finish import finish
-        from mergetool.alignment.fitted import Aligned
-
-        assert isinstance(fitted, Aligned)
-        return finish(self.repair, models, fitted, merged, folder)
-
-    def load(self, models: Models, folder: Path) -> Fitted | None:
-        from mergetool.alignment.fitted import load_beside
-
-        return load_beside(folder, models)
-
-    def fit(self, models: Models) -> Fitted:
+    def search(self, models: Models) -> "Aligned":
         from mergetool.alignment.fitted import Aligned
         from mergetool.alignment.report import report_of
         from mergetool.alignment.task import task_of

@@ -20,7 +20,7 @@ from mergetool.tensors.adapter import AdapterSource
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
 from mergetool.tensors.header import TensorSpec, lay_out
 from mergetool.tensors.side_files import read_config
-from mergetool.tensors.source import ModelSource, open_model
+from mergetool.tensors.source import FileStamp, ModelSource, open_model
 
 _MAX_LISTED = 8
 
@@ -38,7 +38,15 @@ def make_plan(recipe: Recipe, output: Path | None = None, sources: Mapping[str, 
     steps = draft.steps()
     shards = _shards(steps, recipe.output.shard_size)
     placed = _place(steps, shards)
-    return Plan(recipe, opened, donor, placed, tuple(shards), output, tuple(draft.warnings))
+    return Plan(recipe, opened, donor, placed, tuple(shards), output, tuple(draft.warnings), _other_files(recipe))
+
+
+def _other_files(recipe: Recipe) -> dict[str, FileStamp]:
+    found = {}
+    for field, path in recipe.method.files().items():
+        with at(field):
+            found[field] = FileStamp.of(recipe.path_of(path))
+    return found
 
 
 def _open_models(recipe: Recipe) -> dict[str, ModelSource]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from mergetool.methods.base import Params, Reach, TensorMethod
 from mergetool.recipe.model import Recipe
 from mergetool.tensors.header import Header, TensorSpec
-from mergetool.tensors.source import ModelSource
+from mergetool.tensors.source import FileStamp, ModelSource
 
 BASE = "base"
 """Key of the base among a plan's sources (no model may have this name)."""
@@ -103,6 +103,14 @@ class Plan:
     shards: tuple[Shard, ...]
     output: Path | None
     warnings: tuple[str, ...] = ()
+    others: Mapping[str, FileStamp] = field(default_factory=dict)
+    """Files beside the models that the method reads, by the recipe's field."""
+
+    @property
+    def stamps(self) -> dict[str, tuple[FileStamp, ...]]:
+        """All input files: of the models by name, and the others."""
+        models = {name: source.files for name, source in self.sources.items()}
+        return models | {field: (stamp,) for field, stamp in self.others.items()}
 
     @property
     def bytes_out(self) -> int:

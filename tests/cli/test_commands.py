@@ -14,7 +14,18 @@ from mergetool.cli.app import app
 from tests.files import tensors, write_model, write_models, write_raw, write_recipe
 
 FLAGS = {
-    "run": {"recipe", "--output", "--device", "--workers", "--memory", "--overwrite", "--no-resume", "--set", "--json"},
+    "run": {
+        "recipe",
+        "--output",
+        "--device",
+        "--workers",
+        "--memory",
+        "--overwrite",
+        "--no-resume",
+        "--trust-code",
+        "--set",
+        "--json",
+    },
     "validate": {"recipe", "--set", "--json"},
     "plan": {"recipe", "--set", "--workers", "--memory", "--json"},
     "inspect": {"reference", "--json"},

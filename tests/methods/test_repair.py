@@ -1,6 +1,9 @@
 """REPAIR as the last step of a recipe: what it changes, what it needs, and how a killed run ends."""
 
+import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -45,6 +48,10 @@ def folder(tmp_path):
     return tmp_path
 
 
+def run(path, **flags):
+    return mergetool.run(path, trust_code=True, **flags)
+
+
 def recipe(folder, models, repair, method="c2m3", architecture="mlp", **output):
     document = {
         "models": nets.write(folder / "models", models) if not (folder / "models").exists() else _paths(folder, models),
@@ -69,8 +76,8 @@ MLP_REPAIR = {"mode": "full", "data": "rows.safetensors", "network": "build.py:m
 
 @pytest.mark.parametrize("method", ["c2m3", "git-rebasin", "merge-many"])
 def test_hidden_layers_are_corrected_and_the_rest_is_as_without(method, folder):
-    plain = load_file(mergetool.run(recipe(folder, unrelated(), {}, method)).path / "model.safetensors")
-    path = mergetool.run(recipe(folder, unrelated(), MLP_REPAIR, method), overwrite=True).path
+    plain = load_file(run(recipe(folder, unrelated(), {}, method)).path / "model.safetensors")
+    path = run(recipe(folder, unrelated(), MLP_REPAIR, method), overwrite=True).path
     repaired = load_file(path / "model.safetensors")
     changed = {name for name in plain if not torch.equal(plain[name], repaired[name])}
     assert changed == {"layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias"}
@@ -83,8 +90,8 @@ def test_hidden_layers_are_corrected_and_the_rest_is_as_without(method, folder):
 def test_statistics_of_batch_norm_are_measured_anew(folder):
     models = {"ab"[i]: nets.resnet(seed=i) for i in range(2)}
     options = {"mode": "bn-stats", "data": "images.safetensors", "network": "build.py:resnet"}
-    plain = load_file(mergetool.run(recipe(folder, models, {}, architecture="resnet")).path / "model.safetensors")
-    path = mergetool.run(recipe(folder, models, options, architecture="resnet"), overwrite=True).path
+    plain = load_file(run(recipe(folder, models, {}, architecture="resnet")).path / "model.safetensors")
+    path = run(recipe(folder, models, options, architecture="resnet"), overwrite=True).path
     repaired = load_file(path / "model.safetensors")
     for name in plain:
         assert torch.equal(plain[name], repaired[name]) != name.endswith(("running_mean", "running_var")), name
@@ -105,9 +112,11 @@ def test_a_network_that_config_json_tells_needs_no_code(folder):
 
 def test_memory_and_files_give_the_same_bits_also_in_bfloat16(folder, monkeypatch):
     models = {name: {k: x.bfloat16() for k, x in state.items()} for name, state in unrelated().items()}
-    path = mergetool.run(recipe(folder, models, MLP_REPAIR, shard_size=1000)).path
+    path = run(recipe(folder, models, MLP_REPAIR, shard_size=1000)).path
     monkeypatch.chdir(folder)
-    memory = mergetool.merge_state_dicts({"method": "c2m3", "repair": MLP_REPAIR}, models, architecture="mlp")
+    memory = mergetool.merge_state_dicts(
+        {"method": "c2m3", "repair": MLP_REPAIR}, models, architecture="mlp", trust_code=True
+    )
     shards = sorted(path.glob("*.safetensors"))
     assert len(shards) > 1
     assert_same_bytes({name: x for shard in shards for name, x in load_file(shard).items()}, memory)
@@ -115,7 +124,7 @@ def test_memory_and_files_give_the_same_bits_also_in_bfloat16(folder, monkeypatc
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_run_killed_while_tensors_are_replaced_ends_the_same(after, folder, monkeypatch):
-    whole = mergetool.run(recipe(folder, unrelated(), MLP_REPAIR), output=folder / "whole")
+    whole = run(recipe(folder, unrelated(), MLP_REPAIR), output=folder / "whole")
     put, calls = mergetool.engine.worker.Worker._put, []
 
     def dies(self, step, start, merged, notes):
@@ -126,32 +135,80 @@ def test_a_run_killed_while_tensors_are_replaced_ends_the_same(after, folder, mo
 
     monkeypatch.setattr("mergetool.engine.worker.Worker._put", dies)
     with pytest.raises(KeyboardInterrupt):
-        mergetool.run(recipe(folder, unrelated(), MLP_REPAIR))
+        run(recipe(folder, unrelated(), MLP_REPAIR))
     monkeypatch.undo()
-    again = mergetool.run(recipe(folder, unrelated(), MLP_REPAIR))
+    again = run(recipe(folder, unrelated(), MLP_REPAIR))
     assert again.resumed
     assert (again.path / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
 
 
 def refused(folder, error, models=None, **changes):
     with pytest.raises(error) as caught:
-        mergetool.run(recipe(folder, models or unrelated(), {**MLP_REPAIR, **changes}))
+        run(recipe(folder, models or unrelated(), {**MLP_REPAIR, **changes}))
     return str(caught.value)
 
 
 def test_what_is_missing_or_does_not_fit_is_named(folder):
     assert "needs data" in refused(folder, RecipeError, data=None)
     assert "no effect" in refused(folder, RecipeError, mode="none")
-    assert "FILE.py:FUNCTION" in refused(folder, PlanError, network="elsewhere.py:mlp")
+    assert "no such file" in refused(folder, SourceError, network="elsewhere.py:mlp").lower()
+    assert "merge.repair.network" in refused(folder, RecipeError, network="build.mlp")
     assert "AttributeError" in refused(folder, PlanError, network="build.py:lost")
     assert "no such thing" in refused(folder, PlanError, network="build.py:fails")
     assert "returned a int" in refused(folder, PlanError, network="build.py:nothing")
     assert "has no tensor 'layers.0.bias'" in refused(folder, PlanError, network="build.py:resnet")
     assert "there is no config.json" in refused(folder, PlanError, network=None)
     assert "cannot be run through" in refused(folder, PlanError, data="images.safetensors")
+    assert not list((folder / "out.partial").glob("alignment/*"))  # said before anything was searched
     assert "no batch norm" in refused(folder, PlanError, mode="bn-stats")
     assert "cannot be read as data" in refused(folder, SourceError, data="build.py")
     save_file({"x": torch.zeros(3, 6), "y": torch.zeros(4, 6)}, folder / "uneven.safetensors")
     assert "one row per sample" in refused(folder, SourceError, data="uneven.safetensors")
     save_file({"x": torch.zeros(3, 6), "y": torch.zeros(3, 6)}, folder / "two.safetensors")
     assert "not 'y'" in refused(folder, SourceError, data="two.safetensors")
+
+
+SPY = """
+from pathlib import Path
+Path(__file__).with_suffix(".ran").touch()
+from tests.methods.test_repair import BUILD
+exec(BUILD)
+"""
+
+
+def test_a_recipe_runs_no_code_unless_the_user_says_so(folder, monkeypatch):
+    (folder / "spy.py").write_text(SPY)
+    options = {**MLP_REPAIR, "network": "spy.py:mlp"}
+    path = recipe(folder, unrelated(), options)
+    with pytest.raises(RecipeError, match="spy") as caught:
+        mergetool.run(path)
+    assert "merge.repair.network" in caught.value.where
+    assert "--trust-code" in caught.value.fix
+    monkeypatch.chdir(folder)
+    with pytest.raises(RecipeError, match="spy"):
+        mergetool.merge_state_dicts({"method": "c2m3", "repair": options}, unrelated(), architecture="mlp")
+    mergetool.plan(path)
+    assert not (folder / "spy.ran").exists()
+    assert not list(folder.glob("out*"))
+    assert main_code("run", str(path)) == 2
+    assert not (folder / "spy.ran").exists()
+    assert main_code("run", str(path), "--trust-code") == 0
+    assert (folder / "spy.ran").exists()
+
+
+def main_code(*arguments):
+    return subprocess.run([sys.executable, "-m", "mergetool", *arguments], capture_output=True, check=False).returncode
+
+
+def test_code_and_data_are_in_the_lock_and_a_change_of_them_starts_over(folder, monkeypatch):
+    path = recipe(folder, unrelated(), MLP_REPAIR)
+    monkeypatch.setattr("mergetool.engine.provenance.describe_run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(path)
+    monkeypatch.undo()
+    save_file({"x": torch.randn(250, 6, generator=torch.Generator().manual_seed(1))}, folder / "rows.safetensors")
+    result = run(path)
+    assert not result.resumed
+    inputs = json.loads((result.path / "mergetool.json").read_text())["inputs"]
+    for field, name in (("merge.repair.data", "rows.safetensors"), ("merge.repair.network", "build.py")):
+        assert inputs[field][0]["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()

@@ -1,0 +1,19 @@
+"""Recipes are data, and data must not run programs: code that a recipe names is run only if the user says so.
+
+A recipe may come from anywhere (a model card holds one). Most are numbers and names, but a few fields name Python code
+to execute. Without the user's word in the command, a run with such a field is refused before anything is opened.
+"""
+
+from mergetool.errors import RecipeError
+from mergetool.recipe.model import Recipe
+
+
+def check_trust(recipe: Recipe, *, trusted: bool) -> None:
+    """Raise RecipeError if the recipe would execute code, unless that is `trusted`."""
+    for field, code in recipe.method.code().items():
+        if not trusted:
+            raise RecipeError(
+                f"the recipe would execute Python code on this machine: {code!r}",
+                f"{recipe.name}: {field}",
+                "read that file; if you trust it, add --trust-code (in Python: trust_code=True)",
+            )
