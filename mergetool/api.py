@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergetool.engine import Flags, Progress, Result, run_recipe
+from mergetool.engine import Flags, Progress, Result
+from mergetool.evolve.run import run_recipe
 from mergetool.planner import Plan, make_plan
 from mergetool.recipe import Recipe
 from mergetool.recipe import load_recipe as load_recipe

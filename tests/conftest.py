@@ -1,5 +1,7 @@
-"""Tests run side by side on few cores: one OpenMP thread each, here and in the processes they start."""
+"""Tests run side by side on few cores: one OpenMP thread each, here and in what they start. None goes online."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE"):
+    os.environ.setdefault(name, "1")

@@ -67,7 +67,17 @@ def test_importing_the_package_imports_no_torch():
 
 
 def test_optional_packages_are_imported_late():
-    optional = {"transformers", "huggingface_hub", "accelerate", "matplotlib", "lm_eval", "peft", "sklearn"}
+    optional = {
+        "transformers",
+        "huggingface_hub",
+        "accelerate",
+        "matplotlib",
+        "lm_eval",
+        "peft",
+        "sklearn",
+        "cmaes",
+        "pymoo",
+    }
     early = [
         f"{path}:{node.lineno}"
         for path, tree in trees().items()

@@ -58,7 +58,8 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Merge models as a recipe says. Resumes by itself after a kill."""
-    from mergetool.engine import Flags, run_recipe
+    from mergetool.engine import Flags
+    from mergetool.evolve.run import run_recipe
     from mergetool.recipe import load_recipe
 
     flags = Flags(

@@ -38,13 +38,18 @@ def merge_in_memory(
     plan = fitted.plan
     sink = _MemorySink(plan)
     worker = Worker(plan, sink, torch.device("cpu"))
+    merge_all(plan, worker)
+    if fitted.finishes:
+        worker.replace(fitted.finish(MemorySource(sink.tensors, "merged"), None))
+    return sink.tensors
+
+
+def merge_all(plan: Plan, worker: Worker) -> None:
+    """Survey and merge every step, in plan order."""
     shared = _survey(plan, worker, [step for step in plan.steps if step.surveyed_together])
     for step in plan.steps:
         stats = shared if step.surveyed_together else _survey(plan, worker, [step])
         worker.merge(step, 0, step.spec.num_elements, stats)
-    if fitted.finishes:
-        worker.replace(fitted.finish(MemorySource(sink.tensors, "merged"), None))
-    return sink.tensors
 
 
 def _survey(plan: Plan, worker: Worker, steps: list[Step]) -> Mapping[str, tuple[float, ...]]:

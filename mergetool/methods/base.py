@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergetool.bundle.build import Options
+    from mergetool.search.space import Space, Value
 
 __all__ = [
     "RANK",
@@ -50,6 +51,7 @@ __all__ = [
     "FittedMethod",
     "Fraction",
     "Gradient",
+    "Knob",
     "MatrixFilter",
     "MatrixMethod",
     "Method",
@@ -60,6 +62,7 @@ __all__ = [
     "Rank",
     "Reach",
     "Scheduled",
+    "SearchMethod",
     "Stats",
     "Survey",
     "TensorGroup",
@@ -354,6 +357,18 @@ class BundleMethod(Method):
     @abstractmethod
     def options(self) -> "Options":
         """What is kept of the models, and how the bundle is used."""
+
+
+class SearchMethod(Method):
+    """A method that judges many candidates: settings of another method, with some numbers left open."""
+
+    @abstractmethod
+    def space(self, models: Sequence[str]) -> "Space":
+        """The numbers that are open, for these models."""
+
+    @abstractmethod
+    def candidate(self, values: "Sequence[Value]", models: Sequence[str]) -> dict[str, Any]:
+        """The `merge` section of a recipe in which the open numbers have these values."""
 
 
 def all_methods() -> dict[str, type[Method]]:

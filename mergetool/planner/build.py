@@ -13,8 +13,9 @@ from pathlib import Path
 from mergetool.arch.depth import structural_depths
 from mergetool.bundle import is_bundle
 from mergetool.errors import PlanError, SourceError, at
-from mergetool.methods.base import BundleMethod, FittedMethod, Method, TensorMethod
+from mergetool.methods.base import BundleMethod, FittedMethod, Method, SearchMethod, TensorMethod
 from mergetool.planner.model import BASE, Plan, Shard, Step
+from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.model import Override, Recipe
 from mergetool.tensors.adapter import AdapterSource
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
@@ -28,9 +29,12 @@ _MAX_LISTED = 8
 def make_plan(recipe: Recipe, output: Path | None = None, sources: Mapping[str, ModelSource] | None = None) -> Plan:
     """Plan a recipe from headers. `sources` stand in for the recipe's models (in memory).
 
+    Of a search, the plan of its first candidate: the others differ in numbers only.
     Raises SourceError for models that cannot be read, PlanError for models that do not fit together.
     """
-    opened = dict(sources) if sources is not None else _open_models(recipe)
+    if isinstance(recipe.method, SearchMethod):
+        recipe = candidate_recipe(recipe, recipe.method.space(tuple(recipe.models)).start)
+    opened = dict(sources) if sources is not None else open_models(recipe)
     if output is None and recipe.output.path is not None:
         output = recipe.path_of(recipe.output.path)
     donor = BASE if BASE in opened else next(iter(recipe.models))
@@ -49,7 +53,8 @@ def _other_files(recipe: Recipe) -> dict[str, FileStamp]:
     return found
 
 
-def _open_models(recipe: Recipe) -> dict[str, ModelSource]:
+def open_models(recipe: Recipe) -> dict[str, ModelSource]:
+    """Every model of a recipe, the base under `BASE`. Raises SourceError or PlanError."""
     opened = {}
     references = {**({BASE: recipe.base} if recipe.base else {}), **recipe.models}
     for name, reference in references.items():

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mergetool.errors import RecipeError
-from mergetool.methods.base import BundleMethod, FittedMethod, Method
+from mergetool.methods.base import BundleMethod, FittedMethod, Method, SearchMethod
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.render import suggestion
 
@@ -114,6 +114,8 @@ def _check_per_model(
 
 def _check_overrides(document: Document, kind: type[Method], models: Collection[str]) -> Iterator[RecipeError]:
     overrides = document.data["merge"].get("overrides")
+    if overrides is not None and issubclass(kind, SearchMethod):
+        yield document.error(("merge", "overrides"), "overrides are settings of the inner method", "move them to inner")
     for index, override in enumerate(overrides if isinstance(overrides, list) else ()):
         if not isinstance(override, dict):
             continue

@@ -13,7 +13,8 @@ from pydantic import Field, TypeAdapter, ValidationError, create_model
 
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
-from mergetool.methods.base import BundleMethod, FittedMethod, Method
+from mergetool.methods.base import BundleMethod, FittedMethod, Method, SearchMethod
+from mergetool.recipe.candidate import candidate_documents, unique
 from mergetool.recipe.checks import cross_checks
 from mergetool.recipe.document import Document, Place, parse_value, read_document
 from mergetool.recipe.mergekit import convert, is_mergekit
@@ -124,6 +125,8 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
     ]
     kind, method, overrides = _merge_section(document, problems) if "merge" in data else (None, None, ())
     problems += cross_checks(document, kind, method)
+    if isinstance(method, SearchMethod) and not problems:
+        problems += _check_candidates(document, method)
     if problems or method is None:
         raise RecipeError.of(problems)
     return Recipe(
@@ -141,6 +144,17 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
         document=data,
         settings=settings,
     )
+
+
+def _check_candidates(document: Document, method: SearchMethod) -> list[RecipeError]:
+    """Whatever is wrong with the recipes that a search will try."""
+    problems: list[RecipeError] = []
+    for candidate in candidate_documents(document, method):
+        try:
+            check_document(candidate)
+        except RecipeError as error:
+            problems += error.problems
+    return unique(problems)
 
 
 def _merge_section(
@@ -187,6 +201,6 @@ def override_class(method: type[Method]) -> type[Override]:
     fields: dict[str, Any] = {
         key: (info.rebuild_annotation(), Field(None, description=info.description))
         for key, info in method.model_fields.items()
-        if key != "method" and not issubclass(method, FittedMethod | BundleMethod)
+        if key != "method" and not issubclass(method, FittedMethod | BundleMethod | SearchMethod)
     }
     return create_model(f"{method.__name__}Override", __base__=Override, **fields)

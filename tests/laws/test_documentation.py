@@ -10,8 +10,9 @@ import mergetool
 from mergetool.bundle.manifest import read_manifest
 from mergetool.cli.app import app
 from mergetool.methods import registry
-from mergetool.methods.base import BundleMethod
+from mergetool.methods.base import BundleMethod, SearchMethod
 from mergetool.recipe.reference import method_facts
+from tests.evolve.planted import World
 from tests.toys import INTEGERS, MLP, SHAPES, read, toy_models, write
 
 METHODS = sorted(registry())
@@ -65,9 +66,13 @@ def test_its_recipe_runs_from_end_to_end(name, tmp_path):
     assert document["merge"]["method"] == name
     assert document["output"]["path"] == f"./out/{name}"
     shapes = MLP if "architecture" in document else SHAPES
-    base, models = toy_models(document["models"], exact=False, shapes=shapes)
-    states = {key: state | INTEGERS for key, state in {"base": base, **models}.items()}
-    paths = {key: str(path) for key, path in write(tmp_path / "models", states).items()}
+    if issubclass(registry()[name], SearchMethod):
+        tasks = [task["name"] for task in document["merge"]["tasks"]]
+        paths = World().write(tmp_path, tuple(document["models"]), tasks)
+    else:
+        base, models = toy_models(document["models"], exact=False, shapes=shapes)
+        states = {key: state | INTEGERS for key, state in {"base": base, **models}.items()}
+        paths = {key: str(path) for key, path in write(tmp_path / "models", states).items()}
     document["models"] = {key: paths[key] for key in document["models"]}
     if "base" in document:
         document["base"] = paths["base"]
@@ -79,7 +84,7 @@ def test_its_recipe_runs_from_end_to_end(name, tmp_path):
     if issubclass(registry()[name], BundleMethod):
         assert read_manifest(result.path).names == tuple(document["models"])
     else:
-        assert read(result.path).keys() == states["base"].keys()
+        assert read(result.path).keys() == read(Path(next(iter(paths.values())))).keys()
 
 
 def test_every_recipe_here_is_valid():

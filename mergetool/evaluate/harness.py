@@ -1,0 +1,124 @@
+"""The seam to lm-eval: loading tasks, and wrapping a model. Nothing else imports it.
+
+Tasks of one's own are YAML files in the folder `include`; the data files they name are looked for beside the YAML file
+before the current folder. When every task and model is local, nothing is looked up on a network.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from mergetool.errors import EvaluationError
+from mergetool.evaluate.options import TaskOptions
+
+INSTALL = 'pip install "mergetool[eval]"'
+_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE")
+_FEWSHOT_SEED = 1234
+
+
+def go_offline() -> None:
+    """Keep the libraries below off the network; must come before they are first imported to have its full effect."""
+    for name in _OFFLINE:
+        os.environ.setdefault(name, "1")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars, and no messages below an error, from the libraries inside."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """lm-eval's view of a model that lives in this process."""
+    try:
+        with quiet():
+            from lm_eval.models.huggingface import HFLM
+
+            return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    except ImportError as error:
+        raise EvaluationError(f"lm-eval is not installed ({error})", "evaluate", INSTALL) from None
+
+
+def load_task(options: TaskOptions, folder: Path) -> Any:
+    """One lm-eval task with its documents. `include` is relative to `folder`. Raises EvaluationError."""
+    try:
+        with quiet():
+            from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise EvaluationError(f"lm-eval is not installed ({error})", "evaluate", INSTALL) from None
+    where = f"task {options.name!r}"
+    include = None if options.include is None else (folder / options.include).absolute()
+    if include is not None and not include.exists():
+        raise EvaluationError("no such file or folder", str(include), "check `include`")
+    try:
+        with quiet():
+            manager = TaskManager(include_path=include, include_defaults=include is None)
+            if options.name not in manager.all_tasks:
+                raise _unknown(options, manager.all_tasks)
+            loaded = _load(manager, options.name)
+    except EvaluationError:
+        raise
+    except Exception as error:  # a task file is code and templates: anything may come out of it
+        raise EvaluationError(
+            f"cannot be loaded: {_first_line(error)}", where, "repair the task's YAML file"
+        ) from error
+    if len(loaded) != 1:
+        what = f"stands for {len(loaded)} tasks ({', '.join(sorted(task.config.task for task in loaded)[:5])})"
+        raise EvaluationError(what, where, "name these tasks one by one")
+    (task,) = loaded
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    return task
+
+
+def _unknown(options: TaskOptions, known: list[str]) -> EvaluationError:
+    from difflib import get_close_matches
+
+    near = get_close_matches(options.name, known, n=1)
+    where = "lm-eval" if options.include is None else options.include
+    fix = f"did you mean {near[0]!r}?" if near else f"known there: {', '.join(known[:8]) or 'none'}"
+    return EvaluationError(f"there is no task {options.name!r}", where, fix)
+
+
+def _load(manager: Any, name: str) -> list[Any]:
+    """The tasks that a name stands for."""
+    entry = manager.task_index[name]
+    if overrides := _beside(entry):  # there is no public way to override settings of a task from a file
+        return [manager._factory.build(entry, overrides=overrides, registry=manager.task_index)]
+    return list(manager.load([name])["tasks"].values())
+
+
+def _beside(entry: Any) -> dict[str, Any]:
+    """Overrides that make data files named in a task's YAML file absolute, where they lie beside it."""
+    kwargs = (entry.cfg or {}).get("dataset_kwargs")
+    if entry.yaml_path is None or not isinstance(kwargs, Mapping) or "data_files" not in kwargs:
+        return {}
+    folder = Path(entry.yaml_path).absolute().parent
+
+    def absolute(files: Any) -> Any:
+        if isinstance(files, Mapping):
+            return {split: absolute(part) for split, part in files.items()}
+        if isinstance(files, list | tuple):
+            return [absolute(part) for part in files]
+        return str(folder / files) if (folder / str(files)).is_file() else files
+
+    return {"dataset_kwargs": {**kwargs, "data_files": absolute(kwargs["data_files"])}}
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

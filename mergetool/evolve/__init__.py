@@ -1,0 +1,1 @@
+"""The search for a merge: candidates in memory, scores from lm-eval, a journal, a report."""

@@ -1,0 +1,133 @@
+"""Candidates merged straight into the weights of a model that stands ready. Nothing is written to a disk.
+
+The arithmetic is the engine's own, slice by slice, so a candidate has the very bits that a run of its recipe writes.
+The inputs are read once and stay in memory.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergetool.engine.memory import merge_all
+from mergetool.engine.worker import Sink, Worker
+from mergetool.errors import EvaluationError
+from mergetool.evaluate.model import LiveModel
+from mergetool.planner import Plan, Step, make_plan
+from mergetool.planner.model import BASE
+from mergetool.recipe.candidate import candidate_recipe
+from mergetool.recipe.model import Recipe
+from mergetool.search.space import Value
+from mergetool.tensors.dtypes import DType, torch_dtype
+from mergetool.tensors.header import TensorSpec
+from mergetool.tensors.io import bytes_of
+from mergetool.tensors.source import FileStamp, ModelSource
+
+
+class ResidentSource(ModelSource):
+    """A model whose stored bytes were read into memory."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+        self.folder = source.folder
+        self.specs: Mapping[str, TensorSpec] = source.specs
+        self._bytes: dict[str, Tensor] = {}
+        for name, spec in source.specs.items():
+            held = torch.empty(spec.num_bytes, dtype=torch.uint8)
+            if spec.num_bytes:
+                source.read_bytes(name, 0, bytes_of(held))
+            self._bytes[name] = held
+        source.close()
+
+    @property
+    def files(self) -> tuple[FileStamp, ...]:
+        return self._source.files
+
+    def position(self, name: str) -> tuple[int, int]:
+        return self._source.position(name)
+
+    def stored_as(self, name: str) -> DType:
+        return self._source.stored_as(name)
+
+    def read_bytes(self, name: str, begin: int, buffer: memoryview) -> None:
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(self._bytes[name][begin : begin + len(buffer)])
+
+
+class _LiveSink(Sink):
+    """Writes finished slices into live tensors, and remembers what it wrote as a digest if it shall."""
+
+    def __init__(self, slots: Mapping[str, Tensor], steps: Sequence[Step]) -> None:
+        self._flat = {name: tensor.view(-1) for name, tensor in slots.items()}
+        self._dtypes = {step.spec.name: torch_dtype(step.spec.dtype) for step in steps}
+        self.digests: dict[str, hashlib._Hash] | None = None
+
+    def write(self, shard: int, name: str, begin: int, data: memoryview) -> None:
+        if self.digests is not None:
+            self.digests.setdefault(name, hashlib.sha256()).update(data)
+        if len(data):
+            values = torch.frombuffer(data, dtype=self._dtypes[name])
+            start = begin // values.element_size()
+            self._flat[name][start : start + len(values)].copy_(values)
+
+
+class Candidates:
+    """Merges candidates of a search recipe into a live model."""
+
+    def __init__(self, recipe: Recipe, sources: Mapping[str, ModelSource], device: str, batch_size: int) -> None:
+        self._recipe = recipe
+        self._sources = {name: ResidentSource(source) for name, source in sources.items()}
+        plan = make_plan(recipe, sources=self._sources)
+        folder = plan.sources[plan.donor].folder
+        if folder is None:
+            what = "is a bare file without config and tokenizer, so merges of it cannot be evaluated"
+            raise EvaluationError(what, plan.donor, "name a model folder")
+        chosen = recipe.tokenizer.source if recipe.tokenizer else plan.donor
+        self.live = LiveModel(folder, tokenizer=_folder_of(self._sources[chosen]), device=device, batch_size=batch_size)
+        self._slots = self.live.slots([step.spec.name for step in plan.steps])
+        self._device = torch.device(device)
+
+    def put(self, values: Sequence[Value], *, digest: bool = False) -> str | None:
+        """Merge the candidate with these numbers into the live model. Returns its digest if asked for."""
+        return self._put(make_plan(candidate_recipe(self._recipe, values), sources=self._sources), digest=digest)
+
+    def put_model(self, name: str) -> None:
+        """Put one of the models itself (or the base) there."""
+        document = {
+            "models": {name: "in memory"} if name != BASE else {"the-base": "in memory"},
+            "merge": {"method": "passthrough"},
+        }
+        from mergetool.recipe import load_recipe
+
+        recipe = replace(load_recipe(document), folder=self._recipe.folder, output=self._recipe.output)
+        self._put(make_plan(recipe, sources={next(iter(recipe.models)): self._sources[name]}), digest=False)
+
+    def _put(self, plan: Plan, *, digest: bool) -> str | None:
+        sink = _LiveSink(self._slots, plan.steps)
+        sink.digests = {} if digest else None
+        merge_all(plan, Worker(plan, sink, self._device))
+        if sink.digests is None:
+            return None
+        return total_digest({name: found.hexdigest() for name, found in sink.digests.items()})
+
+
+def total_digest(digests: Mapping[str, str]) -> str:
+    """One SHA-256 over the SHA-256 of every tensor's stored bytes, by name."""
+    text = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def saved_digest(source: ModelSource) -> str:
+    """The same digest of a checkpoint on the disk."""
+    digests = {}
+    for name, spec in source.specs.items():
+        held = bytearray(spec.num_bytes)
+        source.read_bytes(name, 0, memoryview(held))
+        digests[name] = hashlib.sha256(held).hexdigest()
+    return total_digest(digests)
+
+
+def _folder_of(source: ModelSource) -> Path | None:
+    return source.folder

@@ -1,0 +1,35 @@
+"""Run any recipe: a search first, where it asks for one, then the merge that it found."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from mergetool.engine import Flags, Progress, Result
+from mergetool.engine import run_recipe as run_plain
+from mergetool.engine.execute import Silent
+from mergetool.errors import OutputError
+from mergetool.methods.base import SearchMethod
+from mergetool.recipe.candidate import candidate_recipe
+from mergetool.recipe.model import Recipe
+
+
+def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None) -> Result:
+    """Plan and run a recipe of any method. Raises any MergetoolError."""
+    flags, progress = flags or Flags(), progress or Silent()
+    if not isinstance(recipe.method, SearchMethod):
+        return run_plain(recipe, flags, progress)
+    from mergetool.evolve.session import search
+
+    output = _output(recipe, flags)
+    winner = search(recipe, output, flags, progress)
+    return run_plain(candidate_recipe(recipe, winner), replace(flags, output=output), progress)
+
+
+def _output(recipe: Recipe, flags: Flags) -> Path:
+    output = flags.output.absolute() if flags.output else None
+    if output is None and recipe.output.path is not None:
+        output = recipe.path_of(recipe.output.path)
+    if output is None:
+        raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
+    if output.exists() and not flags.overwrite:
+        raise OutputError("exists already", str(output), "choose another place with -o PATH, or add --overwrite")
+    return output

@@ -1,0 +1,111 @@
+"""One search from a recipe to a folder of results: models opened, tasks loaded, pools dealt, the loop run."""
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mergetool import __version__
+from mergetool.engine import Flags, Progress
+from mergetool.errors import EvaluationError
+from mergetool.evaluate.harness import go_offline, load_task
+from mergetool.evaluate.items import TaskItems
+from mergetool.evolve.journal import SearchJournal
+from mergetool.evolve.judge import Judge
+from mergetool.evolve.live import Candidates
+from mergetool.evolve.loop import History, Loop, Values
+from mergetool.evolve.pools import split
+from mergetool.methods.merge3 import Merge3
+from mergetool.planner.build import open_models
+from mergetool.recipe.candidate import candidate_recipe
+from mergetool.recipe.model import Recipe
+from mergetool.tensors.writer import write_file
+
+RECIPE_NAME = "recipe.yaml"
+_PACKAGES = ("torch", "transformers", "lm_eval", "numpy", "scipy", "cmaes", "pymoo")
+
+
+def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress) -> Values:
+    """Search, and write what was found beside the output. Returns the winner's numbers."""
+    method = recipe.method
+    assert isinstance(method, Merge3)
+    if all(task.include is not None for task in method.tasks):
+        go_offline()
+    folder = output.with_name(f"{output.name}.search")
+    device = "cpu" if flags.device == "auto" else flags.device
+    sources = open_models(recipe)
+    inputs = [[name, str(f.path), f.size, f.mtime_ns] for name, source in sources.items() for f in source.files]
+    candidates = Candidates(recipe, sources, device, method.search.batch_size)
+    tasks = [TaskItems(task, load_task(task, recipe.folder), candidates.live.lm) for task in method.tasks]
+    pools = split(tasks, method.search.report, recipe.compute.seed)
+    document = {key: value for key, value in recipe.document.items() if key != "output"}
+    header = {
+        "search": document,
+        "inputs": inputs,
+        "tasks": {task.name: task.fingerprint for task in tasks},
+        "versions": {"mergetool": __version__} | {name: _version(name) for name in _PACKAGES},
+        "pools": {"search": pools.search, "report": pools.report},
+    }
+    journal = SearchJournal(folder, header, resume=flags.resume)
+    try:
+        judge = Judge(candidates, tasks, journal)
+        loop = Loop(method, method.space(tuple(recipe.models)), judge, pools, recipe.compute.seed, progress.say)
+        history = loop.run([*(["base"] if recipe.base else []), *recipe.models])
+        if history.winner is None:
+            reasons = {judge.failure(trial.values) for trial in history.trials}
+            what = f"all {len(history.trials)} candidates failed: {'; '.join(map(str, sorted(reasons, key=str)))[:300]}"
+            raise EvaluationError(what, recipe.name, "try the method alone: mergetool run with plain numbers")
+        _write(folder, recipe, history, judge)
+    finally:
+        journal.close()
+    return history.winner
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except ImportError:
+        return "absent"
+
+
+def _write(folder: Path, recipe: Recipe, history: History, judge: Judge) -> None:
+    """The winner as a plain recipe, and the figures."""
+    import yaml
+
+    assert history.winner is not None
+    plain = moved(candidate_recipe(recipe, history.winner), folder)
+    write_file(folder / RECIPE_NAME, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    report = {
+        "winner": list(history.winner),
+        "report": {_name(subject): scores for subject, scores in history.report.items()},
+        "spent": judge.spent.items,
+    }
+    write_file(folder / "report.json", json.dumps(report, indent=2) + "\n")
+
+
+def _name(subject: Any) -> str:
+    return subject if isinstance(subject, str) else json.dumps(list(subject))
+
+
+def moved(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """A recipe's data as it must be written in a file in `folder`: relative paths lead to the same places."""
+
+    def there(text: str) -> str:
+        return (
+            text if Path(text).is_absolute() or text.startswith("~") else os.path.relpath(recipe.path_of(text), folder)
+        )
+
+    def reference(value: Any) -> Any:
+        if isinstance(value, str):
+            return there(value)
+        made = {**value, "source": there(value["source"])}
+        return made | ({"adapters": [there(path) for path in value["adapters"]]} if "adapters" in value else {})
+
+    data = dict(recipe.document)
+    if "base" in data:
+        data["base"] = reference(data["base"])
+    data["models"] = {name: reference(value) for name, value in data["models"].items()}
+    if "output" in data and data["output"].get("path"):
+        data["output"] = {**data["output"], "path": there(data["output"]["path"])}
+    return data

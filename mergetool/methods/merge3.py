@@ -1,0 +1,84 @@
+"""Search the settings of any other method, judging candidates by their answers to a few items of real tasks.
+
+Any number in `inner` may be a range, `{search: [low, high]}`. Candidates are merged in memory, one after the other,
+into a model that stands ready, and lm-eval asks it the items of `tasks`. Asking all of them would take far too long, so
+a few models answer everything first; an item response model learns from that how hard each item is and what it tells
+about a model, and a small subset is chosen (extract); from then on a candidate answers only the subset, and what it
+would score on all items is estimated (estimate), and an optimiser proposes the next ones (evolve). The best few are
+then compared on all search items, and the winner is scored once on items that took no part in the search.
+
+Beside the result lies `NAME.search/`: the journal (a killed search goes on where it was), a report, and the winner as
+a plain recipe, which makes the same bytes again without searching.
+
+Reference: Mencattini et al., MERGE3: Efficient Evolutionary Merging on Consumer-grade GPUs, ICML 2025,
+https://arxiv.org/abs/2502.10436.
+Differs from the paper: the item response model is fitted here, to answers of the parents and of random merges of them,
+where theirs comes from a public leaderboard; abilities are MAP estimates; the blend's weight is cross-fitted; where the
+item response model does not beat a plain mean on held-out models, the mean is used.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from mergetool.evaluate.options import TaskOptions
+from mergetool.methods.base import Field, Finite, SearchMethod
+from mergetool.methods.genes import InnerMethod
+
+if TYPE_CHECKING:
+    from mergetool.search.space import Space, Value
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+
+
+class Search(BaseModel):
+    """How candidates are found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    algorithm: Literal["cma-es", "ga", "nsga2", "random", "sobol"] = Field(
+        "cma-es", description="who proposes candidates; nsga2 treats every task as an objective of its own"
+    )
+    population: Count = Field(16, description="candidates of one generation")
+    generations: Count = Field(10, description="generations, the first included")
+    groups: Count = Field(1, description="groups of layers: genes for each setting along depth")
+    rerank: Count = Field(5, description="how many of the best are compared on all search items")
+    report: Annotated[Finite, Field(gt=0, lt=1)] = Field(
+        0.5, description="share of each task's items that takes no part in the search and serves the final report"
+    )
+    batch_size: Count = Field(32, description="sequences that the model runs at once")
+
+
+class Estimator(BaseModel):
+    """How a candidate's score on all search items is told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["full", "mean"] = Field("full", description="full: every candidate answers all search items")
+    items: Count = Field(50, description="items of each task that a candidate answers")
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Merge3(SearchMethod):
+    """Evolve the settings of another method"""
+
+    method: Literal["merge3"] = "merge3"
+    inner: InnerMethod = Field(description="the method whose settings are searched; any number may be a range")
+    tasks: Annotated[tuple[TaskOptions, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = Field(
+        description="tasks of lm-eval that judge the candidates"
+    )
+    search: Search = Field(Search(), description="how candidates are found")
+    estimator: Estimator = Field(Estimator(), description="how few items tell a candidate's score")
+    needs_base: ClassVar = "optional"
+
+    def space(self, models: Sequence[str]) -> "Space":
+        from mergetool.search.space import Space
+
+        return Space(self.inner.genes(models, self.search.groups))
+
+    def candidate(self, values: "Sequence[Value]", models: Sequence[str]) -> dict[str, Any]:
+        return self.inner.filled(values, models, self.search.groups)
