@@ -81,11 +81,23 @@ def run(
 
 
 @app.command()
-def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = False) -> None:
+def validate(
+    recipe: RecipeFile,
+    online: Annotated[
+        bool, typer.Option("--online", help="Look at the models' headers too, on the Hub as well.")
+    ] = False,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
     """Check a recipe without opening any model: keys, names, types, ranges."""
     from mergetool.recipe import load_recipe
 
     checked = load_recipe(recipe, settings or ())
+    if online:
+        from mergetool.planner import make_plan
+
+        for warning in make_plan(checked).warnings:
+            say(f"warning: {warning}")
     answer = {"valid": True, "method": checked.method.method_name(), "models": list(checked.models)}
     _print(answer if as_json else f"{recipe}: valid", as_json=as_json)
 
@@ -118,15 +130,17 @@ def plan(
 
 @app.command()
 def inspect(
-    reference: Annotated[Path, typer.Argument(metavar="REF", help="A model folder or .safetensors file.")],
+    reference: Annotated[
+        str, typer.Argument(metavar="REF", help="A folder, a .safetensors file, or org/name@revision.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Look at a checkpoint's headers: tensors, dtypes, shards, tied weights, health."""
     from mergetool.bundle import is_bundle
     from mergetool.planner.inspect import facts_about
 
-    if is_bundle(reference):
-        _inspect_bundle(reference, as_json=as_json)
+    if is_bundle(Path(reference)):
+        _inspect_bundle(Path(reference), as_json=as_json)
         return
     facts = facts_about(reference)
     if as_json:

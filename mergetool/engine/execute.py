@@ -21,6 +21,7 @@ from mergetool.errors import MergeError, MergetoolError, OutputError, PlanError
 from mergetool.methods.base import BundleMethod
 from mergetool.planner import Plan, make_plan
 from mergetool.planner.estimate import Costs, check_disk, estimate
+from mergetool.planner.library import Library
 from mergetool.recipe.model import Recipe
 from mergetool.tensors.writer import SlotWriter
 
@@ -72,15 +73,8 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
     """Plan and run a recipe. Raises any MergetoolError; the output is then incomplete and not under its name."""
     flags, progress = flags or Flags(), progress or Silent()
     check_trust(recipe, trusted=flags.trust_code)
-    plan = make_plan(recipe, flags.output.absolute() if flags.output else None)
-    if plan.output is None:
-        raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
-    if flags.cache is not None and not recipe.method.uses_factors:
-        what = f"{recipe.method.method_name()} computes no factors, so this would have no effect"
-        raise PlanError(what, "--cache", "leave it out")
-    costs = estimate(plan, workers=flags.workers, memory=flags.memory)
-    for warning in plan.warnings:
-        progress.say(f"warning: {warning}")
+    plan, costs = _prepare(recipe, flags, progress)
+    assert plan.output is not None
     claim = Claim(plan, plan.output, overwrite=flags.overwrite, resume=flags.resume)
     try:
         return _run_claimed(plan, claim, costs, flags, progress)
@@ -89,6 +83,25 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
         claim.release()
         for source in plan.sources.values():
             source.close()
+
+
+def _prepare(recipe: Recipe, flags: Flags, progress: Progress) -> tuple[Plan, Costs]:
+    """The plan, and every file that it needs here. What is wrong is found from headers, before any download."""
+    library = Library(recipe.folder)
+    output = flags.output.absolute() if flags.output else None
+    plan = make_plan(recipe, output, library=library)
+    if plan.output is None:
+        raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
+    if flags.cache is not None and not recipe.method.uses_factors:
+        what = f"{recipe.method.method_name()} computes no factors, so this would have no effect"
+        raise PlanError(what, "--cache", "leave it out")
+    costs = estimate(plan, workers=flags.workers, memory=flags.memory)
+    for warning in plan.warnings:
+        progress.say(f"warning: {warning}")
+    if plan.bytes_missing:
+        library.fetch(progress.say)
+        plan = make_plan(recipe, output, library=library)
+    return plan, costs
 
 
 def _run_claimed(plan: Plan, claim: Claim, costs: Costs, flags: Flags, progress: Progress) -> Result:

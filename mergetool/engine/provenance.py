@@ -148,6 +148,7 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
             ]
             for name, stamps in plan.stamps.items()
         },
+        "origins": {name: [vars(origin) for origin in origins] for name, origins in plan.origins.items()},
         "resolved_sha256": hashlib.sha256(json.dumps(numbers, default=str).encode()).hexdigest(),
         "output": {"dtype": plan.recipe.output.dtype, "files": dict(sorted(record.outputs.items()))},
         "notes": _remarks(record.notes),

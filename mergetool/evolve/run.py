@@ -8,6 +8,7 @@ from mergetool.engine import run_recipe as run_plain
 from mergetool.engine.execute import Silent
 from mergetool.errors import OutputError
 from mergetool.methods.base import SearchMethod
+from mergetool.planner.library import pinned
 from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.model import Recipe
 
@@ -20,6 +21,7 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
     from mergetool.evolve.session import search
 
     output = _output(recipe, flags)
+    recipe = pinned(recipe)  # what is searched is what is merged, however long it takes
     winner = search(recipe, output, flags, progress)
     return run_plain(candidate_recipe(recipe, winner), replace(flags, output=output), progress)
 

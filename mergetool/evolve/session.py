@@ -18,8 +18,10 @@ from mergetool.evolve.loop import History, Loop, Values
 from mergetool.evolve.pools import split
 from mergetool.methods.merge3 import Merge3
 from mergetool.planner.build import open_models
+from mergetool.planner.library import Library, is_on_hub
 from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.model import Recipe
+from mergetool.tensors.source import ModelSource
 from mergetool.tensors.writer import write_file
 
 RECIPE_NAME = "recipe.yaml"
@@ -30,11 +32,11 @@ def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress) -> Va
     """Search, and write what was found beside the output. Returns the winner's numbers."""
     method = recipe.method
     assert isinstance(method, Merge3)
-    if all(task.include is not None for task in method.tasks):
-        go_offline()
     folder = output.with_name(f"{output.name}.search")
     device = "cpu" if flags.device == "auto" else flags.device
-    sources = open_models(recipe)
+    sources = _fetched(recipe, progress)
+    if all(task.include is not None for task in method.tasks):
+        go_offline()
     inputs = [[name, str(f.path), f.size, f.mtime_ns] for name, source in sources.items() for f in source.files]
     candidates = Candidates(recipe, sources, device, method.search.batch_size)
     tasks = [TaskItems(task, load_task(task, recipe.folder), candidates.live.lm) for task in method.tasks]
@@ -60,6 +62,16 @@ def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress) -> Va
     finally:
         journal.close()
     return history.winner
+
+
+def _fetched(recipe: Recipe, progress: Progress) -> dict[str, ModelSource]:
+    """Every model, its weights here."""
+    library = Library(recipe.folder)
+    sources = open_models(recipe, library)
+    if not library.missing:
+        return sources
+    library.fetch(progress.say)
+    return open_models(recipe, library)
 
 
 def _version(name: str) -> str:
@@ -92,9 +104,9 @@ def moved(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """A recipe's data as it must be written in a file in `folder`: relative paths lead to the same places."""
 
     def there(text: str) -> str:
-        return (
-            text if Path(text).is_absolute() or text.startswith("~") else os.path.relpath(recipe.path_of(text), folder)
-        )
+        if Path(text).is_absolute() or text.startswith("~") or is_on_hub(recipe.folder, text):
+            return text
+        return os.path.relpath(recipe.path_of(text), folder)
 
     def reference(value: Any) -> Any:
         if isinstance(value, str):

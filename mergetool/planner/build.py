@@ -11,30 +11,35 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mergetool.arch.depth import structural_depths
-from mergetool.bundle import is_bundle
-from mergetool.errors import PlanError, SourceError, at
+from mergetool.errors import PlanError, at
 from mergetool.methods.base import BundleMethod, FittedMethod, Method, SearchMethod, TensorMethod
+from mergetool.planner.library import Library
 from mergetool.planner.model import BASE, Plan, Shard, Step
 from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.model import Override, Recipe
-from mergetool.tensors.adapter import AdapterSource
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
 from mergetool.tensors.header import TensorSpec, lay_out
 from mergetool.tensors.side_files import read_config
-from mergetool.tensors.source import FileStamp, ModelSource, open_model
+from mergetool.tensors.source import FileStamp, ModelSource
 
 _MAX_LISTED = 8
 
 
-def make_plan(recipe: Recipe, output: Path | None = None, sources: Mapping[str, ModelSource] | None = None) -> Plan:
-    """Plan a recipe from headers. `sources` stand in for the recipe's models (in memory).
+def make_plan(
+    recipe: Recipe,
+    output: Path | None = None,
+    sources: Mapping[str, ModelSource] | None = None,
+    library: Library | None = None,
+) -> Plan:
+    """Plan a recipe from headers. `sources` stand in for the recipe's models (in memory); `library` looks others up.
 
     Of a search, the plan of its first candidate: the others differ in numbers only.
-    Raises SourceError for models that cannot be read, PlanError for models that do not fit together.
+    Raises SourceError or HubError for models that cannot be read, PlanError for models that do not fit together.
     """
     if isinstance(recipe.method, SearchMethod):
         recipe = candidate_recipe(recipe, recipe.method.space(tuple(recipe.models)).start)
-    opened = dict(sources) if sources is not None else open_models(recipe)
+    library = library or Library(recipe.folder)
+    opened = dict(sources) if sources is not None else open_models(recipe, library)
     if output is None and recipe.output.path is not None:
         output = recipe.path_of(recipe.output.path)
     donor = BASE if BASE in opened else next(iter(recipe.models))
@@ -42,7 +47,10 @@ def make_plan(recipe: Recipe, output: Path | None = None, sources: Mapping[str, 
     steps = draft.steps()
     shards = _shards(steps, recipe.output.shard_size)
     placed = _place(steps, shards)
-    return Plan(recipe, opened, donor, placed, tuple(shards), output, tuple(draft.warnings), _other_files(recipe))
+    warnings = (*library.warnings, *draft.warnings)
+    missing = sum(library.missing.values())
+    others = _other_files(recipe)
+    return Plan(recipe, opened, donor, placed, tuple(shards), output, warnings, library.origins, missing, others)
 
 
 def _other_files(recipe: Recipe) -> dict[str, FileStamp]:
@@ -53,29 +61,15 @@ def _other_files(recipe: Recipe) -> dict[str, FileStamp]:
     return found
 
 
-def open_models(recipe: Recipe) -> dict[str, ModelSource]:
-    """Every model of a recipe, the base under `BASE`. Raises SourceError or PlanError."""
+def open_models(recipe: Recipe, library: Library) -> dict[str, ModelSource]:
+    """Every model of a recipe, the base under `BASE`. Raises SourceError, HubError or PlanError."""
     opened = {}
     references = {**({BASE: recipe.base} if recipe.base else {}), **recipe.models}
     for name, reference in references.items():
-        label = "base" if name == BASE else f"model {name!r}"
-        with at(label):
-            opened[name] = _open(recipe.path_of(reference.source), reference.select)
+        with at("base" if name == BASE else f"model {name!r}"):
+            opened[name] = library.open(name, reference.source, reference.adapters, reference.select)
             _refuse_quantised(opened[name])
-            for adapter in reference.adapters:
-                opened[name] = AdapterSource(opened[name], recipe.path_of(adapter))
     return opened
-
-
-def _open(path: Path, select: str | None) -> ModelSource:
-    """A model, or one expert of a bundle."""
-    if select is not None:
-        from mergetool.bundle.expert import open_expert
-
-        return open_expert(path, select)
-    if is_bundle(path):
-        raise SourceError("this is a bundle of several experts", str(path), "say which: {source: PATH, select: TASK}")
-    return open_model(path)
 
 
 def _refuse_quantised(source: ModelSource) -> None:

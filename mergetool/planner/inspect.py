@@ -5,21 +5,26 @@ from pathlib import Path
 from typing import Any
 
 from mergetool.errors import at
+from mergetool.planner.library import Library
 from mergetool.tensors.side_files import read_config
-from mergetool.tensors.source import ModelSource, SafetensorsSource, open_model
+from mergetool.tensors.source import ModelSource, SafetensorsSource
 
 
-def facts_about(path: Path) -> dict[str, Any]:
-    """Headers of a model as JSON-able facts. Raises SourceError for one that is damaged."""
+def facts_about(reference: str | Path) -> dict[str, Any]:
+    """Headers of a model, here or on the Hub, as JSON-able facts. Raises SourceError for one that is damaged."""
+    library = Library(Path.cwd())
     with at("inspect"):
-        source = open_model(path)
+        source = library.open("model", str(reference))
+    origin = library.origins["model"][0]
     config = read_config(source.folder)
     specs = [source.specs[name] for name in sorted(source.specs, key=source.position)]
     sizes: Counter[str] = Counter()
     for spec in specs:
         sizes[spec.dtype.name] += spec.num_bytes
     facts: dict[str, Any] = {
-        "path": str(path),
+        "path": str(reference),
+        "commit": origin.commit,
+        "licence": origin.licence or "unknown",
         "architecture": _architecture(config),
         "parameters": sum(spec.num_elements for spec in specs if spec.dtype.is_float),
         "num_tensors": len(specs),

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mergetool.methods.base import Params, Reach, TensorMethod
+from mergetool.planner.library import Origin
 from mergetool.recipe.model import Recipe
 from mergetool.tensors.header import Header, TensorSpec
 from mergetool.tensors.source import FileStamp, ModelSource
@@ -103,6 +104,10 @@ class Plan:
     shards: tuple[Shard, ...]
     output: Path | None
     warnings: tuple[str, ...] = ()
+    origins: Mapping[str, tuple[Origin, ...]] = field(default_factory=dict)
+    """Where every model and its adapters came from."""
+    bytes_missing: int = 0
+    """What must be downloaded before anything can be merged."""
     others: Mapping[str, FileStamp] = field(default_factory=dict)
     """Files beside the models that the method reads, by the recipe's field."""
 

@@ -14,6 +14,8 @@ def describe(plan: Plan, costs: Costs) -> dict[str, Any]:
         "method": plan.recipe.method.method_name(),
         "steps": [_step(plan, step) for step in plan.steps],
         "shards": [{"name": shard.name, "bytes": shard.header.file_size} for shard in plan.shards],
+        "bytes_to_download": plan.bytes_missing,
+        "origins": {name: [vars(origin) for origin in origins] for name, origins in plan.origins.items()},
         "bytes_in": costs.bytes_in,
         "bytes_out": costs.bytes_out,
         "peak_memory": costs.peak_memory,
@@ -51,6 +53,7 @@ def summarise(plan: Plan, costs: Costs) -> tuple[tuple[str, ...], list[Sequence[
     ]
     facts: list[Sequence[Any]] = [
         ("tensors", len(plan.steps)),
+        ("bytes to download first", plan.bytes_missing),
         ("bytes read", costs.bytes_in),
         ("bytes written", costs.bytes_out),
         ("output files", len(plan.shards)),

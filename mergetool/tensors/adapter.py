@@ -23,7 +23,7 @@ from mergetool.errors import SourceError
 from mergetool.tensors.dtypes import BY_NAME, DType, torch_dtype
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import bytes_of, read_error
-from mergetool.tensors.source import FileStamp, ModelSource, SafetensorsSource
+from mergetool.tensors.source import NOTHING, FileStamp, ModelSource, OpenFile, SafetensorsSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,15 +49,15 @@ class _LowRank:
 class AdapterSource(ModelSource):
     """`model` with one adapter on top. Adapted tensors are float32; the others are as stored."""
 
-    def __init__(self, model: ModelSource, folder: Path) -> None:
+    def __init__(self, model: ModelSource, folder: Path, elsewhere: Mapping[Path, OpenFile] = NOTHING) -> None:
         self._model = model
         self._where = str(folder)
         self.folder = model.folder
         self._settings = _settings(folder)
         self._config = FileStamp.of(folder / CONFIG_NAME)  # its alpha decides about values as much as the weights do
-        if not (folder / WEIGHTS_NAME).is_file():
+        if folder / WEIGHTS_NAME not in elsewhere and not (folder / WEIGHTS_NAME).is_file():
             raise SourceError(f"there is no {WEIGHTS_NAME}", self._where, "save the adapter as safetensors")
-        self._adapter = SafetensorsSource([folder / WEIGHTS_NAME], None)
+        self._adapter = SafetensorsSource([folder / WEIGHTS_NAME], None, None, elsewhere)
         self._low_rank: dict[str, _LowRank] = {}
         self._replaced: dict[str, str] = {}
         self._match()

@@ -9,7 +9,8 @@ from mergetool.errors import SourceError
 from mergetool.tensors.io import read_error
 
 CONFIG_NAME = "config.json"
-_CARRIED = (
+CARD_NAME = "README.md"
+CARRIED = (
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -26,7 +27,9 @@ _CARRIED = (
     "modeling_*.py",
     "tokenization_*.py",
 )
+"""Globs of the files that go with a merge."""
 _MAX_CONFIG_BYTES = 20_000_000
+_MAX_CARD = 100_000
 
 
 def read_config(folder: Path | None) -> dict[str, Any]:
@@ -55,5 +58,25 @@ def carried_files(folder: Path | None) -> list[Path]:
     if folder is None:
         return []
     return sorted(
-        path for path in folder.iterdir() if path.is_file() and any(fnmatchcase(path.name, glob) for glob in _CARRIED)
+        path for path in folder.iterdir() if path.is_file() and any(fnmatchcase(path.name, glob) for glob in CARRIED)
     )
+
+
+def licence_of(folder: Path | None) -> str | None:
+    """The licence that a folder's model card claims, as its identifier (or its name, where that is `other`)."""
+    if folder is None or not (folder / CARD_NAME).is_file():
+        return None
+    import yaml
+
+    try:
+        with (folder / CARD_NAME).open(encoding="utf-8", errors="replace") as file:
+            text = file.read(_MAX_CARD)
+        _, front, _ = text.split("---", 2) if text.startswith("---") else ("", "", "")
+        facts = yaml.safe_load(front)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    if not isinstance(facts, dict):
+        return None
+    found = facts.get("license")
+    named = facts.get("license_name") if found == "other" else found
+    return str(named or found)[:80] if isinstance(named or found, str) else None

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mergetool.errors import SourceError
@@ -31,6 +32,9 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _BIN_INDEX_NAME = "pytorch_model.bin.index.json"
 _BIN_SINGLE_NAME = "pytorch_model.bin"
+WEIGHT_NAMES = (INDEX_NAME, SINGLE_NAME, _BIN_INDEX_NAME, _BIN_SINGLE_NAME)
+"""What makes a folder a model, in the order in which it is looked for."""
+_ADAPTER_NAME = "adapter_config.json"
 _MAX_INDEX_BYTES = 200_000_000
 
 
@@ -92,8 +96,11 @@ class ModelSource(ABC):
 
 
 @dataclass
-class _OpenFile:
-    """One safetensors file with its checked header; the descriptor is opened on first read and then shared."""
+class OpenFile:
+    """One safetensors file with its checked header; the descriptor is opened on first read and then shared.
+
+    The header may be known before the file is there (read from a distance): then it can be planned with, not read.
+    """
 
     stamp: FileStamp
     header: Header
@@ -110,26 +117,35 @@ class _OpenFile:
             os.close(self.__dict__.pop("fd"))
 
 
+NOTHING: Mapping[Path, OpenFile] = MappingProxyType({})
+
+
 def read_header(path: Path) -> Header:
     """Read and check the header of one .safetensors file. Raises SourceError."""
     return _open(path).header
 
 
-def _open(path: Path) -> _OpenFile:
+def _open(path: Path) -> OpenFile:
     stamp = FileStamp.of(path)
     try:
         with path.open("rb") as file:
             data = file.read(header_length(file.read(8), stamp.size, str(path)))
     except OSError as error:
         raise read_error(error, str(path)) from error
-    return _OpenFile(stamp, parse_header(data, stamp.size, str(path)))
+    return OpenFile(stamp, parse_header(data, stamp.size, str(path)))
 
 
 class SafetensorsSource(ModelSource):
     """Tensors spread over one or several safetensors files."""
 
-    def __init__(self, paths: list[Path], folder: Path | None, weight_map: Mapping[str, str] | None = None) -> None:
-        self._open_files = [_open(path) for path in paths]
+    def __init__(
+        self,
+        paths: list[Path],
+        folder: Path | None,
+        weight_map: Mapping[str, str] | None = None,
+        elsewhere: Mapping[Path, OpenFile] = NOTHING,
+    ) -> None:
+        self._open_files = [elsewhere[path] if path in elsewhere else _open(path) for path in paths]
         self.folder = folder
         self._places: dict[str, int] = {}
         for index, file in enumerate(self._open_files):
@@ -276,18 +292,19 @@ def _load_bin(path: Path) -> dict[str, "Tensor"]:
     return loaded
 
 
-def open_model(path: Path) -> ModelSource:
+def open_model(path: Path, elsewhere: Mapping[Path, OpenFile] = NOTHING) -> ModelSource:
     """Open a model by path: a .safetensors file, or a folder with an index, a `model.safetensors` or .bin files.
 
-    Reads headers only (.bin files are memory-mapped). Raises SourceError saying what was looked for.
+    Reads headers only (.bin files are memory-mapped). `elsewhere` holds headers of files that are not there yet.
+    Raises SourceError saying what was looked for.
     """
     try:
-        return _open_model(path)
+        return _open_model(path, elsewhere)
     except OSError as error:  # a name too long, a folder that may not be searched
         raise read_error(error, str(path)) from error
 
 
-def _open_model(path: Path) -> ModelSource:
+def _open_model(path: Path, elsewhere: Mapping[Path, OpenFile]) -> ModelSource:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise SourceError(
@@ -296,19 +313,22 @@ def _open_model(path: Path) -> ModelSource:
                 "name a .safetensors file or a model folder",
             )
         return SafetensorsSource([path], None)
-    if not path.is_dir():
+    if not path.is_dir() and not elsewhere:
         raise SourceError("no such file or folder", str(path), _missing_fix(path))
     if (path / INDEX_NAME).is_file():
-        weight_map = _weight_map(path, INDEX_NAME)
-        return SafetensorsSource([path / name for name in dict.fromkeys(weight_map.values())], path, weight_map)
-    if (path / SINGLE_NAME).is_file():
-        return SafetensorsSource([path / SINGLE_NAME], path)
+        places = weight_map(path, INDEX_NAME)
+        names = dict.fromkeys(places.values())
+        return SafetensorsSource([path / name for name in names], path, places, elsewhere)
+    if path / SINGLE_NAME in elsewhere or (path / SINGLE_NAME).is_file():
+        return SafetensorsSource([path / SINGLE_NAME], path, None, elsewhere)
     if (path / _BIN_INDEX_NAME).is_file():
-        weight_map = _weight_map(path, _BIN_INDEX_NAME)
-        return BinSource.open(path, list(dict.fromkeys(weight_map.values())), weight_map)
+        places = weight_map(path, _BIN_INDEX_NAME)
+        return BinSource.open(path, list(dict.fromkeys(places.values())), places)
     if (path / _BIN_SINGLE_NAME).is_file():
         return BinSource.open(path, [_BIN_SINGLE_NAME])
-    looked = ", ".join((INDEX_NAME, SINGLE_NAME, _BIN_INDEX_NAME, _BIN_SINGLE_NAME))
+    if (path / _ADAPTER_NAME).is_file():
+        raise SourceError("is a LoRA adapter, not a model", str(path), "write {source: MODEL, adapters: [ADAPTER]}")
+    looked = ", ".join(WEIGHT_NAMES)
     raise SourceError(
         f"no model in this folder (looked for {looked})", str(path), "name the folder that holds the weights"
     )
@@ -317,11 +337,11 @@ def _open_model(path: Path) -> ModelSource:
 def _missing_fix(path: Path) -> str:
     if (path.parent / f"{path.name}.partial").is_dir():
         return "this is the output of an unfinished run; run its recipe again first"
-    return "check the path; a model on the Hub is fetched with: hf download ORG/NAME --local-dir FOLDER"
+    return "check the path; a model on the Hub is written ORG/NAME or ORG/NAME@REVISION"
 
 
-def _weight_map(folder: Path, index_name: str) -> dict[str, str]:
-    """The index's tensor -> file map; refuses files outside the folder."""
+def weight_map(folder: Path, index_name: str) -> dict[str, str]:
+    """An index's tensor -> file map; refuses files outside the folder."""
     path = folder / index_name
     fix = "the index is damaged; download or save the model again"
     try:
@@ -332,14 +352,14 @@ def _weight_map(folder: Path, index_name: str) -> dict[str, str]:
         raise SourceError(f"the index is not valid JSON ({str(error)[:100]})", str(path), fix) from None
     except OSError as error:
         raise read_error(error, str(path)) from error
-    weight_map = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+    places = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(v, str) for v in places.values()):
         raise SourceError("the index has no weight_map of tensor names to files", str(path), fix)
-    for name, file in weight_map.items():
+    for name, file in places.items():
         if Path(file).name != file or file in ("", ".", ".."):
             raise SourceError(
                 f"weight_map sends {name!r} to {file!r}, which is not a file of this folder",
                 str(path),
                 "an index may only name files that lie beside it; get the model from a source you trust",
             )
-    return weight_map
+    return places

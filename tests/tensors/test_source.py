@@ -195,7 +195,7 @@ def test_other_file_types_are_refused(tmp_path, name):
 def test_a_missing_model_is_refused_with_a_hint_about_the_hub(tmp_path):
     error = refused(tmp_path / "org/model")
     assert error.what == "no such file or folder"
-    assert "hf download" in error.fix
+    assert "ORG/NAME@REVISION" in error.fix
 
 
 def test_the_output_of_an_unfinished_run_is_called_that(tmp_path):

@@ -1,0 +1,77 @@
+"""A Hub of our own and the real client: commands run in processes whose environment points to it."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from tests.files import tensors, write_model, write_recipe
+from tests.hub.server import TOKEN, Hub
+
+SHAPES = {"model.embed_tokens.weight": (48, 32), "model.layers.0.mlp.weight": (32, 32), "lm_head.weight": (48, 32)}
+CARD = "---\nlicense: {}\n---\n\n# A model\n"
+
+
+def model_folder(folder, seed, licence="apache-2.0"):
+    """A small model with its config, tokenizer and card; its weights are large enough for the Hub's large files."""
+    write_model(folder, tensors(seed, SHAPES), config={"model_type": "toy", "torch_dtype": "float32"})
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "README.md").write_text(CARD.format(licence))
+    (folder / "training_args.bin").write_bytes(b"no use to anybody" * 1000)
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub that holds org/base, org/a and org/b."""
+    server = Hub(tmp_path / "hub")
+    for seed, name in enumerate(("base", "a", "b")):
+        server.upload(f"org/{name}", model_folder(tmp_path / "made" / name, seed))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def call(hub, tmp_path):
+    """Run the command line in a process of its own. `env` changes its environment; `token` logs in."""
+
+    def run(*arguments, token=None, cwd=tmp_path, **env):
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        environment |= {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+            "HF_HUB_ETAG_TIMEOUT": "1",
+            **({"HF_TOKEN": token} if token else {}),
+            **env,
+        }
+        command = [sys.executable, "-m", "mergetool", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
+        everything = done.stdout + done.stderr
+        assert TOKEN not in everything
+        assert "SIGNED" not in everything
+        answer = json.loads(done.stdout) if "--json" in arguments and done.stdout else None
+        return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, answer=answer)
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe that averages org/a and org/b."""
+    return write_recipe(
+        tmp_path / "recipe.yaml",
+        models={"a": "org/a", "b": "org/b"},
+        merge={"method": "linear"},
+        output={"path": "out"},
+    )
+
+
+def token():
+    """The token that this Hub accepts."""
+    return TOKEN
