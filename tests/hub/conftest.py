@@ -1,14 +1,11 @@
 """A Hub of our own and the real client: commands run in processes whose environment points to it."""
 
 import json
-import os
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import pytest
 
 from tests.files import tensors, write_model, write_recipe
+from tests.forks import Forks, clean_environment
 from tests.hub.server import TOKEN, Hub
 
 SHAPES = {"model.embed_tokens.weight": (48, 32), "model.layers.0.mlp.weight": (32, 32), "lm_head.weight": (48, 32)}
@@ -34,13 +31,19 @@ def hub(tmp_path):
     server.close()
 
 
+@pytest.fixture(scope="session")
+def forks():
+    server = Forks()
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def call(hub, tmp_path):
+def call(hub, tmp_path, forks):
     """Run the command line in a process of its own. `env` changes its environment; `token` logs in."""
 
     def run(*arguments, token=None, cwd=tmp_path, **env):
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-        environment |= {
+        environment = clean_environment() | {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "hf"),
             "HF_HUB_DISABLE_XET": "1",
@@ -50,13 +53,11 @@ def call(hub, tmp_path):
             **({"HF_TOKEN": token} if token else {}),
             **env,
         }
-        command = [sys.executable, "-m", "mergetool", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
-        everything = done.stdout + done.stderr
-        assert TOKEN not in everything
-        assert "SIGNED" not in everything
-        answer = json.loads(done.stdout) if "--json" in arguments and done.stdout else None
-        return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, answer=answer)
+        done = forks.run(arguments, cwd=cwd, env=environment)
+        assert TOKEN not in done.out + done.err
+        assert "SIGNED" not in done.out + done.err
+        done.answer = json.loads(done.out) if "--json" in arguments and done.out else None
+        return done
 
     return run
 
@@ -70,8 +71,3 @@ def recipe(tmp_path):
         merge={"method": "linear"},
         output={"path": "out"},
     )
-
-
-def token():
-    """The token that this Hub accepts."""
-    return TOKEN
