@@ -19,6 +19,16 @@ _NOT_MATRICES = {
     "none": re.compile(""),
 }
 
+_ATTENTION_OUTPUT = re.compile(
+    r"(attention\.output\.dense|self_attention\.dense|attention\.dense|o_proj|out_proj|out_lin|attn\.c_proj|attn\.proj"
+    r"|attention\.(wo|o_proj)|(SelfAttention|attn)\.o)\.weight$"
+)
+
+
+def is_attention_output(name: str) -> bool:
+    """Whether a tensor is the projection that an attention block ends with (as transformers, timm and T5 call it)."""
+    return _ATTENTION_OUTPUT.search(name) is not None
+
 
 def is_matrix(name: str, shape: tuple[int, ...], kept: MatrixFilter, *, conv: Literal["mean", "matricize"]) -> bool:
     """Whether a tensor is a weight matrix under a filter; `conv` says so of tensors with more than two axes.

@@ -11,10 +11,9 @@ Only one tensor of every model is in memory at a time, a thread.
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 from urllib.parse import quote
 
 import torch
@@ -22,80 +21,31 @@ from torch import Tensor
 
 from mergetool import __version__
 from mergetool.arch.depth import structural_depths
-from mergetool.arch.matrices import MatrixFilter, is_matrix
+from mergetool.arch.matrices import is_attention_output, is_matrix
 from mergetool.bundle.files import CONFIG_NAME, TensorWriter, copy_model
 from mergetool.bundle.heads import write_head
-from mergetool.bundle.manifest import MANIFEST_NAME, Base, Head, HeadRule, Manifest, Parameter, Router, Task
+from mergetool.bundle.manifest import (
+    MANIFEST_NAME,
+    Base,
+    Head,
+    Manifest,
+    Parameter,
+    Router,
+    Task,
+)
+from mergetool.bundle.options import Experts, Options
 from mergetool.bundle.store import FactorStore
 from mergetool.errors import MergeError, PlanError
 from mergetool.kernels.routing import cosines, without_duplicates
-from mergetool.kernels.spectral import Factors, Rank, concatenated, interference, kept, orthogonalised, rank_limit
+from mergetool.kernels.spectral import Factors, concatenated, interference, kept, orthogonalised, rank_limit
 from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME, torch_dtype
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.side_files import read_config
-from mergetool.tensors.source import SINGLE_NAME, ModelSource
+from mergetool.tensors.source import SINGLE_NAME
 from mergetool.tensors.writer import write_file
 
 FIRST_PASS = "first_pass.safetensors"
-
-
-@dataclass(frozen=True)
-class HeadSource:
-    """Where a task's head is, and what it reads."""
-
-    path: Path
-    pool: Literal["cls", "mean", "last"]
-    normalize: bool = False
-    labels: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class RouterOptions:
-    """What a recipe says about routing; `layers` are globs on names of matrices, or auto."""
-
-    layers: tuple[str, ...] | Literal["auto"]
-    features: Literal["base", "merged"]
-    pool: Literal["cls", "mean", "last"]
-    norm: Literal["l2", "l1", "mahalanobis"]
-    mode: Literal["topk", "weighted", "top1"]
-    threshold: float
-    top_k: int
-    temperature: float
-    redundancy: float
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is kept of every expert, and how a bundle is used."""
-
-    kind: Literal["mass", "tsv-compress"]
-    rank: Rank
-    filter: MatrixFilter
-    conv: Literal["mean", "matricize"]
-    dtype: Literal["bfloat16", "float16", "float32"]
-    base: Literal["copy", "reference"]
-    router: RouterOptions | None = None
-    heads: HeadRule = "joint"
-
-
-class Experts(Protocol):
-    """The models that go into a bundle."""
-
-    names: tuple[str, ...]
-    """Tasks in order; the base is called "base"."""
-    sources: Mapping[str, ModelSource]
-    heads: Mapping[str, HeadSource]
-    shapes: Mapping[str, tuple[int, ...]]
-    """Tensors whose changes are kept, with their shapes, in file order."""
-
-    def read(self, model: str, name: str) -> Tensor:
-        """One tensor, whole, in compute dtype; that of the base where the model lacks it."""
-        ...
-
-    def digests(self, model: str) -> Mapping[str, str]:
-        """SHA-256 of a model's weight files, by file name."""
-        ...
 
 
 def build(experts: Experts, folder: Path, store: FactorStore, options: Options, num_threads: int = 1) -> Manifest:
@@ -361,7 +311,12 @@ def _hidden_size(config: Mapping[str, object]) -> int | None:
 def _routing_matrices(
     parameters: Mapping[str, Parameter], layers: tuple[str, ...] | Literal["auto"]
 ) -> tuple[str, ...]:
-    """Matrices whose inputs routing reads. auto: all inside numbered layers, of the encoder where there are two."""
+    """Matrices whose inputs routing reads.
+
+    auto: attention's output projections inside numbered layers (of the encoder, where there are two stacks). Their
+    inputs are mixtures of values, and tell tasks apart better than those of the other kinds, or of all together, which
+    mostly read the residual stream, whose mean all tasks share. All matrices where there are none of that kind.
+    """
     depths = structural_depths(parameters)
     inside = [
         name
@@ -383,4 +338,4 @@ def _routing_matrices(
             "no matrix inside a layer was changed and is kept at less than full rank, so there is nothing to route by"
         )
         raise PlanError(what, "merge.router", "check that the experts are fine-tunes of the base, or lower the rank")
-    return tuple(chosen)
+    return tuple([name for name in chosen if is_attention_output(name)] or chosen)

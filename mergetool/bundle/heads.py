@@ -1,7 +1,6 @@
 """Classifier heads: read from files in the forms in which people have them, kept in one form in a bundle."""
 
 from pathlib import Path
-from typing import Literal
 from urllib.parse import quote
 
 import torch
@@ -9,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergetool.bundle.manifest import Head
+from mergetool.bundle.manifest import Head, Pool
 from mergetool.errors import PlanError, SourceError
 
 _NAMES = ("classifier", "score", "classification_head.out_proj", "classifier.out_proj", "head", "fc")
@@ -50,7 +49,7 @@ def write_head(
     path: Path,
     folder: Path,
     width: int | None,
-    pool: Literal["cls", "mean", "last"],
+    pool: Pool,
     normalize: bool,
     labels: tuple[str, ...],
 ) -> Head:

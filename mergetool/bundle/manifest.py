@@ -18,6 +18,10 @@ FORMAT_VERSION = 1
 
 Pool = Literal["cls", "mean", "last"]
 HeadRule = Literal["joint", "log-softmax", "max", "mean"]
+Norm = Literal["likelihood", "l2", "l1", "mahalanobis"]
+Mode = Literal["weighted", "topk", "top1"]
+Features = Literal["base", "merged"]
+Storage = Literal["bfloat16", "float16", "float32"]
 
 
 class _Part(BaseModel):
@@ -72,10 +76,10 @@ class Router(_Part):
     """How tasks are chosen from the features that go into some of the matrices."""
 
     matrices: tuple[str, ...]
-    features: Literal["base", "merged"]
+    features: Features
     pool: Pool
-    norm: Literal["l2", "l1", "mahalanobis"]
-    mode: Literal["topk", "weighted", "top1"]
+    norm: Norm
+    mode: Mode
     threshold: float
     top_k: int
     temperature: float
@@ -92,7 +96,7 @@ class Manifest(_Part):
     kind: Literal["mass", "tsv-compress"]
     base: Base
     tasks: tuple[Task, ...] = Field(min_length=1)
-    dtype: Literal["bfloat16", "float16", "float32"]
+    dtype: Storage
     parameters: Mapping[str, Parameter]
     router: Router | None = None
     heads: HeadRule = "joint"

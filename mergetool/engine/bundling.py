@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mergetool.bundle.build import Experts, HeadSource, build
+from mergetool.bundle.build import build
 from mergetool.bundle.manifest import Manifest
+from mergetool.bundle.options import Experts, HeadSource
 from mergetool.bundle.store import FactorStore
 from mergetool.engine.claim import Claim
 from mergetool.engine.fitting import WholeModels

@@ -7,12 +7,22 @@ vectors V_t of the task vector span (roughly) where features of task t live. A f
 
 from that span, and the nearest task is the most likely one. Nothing is trained and no data are needed.
 
+How likely? Let task t say that features are normal, with one variance inside its span and another one outside, both
+unknown. With the share e = ||V_t z||^2 / ||z||^2 and k directions of D, the best fit beats the one that treats all
+directions alike by
+
+    D/2 ( q log(q/e) + (1 - q) log((1 - q)/(1 - e)) )    nats, q = k/D       (0 where e <= q)
+
+For equal k this orders tasks as r_t does. Unlike r_t it is fair between tasks of different rank (a large span explains
+much of anything), does not depend on the length of z, and its differences are log-odds of tasks.
+
 Legend: B samples, T tasks, D features, k directions of a task; bases are (k, D), rows orthonormal.
 
 Reference: Crisostomi et al., MASS: MoErging through Adaptive Subspace Selection, https://arxiv.org/abs/2504.05342,
 section 3.
-Differs from the paper: distances may be collected over several matrices (`mean_distance`), where each is taken
-relative to the length of its feature; with one task there is nothing to choose and its coefficient is 1.
+Differs from the paper: the norm `likelihood` above; distances may be collected over several matrices (`mean_distance`),
+where lengths are taken relative to that of the feature; with one task there is nothing to choose and its coefficient
+is 1.
 """
 
 from collections.abc import Sequence
@@ -21,7 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Norm = Literal["l2", "l1", "mahalanobis"]
+Norm = Literal["likelihood", "l2", "l1", "mahalanobis"]
 Mode = Literal["topk", "weighted", "top1"]
 
 
@@ -29,13 +39,27 @@ def distance(z: Tensor, basis: Tensor, norm: Norm = "l2") -> Tensor:
     """Distance (B,) of features z (B, D) from the span of `basis` (k, D); the distance from 0 where k is 0.
 
     l2, l1: that norm of the residual. mahalanobis: sqrt(d^T C^-1 d) of the residual d, where C is the covariance of
-    the basis' rows plus 0.001 on the diagonal.
+    the basis' rows plus 0.001 on the diagonal. likelihood: minus the nats above, so at most 0.
     """
+    if norm == "likelihood":
+        return -_advantage(z, basis)
     residual = z - (z @ basis.mT) @ basis
     if norm == "mahalanobis":
         lower = torch.linalg.cholesky(_covariance(basis))
         residual = torch.linalg.solve_triangular(lower, residual.mT, upper=False).mT
     return _length(residual, 1 if norm == "l1" else 2)
+
+
+def _advantage(z: Tensor, basis: Tensor) -> Tensor:
+    """Nats (B,) by which a variance of its own inside the span explains z better than one variance for all."""
+    size = z.shape[1]
+    share = basis.shape[0] / size
+    tiny = torch.finfo(z.dtype).eps
+    if share in (0, 1):
+        return z.new_zeros(len(z))
+    inside = (z @ basis.mT).square().sum(-1) / z.square().sum(-1).clamp_min(torch.finfo(z.dtype).tiny)
+    inside = inside.clamp(share, 1 - tiny)
+    return size / 2 * (share * (share / inside).log() + (1 - share) * ((1 - share) / (1 - inside)).log())
 
 
 def _covariance(basis: Tensor) -> Tensor:
@@ -54,11 +78,14 @@ def distances(z: Tensor, bases: Sequence[Tensor], norm: Norm = "l2") -> Tensor:
 def mean_distance(features: Sequence[Tensor], bases: Sequence[Sequence[Tensor]], norm: Norm = "l2") -> Tensor:
     """Distances (B, T) collected over several matrices: features (B, D_i) and one basis per task for each.
 
-    One matrix: the distance as it is. Several: the mean of distances relative to the length of the feature, because
-    lengths differ between layers, and the layer with the longest features would decide alone.
+    One matrix: the distance as it is. Several: the mean, of lengths relative to that of the feature, because those
+    differ between layers, and the layer with the longest features would decide alone. Of nats it is the mean, too, not
+    the sum: matrices see the same sample, so they are no independent witnesses.
     """
     if len(features) == 1:
         return distances(features[0], bases[0], norm)
+    if norm == "likelihood":
+        return torch.stack([distances(z, own, norm) for z, own in zip(features, bases, strict=True)]).mean(0)
     order = 1 if norm == "l1" else 2
     relative = [
         distances(z, own, norm) / _length(z, order).unsqueeze(-1).clamp_min(torch.finfo(z.dtype).tiny)
@@ -77,7 +104,7 @@ def coefficients(distances: Tensor, mode: Mode = "topk", temperature: float = 1.
 
     topk: softmax of the negative distances after they were standardised over the tasks of a sample, so only their
     order and relative margins count (with two tasks always 0.804 and 0.196). weighted: softmax of the negative
-    distances as they are. top1: 1 for the nearest task.
+    distances as they are, which for likelihoods is the probability of each task. top1: 1 for the nearest task.
     """
     num_tasks = distances.shape[-1]
     if num_tasks == 1:

@@ -38,7 +38,7 @@ from mergetool.methods.values import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergetool.bundle.build import Options
+    from mergetool.bundle.options import Options
     from mergetool.search.space import Space, Value
 
 __all__ = [

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
+from mergetool.bundle.manifest import Features, HeadRule, Mode, Norm, Pool
 from mergetool.methods.base import BundleMethod, Field, Finite, Unit
 
 if TYPE_CHECKING:
-    from mergetool.bundle.build import Options
+    from mergetool.bundle.options import Options
 
 
 class Router(BaseModel):
@@ -31,15 +32,20 @@ class Router(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: Literal["auto"] | tuple[str, ...] = Field(
-        "auto", description="matrices whose inputs are compared: auto (all inside layers), or globs on tensor names"
+        "auto",
+        description="matrices whose inputs are compared: auto (the output projections of all attention blocks; where "
+        "there are none, all matrices inside layers), or globs on tensor names",
     )
-    features: Literal["base", "merged"] = Field(
+    features: Features = Field(
         "base", description="what the first pass runs: the base, or the merge of all experts (takes more space)"
     )
-    pool: Literal["cls", "mean", "last"] = Field("mean", description="which token's features, or the mean of all")
-    norm: Literal["l2", "l1", "mahalanobis"] = Field("l2", description="how distances are measured")
-    mode: Literal["topk", "weighted", "top1"] = Field(
-        "topk", description="coefficients: softmax of standardised distances, of distances as they are, or the nearest"
+    pool: Pool = Field("mean", description="which token's features, or the mean of all")
+    norm: Norm = Field(
+        "likelihood", description="how distances are measured: minus log-likelihood, or a norm of what is left"
+    )
+    mode: Mode = Field(
+        "weighted",
+        description="coefficients: softmax of distances as they are, of standardised distances, or the nearest",
     )
     threshold: Unit = Field(0.2, description="tasks with a larger coefficient are chosen")
     top_k: Annotated[int, Field(strict=True, ge=1)] = Field(3, description="at most so many tasks for one input")
@@ -65,7 +71,7 @@ class Mass(BundleMethod):
 
     method: Literal["mass"] = "mass"
     router: Router = Field(Router(), description="how tasks are chosen for an input")
-    heads: Literal["joint", "log-softmax", "max", "mean"] = Field(
+    heads: HeadRule = Field(
         "joint",
         description="whose head answers: best probability (joint: times coefficient), or best or mean raw score",
     )
@@ -77,7 +83,7 @@ class Mass(BundleMethod):
         return self
 
     def options(self) -> "Options":
-        from mergetool.bundle.build import Options, RouterOptions
+        from mergetool.bundle.options import Options, RouterOptions
 
         router = self.router.model_dump()
         if router["redundancy"] is None:

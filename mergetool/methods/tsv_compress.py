@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from mergetool.methods.base import BundleMethod
 
 if TYPE_CHECKING:
-    from mergetool.bundle.build import Options
+    from mergetool.bundle.options import Options
 
 
 class TsvCompress(BundleMethod):
@@ -24,6 +24,6 @@ class TsvCompress(BundleMethod):
     method: Literal["tsv-compress"] = "tsv-compress"
 
     def options(self) -> "Options":
-        from mergetool.bundle.build import Options
+        from mergetool.bundle.options import Options
 
         return Options("tsv-compress", self.rank, self.filter, self.conv, self.factors, self.base)

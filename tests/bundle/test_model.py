@@ -125,8 +125,8 @@ def test_the_way_through_factors_and_through_dense_weights_agree(folders):
     model = mergetool.load_bundle(folders["bert"])
     inputs = tiny_inputs("bert")
     through_factors = model(**sample(inputs, 0)).logits
-    changes = model._factors.changes((0,)).matrices | model._factors.changes((0, 2)).matrices
-    assert any(matrix.dense is None for matrix in changes.values())
+    made = [matrix for each in model._factors._groups.values() for matrix in each.matrices.values()]
+    assert all(matrix.dense is None for matrix in made)
     for _ in range(30):
         model(**inputs)
     kept = [matrix for each in model._factors._groups.values() for matrix in each.matrices.values()]
@@ -182,6 +182,20 @@ def test_a_group_of_tasks_is_merged_as_tsv_merge_does_it(folders):
 # Routing
 
 
+def test_routing_reads_what_attention_mixes_unless_told_otherwise(bundles):
+    first, num = {}, {}
+    for family, model in bundles.items():
+        matrices = model.manifest.router.matrices
+        first[family], num[family] = matrices[0], len(matrices)
+    assert first == {
+        "bert": "encoder.layer.0.attention.output.dense.weight",
+        "vit": "encoder.layer.0.attention.output.dense.weight",
+        "llama": "model.layers.0.self_attn.o_proj.weight",
+        "t5": "encoder.block.0.layer.0.SelfAttention.o.weight",
+    }
+    assert num == {"bert": 3, "vit": 3, "llama": 3, "t5": 2}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_pass_stops_at_the_last_matrix_it_reads(family, folders, tmp_path):
     names = {
@@ -228,7 +242,7 @@ def test_inputs_that_lie_where_a_task_changed_the_weights_go_to_that_task(tmp_pa
 
 @pytest.mark.parametrize("features", ["base", "merged"])
 def test_features_come_from_the_base_or_from_the_merge(features, tmp_path):
-    router = replace(ROUTER, features=features, redundancy=1.0)
+    router = replace(ROUTER, layers=("*query*",), features=features, redundancy=1.0)
     folder = make_bundle(tmp_path, "bert", options=replace(OPTIONS, router=router))
     model = mergetool.load_bundle(folder)
     assert (folder / "first_pass.safetensors").exists() == (features == "merged")

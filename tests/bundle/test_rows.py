@@ -114,7 +114,7 @@ def test_inspect_tells_what_a_bundle_holds_and_weighs(bundle):
     assert facts["factor_bytes"] == sizes
     assert facts["base_bytes"] == pytest.approx((bundle / "base" / "model.safetensors").stat().st_size, rel=0.2)
     assert [task["classes"] for task in facts["tasks"]] == [3, 5, 2]
-    assert facts["router"]["matrices"] == 18
+    assert facts["router"]["matrices"] == 3
     assert all(value >= 0 for value in facts["interference"].values())
     shown = CliRunner().invoke(app, ["inspect", str(bundle)])
     assert shown.exit_code == 0

@@ -8,7 +8,8 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergetool.bundle.build import HeadSource, Options, RouterOptions, build
+from mergetool.bundle.build import build
+from mergetool.bundle.options import HeadSource, Options, RouterOptions
 from mergetool.bundle.store import FactorStore
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.io import bytes_of, sha256_file
@@ -110,6 +111,7 @@ class FileExperts:
         return {stamp.path.name: sha256_file(stamp.path) for stamp in self.sources[model].files}
 
 
+# The paper's norm and mode: random inputs of random models then choose different groups of tasks.
 ROUTER = RouterOptions(
     layers="auto",
     features="base",

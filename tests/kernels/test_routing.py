@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from mergetool.kernels.spectral import concatenated, live_factors
 from tests.kernels.mass_reference import reference_bases, reference_features, reference_numbers
 
 AUTHORS = reference_numbers()
+NORMS = ["likelihood", "l2", "l1", "mahalanobis"]
 
 
 def randn(*shape, seed=0):
@@ -56,7 +58,7 @@ def test_the_residual_of_the_l2_norm_is_what_projection_leaves():
     torch.testing.assert_close(distance(z, own), expected)
 
 
-@pytest.mark.parametrize("norm", ["l2", "l1", "mahalanobis"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_features_in_the_span_of_a_task_go_to_that_task(norm):
     bases = [basis(5, 40, seed) for seed in range(6)]
     for task, own in enumerate(bases):
@@ -64,7 +66,7 @@ def test_features_in_the_span_of_a_task_go_to_that_task(norm):
         assert distances(z, bases, norm).argmin(1).tolist() == [task] * 8
 
 
-@pytest.mark.parametrize("norm", ["l2", "l1", "mahalanobis"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_a_task_that_changed_nothing_is_as_far_as_zero(norm):
     z, nothing = randn(3, 10), torch.zeros(0, 10, dtype=torch.float64)
     assert bool(distance(z, nothing, norm).isfinite().all())
@@ -88,6 +90,56 @@ def test_one_matrix_gives_the_distance_itself():
 def test_features_of_zeros_are_at_distance_zero_from_everything():
     bases = [[basis(4, 12, task) for task in range(3)]] * 2
     assert not mean_distance([torch.zeros(2, 12).double()] * 2, bases).any()
+
+
+# Likelihood
+
+
+def test_likelihood_is_that_of_the_best_two_variances_over_that_of_the_best_single_one():
+    own = basis(6, 20, seed=1)
+    z = torch.cat([randn(4, 6, seed=2) @ own + 0.3 * randn(4, 20, seed=3), randn(4, 20, seed=4)])
+    for row, found in zip(z, distance(z, own, "likelihood"), strict=True):
+        inside = float((own @ row).square().sum())
+        outside = float(row.square().sum()) - inside
+        best = -3 * math.log(inside / 6) - 7 * math.log(outside / 14) - 10
+        single = -10 * math.log((inside + outside) / 20) - 10
+        if inside / 6 > outside / 14:
+            assert -float(found) == pytest.approx(best - single, rel=1e-9)
+        else:
+            assert float(found) == 0
+
+
+def test_for_tasks_of_one_rank_likelihood_is_in_the_order_of_the_residual():
+    bases = [basis(5, 40, seed) for seed in range(6)]
+    z = torch.cat([randn(3, 5, seed=8) @ own + 0.1 * randn(3, 40, seed=7) for own in bases])
+    assert torch.equal(distances(z, bases, "likelihood").argmin(1), distances(z, bases).argmin(1))
+
+
+def test_a_task_of_small_rank_is_not_drowned_by_one_that_explains_much_of_anything():
+    small, large = basis(2, 40), basis(30, 40, seed=1)
+    z = randn(8, 2, seed=2) @ small + 0.08 * randn(8, 40, seed=3)
+    spread = randn(8, 30, seed=2) @ large
+    assert distances(z, [small, large], "likelihood").argmin(1).tolist() == [0] * 8
+    assert distances(spread, [small, large], "likelihood").argmin(1).tolist() == [1] * 8
+    two = 3 * z / z.norm(dim=1, keepdim=True) + spread / spread.norm(dim=1, keepdim=True)
+    assert distances(two, [small, large]).argmin(1).tolist() != [0] * 8
+    assert distances(two, [small, large], "likelihood").argmin(1).tolist() == [0] * 8
+
+
+def test_likelihood_does_not_depend_on_length_and_survives_what_is_wholly_inside():
+    own = basis(4, 12)
+    z = randn(6, 12)
+    torch.testing.assert_close(distance(1e3 * z, own, "likelihood"), distance(z, own, "likelihood"))
+    assert bool(distance(randn(3, 4) @ own, own, "likelihood").isfinite().all())
+    assert not distance(torch.zeros(2, 12).double(), own, "likelihood").any()
+    assert not distance(z, basis(12, 12), "likelihood").any()  # a span of everything says nothing
+
+
+def test_nats_of_several_matrices_are_averaged():
+    bases = [[basis(4, 12, 10 * layer + task) for task in range(3)] for layer in range(2)]
+    features = [randn(6, 12), randn(6, 12, seed=1)]
+    each = [distances(z, own, "likelihood") for z, own in zip(features, bases, strict=True)]
+    torch.testing.assert_close(mean_distance(features, bases, "likelihood"), (each[0] + each[1]) / 2)
 
 
 # Coefficients
@@ -158,7 +210,7 @@ def test_tasks_are_left_out_in_order():
 def test_arguments_are_not_touched():
     z, own, drawn = randn(5, 20), basis(6, 20, seed=1), randn(4, 3).abs()
     before = [value.clone() for value in (z, own, drawn)]
-    for norm in ("l2", "l1", "mahalanobis"):
+    for norm in NORMS:
         mean_distance([z, z], [[own, own]] * 2, norm)
     select(coefficients(drawn), 0.2, 2)
     assert all(torch.equal(a, b) for a, b in zip((z, own, drawn), before, strict=True))

@@ -1,0 +1,73 @@
+"""What goes into a bundle: the experts, what is kept of them, and how tasks are to be chosen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from mergetool.arch.matrices import MatrixFilter
+from mergetool.bundle.manifest import Features, HeadRule, Mode, Norm, Pool, Storage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergetool.kernels.spectral import Rank
+    from mergetool.tensors.source import ModelSource
+
+
+@dataclass(frozen=True)
+class HeadSource:
+    """Where a task's head is, and what it reads."""
+
+    path: Path
+    pool: Pool
+    normalize: bool = False
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """What a recipe says about routing; `layers` are globs on names of matrices, or auto."""
+
+    layers: tuple[str, ...] | Literal["auto"]
+    features: Features
+    pool: Pool
+    norm: Norm
+    mode: Mode
+    threshold: float
+    top_k: int
+    temperature: float
+    redundancy: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is kept of every expert, and how a bundle is used."""
+
+    kind: Literal["mass", "tsv-compress"]
+    rank: "Rank"
+    filter: MatrixFilter
+    conv: Literal["mean", "matricize"]
+    dtype: Storage
+    base: Literal["copy", "reference"]
+    router: RouterOptions | None = None
+    heads: HeadRule = "joint"
+
+
+class Experts(Protocol):
+    """The models that go into a bundle."""
+
+    names: tuple[str, ...]
+    """Tasks in order; the base is called "base"."""
+    sources: "Mapping[str, ModelSource]"
+    heads: Mapping[str, HeadSource]
+    shapes: Mapping[str, tuple[int, ...]]
+    """Tensors whose changes are kept, with their shapes, in file order."""
+
+    def read(self, model: str, name: str) -> "Tensor":
+        """One tensor, whole, in compute dtype; that of the base where the model lacks it."""
+        ...
+
+    def digests(self, model: str) -> Mapping[str, str]:
+        """SHA-256 of a model's weight files, by file name."""
+        ...
