@@ -28,13 +28,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergetool.kernels.assignment import Choice
-from mergetool.kernels.matching import Curve, Point, Problem, curve, gradient, objective
+from mergetool.kernels.matching import Curve, Point, Problem, View, Views, curve, gradient, objective, views
 from mergetool.kernels.permute import Element
 from mergetool.kernels.soft import Soft
 from mergetool.kernels.weight_matching import Request, as_choice, ascend, hard_point, replaced, solve
 
 STALLED = 1e-7  # relative gain of an iteration that counts as none
 PATIENCE = 3
+HELD = 1 << 28  # bytes of all models up to which their images are held, not made anew: three times as much
 
 
 @dataclass(frozen=True)
@@ -168,16 +169,20 @@ def _iterate(
     Returns the last point, the history, and whether the point is a vertex from which no single move gains.
     """
     value, history, stalled, stationary = objective(problem, point), list[Step](), 0, False
+    held = [View(problem, k, point) for k in range(len(problem.pieces))] if problem.size <= HELD else None
     while len(history) < plan.iterations and stalled < PATIENCE:
         before, gap, length, stationary = value, 0.0, 0.0, True
         for movers in blocks:
-            target = _best_vertex(problem, point, movers)
-            along = curve(problem, point, target, movers=movers)
+            seen = held.__getitem__ if held else views(problem, point)
+            target = _best_vertex(problem, point, movers, seen)
+            along = curve(problem, point, target, movers=movers, seen=seen)
             gap += 4 * (along[1] - along[0])
             length = best_step(along)
             value += value_at(along, length) - along[0]
             stationary = stationary and _same(point, target)
             point = tuple(s if s is t else s.toward(t, length) for s, t in zip(point, target, strict=True))
+            if held:
+                held = [view.toward(point, target, movers, length) for view in held]
         history.append(Step(value, gap, length))
         stalled = stalled + 1 if value - before <= STALLED * abs(value) else 0
         if gap <= plan.tolerance * abs(value):
@@ -185,14 +190,14 @@ def _iterate(
     return point, tuple(history), stationary
 
 
-def _best_vertex(problem: Problem, point: Point, movers: Sequence[int]) -> Point:
+def _best_vertex(problem: Problem, point: Point, movers: Sequence[int], seen: Views) -> Point:
     """The vertex of the hull that the gradient at `point` favours, for the models `movers`; the others stay."""
     latest = [soft.elements[-1] if soft.elements else Element.identity(problem.spaces) for soft in point]
     incumbents = [as_choice(element) for element in latest]
 
     def requests() -> Iterator[Request]:
         for f, family in enumerate(problem.families):
-            scores = gradient(problem, family, point, movers)
+            scores = gradient(problem, family, point, movers, seen)
             for j, i in enumerate(movers):
                 own = {face: score[j].cpu().numpy() for face, score in scores.items()}
                 yield f * len(point) + i, own, incumbents[i]

@@ -19,8 +19,10 @@ Differs from the paper: the half-norm form in place of loops over pairs; an exac
 one; tensors may be weighted (`lambda`), and tensors that nothing moves are left out (they add a constant).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from typing import TypeAlias
 
 import numpy as np
@@ -29,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergetool.kernels.pieces import Face, Family, Piece, cut, families
-from mergetool.kernels.soft import Soft, transform
+from mergetool.kernels.soft import Soft, act
 from mergetool.kernels.spaces import Layout, Space
 
 Point: TypeAlias = tuple[Soft, ...]  # one soft element per model
@@ -79,9 +81,17 @@ class Problem:
     def stack(self, number: int) -> Tensor:
         """Piece `number` of all models, (models, rows, columns, rest), in float32 or better."""
         piece = self.pieces[number]
-        parts = [piece.view(model[piece.tensor].detach()) for model in self.models]
-        dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
-        return torch.stack([part.to(dtype) for part in parts])
+        return torch.stack([self.part(piece, i) for i in range(len(self.models))])
+
+    def part(self, piece: Piece, i: int) -> Tensor:
+        """A piece of model i, (rows, columns, rest), in float32 or better."""
+        part = piece.view(self.models[i][piece.tensor].detach())
+        return part.to(torch.float64 if part.dtype == torch.float64 else torch.float32)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all pieces of all models."""
+        return sum(4 * prod(piece.shape) for piece in self.pieces) * len(self.models)
 
 
 def _scale(models: Sequence[Mapping[str, Tensor]], name: str) -> float:
@@ -89,88 +99,140 @@ def _scale(models: Sequence[Mapping[str, Tensor]], name: str) -> float:
     return len(squared) / sum(squared) if sum(squared) > 0 else 0.0
 
 
+class View:
+    """A piece of all models at a point: rows acted on, columns acted on, and both, each (models, rows, columns, rest).
+
+    Each is made when it is first asked for.
+    """
+
+    def __init__(self, problem: Problem, number: int, point: Sequence[Soft]) -> None:
+        self.problem = problem
+        self.number = number
+        self.point = point
+        self.faces = problem.pieces[number].faces
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """As they are in the models."""
+        return self.problem.stack(self.number)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        return self._act(self.faces[0], self.weights, 1)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        return self.weights if len(self.faces) == 1 else self._act(self.faces[1], self.weights, 2)
+
+    @cached_property
+    def image(self) -> Tensor:
+        if len(self.faces) == 2 and "columns" not in vars(self):
+            return self._act(self.faces[1], self.rows, 2)
+        return self._act(self.faces[0], self.columns, 1)
+
+    def _act(self, face: Face, x: Tensor, axis: int) -> Tensor:
+        return act(self.problem.spaces, self.point, face, x, axis)
+
+    def toward(self, point: Point, end: Sequence[Soft], movers: Sequence[int], step: float) -> "View":
+        """The view at `point`, which is a share `step` of the way to `end` for `movers`: by sums of hard images."""
+        moved = View(self.problem, self.number, point)
+        path = _Path(self, end, movers)
+        here, mixed, there = path.bends
+        image = (1 - step) ** 2 * here + 2 * step * (1 - step) * mixed + step**2 * there
+        caches = {"image": image, "rows": torch.lerp(path.rows, path.far_rows, step)}
+        if len(self.faces) == 2:
+            caches["columns"] = torch.lerp(path.columns, path.far_columns, step)
+        for name, x in caches.items():
+            vars(moved)[name] = x if len(movers) == len(point) else getattr(self, name).index_copy(0, path.places, x)
+        vars(moved)["weights"] = self.weights
+        return moved
+
+
+class _Path:
+    """A piece of `movers` from a view to the elements `end`."""
+
+    def __init__(self, view: View, end: Sequence[Soft], movers: Sequence[int]) -> None:
+        spaces, faces = view.problem.spaces, view.faces
+        self.places = torch.tensor(list(movers))
+        everyone = len(movers) == len(view.point)
+        weights, self.rows, self.columns, self.here = (
+            x if everyone else x[self.places] for x in (view.weights, view.rows, view.columns, view.image)
+        )
+        softs = [end[i] for i in movers]
+        self.far_rows = act(spaces, softs, faces[0], weights, 1)
+        self.far_columns = weights
+        self.bends = (self.here, (self.here + self.far_rows) / 2, self.far_rows)
+        if len(faces) == 2:
+            self.far_columns = act(spaces, softs, faces[1], weights, 2)
+            mixed = act(spaces, softs, faces[1], self.rows, 2).add_(act(spaces, softs, faces[0], self.columns, 1))
+            self.bends = (self.here, mixed.div_(2), act(spaces, softs, faces[1], self.far_rows, 2))
+
+
+Views: TypeAlias = Callable[[int], View]  # from the number of a piece
+
+
+def views(problem: Problem, point: Point) -> Views:
+    """All pieces at a point, made anew each time they are asked for."""
+    return lambda number: View(problem, number, point)
+
+
 def objective(problem: Problem, point: Point) -> float:
     """F at a point."""
     total = 0.0
     for number, scale in enumerate(problem.scales):
-        image = _image(problem, number, problem.stack(number), point)
+        image = View(problem, number, point).image
         rows = image.shape[1]
         own, together = _inner(image[None], rows * len(point)), _inner(image.sum(dim=0)[None], rows)
         total += scale * 0.5 * float(together[0, 0] - own[0, 0])
     return total
 
 
-def gradient(problem: Problem, family: Family, point: Point, movers: Sequence[int]) -> dict[Face, Tensor]:
-    """dF/dQ of the models `movers`, for every face of a family: (movers, universe, model)."""
+def gradient(
+    problem: Problem, family: Family, point: Point, movers: Sequence[int], seen: Views | None = None
+) -> dict[Face, Tensor]:
+    """dF/dQ of the models `movers`, for every face of a family: (movers, universe, model).
+
+    `seen`: the pieces at `point`, where they are held.
+    """
     total: dict[Face, Tensor] = {}
-    moving = list(movers)
+    seen, moving = seen or views(problem, point), list(movers)
     for number, side in family.places:
-        faces = problem.pieces[number].faces
-        half = problem.stack(number)
-        if len(faces) == 2:
-            half = _act(problem, point, faces[1 - side], half, 2 - side)
-        image = _act(problem, point, faces[side], half, 1 + side)
-        others = image.sum(dim=0) - image[moving]
+        view = seen(number)
+        half = view.columns if side == 0 else view.rows
+        others = view.image.sum(dim=0) - view.image[moving]
         scores = torch.bmm(_unfold(others, 1 + side), _unfold(half[moving], 1 + side).mT)
         scores.mul_(problem.scales[number])
-        total[faces[side]] = total[faces[side]].add_(scores) if faces[side] in total else scores
+        face = view.faces[side]
+        total[face] = total[face].add_(scores) if face in total else scores
     return total
 
 
-def curve(
-    problem: Problem, start: Point, end: Point, *, movers: Sequence[int], pieces: Iterable[int] | None = None
-) -> Curve:
+def curve(problem: Problem, start: Point, end: Point, *, movers: Sequence[int], seen: Views | None = None) -> Curve:
     """F along the segment from `start` to `end`, on which only the models `movers` move.
 
-    Bernstein coefficients of degree 4, summed over `pieces` (by default all), less the constant that the models
-    that stay contribute among themselves.
+    Bernstein coefficients of degree 4, less the constant that the models that stay contribute among themselves.
+    `seen`: the pieces at `start`, where they are held.
     """
     total = np.zeros(5)
-    for number in range(len(problem.pieces)) if pieces is None else pieces:
-        total += problem.scales[number] * _piece_curve(problem, number, start, end, list(movers))
+    seen = seen or views(problem, start)
+    for number, scale in enumerate(problem.scales):
+        total += scale * _piece_curve(seen(number), end, list(movers))
     return total
 
 
-def _piece_curve(problem: Problem, number: int, start: Point, end: Point, movers: list[int]) -> Curve:
-    stack = problem.stack(number)
-    stay = [i for i in range(len(start)) if i not in movers]
-    leaving, arriving = [start[i] for i in movers], [end[i] for i in movers]
-    bends = _bends(problem, number, stack[movers], leaving, arriving)  # (3, movers, rows, columns, rest)
+def _piece_curve(view: View, end: Point, movers: list[int]) -> Curve:
+    bends = torch.stack(_Path(view, end, movers).bends)  # (3, movers, rows, columns, rest)
+    stay = [i for i in range(len(end)) if i not in movers]
     total, rows = bends.sum(dim=1), bends.shape[2]
     result = np.zeros(5)
     if stay:
-        others = _image(problem, number, stack[stay], [start[i] for i in stay]).sum(dim=0)
+        others = view.image[stay].sum(dim=0)
         a, b, c = _inner(torch.cat([total, others[None]]), rows)[3, :3]
         result += [a, (a + b) / 2, (a + 4 * b + c) / 6, (b + c) / 2, c]
     if len(movers) > 1:
         q = 0.5 * (_inner(total, rows) - _inner(bends, rows * len(movers)))
         result += [q[0, 0], q[0, 1], (q[0, 2] + 2 * q[1, 1]) / 3, q[1, 2], q[2, 2]]
     return result
-
-
-def _bends(problem: Problem, number: int, stack: Tensor, start: Sequence[Soft], end: Sequence[Soft]) -> Tensor:
-    """The three Bernstein coefficients of the images along a segment, (3, models, rows, columns, rest)."""
-    faces = problem.pieces[number].faces
-    if len(faces) == 1:
-        here, there = (_act(problem, softs, faces[0], stack, 1) for softs in (start, end))
-        return torch.stack([here, (here + there) / 2, there])
-    left, right = (_act(problem, softs, faces[1], stack, 2) for softs in (start, end))
-    mixed = _act(problem, end, faces[0], left, 1) + _act(problem, start, faces[0], right, 1)
-    return torch.stack([_act(problem, start, faces[0], left, 1), mixed / 2, _act(problem, end, faces[0], right, 1)])
-
-
-def _image(problem: Problem, number: int, stack: Tensor, softs: Sequence[Soft]) -> Tensor:
-    """Universe images of a piece of some models, (models, rows, columns, rest)."""
-    for side, face in enumerate(problem.pieces[number].faces):
-        stack = _act(problem, softs, face, stack, 1 + side)
-    return stack
-
-
-def _act(problem: Problem, softs: Sequence[Soft], face: Face, x: Tensor, axis: int) -> Tensor:
-    """Act on `axis` (1 rows, 2 columns) of `x` (models, rows, columns, rest)."""
-    first = x.movedim(axis, 1)
-    moved = transform(problem.spaces, softs, face, first.reshape(*first.shape[:2], -1))
-    return moved.reshape(first.shape).movedim(1, axis)
 
 
 def _unfold(x: Tensor, axis: int) -> Tensor:

@@ -90,6 +90,23 @@ class Soft:
         return dense.index_put_((rows, self.index[face]), values, accumulate=True)
 
 
+def act_hard(soft: Soft, face: Face, x: Tensor, axis: int) -> Tensor:
+    """Act on one axis of a tensor with a single element. A new tensor."""
+    moved = x.index_select(axis, soft.index[face][:, 0].to(x.device))
+    if face in soft.sign:
+        moved *= soft.sign[face][:, 0].to(x).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
+    return moved
+
+
+def act(spaces: Mapping[str, Space], softs: Sequence[Soft], face: Face, x: Tensor, axis: int) -> Tensor:
+    """Act on `axis` (1 rows, 2 columns) of `x` (models, rows, columns, rest), with one soft element per model."""
+    if all(soft.hard for soft in softs):
+        return torch.stack([act_hard(soft, face, x[i], axis - 1) for i, soft in enumerate(softs)])
+    first = x.movedim(axis, 1)
+    moved = transform(spaces, softs, face, first.reshape(*first.shape[:2], -1))
+    return moved.reshape(first.shape).movedim(1, axis)
+
+
 def transform(spaces: Mapping[str, Space], softs: Sequence[Soft], face: Face, x: Tensor) -> Tensor:
     """Act on the middle axis of `x` (models, size of the face, rest), with one soft element per model."""
     models, size, rest = x.shape

@@ -21,12 +21,13 @@ from dataclasses import replace
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from mergetool.kernels.assignment import Array, Choice, best_element
-from mergetool.kernels.matching import Point, Problem, curve, gradient, objective
+from mergetool.kernels.matching import Point, Problem, View, objective
 from mergetool.kernels.permute import Element
 from mergetool.kernels.pieces import Face
-from mergetool.kernels.soft import Soft
+from mergetool.kernels.soft import Soft, act_hard
 
 WORTH = 1e-9  # share of the objective below which a gain is rounding
 MAX_SWEEPS = 100
@@ -73,15 +74,13 @@ def ascend(problem: Problem, point: Point, movers: Sequence[int]) -> tuple[Point
     `point` must be hard. Returns the point reached and the objective before and after every sweep.
     """
     history = [objective(problem, point)]
+    climb = _Climb(problem, point, WORTH * abs(history[0]))
     for _ in range(MAX_SWEEPS):
-        gained = 0.0
-        for i in movers:
-            point, gain = _match(problem, point, i, WORTH * abs(history[0]))
-            gained += gain
+        gained = sum(climb.match(i) for i in movers)
         if gained == 0:
             break
         history.append(history[-1] + gained)
-    return point, tuple(history)
+    return tuple(climb.point), tuple(history)
 
 
 def solve(problem: Problem, requests: Iterable[Request]) -> dict[int, Choice]:
@@ -121,38 +120,76 @@ def replaced(element: Element, choice: Choice) -> Element:
     return Element(element.spaces, {**element.index, **index}, {**element.sign, **sign})
 
 
-def _match(problem: Problem, point: Point, i: int, worth: float) -> tuple[Point, float]:
-    """Match model i to the sum of the others, which stay. Returns the new point and what was gained."""
-    total = 0.0
-    waiting = set(range(len(problem.families)))
-    while waiting:
-        batch = _independent(problem, sorted(waiting))
-        waiting -= set(batch)
-        incumbent = as_choice(point[i].elements[0])
-        answers = solve(problem, ((f, _scores(problem, f, point, i), incumbent) for f in batch))
-        for f in batch:
-            candidate, gain = _try(problem, point, i, f, answers[f])
-            if gain > worth:
-                point, total = candidate, total + gain
-                waiting |= _neighbours(problem, f)
-    return point, total
+class _Climb:
+    """The state of an ascent: where every model is, the sum of all images, and which moves are known not to gain.
 
+    The sum (as large as one model) is what makes a move cheap: it involves the tensors of one model alone.
+    """
 
-def _try(problem: Problem, point: Point, i: int, f: int, choice: Choice) -> tuple[Point, float]:
-    """The point with family f of model i moved, and the exact change of the objective."""
-    before = point[i].elements[0]
-    after = replaced(before, choice)
-    if after.equals(before):
-        return point, 0.0
-    candidate = (*point[:i], Soft.at(after, problem.faces), *point[i + 1 :])
-    touched = sorted({number for number, _ in problem.families[f].places})
-    change = curve(problem, point, candidate, movers=[i], pieces=touched)
-    return candidate, float(change[4] - change[0])
+    def __init__(self, problem: Problem, point: Point, worth: float) -> None:
+        self.problem = problem
+        self.point = list(point)
+        self.worth = worth
+        self.sums = [View(problem, number, point).image.sum(dim=0) for number in range(len(problem.pieces))]
+        self.settled: set[tuple[int, int]] = set()  # (model, family)
 
+    def match(self, i: int) -> float:
+        """Match model i to the sum of the others, which stay. Returns what was gained."""
+        total = 0.0
+        while waiting := [f for f in range(len(self.problem.families)) if (i, f) not in self.settled]:
+            batch = _independent(self.problem, waiting)
+            incumbent = as_choice(self.point[i].elements[0])
+            answers = solve(self.problem, ((f, self._scores(f, i), incumbent) for f in batch))
+            for f in batch:
+                self.settled.add((i, f))
+                total += self._try(i, f, answers[f])
+        return total
 
-def _scores(problem: Problem, f: int, point: Point, i: int) -> dict[Face, Array]:
-    scores = gradient(problem, problem.families[f], point, [i])
-    return {face: score[0].cpu().numpy() for face, score in scores.items()}
+    def _scores(self, f: int, i: int) -> dict[Face, Array]:
+        """What every place of family f would gain model i, against the sum of the others."""
+        total: dict[Face, Tensor] = {}
+        for number, side in self.problem.families[f].places:
+            face = self.problem.pieces[number].faces[side]
+            half = self._acted(number, i, self.point[i], but=side)
+            others = self.sums[number] - act_hard(self.point[i], face, half, side)
+            scores = others.movedim(side, 0).flatten(1) @ half.movedim(side, 0).flatten(1).T
+            scores.mul_(self.problem.scales[number])
+            total[face] = total[face].add_(scores) if face in total else scores
+        return {face: score.cpu().numpy() for face, score in total.items()}
+
+    def _try(self, i: int, f: int, choice: Choice) -> float:
+        """Move family f of model i if that gains, by the exact change of the objective, which is returned."""
+        before = self.point[i]
+        after = replaced(before.elements[0], choice)
+        if after.equals(before.elements[0]):
+            return 0.0
+        candidate = Soft.at(after, self.problem.faces)
+        gain, moved = 0.0, {}
+        for number in sorted({number for number, _ in self.problem.families[f].places}):
+            old, new = (self._acted(number, i, soft) for soft in (before, candidate))
+            others, moved[number] = self.sums[number] - old, new.sub_(old)
+            gain += self.problem.scales[number] * float((others * moved[number]).sum(dtype=torch.float64))
+        if gain <= self.worth:
+            return 0.0
+        self.point[i] = candidate
+        for number, change in moved.items():
+            self.sums[number] += change
+        self._unsettle(i, f)
+        return gain
+
+    def _unsettle(self, i: int, f: int) -> None:
+        """Model i moved by family f: forget what was known of all that depends on it."""
+        near = _neighbours(self.problem, f)
+        self.settled = {(j, g) for j, g in self.settled if g not in near and (j == i or g != f)}
+
+    def _acted(self, number: int, i: int, soft: Soft, but: int | None = None) -> Tensor:
+        """The universe image of a piece of model i, or with one side `but` left as it is."""
+        piece = self.problem.pieces[number]
+        x = self.problem.part(piece, i)
+        for side, face in enumerate(piece.faces):
+            if side != but:
+                x = act_hard(soft, face, x, side)
+        return x
 
 
 def _independent(problem: Problem, numbers: Sequence[int]) -> list[int]:
