@@ -37,6 +37,7 @@ def report_of(
         ],
         "moved": {name: _moved(elements[name]) for name in task.names},
         "distance": {"before": _distances(task, identity), "after": _distances(task, home)},
+        "verification": {"outputs": task.proof, "there and back": _residual(task, home)},
     }
 
 
@@ -63,6 +64,16 @@ def _distances(task: Task, home: Sequence[Element]) -> list[list[float]]:
     squared = (norms[:, None] + norms[None, :] - 2 * products).clamp_min(0)
     scale = (norms[:, None] * norms[None, :]).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     return [[round(float(value), 6) for value in row] for row in (squared / scale).sqrt()]
+
+
+def _residual(task: Task, home: Sequence[Element]) -> float:
+    """The largest difference in any tensor of a model that was carried to the universe and back."""
+    back = [element.inverse() for element in home]
+    return max(
+        float((back[i].apply(home[i].apply(model[name], axes), axes) - model[name]).abs().max())
+        for i, model in enumerate(task.problem.models)
+        for name, axes in task.spec.layouts(matched=True).items()
+    )
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mergetool.arch.bind import architectures
 from mergetool.arch.match import resolve
 from mergetool.arch.spec import ArchSpec, check_shapes
 from mergetool.errors import PlanError
@@ -33,6 +35,8 @@ class Task:
     spec: ArchSpec
     names: tuple[str, ...]
     problem: Problem
+    proof: float | None = None
+    """Largest relative change of the network's outputs under the spec, where it is a file of the user's own."""
 
     def place(self, name: str, field: str) -> int:
         """Where a model stands. Raises PlanError, naming the recipe's field, for one that is not there."""
@@ -80,16 +84,30 @@ def spec_of(models: "Models") -> ArchSpec:
 def task_of(models: "Models", *, weighting: str = "none") -> Task:
     """The task that the models of a run pose. `weighting`: "none" or "per-tensor" (see `Problem.of`).
 
-    Raises PlanError for an unknown architecture, and for models that do not fit it.
+    Raises PlanError for an unknown architecture, for models that do not fit it, and for a file of the user's own that
+    would change what the network computes.
     """
     spec = spec_of(models)
+    proof = _prove(spec, models)
     layouts = spec.layouts(matched=True)
     size = sum(4 * prod(models.shapes[name]) for name in layouts) * len(models.names)
     weights = {name: Weights(models, name, layouts, keep=size <= KEPT_BYTES) for name in models.names}
     names = tuple(sorted(weights, key=lambda name: _content(weights[name])))
     ordered = [weights[name] for name in names]
     problem = Problem.of(spec.spaces, layouts, models=ordered, per_tensor=weighting == "per-tensor")
-    return Task(spec, names, problem)
+    return Task(spec, names, problem, proof)
+
+
+def _prove(spec: ArchSpec, models: "Models") -> float | None:
+    """Try a user's own description on the network, where config.json tells which network that is."""
+    if models.architecture is None or Path(models.architecture).suffix not in (".yaml", ".yml"):
+        return None
+    if not architectures(models.config):
+        models.say("the architecture file was checked by shapes alone: no config.json tells a network to try it on")
+        return None
+    from mergetool.arch.auto import prove_for_config
+
+    return prove_for_config(spec, models.shapes, models.config)
 
 
 def _content(weights: Mapping[str, Tensor]) -> str:

@@ -33,6 +33,18 @@ def derive_from_config(shapes: Shapes, config: Mapping[str, Any]) -> ArchSpec:
     return _renamed(derive(module, **_batch(module)), names)
 
 
+def prove_for_config(spec: ArchSpec, shapes: Shapes, config: Mapping[str, Any]) -> float:
+    """The largest relative change of an output of the network that config.json describes, under elements of `spec`.
+
+    Raises PlanError naming the tensor and axis at fault if that is more than rounding, or if there is no such network.
+    """
+    from mergetool.arch.verify import general_position, prove, runner
+
+    module, names = network_of(shapes, config)
+    inside = {own: spec.tensors[name] for own, name in names.items() if name in spec.tensors}
+    return prove(runner(module, **_batch(module)), general_position(module), replace(spec, tensors=inside))
+
+
 def network_of(shapes: Shapes, config: Mapping[str, Any]) -> tuple["nn.Module", dict[str, str]]:
     """The network that config.json describes, and for each of its tensors that the checkpoint stores the name there.
 

@@ -35,6 +35,7 @@ from mergetool.kernels.weight_matching import Request, as_choice, ascend, hard_p
 
 STALLED = 1e-7  # relative gain of an iteration that counts as none
 PATIENCE = 3
+ROUNDING = 1e-12  # share of a polynomial's largest coefficient below which another one is rounding
 HELD = 1 << 28  # bytes of all models up to which their images are held, not made anew: three times as much
 
 
@@ -102,7 +103,9 @@ def in_universe_of(elements: Sequence[Element], reference: int) -> tuple[Element
 
 def best_step(along: Curve) -> float:
     """Where in [0, 1] the polynomial with these Bernstein coefficients (degree 4) is largest; the later of equals."""
-    slope = np.polynomial.Polynomial(_power(4 * np.diff(along)))
+    powers = _power(4 * np.diff(along))
+    # In block mode the degree is two: what rounding leaves of the higher powers would spoil the root.
+    slope = np.polynomial.Polynomial(powers).trim(ROUNDING * float(np.abs(powers).max()))
     roots: NDArray[np.complex128] = slope.roots().astype(np.complex128)
     inside = [float(r.real) for r in roots if abs(r.imag) < 1e-9 and 0 < r.real < 1]
     candidates = sorted({0.0, 1.0, *inside})

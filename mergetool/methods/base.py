@@ -162,6 +162,10 @@ class Method(BaseModel):
         """Files beside the models that decide the result: field of the recipe -> path as written."""
         return {}
 
+    def model_names(self) -> Mapping[str, str]:
+        """Models that single settings name: field of the recipe -> the name written there."""
+        return {}
+
     def code(self) -> Mapping[str, str]:
         """Python code that a run executes because the recipe names it: field of the recipe -> what is written there."""
         return {}

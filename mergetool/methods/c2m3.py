@@ -43,6 +43,9 @@ class C2M3(AligningMethod):
         taken = self.align.permutations
         return {**super().files(), **({} if taken is None else {"merge.align.permutations": taken})}
 
+    def model_names(self) -> Mapping[str, str]:
+        return {} if self.align.anchor is None else {"merge.align.anchor": self.align.anchor}
+
     def search(self, models: Models) -> "Aligned":
         from mergetool.alignment.fitted import Aligned, load
         from mergetool.alignment.report import report_of

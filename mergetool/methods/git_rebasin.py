@@ -9,6 +9,7 @@ Differs from the paper: layers in the network's order, not a random one, so that
 heads, grouped queries and signs beside plain permutations; running statistics do not take part in the matching.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mergetool.alignment.options import WEIGHTING_HELP, Text, Weighting
@@ -26,6 +27,9 @@ class GitRebasin(AligningMethod):
     reference: Text | None = Field(None, description="model that the others are matched to; the first by default")
     weighting: Weighting = Field("none", description=WEIGHTING_HELP)
     exempt: ClassVar = {"order": "the first model is the reference unless the recipe names one"}
+
+    def model_names(self) -> Mapping[str, str]:
+        return {} if self.reference is None else {"merge.reference": self.reference}
 
     def search(self, models: Models) -> "Aligned":
         from mergetool.alignment.fitted import Aligned

@@ -25,6 +25,8 @@ def cross_checks(document: Document, kind: type[Method] | None, method: Method |
             yield from _check_count(document, models, kind)
             yield from _check_per_model(document, ("merge",), kind, data["merge"], models)
             yield from _check_overrides(document, kind, models)
+        for field, name in () if method is None else method.model_names().items():
+            yield from _check_use(document, tuple(field.split(".")), name, models)
         if isinstance(method, FittedMethod):
             yield from _check_inner(document, models, method.inner(), has_base)
         source = _in(data, "tokenizer", "source")

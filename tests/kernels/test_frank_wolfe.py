@@ -34,7 +34,7 @@ def same(elements, others):
 CASES = [(name, n, noise) for name in toys.NETWORKS for n in (2, 3, 5) for noise in (0.0, 0.1)]
 
 
-@pytest.mark.parametrize(("name", "num_models", "noise"), [*CASES, ("mlp", 10, 0.1), ("vit", 10, 0.1)])
+@pytest.mark.parametrize(("name", "num_models", "noise"), [*CASES, *((name, 10, 0.1) for name in toys.NETWORKS)])
 def test_planted_elements_are_found_exactly(name, num_models, noise):
     toy = toys.NETWORKS[name]()
     universe, models, elements = toys.planted(toy, num_models, 0, noise=noise)
@@ -78,6 +78,20 @@ def test_the_objective_never_falls_the_gap_is_never_negative_and_polish_never_lo
     assert all(step.gap >= -1e-9 * abs(step.objective) for step in result.history)
     assert len(result.history) > 2
     assert result.objective >= result.rounded
+
+
+@pytest.mark.parametrize("name", toys.NETWORKS)
+@pytest.mark.parametrize("mode", ["joint", "block"])
+@pytest.mark.parametrize("init", ["identity", "barycenter"])
+def test_images_that_are_held_and_updated_equal_images_made_anew(name, mode, init, monkeypatch):
+    toy = toys.NETWORKS[name]()
+    problem = toys.problem(toy, [toys.weights(toy[1], seed) for seed in range(4)])
+    settings = Settings(mode=mode, init=init, starts=1)
+    held = align(problem, settings)
+    monkeypatch.setattr("mergetool.kernels.frank_wolfe.HELD", 0)
+    anew = align(problem, settings)
+    assert same(held.elements, anew.elements)
+    assert [step.objective for step in held.history] == pytest.approx([step.objective for step in anew.history])
 
 
 def test_more_starts_are_never_worse():

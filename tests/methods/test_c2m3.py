@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import mergetool
+from mergetool.engine.execute import Silent
 from mergetool.errors import PlanError, RecipeError, SourceError
 from tests.alignment import nets
 from tests.arch.networks import MLP
@@ -103,6 +104,36 @@ def test_fine_tunes_of_one_network_are_left_where_they_are():
     assert_same_bytes(merge(models), mergetool.merge_state_dicts("linear", models))
 
 
+def test_a_run_says_that_models_are_in_one_order_already(tmp_path):
+    told = Told()
+    models = {name: nets.noisy(nets.mlp(), seed, 0.02) for seed, name in enumerate("abc")}
+    result = mergetool.run(recipe(tmp_path, models), progress=told)
+    assert any("in one order already" in line for line in told.lines)
+    report = json.loads((result.path / "alignment" / "report.json").read_text())
+    assert len(report["history"]) == 1
+    assert not any(report["moved"]["b"].values())
+
+
+class Told(Silent):
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def test_a_file_of_ones_own_is_tried_on_the_network_that_config_json_tells(tmp_path):
+    state, config, _, _ = nets.tiny_transformer("LlamaForCausalLM")
+    models = {"ab"[i]: nets.noisy(state, i, 0.5) for i in range(2)}
+    for name, line in (("right", ""), ("wrong", "tensors:\n  norm.weight: residual\n")):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: llama\n{line}")
+    path = mergetool.run(recipe(tmp_path / "right", models, config, str(tmp_path / "right.yaml"))).path
+    assert 0 < json.loads((path / "alignment" / "report.json").read_text())["verification"]["outputs"] < 1e-10
+    with pytest.raises(PlanError, match="the outputs change") as caught:
+        mergetool.run(recipe(tmp_path / "wrong", models, config, str(tmp_path / "wrong.yaml")))
+    assert "model.norm.weight, axis 0 (has its signs wrong)" in caught.value.where
+
+
 def test_weights_of_the_inner_method_apply_to_the_aligned_models():
     models = nets.copies(nets.mlp(), 3, architecture="mlp", noise=0.05)
     only_b = merge(models, align={"anchor": "a"}, combine={"method": "linear", "weight": {"a": 0, "b": 1, "c": 0}})
@@ -124,6 +155,7 @@ def test_permutations_and_report_lie_beside_the_weights_and_are_in_the_lock(tmp_
     assert report["history"][-1]["objective"] >= report["history"][0]["objective"]
     assert report["distance"]["after"][0][1] < report["distance"]["before"][0][1]
     assert 0 < max(report["moved"]["b"].values()) <= 1
+    assert report["verification"] == {"outputs": None, "there and back": 0.0}
     lock = json.loads((result.path / "mergetool.json").read_text())
     assert {"alignment/permutations.safetensors", "alignment/report.json"} <= set(lock["output"]["files"])
 
@@ -179,9 +211,8 @@ def test_settings_without_effect_and_unfit_methods_are_refused_before_anything_i
     assert "weigt" in refused(combine={"method": "linear", "weigt": 1})
 
 
-def test_an_unknown_anchor_is_named():
-    with pytest.raises(PlanError, match="there is no model 'd'"):
-        merge(unrelated(), align={"anchor": "d"})
+def test_an_unknown_anchor_is_named_before_anything_is_read():
+    assert "there is no model 'd'" in refused(align={"anchor": "d"})
 
 
 def test_an_architecture_that_does_not_fit_is_refused():

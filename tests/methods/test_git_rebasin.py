@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mergetool
-from mergetool.errors import PlanError
+from mergetool.errors import RecipeError
 from tests.alignment import nets
 from tests.toys import assert_near
 
@@ -28,5 +28,5 @@ def test_the_result_is_in_the_order_of_the_reference():
 
 
 def test_an_unknown_reference_is_named():
-    with pytest.raises(PlanError, match="there is no model 'd'"):
+    with pytest.raises(RecipeError, match="there is no model 'd'"):
         merge(nets.copies(nets.mlp(), 2, architecture="mlp"), reference="d")
