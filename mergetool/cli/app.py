@@ -5,13 +5,16 @@ stdout carries the result (a path, a table, or JSON with --json); stderr carries
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergetool import __version__
 from mergetool.cli.show import ProgressBar, say, show_methods, table
 from mergetool.errors import RecipeError
+
+if TYPE_CHECKING:
+    from mergetool.tensors.hub_upload import Pushed
 
 app = typer.Typer(
     name="mergetool",
@@ -54,6 +57,10 @@ def run(
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming.")] = False,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps factors of experts between runs.")] = None,
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Run Python files that the recipe names.")] = False,
+    push: Annotated[
+        bool | None, typer.Option("--push/--no-push", help="Push to output.hub (default: if given).")
+    ] = None,
+    locked: Annotated[bool, typer.Option("--locked", help="Refuse inputs that differ from mergetool.json.")] = False,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -71,12 +78,16 @@ def run(
         resume=not no_resume,
         cache=cache,
         trust_code=trust_code,
+        push=push,
+        locked=locked,
     )
     with ProgressBar() as progress:
         result = run_recipe(load_recipe(recipe, settings or ()), flags, progress)
     for note, count in result.notes.items():
         say(f"note: {note} ({count} tensors)" if count > 1 else f"note: {note}")
     say(f"{result.num_tensors} tensors, {result.bytes_written / 1e9:.2f} GB in {result.seconds:.1f} s")
+    if result.pushed is not None:
+        _say_pushed(result.pushed)
     _print(result.as_dict() if as_json else result.path, as_json=as_json)
 
 
@@ -182,6 +193,29 @@ def _inspect_bundle(folder: Path, *, as_json: bool) -> None:
     columns = ("name", "classes", "pool", "bytes", "source")
     table(("task", *columns[1:]), [["-" if task[key] is None else task[key] for key in columns] for task in tasks])
     table(("", ""), list(facts.items()))
+
+
+@app.command()
+def push(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A finished result.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it as a private repository.")] = False,
+    create: Annotated[bool, typer.Option("--create", help="Make the repository if there is none.")] = False,
+    pull_request: Annotated[bool, typer.Option("--pull-request", help="Open a pull request.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Push a result to the Hub: what changed since the last push, in one commit."""
+    from mergetool.engine.push import push as push_folder
+    from mergetool.tensors.hub_upload import Target
+
+    pushed = push_folder(path, Target(repo, private, create, pull_request))
+    _say_pushed(pushed)
+    _print(pushed.as_dict() if as_json else pushed.url, as_json=as_json)
+
+
+def _say_pushed(pushed: "Pushed") -> None:
+    done = f"{len(pushed.uploaded)} files uploaded, {pushed.unchanged} unchanged"
+    say(f"{pushed.repo}: {done}{f', {len(pushed.deleted)} deleted' if pushed.deleted else ''}")
 
 
 @app.command()

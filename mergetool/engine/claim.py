@@ -10,9 +10,11 @@ a `mergetool.json`) are ever replaced.
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from mergetool import __version__
 from mergetool.engine.journal import JOURNAL_NAME, Journal
@@ -148,8 +150,7 @@ def _remove(replaced: Path) -> None:
 
 def plan_key(plan: Plan) -> str:
     """SHA-256 of all that decides the bytes of the output: recipe, inputs as they lie on the disk, layout, versions."""
-    document = {**plan.recipe.document}
-    document["output"] = {key: value for key, value in dict(document.get("output") or {}).items() if key != "path"}
+    document = asked_for(plan.recipe.document)
     inputs = [
         [name, str(stamp.path.resolve()), stamp.size, stamp.mtime_ns]
         for name, stamps in plan.stamps.items()
@@ -159,3 +160,9 @@ def plan_key(plan: Plan) -> str:
     versions = [__version__, version("torch")]
     text = json.dumps([versions, UNIT_ELEMENTS, document, inputs, layout], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def asked_for(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's data without where its result goes."""
+    output = {key: value for key, value in dict(document.get("output") or {}).items() if key not in ("path", "hub")}
+    return {**document, "output": output}

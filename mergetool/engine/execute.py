@@ -7,13 +7,15 @@ finish       index, config, tokenizer, card, lock file; then one rename
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from mergetool.engine.claim import Claim
 from mergetool.engine.jobs import Jobs
+from mergetool.engine.locked import Locked
 from mergetool.engine.provenance import finish
+from mergetool.engine.push import push_result, push_target
 from mergetool.engine.result import Result
 from mergetool.engine.schedule import Schedule
 from mergetool.engine.trust import check_trust
@@ -67,26 +69,36 @@ class Flags:
     """Where factors of task vectors are kept between runs."""
     trust_code: bool = False
     """Whether Python code that the recipe names may be run."""
+    push: bool | None = None
+    """Whether to push to `output.hub`; None: if the recipe has one."""
+    locked: bool = False
+    """Whether recipe and inputs must be what an earlier lock says."""
 
 
 def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None) -> Result:
     """Plan and run a recipe. Raises any MergetoolError; the output is then incomplete and not under its name."""
     flags, progress = flags or Flags(), progress or Silent()
     check_trust(recipe, trusted=flags.trust_code)
-    plan, costs = _prepare(recipe, flags, progress)
+    target = push_target(recipe, flags.push)
+    plan, costs, digests = _prepare(recipe, flags, progress)
     assert plan.output is not None
     claim = Claim(plan, plan.output, overwrite=flags.overwrite, resume=flags.resume)
+    claim.journal.done.hashes.update(digests)
     try:
-        return _run_claimed(plan, claim, costs, flags, progress)
+        result = _run_claimed(plan, claim, costs, flags, progress)
     finally:
         progress.stop()
         claim.release()
         for source in plan.sources.values():
             source.close()
+    return result if target is None else replace(result, pushed=push_result(result.path, target))
 
 
-def _prepare(recipe: Recipe, flags: Flags, progress: Progress) -> tuple[Plan, Costs]:
-    """The plan, and every file that it needs here. What is wrong is found from headers, before any download."""
+def _prepare(recipe: Recipe, flags: Flags, progress: Progress) -> tuple[Plan, Costs, dict[str, str]]:
+    """The plan, and every file that it needs here. What is wrong is found from headers, before any download.
+
+    Also SHA-256 of the input files that are known already, by path.
+    """
     library = Library(recipe.folder)
     output = flags.output.absolute() if flags.output else None
     plan = make_plan(recipe, output, library=library)
@@ -98,10 +110,13 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress) -> tuple[Plan, Co
     costs = estimate(plan, workers=flags.workers, memory=flags.memory)
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")
+    locked = Locked(plan) if flags.locked else None
+    if locked is not None:
+        locked.check_headers(plan)
     if plan.bytes_missing:
         library.fetch(progress.say)
         plan = make_plan(recipe, output, library=library)
-    return plan, costs
+    return plan, costs, {} if locked is None else locked.check_contents(plan, progress.say)
 
 
 def _run_claimed(plan: Plan, claim: Claim, costs: Costs, flags: Flags, progress: Progress) -> Result:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mergetool import __version__
+from mergetool.engine.card import card
 from mergetool.engine.claim import LOCK_NAME, Claim
 from mergetool.engine.jobs import Record
 from mergetool.engine.journal import JOURNAL_NAME
@@ -71,7 +72,7 @@ def _remarks(notes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 def describe_run(plan: Plan, claim: Claim, record: Record, result: Result) -> None:
     """Model card, and the lock of everything that lies in the partial folder by now."""
     folder = claim.partial
-    write_file(folder / "README.md", _card(plan))
+    write_file(folder / "README.md", card(plan))
     lock = _lock(plan, claim.key, record, result)
     weights = {*lock["output"]["files"], JOURNAL_NAME}
     written = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
@@ -143,7 +144,11 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
         | {"python": platform.python_version(), "platform": sys.platform},
         "inputs": {
             name: [
-                {"file": str(stamp.path), "size": stamp.size, "sha256": record.inputs.get(str(stamp.path))}
+                {
+                    "file": _place(plan, name, stamp.path),
+                    "size": stamp.size,
+                    "sha256": record.inputs.get(str(stamp.path)),
+                }
                 for stamp in stamps
             ]
             for name, stamps in plan.stamps.items()
@@ -164,20 +169,9 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
     }
 
 
-def _card(plan: Plan) -> str:
-    """A model card: what was merged, how, and how to do it again."""
-    import yaml
-
-    name = plan.recipe.method.method_name()
-    references = {**({"base": plan.recipe.base} if plan.recipe.base else {}), **plan.recipe.models}
-    rows = "\n".join(f"| {label} | `{reference.source}` |" for label, reference in references.items())
-    recipe = yaml.safe_dump(plan.recipe.document, sort_keys=False, allow_unicode=True)
-    return (
-        "---\ntags:\n- merge\n- mergetool\n---\n\n"
-        f"# {plan.output.name if plan.output else 'merged model'}\n\n"
-        f"A merge of {len(plan.recipe.models)} models by `{name}`, made with mergetool {__version__}.\n\n"
-        f"| model | source |\n|---|---|\n{rows}\n\n"
-        f"## Recipe\n\n```yaml\n{recipe}```\n\n"
-        "Save it as `recipe.yaml` and run `mergetool run recipe.yaml` to make this model again. "
-        "`mergetool.json` holds the SHA-256 of every input and output; `mergetool verify` checks them.\n"
-    )
+def _place(plan: Plan, name: str, path: Path) -> str:
+    """Where an input file is: its path, or its name on the Hub (where the cache lies is nobody's business)."""
+    for origin in plan.origins.get(name, ()):
+        if origin.repo and origin.commit in path.parts:
+            return f"{origin.repo}@{origin.commit}/{path.name}"
+    return str(path)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mergetool.tensors.hub_upload import Pushed
+
 
 @dataclass(frozen=True)
 class Result:
@@ -21,6 +23,8 @@ class Result:
     notes: dict[str, int] = field(default_factory=dict)
     """How many tensors carry each remark."""
     warnings: tuple[str, ...] = ()
+    pushed: Pushed | None = None
+    """Where on the Hub it is now."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form, for `--json`."""
@@ -34,4 +38,5 @@ class Result:
             "resumed": self.resumed,
             "notes": self.notes,
             "warnings": list(self.warnings),
+            "pushed": None if self.pushed is None else self.pushed.as_dict(),
         }

@@ -6,6 +6,7 @@ from pathlib import Path
 from mergetool.engine import Flags, Progress, Result
 from mergetool.engine import run_recipe as run_plain
 from mergetool.engine.execute import Silent
+from mergetool.engine.push import push_target
 from mergetool.errors import OutputError
 from mergetool.methods.base import SearchMethod
 from mergetool.planner.library import pinned
@@ -21,6 +22,7 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
     from mergetool.evolve.session import search
 
     output = _output(recipe, flags)
+    push_target(recipe, flags.push)  # that it cannot be pushed is better known now than after the search
     recipe = pinned(recipe)  # what is searched is what is merged, however long it takes
     winner = search(recipe, output, flags, progress)
     return run_plain(candidate_recipe(recipe, winner), replace(flags, output=output), progress)

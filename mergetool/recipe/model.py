@@ -102,6 +102,17 @@ class Tokenizer(Section):
     source: Annotated[str, Field(strict=True)] = Field(description="`base` or the name of a model")
 
 
+class HubOutput(Section):
+    """The repository on the Hub to which the result is pushed."""
+
+    repo: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")] = Field(
+        description="ORG/NAME"
+    )
+    private: bool = Field(False, strict=True, description="make it as a private repository; refuse one that is public")
+    create: bool = Field(False, strict=True, description="make the repository if there is none; `private` does, too")
+    pull_request: bool = Field(False, strict=True, description="open a pull request instead of a commit")
+
+
 class Output(Section):
     """Where the result goes and how it is stored."""
 
@@ -112,6 +123,7 @@ class Output(Section):
     shard_size: Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str)] = Field(
         5 * 10**9, description="largest size of one output file, in bytes or like 5GB"
     )
+    hub: HubOutput | None = Field(None, description="push the result there, once it is complete")
 
 
 class Override(Section):

@@ -23,6 +23,8 @@ FLAGS = {
         "--overwrite",
         "--no-resume",
         "--trust-code",
+        "--push",
+        "--locked",
         "--set",
         "--json",
     },
@@ -33,6 +35,7 @@ FLAGS = {
     "methods": {"name", "--json"},
     "schema": set(),
     "import": {"recipe", "--output"},
+    "push": {"path", "repo", "--private", "--create", "--pull-request", "--json"},
 }
 """Where and how a run runs. What changes a result belongs in the recipe: think twice before adding a flag."""
 
