@@ -25,7 +25,7 @@ from mergetool.engine.result import Result
 from mergetool.methods.base import BundleMethod
 from mergetool.planner import Plan
 from mergetool.planner.model import BASE
-from mergetool.tensors.io import sha256_file
+from mergetool.tensors.digests import remembered_sha256
 
 _STORE = ".factors"
 
@@ -60,7 +60,7 @@ class WholeExperts(WholeModels, Experts):
         for stamp in self.sources[model].files:
             path = str(stamp.path)
             if path not in self.inputs:
-                self.inputs[path] = sha256_file(stamp.path)
+                self.inputs[path] = remembered_sha256(stamp.path)
             found[stamp.path.name] = self.inputs[path]
         return found
 

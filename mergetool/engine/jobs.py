@@ -23,7 +23,7 @@ from mergetool.methods.base import Stats
 from mergetool.planner import Plan, Step
 from mergetool.planner.estimate import available_memory, step_memory
 from mergetool.planner.model import UNIT_ELEMENTS
-from mergetool.tensors.io import sha256_file
+from mergetool.tensors.digests import remembered_sha256
 from mergetool.tensors.source import SafetensorsSource
 from mergetool.tensors.writer import SlotWriter
 
@@ -112,7 +112,10 @@ class Jobs:
 
     @contextmanager
     def torch_ready(self, device: str, workers: int, cache: Path | None) -> Iterator[None]:
-        """Import torch (threads are hashing meanwhile), check the device, and use one torch thread per worker."""
+        """Import torch (threads are hashing meanwhile), check the device, and share out torch's threads.
+
+        Slices are too short for more than one thread: waiting for one another then costs more than the work.
+        """
         import torch
 
         from mergetool.bundle.store import FactorStore
@@ -120,7 +123,8 @@ class Jobs:
         self._device = _device(device)
         self._store = FactorStore(cache) if cache else None
         self._threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, self._threads // workers))
+        whole = any(step.method is not None and step.reach == "tensor" for step in self._plan.steps)
+        torch.set_num_threads(max(1, self._threads // workers) if whole else 1)
         try:
             yield
         finally:
@@ -190,22 +194,21 @@ class Jobs:
         self._schedule.add(jobs, first=first)
 
     def _survey(self, step: Step, start: int, stop: int, survey: Any) -> tuple[int, "Tensor"]:
-        return self._bytes_of(step, start, stop), self._worker().survey(step, start, stop, survey)
+        return self._bytes_of(step, start, stop) // survey.one_in, self._worker().survey(step, start, stop, survey)
 
     def _surveyed(self, name: str | None, scope: _Scope, place: int, result: tuple[int, "Tensor"]) -> None:
         size, counts = result
         self.record.bytes_read += size
-        if not counts.is_floating_point() and place > 0:  # exact in any order: keep one histogram, not thousands
+        if not counts.is_floating_point() and not scope.survey.joined:  # exact in any order: keep one, not thousands
             place, counts = 0, counts if scope.partial[0] is None else scope.partial[0].add_(counts)
-        elif place == 0 and scope.partial[0] is not None:
-            counts = scope.partial[0].add_(counts)
         scope.partial[place] = counts
         scope.waiting -= 1
         if scope.waiting:
             return
-        from mergetool.engine.worker import add_up
+        from mergetool.engine.worker import combined
 
-        conclusion = scope.survey.conclude(add_up(counts for counts in scope.partial if counts is not None))
+        counts = combined(scope.survey, (each for each in scope.partial if each is not None))
+        conclusion = scope.survey.conclude(counts)
         if isinstance(conclusion, Mapping):
             self._journal.stats(name, conclusion)
             self._queue_merges(scope.steps, conclusion, first=name is not _WHOLE_MODEL)
@@ -278,7 +281,7 @@ class Jobs:
         stamp = self._files[path]
         if path in self.record.inputs:
             return Job(run=lambda: self.record.inputs[path], after=lambda _: None)
-        return Job(run=partial(sha256_file, stamp.path), after=partial(self._hashed, path), hashes=True)
+        return Job(run=partial(remembered_sha256, stamp.path), after=partial(self._hashed, path), hashes=True)
 
     def _hashed(self, path: str, digest: str) -> None:
         self.record.inputs[path] = digest

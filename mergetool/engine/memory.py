@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mergetool.engine.fitting import fit
 from mergetool.engine.trust import check_trust
-from mergetool.engine.worker import Sink, Worker, add_up
+from mergetool.engine.worker import Sink, Worker, combined
 from mergetool.planner import Plan, Step, make_plan
 from mergetool.planner.model import UNIT_ELEMENTS
 from mergetool.recipe.model import Recipe
@@ -60,7 +60,7 @@ def _survey(plan: Plan, worker: Worker, steps: list[Step]) -> Mapping[str, tuple
     survey = steps[0].method.survey(steps[0].params, total, plan.compute_bits)
     while survey is not None:
         counts = [worker.survey(step, *piece, survey) for step in steps for piece in step.pieces(UNIT_ELEMENTS)]
-        conclusion = survey.conclude(add_up(counts))
+        conclusion = survey.conclude(combined(survey, counts))
         if isinstance(conclusion, Mapping):
             return conclusion
         survey = conclusion

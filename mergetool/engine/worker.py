@@ -19,6 +19,8 @@ from mergetool.tensors.dtypes import DType, torch_dtype
 from mergetool.tensors.io import bytes_of
 
 _BYTES_PER_ELEMENT = 8
+_RUN = 1 << 14
+"""Elements of a sample that lie together."""
 
 
 class Sink(Protocol):
@@ -44,7 +46,7 @@ class Worker:
 
     def survey(self, step: Step, start: int, stop: int, survey: Survey) -> Tensor:
         """Summed counts of a survey over elements [start, stop) of a step."""
-        slices = self._slices(step, start, stop)
+        slices = self._slices(step, start, stop) if survey.one_in == 1 else _runs(step, start, stop, survey.one_in)
         return survey.observe((self._group(step, begin, end) for begin, end in slices), step.params)
 
     def merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[str]:
@@ -190,9 +192,17 @@ class Worker:
         return ""
 
 
-def add_up(counts: Iterable[Tensor]) -> Tensor:
-    """The sum of partial counts, always in the order given, so that sums of floats come out the same every time."""
+def _runs(step: Step, start: int, stop: int, one_in: int) -> list[tuple[int, int]]:
+    """A sample of one in `one_in` of the elements [start, stop), in runs long enough to be worth reading."""
+    length = max(step.row, _RUN // step.row * step.row)
+    return [(begin, min(begin + length, stop)) for begin in range(start, stop, length * one_in)]
+
+
+def combined(survey: Survey, counts: Iterable[Tensor]) -> Tensor:
+    """All partial counts of a survey, always in the order given: sums of floats depend on it."""
     waiting = iter(counts)
+    if survey.joined:
+        return torch.cat(list(waiting))
     total = next(waiting)
     for other in waiting:
         total.add_(other)

@@ -37,6 +37,9 @@ def agreeing_sum_(
     result is 0. With `normalize`, the sum is divided by the weights of the models that agree; where those cancel
     exactly it is not divided. `scratch` places 2 to 4 are used; the result is one of them.
     """
+    if len(set(weights)) == 1 and weights[0] != 1.0 and weights[0] != 0.0:  # a common factor can wait, or cancels
+        merged = agreeing_sum_(values, [1.0] * len(values), normalize=normalize, scratch=scratch)
+        return merged if normalize else merged.mul_(weights[0])
     dtype = values[0].dtype
     sign, total = scratch(2, dtype), scratch(3, dtype)
     for index, (value, weight) in enumerate(zip(values, weights, strict=True)):

@@ -13,7 +13,9 @@ Reference: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011 (
 
 import hashlib
 from collections.abc import Callable
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,15 +53,24 @@ def keep_mask(
 
 
 def keep_at(key: Key, places: Tensor, probability: float) -> Tensor:
-    """What `keep_mask` says of the elements at `places` (int64, ascending): whether they are kept (bool)."""
+    """What `keep_mask` says of the elements at `places` (int64, CPU, ascending): whether they are kept (bool).
+
+    They are few, so that numpy's lower cost of a call counts.
+    """
     if len(places) and int(places[0]) >> 33 != int(places[-1]) >> 33:  # hashed by different blocks
         cut = int(torch.searchsorted(places, (int(places[0] >> 33) + 1) << 33))
         return torch.cat([keep_at(key, part, probability) for part in (places[:cut], places[cut:])])
-    block = int(places[0]) >> 33 if len(places) else 0
-    words = (places >> 1).to(torch.int32)
-    _hash(_block_key(key, block), words, torch.empty_like(words))
-    halves = words.bitwise_left_shift_(16 - 16 * (places & 1).to(torch.int32)).bitwise_right_shift_(16)
-    return halves <= _largest_kept(probability)
+    at = places.numpy()
+    first, second = (np.uint32(word) for word in _block_key(key, int(at[0]) >> 33 if len(at) else 0))
+    x = (at >> 1).astype(np.uint32) ^ first
+    x ^= x >> 16
+    x *= np.uint32(0x85EBCA6B)
+    x ^= x >> 13
+    x += second
+    x *= np.uint32(0xC2B2AE35)
+    x ^= x >> 16
+    draws = x.view(np.int16)[2 * np.arange(len(at)) + (at & 1)]
+    return torch.from_numpy(draws <= _largest_kept(probability))
 
 
 def _largest_kept(probability: float) -> int:
@@ -94,16 +105,20 @@ def _block_key(key: Key, block: int) -> Key:
 
 
 def _fill(key: Key, offset: int, x: Tensor, shifted: Tensor) -> None:
-    torch.arange(len(x), dtype=torch.int32, device=x.device, out=x)
-    _hash(key, x.add_(_signed(offset)), shifted)
-
-
-def _hash(key: Key, x: Tensor, shifted: Tensor) -> None:
-    """Counters (int32, modulo 2^32) become their hashes, in place."""
-    x.bitwise_xor_(_signed(key[0]))
+    torch.add(_counters(len(x), x.device), _signed(offset), out=x).bitwise_xor_(_signed(key[0]))
     _xor_shift(x, 16, shifted).mul_(_signed(0x85EBCA6B))
     _xor_shift(x, 13, shifted).add_(_signed(key[1])).mul_(_signed(0xC2B2AE35))
     _xor_shift(x, 16, shifted)
+
+
+def _counters(count: int, device: torch.device) -> Tensor:
+    """0, 1, 2, ... (int32), the same memory every time: making them is dearer than hashing them."""
+    return _all_counters(1 << (count - 1).bit_length() if count > 1 else 1, device)[:count]
+
+
+@lru_cache(maxsize=8)
+def _all_counters(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.int32, device=device)
 
 
 def _xor_shift(x: Tensor, by: int, shifted: Tensor) -> Tensor:

@@ -3,8 +3,13 @@
 Read as an integer, the bits of a non-negative float are ordered as the float is. So a histogram of the top 15 bits of
 |x| says in which bin the k-th largest lies, and a second pass over that bin alone, by the other 16 bits, pins it down
 (float64 takes four passes). Histograms of slices, tensors or machines add up, exactly.
+
+Counting every entry is most of the cost. Where a vector is large, the histogram of a sample says between which bins the
+k-th largest lies, but for bad luck; then one pass that keeps the few entries between them, and counts the larger ones,
+finds it just as exactly, and shows bad luck.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +18,19 @@ from torch import Tensor
 
 _DIGIT = 16
 _BINS = 1 << _DIGIT
+_DEVIATIONS = 6.0
+"""Standard deviations of a sampled rank that a bracket allows for: slices are not quite random samples."""
+_MOST_IN_BRACKET = 1 / 8
+"""Share of the entries beyond which keeping those in a bracket is dearer than counting all."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The magnitude searched for, how many are larger, and how many are equal to it."""
+
+    magnitude: float
+    above: int
+    equal: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,7 @@ class Search:
         if self.is_first:
             return words >> self.shift
         low = self.prefix << (self.shift + _DIGIT)
-        return (_between(words, low, low + (_BINS << self.shift)) - low) >> self.shift
+        return _offsets(words, low, _BINS << self.shift) >> self.shift
 
     def narrow(self, histogram: Tensor) -> "Search | Found":
         """The next pass, or the result, from the summed histogram."""
@@ -89,25 +107,78 @@ class Count:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The magnitude searched for, how many are larger, and how many are equal to it."""
+class Bracket:
+    """Bits of float32 magnitudes, as integers, between which the `rank`-th largest of a vector probably lies."""
 
-    magnitude: float
-    above: int
-    equal: int
+    rank: int
+    low: int
+    end: int
+
+    @classmethod
+    def around(cls, rank: int, total: int, sample: Tensor) -> "Bracket | None":
+        """From the first histogram over a sample of `total` magnitudes; None where it would hold too many."""
+        larger = sample.flip(0).cumsum(0)
+        size, share = int(larger[-1]), rank / total
+        margin = 1 + _DEVIATIONS * math.sqrt(share * (1 - share) * size)
+        ranks = torch.tensor([share * size - margin, share * size + margin]).clamp(1, size).round().long()
+        first, last = torch.searchsorted(larger, ranks).tolist()
+        if int(larger[last]) - (int(larger[first - 1]) if first else 0) > _MOST_IN_BRACKET * size:
+            return None
+        return cls(rank, len(sample) - 1 - last << _DIGIT, len(sample) - first << _DIGIT)
+
+    def settle(self, table: Tensor) -> Found | None:
+        """The magnitude searched for, from the tallies of all slices, one below the other; None if it lies outside."""
+        values, inverse = torch.unique(table[:, 0], return_inverse=True)
+        counts = torch.zeros(len(values), dtype=torch.int64).index_add_(0, inverse, table[:, 1].long())
+        larger = counts.flip(0).cumsum(0)
+        place = int(torch.searchsorted(larger, self.rank))
+        if not 0 < place < len(values):
+            return None
+        value = values[len(values) - 1 - place]
+        return Found(float(value.view(torch.float32)), int(larger[place - 1]), int(larger[place] - larger[place - 1]))
+
+
+class Tally:
+    """What lies in a bracket, and how many are larger, slice by slice."""
+
+    def __init__(self, bracket: Bracket) -> None:
+        self._bracket = bracket
+        self._larger = 0
+        self._kept: list[Tensor] = []
+
+    def add(self, magnitudes: Tensor) -> None:
+        """Look through a slice of |x| (1-D, float32)."""
+        words, bracket = magnitudes.view(torch.int32), self._bracket
+        if words.device.type == "cpu":  # numpy is several times as fast as torch here
+            self._larger += int(np.count_nonzero(words.numpy() >= bracket.end))
+        else:
+            self._larger += int((words >= bracket.end).sum())
+        self._kept.append(_offsets(words, bracket.low, bracket.end - bracket.low).to("cpu"))
+
+    def table(self) -> Tensor:
+        """Shape (1 + distinct values, 2), int32, on the CPU: a value's bits and how often it comes.
+
+        The first row is for all that are larger, under the bits where the bracket ends.
+        """
+        values, counts = np.unique(torch.cat(self._kept).numpy(), return_counts=True)
+        rows = np.empty((len(values) + 1, 2), dtype=np.int32)
+        rows[0] = self._bracket.end, self._larger
+        rows[1:, 0], rows[1:, 1] = values + np.int32(self._bracket.low), counts
+        return torch.from_numpy(rows)
 
 
 def places_of(x: Tensor, magnitude: float) -> Tensor:
-    """Flat indices (int64, ascending) of the entries with |x| equal to `magnitude`."""
+    """Flat indices (int64, CPU, ascending) of the entries with |x| equal to `magnitude`."""
     if x.device.type != "cpu":
-        return (x.abs() == magnitude).nonzero().view(-1)
+        return (x.abs() == magnitude).nonzero().view(-1).cpu()
     array, value = x.numpy(), x.numpy().dtype.type(magnitude)  # numpy is several times as fast as torch here
     return torch.from_numpy(np.flatnonzero((array == value) | (array == -value)))
 
 
-def _between(words: Tensor, low: int, high: int) -> Tensor:
-    """The entries in [low, high). On a CPU numpy compacts several times as fast as torch."""
+def _offsets(words: Tensor, low: int, length: int) -> Tensor:
+    """`words - low` of those in [low, low + length). On a CPU numpy compacts several times as fast as torch."""
     if words.device.type != "cpu":
-        return words[(words >= low) & (words < high)]
+        return words[(words >= low) & (words < low + length)] - low
     array = words.numpy()
-    return torch.from_numpy(array[(array >= low) & (array < high)])
+    unsigned = np.subtract(array, low, dtype=array.dtype).view(np.uint32 if words.dtype == torch.int32 else np.uint64)
+    return torch.from_numpy(np.compress(unsigned < unsigned.dtype.type(length), unsigned).view(array.dtype))

@@ -87,6 +87,11 @@ _REGISTRY: dict[str, type["Method"]] = {}
 class Survey(Protocol):
     """One reading pass that only counts. Partial counts of slices add up; `conclude` says what to do next."""
 
+    one_in: int = 1
+    """The share of the elements that the pass looks at: all, or a sample of one in so many, in runs."""
+    joined: bool = False
+    """Whether partial counts, rows of tables then, are put one below the other in file order, not added up."""
+
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
         """Counts (int64) or sums (float64), on the CPU, of the slices of one unit of work, which come one by one.
 

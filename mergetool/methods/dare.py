@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Norms:
+class _Norms(Survey):
     """L1 norm of every task vector, before and after dropping, in float64."""
 
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
@@ -43,11 +43,9 @@ class _Norms:
 
         total = torch.zeros(2, len(p.density), dtype=torch.float64)
         for group in groups:
-            for place, delta in enumerate(group.deltas):
-                total[0, place] += torch.abs(delta, out=group.scratch(0)).sum(dtype=torch.float64)
-            _drop(group, p)
-            for place, delta in enumerate(group.deltas):
-                total[1, place] += delta.abs_().sum(dtype=torch.float64)
+            for place, (name, delta, density) in enumerate(zip(group.names, group.deltas, p.density, strict=True)):
+                total[0, place] += delta.abs_().sum(dtype=torch.float64)
+                total[1, place] += _drop(group, name, delta, density).sum(dtype=torch.float64)
         return total
 
     def conclude(self, total: "Tensor") -> Stats:
@@ -75,7 +73,7 @@ class _Dare(TensorMethod):
     }
 
     def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:
-        return _Norms() if self.rescale == "l1" else None
+        return _Norms() if self.rescale == "l1" and any(density < 1.0 for density in p.density) else None
 
     def problem(self, p: Params) -> str | None:
         if self.normalize and cancel(p.weight):
@@ -87,7 +85,8 @@ class _Dare(TensorMethod):
         from mergetool.kernels.rng import resolved
 
         factors = stats["factor"] if stats else tuple(1.0 / resolved(d) for d in p.density)
-        _drop(group, p)
+        for name, delta, density in zip(group.names, group.deltas, p.density, strict=True):
+            _drop(group, name, delta, density)
         if self.rescale != "none":
             for delta, factor in zip(group.deltas, factors, strict=True):
                 delta.mul_(factor)
@@ -125,10 +124,11 @@ class DareTies(_Dare):
         return group.base.add_(merged, alpha=p.scale)
 
 
-def _drop(group: TensorGroup, p: Params) -> None:
+def _drop(group: TensorGroup, name: str, delta: "Tensor", density: float) -> "Tensor":
+    """Zero, in place, the entries of one model's task vector that are to go."""
     from mergetool.kernels.rng import keep_mask, stream_key
 
-    for name, delta, density in zip(group.names, group.deltas, p.density, strict=True):
-        if density < 1.0:
-            key = stream_key(group.seed, group.name, name, "dare")
-            delta.mul_(keep_mask(key, group.start, density, group.scratch(2), group.scratch))
+    if density == 1.0:
+        return delta
+    key = stream_key(group.seed, group.name, name, "dare")
+    return delta.mul_(keep_mask(key, group.start, density, group.scratch(2), group.scratch))

@@ -24,7 +24,7 @@ _PARALLEL = 0.9995
 
 
 @dataclass(frozen=True)
-class _Products:
+class _Products(Survey):
     """Inner products of the two vectors: <a,a>, <b,b>, <a,b>, in float64."""
 
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":

@@ -31,11 +31,15 @@ from mergetool.methods.base import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergetool.kernels.select import Search
+    from mergetool.kernels.select import Bracket, Found, Search
+
+
+_LARGE, _TOO_LARGE = 1 << 18, 1 << 26
+"""Sizes between which a sample pays and the entries in the brackets fit into memory."""
 
 
 @dataclass(frozen=True)
-class _Thresholds:
+class _Thresholds(Survey):
     """One counting pass of the search for every model's threshold."""
 
     searches: "tuple[Search, ...]"
@@ -55,13 +59,61 @@ class _Thresholds:
         from mergetool.kernels.select import Found, Search
 
         found = [search.narrow(counts) for search, counts in zip(self.searches, total, strict=True)]
-        if unfinished := tuple(f for f in found if isinstance(f, Search)):
+        if unfinished := tuple(each for each in found if isinstance(each, Search)):
             return _Thresholds(unfinished)
-        ended = [f for f in found if isinstance(f, Found)]
-        return {
-            "threshold": tuple(f.magnitude for f in ended),
-            "share": tuple((search.rank - f.above) / f.equal for search, f in zip(self.searches, ended, strict=True)),
-        }
+        ended = [each for each in found if isinstance(each, Found)]
+        return _stats([search.rank for search in self.searches], ended)
+
+
+@dataclass(frozen=True)
+class _Sample(_Thresholds):
+    """The first of those passes over a sample of the entries, which says where to look."""
+
+    num_elements: int
+    one_in = 16
+
+    def conclude(self, total: "Tensor") -> Survey | Stats:
+        from mergetool.kernels.select import Bracket
+
+        ranks = [search.rank for search in self.searches]
+        guesses = [Bracket.around(rank, self.num_elements, counts) for rank, counts in zip(ranks, total, strict=True)]
+        brackets = tuple(guess for guess in guesses if guess is not None)
+        return _Brackets(brackets, self.searches) if len(brackets) == len(ranks) else _Thresholds(self.searches)
+
+
+@dataclass(frozen=True)
+class _Brackets(Survey):
+    """One pass that keeps the few entries among which every model's threshold should be."""
+
+    brackets: "tuple[Bracket, ...]"
+    searches: "tuple[Search, ...]"
+    """What to do if it is not."""
+    joined = True
+
+    def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
+        import torch
+
+        from mergetool.kernels.select import Tally
+
+        tallies = [Tally(bracket) for bracket in self.brackets]
+        for group in groups:
+            for tally, delta in zip(tallies, group.deltas, strict=True):
+                tally.add(delta.abs_())
+        tables = [tally.table() for tally in tallies]
+        return torch.cat([torch.nn.functional.pad(table, (1, 0), value=i) for i, table in enumerate(tables)])
+
+    def conclude(self, total: "Tensor") -> Survey | Stats:
+        settled = [bracket.settle(total[total[:, 0] == i, 1:]) for i, bracket in enumerate(self.brackets)]
+        found = [each for each in settled if each is not None]
+        ranks = [bracket.rank for bracket in self.brackets]
+        return _stats(ranks, found) if len(found) == len(settled) else _Thresholds(self.searches)
+
+
+def _stats(ranks: list[int], found: "list[Found]") -> Stats:
+    return {
+        "threshold": tuple(each.magnitude for each in found),
+        "share": tuple((rank - each.above) / each.equal for rank, each in zip(ranks, found, strict=True)),
+    }
 
 
 class Ties(TensorMethod):
@@ -91,7 +143,10 @@ class Ties(TensorMethod):
 
         if all(density == 1.0 for density in p.density) or num_elements == 0:
             return None
-        return _Thresholds(tuple(Search.begin(max(1, int(density * num_elements)), bits) for density in p.density))
+        searches = tuple(Search.begin(max(1, int(density * num_elements)), bits) for density in p.density)
+        if bits == 32 and _LARGE <= num_elements <= _TOO_LARGE:
+            return _Sample(searches, num_elements)
+        return _Thresholds(searches)
 
     def survey_scope(self) -> Literal["tensor", "model"]:
         return self.scope
@@ -119,4 +174,5 @@ class Ties(TensorMethod):
             if self.boundary == "random" and share < 1.0:
                 key = stream_key(group.seed, group.name, name, "ties boundary")
                 places = places_of(delta, threshold)
-                delta.index_fill_(0, places[~keep_at(key, places + group.start, share)], 0.0)
+                dropped = places[~keep_at(key, places + group.start, share)]
+                delta.index_fill_(0, dropped.to(delta.device), 0.0)

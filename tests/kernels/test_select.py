@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergetool.kernels.select import Count, Found, Search, places_of
+from mergetool.kernels.select import Bracket, Count, Found, Search, Tally, places_of
 from tests.toys import uniform
 
 KINDS = {32: (torch.float32, np.float32), 64: (torch.float64, np.float64)}
@@ -104,6 +104,53 @@ def test_the_values_counted_are_not_changed():
     copy = x.clone()
     select([x], 10, 32)
     assert x.equal(copy)
+
+
+def bracket_of(sample, rank, total):
+    count = Count(Search.begin(rank, 32))
+    count.add(sample.abs())
+    return Bracket.around(rank, total, count.histogram())
+
+
+def settled(bracket, slices):
+    """The result of one pass over |x| in slices, each tallied in its own place."""
+    tables = []
+    for part in slices:
+        tally = Tally(bracket)
+        for piece in part.abs().split(1_000):
+            tally.add(piece)
+        tables.append(tally.table())
+    return bracket.settle(torch.cat(tables))
+
+
+@pytest.mark.parametrize("rank", [1, 60, 6_000, 30_000, 50_000])
+def test_a_bracket_from_a_sample_holds_what_a_sort_finds(rank):
+    x = uniform((60_000,), "values").pow(3)
+    bracket = bracket_of(x[::16], rank, len(x))
+    assert settled(bracket, x.split(25_000)) == sorted_out(x, rank)
+
+
+@pytest.mark.parametrize("rank", [50, 500, 1_500])
+def test_a_bracket_counts_equal_magnitudes_of_sixteen_bit_models(rank):
+    base = uniform((20_000,), "base").bfloat16()
+    delta = (base.float() + uniform((20_000,), "delta") / 64).bfloat16().float() - base.float()
+    found = settled(bracket_of(delta[:10_000], rank, len(delta)), [delta])
+    assert found == sorted_out(delta, rank)
+    assert found.equal > 1
+
+
+def test_a_sample_that_misleads_is_noticed():
+    x = uniform((20_000,), "values")
+    small, large = bracket_of(x / 100, 4_000, len(x)), bracket_of(x * 100, 4_000, len(x))
+    assert settled(small, [x]) is None
+    assert settled(large, [x]) is None
+
+
+def test_a_bracket_that_would_hold_most_entries_is_not_made():
+    x = uniform((20_000,), "values")
+    x[:15_000] = 0.0
+    assert bracket_of(x, 12_000, len(x)) is None
+    assert bracket_of(x, 2_000, len(x)) is not None
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

@@ -216,3 +216,24 @@ def test_float64_models_are_trimmed_by_their_last_bits():
     delta = 1.0 + torch.arange(8, dtype=torch.float64) * 2**-50
     merged = merge_state_dicts("ties", [{"w": delta}], {"w": torch.zeros(8, dtype=torch.float64)}, density=0.25)["w"]
     assert merged.tolist() == [0.0] * 6 + delta[6:].tolist()
+
+
+LARGE = (2_150, 2_000)
+"""Entries enough for a sample to be drawn first, and for two units of work."""
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("order", ["mixed", "rising", "falling"])
+def test_large_tensors_are_trimmed_exactly_whatever_a_sample_of_them_shows(scope, order):
+    base = {A: torch.zeros(LARGE), B: torch.zeros(300, 1_000)}
+    models = []
+    for seed in "ab":
+        model = {name: uniform(tuple(value.shape), f"{seed} {name}") for name, value in base.items()}
+        if order != "mixed":  # a sample of runs from the front of every block then sees too little or too much
+            for block in model[A].view(-1).split(1 << 18):
+                block.copy_(block[block.abs().argsort(descending=order == "falling")])
+        models.append(model)
+    settings = {"density": 0.3, "weight": {"a": 1.0, "b": -0.5}, "scope": scope}
+    merged = merge_state_dicts({"method": "ties", **settings}, dict(zip("ab", models, strict=True)), base)
+    expected = ties(base, models, density=(0.3, 0.3), weights=(1.0, -0.5), scope=scope)
+    assert_near(merged, expected, 1e-6)
