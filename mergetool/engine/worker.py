@@ -19,6 +19,7 @@ from mergetool.tensors.dtypes import DType, torch_dtype
 from mergetool.tensors.io import bytes_of
 
 _BYTES_PER_ELEMENT = 8
+_MOST_VIEWS = 1024
 _RUN = 1 << 14
 """Elements of a sample that lie together."""
 
@@ -43,6 +44,7 @@ class Worker:
         self._stored = torch.empty(SLICE_ELEMENTS * _BYTES_PER_ELEMENT, dtype=torch.uint8)
         self._stored_bytes = bytes_of(self._stored)
         self._buffers: dict[tuple[object, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[object, torch.dtype, tuple[int, ...]], Tensor] = {}
 
     def survey(self, step: Step, start: int, stop: int, survey: Survey) -> Tensor:
         """Summed counts of a survey over elements [start, stop) of a step."""
@@ -83,8 +85,8 @@ class Worker:
         shape: tuple[int, ...] = (length,)
         if step.reach != "element":
             shape = (length // step.row, *step.spec.shape[1:]) if step.row < step.spec.num_elements else step.spec.shape
-        base = self._read(BASE, step, start, length, "base").view(shape) if step.base else None
-        models = [self._read(name, step, start, length, place).view(shape) for place, name in enumerate(step.sources)]
+        base = self._read(BASE, step, start, shape, "base") if step.base else None
+        models = [self._read(name, step, start, shape, place) for place, name in enumerate(step.sources)]
         return TensorGroup(
             name=step.spec.name,
             shape=step.spec.shape,
@@ -98,26 +100,29 @@ class Worker:
         )
 
     def _scratch(self, shape: tuple[int, ...]) -> Callable[[int, torch.dtype], Tensor]:
+        return lambda place, dtype: self._buffer(("scratch", place), shape, dtype)
+
+    def _buffer(self, place: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory: kept between calls for slices, fresh for whole tensors (freed with their group).
+
+        Views are kept, too: making one gives up the interpreter's lock, for which threads then wait for one another.
+        """
         length = math.prod(shape)
-
-        def new(place: int, dtype: torch.dtype) -> Tensor:
-            return self._buffer(("scratch", place), length, dtype).view(shape)
-
-        return new
-
-    def _buffer(self, place: object, length: int, dtype: torch.dtype) -> Tensor:
-        """Uninitialised memory: kept between calls for slices, fresh for whole tensors (freed with their group)."""
         if length > SLICE_ELEMENTS:
-            return torch.empty(length, dtype=dtype, device=self._device)
-        key = (place, dtype)
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(SLICE_ELEMENTS, dtype=dtype, device=self._device)
-        return self._buffers[key][:length]
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        view = self._views.get((place, dtype, shape))
+        if view is None:
+            if (place, dtype) not in self._buffers:
+                self._buffers[place, dtype] = torch.empty(SLICE_ELEMENTS, dtype=dtype, device=self._device)
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            view = self._views[place, dtype, shape] = self._buffers[place, dtype][:length].view(shape)
+        return view
 
-    def _read(self, source: str, step: Step, start: int, length: int, place: object) -> Tensor:
-        """Elements [start, start + length) of a source's tensor, in compute dtype, in this place's buffer."""
-        name = step.spec.name
-        values = self._buffer(place, length, self._compute)
+    def _read(self, source: str, step: Step, start: int, shape: tuple[int, ...], place: object) -> Tensor:
+        """Elements from `start` on of a source's tensor, in this shape and compute dtype, in this place's buffer."""
+        name, length = step.spec.name, math.prod(shape)
+        values = self._buffer(place, shape, self._compute)
         model = self._plan.sources[source]
         dtype = model.specs[name].dtype
         itemsize = dtype.bits // 8
@@ -125,28 +130,38 @@ class Worker:
             model.read_bytes(name, start * itemsize, bytes_of(values))
             return values
         for begin in range(0, length, SLICE_ELEMENTS):
-            size = min(SLICE_ELEMENTS, length - begin) * itemsize
-            model.read_bytes(name, (start + begin) * itemsize, self._stored_bytes[:size])
-            part = self._stored[:size].view(torch_dtype(dtype))
-            values[begin : begin + len(part)].copy_(part)
+            count = min(SLICE_ELEMENTS, length - begin)
+            model.read_bytes(name, (start + begin) * itemsize, self._stored_bytes[: count * itemsize])
+            part = self._stored_as(torch_dtype(dtype), count)
+            if count == length:
+                values.copy_(part if values.dim() == 1 else part.view(shape))
+            else:
+                values.view(-1)[begin : begin + count].copy_(part)
         return values
+
+    def _stored_as(self, dtype: torch.dtype, count: int) -> Tensor:
+        """The first `count` elements of what was read last."""
+        key = ("stored", dtype, (count,))
+        if key not in self._views:
+            self._views[key] = self._stored[: count * dtype.itemsize].view(dtype)
+        return self._views[key]
 
     def _put(self, step: Step, start: int, merged: Tensor, notes: list[str]) -> None:
         """Check that the values survive storage, cast once, write."""
         dtype = step.spec.dtype
-        flat = merged.reshape(-1)
+        flat = merged if merged.dim() == 1 else merged.reshape(-1)
         if not _within(flat, dtype):
             self._judge(step, start, flat, notes)
         stored = flat
         if flat.dtype != torch_dtype(dtype) or flat.device.type != "cpu":
-            stored = self._buffer("out", len(flat), torch_dtype(dtype)).copy_(flat).cpu()
+            stored = self._buffer("out", (len(flat),), torch_dtype(dtype)).copy_(flat).cpu()
         self._sink.write(step.shard, step.spec.name, start * dtype.bits // 8, bytes_of(stored.contiguous()))
 
     def _copy(self, step: Step, start: int, stop: int, notes: list[str]) -> None:
         """The donor's tensor as it is: bit for bit, or cast where another storage dtype is asked for."""
         stored = self._plan.sources[step.donor].specs[step.spec.name].dtype
         if stored.is_float:
-            values = self._read(step.donor, step, start, stop - start, 0)
+            values = self._read(step.donor, step, start, (stop - start,), 0)
             if stored != step.spec.dtype:
                 self._put(step, start, values, notes)
                 return
@@ -185,7 +200,7 @@ class Worker:
         slices = ((begin, min(SLICE_ELEMENTS, total - begin)) for begin in range(0, total, SLICE_ELEMENTS))
         for begin, length in ((index, 1), *slices):
             for name in step.reads:
-                bad = ~torch.isfinite(self._read(name, step, begin, length, "culprit"))
+                bad = ~torch.isfinite(self._read(name, step, begin, (length,), "culprit"))
                 if bool(bad.any()):
                     place = "" if length == 1 else f" at flat index {begin + int(bad.nonzero()[0])}"
                     return f": it is not finite in {'the base' if name == BASE else f'model {name!r}'}{place}"
