@@ -1,6 +1,6 @@
 """`python -m mergetool` is the `mergetool` command."""
 
-from mergetool.cli import main
+from mergetool.cli import start
 
 if __name__ == "__main__":
-    main()
+    start()

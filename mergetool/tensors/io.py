@@ -65,7 +65,8 @@ def bytes_of(tensor: "Tensor") -> memoryview:
     """The memory of a contiguous CPU tensor, as bytes. No copy."""
     import torch
 
-    array: Any = tensor.view(torch.uint8).numpy() if tensor.numel() else b""
+    flat = tensor if tensor.dim() == 1 else tensor.view(-1)
+    array: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
     return memoryview(array)
 
 

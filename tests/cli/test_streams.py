@@ -235,7 +235,7 @@ def test_an_error_is_red_on_a_terminal_only(here):
 @pytest.mark.parametrize("seed", range(4))
 def test_ctrl_c_at_any_moment_is_no_bug(here, seed):
     """Also while modules are being imported, which makes other errors out of it."""
-    start = "import sys; print('up', flush=True); sys.argv[0] = 'mergetool'; from mergetool.cli import main; main()"
+    start = "import sys; sys.argv[0] = 'mergetool'; from mergetool.cli import main; print('up', flush=True); main()"
     command = [sys.executable, "-c", start, "run", "r.yaml"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert running.stdout.readline() == b"up\n"  # before that a signal meets Python's own start, not us
