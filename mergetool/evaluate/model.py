@@ -21,30 +21,46 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 class LiveModel:
     """A model and its tokenizer, wrapped for lm-eval as `lm`. Raises EvaluationError for what cannot be evaluated."""
 
-    def __init__(self, folder: Path, *, tokenizer: Path | None = None, device: str = "cpu", batch_size: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tokenizer: Path | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        batch_size: int = 32,
+    ) -> None:
         self.folder = folder
-        self.model = _load_model(folder).to(device).eval()
+        self.model = _load_model(folder, dtype).to(device).eval()
         self.tokenizer = _load_tokenizer(tokenizer or folder)
         self.lm = wrapped(self.model, self.tokenizer, batch_size)
 
     def slots(self, names: Collection[str]) -> "Mapping[str, Tensor]":
-        """Live tensors by checkpoint name. Raises EvaluationError where checkpoint and model name them differently."""
+        """Live tensors by checkpoint name; of tied ones the first, which is what transformers reads, too.
+
+        Raises EvaluationError where checkpoint and model name them differently.
+        """
         state = self.model.state_dict()
-        found = {name: state[name] for name in names if name in state}
-        missing = [name for name in names if name not in state]
-        unfilled = {tensor.data_ptr() for tensor in state.values()} - {tensor.data_ptr() for tensor in found.values()}
-        if missing or unfilled:
-            left = [name for name, tensor in state.items() if tensor.data_ptr() in unfilled]
+        wanted = set(names)
+        found: dict[str, Tensor] = {}
+        filled: set[int] = set()
+        for name, tensor in state.items():
+            if name in wanted and tensor.data_ptr() not in filled:
+                found[name] = tensor
+                filled.add(tensor.data_ptr())
+        unknown = [name for name in names if name not in state]
+        left = [name for name, tensor in state.items() if tensor.data_ptr() not in filled]
+        if unknown or left:
             raise EvaluationError(
                 f"the checkpoint's tensors are not those of {type(self.model).__name__}: it lacks "
-                f"{', '.join(left[:3]) or 'none'}, the model knows no {', '.join(missing[:3]) or 'others'}",
+                f"{', '.join(left[:3]) or 'none'}, the model knows no {', '.join(unknown[:3]) or 'others'}",
                 str(self.folder),
                 "save the model again with transformers (from_pretrained, then save_pretrained)",
             )
         return found
 
 
-def _load_model(folder: Path) -> Any:
+def _load_model(folder: Path, dtype: str) -> Any:
     config = read_config(folder)
     if not config:
         raise EvaluationError("has no config.json, so it cannot be run", str(folder), "name a model folder")
@@ -56,7 +72,7 @@ def _load_model(folder: Path) -> Any:
     kind = "AutoModelForSeq2SeqLM" if config.get("is_encoder_decoder") else "AutoModelForCausalLM"
     try:
         with quiet():
-            return getattr(transformers, kind).from_pretrained(folder, dtype="auto", local_files_only=True)
+            return getattr(transformers, kind).from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         what = f"transformers cannot open it as a language model: {str(error).strip().splitlines()[0][:200]}"
         raise EvaluationError(what, str(folder), "evaluate a model that generates text") from error

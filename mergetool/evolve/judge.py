@@ -28,6 +28,8 @@ class Known:
 
     scores: dict[str, dict[int, Score]] = field(default_factory=dict)
     failure: str | None = None
+    digest: str | None = None
+    """Of the merged weights, where that was asked for (in the final report)."""
 
 
 @dataclass
@@ -71,16 +73,27 @@ class Judge:
             return None
         return {task: {item: known.scores[task][item] for item in wanted} for task, wanted in ids.items()}
 
+    def scores_of_all(
+        self, subjects: Sequence[Subject], ids: Ids, stage: str
+    ) -> list[dict[str, dict[int, Score]] | None]:
+        """`scores` of several subjects, in their order."""
+        return [self.scores(subject, ids, stage) for subject in subjects]
+
     def failure(self, subject: Subject) -> str | None:
         """Why a candidate failed, or None."""
         return self._known[subject].failure if subject in self._known else None
+
+    def digest(self, subject: Subject) -> str | None:
+        """The digest of the weights that got the final score."""
+        return self._known[subject].digest
 
     def _learn(self, subject: Subject, known: Known, missing: Mapping[str, list[int]], stage: str) -> None:
         question = [stage, subject if isinstance(subject, str) else list(subject), missing]
         record = self._journal.answer(question)
         if record is None:
-            record = self._journal.record(question, **self._ask(subject, missing))
+            record = self._journal.record(question, **self._ask(subject, missing, digest=stage == "report"))
         known.failure = record.get("failure")
+        known.digest = record.get("digest", known.digest)
         for task, (values, softs) in record.get("scores", {}).items():
             pairs = zip(missing[task], values, softs, strict=True)
             known.scores.setdefault(task, {}).update({item: Score(value, soft) for item, value, soft in pairs})
@@ -91,11 +104,12 @@ class Judge:
         self.spent.merge_seconds += record["seconds"][0]
         self.spent.evaluate_seconds += record["seconds"][1]
 
-    def _ask(self, subject: Subject, missing: Mapping[str, list[int]]) -> dict[str, Any]:
+    def _ask(self, subject: Subject, missing: Mapping[str, list[int]], *, digest: bool) -> dict[str, Any]:
         """Merge and evaluate; what goes wrong with a candidate is an answer, too."""
         started = merged = time.monotonic()
+        found_digest = None
         try:
-            self._put(subject)
+            found_digest = self._put(subject, digest=digest)
             merged = time.monotonic()
             found = {task: self.tasks[task].score(self._candidates.live.lm, items) for task, items in missing.items()}
         except (MergeError, PlanError, RecipeError, EvaluationError, RuntimeError) as error:
@@ -108,13 +122,14 @@ class Judge:
             task: [[_plain(part[item].value) for item in missing[task]], [part[item].soft for item in missing[task]]]
             for task, part in found.items()
         }
-        return {"scores": scores, "seconds": [round(merged - started, 4), round(ended - merged, 4)]}
+        marked = {"digest": found_digest} if found_digest else {}
+        return {"scores": scores, **marked, "seconds": [round(merged - started, 4), round(ended - merged, 4)]}
 
-    def _put(self, subject: Subject) -> None:
-        if isinstance(subject, str):
-            self._candidates.put_model(subject)
-        else:
-            self._candidates.put(subject)
+    def _put(self, subject: Subject, *, digest: bool) -> str | None:
+        if not isinstance(subject, str):
+            return self._candidates.put(subject, digest=digest)
+        self._candidates.put_model(subject)
+        return None
 
 
 def _plain(value: float) -> float | int:

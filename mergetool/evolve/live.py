@@ -7,7 +7,6 @@ The inputs are read once and stay in memory.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from mergetool.errors import EvaluationError
 from mergetool.evaluate.model import LiveModel
 from mergetool.planner import Plan, Step, make_plan
 from mergetool.planner.model import BASE
+from mergetool.recipe import load_recipe
 from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.model import Recipe
 from mergetool.search.space import Value
@@ -67,7 +67,7 @@ class _LiveSink(Sink):
     def write(self, shard: int, name: str, begin: int, data: memoryview) -> None:
         if self.digests is not None:
             self.digests.setdefault(name, hashlib.sha256()).update(data)
-        if len(data):
+        if len(data) and name in self._flat:
             values = torch.frombuffer(data, dtype=self._dtypes[name])
             start = begin // values.element_size()
             self._flat[name][start : start + len(values)].copy_(values)
@@ -84,8 +84,14 @@ class Candidates:
         if folder is None:
             what = "is a bare file without config and tokenizer, so merges of it cannot be evaluated"
             raise EvaluationError(what, plan.donor, "name a model folder")
-        chosen = recipe.tokenizer.source if recipe.tokenizer else plan.donor
-        self.live = LiveModel(folder, tokenizer=_folder_of(self._sources[chosen]), device=device, batch_size=batch_size)
+        asked = recipe.output.dtype
+        self.live = LiveModel(
+            folder,
+            tokenizer=self._sources[recipe.tokenizer.source].folder if recipe.tokenizer else None,
+            dtype="auto" if asked == "source" else asked,
+            device=device,
+            batch_size=batch_size,
+        )
         self._slots = self.live.slots([step.spec.name for step in plan.steps])
         self._device = torch.device(device)
 
@@ -94,15 +100,17 @@ class Candidates:
         return self._put(make_plan(candidate_recipe(self._recipe, values), sources=self._sources), digest=digest)
 
     def put_model(self, name: str) -> None:
-        """Put one of the models itself (or the base) there."""
-        document = {
-            "models": {name: "in memory"} if name != BASE else {"the-base": "in memory"},
-            "merge": {"method": "passthrough"},
-        }
-        from mergetool.recipe import load_recipe
+        """Put one of the models itself (or the base) there; what it lacks, the base or first model has."""
+        donor = BASE if BASE in self._sources else next(iter(self._sources))
+        for source in dict.fromkeys((donor, name)):
+            if source == name or self._slots.keys() - self._sources[name].specs.keys():
+                self._copy(source)
 
-        recipe = replace(load_recipe(document), folder=self._recipe.folder, output=self._recipe.output)
-        self._put(make_plan(recipe, sources={next(iter(recipe.models)): self._sources[name]}), digest=False)
+    def _copy(self, name: str) -> None:
+        label = f"{name} itself" if name == BASE else name
+        recipe = load_recipe({"models": {label: "in memory"}, "merge": {"method": "passthrough"}})
+        recipe = replace(recipe, output=self._recipe.output)
+        self._put(make_plan(recipe, sources={label: self._sources[name]}), digest=False)
 
     def _put(self, plan: Plan, *, digest: bool) -> str | None:
         sink = _LiveSink(self._slots, plan.steps)
@@ -127,7 +135,3 @@ def saved_digest(source: ModelSource) -> str:
         source.read_bytes(name, 0, memoryview(held))
         digests[name] = hashlib.sha256(held).hexdigest()
     return total_digest(digests)
-
-
-def _folder_of(source: ModelSource) -> Path | None:
-    return source.folder

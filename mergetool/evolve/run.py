@@ -7,11 +7,12 @@ from mergetool.engine import Flags, Progress, Result
 from mergetool.engine import run_recipe as run_plain
 from mergetool.engine.execute import Silent
 from mergetool.engine.push import push_target
-from mergetool.errors import OutputError
+from mergetool.errors import MergeError, OutputError
 from mergetool.methods.base import SearchMethod
 from mergetool.planner.library import pinned
 from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.model import Recipe
+from mergetool.tensors.source import open_model
 
 
 def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None) -> Result:
@@ -24,8 +25,21 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
     output = _output(recipe, flags)
     push_target(recipe, flags.push)  # that it cannot be pushed is better known now than after the search
     recipe = pinned(recipe)  # what is searched is what is merged, however long it takes
-    winner = search(recipe, output, flags, progress)
-    return run_plain(candidate_recipe(recipe, winner), replace(flags, output=output), progress)
+    found = search(recipe, output, flags, progress)
+    result = run_plain(candidate_recipe(recipe, found.values), replace(flags, output=output), progress)
+    _check_saved(result.path, found.digest)
+    return result
+
+
+def _check_saved(path: Path, digest: str | None) -> None:
+    """What was saved must be what was scored."""
+    from mergetool.evolve.live import saved_digest
+
+    source = open_model(path)
+    if digest is not None and saved_digest(source) != digest:
+        what = "the weights that were saved are not those that were scored"
+        raise MergeError(what, str(path), "run the search on the device that merges: --device cpu")
+    source.close()
 
 
 def _output(recipe: Recipe, flags: Flags) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,28 @@ from mergetool.evolve.pools import split
 from mergetool.methods.merge3 import Merge3
 from mergetool.planner.build import open_models
 from mergetool.planner.library import Library, is_on_hub
+from mergetool.planner.model import BASE
 from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.model import Recipe
 from mergetool.tensors.source import ModelSource
 from mergetool.tensors.writer import write_file
 
 RECIPE_NAME = "recipe.yaml"
+FRONT_NAME = "front"
 _PACKAGES = ("torch", "transformers", "lm_eval", "numpy", "scipy", "cmaes", "pymoo")
 
 
-def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress) -> Values:
-    """Search, and write what was found beside the output. Returns the winner's numbers."""
+@dataclass(frozen=True)
+class Found:
+    """What a search found."""
+
+    values: Values
+    digest: str | None
+    """Of the weights that got the final score."""
+
+
+def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress) -> Found:
+    """Search, and write what was found beside the output."""
     method = recipe.method
     assert isinstance(method, Merge3)
     folder = output.with_name(f"{output.name}.search")
@@ -53,7 +65,7 @@ def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress) -> Va
     try:
         judge = Judge(candidates, tasks, journal)
         loop = Loop(method, method.space(tuple(recipe.models)), judge, pools, recipe.compute.seed, progress.say)
-        history = loop.run([*(["base"] if recipe.base else []), *recipe.models])
+        history = loop.run(tuple(recipe.models), BASE if recipe.base else None)
         if history.winner is None:
             reasons = {judge.failure(trial.values) for trial in history.trials}
             what = f"all {len(history.trials)} candidates failed: {'; '.join(map(str, sorted(reasons, key=str)))[:300]}"
@@ -61,7 +73,7 @@ def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress) -> Va
         _write(folder, recipe, history, judge)
     finally:
         journal.close()
-    return history.winner
+    return Found(history.winner, judge.digest(history.winner))
 
 
 def _fetched(recipe: Recipe, progress: Progress) -> dict[str, ModelSource]:
@@ -82,18 +94,28 @@ def _version(name: str) -> str:
 
 
 def _write(folder: Path, recipe: Recipe, history: History, judge: Judge) -> None:
-    """The winner as a plain recipe, and the figures."""
-    import yaml
-
+    """The winner and the members of the front as plain recipes, and the figures."""
     assert history.winner is not None
-    plain = moved(candidate_recipe(recipe, history.winner), folder)
-    write_file(folder / RECIPE_NAME, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    _write_recipe(folder / RECIPE_NAME, candidate_recipe(recipe, history.winner))
+    for place, values in enumerate(history.front):
+        _write_recipe(folder / FRONT_NAME / f"{place:02d}.yaml", candidate_recipe(recipe, values))
     report = {
         "winner": list(history.winner),
         "report": {_name(subject): scores for subject, scores in history.report.items()},
+        "front": [
+            {"values": list(v), "search": history.finalists[v], "report": history.report[v], "digest": judge.digest(v)}
+            for v in history.front
+        ],
         "spent": judge.spent.items,
     }
     write_file(folder / "report.json", json.dumps(report, indent=2) + "\n")
+
+
+def _write_recipe(path: Path, recipe: Recipe) -> None:
+    import yaml
+
+    path.parent.mkdir(exist_ok=True)
+    write_file(path, yaml.safe_dump(moved(recipe, path.parent), sort_keys=False, allow_unicode=True))
 
 
 def _name(subject: Any) -> str:

@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 Count = Annotated[int, Field(strict=True, ge=1)]
 
 
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _tuples(value: Any) -> Any:
+    return {key: _as_tuple(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+
 class Search(BaseModel):
     """How candidates are found."""
 
@@ -51,16 +59,50 @@ class Search(BaseModel):
 
 
 class Estimator(BaseModel):
-    """How a candidate's score on all search items is told."""
+    """How a candidate's score on all search items is told from a few."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["full", "mean"] = Field("full", description="full: every candidate answers all search items")
-    items: Count = Field(50, description="items of each task that a candidate answers")
+    kind: Literal["full", "mean", "weighted", "p-irt", "gp-irt", "mp-irt", "gmp-irt"] = Field(
+        "gmp-irt",
+        description="ask all search items (full), or a subset: its mean, its weighted mean, item response theory "
+        "(p-irt; mp-irt with abilities that merges of the models can have), or a blend of both (gp-irt, gmp-irt)",
+    )
+    items: Count = Field(50, description="items of each task in the subset")
+    subset: Literal["stratified", "random", "irt", "correctness"] = Field(
+        "stratified",
+        description="one item of each difficulty, any items, or the centres of clusters (of fitted items, of answers)",
+    )
+    ids: Annotated[dict[str, tuple[int, ...]] | None, BeforeValidator(_tuples)] = Field(
+        None, description="the subset itself instead: item numbers by task"
+    )
+    calibration: Annotated[int, Field(strict=True, ge=0)] | None = Field(
+        None, description="random merges that answer all search items first; else 16 for item response theory, or 0"
+    )
+    dimensions: Literal["auto"] | Count = Field("auto", description="dimensions of ability; auto: by held-out models")
+    span: Literal["affine", "linear"] = Field(
+        "affine", description="where merges are thought to lie: around the base (as task vectors add up), or around 0"
+    )
+    signal: Literal["accuracy", "soft"] = Field(
+        "accuracy", description="what guides the search: the metric, or the probability of the right choice"
+    )
+    guard: bool = Field(
+        True,
+        strict=True,
+        description="use the weighted mean where item response theory does no better on held-out merges",
+    )
 
+    @property
+    def num_calibration(self) -> int:
+        """Random merges that answer all search items."""
+        if self.calibration is not None:
+            return self.calibration
+        return 16 if self.kind.endswith("irt") else 0
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    @property
+    def needs_answers(self) -> bool:
+        """Whether models must answer all search items before a subset can be chosen."""
+        return self.kind != "full" and (self.kind.endswith("irt") or (self.subset != "random" and self.ids is None))
 
 
 class Merge3(SearchMethod):

@@ -6,6 +6,14 @@ import numpy as np
 import pytest
 
 import mergetool
+import mergetool.evaluate.items as items_module
+from mergetool import EvaluationError
+from mergetool.evaluate.harness import load_task
+from mergetool.evaluate.items import TaskItems
+from mergetool.evaluate.model import LiveModel
+from mergetool.evaluate.options import TaskOptions
+from mergetool.evolve.live import Candidates, saved_digest
+from mergetool.tensors.source import open_model
 from tests.evolve.planted import World
 from tests.toys import assert_same_bytes, read
 
@@ -26,6 +34,7 @@ def recipe(folder, *, inner=None, search=None, **merge):
             "inner": inner or {"method": "task-arithmetic", "weight": {"search": [0.0, 2.0]}},
             "tasks": [{"name": name, "include": str(folder / "tasks")} for name in World.tasks],
             "search": {"algorithm": "random", "population": 6, "generations": 3, **(search or {})},
+            "estimator": {"kind": "full"},
             **merge,
         },
     }
@@ -41,3 +50,131 @@ def test_the_winner_beats_parents_and_average_and_its_plain_recipe_makes_the_sam
     assert_same_bytes(read(result.path), read(again.path))
     files = [(path / "model.safetensors").read_bytes() for path in (result.path, again.path)]
     assert files[0] == files[1]
+
+
+def journal(folder):
+    """The lines of a search's journal, without what differs from run to run."""
+    lines = [json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+ESTIMATED = {"items": 15, "calibration": 4, "guard": False}
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        {"method": "linear", "weight": {"search": [0.1, 2.0]}, "normalize": False},
+        {"method": "slerp", "t": {"search": [0, 1]}},
+        {"method": "ties", "density": {"search": [0.1, 0.9]}, "scale": {"search": [0.5, 2.0]}, "boundary": "random"},
+        {"method": "dare-ties", "density": {"search": [0.1, 0.9]}, "weight": {"search": [0.5, 2.0]}},
+    ],
+    ids=lambda inner: inner["method"],
+)
+def test_what_is_scored_is_what_is_saved(folder, tmp_path, inner):
+    asked = recipe(folder, inner=inner, search={"population": 3, "generations": 1, "rerank": 1})
+    asked["merge"]["estimator"] = {"kind": "mean", "subset": "random", "items": 5}
+    if inner["method"] in ("linear", "slerp"):
+        del asked["base"]
+    result = mergetool.run(asked, output=tmp_path / "out")  # raises if the digests differ
+    assert [line["digest"] for line in journal(tmp_path / "out.search") if "digest" in line]
+    fresh = LiveModel(result.path, batch_size=32)
+    last = next(line for line in journal(tmp_path / "out.search") if line.get("question", [""])[0] == "report")
+    for task, items in last["question"][2].items():
+        options = TaskOptions(name=task, include=str(folder / "tasks"))
+        again = TaskItems(options, load_task(options, tmp_path), fresh.lm).score(fresh.lm, items)
+        assert [again[item].value for item in items] == last["scores"][task][0]
+
+
+@pytest.mark.parametrize("algorithm", ["cma-es", "nsga2"])
+def test_every_request_is_counted_and_none_is_made_twice(folder, tmp_path, monkeypatch, algorithm):
+    made = []
+    answer = items_module._answer
+    monkeypatch.setattr(
+        items_module, "_answer", lambda lm, requests: (made.append(len(requests)), answer(lm, requests))
+    )
+    asked = recipe(folder, search={"algorithm": algorithm, "rerank": 2}, estimator=ESTIMATED)
+    mergetool.run(asked, output=tmp_path / "out")
+    lines = [line["question"] for line in journal(tmp_path / "out.search") if "question" in line]
+    asked_of = [(str(who), task, item) for _, who, ids in lines for task, items in ids.items() for item in items]
+    assert len(asked_of) == len(set(asked_of))
+    assert sum(made) == 2 * len(asked_of)
+    report = json.loads((tmp_path / "out.search" / "report.json").read_text())
+    assert sum(report["spent"].values()) == len(asked_of)
+    pool, subset = 60, 30
+    assert report["spent"]["calibration"] == (3 + 1 + 4) * pool
+    candidates = {str(who) for stage, who, _ in lines if stage == "search"}
+    assert report["spent"]["search"] == len(candidates) * subset
+    made.clear()
+    mergetool.run(asked, output=tmp_path / "out", overwrite=True)
+    assert made == []
+
+
+def test_a_seed_settles_the_journal(folder, tmp_path):
+    asked = recipe(folder, search={"algorithm": "ga"}, estimator=ESTIMATED)
+    for name in ("first", "again"):
+        mergetool.run(asked, output=tmp_path / name)
+    mergetool.run(asked | {"compute": {"seed": 1}}, output=tmp_path / "other")
+    first, again, other = (journal(tmp_path / f"{name}.search") for name in ("first", "again", "other"))
+    assert first == again
+    assert [line["question"][1] for line in other[1:]] != [line["question"][1] for line in first[1:]]
+
+
+def test_a_candidate_that_fails_is_noted_and_the_search_goes_on(folder, tmp_path, monkeypatch):
+    put = Candidates.put
+
+    def sometimes(self, values, **options):
+        if values[0] > 1.0:
+            raise RuntimeError("out of memory")
+        return put(self, values, **options)
+
+    monkeypatch.setattr(Candidates, "put", sometimes)
+    result = mergetool.run(recipe(folder, search={"algorithm": "cma-es"}, estimator=ESTIMATED), output=tmp_path / "out")
+    failures = [line for line in journal(tmp_path / "out.search") if "failure" in line]
+    assert failures
+    assert {line["failure"] for line in failures} == {"out of memory"}
+    assert json.loads((tmp_path / "out.search" / "report.json").read_text())["winner"][0] <= 1.0
+    assert result.path.is_dir()
+
+
+def test_if_everything_fails_the_error_says_why(folder, tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Candidates, "put", never)
+    with pytest.raises(EvaluationError, match="all 6 candidates failed: out of memory"):
+        mergetool.run(recipe(folder, search={"generations": 1}, estimator={"kind": "full"}), output=tmp_path / "out")
+    assert len(journal(tmp_path / "out.search")) == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"estimator": {"kind": "mean", "items": 31}}, "30 search items, fewer than the 31"),
+        ({"tasks": [{"name": "leftz", "include": "tasks"}]}, "no task 'leftz'"),
+        ({"tasks": [{"name": "lefts", "include": "tasks", "metric": "f1"}]}, "no metric 'f1'"),
+        ({"search": {"report": 0.99}}, "too few to keep 99%"),
+        ({"estimator": {"kind": "mean", "ids": {"lefts": [0, 1, 2, 3, 4, 5]}}}, "not search items|no ids"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_and_nothing_is_written(folder, tmp_path, change, what):
+    asked = recipe(folder)
+    for key, value in change.items():
+        asked["merge"][key] = value if key == "tasks" else asked["merge"].get(key, {}) | value
+    for task in asked["merge"]["tasks"]:
+        task["include"] = str(folder / "tasks")
+    with pytest.raises(EvaluationError, match=what):
+        mergetool.run(asked, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_objectives_give_a_front_of_which_any_member_can_be_written(folder, tmp_path):
+    asked = recipe(folder, search={"algorithm": "nsga2", "generations": 6, "rerank": 4}, estimator=ESTIMATED)
+    mergetool.run(asked, output=tmp_path / "out")
+    report = json.loads((tmp_path / "out.search" / "report.json").read_text())
+    scores = [member["search"] for member in report["front"]]
+    assert len(scores) >= 2
+    for one in scores:
+        assert not any(all(x >= y for x, y in zip(o, one, strict=True)) and o != one for o in scores)
+    written = mergetool.run(tmp_path / "out.search" / "front" / "01.yaml", output=tmp_path / "second").path
+    assert saved_digest(open_model(written)) == report["front"][1]["digest"]
