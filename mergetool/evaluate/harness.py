@@ -1,11 +1,10 @@
 """The seam to lm-eval: loading tasks, and wrapping a model. Nothing else imports it.
 
 Tasks of one's own are YAML files in the folder `include`; the data files they name are looked for beside the YAML file
-before the current folder. When every task and model is local, nothing is looked up on a network.
+before the current folder.
 """
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
@@ -16,14 +15,7 @@ from mergetool.errors import EvaluationError
 from mergetool.evaluate.options import TaskOptions
 
 INSTALL = 'pip install "mergetool[eval]"'
-_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE")
 _FEWSHOT_SEED = 1234
-
-
-def go_offline() -> None:
-    """Keep the libraries below off the network; must come before they are first imported to have its full effect."""
-    for name in _OFFLINE:
-        os.environ.setdefault(name, "1")
 
 
 @contextmanager

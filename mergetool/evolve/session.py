@@ -10,7 +10,7 @@ from typing import Any
 from mergetool import __version__
 from mergetool.engine import Flags, Progress
 from mergetool.errors import EvaluationError
-from mergetool.evaluate.harness import go_offline, load_task
+from mergetool.evaluate.harness import load_task
 from mergetool.evaluate.items import TaskItems
 from mergetool.evolve.journal import SearchJournal
 from mergetool.evolve.judge import Judge
@@ -47,8 +47,6 @@ def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress) -> Fo
     folder = output.with_name(f"{output.name}.search")
     device = "cpu" if flags.device == "auto" else flags.device
     sources = _fetched(recipe, progress)
-    if all(task.include is not None for task in method.tasks):
-        go_offline()
     inputs = [[name, str(f.path), f.size, f.mtime_ns] for name, source in sources.items() for f in source.files]
     candidates = Candidates(recipe, sources, device, method.search.batch_size)
     tasks = [TaskItems(task, load_task(task, recipe.folder), candidates.live.lm) for task in method.tasks]

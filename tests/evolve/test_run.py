@@ -1,9 +1,13 @@
 """Searches over planted models, end to end."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import yaml
 
 import mergetool
 import mergetool.evaluate.items as items_module
@@ -178,3 +182,31 @@ def test_several_objectives_give_a_front_of_which_any_member_can_be_written(fold
         assert not any(all(x >= y for x, y in zip(o, one, strict=True)) and o != one for o in scores)
     written = mergetool.run(tmp_path / "out.search" / "front" / "01.yaml", output=tmp_path / "second").path
     assert saved_digest(open_model(written)) == report["front"][1]["digest"]
+
+
+NO_NETWORK = """
+import os, socket, sys
+
+def refuse(*args, **kwargs):
+    os.write(2, f"a connection was tried: {args}".encode())
+    os._exit(9)
+
+class Refused(socket.socket):
+    connect = connect_ex = sendto = refuse
+
+socket.socket = Refused
+socket.create_connection = socket.getaddrinfo = refuse
+import mergetool
+mergetool.run(sys.argv[1], output=sys.argv[2])
+"""
+
+
+def test_no_connection_is_tried_where_everything_is_local(folder, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder, search={"generations": 1})))
+    clean = {key: value for key, value in os.environ.items() if not key.endswith("_OFFLINE")}
+    command = [sys.executable, "-c", NO_NETWORK, "recipe.yaml", "out"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=clean | {"HF_HOME": str(tmp_path / "home")}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
