@@ -59,7 +59,7 @@ def _call(path: Path, function: str) -> nn.Module:
     try:
         spec.loader.exec_module(namespace)
         network = getattr(namespace, function)()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"{function}() failed: {type(error).__name__}: {error}"
         raise PlanError(what, where=where, fix="call it by hand in Python") from error
     if not isinstance(network, nn.Module):
@@ -91,6 +91,9 @@ def read_batches(path: Path, network: nn.Module) -> list[Batch]:
         raise SourceError(
             f"its tensors do not have one row per sample each: {sizes or 'there are none'}", str(path), fix
         )
+    broken = [name for name, x in tensors.items() if x.is_floating_point() and not bool(x.isfinite().all())]
+    if broken:
+        raise SourceError(f"{broken[0]!r} holds values that are not finite", str(path), "leave those rows out")
     starts = range(0, lengths.pop(), BATCH)
     known = inspect.signature(network.forward).parameters
     unknown = [name for name in tensors if name not in known]

@@ -252,7 +252,7 @@ def _read(path: Path, find: Callable[[str, Path], Path], seen: tuple[Path, ...])
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys) or {}
     except OSError as error:
-        raise PlanError(f"cannot read the architecture file: {error.strerror}", where=str(path)) from None
+        raise PlanError(f"cannot read the architecture file: {error.strerror}", str(path), "check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PlanError(f"not valid YAML: {error}", where=str(path)) from None
     if not isinstance(content, dict):

@@ -19,7 +19,7 @@ from mergetool.engine.push import push_result, push_target
 from mergetool.engine.result import Result
 from mergetool.engine.schedule import Schedule
 from mergetool.engine.trust import check_trust
-from mergetool.errors import MergeError, MergetoolError, OutputError, PlanError
+from mergetool.errors import MergeError, MergetoolError, OutputError, PlanError, SourceError
 from mergetool.methods.base import BundleMethod
 from mergetool.planner import Plan, make_plan
 from mergetool.planner.estimate import Costs, check_disk, estimate
@@ -130,7 +130,8 @@ def _run_claimed(plan: Plan, claim: Claim, costs: Costs, flags: Flags, progress:
             return run_bundle(plan, claim, costs.workers, flags.cache, progress.say)
         return _merge(plan, claim, costs, flags, progress)
     except MergetoolError as error:
-        if isinstance(error, MergeError) or claim.changed_inputs():  # nothing here is worth resuming
+        refused = isinstance(error, PlanError | SourceError) and not claim.journal.worked
+        if refused or isinstance(error, MergeError) or claim.changed_inputs():  # nothing here is worth resuming
             claim.discard()
         raise
 

