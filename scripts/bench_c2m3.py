@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time the alignment kernels: cost per model, against the pairwise loops of the paper, and at the size of a ViT-B.
 
-    python scripts/bench_c2m3.py models        one iteration for 2, 4, 8, 12 MLPs of width 512
+    python scripts/bench_c2m3.py models        one iteration for 2 to 12 MLPs of width 512
     python scripts/bench_c2m3.py loops         one iteration for five such MLPs, against loops over pairs
     python scripts/bench_c2m3.py vit           three networks of ViT-B's sizes in planted orders, 10 % noise
 
@@ -72,7 +72,7 @@ def problem_of(states: list[dict[str, torch.Tensor]]) -> Problem:
 def time_models() -> None:
     states = trained_mlps(12)
     print("models  CPU s per iteration  per model")
-    for num_models in (2, 4, 8, 12):
+    for num_models in (2, 3, 4, 6, 8, 10, 12):
         cpu, _ = ours(states[:num_models])
         print(f"{num_models:6d}  {cpu:19.3f}  {cpu / num_models:9.4f}")
 
