@@ -37,7 +37,15 @@ from mergetool.bundle.options import Experts, Options
 from mergetool.bundle.store import FactorStore
 from mergetool.errors import MergeError, PlanError
 from mergetool.kernels.routing import cosines, without_duplicates
-from mergetool.kernels.spectral import Factors, concatenated, interference, kept, orthogonalised, rank_limit
+from mergetool.kernels.spectral import (
+    Factors,
+    concatenated,
+    interference,
+    kept,
+    orthogonalised,
+    rank_limit,
+    ranks_within,
+)
 from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME, torch_dtype
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import sha256_file
@@ -57,7 +65,7 @@ def build(experts: Experts, folder: Path, store: FactorStore, options: Options, 
     work = _Work(experts, folder, store, options)
     heads = work.write_heads()
     with ThreadPoolExecutor(num_threads) as pool:
-        parameters = dict(zip(experts.shapes, pool.map(work.factor, experts.shapes), strict=True))
+        parameters = work.within_size(dict(zip(experts.shapes, pool.map(work.factor, experts.shapes), strict=True)))
         router = work.router(parameters)
         if router is not None and router.features == "merged":
             parameters |= dict(pool.map(lambda name: (name, work.without_redundancy(name, parameters)), parameters))
@@ -85,6 +93,8 @@ class _Work:
         self.folder = folder
         self.store = store
         self.options = options
+        self.spectra: dict[str, list[Tensor]] = {}
+        """Singular values of every task, by matrix."""
 
     # ---------------------------------------------------------------- factors
 
@@ -100,12 +110,28 @@ class _Work:
         factors = [kept(self.store.factors(delta.flatten(1), most), self.options.rank) for delta in deltas]
         if not self._worthwhile(shape, max(each.rank for each in factors)):
             return Parameter(policy="full", shape=shape)
+        self.spectra[name] = [each.s for each in factors]
         return Parameter(
             policy="svd",
             shape=shape,
             ranks=tuple(each.rank for each in factors),
             interference=interference(concatenated(factors).to(torch.float64)).normalised,
         )
+
+    def within_size(self, parameters: dict[str, Parameter]) -> dict[str, Parameter]:
+        """The parameters with fewer directions where all of them would take more space than a bundle may."""
+        if self.options.size is None or not self.spectra:
+            return parameters
+        width = _torch(self.options.dtype).itemsize
+        base = sum(spec.num_bytes for spec in self.experts.sources["base"].specs.values())
+        full = [torch.Size(each.shape).numel() for each in parameters.values() if each.policy == "full"]
+        budget = int(self.options.size * base) - width * sum(full) * len(self.experts.names)
+        spectra = [(name, s) for name in parameters for s in self.spectra.get(name, ())]
+        costs = [width * (parameters[name].shape[0] + _columns(parameters[name].shape)) + 4 for name, _ in spectra]
+        ranks: dict[str, list[int]] = {}
+        for (name, _), rank in zip(spectra, ranks_within([s for _, s in spectra], costs, budget), strict=True):
+            ranks.setdefault(name, []).append(rank)
+        return parameters | {name: parameters[name].model_copy(update={"ranks": tuple(r)}) for name, r in ranks.items()}
 
     def _deltas(self, name: str) -> list[Tensor]:
         base = self.experts.read("base", name)
@@ -122,14 +148,13 @@ class _Work:
         """Directions kept of one task; 0 where it is no matrix, or as factors neither smaller nor fit for routing."""
         if not is_matrix(name, shape, self.options.filter, conv=self.options.conv):
             return 0
-        rows, columns = shape[0], torch.Size(shape[1:]).numel()
-        size = min(rows, columns)
+        size = min(shape[0], _columns(shape))
         most = rank_limit(self.options.rank, size, len(self.experts.names))
         return most if isinstance(self.options.rank, Mapping) or self._worthwhile(shape, most) else 0
 
     def _worthwhile(self, shape: tuple[int, ...], rank: int) -> bool:
         """Whether factors of this rank are smaller than the matrix, or fit for routing."""
-        rows, columns = shape[0], torch.Size(shape[1:]).numel()
+        rows, columns = shape[0], _columns(shape)
         smaller = rank * (rows + columns + 1) < rows * columns
         return smaller or (self.options.kind == "mass" and rank < min(rows, columns))
 
@@ -146,18 +171,17 @@ class _Work:
     def write_factors(self, task: str, parameters: Mapping[str, Parameter]) -> str:
         """Write one task's file; its path in the bundle."""
         place = self.experts.names.index(task)
-        specs = []
+        specs, dtype = [], BY_TORCH_NAME[self.options.dtype]
         for name, parameter in parameters.items():
             if parameter.policy == "svd" and (rank := parameter.ranks[place]):
-                rows, columns = parameter.shape[0], torch.Size(parameter.shape[1:]).numel()
-                dtype = BY_TORCH_NAME[self.options.dtype]
+                rows, columns = parameter.shape[0], _columns(parameter.shape)
                 specs += [
                     TensorSpec(f"{name}.U", dtype, (rows, rank)),
                     TensorSpec(f"{name}.Vh", dtype, (rank, columns)),
                 ]
                 specs += [TensorSpec(f"{name}.S", BY_NAME["F32"], (rank,))]
             elif parameter.policy == "full":
-                specs += [TensorSpec(f"{name}.delta", BY_NAME["F32"], parameter.shape)]
+                specs += [TensorSpec(f"{name}.delta", dtype, parameter.shape)]
         path = f"factors/{quote(task, safe='')}.safetensors"
         with TensorWriter(self.folder, path, specs) as writer:
             for name, parameter in parameters.items():
@@ -295,6 +319,10 @@ def bundle_config(base: Mapping[str, object]) -> dict[str, object]:
         "auto_map": {"AutoConfig": "modeling_mass.MassConfig", "AutoModel": "modeling_mass.AutoMassModel"},
         "base_config": dict(base),
     }
+
+
+def _columns(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape[1:]).numel()
 
 
 def _torch(name: str) -> torch.dtype:

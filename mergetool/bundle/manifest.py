@@ -84,8 +84,6 @@ class Router(_Part):
     top_k: int
     temperature: float
     redundancy: float | None = None
-    offsets: tuple[float, ...] | None = None
-    """Subtracted from every task's distances; from a calibration file."""
 
 
 class Manifest(_Part):

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mergetool.bundle.build import FIRST_PASS
+from mergetool.bundle.calibrate import read_calibration
 from mergetool.bundle.factors import Group, TaskFactors
 from mergetool.bundle.grouped import GroupedModel, Runs
 from mergetool.bundle.manifest import Manifest, read_manifest
@@ -80,6 +81,7 @@ class MassModel(nn.Module):
         self._grouped = GroupedModel(base.model, base.names, factors)
         self._heads = [None if task.head is None else load_file(folder / task.head.file) for task in manifest.tasks]
         self._first_pass = self._first_pass_weights()
+        self.calibration = read_calibration(folder)
         router = manifest.router
         self._bases = factors.bases(router.matrices) if router is not None else []
         self._read_at = self._routing_modules() if router is not None else []
@@ -124,9 +126,11 @@ class MassModel(nn.Module):
             return Routing((self.task_names,) * len(ones), ones, torch.zeros_like(ones))
         features = self._features(inputs)
         distances = mean_distance(features, self._bases, router.norm)
-        if router.offsets is not None:
-            distances = distances - distances.new_tensor(router.offsets)
-        weights = coefficients(distances, router.mode, router.temperature)
+        temperature = router.temperature
+        if self.calibration is not None:
+            distances = distances - distances.new_tensor(self.calibration.offsets)
+            temperature *= self.calibration.temperature
+        weights = coefficients(distances, router.mode, temperature)
         chosen = select(weights, router.threshold, router.top_k)
         names = tuple(tuple(self.task_names[task] for task in tasks) for tasks in chosen)
         return Routing(names, weights, distances)

@@ -49,6 +49,8 @@ class Options:
     filter: MatrixFilter
     conv: Literal["mean", "matricize"]
     dtype: Storage
+    size: float | None
+    """Most that factors may take, as a share of the base's bytes."""
     base: Literal["copy", "reference"]
     router: RouterOptions | None = None
     heads: HeadRule = "joint"

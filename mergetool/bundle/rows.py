@@ -52,13 +52,14 @@ def answers(
     chosen: Any = "route" if tasks is None else model.check_tasks(tasks)
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        answer = model(tasks=chosen, **_inputs(model, batch))
+        answer = model(tasks=chosen, **inputs_of(model, batch))
         for place, row in enumerate(batch):
             kept = {key: row[key] for key in _KEPT if key in row}
             yield {**({"row": kept} if kept else {}), **_answer(model.manifest, answer, place)}
 
 
-def _inputs(model: MassModel, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+def inputs_of(model: MassModel, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Rows as one batch of the base model's inputs. Raises SourceError for rows that do not fit together."""
     if all("text" in row for row in rows):
         tokenizer = model.tokenizer()
         pairs = [row.get("pair") for row in rows] if any("pair" in row for row in rows) else None

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mergetool.bundle.calibrate import read_calibration
 from mergetool.bundle.manifest import Manifest, read_manifest
 from mergetool.errors import SourceError
 from mergetool.tensors.io import sha256_file
@@ -49,6 +50,7 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
     """Everything above, and a scan for values that are not finite. Raises SourceError for the first kind of damage."""
     manifest = read_manifest(folder)
     num_files = check_files(folder, manifest, hashes=True)
+    read_calibration(folder)
     check_base(folder, manifest, hashes=True)
     num_tensors = 0
     for name in manifest.files:
@@ -96,6 +98,7 @@ def facts_about_bundle(folder: Path) -> dict[str, Any]:
         "size_over_base": round((base_bytes + beside) / base_bytes, 4),
         "dtype": manifest.dtype,
         "tensors": {policy: policies.count(policy) for policy in ("svd", "full", "skip")},
+        "calibrated": read_calibration(folder) is not None,
         "router": None if manifest.router is None else _router_facts(manifest),
         "tasks": [
             {
@@ -117,5 +120,5 @@ def facts_about_bundle(folder: Path) -> dict[str, Any]:
 
 def _router_facts(manifest: Manifest) -> dict[str, Any]:
     assert manifest.router is not None
-    facts = manifest.router.model_dump(exclude={"matrices", "offsets"}, exclude_none=True)
+    facts = manifest.router.model_dump(exclude={"matrices"}, exclude_none=True)
     return {"matrices": len(manifest.router.matrices), **facts}

@@ -219,6 +219,23 @@ def _say_pushed(pushed: "Pushed") -> None:
 
 
 @app.command()
+def calibrate(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by the method mass.")],
+    rows: Annotated[Path, typer.Option("--input", metavar="FILE", help="JSON Lines as for route, each with its task.")],
+    as_json: AsJson = False,
+) -> None:
+    """Correct a bundle's router with a few rows whose tasks are known."""
+    from mergetool.bundle.calibrate import CALIBRATION_NAME
+    from mergetool.bundle.calibrate import calibrate as fit
+    from mergetool.bundle.model import load_bundle
+    from mergetool.bundle.rows import read_rows
+
+    given = read_rows(rows)
+    found = fit(load_bundle(bundle), given)
+    _print(found.model_dump() if as_json else bundle / CALIBRATION_NAME, as_json=as_json)
+
+
+@app.command()
 def route(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by the method mass or tsv-compress.")],
     rows: Annotated[Path, typer.Option("--input", metavar="FILE", help='JSON Lines: {"text": ...} or model inputs.')],

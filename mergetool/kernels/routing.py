@@ -117,6 +117,30 @@ def coefficients(distances: Tensor, mode: Mode = "topk", temperature: float = 1.
     return torch.softmax(logits / temperature, -1)
 
 
+def fit_offsets(distances: Tensor, tasks: Tensor) -> tuple[Tensor, float]:
+    """Offsets (T,) and a temperature with which `softmax((offsets - distances) / temperature)` fits known tasks best.
+
+    distances (B, T), tasks (B,): their numbers. Offsets are held back a little, as if each task had been seen once more
+    at none, so few samples move them little. Offsets are float64 and sum to 0.
+    """
+    found = distances.detach().to(torch.float64, copy=True)
+    parameters = torch.zeros(found.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([parameters], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        logits = parameters[:-1] - found * parameters[-1].exp()
+        value = torch.nn.functional.cross_entropy(logits, tasks, reduction="sum") + parameters.square().sum() / 2
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    with torch.enable_grad(), torch.inference_mode(False):
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    temperature = float(torch.exp(-parameters.detach()[-1]))
+    offsets = parameters.detach()[:-1] * temperature
+    return offsets - offsets.mean(), temperature
+
+
 def select(coefficients: Tensor, threshold: float, top_k: int) -> list[tuple[int, ...]]:
     """The tasks of each sample: coefficients above `threshold`, at most `top_k` of them, at least the largest.
 

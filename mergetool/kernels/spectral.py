@@ -138,6 +138,23 @@ def kept(factors: Factors, rank: Rank) -> Factors:
     return factors
 
 
+def ranks_within(spectra: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[int]:
+    """How many leading directions of each matrix to keep, at least one, for all to cost at most `budget`.
+
+    spectra: singular values (k_i,), descending; every direction of matrix i costs costs[i]. What is kept holds as much
+    of the matrices' energies as the budget buys, each matrix' energy taken as 1: which matrix matters more is unknown.
+    """
+    worth = [s.square() / s.square().sum() / cost for s, cost in zip(spectra, costs, strict=True)]
+    for values in worth:
+        values[:1] = torch.inf
+    owner = torch.cat([torch.full_like(values, place) for place, values in enumerate(worth)]).long()
+    order = torch.cat(worth).argsort(descending=True, stable=True)
+    owner = owner[order]
+    spent = torch.tensor(costs, dtype=torch.float64)[owner].cumsum(0)
+    counts = owner[spent <= budget].bincount(minlength=len(costs))
+    return [max(1, min(int(count), len(s))) if len(s) else 0 for count, s in zip(counts, spectra, strict=True)]
+
+
 def energy_rank(s: Tensor, share: float) -> int:
     """The smallest k whose leading singular values hold `share` in (0, 1] of the sum of squares of `s` (descending)."""
     energy = s.square().cumsum(0)

@@ -349,6 +349,11 @@ class BundleMethod(Method):
 
     rank: Rank = Field("auto", description=RANK)
     factors: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of stored factors")
+    size: Annotated[Finite, Field(gt=0)] | None = Field(
+        None,
+        description="most that the factors of all experts may take, as a share of the base's bytes; directions that "
+        "hold the least energy are left out beyond it (default: 0.6 with `rank: auto`, else no bound)",
+    )
     base: Literal["copy", "reference"] = Field("copy", description="copy the base, or only refer to it")
     filter: MatrixFilter = Field(
         "fusionbench", description="which two-dimensional tensors are kept as factors; all others are kept in full"
@@ -362,6 +367,11 @@ class BundleMethod(Method):
     def inner(self) -> TensorMethod:
         """What plans count with."""
         return _Kept()
+
+    @property
+    def most(self) -> float | None:
+        """The bound on the size of factors."""
+        return 0.6 if self.size is None and self.rank == "auto" else self.size
 
     @abstractmethod
     def options(self) -> "Options":

@@ -88,5 +88,5 @@ class Mass(BundleMethod):
         router = self.router.model_dump()
         if router["redundancy"] is None:
             router["redundancy"] = 0.3
-        kept = Options("mass", self.rank, self.filter, self.conv, self.factors, self.base)
+        kept = Options("mass", self.rank, self.filter, self.conv, self.factors, self.most, self.base)
         return replace(kept, router=RouterOptions(**router), heads=self.heads)

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import mergetool
-from mergetool.bundle.rows import answers, read_rows
+from mergetool.bundle.calibrate import calibrate
+from mergetool.bundle.rows import answers, inputs_of, read_rows
 from mergetool.cli.app import app
 from mergetool.errors import PlanError, SourceError
 from tests.bundle.tiny import make_bundle, tiny_inputs, tiny_model, write_models
@@ -131,3 +132,61 @@ def test_verify_finds_a_bundle_sound_or_says_what_is_wrong(bundle, tmp_path):
     shown = CliRunner().invoke(app, ["verify", str(copy)])
     assert isinstance(shown.exception, SourceError)
     assert "SHA-256" in str(shown.exception)
+
+
+# Calibration
+
+
+MANY = [{"text": f"w{i} w{7 * i % 38} w{5 * i % 37}"} for i in range(60)]
+
+
+def labelled(model, rows):
+    """The rows, with the task that a router with shifted distances would choose."""
+    distances = model.route(**inputs_of(model, rows)).distances
+    found = (distances - torch.tensor([0.3, -0.3, 0.0])).argmin(1)
+    return [row | {"task": "abc"[task]} for row, task in zip(rows, found.tolist(), strict=True)]
+
+
+def test_a_few_rows_of_known_tasks_correct_the_router(bundle, tmp_path):
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    model = mergetool.load_bundle(folder)
+    rows = labelled(model, MANY)
+    assert {row["task"] for row in rows} == {"a", "b", "c"}
+    before = model.route(**inputs_of(model, MANY)).coefficients.argmax(1)
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    shown = CliRunner().invoke(app, ["calibrate", str(folder), "--input", str(file)])
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.strip() == str(folder / "calibration.json")
+    after = mergetool.load_bundle(folder).route(**inputs_of(model, MANY)).coefficients.argmax(1)
+    truth = torch.tensor(["abc".index(row["task"]) for row in rows])
+    assert int((after == truth).sum()) > int((before == truth).sum())
+    assert CliRunner().invoke(app, ["verify", str(folder)]).exit_code == 0
+    assert json.loads(CliRunner().invoke(app, ["inspect", str(folder), "--json"]).stdout)["calibrated"]
+
+
+def test_a_calibration_of_another_bundle_is_refused(bundle, tmp_path):
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    model = mergetool.load_bundle(folder)
+    calibrate(model, labelled(model, MANY))
+    (folder / "manifest.json").write_text((folder / "manifest.json").read_text() + "\n")
+    with pytest.raises(SourceError, match="made for another bundle"):
+        mergetool.load_bundle(folder)
+    (folder / "calibration.json").write_text("{}")
+    with pytest.raises(SourceError, match="cannot be read"):
+        mergetool.load_bundle(folder)
+    (folder / "calibration.json").unlink()
+    mergetool.load_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([{"text": "w1"}], "row 1 is of task None"),
+        ([{"text": "w1", "task": "x"}], "'x'"),
+        ([{"text": "w1", "task": "a"}], "no row is of task 'b'"),
+    ],
+)
+def test_calibration_needs_rows_of_every_task(bundle, tmp_path, rows, says):
+    with pytest.raises(SourceError, match=says):
+        calibrate(mergetool.load_bundle(bundle), rows)
+    assert not (bundle / "calibration.json").exists()

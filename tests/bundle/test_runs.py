@@ -142,8 +142,21 @@ def test_an_expert_keeps_as_many_directions_as_hold_the_energy_asked_for(models,
     assert policies == {"full"}  # all directions take more space than the matrix itself
 
 
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(None, "bfloat16"), (None, "float32"), (0.5, "float32"), (0.3, "bfloat16")]
+)
+def test_factors_take_no_more_space_than_they_may(size, dtype, models, tmp_path):
+    settings = {"factors": dtype} | ({"size": size} if size else {})
+    folder = mergetool.run(recipe(models, "tsv-compress", heads=False, **settings), output=tmp_path / "out").path
+    tensors = [value for task in "abc" for value in load_file(folder / f"factors/{task}.safetensors").values()]
+    base = [value for value in load_file(models["base"] / "model.safetensors").values() if value.is_floating_point()]
+    assert sum(value.nbytes for value in tensors) <= 1.001 * (size or 0.6) * sum(value.nbytes for value in base)
+    assert all(min(p.ranks) >= 1 for p in read_manifest(folder).parameters.values() if p.policy == "svd")
+
+
 def test_an_expert_is_rebuilt_from_a_library(models, tmp_path):
-    library = mergetool.run(recipe(models, "tsv-compress", factors="float32"), output=tmp_path / "library").path
+    settings = {"factors": "float32", "size": 10.0}
+    library = mergetool.run(recipe(models, "tsv-compress", **settings), output=tmp_path / "library").path
     one = {"models": {"b": {"source": str(library), "select": "b"}}, "merge": {"method": "passthrough"}}
     rebuilt = load_file(mergetool.run(one, output=tmp_path / "b").path / "model.safetensors")
     base, expert = (load_file(models[name] / "model.safetensors") for name in ("base", "b"))

@@ -124,7 +124,14 @@ ROUTER = RouterOptions(
     redundancy=0.3,
 )
 OPTIONS = Options(
-    kind="mass", rank="auto", filter="fusionbench", conv="matricize", dtype="float32", base="copy", router=ROUTER
+    kind="mass",
+    rank="auto",
+    filter="fusionbench",
+    conv="matricize",
+    dtype="float32",
+    size=None,
+    base="copy",
+    router=ROUTER,
 )
 
 

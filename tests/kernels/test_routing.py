@@ -9,6 +9,7 @@ from mergetool.kernels.routing import (
     cosines,
     distance,
     distances,
+    fit_offsets,
     mean_distance,
     select,
     without_duplicates,
@@ -165,6 +166,27 @@ def test_a_lower_temperature_sharpens():
     drawn = randn(5, 4).abs()
     for mode in ("topk", "weighted"):
         assert bool((coefficients(drawn, mode, 0.1).amax(1) > coefficients(drawn, mode, 1.0).amax(1)).all())
+
+
+# Offsets
+
+
+def test_offsets_and_temperature_are_found_again():
+    truth, wanted, temperature = torch.arange(3).repeat(400), torch.tensor([0.4, -0.1, -0.3]).double(), 0.5
+    gumbel = -torch.log(-torch.log(torch.rand(1200, 3, generator=torch.Generator().manual_seed(0)).double()))
+    distances = randn(1200, 3)
+    truth = ((wanted - distances) / temperature + gumbel).argmax(1)  # draws of softmax((offset - d) / temperature)
+    offsets, found = fit_offsets(distances, truth)
+    torch.testing.assert_close(offsets, wanted, rtol=0, atol=0.1)
+    assert found == pytest.approx(temperature, abs=0.05)
+
+
+def test_a_task_that_always_looks_too_far_is_moved_nearer():
+    distances = torch.tensor([[0.0, 1.0, 2.0], [1.0, 1.5, 3.0], [0.0, 2.0, 0.5]]).repeat(4, 1)
+    tasks = torch.tensor([0, 1, 2]).repeat(4)
+    offsets, temperature = fit_offsets(distances, tasks)
+    assert ((offsets - distances) / temperature).argmax(1).tolist() == tasks.tolist()
+    assert float(offsets.sum()) == pytest.approx(0)
 
 
 # Selection

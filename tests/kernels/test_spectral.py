@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -12,6 +13,8 @@ from mergetool.kernels.spectral import (
     live_factors,
     orthogonalised,
     polar,
+    rank_limit,
+    ranks_within,
     truncated_svd,
     whitener,
 )
@@ -124,6 +127,29 @@ def test_a_task_vector_that_is_not_finite_is_refused(bad):
 def test_energy_rank_counts_squares(share, rank):
     # 64 + 36 + 0.01: shares 0.63994, 0.99990, 1
     assert energy_rank(torch.tensor([8.0, 6.0, 0.1]).double(), share) == rank
+
+
+def test_ranks_within_a_budget_hold_the_most_energy_that_it_buys():
+    spectra = [torch.tensor([3.0, 2.0, 1.0]), torch.tensor([5.0, 1.0]), torch.tensor([1.0])]
+    costs = [2, 3, 4]
+    shares = [s.square() / s.square().sum() for s in spectra]
+    for budget in range(9, 17):
+        found = ranks_within(spectra, costs, budget)
+        assert sum(k * cost for k, cost in zip(found, costs, strict=True)) <= budget
+        kept = sum(float(share[:k].sum()) for share, k in zip(shares, found, strict=True))
+        for ranks in itertools.product((1, 2, 3), (1, 2), (1,)):  # no other choice at this price holds more
+            if sum(k * cost for k, cost in zip(ranks, costs, strict=True)) <= sum(
+                k * cost for k, cost in zip(found, costs, strict=True)
+            ):
+                assert sum(float(share[:k].sum()) for share, k in zip(shares, ranks, strict=True)) <= kept + 1e-6
+    assert ranks_within(spectra, costs, 0) == [1, 1, 1]
+    assert ranks_within(spectra, costs, 99) == [3, 2, 1]
+    assert ranks_within([*spectra, torch.zeros(0)], [*costs, 1], 99) == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize(("rank", "limit"), [("auto", 5), (3, 3), (99, 20), (0.5, 10), ({"energy": 0.5}, 20)])
+def test_a_rank_comes_to_a_number_of_directions(rank, limit):
+    assert rank_limit(rank, 20, 4) == limit
 
 
 def test_transposing_scaling_and_cutting_factors():

@@ -1,6 +1,6 @@
 """Merges and routed bundles on five real fine-tunes: accuracy, routing, size, speed.
 
-    python -m scripts.studies.mass FOLDER [--set first] [--samples 300]
+    python -m scripts.studies.mass FOLDER [--set first] [--steps 300] [--samples 300]
 
 Everything goes to FOLDER: tasks, base, experts, merges, bundles, and results.json with results.md made of it. What is
 there already is not made again, so a study that was interrupted goes on. Needs transformers, scikit-learn and the
@@ -11,8 +11,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -22,12 +23,12 @@ from transformers import AutoTokenizer, BertModel
 import mergetool
 from mergetool.bundle.model import MassModel
 from mergetool.bundle.verify import facts_about_bundle
-from mergetool.kernels.routing import distances
+from mergetool.kernels.routing import mean_distance
 from scripts.demo.tasks import Task
 
 from . import experts
 from .experts import Training, encode, features
-from .table import render
+from .table import draw, render
 from .tasks import SETS, prepare
 
 BATCH = 64
@@ -41,16 +42,25 @@ MERGES = {
     "tsv-merge": {"method": "tsv-merge"},
     "tsv-merge, 1.5": {"method": "tsv-merge", "scale": 1.5},
 }
+Norm = Literal["likelihood", "l2"]
+Bases = Sequence[Sequence[Tensor]]
+ROUTERS = {
+    "features: merged": {"router": {"features": "merged"}},
+    "as in the paper": {
+        "router": {"layers": ["*.layer.4.intermediate.*"], "features": "merged", "norm": "l2", "mode": "topk"},
+        "heads": "max",
+    },
+}
 KINDS = ("query", "key", "value", "attention.output", "intermediate", "output.dense")
 
 
 class Study:
     """What all parts of the study need, and the results so far."""
 
-    def __init__(self, folder: Path, tasks: list[Task], num_samples: int) -> None:
+    def __init__(self, folder: Path, tasks: list[Task], training: Training, num_samples: int) -> None:
         self.folder = folder
         self.tasks = tasks
-        experts.prepare(folder, tasks, Training())
+        experts.prepare(folder, tasks, training)
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "base")
         self.num_samples = num_samples
         self.results: dict[str, dict] = {}
@@ -151,45 +161,40 @@ def routed(study: Study, model: MassModel) -> dict[str, dict[str, float]]:
 
 @torch.inference_mode()
 def routing(study: Study, model: MassModel) -> dict[str, float]:
-    """Share of samples whose true task is nearest, by matrix, by kind, by layers up to one, and by all."""
+    """Share of samples whose true task is nearest, by matrix, by kind and by all; `model` reads every matrix."""
     assert model.manifest.router is not None
     names = list(model.manifest.router.matrices)
-    nearer: list[Tensor] = []  # (matrices, samples, tasks): distance relative to the feature's length
+    seen: list[list[Tensor]] = []
     truth: list[int] = []
     for task in study.tasks:
         for inputs, labels in study.batches(task):
-            found = model._features(inputs)
-            relative = [
-                distances(z, bases) / z.norm(dim=1, keepdim=True) for z, bases in zip(found, model._bases, strict=True)
-            ]
-            nearer.append(torch.stack(relative))
+            seen.append(model._features(inputs))
             truth += [model.task_names.index(task.name)] * len(labels)
-    all_of_them, target = torch.cat(nearer, 1), torch.tensor(truth)
+    features = [torch.cat(each) for each in zip(*seen, strict=True)]
+    target = torch.tensor(truth)
 
-    def accuracy(chosen: list[int], values: Tensor) -> float:
-        return float((values[chosen].mean(0).argmin(1) == target).float().mean())
+    def accuracy(chosen: list[int], norm: Norm = "likelihood", bases: Bases = model._bases) -> float:
+        found = mean_distance([features[i] for i in chosen], [bases[i] for i in chosen], norm)
+        return float((found.argmin(1) == target).float().mean())
 
-    energies = -(1 - all_of_them.square()).clamp_min(0).sqrt()
+    every = list(range(len(names)))
     kinds = {kind: [i for i, name in enumerate(names) if _kind(name) == kind] for kind in KINDS}
-    layers = sorted({_layer(name) for name in names})
-    return {
-        **{name: accuracy([place], all_of_them) for place, name in enumerate(names)},
-        **{f"all {kind}": accuracy(places, all_of_them) for kind, places in kinds.items()},
-        **{
-            f"layers 0 to {last}": accuracy([i for i, name in enumerate(names) if _layer(name) <= last], all_of_them)
-            for last in layers
-        },
-        "all, by mean energy": accuracy(list(range(len(names))), energies),
-        "all": accuracy(list(range(len(names))), all_of_them),
-    }
+    cut = [
+        [[own[:24] if other == task else own for other, own in enumerate(each)] for each in model._bases]
+        for task in range(len(model.task_names))
+    ]
+    auto = kinds["attention.output"]
+    results: dict[str, float] = {name: accuracy([i], "l2") for i, name in enumerate(names)}
+    for norm in ("likelihood", "l2"):
+        results |= {f"all {kind}, {norm}": accuracy(places, norm) for kind, places in kinds.items()}
+        results[f"all, {norm}"] = accuracy(every, norm)
+        shares = [accuracy(auto, norm, bases) for bases in cut]
+        results[f"all attention.output, {norm}, one task cut to 24 directions (mean)"] = sum(shares) / len(shares)
+    return results
 
 
 def _kind(name: str) -> str:
     return next(kind for kind in KINDS if kind in name)
-
-
-def _layer(name: str) -> int:
-    return int(name.split("layer.")[1].split(".")[0])
 
 
 @torch.inference_mode()
@@ -236,33 +241,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--set", choices=SETS, default="first", help="which five tasks")
+    parser.add_argument("--steps", type=int, default=Training.steps, help="length of every fine-tune")
     parser.add_argument("--samples", type=int, default=300, help="test samples of every task")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     folder = given.folder.absolute()
-    study = Study(folder, prepare(given.set, folder / "wheels", folder / "tasks"), given.samples)
+    tasks = prepare(given.set, folder / "wheels", folder / "tasks")
+    study = Study(folder, tasks, Training(given.steps), given.samples)
     own = study.folder / "experts"
     study.part("known task", "experts", lambda: with_known_task(study, lambda task: encoder(own / task.name)))
     bundle = study.make("mass", {"method": "mass"}, heads=True)
     model = mergetool.load_bundle(bundle)
     study.part("routed", "mass", lambda: routed(study, model))
-    study.part("routing", "base", lambda: routing(study, model))
     study.part("known task", "tsv-compress", lambda: compressed(study, model))
-    study.part(
-        "size", "mass", lambda: {k: v for k, v in facts_about_bundle(bundle).items() if "bytes" in k or "size" in k}
-    )
-    study.part("speed", "mass", lambda: speed(study, model))
+    facts = facts_about_bundle(bundle)
+    study.part("size", "mass", lambda: {key: value for key, value in facts.items() if "bytes" in key or "size" in key})
+    for name, settings in ROUTERS.items():
+        made = study.make(f"mass-{name}", {"method": "mass", **settings}, heads=True)
+        study.part("routed", name, lambda made=made: routed(study, mergetool.load_bundle(made)))
+    everything = study.make("mass-all", {"method": "mass", "router": {"layers": ["*"]}}, heads=True)
+    study.part("routing", "base", lambda: routing(study, mergetool.load_bundle(everything)))
     for name, merge in MERGES.items():
         merged = study.make(name, merge)
         study.part("known task", name, lambda merged=merged: with_known_task(study, lambda _: encoder(merged)))
     base = encoder(study.folder / "base")
     study.part("known task", "base", lambda: with_known_task(study, lambda _: base))
-    variants = {"features: merged": {"router": {"features": "merged"}}, "heads: max": {"heads": "max"}}
-    variants |= {"heads: log-softmax": {"heads": "log-softmax"}, "top_k: 1": {"router": {"top_k": 1}}}
-    for name, settings in variants.items():
-        made = study.make(f"mass-{name.replace(': ', '-')}", {"method": "mass", **settings}, heads=True)
-        study.part("routed", name, lambda made=made: routed(study, mergetool.load_bundle(made)))
+    study.part("speed", "mass", lambda: speed(study, model))
     (study.folder / "results.md").write_text(render(study.results))
+    draw(study.results, study.folder)
     print(render(study.results))
 
 

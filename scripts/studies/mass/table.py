@@ -1,6 +1,7 @@
-"""The study's results as tables."""
+"""The study's results as tables and pictures."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Scores = Mapping[str, float]
@@ -25,18 +26,53 @@ def render(results: Mapping[str, Any]) -> str:
         body.append(("mean", *(f"{value:.3f}" for value in means)))
         parts += [f"# Routing: {name}", _table(("task", "nearest", "among the chosen", "tasks per sample"), body)]
     if found := results.get("routing", {}).get("base"):
-        rows = [(name, f"{share:.3f}") for name, share in found.items() if "." not in name or name.startswith("all ")]
+        rows = [(name, f"{share:.3f}") for name, share in found.items() if name.startswith("all")]
         single = {name: share for name, share in found.items() if name not in dict(rows)}
         best = sorted(single, key=lambda name: -single[name])
         rows += [
-            (f"best matrix: {best[0]}", f"{single[best[0]]:.3f}"),
-            (f"worst matrix: {best[-1]}", f"{single[best[-1]]:.3f}"),
+            (f"best single matrix, l2: {best[0]}", f"{single[best[0]]:.3f}"),
+            (f"worst single matrix, l2: {best[-1]}", f"{single[best[-1]]:.3f}"),
         ]
         parts += ["# Share of samples whose task is nearest, no data used", _table(("matrices", "share"), rows)]
     for group in ("size", "speed"):
         if found := results.get(group, {}).get("mass"):
             parts += [f"# {group.capitalize()}", _table(("", ""), [(key, str(value)) for key, value in found.items()])]
     return "\n\n".join(parts) + "\n"
+
+
+def draw(results: Mapping[str, Any], folder: Path) -> None:
+    """accuracy.png: share of the experts' accuracy by method; routing.png: routing by each single matrix."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    experts = results["known task"]["experts"]
+    scores = {f"{name} (task known)": each for name, each in results["known task"].items() if name != "experts"}
+    scores |= {
+        f"mass, {name}" if name != "mass" else name: {task: each["strict"] for task, each in tasks.items()}
+        for name, tasks in results.get("routed", {}).items()
+    }
+    shares = {name: [each[task] / experts[task] for task in experts] for name, each in scores.items()}
+    names = sorted(shares, key=lambda name: sum(shares[name]))
+    figure, axes = plt.subplots(figsize=(8, 0.3 * len(names) + 1), layout="constrained")
+    axes.barh(names, [sum(shares[name]) / len(experts) for name in names], color="0.8")
+    for task, name in enumerate(experts):
+        axes.plot([shares[each][task] for each in names], names, "o", markersize=4, label=name)
+    axes.set_xlabel("share of the expert's accuracy (bar: mean over tasks)")
+    axes.legend(fontsize="small", loc="lower left")
+    figure.savefig(folder / "accuracy.png", dpi=120)
+    single = {name: share for name, share in results["routing"]["base"].items() if not name.startswith("all")}
+    kinds: dict[str, list[float]] = {}
+    for name, share in single.items():
+        kinds.setdefault(name.split(".", 3)[3].removesuffix(".weight"), []).append(share)
+    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+    for kind, values in kinds.items():
+        axes.plot(values, "o-", label=kind)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("nearest task is right")
+    axes.legend(fontsize="x-small")
+    figure.savefig(folder / "routing.png", dpi=120)
 
 
 def _scores(scores: Scores, experts: Scores) -> list[str]:
