@@ -352,7 +352,7 @@ class BundleMethod(Method):
     size: Annotated[Finite, Field(gt=0)] | None = Field(
         None,
         description="most that the factors of all experts may take, as a share of the base's bytes; directions that "
-        "hold the least energy are left out beyond it (default: 0.6 with `rank: auto`, else no bound)",
+        "hold the least energy are left out beyond it (default: 0.59 with `rank: auto`, else no bound)",
     )
     base: Literal["copy", "reference"] = Field("copy", description="copy the base, or only refer to it")
     filter: MatrixFilter = Field(
@@ -371,7 +371,7 @@ class BundleMethod(Method):
     @property
     def most(self) -> float | None:
         """The bound on the size of factors."""
-        return 0.6 if self.size is None and self.rank == "auto" else self.size
+        return 0.59 if self.size is None and self.rank == "auto" else self.size
 
     @abstractmethod
     def options(self) -> "Options":

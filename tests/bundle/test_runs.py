@@ -150,7 +150,7 @@ def test_factors_take_no_more_space_than_they_may(size, dtype, models, tmp_path)
     folder = mergetool.run(recipe(models, "tsv-compress", heads=False, **settings), output=tmp_path / "out").path
     tensors = [value for task in "abc" for value in load_file(folder / f"factors/{task}.safetensors").values()]
     base = [value for value in load_file(models["base"] / "model.safetensors").values() if value.is_floating_point()]
-    assert sum(value.nbytes for value in tensors) <= 1.001 * (size or 0.6) * sum(value.nbytes for value in base)
+    assert sum(value.nbytes for value in tensors) <= 1.001 * (size or 0.59) * sum(value.nbytes for value in base)
     assert all(min(p.ranks) >= 1 for p in read_manifest(folder).parameters.values() if p.policy == "svd")
 
 
