@@ -4,6 +4,7 @@ stdout carries the result (a path, a table, or JSON with --json); stderr carries
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,7 +52,7 @@ def run(
     recipe: RecipeFile,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of output.path.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, or a torch device such as cuda:0.")] = "auto",
-    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads (default: one per core).")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Workers (default: one per core).")] = None,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Most memory to use, e.g. 8GiB.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at the output.")] = False,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming.")] = False,
@@ -77,6 +78,7 @@ def run(
         overwrite=overwrite,
         resume=not no_resume,
         cache=cache,
+        fork=sys.platform == "linux",
         trust_code=trust_code,
         push=push,
         locked=locked,

@@ -67,6 +67,8 @@ class Flags:
     resume: bool = True
     cache: Path | None = None
     """Where factors of task vectors are kept between runs."""
+    fork: bool = False
+    """Let workers live in processes of their own where that is faster; for programs without threads of their own."""
     trust_code: bool = False
     """Whether Python code that the recipe names may be run."""
     push: bool | None = None
@@ -177,6 +179,8 @@ def _work(
     try:
         with jobs.torch_ready(flags.device, costs.workers, flags.cache):
             jobs.fit(claim.partial)
+            if flags.fork:
+                jobs.fork(costs.workers)
             jobs.queue_all()
             schedule.close()
             schedule.wait()
@@ -187,6 +191,7 @@ def _work(
         ended.set()
         for thread in threads:
             thread.join()
+        jobs.close()
     if schedule.error is not None:
         raise schedule.error
 

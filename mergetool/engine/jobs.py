@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from mergetool.bundle.store import FactorStore
     from mergetool.engine.fitting import Fit
+    from mergetool.engine.fork import Fork
     from mergetool.engine.worker import Worker
 
 _WHOLE_MODEL = None
@@ -54,6 +55,8 @@ class Record:
     outputs: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     bytes_read: int = 0
+    workers_memory: int = 0
+    """Bytes that processes of workers had of their own."""
 
 
 @dataclass
@@ -77,6 +80,7 @@ class Jobs:
         self._schedule = schedule
         self._teller = teller
         self._local = threading.local()
+        self._forks: list[Fork] = []
         self._device = "cpu"
         self._threads = 1
         self._fit: Fit | None = None
@@ -123,8 +127,7 @@ class Jobs:
         self._device = _device(device)
         self._store = FactorStore(cache) if cache else None
         self._threads = torch.get_num_threads()
-        whole = any(step.method is not None and step.reach == "tensor" for step in self._plan.steps)
-        torch.set_num_threads(max(1, self._threads // workers) if whole else 1)
+        torch.set_num_threads(1 if self._sliced else max(1, self._threads // workers))
         try:
             yield
         finally:
@@ -144,6 +147,27 @@ class Jobs:
         self._fit = fit(self._plan, folder, self._teller.say)
         self._plan = self._fit.plan
         torch.set_num_threads(threads)
+
+    @property
+    def _sliced(self) -> bool:
+        """Whether no step needs a tensor whole."""
+        return not any(step.method is not None and (step.whole or step.reach == "tensor") for step in self._plan.steps)
+
+    def fork(self, count: int) -> None:
+        """Give workers processes of their own, where that pays. Not for programs that have threads of their own."""
+        if self._device != "cpu" or not self._sliced or not 1 < count < self._units_left:
+            return
+        from mergetool.engine.fork import Fork
+
+        steps = {step.index: step for step in self._plan.steps}
+        for _ in range(count):
+            others = [self._journal.fileno(), *(fork.fileno() for fork in self._forks)]
+            self._forks.append(Fork(self._new_worker(), steps, others))
+        self._idle = list(self._forks)
+
+    def close(self) -> None:
+        """End the processes of workers, when no thread uses them any more."""
+        self.record.workers_memory = sum(fork.close() for fork in self._forks)
 
     def queue_all(self) -> None:
         """Queue everything that is still to do, in plan order."""
@@ -265,15 +289,18 @@ class Jobs:
         files = ((self._plan.sources[name], name) for name in step.reads)
         return {str(source.files[source.position(step.spec.name)[0]].path) for source, _ in files if source.files}
 
-    def _worker(self) -> "Worker":
+    def _worker(self) -> "Worker | Fork":
         if not hasattr(self._local, "worker"):
-            import torch
-
-            from mergetool.engine.worker import Worker
-
-            self._local.worker = Worker(self._plan, self._writer, torch.device(self._device), self._store)
-        worker: Worker = self._local.worker
+            self._local.worker = self._idle.pop() if self._forks else self._new_worker()
+        worker: Worker | Fork = self._local.worker
         return worker
+
+    def _new_worker(self) -> "Worker":
+        import torch
+
+        from mergetool.engine.worker import Worker
+
+        return Worker(self._plan, self._writer, torch.device(self._device), self._store)
 
     # ---------------------------------------------------------------- files
 
@@ -296,7 +323,7 @@ class Jobs:
         paths = [self._writer.path(shard) for shard in range(self._writer.num_files)]
         merged = SafetensorsSource(paths, None)
         try:
-            self._worker().replace(self._fit.finish(merged, self._writer.folder))
+            self._new_worker().replace(self._fit.finish(merged, self._writer.folder))
         finally:
             merged.close()
 

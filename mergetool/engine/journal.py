@@ -71,6 +71,10 @@ class Journal:
         self._num_records = 0
         self._begin()
 
+    def fileno(self) -> int:
+        """The file descriptor that holds the lock."""
+        return self._fd
+
     def unit(self, step: int, start: int, name: str, notes: list[str]) -> None:
         """A unit's bytes are in the page cache."""
         self.worked = True

@@ -35,7 +35,7 @@ def finish(plan: Plan, claim: Claim, record: Record, seconds: float) -> Result:
         seconds=seconds,
         bytes_read=record.bytes_read,
         bytes_written=plan.bytes_out,
-        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + record.workers_memory,
         num_tensors=len(plan.steps),
         resumed=claim.journal.resumed,
         notes=notes,

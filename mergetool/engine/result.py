@@ -17,7 +17,7 @@ class Result:
     """Bytes read for merging; surveys and resumed work count only what this process read."""
     bytes_written: int
     peak_memory: int
-    """Largest resident size of this process, in bytes."""
+    """Largest resident size of this process and what its workers' processes had of their own, in bytes."""
     num_tensors: int
     resumed: bool
     notes: dict[str, int] = field(default_factory=dict)

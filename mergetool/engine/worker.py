@@ -1,6 +1,6 @@
 """One thread's workbench: reads slices, calls the method, checks, casts, writes. Its buffers are made once.
 
-For methods that may see a slice at a time, a slice is about 512 Ki elements: every operation then runs on data that
+For methods that may see a slice at a time, a slice is about 256 Ki elements: every operation then runs on data that
 is still in the processor's cache, which is where the speed comes from. Memory is the same however large a tensor is.
 """
 

@@ -14,9 +14,9 @@ from mergetool.tensors.source import FileStamp, ModelSource
 BASE = "base"
 """Key of the base among a plan's sources (no model may have this name)."""
 
-SLICE_ELEMENTS = 1 << 19
-"""Elements a worker holds of each model at once for methods that allow it: small enough to stay in the outer cache, and
-large enough that threads compute for most of the time (every operation gives the interpreter's lock up and back)."""
+SLICE_ELEMENTS = 1 << 18
+"""Elements a worker holds of each model at once for methods that allow it: few enough for the slices of all workers to
+stay in a shared cache, and many enough for the cost of calling operations not to count."""
 UNIT_ELEMENTS = 1 << 22
 """Elements of one unit of work: what is journalled, dealt out to workers and done again after a kill."""
 

@@ -1,0 +1,116 @@
+"""Workers in processes of their own: what the command uses where steps are merged in slices on a CPU.
+
+Operations on slices are short, and before each the interpreter's lock must be had: threads would spend a quarter of
+their time waiting for one another on two cores, and most of it on many. A forked process has a lock of its own, shares
+with its parent all that was imported, opened and planned, and is there within milliseconds.
+
+The parent's threads keep everything else: what comes next, the journal, the hashing. A thread hands a unit of work to
+its process and sleeps until that has answered. A process whose parent is gone ends after the unit in hand.
+"""
+
+import os
+import pickle
+import resource
+import signal
+import traceback
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from mergetool.engine.worker import Worker
+from mergetool.errors import MergeError, MergetoolError
+from mergetool.methods.base import Stats, Survey
+from mergetool.planner import Step
+
+
+class Fork:
+    """The face of a worker that lives in a forked process. Used by one thread at a time."""
+
+    def __init__(self, worker: Worker, steps: Mapping[int, Step], others: Iterable[int]) -> None:
+        """Fork now. `others` are file descriptors that the new process must not hold on to."""
+        ours, theirs = Pipe()
+        with warnings.catch_warnings():  # there are threads, but none holds a lock that the new process takes
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process = os.fork()
+        if self._process == 0:
+            for descriptor in (ours.fileno(), *others):
+                os.close(descriptor)
+            _serve(worker, steps, theirs)
+        theirs.close()
+        self._pipe = ours
+
+    def fileno(self) -> int:
+        """Our end of the pipe."""
+        return self._pipe.fileno()
+
+    def survey(self, step: Step, start: int, stop: int, survey: Survey) -> Tensor:
+        """See `Worker.survey`. Raises MergeError when the process has died."""
+        return torch.from_numpy(self._ask("survey", step.index, start, stop, survey))
+
+    def merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[str]:
+        """See `Worker.merge`. Raises MergeError when the process has died."""
+        notes: list[str] = self._ask("merge", step.index, start, stop, stats)
+        return notes
+
+    def close(self) -> int:
+        """End the process. Returns the bytes by which it had grown, as far as is known."""
+        grown = 0
+        with suppress(OSError, EOFError):
+            self._pipe.send_bytes(pickle.dumps(None))
+            grown = pickle.loads(self._pipe.recv_bytes())
+        self._pipe.close()
+        with suppress(ChildProcessError):
+            os.waitpid(self._process, 0)
+        return grown
+
+    def _ask(self, *request: Any) -> Any:
+        try:
+            self._pipe.send_bytes(pickle.dumps(request))
+            answer, error = pickle.loads(self._pipe.recv_bytes())
+        except (OSError, EOFError):
+            raise MergeError(
+                "a worker process was killed before its work was done",
+                f"process {self._process}",
+                "run again, it resumes; if memory ran out, give --memory SIZE or fewer --workers",
+            ) from None
+        if error is not None:
+            raise error
+        return answer
+
+
+def _serve(worker: Worker, steps: Mapping[int, Step], pipe: Connection) -> NoReturn:
+    """Answer requests until there is nobody to ask, in the new process."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+        before = _resident()
+        while (request := pickle.loads(pipe.recv_bytes())) is not None:
+            pipe.send_bytes(_answer(worker, steps, *request))
+        pipe.send_bytes(pickle.dumps(_resident() - before))
+    except (OSError, EOFError):  # the parent is gone
+        pass
+    finally:
+        os._exit(0)
+
+
+def _answer(
+    worker: Worker, steps: Mapping[int, Step], kind: str, step: int, start: int, stop: int, extra: Any
+) -> bytes:
+    """The pickled answer to one request, and the error if there was one."""
+    try:
+        if kind == "survey":
+            return pickle.dumps((worker.survey(steps[step], start, stop, extra).numpy(), None))
+        return pickle.dumps((worker.merge(steps[step], start, stop, extra), None))
+    except MergetoolError as error:
+        return pickle.dumps((None, error))
+    except BaseException:
+        return pickle.dumps((None, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")))
+
+
+def _resident() -> int:
+    """Largest resident size of this process, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,148 @@
+"""Workers in processes of their own: the same bytes as threads, and nothing left behind whatever dies."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import mergetool
+from mergetool.engine.fork import Fork
+from mergetool.errors import MergeError
+from tests.files import write_model, write_recipe
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the command forks on Linux only")
+SHAPE, NUM_TENSORS = (400, 500), 24
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    generator = torch.Generator().manual_seed(0)
+    for model in ("base", "a", "b", "broken"):
+        tensors = {f"layers.{i}.weight": torch.randn(SHAPE, generator=generator) for i in range(NUM_TENSORS)}
+        if model == "broken":
+            tensors["layers.7.weight"][3, 4] = float("nan")
+        write_model(folder / model, {name: value.bfloat16() for name, value in tensors.items()})
+    return folder
+
+
+TIES = {"method": "ties", "density": 0.3}
+
+
+def recipe(folder, models, names="ab", merge=TIES):
+    return write_recipe(
+        folder / "r.yaml",
+        **({} if merge["method"] in ("linear", "slerp") else {"base": str(models / "base")}),
+        models={name: str(models / name) for name in names},
+        merge=merge,
+        output={"path": str(folder / "out")},
+    )
+
+
+def start(path, *arguments):
+    command = [sys.executable, "-m", "mergetool", "run", str(path), "--workers", "3", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def children(process):
+    """Living processes that a process has started."""
+    try:
+        listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [int(each) for each in listed]
+
+
+def forked(process):
+    """Wait for the processes of three workers."""
+    while process.poll() is None and len(found := children(process)) < 3:
+        time.sleep(0.002)
+    return found
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "merge", [TIES, {**TIES, "scope": "model"}, {"method": "linear"}, {"method": "slerp", "t": 0.3}]
+)
+def test_processes_write_what_threads_write(tmp_path, models, merge):
+    path = recipe(tmp_path, models, merge=merge)
+    mergetool.run(path, output=tmp_path / "threads", workers=3)
+    process = start(path)
+    assert len(forked(process)) == 3
+    _, told = process.communicate()
+    assert process.returncode == 0, told
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "threads/model.safetensors").read_bytes()
+
+
+def test_an_error_in_a_worker_is_told_like_any_other(tmp_path, models):
+    process = start(recipe(tmp_path, models, ["a", "broken"], {"method": "task-arithmetic"}))
+    _, told = process.communicate()
+    assert process.returncode == 5
+    assert "layers.7.weight" in told
+    assert "flat index 1504: it is not finite in model 'broken'" in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_that_is_killed_ends_the_run_which_then_resumes(tmp_path, models):
+    path = recipe(tmp_path, models)
+    mergetool.run(path, output=tmp_path / "whole")
+    process = start(path)
+    os.kill(forked(process)[1], signal.SIGKILL)
+    _, told = process.communicate()
+    if process.returncode != 0:  # it was killed in time
+        assert process.returncode == 5
+        assert "a worker process was killed" in told
+        assert "run again, it resumes" in told
+        _, told = (process := start(path)).communicate()
+    assert process.returncode == 0, told
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_workers_do_not_outlive_a_killed_run_nor_hold_its_lock(tmp_path, models):
+    process = start(recipe(tmp_path, models))
+    workers = forked(process)
+    process.kill()
+    process.communicate()
+    with (tmp_path / "out.partial/journal.jsonl").open("rb") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    end = time.monotonic() + 20
+    while any(is_alive(pid) for pid in workers) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not any(is_alive(pid) for pid in workers)
+
+
+class Odd:
+    """A worker whose every answer is a surprise."""
+
+    def survey(self, *request):
+        return torch.tensor(request[1:3])
+
+    def merge(self, step, start, stop, stats):
+        if start == 0:
+            raise MergeError("what", "where", "fix")
+        raise ZeroDivisionError("a bug")
+
+
+def test_errors_keep_their_parts_and_bugs_their_traceback():
+    step = type("Step", (), {"index": 4})()
+    fork = Fork(Odd(), {4: step}, [])
+    assert fork.survey(step, 2, 3, None).tolist() == [2, 3]
+    with pytest.raises(MergeError) as caught:
+        fork.merge(step, 0, 1, {})
+    assert (caught.value.what, caught.value.where, caught.value.fix) == ("what", "where", "fix")
+    with pytest.raises(RuntimeError, match=r"(?s)in a worker process.*ZeroDivisionError: a bug"):
+        fork.merge(step, 1, 2, {})
+    assert fork.close() >= 0
