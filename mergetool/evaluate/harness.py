@@ -56,7 +56,7 @@ def load_task(options: TaskOptions, folder: Path) -> Any:
     if include is not None and not include.exists():
         raise EvaluationError("no such file or folder", str(include), "check `include`")
     try:
-        with quiet():
+        with quiet(), _uncounted():
             manager = TaskManager(include_path=include, include_defaults=include is None)
             if options.name not in manager.all_tasks:
                 raise _unknown(options, manager.all_tasks)
@@ -75,6 +75,18 @@ def load_task(options: TaskOptions, folder: Path) -> Any:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     return task
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """Loading a local file is nobody's business: datasets would tell its makers, over the network."""
+    import datasets
+
+    before, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 def _unknown(options: TaskOptions, known: list[str]) -> EvaluationError:

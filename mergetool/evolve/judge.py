@@ -79,6 +79,13 @@ class Judge:
         """`scores` of several subjects, in their order."""
         return [self.scores(subject, ids, stage) for subject in subjects]
 
+    def known(self, subject: Subject, ids: Ids) -> dict[str, dict[int, Score]] | None:
+        """Scores of these items if all of them are known; nobody is asked."""
+        known = self._known.get(subject, Known()).scores
+        if any(item not in known.get(task, {}) for task, wanted in ids.items() for item in wanted):
+            return None
+        return {task: {item: known[task][item] for item in wanted} for task, wanted in ids.items()}
+
     def failure(self, subject: Subject) -> str | None:
         """Why a candidate failed, or None."""
         return self._known[subject].failure if subject in self._known else None

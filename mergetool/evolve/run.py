@@ -28,7 +28,7 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
     found = search(recipe, output, flags, progress)
     result = run_plain(candidate_recipe(recipe, found.values), replace(flags, output=output), progress)
     _check_saved(result.path, found.digest)
-    return result
+    return replace(result, notes={**dict.fromkeys(found.notes, 1), **result.notes})
 
 
 def _check_saved(path: Path, digest: str | None) -> None:

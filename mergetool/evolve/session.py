@@ -12,6 +12,7 @@ from mergetool.engine import Flags, Progress
 from mergetool.errors import EvaluationError
 from mergetool.evaluate.harness import load_task
 from mergetool.evaluate.items import TaskItems
+from mergetool.evolve.facts import facts_of
 from mergetool.evolve.journal import SearchJournal
 from mergetool.evolve.judge import Judge
 from mergetool.evolve.live import Candidates
@@ -28,6 +29,8 @@ from mergetool.tensors.writer import write_file
 
 RECIPE_NAME = "recipe.yaml"
 FRONT_NAME = "front"
+REPORT_NAME = "report.json"
+PAGE_NAME = "report.html"
 _PACKAGES = ("torch", "transformers", "lm_eval", "numpy", "scipy", "cmaes", "pymoo")
 
 
@@ -38,6 +41,8 @@ class Found:
     values: Values
     digest: str | None
     """Of the weights that got the final score."""
+    notes: tuple[str, ...]
+    """For people."""
 
 
 def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress) -> Found:
@@ -62,16 +67,29 @@ def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress) -> Fo
     journal = SearchJournal(folder, header, resume=flags.resume)
     try:
         judge = Judge(candidates, tasks, journal)
-        loop = Loop(method, method.space(tuple(recipe.models)), judge, pools, recipe.compute.seed, progress.say)
+        space = method.space(tuple(recipe.models))
+        loop = Loop(method, space, judge, pools, recipe.compute.seed, progress.say)
         history = loop.run(tuple(recipe.models), BASE if recipe.base else None)
         if history.winner is None:
             reasons = {judge.failure(trial.values) for trial in history.trials}
             what = f"all {len(history.trials)} candidates failed: {'; '.join(map(str, sorted(reasons, key=str)))[:300]}"
             raise EvaluationError(what, recipe.name, "try the method alone: mergetool run with plain numbers")
-        _write(folder, recipe, history, judge)
+        facts = facts_of(history, judge, pools, space, loop.weights.tolist())
+        _write(folder, recipe, history, facts, progress)
     finally:
         journal.close()
-    return Found(history.winner, judge.digest(history.winner))
+    return Found(history.winner, judge.digest(history.winner), _notes(facts, folder))
+
+
+def _notes(facts: dict[str, Any], folder: Path) -> tuple[str, ...]:
+    best = max(facts["compared"], key=lambda row: float(row["report_mean"]))
+    return (
+        f"score on report items: {facts['winner']['report_mean']:.4f}; the next best, {best['name']}: "
+        f"{best['report_mean']:.4f}",
+        f"{facts['spent']['searching']} items answered while searching, {facts['spent']['reduction']:.1f} times fewer "
+        f"than by asking every candidate everything",
+        f"the search is in {folder}",
+    )
 
 
 def _fetched(recipe: Recipe, progress: Progress) -> dict[str, ModelSource]:
@@ -91,33 +109,28 @@ def _version(name: str) -> str:
         return "absent"
 
 
-def _write(folder: Path, recipe: Recipe, history: History, judge: Judge) -> None:
-    """The winner and the members of the front as plain recipes, and the figures."""
+def _write(folder: Path, recipe: Recipe, history: History, facts: dict[str, Any], progress: Progress) -> None:
+    """The winner and the members of the front as plain recipes, and the report."""
     assert history.winner is not None
-    _write_recipe(folder / RECIPE_NAME, candidate_recipe(recipe, history.winner))
+    text = _write_recipe(folder / RECIPE_NAME, candidate_recipe(recipe, history.winner))
     for place, values in enumerate(history.front):
         _write_recipe(folder / FRONT_NAME / f"{place:02d}.yaml", candidate_recipe(recipe, values))
-    report = {
-        "winner": list(history.winner),
-        "report": {_name(subject): scores for subject, scores in history.report.items()},
-        "front": [
-            {"values": list(v), "search": history.finalists[v], "report": history.report[v], "digest": judge.digest(v)}
-            for v in history.front
-        ],
-        "spent": judge.spent.items,
-    }
-    write_file(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    write_file(folder / REPORT_NAME, json.dumps(facts, indent=1) + "\n")
+    try:
+        from mergetool.evolve.page import page
+
+        write_file(folder / PAGE_NAME, page(facts, text, f"Search for {recipe.name}"))
+    except ModuleNotFoundError as error:
+        progress.say(f"no {PAGE_NAME}: {error.name} is not installed (pip install 'mergetool[report]')")
 
 
-def _write_recipe(path: Path, recipe: Recipe) -> None:
+def _write_recipe(path: Path, recipe: Recipe) -> str:
     import yaml
 
     path.parent.mkdir(exist_ok=True)
-    write_file(path, yaml.safe_dump(moved(recipe, path.parent), sort_keys=False, allow_unicode=True))
-
-
-def _name(subject: Any) -> str:
-    return subject if isinstance(subject, str) else json.dumps(list(subject))
+    text = yaml.safe_dump(moved(recipe, path.parent), sort_keys=False, allow_unicode=True)
+    write_file(path, text)
+    return str(text)
 
 
 def moved(recipe: Recipe, folder: Path) -> dict[str, Any]:

@@ -47,9 +47,11 @@ def recipe(folder, *, inner=None, search=None, **merge):
 def test_the_winner_beats_parents_and_average_and_its_plain_recipe_makes_the_same_bytes(folder, tmp_path):
     result = mergetool.run(recipe(folder), output=tmp_path / "out")
     report = json.loads((tmp_path / "out.search" / "report.json").read_text())
-    scores = {name: np.mean(values) for name, values in report["report"].items()}
-    winner = scores[json.dumps(report["winner"])]
-    assert all(winner > scores[name] for name in ("left", "right", "base", "[1.0, 1.0]"))
+    compared = {row["name"]: row["report_mean"] for row in report["compared"]}
+    assert compared.keys() == {"base", "left", "right", "start of the search"}
+    assert report["winner"]["report_mean"] > max(compared.values())
+    correct = World().correct(report["winner"]["values"])
+    assert np.mean(report["winner"]["search"] + report["winner"]["report"]) == pytest.approx(correct.mean())
     again = mergetool.run(tmp_path / "out.search" / "recipe.yaml", output=tmp_path / "again")
     assert_same_bytes(read(result.path), read(again.path))
     files = [(path / "model.safetensors").read_bytes() for path in (result.path, again.path)]
@@ -104,11 +106,12 @@ def test_every_request_is_counted_and_none_is_made_twice(folder, tmp_path, monke
     assert len(asked_of) == len(set(asked_of))
     assert sum(made) == 2 * len(asked_of)
     report = json.loads((tmp_path / "out.search" / "report.json").read_text())
-    assert sum(report["spent"].values()) == len(asked_of)
+    spent = report["spent"]["items"]
+    assert sum(spent.values()) == len(asked_of)
     pool, subset = 60, 30
-    assert report["spent"]["calibration"] == (3 + 1 + 4) * pool
+    assert spent["calibration"] == (3 + 1 + 4) * pool
     candidates = {str(who) for stage, who, _ in lines if stage == "search"}
-    assert report["spent"]["search"] == len(candidates) * subset
+    assert spent["search"] == len(candidates) * subset
     made.clear()
     mergetool.run(asked, output=tmp_path / "out", overwrite=True)
     assert made == []
@@ -137,7 +140,7 @@ def test_a_candidate_that_fails_is_noted_and_the_search_goes_on(folder, tmp_path
     failures = [line for line in journal(tmp_path / "out.search") if "failure" in line]
     assert failures
     assert {line["failure"] for line in failures} == {"out of memory"}
-    assert json.loads((tmp_path / "out.search" / "report.json").read_text())["winner"][0] <= 1.0
+    assert json.loads((tmp_path / "out.search" / "report.json").read_text())["winner"]["values"][0] <= 1.0
     assert result.path.is_dir()
 
 
@@ -182,6 +185,10 @@ def test_several_objectives_give_a_front_of_which_any_member_can_be_written(fold
         assert not any(all(x >= y for x, y in zip(o, one, strict=True)) and o != one for o in scores)
     written = mergetool.run(tmp_path / "out.search" / "front" / "01.yaml", output=tmp_path / "second").path
     assert saved_digest(open_model(written)) == report["front"][1]["digest"]
+    page = (tmp_path / "out.search" / "report.html").read_text()
+    assert page.count("<svg") == 4
+    for told in ("Pareto front", "front/01.yaml", f"{report['winner']['report_mean']:.3f}"):
+        assert told in page
 
 
 NO_NETWORK = """

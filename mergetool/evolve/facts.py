@@ -1,0 +1,108 @@
+"""What a search found and what it cost, as plain data: the report in JSON, from which the page is drawn."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mergetool.evolve.judge import Judge, Subject
+from mergetool.evolve.loop import History, Trial, Values
+from mergetool.evolve.pools import Pools
+from mergetool.search.space import Space
+
+
+def facts_of(history: History, judge: Judge, pools: Pools, space: Space, weights: Sequence[float]) -> dict[str, Any]:
+    """Everything about a finished search, JSON-able. Scores are lists with one number per task."""
+    assert history.winner is not None
+    mean = _Mean(weights)
+    names = [gene.name for gene in space.genes]
+    return {
+        "tasks": [
+            {"name": name, "metric": judge.tasks[name].metric, "weight": weight, "search_items": len(pool)}
+            | {"report_items": len(pools.report[name]), "asked_items": len(history.prepared[name].ids)}
+            | {"estimator": history.prepared[name].estimator.kind, **_check(history, name)}
+            for (name, pool), weight in zip(pools.search.items(), weights, strict=True)
+        ],
+        "genes": names,
+        "winner": _candidate(history.winner, history, judge, mean) | {"recipe": "recipe.yaml"},
+        "front": [
+            _candidate(values, history, judge, mean) | {"recipe": f"front/{place:02d}.yaml"}
+            for place, values in enumerate(history.front)
+        ],
+        "compared": [
+            {"name": who if isinstance(who, str) else "start of the search"}
+            | {"report": list(scores), "report_mean": mean(scores)}
+            for who, scores in history.report.items()
+            if isinstance(who, str) or who == space.start
+        ],
+        "trials": [_trial(trial, judge, pools, mean) for trial in history.trials],
+        "spent": _spent(history, judge, pools),
+        "seconds": {"merge": round(judge.spent.merge_seconds, 3), "evaluate": round(judge.spent.evaluate_seconds, 3)},
+    }
+
+
+class _Mean:
+    """The weighted mean of one score per task."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self._weights = np.array(weights)
+
+    def __call__(self, scores: Sequence[float]) -> float:
+        return float(self._weights @ np.array(scores))
+
+
+def _check(history: History, task: str) -> dict[str, Any]:
+    """How estimators did on held-out merges, if that was tried."""
+    prepared = history.prepared[task]
+    if prepared.check is None:
+        return {}
+    return {
+        "dimensions": prepared.num_dimensions,
+        "blend": prepared.estimator.blend,
+        "held_out_errors": prepared.check.errors,
+        "held_out_rank_correlations": prepared.check.ranks,
+    }
+
+
+def _candidate(values: Values, history: History, judge: Judge, mean: _Mean) -> dict[str, Any]:
+    trial = next(trial for trial in history.trials if trial.values == values)
+    assert trial.estimates is not None
+    asked = {task: prepared.ids for task, prepared in history.prepared.items()}
+    raw = judge.known(values, asked) or {}
+    return {
+        "values": list(values),
+        "asked": [float(np.mean([score.value for score in part.values()])) for part in raw.values()],
+        "estimate": [estimate.value for estimate in trial.estimates],
+        "estimate_error": [estimate.error for estimate in trial.estimates],
+        "search": list(history.finalists[values]),
+        "search_mean": mean(history.finalists[values]),
+        "report": list(history.report[values]),
+        "report_mean": mean(history.report[values]),
+        "digest": judge.digest(values),
+    }
+
+
+def _trial(trial: Trial, judge: Judge, pools: Pools, mean: _Mean) -> dict[str, Any]:
+    made: dict[str, Any] = {"generation": trial.generation, "values": list(trial.values)}
+    if trial.estimates is None:
+        return made | {"failure": judge.failure(trial.values)}
+    made |= {"estimate": [estimate.value for estimate in trial.estimates], "fitness": trial.fitness}
+    if (full := judge.known(trial.values, pools.search)) is not None:
+        made["search"] = [float(np.mean([score.value for score in part.values()])) for part in full.values()]
+        made["search_mean"] = mean(made["search"])
+    return made
+
+
+def _spent(history: History, judge: Judge, pools: Pools) -> dict[str, Any]:
+    """Items answered by stage; and what asking every candidate all search items would have taken."""
+    candidates: set[Subject] = {trial.values for trial in history.trials if trial.estimates is not None}
+    searching = sum(count for stage, count in judge.spent.items.items() if stage != "report")
+    full = len(candidates) * pools.num_search
+    return {
+        "items": dict(judge.spent.items),
+        "requests": judge.spent.requests,
+        "candidates": len(candidates),
+        "searching": searching,
+        "full_search": full,
+        "reduction": full / searching if searching else 0.0,
+    }
