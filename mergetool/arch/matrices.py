@@ -24,6 +24,28 @@ _ATTENTION_OUTPUT = re.compile(
     r"|attention\.(wo|o_proj)|(SelfAttention|attn)\.o)\.weight$"
 )
 
+_QKV = (
+    "query key value",
+    "q_proj k_proj v_proj",
+    "q_lin k_lin v_lin",
+    "query_proj key_proj value_proj",
+    "to_q to_k to_v",
+    "wq wk wv",
+    "q k v",
+)
+
+
+def query_key_value(name: str) -> tuple[str, ...]:
+    """The weights that read what this one reads: query, key and value of its attention block; itself is among them.
+
+    Empty for a tensor of another kind, and where they are stored as one tensor anyway.
+    """
+    before, _, rest = name.removesuffix(".weight").rpartition(".")
+    for words in _QKV:
+        if rest in words.split() and name.endswith(".weight"):
+            return tuple(f"{before}.{word}.weight".lstrip(".") for word in words.split())
+    return ()
+
 
 def is_attention_output(name: str) -> bool:
     """Whether a tensor is the projection that an attention block ends with (as transformers, timm and T5 call it)."""

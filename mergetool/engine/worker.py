@@ -6,6 +6,7 @@ is still in the processor's cache, which is where the speed comes from. Memory i
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -80,13 +81,13 @@ class Worker:
         length = max(step.row, SLICE_ELEMENTS // step.row * step.row)
         return [(begin, min(begin + length, stop)) for begin in range(start, stop, length)]
 
-    def _group(self, step: Step, start: int, stop: int) -> TensorGroup:
+    def _group(self, step: Step, start: int, stop: int, owner: str = "") -> TensorGroup:
         length = stop - start
         shape: tuple[int, ...] = (length,)
         if step.reach != "element":
             shape = (length // step.row, *step.spec.shape[1:]) if step.row < step.spec.num_elements else step.spec.shape
-        base = self._read(BASE, step, start, shape, "base") if step.base else None
-        models = [self._read(name, step, start, shape, place) for place, name in enumerate(step.sources)]
+        base = self._read(BASE, step, start, shape, (owner, "base")) if step.base else None
+        models = [self._read(name, step, start, shape, (owner, place)) for place, name in enumerate(step.sources)]
         return TensorGroup(
             name=step.spec.name,
             shape=step.spec.shape,
@@ -96,8 +97,26 @@ class Worker:
             start=start,
             seed=self._plan.seed,
             new=self._scratch(shape),
+            other=partial(self._other, step),
             store=self._store,
         )
+
+    def _other(self, step: Step, name: str) -> TensorGroup | None:
+        """A whole tensor that a step's method asks for, in buffers of its own."""
+        other = next((each for each in self._plan.steps if each.spec.name == name), None)
+        if (
+            other is None
+            or len(other.spec.shape) != len(step.spec.shape)
+            or other.spec.shape[1:] != step.spec.shape[1:]
+        ):
+            return None
+        same = (other.method, other.params, other.models, other.base) == (
+            step.method,
+            step.params,
+            step.models,
+            step.base,
+        )
+        return self._group(other, 0, other.spec.num_elements, name) if same else None
 
     def _scratch(self, shape: tuple[int, ...]) -> Callable[[int, torch.dtype], Tensor]:
         return lambda place, dtype: self._buffer(("scratch", place), shape, dtype)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from mergetool.arch.matrices import MatrixFilter, is_matrix
+from mergetool.arch.matrices import MatrixFilter
 from mergetool.methods.group import TensorGroup
 from mergetool.methods.values import (
     RANK,
@@ -53,7 +53,6 @@ __all__ = [
     "Gradient",
     "Knob",
     "MatrixFilter",
-    "MatrixMethod",
     "Method",
     "Models",
     "Params",
@@ -196,6 +195,10 @@ class TensorMethod(Method):
         """What one call must see whole of this tensor: less than `reach` where a method treats some more simply."""
         return self.reach
 
+    def partners(self, name: str) -> tuple[str, ...]:
+        """Other tensors that `merge` reads for this one."""
+        return ()
+
     def survey_scope(self) -> Literal["tensor", "model"]:
         """Whether a survey looks at each tensor alone or at all tensors of the model together."""
         return "tensor"
@@ -203,48 +206,6 @@ class TensorMethod(Method):
     @abstractmethod
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         """The merged slice: same shape, dtype and device as `group.models[0]`. It may be one of their buffers."""
-
-
-class MatrixMethod(TensorMethod):
-    """A method that merges weight matrices by their singular vectors, and averages the task vectors of the rest."""
-
-    scale: Scheduled[Finite] = Field(1.0, description="factor on the merged task vector (alpha in the paper)")
-    weight: PerModel[Finite] = Field(1.0, description="factor on each task vector; 0 leaves the model out")
-    filter: MatrixFilter = Field(
-        "llm", description="which two-dimensional tensors are treated as matrices; all others are averaged"
-    )
-    conv: Literal["mean", "matricize"] = Field(
-        "mean", description="average tensors of more than two dimensions, or treat them as (out, everything else)"
-    )
-    needs_base: ClassVar = "required"
-    reach: ClassVar = "tensor"
-    buffers: ClassVar = 16
-
-    @abstractmethod
-    def merged(self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float]) -> "Tensor | None":
-        """The merged task vector (m, n), in any dtype, of these (finite, weights not 0), or None where the mean has
-        to do. The matrices may be overwritten only if it is not None."""
-
-    def reach_in(self, name: str, shape: tuple[int, ...]) -> Reach:
-        return "tensor" if is_matrix(name, shape, self.filter, conv=self.conv) else "element"
-
-    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
-        assert group.base is not None
-        chosen = [(delta, weight) for delta, weight in zip(group.deltas, p.weight, strict=True) if weight]
-        if not chosen:
-            return group.base
-        parts, weights = zip(*chosen, strict=True)
-        update = None
-        if self.reach_in(group.name, group.shape) == "tensor":
-            if all(bool(part.isfinite().all()) for part in parts):
-                update = self.merged(group, [part.flatten(1) for part in parts], weights)
-            else:  # the check of the result will say whose
-                group.note("holds values that are not finite: averaged")
-        if update is None:
-            update = group.scratch(0).zero_()
-            for part, weight in zip(parts, weights, strict=True):
-                update.add_(part, alpha=weight / len(parts))
-        return group.base.add_(update.to(group.base.dtype).view_as(group.base), alpha=p.scale)
 
 
 def _chosen(value: Any) -> Any:

@@ -33,6 +33,8 @@ class TensorGroup:
     """The run's seed; with the tensor's name, a model's name and a flat index it keys every random draw."""
     new: "Callable[[int, torch.dtype], Tensor] | None" = None
     """Where temporaries come from: (place, dtype) -> uninitialised tensor like `models[0]`, reused between calls."""
+    other: "Callable[[str], TensorGroup | None] | None" = None
+    """Another whole tensor of the same models, if it is merged in the same way and reads as many inputs."""
     store: "FactorStore | None" = None
     """Where factors of task vectors are kept between runs, if anywhere."""
     notes: list[str] = field(default_factory=list)

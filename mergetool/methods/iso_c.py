@@ -14,7 +14,8 @@ multiply task vectors.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.methods.base import MatrixMethod, TensorGroup
+from mergetool.methods.base import TensorGroup
+from mergetool.methods.matrix import MatrixMethod
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,8 @@ not matrices unless `filter` says so; weights per model multiply task vectors.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.methods.base import Field, MatrixMethod, TensorGroup, Unit
+from mergetool.methods.base import Field, TensorGroup, Unit
+from mergetool.methods.matrix import MatrixMethod
 
 if TYPE_CHECKING:
     from torch import Tensor

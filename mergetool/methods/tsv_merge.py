@@ -14,14 +14,16 @@ Reference: Gargiulo et al., Task Singular Vectors, CVPR 2025, https://arxiv.org/
 Differs from the paper: what a model did not change, and copies of one direction, are left out before directions are
 made orthogonal, where the authors' code puts arbitrary ones in their place (`null_policy: reference` does that too); a
 tensor with fewer rows or columns than there are models is averaged, where theirs loses its change; embeddings are not
-matrices unless `filter` says so; weights per model multiply task vectors, as in FusionBench. Fused projections
-(query, key and value in one tensor) are merged as they are stored, and the result depends on that, as theirs does.
+matrices unless `filter` says so; weights per model multiply task vectors, as in FusionBench. Whether query, key
+and value are one matrix or three makes a difference, as with theirs: `fuse: qkv` makes one of three, for which the
+factors are computed three times unless the run has a `--cache`.
 """
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.methods.base import RANK, Field, MatrixMethod, Rank, TensorGroup
+from mergetool.methods.base import RANK, Field, Rank, TensorGroup
+from mergetool.methods.matrix import MatrixMethod
 
 if TYPE_CHECKING:
     from torch import Tensor

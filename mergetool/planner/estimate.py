@@ -36,6 +36,7 @@ def step_memory(plan: Plan, step: Step) -> int:
     if step.method is None or held <= SLICE_ELEMENTS:
         return 0
     copies = len(step.reads) * (2 if step.whole else 1) + step.method.buffers + 1
+    copies *= 1 + len(step.method.partners(step.spec.name))
     return held * plan.compute_bits // 8 * copies
 
 

@@ -297,6 +297,49 @@ def test_an_override_takes_a_tensor_out_or_changes_its_rank():
     assert relative(merged["b"], naive([each["b"] for each in deltas], 1)) < 1e-10
 
 
+@pytest.mark.parametrize("method", ["tsv-merge", "iso-c", "iso-cts"])
+@pytest.mark.parametrize("names", [("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v")])
+def test_projections_merge_as_the_fused_matrix_does(method, names):
+    rows = (12, 4, 8)  # grouped-query attention has fewer keys and values
+    fused = [task(24, 16, seed) for seed in range(3)]
+    order = sorted(range(3), key=lambda place: names[place])
+    split = [
+        {
+            f"layer.0.{names[place]}.weight": part.clone()
+            for place, part in zip(order, each.split([rows[p] for p in order]), strict=True)
+        }
+        for each in fused
+    ]
+    others = {"layer.0.o_proj.weight": task(16, 16, 9), "layer.0.q_proj.bias": randn(12)}
+    split = [each | {name: value.clone() for name, value in others.items()} for each in split]
+    base = {name: torch.zeros_like(value) for name, value in split[0].items()}
+    found = merge_state_dicts(method, split, base, dtype="float64", fuse="qkv")
+    whole = merge_state_dicts(
+        method, [{"w": each} for each in fused], {"w": torch.zeros(24, 16).double()}, dtype="float64"
+    )["w"]
+    together = torch.cat([found[f"layer.0.{names[place]}.weight"] for place in order])
+    torch.testing.assert_close(together, whole, rtol=0, atol=1e-10)
+    apart = merge_state_dicts(method, split, base, dtype="float64")
+    for name in others:
+        assert torch.equal(apart[name], found[name])
+    assert float((apart[f"layer.0.{names[0]}.weight"] - found[f"layer.0.{names[0]}.weight"]).norm()) > 1e-3
+
+
+def test_a_projection_that_is_taken_from_elsewhere_is_no_part_of_the_fused_matrix():
+    deltas = [
+        {f"layer.0.{name}_proj.weight": task(8, 16, 3 * seed + place) for place, name in enumerate("qkv")}
+        for seed in range(2)
+    ]
+    base = {name: torch.zeros_like(value) for name, value in deltas[0].items()}
+    overrides = [{"match": "*.k_proj.*", "use": "base"}]
+    found = merge_state_dicts("tsv-merge", deltas, base, dtype="float64", fuse="qkv", overrides=overrides)
+    without = [{name: value for name, value in each.items() if "k_proj" not in name} for each in deltas]
+    expected = merge_state_dicts("tsv-merge", without, {n: base[n] for n in without[0]}, dtype="float64", fuse="qkv")
+    assert not found["layer.0.k_proj.weight"].any()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value)
+
+
 def test_only_matrices_must_be_held_whole():
     method = TsvMerge()
     assert method.reach_in("model.layers.0.mlp.up_proj.weight", (9, 8)) == "tensor"
