@@ -21,9 +21,23 @@ JOURNAL_NAME = "search.jsonl"
 class SearchJournal:
     """The journal of one search, locked for as long as this object lives."""
 
-    def __init__(self, folder: Path, header: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(self, folder: Path, header: Mapping[str, Any], *, resume: bool, leads: bool = True) -> None:
+        """`leads`: whether this process writes it; others of the same search only read it once, at the start."""
         self.path = folder / JOURNAL_NAME
         self._header = dict(header)
+        self._fd = -1
+        self._answers: dict[str, dict[str, Any]] = {}
+        self.num_replayed = 0
+        if not leads:
+            self._read()
+            return
+        self._open(folder)
+        kept = self._read() if resume else []
+        os.ftruncate(self._fd, sum(len(line) + 1 for line in kept))
+        if not kept:
+            self._write(self._header)
+
+    def _open(self, folder: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -32,15 +46,9 @@ class SearchJournal:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._fd)
+            self.close()
             fix = "wait for it, or choose another place with -o PATH"
             raise OutputError("another search is writing here", str(folder), fix) from None
-        self._answers: dict[str, dict[str, Any]] = {}
-        self.num_replayed = 0
-        kept = self._read() if resume else []
-        os.ftruncate(self._fd, sum(len(line) + 1 for line in kept))
-        if not kept:
-            self._write(self._header)
 
     def _read(self) -> list[bytes]:
         """The lines that can be used: all whole ones, if the header is that of this very search."""
@@ -73,6 +81,8 @@ class SearchJournal:
         return found
 
     def _write(self, record: Mapping[str, Any]) -> None:
+        if self._fd < 0:
+            return
         line = json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
         try:
             if os.write(self._fd, line) != len(line):

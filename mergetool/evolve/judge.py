@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergetool.errors import EvaluationError, MergeError, MergetoolError, PlanError, RecipeError
+from mergetool.evaluate.cache import ResponseCache
 from mergetool.evaluate.items import Score, TaskItems
 from mergetool.evolve.journal import SearchJournal
 from mergetool.evolve.live import Candidates
+from mergetool.evolve.team import Team
 from mergetool.search.space import Value
 
 Subject = str | tuple[Value, ...]
@@ -20,6 +22,9 @@ Subject = str | tuple[Value, ...]
 
 Ids = Mapping[str, Sequence[int]]
 """Items by task."""
+
+Answers = dict[str, dict[int, Score]]
+"""Scores by task and item."""
 
 
 @dataclass
@@ -50,41 +55,50 @@ class Spent:
 class Judge:
     """Scores subjects, and keeps what it learnt."""
 
-    def __init__(self, candidates: Candidates, tasks: Sequence[TaskItems], journal: SearchJournal) -> None:
+    def __init__(
+        self,
+        candidates: Candidates,
+        tasks: Sequence[TaskItems],
+        journal: SearchJournal,
+        *,
+        team: Team,
+        cache: ResponseCache,
+    ) -> None:
         self._candidates = candidates
         self.tasks = {task.name: task for task in tasks}
-        self._journal = journal
+        self._journal, self._team, self._cache = journal, team, cache
         self._known: dict[Subject, Known] = {}
         self.spent = Spent()
 
-    def scores(self, subject: Subject, ids: Ids, stage: str) -> dict[str, dict[int, Score]] | None:
-        """Scores of these items by task; None for a candidate that could not be merged or evaluated.
+    def scores(self, subject: Subject, ids: Ids, stage: str) -> Answers | None:
+        """`scores_of_all` of one subject."""
+        return self.scores_of_all([subject], ids, stage)[0]
+
+    def scores_of_all(self, subjects: Sequence[Subject], ids: Ids, stage: str) -> list[Answers | None]:
+        """Scores of these items by task, for each subject; None for a candidate that could not be merged or evaluated.
 
         Raises EvaluationError for a model of the recipe that cannot be evaluated.
         """
-        known = self._known.setdefault(subject, Known())
-        missing = {
-            task: [item for item in wanted if item not in known.scores.get(task, {})] for task, wanted in ids.items()
-        }
-        missing = {task: items for task, items in missing.items() if items}
-        if known.failure is None and missing:
-            self._learn(subject, known, missing, stage)
-        if known.failure is not None:
-            return None
-        return {task: {item: known.scores[task][item] for item in wanted} for task, wanted in ids.items()}
+        waiting = []
+        for subject in dict.fromkeys(subjects):
+            missing = self._missing(subject, ids)
+            if not missing:
+                continue
+            record = self._journal.answer(_question(stage, subject, missing))
+            if record is None:
+                waiting.append((subject, missing))
+            else:
+                self._learn(subject, missing, stage, record)
+        for start in range(0, len(waiting), self._team.size):
+            self._ask_together(waiting[start : start + self._team.size], stage)
+        return [self.known(subject, ids) for subject in subjects]
 
-    def scores_of_all(
-        self, subjects: Sequence[Subject], ids: Ids, stage: str
-    ) -> list[dict[str, dict[int, Score]] | None]:
-        """`scores` of several subjects, in their order."""
-        return [self.scores(subject, ids, stage) for subject in subjects]
-
-    def known(self, subject: Subject, ids: Ids) -> dict[str, dict[int, Score]] | None:
+    def known(self, subject: Subject, ids: Ids) -> Answers | None:
         """Scores of these items if all of them are known; nobody is asked."""
-        known = self._known.get(subject, Known()).scores
-        if any(item not in known.get(task, {}) for task, wanted in ids.items() for item in wanted):
+        if self._missing(subject, ids) or self.failure(subject) is not None:
             return None
-        return {task: {item: known[task][item] for item in wanted} for task, wanted in ids.items()}
+        scores = self._known[subject].scores
+        return {task: {item: scores[task][item] for item in wanted} for task, wanted in ids.items()}
 
     def failure(self, subject: Subject) -> str | None:
         """Why a candidate failed, or None."""
@@ -94,11 +108,30 @@ class Judge:
         """The digest of the weights that got the final score."""
         return self._known[subject].digest
 
-    def _learn(self, subject: Subject, known: Known, missing: Mapping[str, list[int]], stage: str) -> None:
-        question = [stage, subject if isinstance(subject, str) else list(subject), missing]
-        record = self._journal.answer(question)
-        if record is None:
-            record = self._journal.record(question, **self._ask(subject, missing, digest=stage == "report"))
+    def _missing(self, subject: Subject, ids: Ids) -> dict[str, list[int]]:
+        """Items that this subject was not asked yet; none of one that failed."""
+        known = self._known.get(subject, Known())
+        if known.failure is not None:
+            return {}
+        missing = {t: [item for item in wanted if item not in known.scores.get(t, {})] for t, wanted in ids.items()}
+        return {task: items for task, items in missing.items() if items}
+
+    def _ask_together(self, asked: Sequence[tuple[Subject, dict[str, list[int]]]], stage: str) -> None:
+        """Every process asks one question; all of them learn all answers, in order."""
+        own: dict[str, Any] | EvaluationError | None = None
+        if self._team.rank < len(asked):
+            try:
+                own = self._ask(*asked[self._team.rank], digest=stage == "report")
+            except EvaluationError as error:
+                own = error
+        for (subject, missing), answer in zip(asked, self._team.gather(own), strict=False):
+            if isinstance(answer, EvaluationError):
+                raise answer
+            record = self._journal.record(_question(stage, subject, missing), **answer)
+            self._learn(subject, missing, stage, record)
+
+    def _learn(self, subject: Subject, missing: Mapping[str, list[int]], stage: str, record: Mapping[str, Any]) -> None:
+        known = self._known.setdefault(subject, Known())
         known.failure = record.get("failure")
         known.digest = record.get("digest", known.digest)
         for task, (values, softs) in record.get("scores", {}).items():
@@ -114,29 +147,51 @@ class Judge:
     def _ask(self, subject: Subject, missing: Mapping[str, list[int]], *, digest: bool) -> dict[str, Any]:
         """Merge and evaluate; what goes wrong with a candidate is an answer, too."""
         started = merged = time.monotonic()
-        found_digest = None
+        marked = {}
         try:
-            found_digest = self._put(subject, digest=digest)
+            cached = {task: self._cached(subject, task, items) for task, items in missing.items()}
+            if digest or any(len(cached[task]) < len(items) for task, items in missing.items()):
+                marked = {"digest": found} if (found := self._put(subject, digest=digest)) else {}
             merged = time.monotonic()
-            found = {task: self.tasks[task].score(self._candidates.live.lm, items) for task, items in missing.items()}
+            scores = {task: self._scored(subject, task, items, cached[task]) for task, items in missing.items()}
         except (MergeError, PlanError, RecipeError, EvaluationError, RuntimeError) as error:
             if isinstance(subject, str):
                 raise _of_model(subject, error) from error
             reason = error.what if isinstance(error, MergetoolError) else str(error).strip().splitlines()[0]
             return {"failure": reason[:300], "seconds": [round(merged - started, 4), 0.0]}
-        ended = time.monotonic()
-        scores = {
+        seconds = [round(merged - started, 4), round(time.monotonic() - merged, 4)]
+        lists = {
             task: [[_plain(part[item].value) for item in missing[task]], [part[item].soft for item in missing[task]]]
-            for task, part in found.items()
+            for task, part in scores.items()
         }
-        marked = {"digest": found_digest} if found_digest else {}
-        return {"scores": scores, **marked, "seconds": [round(merged - started, 4), round(ended - merged, 4)]}
+        return {"scores": lists, **marked, "seconds": seconds}
+
+    def _cached(self, subject: Subject, task: str, items: Sequence[int]) -> dict[int, Score]:
+        hashes = self.tasks[task].hashes
+        model = self._candidates.identity(subject)
+        found = self._cache.get(model, self.tasks[task].fingerprint, [hashes[item] for item in items])
+        return {item: found[hashes[item]] for item in items if hashes[item] in found}
+
+    def _scored(self, subject: Subject, task: str, items: Sequence[int], cached: dict[int, Score]) -> dict[int, Score]:
+        """Ask the live model what the cache does not know."""
+        left = [item for item in items if item not in cached]
+        if left:
+            hashes = self.tasks[task].hashes
+            found = self.tasks[task].score(self._candidates.live.lm, left)
+            kept = {hashes[item]: score for item, score in found.items()}
+            self._cache.put(self._candidates.identity(subject), self.tasks[task].fingerprint, kept)
+            cached |= found
+        return cached
 
     def _put(self, subject: Subject, *, digest: bool) -> str | None:
         if not isinstance(subject, str):
             return self._candidates.put(subject, digest=digest)
         self._candidates.put_model(subject)
         return None
+
+
+def _question(stage: str, subject: Subject, missing: Mapping[str, list[int]]) -> list[Any]:
+    return [stage, subject if isinstance(subject, str) else list(subject), missing]
 
 
 def _plain(value: float) -> float | int:

@@ -5,16 +5,20 @@ The inputs are read once and stay in memory.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mergetool import __version__
 from mergetool.engine.memory import merge_all
 from mergetool.engine.worker import Sink, Worker
 from mergetool.errors import EvaluationError
 from mergetool.evaluate.model import LiveModel
+from mergetool.methods.base import SearchMethod
 from mergetool.planner import Plan, Step, make_plan
 from mergetool.planner.model import BASE
 from mergetool.recipe import load_recipe
@@ -94,6 +98,19 @@ class Candidates:
         )
         self._slots = self.live.slots([step.spec.name for step in plan.steps])
         self._device = torch.device(device)
+
+    def identity(self, subject: str | Sequence[Value]) -> str:
+        """What decides the weights of a candidate (or of a model of the recipe), as a SHA-256."""
+        files = {name: [[f.path.name, f.size, f.mtime_ns] for f in s.files] for name, s in self._sources.items()}
+        recipe, merge = self._recipe, None
+        if isinstance(subject, str):
+            files = {"model": files[subject], "rest": files[next(iter(files))]}
+        else:
+            assert isinstance(recipe.method, SearchMethod)
+            merge = recipe.method.candidate(tuple(subject), tuple(recipe.models))
+        facts: list[Any] = [files, merge, recipe.compute.model_dump(), recipe.check.model_dump(), recipe.output.dtype]
+        facts += [self._device.type, str(self.live.model.dtype), __version__, torch.__version__]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     def put(self, values: Sequence[Value], *, digest: bool = False) -> str | None:
         """Merge the candidate with these numbers into the live model. Returns its digest if asked for."""

@@ -2,17 +2,21 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mergetool.engine import Flags, Progress, Result
 from mergetool.engine import run_recipe as run_plain
 from mergetool.engine.execute import Silent
 from mergetool.engine.push import push_target
-from mergetool.errors import MergeError, OutputError
+from mergetool.errors import MergeError, MergetoolError, OutputError
 from mergetool.methods.base import SearchMethod
 from mergetool.planner.library import pinned
 from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.model import Recipe
 from mergetool.tensors.source import open_model
+
+if TYPE_CHECKING:
+    from mergetool.evolve.session import Found
 
 
 def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None) -> Result:
@@ -21,12 +25,30 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
     if not isinstance(recipe.method, SearchMethod):
         return run_plain(recipe, flags, progress)
     from mergetool.evolve.session import search
+    from mergetool.evolve.team import Team
 
     output = _output(recipe, flags)
     push_target(recipe, flags.push)  # that it cannot be pushed is better known now than after the search
     recipe = pinned(recipe)  # what is searched is what is merged, however long it takes
-    found = search(recipe, output, flags, progress)
-    result = run_plain(candidate_recipe(recipe, found.values), replace(flags, output=output), progress)
+    team = Team()
+    found = search(recipe, output, flags, progress if team.leads else Silent(), team)
+    result: Result | MergetoolError | None = None
+    if team.leads:
+        try:
+            result = _merge(candidate_recipe(recipe, found.values), found, replace(flags, output=output), progress)
+        except MergetoolError as error:
+            result = error
+    result = team.gather(result)[0]
+    if isinstance(result, MergetoolError):
+        raise result
+    assert result is not None
+    return result
+
+
+def _merge(recipe: Recipe, found: "Found", flags: Flags, progress: Progress) -> Result:
+    """Write the winner."""
+    cache = flags.cache if recipe.method.uses_factors else None
+    result = run_plain(recipe, replace(flags, cache=cache), progress)
     _check_saved(result.path, found.digest)
     return replace(result, notes={**dict.fromkeys(found.notes, 1), **result.notes})
 

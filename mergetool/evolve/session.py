@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 from mergetool import __version__
 from mergetool.engine import Flags, Progress
-from mergetool.errors import EvaluationError
+from mergetool.errors import EvaluationError, MergetoolError
+from mergetool.evaluate.cache import ResponseCache
 from mergetool.evaluate.harness import load_task
 from mergetool.evaluate.items import TaskItems
 from mergetool.evolve.facts import facts_of
@@ -17,7 +19,8 @@ from mergetool.evolve.journal import SearchJournal
 from mergetool.evolve.judge import Judge
 from mergetool.evolve.live import Candidates
 from mergetool.evolve.loop import History, Loop, Values
-from mergetool.evolve.pools import split
+from mergetool.evolve.pools import Pools, split
+from mergetool.evolve.team import Team
 from mergetool.methods.merge3 import Merge3
 from mergetool.planner.build import open_models
 from mergetool.planner.library import Library, is_on_hub
@@ -45,28 +48,19 @@ class Found:
     """For people."""
 
 
-def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress) -> Found:
+def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress, team: Team) -> Found:
     """Search, and write what was found beside the output."""
     method = recipe.method
     assert isinstance(method, Merge3)
     folder = output.with_name(f"{output.name}.search")
-    device = "cpu" if flags.device == "auto" else flags.device
     sources = _fetched(recipe, progress)
-    inputs = [[name, str(f.path), f.size, f.mtime_ns] for name, source in sources.items() for f in source.files]
-    candidates = Candidates(recipe, sources, device, method.search.batch_size)
+    candidates = Candidates(recipe, sources, team.device(flags.device), method.search.batch_size)
     tasks = [TaskItems(task, load_task(task, recipe.folder), candidates.live.lm) for task in method.tasks]
     pools = split(tasks, method.search.report, recipe.compute.seed)
-    document = {key: value for key, value in recipe.document.items() if key != "output"}
-    header = {
-        "search": document,
-        "inputs": inputs,
-        "tasks": {task.name: task.fingerprint for task in tasks},
-        "versions": {"mergetool": __version__} | {name: _version(name) for name in _PACKAGES},
-        "pools": {"search": pools.search, "report": pools.report},
-    }
-    journal = SearchJournal(folder, header, resume=flags.resume)
+    journal = _open_journal(folder, _header(recipe, sources, tasks, pools), flags, team)
+    cache = ResponseCache(flags.cache)
     try:
-        judge = Judge(candidates, tasks, journal)
+        judge = Judge(candidates, tasks, journal, team=team, cache=cache)
         space = method.space(tuple(recipe.models))
         loop = Loop(method, space, judge, pools, recipe.compute.seed, progress.say)
         history = loop.run(tuple(recipe.models), BASE if recipe.base else None)
@@ -75,10 +69,41 @@ def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress) -> Fo
             what = f"all {len(history.trials)} candidates failed: {'; '.join(map(str, sorted(reasons, key=str)))[:300]}"
             raise EvaluationError(what, recipe.name, "try the method alone: mergetool run with plain numbers")
         facts = facts_of(history, judge, pools, space, loop.weights.tolist())
-        _write(folder, recipe, history, facts, progress)
+        if team.leads:
+            _write(folder, recipe, history, facts, progress)
     finally:
         journal.close()
+        cache.close()
     return Found(history.winner, judge.digest(history.winner), _notes(facts, folder))
+
+
+def _header(
+    recipe: Recipe, sources: Mapping[str, ModelSource], tasks: Sequence[TaskItems], pools: Pools
+) -> dict[str, Any]:
+    """All that decides the course of a search: a journal of another one is of no use."""
+    return {
+        "search": {key: value for key, value in recipe.document.items() if key != "output"},
+        "inputs": [[name, str(f.path), f.size, f.mtime_ns] for name, source in sources.items() for f in source.files],
+        "tasks": {task.name: task.fingerprint for task in tasks},
+        "versions": {"mergetool": __version__} | {name: _version(name) for name in _PACKAGES},
+        "pools": {"search": pools.search, "report": pools.report},
+    }
+
+
+def _open_journal(folder: Path, header: dict[str, Any], flags: Flags, team: Team) -> SearchJournal:
+    """The journal: first where it is written, then, as it was found, in the other processes."""
+    journal, trouble = None, None
+    for leads in (True, False):
+        if team.leads is leads and trouble is None:
+            try:
+                journal = SearchJournal(folder, header, resume=flags.resume, leads=leads)
+            except MergetoolError as error:
+                trouble = error
+        trouble = next((error for error in team.gather(trouble) if error is not None), None)
+    if trouble is not None:
+        raise trouble
+    assert journal is not None
+    return journal
 
 
 def _notes(facts: dict[str, Any], folder: Path) -> tuple[str, ...]:

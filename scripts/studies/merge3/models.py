@@ -38,25 +38,16 @@ def prepare(folder: Path, training: Training, say: Callable[[str], None]) -> Non
         model = LlamaForCausalLM(_config(training, len(tokenizer)))
         say(f"base: {sum(p.numel() for p in model.parameters()):,} parameters")
         mixed = cycle([lines(skill, 0) for skill in SKILLS])
-        _train(
-            model, tokenizer, lambda: next(next(mixed)), training, training.pretrain_steps, training.pretrain_rate, say
-        )
+        run = Run(training.pretrain_steps, training.pretrain_rate, training.batch)
+        _train(model, tokenizer, (next(stream) for stream in mixed), run, say)
         _save(model, tokenizer, folder / "base")
     for skill in SKILLS:
         if not (folder / skill / "config.json").exists():
             torch.manual_seed(1)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "base")
             model = LlamaForCausalLM.from_pretrained(folder / "base")
-            own = lines(skill, 1)
-            _train(
-                model,
-                tokenizer,
-                lambda own=own: next(own),
-                training,
-                training.finetune_steps,
-                training.finetune_rate,
-                say,
-            )
+            run = Run(training.finetune_steps, training.finetune_rate, training.batch)
+            _train(model, tokenizer, lines(skill, 1), run, say)
             _save(model, tokenizer, folder / skill)
 
 
