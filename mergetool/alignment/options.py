@@ -21,7 +21,7 @@ class Align(Section):
     mode: Literal["joint", "block"] = Field("joint", description="all models move together, or one at a time")
     init: Literal["identity", "barycenter"] = Field("identity", description="where the first start begins")
     anchor: Text | None = Field(None, description="model whose order the result takes; else one chosen by content")
-    starts: Annotated[int, Field(ge=1, strict=True)] = Field(2, description="runs to choose the best of")
+    starts: Annotated[int, Field(ge=1, strict=True)] = Field(3, description="runs to choose the best of")
     polish: bool = Field(True, strict=True, description="improve the rounded permutations by hard moves")
     iterations: Annotated[int, Field(ge=1, strict=True)] = Field(100, description="most Frank-Wolfe steps of a start")
     tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)] = Field(

@@ -21,7 +21,7 @@ polish, several starts, groups beyond plain permutations (signs, heads within la
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Literal
 
 import numpy as np
@@ -44,8 +44,9 @@ class Settings:
     """How to search.
 
     `init`: "identity", or "barycenter" (the mean of the group; the anchor stays at the identity). `anchor`: the model
-    whose order the universe takes, by default the first. `starts`: how many runs to choose the best from; the first
-    as asked, then block mode from the identity, then block mode from the barycentre with one anchor after the other.
+    whose order the universe takes, by default the first. `starts`: how many runs to choose the best from: one as asked,
+    hard moves alone from the identity (MergeMany, so that the result is never below it), block mode from the identity,
+    and block mode from the barycentre with one anchor after the other.
     `tolerance`: stop when the gap is below this share of the objective.
     """
 
@@ -53,14 +54,17 @@ class Settings:
     init: Literal["identity", "barycenter"] = "identity"
     anchor: int | None = None
     polish: bool = True
-    starts: int = 2
+    starts: int = 3
     iterations: int = 100
     tolerance: float = 1e-6
 
 
 @dataclass(frozen=True)
 class Step:
-    """One iteration: the objective after it, the gap before it, and its length (in block mode: of the last model)."""
+    """One iteration: the objective after it, the gap before it, and its length (in block mode: of the last model).
+
+    Of a start by hard moves alone: one sweep over all models, and what it gained.
+    """
 
     objective: float
     gap: float
@@ -135,6 +139,8 @@ def _power(bernstein: NDArray[np.float64]) -> NDArray[np.float64]:
 def _plans(settings: Settings, num_models: int) -> Iterator[Settings]:
     """The starts, each as settings of its own."""
     plans = [settings]
+    if settings.polish:
+        plans.append(replace(settings, mode="block", init="identity", iterations=0))
     if num_models > 2:
         plans.append(replace(settings, mode="block", init="identity"))
     first = settings.anchor or 0
@@ -160,6 +166,7 @@ def _run(problem: Problem, plan: Settings, reference: int) -> tuple[Alignment, b
     if plan.polish and not stationary:
         point, sweeps = ascend(problem, point, movers if num_models == 2 else range(num_models))
         reached = sweeps[-1]
+        history = history or tuple(Step(after, after - before, 1.0) for before, after in pairwise(sweeps))
     elements = in_universe_of([soft.elements[0] for soft in point], reference)
     return Alignment(elements, reached, rounded, history), stationary and len(history) == 1
 

@@ -9,7 +9,7 @@ import torch
 from mergetool.kernels.frank_wolfe import Settings, align, best_step, in_universe_of, value_at
 from mergetool.kernels.matching import objective
 from mergetool.kernels.permute import Element
-from mergetool.kernels.weight_matching import hard_point
+from mergetool.kernels.weight_matching import hard_point, merge_many
 from tests.kernels import toys
 
 ONE_START = Settings(starts=1)
@@ -99,6 +99,17 @@ def test_more_starts_are_never_worse():
     problem = toys.problem(toy, [toys.weights(toy[1], i) for i in range(3)])
     values = [align(problem, Settings(starts=starts)).objective for starts in (1, 2, 5)]
     assert values == sorted(values)
+
+
+@pytest.mark.parametrize("name", toys.NETWORKS)
+def test_the_result_is_never_below_that_of_hard_moves_alone(name):
+    toy = toys.NETWORKS[name]()
+    for seed in range(3):
+        problem = toys.problem(toy, [toys.weights(toy[1], 10 * seed + i) for i in range(4)])
+        _, sweeps = merge_many(problem)
+        result = align(problem, Settings())
+        assert result.objective >= sweeps[-1] * (1 - 1e-12)
+        assert [step.objective for step in result.history] == sorted(step.objective for step in result.history)
 
 
 def test_two_models_are_aligned_by_holding_one():
