@@ -2,7 +2,7 @@
 """Time the alignment kernels: cost per model, against the pairwise loops of the paper, and at the size of a ViT-B.
 
     python scripts/bench_c2m3.py models        one iteration for 2 to 12 MLPs of width 512
-    python scripts/bench_c2m3.py loops         an iteration for five such MLPs, mean of a whole run, against loops over pairs
+    python scripts/bench_c2m3.py loops         an iteration for five such MLPs (mean of a run), against loops over pairs
     python scripts/bench_c2m3.py vit           three networks of ViT-B's sizes in planted orders, 10 % noise
 
 Seconds are those of the process on all its cores (CPU time), with the wall clock beside them. The loops are the
