@@ -132,10 +132,16 @@ class TaskFactors:
             return self.vector(group, name)
         return self.matrix(group, name).change().view(parameter.shape)
 
-    def bases(self, names: Sequence[str]) -> list[list[Tensor]]:
-        """Right singular vectors, (k, n) float32, of every task, for each of the given matrices."""
-        tasks = range(len(self.manifest.tasks))
-        return [[self.of(task, name).v.mT.float().contiguous() for task in tasks] for name in names]
+    def bases(self, names: Sequence[str], transposed: Sequence[bool]) -> list[list[Tensor]]:
+        """Singular vectors on the side of the inputs, (k, inputs) float32, of every task, for each of the matrices.
+
+        `transposed`: whether a matrix is stored as (inputs, outputs).
+        """
+        found = []
+        for name, turned in zip(names, transposed, strict=True):
+            every = [self.of(task, name) for task in range(len(self.manifest.tasks))]
+            found.append([(each.u if turned else each.v).mT.float().contiguous() for each in every])
+        return found
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

@@ -83,8 +83,9 @@ class MassModel(nn.Module):
         self._first_pass = self._first_pass_weights()
         self.calibration = read_calibration(folder)
         router = manifest.router
-        self._bases = factors.bases(router.matrices) if router is not None else []
         self._read_at = self._routing_modules() if router is not None else []
+        turned = [type(module).__name__ == "Conv1D" for module in self._read_at]  # GPT-2's linear layers
+        self._bases = factors.bases(router.matrices, turned) if router is not None else []
 
     @property
     def task_names(self) -> tuple[str, ...]:

@@ -9,9 +9,13 @@ nearest ones, merged on the fly; nobody has to say which task it belongs to. Not
 `{source: ./sst2, head: {weights: ./sst2/head.safetensors, pool: mean}}`; language models have none.
 
 Reference: Crisostomi et al., MASS: MoErging through Adaptive Subspace Selection, https://arxiv.org/abs/2504.05342.
-Differs from the paper: the router reads many matrices of the base (`layers: auto`), where theirs reads one of a merged
-model; a sample's heads are compared by joint log-probability instead of raw scores; the merge of a group of tasks is
-never materialised per sample; redundant tasks are left out of the first pass only where that uses merged weights.
+Differs from the paper: the router reads what goes into the output projections of all attention blocks of the base
+(`layers: auto`), where theirs reads one matrix of a merged model; the share of a feature that a task's directions
+explain is turned into a likelihood, which is fair between tasks of different rank and keeps how sure the router is,
+where theirs standardises residuals (`norm: l2`, `mode: topk`); a sample's heads are compared by joint log-probability
+instead of raw scores; the merge of a group of tasks is never materialised per sample; redundant tasks are left out of
+the first pass only where that uses merged weights; directions of least energy are left out where factors would take
+more than `size` of the base. `mergetool calibrate` corrects a router with a few rows whose tasks are known.
 """
 
 from dataclasses import replace

@@ -7,7 +7,8 @@ matrices they change, however many there are. Whoever knows the task gets its ex
 
 Reference: Gargiulo et al., Task Singular Vectors, CVPR 2025, https://arxiv.org/abs/2412.00081, section 4.1.
 Differs from the paper: what a model did not change takes no space; factors are rounded to bfloat16 unless `factors`
-says otherwise; a tensor that is smaller in full than as factors is kept in full; convolutions are compressed, too.
+says otherwise; directions of least energy are left out beyond `size`; a tensor that is smaller in full than as factors
+is kept in full; convolutions are compressed, too.
 """
 
 from typing import TYPE_CHECKING, Literal

@@ -16,7 +16,7 @@ from mergetool.bundle.readout import calibrated, pool_tokens
 from mergetool.errors import PlanError, SourceError
 from tests.bundle.tiny import OPTIONS, ROUTER, WIDTH, make_bundle, tiny_inputs, tiny_model
 
-FAMILIES = ["bert", "vit", "llama", "t5"]
+FAMILIES = ["bert", "vit", "llama", "t5", "gpt2"]
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +117,7 @@ def test_only_weights_that_samples_share_cut_a_batch_into_groups(bundles):
         "bert": True,
         "vit": True,
         "llama": True,
+        "gpt2": False,  # its linear layers are of a kind of their own
         "t5": False,  # its table of relative positions is the same for all samples of a batch
     }
 
@@ -192,8 +193,9 @@ def test_routing_reads_what_attention_mixes_unless_told_otherwise(bundles):
         "vit": "encoder.layer.0.attention.output.dense.weight",
         "llama": "model.layers.0.self_attn.o_proj.weight",
         "t5": "encoder.block.0.layer.0.SelfAttention.o.weight",
+        "gpt2": "transformer.h.0.attn.c_proj.weight",
     }
-    assert num == {"bert": 3, "vit": 3, "llama": 3, "t5": 2}
+    assert num == {"bert": 3, "vit": 3, "llama": 3, "t5": 2, "gpt2": 2}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -203,6 +205,7 @@ def test_the_first_pass_stops_at_the_last_matrix_it_reads(family, folders, tmp_p
         "vit": "*.layer.1.*query*",
         "llama": "*.layers.1.*q_proj*",
         "t5": "encoder.block.1.*.q.*",
+        "gpt2": "*.h.1.*c_fc*",
     }
     router = replace(ROUTER, layers=(names[family],))
     model = mergetool.load_bundle(make_bundle(tmp_path, family, options=replace(OPTIONS, router=router)))
@@ -223,6 +226,14 @@ def test_the_first_pass_stops_at_the_last_matrix_it_reads(family, folders, tmp_p
         each.remove()
     pooled = pool_tokens(seen["z"], inputs.get("attention_mask"), "mean")
     assert torch.equal(feature, pooled)
+
+
+def test_matrices_that_are_stored_as_inputs_by_outputs_are_read_on_the_side_of_the_inputs(tmp_path):
+    router = replace(ROUTER, layers=("*.h.1.*c_fc*",))
+    model = mergetool.load_bundle(make_bundle(tmp_path, "gpt2", options=replace(OPTIONS, router=router)))
+    ((basis, *_),) = model._bases
+    assert basis.shape == (8, WIDTH)
+    torch.testing.assert_close(basis.mT, model._factors.of(0, "transformer.h.1.mlp.c_fc.weight").u)
 
 
 def test_inputs_that_lie_where_a_task_changed_the_weights_go_to_that_task(tmp_path):
@@ -299,6 +310,46 @@ def test_pooling_sees_unmasked_tokens_only(mask, expected):
     assert tuple(float(pool_tokens(x, mask, pool)) for pool in ("cls", "mean", "last")) == expected
 
 
+def test_two_tasks_are_told_apart_by_their_likelihood(tmp_path):
+    router = replace(ROUTER, norm="likelihood", mode="weighted")
+    folder = make_bundle(tmp_path, "bert", tasks="ab", classes=(2, 3), options=replace(OPTIONS, router=router))
+    answer = mergetool.load_bundle(folder)(**tiny_inputs("bert"))
+    assert len({float(weights[0]) for weights in answer.coefficients}) == 7  # unlike 0.804 and 0.196 for all
+    assert torch.equal(answer.coefficients.sum(1).round(decimals=5), torch.ones(7))
+
+
+def test_copies_of_an_expert_share_their_inputs_and_answer_alike(tmp_path):
+    from mergetool.bundle.build import build
+    from mergetool.bundle.store import FactorStore
+    from tests.bundle.tiny import FileExperts
+
+    make_bundle(tmp_path, "bert", tasks="ab", classes=(2, 2))
+    models, copies = tmp_path / "models", tmp_path / "copies"
+    copies.mkdir()
+    paths = {"base": models / "base", "a": models / "a", "again": models / "a"}
+    router = replace(ROUTER, norm="likelihood", mode="weighted")
+    build(FileExperts(paths), copies, FactorStore(tmp_path / "store"), replace(OPTIONS, router=router))
+    model, inputs = mergetool.load_bundle(copies), tiny_inputs("bert")
+    answer = model(**inputs)
+    assert answer.tasks == (("a", "again"),) * 7
+    torch.testing.assert_close(answer.coefficients, torch.full((7, 2), 0.5))
+    torch.testing.assert_close(answer.logits, model(tasks=["a"], **inputs).logits, rtol=0, atol=1e-4)
+
+
+def test_the_order_in_which_tasks_are_named_does_not_matter(bundles):
+    model, inputs = bundles["bert"], tiny_inputs("bert")
+    there, back = model(tasks=["a", "c"], **inputs), model(tasks=["c", "a"], **inputs)
+    assert there.tasks == back.tasks
+    assert torch.equal(there.logits, back.logits)
+
+
+def test_a_bundle_that_was_moved_gives_the_same_bits(folders, tmp_path):
+    copy = shutil.copytree(folders["bert"], tmp_path / "elsewhere")
+    found, expected = (mergetool.load_bundle(folder)(**tiny_inputs("bert")) for folder in (copy, folders["bert"]))
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.coefficients, expected.coefficients)
+
+
 def test_one_task_needs_no_routing(tmp_path):
     model = mergetool.load_bundle(make_bundle(tmp_path, "bert", tasks="a"))
     answer = model(**tiny_inputs("bert"))
@@ -337,7 +388,7 @@ def test_heads_on_unequal_scales_are_compared_as_probabilities():
 # Generation
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("family", ["llama", "t5", "gpt2"])
 def test_each_prompt_is_continued_by_its_own_group(family, bundles, folders, tmp_path):
     model, inputs = bundles[family], tiny_inputs(family)
     inputs.pop("decoder_input_ids", None)

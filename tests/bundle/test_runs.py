@@ -1,6 +1,9 @@
 """Bundles through recipes: built by a run, resumed after a kill, taken apart again by other recipes."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -66,6 +69,23 @@ def test_a_run_that_was_killed_finds_the_factors_it_had_computed(models, tmp_pat
     num_matrices = sum(p.policy == "svd" for p in read_manifest(result.path).parameters.values())
     assert len(asked) - 1 == 3 * num_matrices
     assert not list(result.path.glob(".*"))
+
+
+def test_a_build_that_is_killed_outright_goes_on(models, tmp_path):
+    document = recipe(models) | {"output": {"path": str(tmp_path / "out")}}
+    (tmp_path / "r.yaml").write_text(json.dumps(document))
+    command = [sys.executable, "-m", "mergetool", "run", str(tmp_path / "r.yaml"), "--workers", "1"]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    factors = tmp_path / "out.partial" / ".factors"
+    while run.poll() is None and len(list(factors.glob("*.safetensors"))) < 5:
+        time.sleep(0.001)
+    run.kill()
+    run.wait()
+    if not (tmp_path / "out").exists():  # a machine so fast that it was done does not matter
+        result = mergetool.run(str(tmp_path / "r.yaml"))
+        assert result.resumed
+    whole = mergetool.run(recipe(models), output=tmp_path / "whole").path
+    assert read_manifest(tmp_path / "out").files == read_manifest(whole).files
 
 
 def test_factors_are_shared_between_runs_through_a_cache(models, tmp_path, monkeypatch):

@@ -31,6 +31,11 @@ def tiny_model(family: str) -> transformers.PreTrainedModel:
     if family == "llama":
         config = transformers.LlamaConfig(**text, intermediate_size=48, num_key_value_heads=1, pad_token_id=0)
         return transformers.LlamaForCausalLM(config)
+    if family == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=40, n_positions=20, n_embd=WIDTH, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+        return transformers.GPT2LMHeadModel(config)
     config = transformers.T5Config(
         vocab_size=40,
         d_model=WIDTH,
