@@ -56,7 +56,7 @@ def run(
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Most memory to use, e.g. 8GiB.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at the output.")] = False,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming.")] = False,
-    cache: Annotated[Path | None, typer.Option(help="Folder that keeps factors of experts between runs.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps factors or answers between runs.")] = None,
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Run Python files that the recipe names.")] = False,
     push: Annotated[
         bool | None, typer.Option("--push/--no-push", help="Push to output.hub (default: if given).")
@@ -257,6 +257,33 @@ def route(
         return
     heads = ("task", "label", "probability", "tasks", "coefficients")
     table(heads, [[answer.get(key, "-") for key in heads] for answer in found])
+
+
+@app.command()
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A model folder with its tokenizer.")],
+    tasks: Annotated[list[str], typer.Option(metavar="NAME", help="A task of lm-eval (repeat, or a,b,c).")],
+    include: Annotated[str | None, typer.Option(metavar="FOLDER", help="Tasks of your own: YAML files.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Which metric counts (default: the task's first).")] = None,
+    parent: Annotated[list[Path] | None, typer.Option(metavar="PATH", help="Compare with it (repeat).")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, or a torch device such as cuda:0.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that the model runs at once.")] = 32,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps answers between runs.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a model with lm-eval, and tell what it kept of its parents' scores."""
+    from mergetool.evaluate.assess import assess
+    from mergetool.evaluate.options import TaskOptions
+
+    names = [name for part in tasks for name in part.split(",") if name]
+    chosen = [TaskOptions(name=name, include=include, metric=metric) for name in names]
+    found = assess(path, chosen, parents=parent or (), device=device, batch_size=batch_size, cache=cache)
+    if as_json:
+        _print(found, as_json=True)
+        return
+    heads = ["task", "metric", "items", "score", "low", "high"]
+    heads += ["best_parent", "retention", "difference_low", "difference_high"] if parent else []
+    table(heads, [[facts[head] for head in heads] for facts in found["tasks"]])
 
 
 @app.command()

@@ -23,7 +23,7 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
     """Plan and run a recipe of any method. Raises any MergetoolError."""
     flags, progress = flags or Flags(), progress or Silent()
     if not isinstance(recipe.method, SearchMethod):
-        return run_plain(recipe, flags, progress)
+        return _evaluated(recipe, flags, run_plain(recipe, flags, progress))
     from mergetool.evolve.session import search
     from mergetool.evolve.team import Team
 
@@ -42,7 +42,18 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
     if isinstance(result, MergetoolError):
         raise result
     assert result is not None
-    return result
+    return _evaluated(recipe, flags, result) if team.leads else result
+
+
+def _evaluated(recipe: Recipe, flags: Flags, result: Result) -> Result:
+    """The result with its scores among the notes, where the recipe names tasks."""
+    if not recipe.evaluate:
+        return result
+    from mergetool.evaluate.assess import assess
+
+    facts = assess(result.path, recipe.evaluate, folder=recipe.folder, device=flags.device, cache=flags.cache)
+    told = (f"{f['task']}: {f['metric']} {f['score']:.4f} ({f['low']:.4f} to {f['high']:.4f})" for f in facts["tasks"])
+    return replace(result, notes={**result.notes, **dict.fromkeys(told, 1)})
 
 
 def _merge(recipe: Recipe, found: "Found", flags: Flags, progress: Progress) -> Result:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError, create_model
 
 from mergetool.errors import RecipeError
+from mergetool.evaluate.options import TaskOptions
 from mergetool.methods import registry
 from mergetool.methods.base import BundleMethod, FittedMethod, Method, SearchMethod
 from mergetool.recipe.candidate import candidate_documents, unique
@@ -31,6 +32,7 @@ SECTIONS: dict[str, Any] = {
     "check": Check,
     "tokenizer": Tokenizer,
     "output": Output,
+    "evaluate": Annotated[tuple[TaskOptions, ...], Field(min_length=1)],
 }
 
 
@@ -143,6 +145,7 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
         name=document.name,
         document=data,
         settings=settings,
+        evaluate=sections.get("evaluate", ()),
     )
 
 

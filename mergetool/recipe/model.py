@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from mergetool.evaluate.options import TaskOptions
 from mergetool.methods.base import Method
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B?)", re.IGNORECASE)
@@ -158,6 +159,8 @@ class Recipe:
     document: Mapping[str, Any] = field(default_factory=dict)
     settings: tuple[str, ...] = ()
     """The `--set` arguments that were applied."""
+    evaluate: tuple[TaskOptions, ...] = ()
+    """Tasks that the result is scored on."""
 
     def path_of(self, text: str) -> Path:
         """A path written in the recipe, made absolute by the recipe's folder."""

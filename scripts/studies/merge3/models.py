@@ -20,11 +20,11 @@ WORDS = ("plus", "equals", "of", "is", "largest")
 class Training:
     """How large the model is and how long it trains."""
 
-    hidden: int = 192
-    num_layers: int = 6
-    pretrain_steps: int = 1200
-    finetune_steps: int = 400
-    batch: int = 64
+    hidden: int = 160
+    num_layers: int = 5
+    pretrain_steps: int = 900
+    finetune_steps: int = 250
+    batch: int = 32
     pretrain_rate: float = 2e-3
     finetune_rate: float = 5e-4
 
@@ -64,7 +64,7 @@ def _config(training: Training, vocabulary: int) -> LlamaConfig:
         hidden_size=training.hidden,
         intermediate_size=2 * training.hidden,
         num_hidden_layers=training.num_layers,
-        num_attention_heads=6,
+        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
         pad_token_id=0,

@@ -1,0 +1,78 @@
+"""Scores of checkpoints, from Python and from the command line."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import mergetool
+from mergetool import EvaluationError
+from mergetool.cli.app import app
+from mergetool.evaluate.assess import assess
+from mergetool.evaluate.options import TaskOptions
+from mergetool.search.interval import of_difference, of_mean
+from tests.evolve.planted import World
+
+WORLD = World()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    WORLD.write(folder)
+    return folder
+
+
+def test_scores_retention_and_intervals_are_those_that_were_planted(folder, tmp_path):
+    tasks = [TaskOptions(name=name, include="tasks") for name in WORLD.tasks]
+    parents = [folder / "models" / name for name in ("left", "right")]
+    found = assess(folder / "models" / "base", tasks, parents=parents, folder=folder, cache=tmp_path)
+    again = assess(folder / "models" / "base", tasks, parents=parents, folder=folder, cache=tmp_path)
+    assert found == again
+    for facts, parent, half in zip(found["tasks"], parents, (WORLD.half, ~WORLD.half), strict=True):
+        best = (WORLD.margins[parent.name] > 0)[half]
+        assert facts["score"] == 0.0
+        assert facts["low"] == 0.0 < facts["high"] < 0.1
+        assert facts["best_parent"] == str(parent)
+        assert facts["parents"][str(parent)] == pytest.approx(best.mean())
+        assert facts["retention"] == 0.0
+        assert facts["difference_low"] < -best.mean() < facts["difference_high"]
+
+
+def test_the_command_prints_a_table_or_json(folder):
+    command = ["evaluate", str(folder / "models" / "left"), "--tasks", "lefts,rights"]
+    command += ["--include", str(folder / "tasks"), "--parent", str(folder / "models" / "right")]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    assert [line.split()[0] for line in shown.stdout.splitlines()] == ["task", "lefts", "rights"]
+    tasks = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["tasks"]
+    assert [facts["score"] for facts in tasks] == pytest.approx([(WORLD.margins["left"] > 0)[WORLD.half].mean(), 0.0])
+
+
+def test_a_recipe_may_ask_for_scores_of_its_result(folder, tmp_path):
+    recipe = {
+        "base": str(folder / "models" / "base"),
+        "models": {name: str(folder / "models" / name) for name in WORLD.names},
+        "merge": {"method": "task-arithmetic", "weight": 1.9},
+        "evaluate": [{"name": name, "include": str(folder / "tasks")} for name in WORLD.tasks],
+    }
+    result = mergetool.run(recipe, output=tmp_path / "out")
+    scores = [WORLD.correct((1.9, 1.9))[half].mean() for half in (WORLD.half, ~WORLD.half)]
+    told = [note for note in result.notes if ": acc " in note]
+    assert [note.split()[2] for note in told] == [f"{score:.4f}" for score in scores]
+
+
+def test_a_task_named_twice_is_refused(folder):
+    with pytest.raises(EvaluationError, match="twice"):
+        assess(folder / "models" / "left", [TaskOptions(name="lefts", include="tasks")] * 2, folder=folder)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    draws = (rng.random((2000, 2, 60)) < np.array([[0.3], [0.2]])).astype(float)
+    means = [of_mean(draw) for draw in draws[:, 0]]
+    apart = [of_difference(*draw) for draw in draws]
+    assert np.mean([low <= 0.3 <= high for low, high in means]) == pytest.approx(0.95, abs=0.02)
+    assert np.mean([low <= 0.1 <= high for low, high in apart]) == pytest.approx(0.95, abs=0.02)
+    assert of_mean(np.ones(10))[0] > 0.6
