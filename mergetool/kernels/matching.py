@@ -105,11 +105,14 @@ class View:
     Each is made when it is first asked for.
     """
 
-    def __init__(self, problem: Problem, number: int, point: Sequence[Soft]) -> None:
+    def __init__(
+        self, problem: Problem, number: int, point: Sequence[Soft], known: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.problem = problem
         self.number = number
         self.point = point
         self.faces = problem.pieces[number].faces
+        vars(self).update(known or {})  # what the properties would make
 
     @cached_property
     def weights(self) -> Tensor:
@@ -135,17 +138,15 @@ class View:
 
     def toward(self, point: Point, end: Sequence[Soft], movers: Sequence[int], step: float) -> "View":
         """The view at `point`, which is a share `step` of the way to `end` for `movers`: by sums of hard images."""
-        moved = View(self.problem, self.number, point)
         path = _Path(self, end, movers)
         here, mixed, there = path.bends
         image = (1 - step) ** 2 * here + 2 * step * (1 - step) * mixed + step**2 * there
-        caches = {"image": image, "rows": torch.lerp(path.rows, path.far_rows, step)}
+        moved = {"image": image, "rows": torch.lerp(path.rows, path.far_rows, step)}
         if len(self.faces) == 2:
-            caches["columns"] = torch.lerp(path.columns, path.far_columns, step)
-        for name, x in caches.items():
-            vars(moved)[name] = x if len(movers) == len(point) else getattr(self, name).index_copy(0, path.places, x)
-        vars(moved)["weights"] = self.weights
-        return moved
+            moved["columns"] = torch.lerp(path.columns, path.far_columns, step)
+        if len(movers) < len(point):
+            moved = {name: getattr(self, name).index_copy(0, path.places, x) for name, x in moved.items()}
+        return View(self.problem, self.number, point, {"weights": self.weights, **moved})
 
 
 class _Path:

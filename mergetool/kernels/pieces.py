@@ -8,6 +8,7 @@ the factors by which it is laid out over spaces. Everything fixed goes to the re
     Llama q_proj  rows (kv q 128), columns (residual)     one piece: face (kv q), face (residual), rest 128
     timm qkv      rows (head qk)+(head qk)+(head vo)       three pieces, two of them with the same faces
     embedding     (vocab, residual)                        one piece: face (residual), no columns, rest vocab
+                  (or several, of 4096 rows each)
 
 Faces that share a space move together: they form one *family*, the unknown of one assignment problem per model.
 
@@ -22,9 +23,11 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from mergetool.kernels.spaces import Factor, Layout, Segment, Space, ancestors
+from mergetool.kernels.spaces import Factor, Layout, Segment, Space, ancestors, length
 
 Face: TypeAlias = Segment  # factors of spaces only
+
+LONGEST = 4096  # indices of a fixed axis that one piece spans: an embedding need not be handled in one go
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Piece:
 
     def view(self, tensor: Tensor) -> Tensor:
         """The piece of `tensor`, in the shape `shape`. A view where strides allow one."""
-        for axis, start, length in self.narrows:
-            tensor = tensor.narrow(axis, start, length)
+        for axis, start, size in self.narrows:
+            tensor = tensor.narrow(axis, start, size)
         return tensor.reshape(self.factors).permute(self.order).reshape(self.shape)
 
 
@@ -72,7 +75,7 @@ def cut(spaces: Mapping[str, Space], layouts: Mapping[str, Sequence[Layout]]) ->
     return tuple(
         piece
         for tensor, axes in layouts.items()
-        for piece in (_piece(spaces, tensor, axes, choice) for choice in _choices(axes))
+        for piece in (_piece(spaces, tensor, axes, choice) for choice in _choices(spaces, axes))
         if piece is not None
     )
 
@@ -105,14 +108,18 @@ def _connected(name: str, linked: Sequence[set[str]]) -> set[str]:
         members = grown
 
 
-def _choices(axes: Sequence[Layout]) -> Iterator[tuple[tuple[int, Segment], ...]]:
-    """Every way to take one segment, with its start, from each axis."""
+def _choices(spaces: Mapping[str, Space], axes: Sequence[Layout]) -> Iterator[tuple[tuple[int, Segment], ...]]:
+    """Every way to take one segment, with its start, from each axis. Long fixed segments are taken in parts."""
     located: list[list[tuple[int, Segment]]] = []
     for layout in axes:
         start, segments = 0, []
         for segment in layout:
-            segments.append((start, segment))
-            start += prod(factor.size for factor in segment)
+            size = face_size(segment)
+            parts = [(start, segment)]
+            if not any(_moves(spaces, factor, segment) for factor in segment):
+                parts = [(start + at, (Factor(min(LONGEST, size - at)),)) for at in range(0, size, LONGEST)]
+            segments += parts
+            start += size
         located.append(segments)
     return product(*located)
 
@@ -143,7 +150,7 @@ def _piece(
         tuple(
             (axis, start, prod(factor.size for factor in segment))
             for axis, (start, segment) in enumerate(choice)
-            if len(axes[axis]) > 1
+            if face_size(segment) < length(axes[axis])
         ),
         tuple(factor.size for factor in factors),
         (*moving, *(k for k in range(len(factors)) if k not in moving)),

@@ -51,6 +51,20 @@ def test_vocabulary_and_other_fixed_spaces_are_not_faces():
     assert piece.shape == (4, 1, 7)
 
 
+def test_long_fixed_axes_are_taken_in_parts(monkeypatch):
+    spaces = toys.space_map(Space("vocab", 7, "fixed"), Space("d", 4), Space("h", 6))
+    layouts = {"embed": [[["vocab"]], [["d"]]], "up": [[["h"]], [["d"]]], "fused": [[["h"], ["vocab"]], [["d"]]]}
+    whole = pieces_of(spaces, **layouts)
+    monkeypatch.setattr("mergetool.kernels.pieces.LONGEST", 3)
+    parts = pieces_of(spaces, **layouts)
+    assert [piece.shape for piece in parts if piece.tensor == "embed"] == [(4, 1, 3), (4, 1, 3), (4, 1, 1)]
+    assert next(piece.shape for piece in parts if piece.tensor == "fused") == (6, 4, 1)
+    for name, rows in (("embed", 7), ("up", 6), ("fused", 13)):
+        x = torch.randn(rows, 4)
+        ours = sorted(torch.cat([piece.view(x).flatten() for piece in parts if piece.tensor == name]).tolist())
+        assert ours == sorted(torch.cat([piece.view(x).flatten() for piece in whole if piece.tensor == name]).tolist())
+
+
 def test_faces_that_share_a_space_or_lie_within_one_are_one_family():
     spaces, layouts = toys.llama()
     found = families(spaces, cut(spaces, layouts))
