@@ -14,7 +14,9 @@ directions alike by
     D/2 ( q log(q/e) + (1 - q) log((1 - q)/(1 - e)) )    nats, q = k/D       (0 where e <= q)
 
 For equal k this orders tasks as r_t does. Unlike r_t it is fair between tasks of different rank (a large span explains
-much of anything), does not depend on the length of z, and its differences are log-odds of tasks.
+much of anything), does not depend on the length of z, and its differences are log-odds of tasks. Over several matrices
+the shares e and q and the numbers D are averaged first: matrices see the same sample, so they are no independent
+witnesses.
 
 Legend: B samples, T tasks, D features, k directions of a task; bases are (k, D), rows orthonormal.
 
@@ -42,7 +44,7 @@ def distance(z: Tensor, basis: Tensor, norm: Norm = "l2") -> Tensor:
     the basis' rows plus 0.001 on the diagonal. likelihood: minus the nats above, so at most 0.
     """
     if norm == "likelihood":
-        return -_advantage(z, basis)
+        return -_nats(_inside(z, basis), basis.shape[0] / z.shape[1], z.shape[1])
     residual = z - (z @ basis.mT) @ basis
     if norm == "mahalanobis":
         lower = torch.linalg.cholesky(_covariance(basis))
@@ -50,16 +52,21 @@ def distance(z: Tensor, basis: Tensor, norm: Norm = "l2") -> Tensor:
     return _length(residual, 1 if norm == "l1" else 2)
 
 
-def _advantage(z: Tensor, basis: Tensor) -> Tensor:
-    """Nats (B,) by which a variance of its own inside the span explains z better than one variance for all."""
-    size = z.shape[1]
-    share = basis.shape[0] / size
-    tiny = torch.finfo(z.dtype).eps
-    if share in (0, 1):
-        return z.new_zeros(len(z))
-    inside = (z @ basis.mT).square().sum(-1) / z.square().sum(-1).clamp_min(torch.finfo(z.dtype).tiny)
-    inside = inside.clamp(share, 1 - tiny)
-    return size / 2 * (share * (share / inside).log() + (1 - share) * ((1 - share) / (1 - inside)).log())
+def _inside(z: Tensor, basis: Tensor) -> Tensor:
+    """Share (B,) of the squared length of features that lies inside the span."""
+    return (z @ basis.mT).square().sum(-1) / z.square().sum(-1).clamp_min(torch.finfo(z.dtype).tiny)
+
+
+def _nats(inside: Tensor, expected: Tensor | float, size: float) -> Tensor:
+    """By how much a variance of its own inside the span explains features better than one variance for all.
+
+    inside: shares e; expected: q = k/D, what they are for features that have nothing to do with the span; size: D.
+    """
+    tiny = torch.finfo(inside.dtype).eps
+    q = torch.as_tensor(expected, dtype=inside.dtype, device=inside.device)
+    e = torch.maximum(inside, q).clamp(tiny, 1 - tiny)
+    found = size / 2 * (torch.special.xlogy(q, q / e) + torch.special.xlogy(1 - q, (1 - q) / (1 - e)))
+    return torch.where((q > 0) & (q < 1) & (inside > q), found, 0)
 
 
 def _covariance(basis: Tensor) -> Tensor:
@@ -78,14 +85,17 @@ def distances(z: Tensor, bases: Sequence[Tensor], norm: Norm = "l2") -> Tensor:
 def mean_distance(features: Sequence[Tensor], bases: Sequence[Sequence[Tensor]], norm: Norm = "l2") -> Tensor:
     """Distances (B, T) collected over several matrices: features (B, D_i) and one basis per task for each.
 
-    One matrix: the distance as it is. Several: the mean, of lengths relative to that of the feature, because those
-    differ between layers, and the layer with the longest features would decide alone. Of nats it is the mean, too, not
-    the sum: matrices see the same sample, so they are no independent witnesses.
+    One matrix: the distance as it is. Several: the mean of lengths relative to that of the feature, because those
+    differ between layers, and the layer with the longest features would decide alone. Likelihoods: that of mean shares.
     """
     if len(features) == 1:
         return distances(features[0], bases[0], norm)
     if norm == "likelihood":
-        return torch.stack([distances(z, own, norm) for z, own in zip(features, bases, strict=True)]).mean(0)
+        inside = [torch.stack([_inside(z, v) for v in own], -1) for z, own in zip(features, bases, strict=True)]
+        sizes = [z.shape[1] for z in features]
+        expected = [[v.shape[0] / size for v in own] for size, own in zip(sizes, bases, strict=True)]
+        q = torch.tensor(expected, dtype=inside[0].dtype, device=inside[0].device).mean(0)
+        return -_nats(torch.stack(inside).mean(0), q, sum(sizes) / len(sizes))
     order = 1 if norm == "l1" else 2
     relative = [
         distances(z, own, norm) / _length(z, order).unsqueeze(-1).clamp_min(torch.finfo(z.dtype).tiny)

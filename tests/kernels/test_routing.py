@@ -136,11 +136,16 @@ def test_likelihood_does_not_depend_on_length_and_survives_what_is_wholly_inside
     assert not distance(z, basis(12, 12), "likelihood").any()  # a span of everything says nothing
 
 
-def test_nats_of_several_matrices_are_averaged():
-    bases = [[basis(4, 12, 10 * layer + task) for task in range(3)] for layer in range(2)]
-    features = [randn(6, 12), randn(6, 12, seed=1)]
-    each = [distances(z, own, "likelihood") for z, own in zip(features, bases, strict=True)]
-    torch.testing.assert_close(mean_distance(features, bases, "likelihood"), (each[0] + each[1]) / 2)
+def test_shares_of_several_matrices_are_averaged_before_they_are_judged():
+    bases = [[basis(k, d, 10 * d + k) for k in (2, 4, 0)] for d in (12, 20)]
+    features = [randn(6, 12), 1e3 * randn(6, 20, seed=1)]
+    found = mean_distance(features, bases, "likelihood")
+    for sample, task in itertools.product(range(6), range(3)):
+        pairs = [(z[sample], own[task]) for z, own in zip(features, bases, strict=True)]
+        e = sum(float((v @ z).square().sum() / z.square().sum()) for z, v in pairs) / 2
+        q = sum(len(v) / len(z) for z, v in pairs) / 2
+        nats = 8 * (q * math.log(q / e) + (1 - q) * math.log((1 - q) / (1 - e))) if e > q else 0
+        assert -float(found[sample, task]) == pytest.approx(nats, abs=1e-9)
 
 
 # Coefficients
