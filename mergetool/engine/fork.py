@@ -10,13 +10,13 @@ its process and sleeps until that has answered. A process whose parent is gone e
 
 import os
 import pickle
-import resource
 import signal
 import traceback
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -58,15 +58,15 @@ class Fork:
         return notes
 
     def close(self) -> int:
-        """End the process. Returns the bytes by which it had grown, as far as is known."""
-        grown = 0
+        """End the process. Returns the bytes of memory that it had for itself, as far as is known."""
+        own = 0
         with suppress(OSError, EOFError):
             self._pipe.send_bytes(pickle.dumps(None))
-            grown = pickle.loads(self._pipe.recv_bytes())
+            own = pickle.loads(self._pipe.recv_bytes())
         self._pipe.close()
         with suppress(ChildProcessError):
             os.waitpid(self._process, 0)
-        return grown
+        return own
 
     def _ask(self, *request: Any) -> Any:
         try:
@@ -87,10 +87,9 @@ def _serve(worker: Worker, steps: Mapping[int, Step], pipe: Connection) -> NoRet
     """Answer requests until there is nobody to ask, in the new process."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-        before = _resident()
         while (request := pickle.loads(pipe.recv_bytes())) is not None:
             pipe.send_bytes(_answer(worker, steps, *request))
-        pipe.send_bytes(pickle.dumps(_resident() - before))
+        pipe.send_bytes(pickle.dumps(_own()))
     except (OSError, EOFError):  # the parent is gone
         pass
     finally:
@@ -111,6 +110,9 @@ def _answer(
         return pickle.dumps((None, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")))
 
 
-def _resident() -> int:
-    """Largest resident size of this process, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _own() -> int:
+    """Bytes of memory that this process shares with no other. Its buffers are kept to the end."""
+    with suppress(OSError):
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+    return 0
