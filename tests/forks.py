@@ -5,6 +5,7 @@ huggingface_hub is not imported there, as it looks at the environment once, when
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,33 +14,38 @@ from types import SimpleNamespace
 
 _SERVER = """
 import json, os, sys
-import mergetool.cli.app, mergetool.cli.show, mergetool.engine, mergetool.planner, mergetool.engine.worker, torch
+import mergetool.cli.app, mergetool.cli.show, mergetool.engine, mergetool.planner, mergetool.engine.worker
+import mergetool.engine.fitting, torch.distributed
+
+def start(wanted):
+    child = os.fork()
+    if child:
+        return child
+    for stream, name in ((0, os.devnull), (1, wanted["out"]), (2, wanted["err"])):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), stream)
+    os.chdir(wanted["cwd"])
+    os.environ.clear()
+    os.environ.update(wanted["env"])
+    sys.argv = ["mergetool", *wanted["arguments"]]
+    sys.stdin = open(0)
+    code = 70
+    try:
+        mergetool.cli.main()
+    except SystemExit as end:
+        code = end.code or 0
+    sys.stdout and sys.stdout.flush()
+    sys.stderr and sys.stderr.flush()
+    os._exit(code)
 
 for line in sys.stdin:
-    wanted = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for stream, name in ((0, os.devnull), (1, wanted["out"]), (2, wanted["err"])):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), stream)
-        os.chdir(wanted["cwd"])
-        os.environ.clear()
-        os.environ.update(wanted["env"])
-        sys.argv = ["mergetool", *wanted["arguments"]]
-        sys.stdin = open(0)
-        try:
-            mergetool.cli.main()
-        except SystemExit as end:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code or 0)
-        os._exit(70)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(code, flush=True)
+    children = [start(wanted) for wanted in json.loads(line)]
+    print(json.dumps(children), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 """
 
 
 class Forks:
-    """Runs the command line. One command at a time."""
+    """Runs the command line."""
 
     def __init__(self):
         command = [sys.executable, "-c", _SERVER]
@@ -47,19 +53,42 @@ class Forks:
 
     def run(self, arguments, *, cwd, env):
         """Exit code, stdout and stderr of `mergetool *arguments`."""
-        with tempfile.TemporaryDirectory() as place:
-            out, err = Path(place) / "out", Path(place) / "err"
-            wanted = {
-                "arguments": [*map(str, arguments)],
-                "cwd": str(cwd),
-                "env": env,
-                "out": str(out),
-                "err": str(err),
-            }
-            self._server.stdin.write(json.dumps(wanted) + "\n")
-            self._server.stdin.flush()
-            code = int(self._server.stdout.readline())
-            return SimpleNamespace(code=code, out=out.read_text(), err=err.read_text())
+        return self.start(arguments, cwd=cwd, envs=[env]).wait()[0]
+
+    def team(self, size, arguments, *, cwd):
+        """The same command in processes that know of one another, as a launcher starts them."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        envs = [
+            clean_environment()
+            | {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            for rank in range(size)
+        ]
+        return self.start(arguments, cwd=cwd, envs=envs)
+
+    def start(self, arguments, *, cwd, envs):
+        """The command once for each environment; one `start` at a time, `wait` before the next."""
+        place = tempfile.TemporaryDirectory()
+        paths = [(str(Path(place.name) / f"out{n}"), str(Path(place.name) / f"err{n}")) for n in range(len(envs))]
+        wanted = [
+            {"arguments": [*map(str, arguments)], "cwd": str(cwd), "env": env, "out": out, "err": err}
+            for env, (out, err) in zip(envs, paths, strict=True)
+        ]
+        self._server.stdin.write(json.dumps(wanted) + "\n")
+        self._server.stdin.flush()
+        pids = json.loads(self._server.stdout.readline())
+
+        def wait():
+            codes = json.loads(self._server.stdout.readline())
+            with place:
+                return [
+                    SimpleNamespace(code=code, out=Path(out).read_text(), err=Path(err).read_text())
+                    for code, (out, err) in zip(codes, paths, strict=True)
+                ]
+
+        return SimpleNamespace(pids=pids, wait=wait)
 
     def close(self):
         self._server.stdin.close()

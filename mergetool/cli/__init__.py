@@ -34,6 +34,8 @@ def main() -> None:
     handler = signal.getsignal(signal.SIGINT)
     if handler is signal.default_int_handler:  # else it is ignored (nohup), and shall be
         signal.signal(signal.SIGINT, _interrupt)
+    if "MASTER_ADDR" in os.environ:  # a launcher ends the others so when one of its processes dies
+        signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, TextIOWrapper):  # a file name may be no Unicode, and a terminal may know only ASCII
         sys.stdout.reconfigure(errors="backslashreplace")
     gc.set_threshold(100_000, 50, 50)  # importing torch makes many objects and no garbage
@@ -56,6 +58,23 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise _Interrupted
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End in good order, with an error that says what has happened."""
+    from mergetool.engine.processes import terminated
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise terminated()
+
+
+def _is_heard() -> bool:
+    """Whether this process speaks for all that a launcher has started."""
+    if "MASTER_ADDR" not in os.environ:
+        return True
+    from mergetool.engine.processes import speaks
+
+    return speaks()
+
+
 def _run() -> int:
     """Run a command; its exit code."""
     from mergetool.cli.app import app
@@ -74,6 +93,8 @@ def _run() -> int:
         if _Interrupted.happened:  # whatever became of it: modules that were being imported make other errors of it
             interrupted()
             return 130
+        if not _is_heard():
+            return 0  # the leader says it, and fails
         if isinstance(error, MergetoolError):
             explain(error, as_json=as_json)
             return error.exit_code

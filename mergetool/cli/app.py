@@ -67,6 +67,7 @@ def run(
 ) -> None:
     """Merge models as a recipe says. Resumes by itself after a kill."""
     from mergetool.engine import Flags
+    from mergetool.engine.processes import leads
     from mergetool.evolve.run import run_recipe
     from mergetool.recipe import load_recipe
 
@@ -85,6 +86,8 @@ def run(
     )
     with ProgressBar() as progress:
         result = run_recipe(load_recipe(recipe, settings or ()), flags, progress)
+    if not leads():
+        return
     for note, count in result.notes.items():
         say(f"note: {note} ({count} tensors)" if count > 1 else f"note: {note}")
     say(f"{result.num_tensors} tensors, {result.bytes_written / 1e9:.2f} GB in {result.seconds:.1f} s")

@@ -19,8 +19,8 @@ from mergetool.bundle.options import Experts, HeadSource
 from mergetool.bundle.store import FactorStore
 from mergetool.engine.claim import Claim
 from mergetool.engine.fitting import WholeModels
-from mergetool.engine.jobs import Record
 from mergetool.engine.provenance import describe_run
+from mergetool.engine.record import Record
 from mergetool.engine.result import Result
 from mergetool.methods.base import BundleMethod
 from mergetool.planner import Plan

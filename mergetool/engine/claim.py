@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mergetool import __version__
-from mergetool.engine.journal import JOURNAL_NAME, Journal
+from mergetool.engine.journal import JOURNAL_NAME, Journal, other_journal, other_journals, read_done
 from mergetool.errors import OutputError, SourceError
 from mergetool.planner import Plan
 from mergetool.planner.model import UNIT_ELEMENTS
@@ -47,6 +47,8 @@ class Claim:
         self.finished = resume and self._is_finished()
         self.journal = Journal(self.partial, self.key, resume=resume)
         try:
+            if self.journal.found:
+                self.journal.include(read_done(path, self.key) for path in other_journals(self.partial))
             if self.journal.resumed and not self._has_files(plan):
                 self.journal.start_over()
             if not self.finished and not self.journal.found:
@@ -54,6 +56,16 @@ class Claim:
         except OSError as error:
             self.release()
             raise write_error(error, str(self.partial)) from error
+
+    @classmethod
+    def joined(cls, plan: Plan, output: Path, rank: int) -> "Claim":
+        """What the leader of several processes has claimed, as one of the others sees it: with a journal of its own."""
+        self = cls.__new__(cls)
+        self.output, self.partial, self.overwrite, self.finished = output, partial_path(output), False, False
+        self.key = plan_key(plan)
+        self._inputs = [stamp for stamps in plan.stamps.values() for stamp in stamps]
+        self.journal = Journal(self.partial, self.key, resume=True, name=other_journal(rank))
+        return self
 
     def _check_inputs(self) -> None:
         inputs = [stamp.path for stamp in self._inputs]
@@ -112,7 +124,8 @@ class Claim:
                 self.output.rename(replaced)
             self.partial.rename(self.output)
             sync_folder(self.output.parent)
-            (self.output / JOURNAL_NAME).unlink()
+            for path in (*other_journals(self.output), self.output / JOURNAL_NAME):
+                path.unlink()
             _remove(replaced)
         except OSError as error:
             raise write_error(error, str(self.output)) from error

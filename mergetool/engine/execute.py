@@ -14,7 +14,9 @@ from typing import Protocol
 from mergetool.engine.claim import Claim
 from mergetool.engine.jobs import Jobs
 from mergetool.engine.locked import Locked
+from mergetool.engine.processes import Team, deal, joined
 from mergetool.engine.provenance import finish
+from mergetool.engine.pulse import Pulse
 from mergetool.engine.push import push_result, push_target
 from mergetool.engine.result import Result
 from mergetool.engine.schedule import Schedule
@@ -26,8 +28,6 @@ from mergetool.planner.estimate import Costs, check_disk, estimate
 from mergetool.planner.library import Library
 from mergetool.recipe.model import Recipe
 from mergetool.tensors.writer import SlotWriter
-
-_SYNC_SECONDS = 0.5
 
 
 class Progress(Protocol):
@@ -78,25 +78,43 @@ class Flags:
 
 
 def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None) -> Result:
-    """Plan and run a recipe. Raises any MergetoolError; the output is then incomplete and not under its name."""
+    """Plan and run a recipe. Raises any MergetoolError; the output is then incomplete and not under its name.
+
+    Where a launcher has started several processes, they share the work, and all of them return the result.
+    """
     flags, progress = flags or Flags(), progress or Silent()
     check_trust(recipe, trusted=flags.trust_code)
-    target = push_target(recipe, flags.push)
-    plan, costs, digests = _prepare(recipe, flags, progress)
-    assert plan.output is not None
-    claim = Claim(plan, plan.output, overwrite=flags.overwrite, resume=flags.resume)
-    claim.journal.done.hashes.update(digests)
+    with joined() as team:
+        return _run(recipe, flags, progress if team.leads else Silent(), team)
+
+
+def _run(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> Result:
+    target = push_target(recipe, flags.push) if team.leads else None
+    plan, costs, digests = team.leader_first(lambda: _prepare(recipe, flags, progress, team))
+    claim = team.leader_first(lambda: _claim(plan, flags, team))
     try:
-        result = _run_claimed(plan, claim, costs, flags, progress)
+        claim.journal.include(team.exchange(claim.journal.done))
+        claim.journal.done.hashes.update(digests)
+        result = _run_claimed(plan, claim, costs, flags, progress, team)
     finally:
         progress.stop()
         claim.release()
         for source in plan.sources.values():
             source.close()
-    return result if target is None else replace(result, pushed=push_result(result.path, target))
+    if result is not None and target is not None:
+        result = replace(result, pushed=push_result(result.path, target))
+    found: Result = team.exchange(result)[0]
+    return found
 
 
-def _prepare(recipe: Recipe, flags: Flags, progress: Progress) -> tuple[Plan, Costs, dict[str, str]]:
+def _claim(plan: Plan, flags: Flags, team: Team) -> Claim:
+    assert plan.output is not None
+    if not team.leads:
+        return Claim.joined(plan, plan.output, team.rank)
+    return Claim(plan, plan.output, overwrite=flags.overwrite, resume=flags.resume)
+
+
+def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tuple[Plan, Costs, dict[str, str]]:
     """The plan, and every file that it needs here. What is wrong is found from headers, before any download.
 
     Also SHA-256 of the input files that are known already, by path.
@@ -109,10 +127,10 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress) -> tuple[Plan, Co
     if flags.cache is not None and not recipe.method.uses_factors:
         what = f"{recipe.method.method_name()} computes no factors, so this would have no effect"
         raise PlanError(what, "--cache", "leave it out")
-    costs = estimate(plan, workers=flags.workers, memory=flags.memory)
+    costs = estimate(plan, workers=flags.workers, memory=flags.memory, processes=team.local_size)
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")
-    locked = Locked(plan) if flags.locked else None
+    locked = Locked(plan) if flags.locked and team.leads else None
     if locked is not None:
         locked.check_headers(plan)
     if plan.bytes_missing:
@@ -121,36 +139,49 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress) -> tuple[Plan, Co
     return plan, costs, {} if locked is None else locked.check_contents(plan, progress.say)
 
 
-def _run_claimed(plan: Plan, claim: Claim, costs: Costs, flags: Flags, progress: Progress) -> Result:
+def _run_claimed(plan: Plan, claim: Claim, costs: Costs, flags: Flags, progress: Progress, team: Team) -> Result | None:
+    """The result; None where this process does not lead."""
     try:
-        if claim.finished:  # killed between the last byte and the rename
-            claim.publish()
+        if team.exchange(claim.finished)[0]:  # killed between the last byte and the rename
+            if team.leads:
+                claim.publish()
             return Result(claim.output, 0.0, 0, plan.bytes_out, 0, len(plan.steps), resumed=True)
         if isinstance(plan.recipe.method, BundleMethod):
             from mergetool.engine.bundling import run_bundle
 
-            return run_bundle(plan, claim, costs.workers, flags.cache, progress.say)
-        return _merge(plan, claim, costs, flags, progress)
-    except MergetoolError as error:
-        refused = isinstance(error, PlanError | SourceError) and not claim.journal.worked
-        if refused or isinstance(error, MergeError) or claim.changed_inputs():  # nothing here is worth resuming
+            return run_bundle(plan, claim, costs.workers, flags.cache, progress.say) if team.leads else None
+        return _merge(plan, claim, costs, flags, progress, team)
+    except Exception as found:
+        error = team.agree(found)  # and the others have stopped
+        if team.leads and _is_vain(error, claim):
             claim.discard()
-        raise
+        raise error from found.__cause__
 
 
-def _merge(plan: Plan, claim: Claim, costs: Costs, flags: Flags, progress: Progress) -> Result:
+def _is_vain(error: BaseException, claim: Claim) -> bool:
+    """Whether nothing of what was done is worth resuming."""
+    if not isinstance(error, MergetoolError):
+        return False
+    refused = isinstance(error, PlanError | SourceError) and not claim.journal.worked
+    return refused or isinstance(error, MergeError) or bool(claim.changed_inputs())
+
+
+def _merge(plan: Plan, claim: Claim, costs: Costs, flags: Flags, progress: Progress, team: Team) -> Result | None:
     started = time.monotonic()
     if claim.journal.resumed:
         progress.say(f"resuming: {len(claim.journal.done.units)} units are done already")
-    writer = _open_writer(plan, claim)
+    writer = team.leader_first(lambda: _open_writer(plan, claim))
     try:
         schedule = Schedule(costs.step_memory, costs.workers)
-        jobs = Jobs(plan, writer, claim.journal, schedule, progress)
-        _work(jobs, schedule, writer, claim, costs, flags, started)
+        jobs = Jobs(plan, writer, claim.journal, schedule, teller=progress, share=deal(plan, team))
+        _work(jobs, schedule, Pulse(jobs, schedule, writer, claim, team), claim, costs, flags)
     finally:
         writer.close()
+    records = team.exchange(jobs.record)
+    if not team.leads:
+        return None
     seconds = claim.journal.done.seconds + time.monotonic() - started
-    result = finish(plan, claim, jobs.record, seconds)
+    result = finish(plan, claim, records, seconds)
     claim.publish()
     return result
 
@@ -167,13 +198,9 @@ def _open_writer(plan: Plan, claim: Claim) -> SlotWriter:
         raise
 
 
-def _work(
-    jobs: Jobs, schedule: Schedule, writer: SlotWriter, claim: Claim, costs: Costs, flags: Flags, started: float
-) -> None:
+def _work(jobs: Jobs, schedule: Schedule, pulse: Pulse, claim: Claim, costs: Costs, flags: Flags) -> None:
     jobs.queue_early()
     threads = [threading.Thread(target=schedule.work, daemon=True) for _ in range(costs.workers)]
-    ended = threading.Event()
-    threads.append(threading.Thread(target=_sync_often, args=(schedule, writer, claim, ended, started), daemon=True))
     for thread in threads:
         thread.start()
     try:
@@ -182,33 +209,15 @@ def _work(
             if flags.fork:
                 jobs.fork(costs.workers)
             jobs.queue_all()
-            schedule.close()
+            pulse.start()
             schedule.wait()
     except BaseException as error:
         schedule.stop(error)
         raise
     finally:
-        ended.set()
         for thread in threads:
             thread.join()
         jobs.close()
+        pulse.stop()
     if schedule.error is not None:
         raise schedule.error
-
-
-def _sync_often(schedule: Schedule, writer: SlotWriter, claim: Claim, ended: threading.Event, started: float) -> None:
-    """Keep the disk busy while others compute, and bound what a power cut can undo."""
-    before = claim.journal.done.seconds
-    marker = 0
-    while not ended.wait(_SYNC_SECONDS):
-        try:
-            if claim.journal.mark() == marker:
-                continue
-            marker = claim.journal.mark()
-            for shard in range(writer.num_files):
-                writer.sync(shard)
-            claim.journal.synced(marker, before + time.monotonic() - started)
-            marker = claim.journal.mark()
-        except BaseException as error:
-            schedule.stop(error)
-            return

@@ -8,17 +8,19 @@ output file     hashed from its front on as units are finished, while they are i
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mergetool.engine.devices import usable_device
 from mergetool.engine.front import Front
 from mergetool.engine.journal import Journal
+from mergetool.engine.processes import Share
+from mergetool.engine.record import Record, joined_counts
 from mergetool.engine.schedule import Job, Schedule
-from mergetool.errors import PlanError
 from mergetool.methods.base import Stats
 from mergetool.planner import Plan, Step
 from mergetool.planner.estimate import available_memory, step_memory
@@ -48,18 +50,6 @@ class Teller(Protocol):
 
 
 @dataclass
-class Record:
-    """What a run learnt: digests of files, remarks on tensors, bytes read for merging (surveys included)."""
-
-    inputs: dict[str, str] = field(default_factory=dict)
-    outputs: dict[str, str] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)
-    bytes_read: int = 0
-    workers_memory: int = 0
-    """Bytes that processes of workers had of their own."""
-
-
-@dataclass
 class _Scope:
     """One survey under way: over one step, or over all steps that share it."""
 
@@ -73,8 +63,11 @@ class _Scope:
 class Jobs:
     """Makes the jobs of one run and keeps their records. `after` callbacks run one at a time."""
 
-    def __init__(self, plan: Plan, writer: SlotWriter, journal: Journal, schedule: Schedule, teller: Teller) -> None:
+    def __init__(
+        self, plan: Plan, writer: SlotWriter, journal: Journal, schedule: Schedule, *, teller: Teller, share: Share
+    ) -> None:
         self._plan = plan
+        self._share = share
         self._writer = writer
         self._journal = journal
         self._schedule = schedule
@@ -87,8 +80,17 @@ class Jobs:
         self._store: FactorStore | None = None
         done = journal.done
         self.record = Record(inputs=dict(done.hashes), notes={name: list(notes) for name, notes in done.notes.items()})
+        self._stops = {(step.index, start): stop for step in plan.steps for start, stop in step.pieces(UNIT_ELEMENTS)}
+        self._left = self._stops.keys() - done.units
+        """Units that no process has written yet."""
+        self.finished: list[tuple[int, int]] = []
+        """Units that this process has written, in order."""
         self._todo = {
-            step.index: [piece for piece in step.pieces(UNIT_ELEMENTS) if (step.index, piece[0]) not in done.units]
+            step.index: [
+                (start, stop)
+                for start, stop in step.pieces(UNIT_ELEMENTS)
+                if (step.index, start) in self._left and share.has(step.index, start)
+            ]
             for step in plan.steps
         }
         self._units_left = sum(len(pieces) for pieces in self._todo.values())
@@ -96,10 +98,8 @@ class Jobs:
             Front(writer.path(index), shard.header.file_size, len(shard.prefix))
             for index, shard in enumerate(plan.shards)
         ]
-        for step in plan.steps:
-            for start, stop in step.pieces(UNIT_ELEMENTS):
-                if (step.index, start) in done.units:
-                    self._fill(step, start, stop)
+        for index, start in self._stops.keys() & done.units:
+            self._fill(plan.steps[index], start, self._stops[index, start])
         self._files = {str(stamp.path): stamp for stamps in plan.stamps.values() for stamp in stamps}
         self._left_of_file: Counter[str] = Counter()
 
@@ -112,7 +112,8 @@ class Jobs:
             for step in self._plan.steps:
                 for path in self._paths(step):
                     self._left_of_file[path] += len(self._todo[step.index])
-        self._schedule.add(self._hash_job(path) for path in self._files if self._left_of_file[path] == 0)
+        mine = filter(self._share.hashes_input, self._files)
+        self._schedule.add(self._hash_job(path) for path in mine if self._left_of_file[path] == 0)
 
     @contextmanager
     def torch_ready(self, device: str, workers: int, cache: Path | None) -> Iterator[None]:
@@ -124,7 +125,7 @@ class Jobs:
 
         from mergetool.bundle.store import FactorStore
 
-        self._device = _device(device)
+        self._device = usable_device(device)
         self._store = FactorStore(cache) if cache else None
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1 if self._sliced else max(1, self._threads // workers))
@@ -144,7 +145,7 @@ class Jobs:
 
         threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
-        self._fit = fit(self._plan, folder, self._teller.say)
+        self._fit = self._share.team.leader_first(lambda: fit(self._plan, folder, self._teller.say))
         self._plan = self._fit.plan
         torch.set_num_threads(threads)
 
@@ -155,7 +156,8 @@ class Jobs:
 
     def fork(self, count: int) -> None:
         """Give workers processes of their own, where that pays. Not for programs that have threads of their own."""
-        if self._device != "cpu" or not self._sliced or not 1 < count < self._units_left:
+        alone = self._share.team.size == 1  # threads that talk to other processes are not to be forked
+        if not alone or self._device != "cpu" or not self._sliced or not 1 < count < self._units_left:
             return
         from mergetool.engine.fork import Fork
 
@@ -171,23 +173,39 @@ class Jobs:
 
     def queue_all(self) -> None:
         """Queue everything that is still to do, in plan order."""
-        steps = [step for step in self._plan.steps if self._todo[step.index]]
         self._teller.start(self._plan.bytes_out, "merging")
-        self._teller.advance(sum(s.spec.num_bytes for s in self._plan.steps) - sum(map(self._bytes_left, steps)))
-        shared = [step for step in steps if step.surveyed_together]
-        if shared:
-            everywhere = [step for step in self._plan.steps if step.surveyed_together]
+        done = self._stops.keys() - self._left
+        self._teller.advance(sum(self._size(*unit) for unit in done))
+        everywhere = [step for step in self._plan.steps if step.surveyed_together]
+        if {step.index for step in everywhere} & {index for index, _ in self._left}:
             self._begin_survey(_WHOLE_MODEL, everywhere, first=False)
-        for step in steps:
-            if not step.surveyed_together:
+        for step in self._plan.steps:
+            if self._todo[step.index] and not step.surveyed_together:
                 self._begin_survey(step.spec.name, [step], first=False)
         if self._units_left == 0:
             self._all_merged()
         for shard in range(len(self._fronts)):
             self._hash_front(shard)
 
-    def _bytes_left(self, step: Step) -> int:
-        return sum(step.spec.dtype.num_bytes(stop - start) for start, stop in self._todo[step.index])
+    def _size(self, index: int, start: int) -> int:
+        return self._plan.steps[index].spec.dtype.num_bytes(self._stops[index, start] - start)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every unit is written, whoever has written it."""
+        return not self._left
+
+    def others_merged(self, units: Iterable[tuple[int, int]]) -> None:
+        """Other processes have written these units."""
+        for index, start in units:
+            self._written(self._plan.steps[index], start, self._stops[index, start])
+            self._hash_front(self._plan.steps[index].shard)
+
+    def _written(self, step: Step, start: int, stop: int) -> None:
+        if (step.index, start) in self._left:
+            self._left.discard((step.index, start))
+            self._teller.advance(step.spec.dtype.num_bytes(stop - start))
+            self._fill(step, start, stop)
 
     # ---------------------------------------------------------------- surveys
 
@@ -204,7 +222,8 @@ class Jobs:
 
     def _queue_survey(self, name: str | None, scope: _Scope, *, first: bool) -> None:
         pieces = [(step, *piece) for step in scope.steps for piece in step.pieces(UNIT_ELEMENTS)]
-        scope.waiting = len(pieces)
+        mine = [(place, piece) for place, piece in enumerate(pieces) if self._share.has(piece[0].index, piece[1])]
+        scope.waiting = len(mine)
         scope.partial = [None] * len(pieces)
         jobs = [
             Job(
@@ -213,9 +232,11 @@ class Jobs:
                 memory=step_memory(self._plan, step),
                 hint=partial(self._hint, step, start, stop),
             )
-            for place, (step, start, stop) in enumerate(pieces)
+            for place, (step, start, stop) in mine
         ]
         self._schedule.add(jobs, first=first)
+        if not mine:
+            self._queue_conclusion(name, scope)
 
     def _survey(self, step: Step, start: int, stop: int, survey: Any) -> tuple[int, "Tensor"]:
         return self._bytes_of(step, start, stop) // survey.one_in, self._worker().survey(step, start, stop, survey)
@@ -227,12 +248,21 @@ class Jobs:
             place, counts = 0, counts if scope.partial[0] is None else scope.partial[0].add_(counts)
         scope.partial[place] = counts
         scope.waiting -= 1
-        if scope.waiting:
-            return
+        if scope.waiting == 0:
+            self._queue_conclusion(name, scope)
+
+    def _queue_conclusion(self, name: str | None, scope: _Scope) -> None:
+        job = Job(run=partial(self._conclude, name, scope), after=partial(self._concluded, name, scope))
+        self._schedule.add([job], first=True)
+
+    def _conclude(self, name: str | None, scope: _Scope) -> Any:
+        """What the counts come to: those of all processes, where the whole model is surveyed."""
         from mergetool.engine.worker import combined
 
-        counts = combined(scope.survey, (each for each in scope.partial if each is not None))
-        conclusion = scope.survey.conclude(counts)
+        counts = scope.partial if name is not _WHOLE_MODEL else joined_counts(self._share.team.exchange(scope.partial))
+        return scope.survey.conclude(combined(scope.survey, (each for each in counts if each is not None)))
+
+    def _concluded(self, name: str | None, scope: _Scope, conclusion: Any) -> None:
         if isinstance(conclusion, Mapping):
             self._journal.stats(name, conclusion)
             self._queue_merges(scope.steps, conclusion, first=name is not _WHOLE_MODEL)
@@ -264,8 +294,8 @@ class Jobs:
         self.record.bytes_read += self._bytes_of(step, start, stop)
         known = self.record.notes.setdefault(step.spec.name, []) if notes else []
         known += [note for note in notes if note not in known]
-        self._teller.advance(step.spec.dtype.num_bytes(stop - start))
-        self._fill(step, start, stop)
+        self._written(step, start, stop)
+        self.finished.append((step.index, start))
         self._units_left -= 1
         if self._units_left == 0:
             self._all_merged()
@@ -273,7 +303,7 @@ class Jobs:
         for path in self._paths(step):
             if path in self._left_of_file:
                 self._left_of_file[path] -= 1
-                if self._left_of_file[path] == 0:
+                if self._left_of_file[path] == 0 and self._share.hashes_input(path):
                     self._schedule.add([self._hash_job(path)], first=True)
 
     def _bytes_of(self, step: Step, start: int, stop: int) -> int:
@@ -319,6 +349,13 @@ class Jobs:
             self._schedule.add([Job(run=self._finish_model, after=self._model_finished)], first=True)
 
     def _finish_model(self) -> None:
+        team = self._share.team
+        for shard in range(self._writer.num_files if team.size > 1 else 0):
+            self._writer.sync(shard)
+        team.exchange(None)
+        team.leader_first(lambda: self._replace() if team.leads else None)
+
+    def _replace(self) -> None:
         assert self._fit is not None
         paths = [self._writer.path(shard) for shard in range(self._writer.num_files)]
         merged = SafetensorsSource(paths, None)
@@ -326,6 +363,8 @@ class Jobs:
             self._new_worker().replace(self._fit.finish(merged, self._writer.folder))
         finally:
             merged.close()
+        for shard in range(self._writer.num_files):
+            self._writer.sync(shard)  # who hashes it may be on another machine
 
     def _model_finished(self, _: None) -> None:
         self._fit = None  # nothing will change any more
@@ -341,7 +380,7 @@ class Jobs:
     def _hash_front(self, shard: int) -> None:
         """Have an output file hashed as far as it is finished, unless a fit will still change it."""
         final = self._fit is None or not self._fit.finishes
-        if final and self._fronts[shard].take():
+        if final and self._share.hashes_output(shard) and self._fronts[shard].take():
             after = partial(self._front_hashed, shard)
             job = Job(run=partial(self._sync_and_hash, shard), after=after, hashes=True)
             self._schedule.add([job], first=True)
@@ -357,15 +396,3 @@ class Jobs:
             self._hash_front(shard)
         else:
             self.record.outputs[self._plan.shards[shard].name] = digest
-
-
-def _device(name: str) -> str:
-    import torch
-
-    try:
-        device = torch.device("cpu" if name == "auto" else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first_line = str(error).strip().splitlines()[0][:200]
-        raise PlanError(f"device {name!r} cannot be used: {first_line}", "--device", "use --device cpu") from None
-    return str(device)

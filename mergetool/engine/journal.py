@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass
 class Done:
-    """What an earlier run finished: units by (step, start), statistics by scope, notes by tensor, seconds spent."""
+    """What earlier runs finished: units by (step, start), statistics by scope, notes by tensor, seconds spent."""
 
     units: set[tuple[int, int]] = field(default_factory=set)
     stats: dict[str | None, dict[str, tuple[float, ...]]] = field(default_factory=dict)
@@ -34,12 +34,22 @@ class Done:
     hashes: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
+    def add(self, other: "Done") -> None:
+        """What another process finished, too."""
+        self.units |= other.units
+        self.stats |= other.stats
+        self.hashes |= other.hashes
+        for name, notes in other.notes.items():
+            known = self.notes.setdefault(name, [])
+            known += [note for note in notes if note not in known]
+        self.seconds = max(self.seconds, other.seconds)
+
 
 class Journal:
     """The journal of one output folder, locked for as long as this object lives."""
 
-    def __init__(self, folder: Path, key: str, *, resume: bool) -> None:
-        self.path = folder / JOURNAL_NAME
+    def __init__(self, folder: Path, key: str, *, resume: bool, name: str = JOURNAL_NAME) -> None:
+        self.path = folder / name
         self._fd = _open_locked(self.path)
         self._lock = threading.Lock()
         self._key = key
@@ -62,6 +72,12 @@ class Journal:
     def _begin(self) -> None:
         self._write({"key": self._key, "boot": _boot_id()})
         os.fsync(self._fd)
+
+    def include(self, others: Iterable[Done]) -> None:
+        """Take over what other processes of this or of an earlier run finished."""
+        for done in others:
+            self.done.add(done)
+        self.resumed = bool(self.done.units)
 
     def start_over(self) -> None:
         """Forget everything: what this journal speaks of is not there."""
@@ -112,6 +128,24 @@ class Journal:
                 self._num_records += 1
         except OSError as error:
             raise write_error(error, str(self.path)) from error
+
+
+def other_journal(rank: int) -> str:
+    """Name of the journal of a process that does not lead."""
+    return f".journal.{rank}.jsonl"
+
+
+def other_journals(folder: Path) -> list[Path]:
+    """The journals of processes that did not lead, of whatever run."""
+    return sorted(folder.glob(other_journal(0).replace("0", "*")))
+
+
+def read_done(path: Path, key: str) -> Done:
+    """What a journal that nobody writes any more says of this plan."""
+    done = Done()
+    for line in _trusted(path, key)[0][1:]:
+        _apply(done, json.loads(line))
+    return done
 
 
 def _open_locked(path: Path) -> int:

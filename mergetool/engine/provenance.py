@@ -14,8 +14,8 @@ from typing import Any
 from mergetool import __version__
 from mergetool.engine.card import card
 from mergetool.engine.claim import LOCK_NAME, Claim
-from mergetool.engine.jobs import Record
 from mergetool.engine.journal import JOURNAL_NAME
+from mergetool.engine.record import Record
 from mergetool.engine.result import Result
 from mergetool.planner import Plan
 from mergetool.tensors.io import sha256_file
@@ -24,9 +24,10 @@ from mergetool.tensors.source import INDEX_NAME
 from mergetool.tensors.writer import copy_file, write_file
 
 
-def finish(plan: Plan, claim: Claim, record: Record, seconds: float) -> Result:
+def finish(plan: Plan, claim: Claim, records: Sequence[Record], seconds: float) -> Result:
     """Write everything but the weights into the partial folder; the lock comes last."""
     folder = claim.partial
+    record = Record.of(records)
     _write_index(plan, folder)
     _carry_files(plan, folder)
     notes = _summary(record.notes)
@@ -38,6 +39,7 @@ def finish(plan: Plan, claim: Claim, record: Record, seconds: float) -> Result:
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + record.workers_memory,
         num_tensors=len(plan.steps),
         resumed=claim.journal.resumed,
+        num_processes=len(records),
         notes=notes,
         warnings=plan.warnings,
     )
@@ -165,6 +167,7 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
             "bytes_written": result.bytes_written,
             "peak_memory": result.peak_memory,
             "resumed": result.resumed,
+            "processes": result.num_processes,
         },
     }
 

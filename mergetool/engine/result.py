@@ -23,6 +23,7 @@ class Result:
     notes: dict[str, int] = field(default_factory=dict)
     """How many tensors carry each remark."""
     warnings: tuple[str, ...] = ()
+    num_processes: int = 1
     pushed: Pushed | None = None
     """Where on the Hub it is now."""
 
@@ -36,6 +37,7 @@ class Result:
             "peak_memory": self.peak_memory,
             "tensors": self.num_tensors,
             "resumed": self.resumed,
+            "processes": self.num_processes,
             "notes": self.notes,
             "warnings": list(self.warnings),
             "pushed": None if self.pushed is None else self.pushed.as_dict(),

@@ -57,6 +57,11 @@ class Schedule:
                     queue.extend(chosen)
             self._changed.notify_all()
 
+    def record(self, call: Callable[[], None]) -> None:
+        """Have something recorded that no job of this process did: `call` is serialised with the `after`s."""
+        with self._changed:
+            call()
+
     def close(self) -> None:
         """No more jobs from outside: once the queue is empty and nothing runs, threads may go home."""
         with self._changed:

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mergetool.engine.processes import Team
 from mergetool.errors import EvaluationError, MergeError, MergetoolError, PlanError, RecipeError
 from mergetool.evaluate.cache import ResponseCache
 from mergetool.evaluate.items import Score, TaskItems
 from mergetool.evolve.journal import SearchJournal
 from mergetool.evolve.live import Candidates
-from mergetool.evolve.team import Team
 from mergetool.search.space import Value
 
 Subject = str | tuple[Value, ...]
@@ -124,7 +124,7 @@ class Judge:
                 own = self._ask(*asked[self._team.rank], digest=stage == "report")
             except EvaluationError as error:
                 own = error
-        for (subject, missing), answer in zip(asked, self._team.gather(own), strict=False):
+        for (subject, missing), answer in zip(asked, self._team.exchange(own), strict=False):
             if isinstance(answer, EvaluationError):
                 raise answer
             record = self._journal.record(_question(stage, subject, missing), **answer)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from mergetool.engine import Flags, Progress, Result
 from mergetool.engine import run_recipe as run_plain
 from mergetool.engine.execute import Silent
+from mergetool.engine.processes import joined, leads
 from mergetool.engine.push import push_target
-from mergetool.errors import MergeError, MergetoolError, OutputError
+from mergetool.errors import MergeError, OutputError
 from mergetool.methods.base import SearchMethod
 from mergetool.planner.library import pinned
 from mergetool.recipe.candidate import candidate_recipe
@@ -25,29 +26,24 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
     if not isinstance(recipe.method, SearchMethod):
         return _evaluated(recipe, flags, run_plain(recipe, flags, progress))
     from mergetool.evolve.session import search
-    from mergetool.evolve.team import Team
 
-    output = _output(recipe, flags)
-    push_target(recipe, flags.push)  # that it cannot be pushed is better known now than after the search
-    recipe = pinned(recipe)  # what is searched is what is merged, however long it takes
-    team = Team()
-    found = search(recipe, output, flags, progress if team.leads else Silent(), team)
-    result: Result | MergetoolError | None = None
-    if team.leads:
-        try:
-            result = _merge(candidate_recipe(recipe, found.values), found, replace(flags, output=output), progress)
-        except MergetoolError as error:
-            result = error
-    result = team.gather(result)[0]
-    if isinstance(result, MergetoolError):
-        raise result
-    assert result is not None
-    return _evaluated(recipe, flags, result) if team.leads else result
+    with joined() as team:
+        output = _output(recipe, flags)
+        if team.leads:
+            push_target(recipe, flags.push)  # that it cannot be pushed is better known now than after the search
+        asked = team.leader_first(lambda: pinned(recipe))  # what is searched is merged, however long it takes
+        found = search(asked, output, flags, progress if team.leads else Silent(), team)
+        merged = run_plain(*_winner(asked, found, replace(flags, output=output)), progress)
+        if team.leads:
+            _check_saved(merged.path, found.digest)
+        team.exchange(None)
+        merged = replace(merged, notes={**dict.fromkeys(found.notes, 1), **merged.notes})
+    return _evaluated(asked, flags, merged)
 
 
 def _evaluated(recipe: Recipe, flags: Flags, result: Result) -> Result:
     """The result with its scores among the notes, where the recipe names tasks."""
-    if not recipe.evaluate:
+    if not recipe.evaluate or not leads():
         return result
     from mergetool.evaluate.assess import assess
 
@@ -56,12 +52,10 @@ def _evaluated(recipe: Recipe, flags: Flags, result: Result) -> Result:
     return replace(result, notes={**result.notes, **dict.fromkeys(told, 1)})
 
 
-def _merge(recipe: Recipe, found: "Found", flags: Flags, progress: Progress) -> Result:
-    """Write the winner."""
-    cache = flags.cache if recipe.method.uses_factors else None
-    result = run_plain(recipe, replace(flags, cache=cache), progress)
-    _check_saved(result.path, found.digest)
-    return replace(result, notes={**dict.fromkeys(found.notes, 1), **result.notes})
+def _winner(recipe: Recipe, found: "Found", flags: Flags) -> tuple[Recipe, Flags]:
+    """The recipe that merges what was found, and the flags for it."""
+    merge = candidate_recipe(recipe, found.values)
+    return merge, replace(flags, cache=flags.cache if merge.method.uses_factors else None)
 
 
 def _check_saved(path: Path, digest: str | None) -> None:

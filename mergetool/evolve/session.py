@@ -10,6 +10,8 @@ from typing import Any
 
 from mergetool import __version__
 from mergetool.engine import Flags, Progress
+from mergetool.engine.devices import own_device
+from mergetool.engine.processes import Team
 from mergetool.errors import EvaluationError, MergetoolError
 from mergetool.evaluate.cache import ResponseCache
 from mergetool.evaluate.harness import load_task
@@ -20,7 +22,6 @@ from mergetool.evolve.judge import Judge
 from mergetool.evolve.live import Candidates
 from mergetool.evolve.loop import History, Loop, Values
 from mergetool.evolve.pools import Pools, split
-from mergetool.evolve.team import Team
 from mergetool.methods.merge3 import Merge3
 from mergetool.planner.build import open_models
 from mergetool.planner.library import Library, is_on_hub
@@ -54,7 +55,7 @@ def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress, team:
     assert isinstance(method, Merge3)
     folder = output.with_name(f"{output.name}.search")
     sources = _fetched(recipe, progress)
-    candidates = Candidates(recipe, sources, team.device(flags.device), method.search.batch_size)
+    candidates = Candidates(recipe, sources, own_device(flags.device), method.search.batch_size)
     tasks = [TaskItems(task, load_task(task, recipe.folder), candidates.live.lm) for task in method.tasks]
     pools = split(tasks, method.search.report, recipe.compute.seed)
     journal = _open_journal(folder, _header(recipe, sources, tasks, pools), flags, team)
@@ -99,7 +100,7 @@ def _open_journal(folder: Path, header: dict[str, Any], flags: Flags, team: Team
                 journal = SearchJournal(folder, header, resume=flags.resume, leads=leads)
             except MergetoolError as error:
                 trouble = error
-        trouble = next((error for error in team.gather(trouble) if error is not None), None)
+        trouble = next((error for error in team.exchange(trouble) if error is not None), None)
     if trouble is not None:
         raise trouble
     assert journal is not None

@@ -40,16 +40,20 @@ def step_memory(plan: Plan, step: Step) -> int:
     return held * plan.compute_bits // 8 * copies
 
 
-def estimate(plan: Plan, *, workers: int | None, memory: int | None) -> Costs:
-    """Settle workers and memory. Raises PlanError when even one worker needs more than `memory`."""
+def estimate(plan: Plan, *, workers: int | None, memory: int | None, processes: int = 1) -> Costs:
+    """Settle workers and memory of one process. Raises PlanError when even one worker needs more than `memory`.
+
+    `memory` (and the machine's, and its cores) are shared by as many `processes` as run on this machine.
+    """
+    memory = memory // processes if memory is not None else None
     streams = max((len(step.reads) for step in plan.steps), default=1)
     temporaries = max((step.method.buffers for step in plan.steps if step.method), default=0)
     one = SLICE_ELEMENTS * (plan.compute_bits // 8 * (streams + temporaries + 2) + 8)
     whole = sorted((step_memory(plan, step) for step in plan.steps), reverse=True)
     largest = whole[0] if whole else 0
     fixed = RUNTIME_BYTES + _SPARE
-    budget = memory if memory is not None else int(0.8 * available_memory())
-    count = workers or min(len(os.sched_getaffinity(0)), 32)
+    budget = memory if memory is not None else int(0.8 * available_memory()) // processes
+    count = workers or max(1, min(len(os.sched_getaffinity(0)), 32) // processes)
     count = max(1, min(count, (budget - fixed - largest) // one if budget > fixed + largest else 1))
     if memory is not None and fixed + one + largest > memory:
         worst = max(plan.steps, key=lambda step: step_memory(plan, step))

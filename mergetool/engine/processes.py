@@ -1,0 +1,354 @@
+"""Several processes at one merge: `accelerate launch --num_processes N -m mergetool run recipe.yaml`.
+
+The launcher starts the same command N times, on one machine or on several that share a file system. All make the same
+plan. Process 0 leads: it downloads, claims the output, creates the files, and finishes. Units of work are dealt out by
+cost; every process fills its own slots of the same files and keeps a journal of its own, so a run that died resumes
+with any number of processes. Which units are done is told through the launcher's store; a file is hashed by one
+process from its front on, as it would be by one alone. Where all must have got as far (a survey of the whole model, a
+fit that the leader makes, the end) they exchange values over gloo.
+
+One process is a team of one: the same code, nothing exchanged.
+"""
+
+import json
+import os
+import pickle
+import socket
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from mergetool import errors
+from mergetool.errors import MergetoolError, OutputError
+from mergetool.planner import Plan, Step
+from mergetool.planner.model import UNIT_ELEMENTS
+
+_T = TypeVar("_T")
+_EVER = timedelta(days=30)
+_AGAIN = "run the same command again: what is finished is kept"
+
+
+class Stopped(Exception):  # noqa: N818  (no error of this process)
+    """Another process has failed, and will say why."""
+
+
+class Team:
+    """The processes of one run. This class is a team of one."""
+
+    rank = 0
+    size = 1
+    local_size = 1
+    """How many of them are on this machine."""
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def exchange(self, value: Any) -> list[Any]:
+        """The values that all processes give, in order. Raises the error of any process that gives none."""
+        return [value]
+
+    def leader_first(self, call: Callable[[], _T]) -> _T:
+        """Everybody's own result of `call`; the others call when the leader has come back."""
+        if self.leads:
+            result = call()
+            self.exchange(None)
+            return result
+        self.exchange(None)
+        return call()
+
+    def agree(self, error: BaseException) -> BaseException:
+        """The error that ends the run, whichever process met it first."""
+        return error
+
+    def publish(self, units: Sequence[tuple[int, int]]) -> None:
+        """Tell the others that these units are written."""
+
+    def news(self) -> list[tuple[int, int]]:
+        """Units that others have written since the last call. Raises Stopped when one of them has failed."""
+        return []
+
+    @property
+    def one_machine(self) -> bool:
+        """Whether what one process has written can be read by all at once."""
+        return self.local_size == self.size
+
+
+class Processes(Team):
+    """A team of several, joined by the variables that a launcher sets."""
+
+    def __init__(self) -> None:
+        import torch.distributed
+
+        dist: Any = torch.distributed
+
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            dist.init_process_group("gloo", rank=self.rank, world_size=self.size, timeout=_EVER)
+            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
+        except (RuntimeError, ValueError) as error:
+            what = f"process {self.rank} of {self.size} cannot join the others: {str(error).splitlines()[0][:200]}"
+            raise OutputError(what, f"{address}:{port}", "check the launcher's addresses and the network") from None
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"mergetool/{attempt}", store)
+        self._group = dist
+        self._sent = 0
+        self._seen = dict.fromkeys((rank for rank in range(self.size) if rank != self.rank), 0)
+        self._agreed: BaseException | None = None
+        self._lost = threading.Event()
+        self._watched = dist.new_group(backend="gloo", timeout=_EVER)
+        self._watches = [threading.Thread(target=self._watch, args=(rank,), daemon=True) for rank in self._seen]
+        for watch in self._watches:
+            watch.start()
+        _places.extend(self.exchange((socket.gethostname(), os.getpid())))
+
+    def _watch(self, rank: int) -> None:
+        """Wait for another process to say goodbye. One that dies says nothing, and its connection breaks."""
+        import torch
+
+        try:
+            self._group.recv(torch.zeros(1), src=rank, group=self._watched)
+        except RuntimeError:
+            self._lost.set()
+
+    def leave(self) -> None:
+        """Say goodbye, and wait until the others do."""
+        import torch
+
+        if self._lost.is_set() or _ended:
+            return
+        try:
+            for rank in self._seen:
+                self._group.send(torch.ones(1), dst=rank, group=self._watched)
+            for watch in self._watches:
+                watch.join()
+            self._group.destroy_process_group()
+        except RuntimeError:  # somebody has just died, and nobody needs it any more
+            return
+
+    def exchange(self, value: Any) -> list[Any]:
+        answers = self._gather((None, value))
+        if failed := next((failure for failure, _ in answers if failure is not None), None):
+            _told.append(failed)
+            self._agreed = _decoded(failed)
+            raise self._agreed
+        if any(isinstance(given, Stopped) for _, given in answers):
+            raise Stopped
+        return [given for _, given in answers]
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Everybody's value. In a thread of its own: signals must reach this one."""
+        answers: list[Any] = [None] * self.size
+        failures: list[BaseException] = []
+        done = threading.Event()
+
+        def talk() -> None:
+            try:
+                self._group.all_gather_object(answers, value)
+            except BaseException as error:
+                failures.append(error)
+            done.set()
+
+        threading.Thread(target=talk, daemon=True).start()
+        while not done.wait(0.2):
+            if self._lost.is_set():
+                raise self._died()
+        if failures:
+            raise self._died()
+        return answers
+
+    def _died(self) -> OutputError:
+        self._agreed = OutputError(
+            "another process of this run has died", f"process {self.rank} of {self.size}", _AGAIN
+        )
+        return self._agreed
+
+    def agree(self, error: BaseException) -> BaseException:
+        if error is self._agreed or error in _ended or not isinstance(error, Exception):  # told already, or Ctrl-C
+            return error
+        try:
+            self._store.set("failed", "1")
+            answers = self._gather((None, error) if isinstance(error, Stopped) else (_encoded(error, self.rank), None))
+        except OutputError as died:
+            return died
+        except RuntimeError:  # the store has gone, and the leader with it
+            return self._died()
+        failed = next((failure for failure, _ in answers if failure is not None), None)
+        _told.extend([failed] if failed is not None else [])
+        self._agreed = error if failed is None else _decoded(failed)
+        return self._agreed
+
+    def publish(self, units: Sequence[tuple[int, int]]) -> None:
+        if units:
+            self._store.set(f"{self.rank}/{self._sent}", json.dumps(units))
+            self._sent += 1
+
+    def news(self) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        if self._lost.is_set():
+            raise self._died()
+        if self._store.check(["failed"]):
+            raise Stopped
+        for rank in self._seen:
+            while self._store.check([key := f"{rank}/{self._seen[rank]}"]):
+                found += [(step, start) for step, start in json.loads(self._store.get(key))]
+                self._seen[rank] += 1
+        return found
+
+
+_places: list[tuple[str, int]] = []
+"""Host and process id of every process, once they have met."""
+_told: list[bytes] = []
+"""Errors that the leader has heard of."""
+
+
+def launched() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def leads() -> bool:
+    """Whether this process is alone, or leads the others."""
+    return not launched() or int(os.environ["RANK"]) == 0
+
+
+def speaks() -> bool:
+    """Whether people hear of an error from this process: from the leader, or else the first that is left here."""
+    if leads() or _told:
+        return leads()
+    here = socket.gethostname()
+    return not any(host != here or _lives(process) for host, process in _places[: int(os.environ["RANK"])])
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def terminated() -> OutputError:
+    """What a launcher's SIGTERM means: it ends the others when one process has died."""
+    what = "ended from outside (SIGTERM): another process of this run has died, or the job was stopped"
+    _ended.append(OutputError(what, f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}", _AGAIN))
+    return _ended[-1]
+
+
+_ended: list[OutputError] = []
+
+
+@contextmanager
+def joined() -> Iterator[Team]:
+    """The team of this run; inside another `joined`, the same one. An error inside ends the run of all of them."""
+    if _current or not launched():
+        yield _current[0] if _current else Team()
+        return
+    team = Processes()
+    _current.append(team)
+    try:
+        yield team
+    except Exception as error:
+        raise team.agree(error) from error.__cause__
+    finally:
+        _current.clear()
+        team.leave()
+
+
+_current: list[Team] = []
+
+
+def _encoded(error: Exception, rank: int) -> bytes:
+    if isinstance(error, MergetoolError):
+        return pickle.dumps((type(error).__name__, error.what, error.where, error.fix))
+    text = "".join(traceback.format_exception(error))
+    return pickle.dumps(("", f"in process {rank}:\n{text}", "", ""))
+
+
+def _decoded(failure: bytes) -> Exception:
+    kind, what, where, fix = pickle.loads(failure)
+    return getattr(errors, kind)(what, where, fix) if kind else RuntimeError(what)
+
+
+# ---------------------------------------------------------------- who does what
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process does of a plan."""
+
+    team: Team
+    units: frozenset[tuple[int, int]] | None
+    """(step, start) of every unit; None: all of them."""
+    inputs: frozenset[str] | None
+    outputs: frozenset[int] | None
+    """Files that it hashes: inputs by path, outputs by number."""
+
+    def has(self, step: int, start: int) -> bool:
+        return self.units is None or (step, start) in self.units
+
+    def hashes_input(self, path: str) -> bool:
+        return self.inputs is None or path in self.inputs
+
+    def hashes_output(self, shard: int) -> bool:
+        return self.outputs is None or shard in self.outputs
+
+
+def deal(plan: Plan, team: Team) -> Share:
+    """This process's share. Large pieces first, each to whoever has least; the same in every process.
+
+    A tensor with a survey of its own is not divided: its counts would have to travel.
+    """
+    if team.size == 1:
+        return Share(team, None, None, None)
+    load = [0.0] * team.size
+    inputs = {str(stamp.path): float(stamp.size) for stamps in plan.stamps.values() for stamp in stamps}
+    outputs = {index: float(shard.header.file_size) for index, shard in enumerate(plan.shards)}
+    given_inputs, given_outputs = _dealt(inputs, load), _dealt(outputs, load)
+    pieces: dict[tuple[int, int], float] = {}
+    whole: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for step in plan.steps:
+        ranges = step.pieces(UNIT_ELEMENTS)
+        groups = [ranges] if _surveyed_alone(step) else [[each] for each in ranges]
+        for group in groups:
+            key = (step.index, group[0][0])
+            pieces[key] = sum(cost(plan, step, start, stop) for start, stop in group)
+            whole[key] = [(step.index, start) for start, _ in group]
+    keys = _dealt(pieces, load)[team.rank]
+    units = frozenset(unit for key in keys for unit in whole[key])
+    return Share(team, units, frozenset(given_inputs[team.rank]), frozenset(given_outputs[team.rank]))
+
+
+def _surveyed_alone(step: Step) -> bool:
+    if step.method is None or step.surveyed_together:
+        return False
+    return step.method.survey(step.params, step.spec.num_elements, bits=32) is not None
+
+
+def _dealt(costs: dict[Any, float], load: list[float]) -> list[list[Any]]:
+    """Keys for each process; adds to `load`. What is much larger than the rest first, the rest in its order."""
+    dealt: list[list[Any]] = [[] for _ in load]
+    large = sum(costs.values()) / (8 * len(load))
+    order = sorted(costs, key=lambda key: -costs[key] if costs[key] > large else 0.0)  # stable
+    for key in order:
+        least = min(range(len(load)), key=load.__getitem__)
+        dealt[least].append(key)
+        load[least] += costs[key]
+    return dealt
+
+
+def cost(plan: Plan, step: Step, start: int, stop: int) -> float:
+    """What a unit costs, in bytes that could be read meanwhile: reading, writing, and for whole matrices the SVDs."""
+    count = stop - start
+    size = sum(plan.sources[name].specs[step.spec.name].dtype.num_bytes(count) for name in step.reads)
+    size += step.spec.dtype.num_bytes(count)
+    if step.reach != "tensor" or len(step.spec.shape) < 2:
+        return float(size)
+    rows = step.spec.shape[0]
+    return size + 0.5 * len(step.reads) * count * min(rows, count // max(1, rows))

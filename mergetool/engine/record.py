@@ -1,0 +1,45 @@
+"""What a run learns while it works, and how what several processes learnt is put together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Record:
+    """What a run learnt: digests of files, remarks on tensors, bytes read for merging (surveys included)."""
+
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    bytes_read: int = 0
+    workers_memory: int = 0
+    """Bytes that processes of workers had of their own."""
+
+    @classmethod
+    def of(cls, records: "Sequence[Record]") -> "Record":
+        """What several processes learnt together."""
+        found = cls()
+        for record in records:
+            found.inputs |= record.inputs
+            found.outputs |= record.outputs
+            found.bytes_read += record.bytes_read
+            found.workers_memory += record.workers_memory
+            for name, notes in record.notes.items():
+                known = found.notes.setdefault(name, [])
+                known += [note for note in notes if note not in known]
+        return found
+
+
+def joined_counts(counts: "list[list[Tensor | None]]") -> "list[Tensor | None]":
+    """The counts of several processes, piece by piece."""
+    found = counts[0]
+    for others in counts[1:]:
+        for place, other in enumerate(others):
+            if other is not None:
+                known = found[place]
+                found[place] = other if known is None else known.add_(other)
+    return found
