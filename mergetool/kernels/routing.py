@@ -11,7 +11,7 @@ How likely? Let task t say that features are normal, with one variance inside it
 unknown. With the share e = ||V_t z||^2 / ||z||^2 and k directions of D, the best fit beats the one that treats all
 directions alike by
 
-    D/2 ( q log(q/e) + (1 - q) log((1 - q)/(1 - e)) )    nats, q = k/D       (0 where e <= q)
+    D/2 ( q log(q/e) + (1 - q) log((1 - q)/(1 - e)) )    nats, q = k/D       (against the task where e < q)
 
 For equal k this orders tasks as r_t does. Unlike r_t it is fair between tasks of different rank (a large span explains
 much of anything), does not depend on the length of z, and its differences are log-odds of tasks. Over several matrices
@@ -41,7 +41,7 @@ def distance(z: Tensor, basis: Tensor, norm: Norm = "l2") -> Tensor:
     """Distance (B,) of features z (B, D) from the span of `basis` (k, D); the distance from 0 where k is 0.
 
     l2, l1: that norm of the residual. mahalanobis: sqrt(d^T C^-1 d) of the residual d, where C is the covariance of
-    the basis' rows plus 0.001 on the diagonal. likelihood: minus the nats above, so at most 0.
+    the basis' rows plus 0.001 on the diagonal. likelihood: minus the nats above.
     """
     if norm == "likelihood":
         return -_nats(_inside(z, basis), basis.shape[0] / z.shape[1], z.shape[1])
@@ -64,9 +64,9 @@ def _nats(inside: Tensor, expected: Tensor | float, size: float) -> Tensor:
     """
     tiny = torch.finfo(inside.dtype).eps
     q = torch.as_tensor(expected, dtype=inside.dtype, device=inside.device)
-    e = torch.maximum(inside, q).clamp(tiny, 1 - tiny)
-    found = size / 2 * (torch.special.xlogy(q, q / e) + torch.special.xlogy(1 - q, (1 - q) / (1 - e)))
-    return torch.where((q > 0) & (q < 1) & (inside > q), found, 0)
+    e = inside.clamp(tiny, 1 - tiny)
+    nats = size / 2 * (torch.special.xlogy(q, q / e) + torch.special.xlogy(1 - q, (1 - q) / (1 - e)))
+    return torch.where((q > 0) & (q < 1), nats * (inside - q).sign(), 0)
 
 
 def _covariance(basis: Tensor) -> Tensor:
