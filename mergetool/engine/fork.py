@@ -34,13 +34,15 @@ class Fork:
     def __init__(self, worker: Worker, steps: Mapping[int, Step], others: Iterable[int]) -> None:
         """Fork now. `others` are file descriptors that the new process must not hold on to."""
         ours, theirs = Pipe()
-        with warnings.catch_warnings():  # there are threads, but none holds a lock that the new process takes
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._process = os.fork()
-        if self._process == 0:
-            for descriptor in (ours.fileno(), *others):
-                os.close(descriptor)
-            _serve(worker, steps, theirs)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for good in the child: the parent decides
+        try:
+            with warnings.catch_warnings():  # there are threads, but none holds a lock that the new process takes
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._process = os.fork()
+            if self._process == 0:
+                _serve(worker, steps, theirs, (ours.fileno(), *others))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self._pipe = ours
 
@@ -83,10 +85,11 @@ class Fork:
         return answer
 
 
-def _serve(worker: Worker, steps: Mapping[int, Step], pipe: Connection) -> NoReturn:
-    """Answer requests until there is nobody to ask, in the new process."""
+def _serve(worker: Worker, steps: Mapping[int, Step], pipe: Connection, others: Iterable[int]) -> NoReturn:
+    """Answer requests until there is nobody to ask, in the new process. Nothing of the parent's may happen here."""
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+        for descriptor in others:
+            os.close(descriptor)
         while (request := pickle.loads(pipe.recv_bytes())) is not None:
             pipe.send_bytes(_answer(worker, steps, *request))
         pipe.send_bytes(pickle.dumps(_own()))

@@ -162,9 +162,13 @@ class Jobs:
         from mergetool.engine.fork import Fork
 
         steps = {step.index: step for step in self._plan.steps}
-        for _ in range(count):
-            others = [self._journal.fileno(), *(fork.fileno() for fork in self._forks)]
-            self._forks.append(Fork(self._new_worker(), steps, others))
+        try:
+            for _ in range(count):
+                others = [self._journal.fileno(), *(fork.fileno() for fork in self._forks)]
+                self._forks.append(Fork(self._new_worker(), steps, others))
+        except OSError:  # no more processes, files or memory are allowed: threads will do
+            self.close()
+            self._forks = []
         self._idle = list(self._forks)
 
     def close(self) -> None:

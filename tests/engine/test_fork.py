@@ -45,9 +45,9 @@ def recipe(folder, models, names="ab", merge=TIES):
     )
 
 
-def start(path, *arguments):
-    command = [sys.executable, "-m", "mergetool", "run", str(path), "--workers", "3", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(path, **options):
+    command = [sys.executable, "-m", "mergetool", "run", str(path), "--workers", "3"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def children(process):
@@ -122,6 +122,43 @@ def test_workers_do_not_outlive_a_killed_run_nor_hold_its_lock(tmp_path, models)
     while any(is_alive(pid) for pid in workers) and time.monotonic() < end:
         time.sleep(0.01)
     assert not any(is_alive(pid) for pid in workers)
+
+
+def test_ctrl_c_reaches_all_and_the_parent_decides(tmp_path, models):
+    process = start(recipe(tmp_path, models), start_new_session=True)
+    workers = forked(process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate()
+    assert process.returncode in (0, 130)
+    assert "Traceback" not in told
+    assert "killed" not in told
+    assert not any(is_alive(pid) for pid in workers)
+
+
+def test_where_no_process_may_be_started_threads_do_the_work(tmp_path, models):
+    path = recipe(tmp_path, models)
+    mergetool.run(path, output=tmp_path / "whole")
+    command = [sys.executable, "-c", NO_FORKS, "run", str(path), "--workers", "3"]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+NO_FORKS = """
+import os, sys
+from mergetool.cli import main
+
+forks = iter([os.fork])
+def fork():
+    for one in forks:
+        return one()
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+
+os.fork = fork
+sys.argv[0] = "mergetool"
+main()
+"""
+"""The command where the second fork fails as it does at the limit on processes (which does not bind root)."""
 
 
 class Odd:
