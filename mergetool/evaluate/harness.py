@@ -35,11 +35,21 @@ def quiet() -> Iterator[None]:
 
 def wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
     """lm-eval's view of a model that lives in this process."""
+    tokens: dict[Any, list[int]] = {}
     try:
         with quiet():
             from lm_eval.models.huggingface import HFLM
 
-            return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            class Remembering(HFLM):  # type: ignore[misc]
+                """The candidates of a search are asked the same: texts become tokens once."""
+
+                def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
+                    key = (string, args, tuple(sorted(options.items())))
+                    if key not in tokens:
+                        tokens[key] = super().tok_encode(string, *args, **options)
+                    return list(tokens[key])
+
+            return Remembering(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     except ImportError as error:
         raise EvaluationError(f"lm-eval is not installed ({error})", "evaluate", INSTALL) from None
 

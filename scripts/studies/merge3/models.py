@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from .skills import LARGEST, LETTERS, PLACES, SKILLS, lines
+from .skills import LARGEST, LETTERS, SKILLS, lines
 
-WORDS = ("plus", "equals", "of", "is", "largest")
+WORDS = ("plus", "equals", "count", "in", "second", "of", "is")
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Training:
 
     hidden: int = 160
     num_layers: int = 5
-    pretrain_steps: int = 900
-    finetune_steps: int = 250
+    pretrain_steps: int = 500
+    finetune_steps: int = 600
     batch: int = 32
     pretrain_rate: float = 2e-3
-    finetune_rate: float = 5e-4
+    finetune_rate: float = 1e-3
 
 
 def prepare(folder: Path, training: Training, say: Callable[[str], None]) -> None:
@@ -52,7 +52,7 @@ def prepare(folder: Path, training: Training, say: Callable[[str], None]) -> Non
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<eos>", *WORDS, *PLACES, *LETTERS, *map(str, range(LARGEST))]
+    words = ["<pad>", "<eos>", *WORDS, *LETTERS, *map(str, range(LARGEST))]
     plain = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<pad>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>")

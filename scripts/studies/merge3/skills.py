@@ -1,8 +1,8 @@
 """Three skills that a small language model can learn in minutes, as lines of text and as lm-eval tasks.
 
     sums       23 plus 41 equals 64            arithmetic on number tokens
-    letters    third of k d p a m is p         looking things up by place
-    largest    largest of 12 80 33 7 is 80     comparing
+    counts     count b in a b b c is 2         counting
+    second     second of 12 80 33 7 is 33      comparing: the second largest
 
 Items are multiple choice with one-token answers; wrong answers are near misses. Items never occur in training.
 """
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PLACES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LARGEST = 100
 
@@ -44,18 +43,21 @@ def sums(rng: random.Random) -> Item:
     return _item(rng, f"{a} plus {b} equals", str(a + b), [str(value) for value in near])
 
 
-def letters(rng: random.Random) -> Item:
-    shown = rng.sample(LETTERS, rng.randrange(4, len(PLACES) + 1))
-    place = rng.randrange(len(shown))
-    return _item(rng, f"{PLACES[place]} of {' '.join(shown)} is", shown[place], shown)
+def counts(rng: random.Random) -> Item:
+    shown = rng.choices(LETTERS[:3], k=rng.randrange(5, 12))
+    wanted = rng.choice(LETTERS[:3])
+    right = shown.count(wanted)
+    near = [right + step for step in (-3, -2, -1, 1, 2, 3) if right + step >= 0]
+    return _item(rng, f"count {wanted} in {' '.join(shown)} is", str(right), [str(value) for value in near])
 
 
-def largest(rng: random.Random) -> Item:
-    shown = rng.sample(range(LARGEST), rng.randrange(4, 9))
-    return _item(rng, f"largest of {' '.join(map(str, shown))} is", str(max(shown)), [str(value) for value in shown])
+def second(rng: random.Random) -> Item:
+    shown = rng.sample(range(LARGEST), rng.randrange(4, 8))
+    right = sorted(shown)[-2]
+    return _item(rng, f"second of {' '.join(map(str, shown))} is", str(right), [str(value) for value in shown])
 
 
-SKILLS: dict[str, Callable[[random.Random], Item]] = {"sums": sums, "letters": letters, "largest": largest}
+SKILLS: dict[str, Callable[[random.Random], Item]] = {"sums": sums, "counts": counts, "second": second}
 
 
 def held_out(question: str) -> bool:

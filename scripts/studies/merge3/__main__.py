@@ -1,0 +1,139 @@
+"""Evolving merges of a small language model's fine-tunes: what few items cost, and what they save.
+
+    python -m scripts.studies.merge3 FOLDER [--items 900] [--trial]
+
+Everything goes to FOLDER: models, tasks, one folder per search, results.json, results.md and plots. What is there
+already is not made again, so a study that was interrupted goes on. `--trial` is the same in small, in a minute.
+Needs the extras eval, search and report.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mergetool
+
+from .estimators import compare, read_matrix, scaling
+from .models import Training, prepare
+from .skills import SKILLS, write_tasks
+from .table import plots, render
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search of the study."""
+
+    name: str
+    estimator: dict[str, Any]
+    algorithm: str = "cma-es"
+    inner: dict[str, Any] = field(default_factory=lambda: dict(ARITHMETIC))
+    population: int = 16
+    generations: int = 12
+
+
+ARITHMETIC = {"method": "task-arithmetic", "weight": {"search": [0.0, 1.5], "init": 0.3333}}
+TIES = {"method": "ties", "density": {"search": [0.1, 1.0], "shared": True}, "weight": {"search": [0.1, 1.5]}}
+CALIBRATION = 8
+CALIBRATED = Search("gmp-irt, 50", {"kind": "gmp-irt", "items": 50, "calibration": CALIBRATION, "guard": False})
+MATRIX = Search("matrix", {"kind": "full"}, "sobol", population=64, generations=1)
+
+
+def searches() -> list[Search]:
+    """Every estimator, and subset sizes for those that are good; TIES and several objectives once."""
+    made = [Search("full", {"kind": "full"})]
+    for size in (20, 50):
+        made += [
+            Search(f"mean of random items, {size}", {"kind": "mean", "subset": "random", "items": size}),
+            Search(f"weighted mean, stratified, {size}", {"kind": "weighted", "items": size}),
+            *(Search(f"{kind}, {size}", irt(kind, size)) for kind in ("p-irt", "mp-irt", "gp-irt", "gmp-irt")),
+        ]
+    made += [
+        Search("gmp-irt, 100", irt("gmp-irt", 100)),
+        Search("gmp-irt, 50, soft", irt("gmp-irt", 50) | {"signal": "soft"}),
+        Search("gmp-irt, 50, ga", irt("gmp-irt", 50), "ga"),
+        Search("gmp-irt, 50, ties", irt("gmp-irt", 50), inner=TIES),
+        Search("gmp-irt, 50, nsga2", irt("gmp-irt", 50), "nsga2"),
+    ]
+    return made
+
+
+def irt(kind: str, size: int) -> dict[str, Any]:
+    # without the guard: the estimator itself is to be seen
+    return {"kind": kind, "items": size, "calibration": CALIBRATION, "guard": False}
+
+
+class Study:
+    """A folder of models, tasks and searches."""
+
+    def __init__(self, folder: Path, *, trial: bool, num_items: int) -> None:
+        self.folder, self.trial = folder, trial
+        write_tasks(folder / "tasks", 60 if trial else num_items)
+        training = Training(hidden=32, num_layers=2, pretrain_steps=40, finetune_steps=20) if trial else Training()
+        prepare(folder / "models", training, print)
+
+    def run(self, search: Search) -> Path:
+        """Search, unless that was done; the folder of the search."""
+        output = self.folder / "runs" / search.name.replace(", ", "-").replace(" ", "-")
+        found = output.with_name(f"{output.name}.search")
+        if not output.exists():
+            result = mergetool.run(self.recipe(search), output=output, cache=self.folder / "cache")
+            print(search.name, *result.notes, sep="\n  ", flush=True)
+        return found
+
+    def recipe(self, search: Search) -> dict[str, Any]:
+        models = self.folder / "models"
+        smaller = {"population": 4, "generations": 2} if self.trial and search is not MATRIX else {}
+        estimator = dict(search.estimator)
+        if self.trial and "items" in estimator:
+            estimator["items"] //= 5
+        return {
+            "base": str(models / "base"),
+            "models": {skill: str(models / skill) for skill in SKILLS},
+            "merge": {
+                "method": "merge3",
+                "inner": search.inner,
+                "tasks": [{"name": skill, "include": str(self.folder / "tasks")} for skill in SKILLS],
+                "search": {
+                    "algorithm": search.algorithm,
+                    "population": search.population,
+                    "generations": search.generations,
+                    "batch_size": 128,
+                }
+                | smaller,
+                "estimator": estimator,
+            },
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--items", type=int, default=900, help="items of each task, half of them for the final report")
+    parser.add_argument("--trial", action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    study = Study(asked.folder.absolute(), trial=asked.trial, num_items=asked.items)
+    results: dict[str, Any] = {"searches": {}}
+    for search in searches():
+        found = study.run(search)
+        results["searches"][search.name] = json.loads((found / "report.json").read_text())
+        write(study.folder, results)
+    matrix = read_matrix(study.run(MATRIX), study.run(CALIBRATED))
+    results["estimators"] = compare(matrix, seeds=2 if asked.trial else 20, calibration=CALIBRATION)
+    results["scaling"] = scaling(matrix, seeds=1 if asked.trial else 8)
+    write(study.folder, results)
+    plots(study.folder, results)
+    print(render(results))
+
+
+def write(folder: Path, results: dict[str, Any]) -> None:
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    (folder / "results.md").write_text(render(results))
+
+
+if __name__ == "__main__":
+    main()

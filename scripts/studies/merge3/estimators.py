@@ -1,0 +1,127 @@
+"""Estimators on a matrix of real answers, many times over; and what happens to the count as pools and searches grow."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mergetool.search import subset
+from mergetool.search.estimate import Estimator, cross_check, rank_correlation, uses_irt, with_fit
+from mergetool.search.irt import fit, sigmoid
+
+KINDS = ("mean", "weighted", "p-irt", "mp-irt", "gp-irt", "gmp-irt")
+SIZES = (10, 20, 50, 100)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Answers (models, search items) by task: the base, the models, then merges."""
+
+    answers: Mapping[str, np.ndarray]
+    num_known: int
+    """How many of the rows are no merges."""
+
+
+def read_matrix(full: Path, calibrated: Path) -> Matrix:
+    """Answers in the journals of a search with full evaluation (merges) and of one that calibrated (base, models)."""
+    rows: dict[str, list[list[float]]] = {}
+    num_known = 0
+    for folder, stage in ((calibrated, "calibration"), (full, "search")):
+        header, *lines = (json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines())
+        for line in lines:
+            asked, who, items = line["question"]
+            if asked == stage and "scores" in line and isinstance(who, str) is (stage == "calibration"):
+                for task, pool in header["pools"]["search"].items():
+                    assert items[task] == pool
+                    rows.setdefault(task, []).append(line["scores"][task][0])
+        num_known = len(next(iter(rows.values()))) if stage == "calibration" else num_known
+    return Matrix({task: np.array(part, dtype=float) for task, part in rows.items()}, num_known)
+
+
+def compare(matrix: Matrix, *, seeds: int, calibration: int) -> dict[str, Any]:
+    """Error and rank correlation against full evaluation, by size and estimator, over tasks and draws.
+
+    The base, the models and some merges calibrate; all other merges are judged.
+    """
+    found: dict[str, Any] = {}
+    most = min(answers.shape[1] for answers in matrix.answers.values())
+    for size in (size for size in SIZES if size <= most):
+        cells: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+        for task, answers in matrix.answers.items():
+            for seed in range(seeds):
+                rng = np.random.default_rng([seed, size, *task.encode()])
+                for kind, cell in _once(answers, matrix.num_known, size, calibration, rng).items():
+                    cells[kind].append(cell)
+        found[str(size)] = {
+            kind: {"error": float(np.mean([e for e, _ in part])), "rank": float(np.mean([r for _, r in part]))}
+            for kind, part in cells.items()
+        }
+    return found
+
+
+def _once(
+    answers: np.ndarray, num_known: int, size: int, calibration: int, rng: np.random.Generator
+) -> dict[str, tuple[float, float]]:
+    """(mean absolute error, rank correlation) of every estimator, for one draw of calibration models and items."""
+    order = num_known + rng.permutation(len(answers) - num_known)
+    known = answers[[*range(num_known), *order[:calibration]]]
+    tried = answers[order[calibration:]]
+    truth = tried.mean(axis=1)
+    parents, base = list(range(1, num_known)), 0
+    blocks = subset.stratified(known, size, rng)
+    irt = fit(known, 1)
+    made = {}
+    for kind in KINDS:
+        chosen = subset.random(answers.shape[1], size, rng) if kind == "mean" else blocks
+        estimator = Estimator(kind, chosen, answers.shape[1], span="affine")  # type: ignore[arg-type]
+        if uses_irt(kind):  # type: ignore[arg-type]
+            check = cross_check(estimator, known, parents=parents, base=base, num_dimensions=1, rng=rng)
+            estimator = replace(with_fit(estimator, irt, parents, base), blend=check.blend)
+        values = np.array([estimator(row[chosen.items]).value for row in tried])
+        made[kind] = (float(np.abs(values - truth).mean()), rank_correlation(values, truth))
+    return made
+
+
+def scaling(matrix: Matrix, *, seeds: int) -> list[dict[str, Any]]:
+    """Searches simulated with the fitted model: items spent and score lost as pools and candidates grow.
+
+    Items are drawn from the fitted ones, candidates' abilities move from the merges' mean upwards as a search would.
+    """
+    bank = [fit(answers, 1) for answers in matrix.answers.values()]
+    rows = []
+    for num_items, num_candidates, size, calibration in (
+        (500, 200, 50, 8),
+        (1000, 200, 50, 8),
+        (1000, 500, 20, 8),
+        (2000, 1000, 20, 8),
+        (5000, 2000, 20, 8),
+        (10000, 5000, 20, 8),
+    ):
+        lost = [_simulated(bank, num_items, num_candidates, size, np.random.default_rng(seed)) for seed in range(seeds)]
+        spent = (calibration + matrix.num_known + 5) * num_items + num_candidates * size
+        rows.append(
+            {"pool": num_items, "candidates": num_candidates, "asked": size, "spent": spent}
+            | {"full": num_candidates * num_items, "reduction": num_candidates * num_items / spent}
+            | {"lost": float(np.mean(lost))}
+        )
+    return rows
+
+
+def _simulated(bank: list[Any], num_items: int, num_candidates: int, size: int, rng: np.random.Generator) -> float:
+    """Score lost by choosing with few items and re-ranking five, on the average over tasks."""
+    few, full = np.zeros(num_candidates), np.zeros(num_candidates)
+    for irt in bank:
+        drawn = rng.integers(0, len(irt.items.difficulty), num_items)
+        items = irt.items.take(drawn)
+        theta = rng.normal(0.0, 1.0, (num_candidates, 1))
+        known = (rng.random((12, num_items)) < items.probability(rng.normal(0.0, 1.0, (12, 1)))).astype(float)
+        chosen = subset.stratified(known, size, rng)
+        chance = sigmoid(theta @ items.discrimination.T - items.difficulty)
+        full += chance.mean(axis=1) / len(bank)
+        asked = rng.random((num_candidates, size)) < chance[:, chosen.items]
+        few += asked @ chosen.weights / len(bank)
+    best = np.argsort(-few)[:5]
+    return float(full.max() - full[best].max())
