@@ -1,5 +1,6 @@
 """Merging state dicts that are already in memory: the same worker, with slots in tensors instead of files."""
 
+import json
 from collections.abc import Mapping
 
 import torch
@@ -44,12 +45,29 @@ def merge_in_memory(
     return sink.tensors
 
 
-def merge_all(plan: Plan, worker: Worker) -> None:
-    """Survey and merge every step, in plan order."""
-    shared = _survey(plan, worker, [step for step in plan.steps if step.surveyed_together])
+Known = dict[str, Mapping[str, tuple[float, ...]]]
+"""What surveys found, by all that it depends on but the weights."""
+
+
+def merge_all(plan: Plan, worker: Worker, known: Known | None = None) -> None:
+    """Survey and merge every step, in plan order. With `known`, what surveys of the same weights found is kept."""
+    shared = _surveyed(plan, worker, [step for step in plan.steps if step.surveyed_together], known)
     for step in plan.steps:
-        stats = shared if step.surveyed_together else _survey(plan, worker, [step])
+        stats = shared if step.surveyed_together else _surveyed(plan, worker, [step], known)
         worker.merge(step, 0, step.spec.num_elements, stats)
+
+
+def _surveyed(plan: Plan, worker: Worker, steps: list[Step], known: Known | None) -> Mapping[str, tuple[float, ...]]:
+    """What the surveys of these steps find, or have found before."""
+    if known is None or not steps or steps[0].method is None:
+        return _survey(plan, worker, steps)
+    method, numbers = steps[0].method, vars(steps[0].params)
+    chosen = numbers if method.surveyed is None else {key: numbers[key] for key in method.surveyed}
+    settings = method.model_dump(exclude=set(method.knobs()))
+    key = json.dumps([[step.spec.name for step in steps], steps[0].sources, settings, chosen], default=str)
+    if key not in known:
+        known[key] = _survey(plan, worker, steps)
+    return known[key]
 
 
 def _survey(plan: Plan, worker: Worker, steps: list[Step]) -> Mapping[str, tuple[float, ...]]:

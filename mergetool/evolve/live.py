@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mergetool import __version__
-from mergetool.engine.memory import merge_all
+from mergetool.engine.memory import Known, merge_all
 from mergetool.engine.worker import Sink, Worker
 from mergetool.errors import EvaluationError
 from mergetool.evaluate.model import LiveModel
@@ -98,6 +98,7 @@ class Candidates:
         )
         self._slots = self.live.slots([step.spec.name for step in plan.steps])
         self._device = torch.device(device)
+        self._surveys: Known = {}
 
     def identity(self, subject: str | Sequence[Value]) -> str:
         """What decides the weights of a candidate (or of a model of the recipe), as a SHA-256."""
@@ -132,7 +133,7 @@ class Candidates:
     def _put(self, plan: Plan, *, digest: bool) -> str | None:
         sink = _LiveSink(self._slots, plan.steps)
         sink.digests = {} if digest else None
-        merge_all(plan, Worker(plan, sink, self._device))
+        merge_all(plan, Worker(plan, sink, self._device), self._surveys)
         if sink.digests is None:
             return None
         return total_digest({name: found.hexdigest() for name, found in sink.digests.items()})

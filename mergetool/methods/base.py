@@ -187,6 +187,9 @@ class TensorMethod(Method):
     buffers: ClassVar[int] = 3
     """Temporaries the size of a slice that `merge` or a survey uses; the memory plan counts them."""
 
+    surveyed: ClassVar[tuple[str, ...] | None] = None
+    """Knobs that decide what a survey finds; None: all. A search surveys again only where one of these changed."""
+
     def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:
         """The first reading pass this tensor needs before `merge`, or None. `bits` of the compute dtype: 32 or 64."""
         return None

@@ -66,6 +66,7 @@ class _Dare(TensorMethod):
     needs_base: ClassVar = "required"
     reach: ClassVar = "element"
     buffers: ClassVar = 6
+    surveyed: ClassVar = ("density",)
     neutral: ClassVar = {"density": 1.0, "normalize": True}
     exempt: ClassVar = {
         "seed-free": "draws which entries are kept",

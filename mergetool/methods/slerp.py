@@ -51,6 +51,7 @@ class Slerp(TensorMethod):
     max_models: ClassVar = 2
     reach: ClassVar = "element"
     buffers: ClassVar = 1
+    surveyed: ClassVar = ()
     exempt: ClassVar = {"order": "t counts from the first model to the second"}
 
     def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:

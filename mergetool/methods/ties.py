@@ -131,6 +131,7 @@ class Ties(TensorMethod):
     needs_base: ClassVar = "required"
     reach: ClassVar = "element"
     buffers: ClassVar = 6
+    surveyed: ClassVar = ("density",)
     neutral: ClassVar = {"density": 1.0, "normalize": True}
     exempt: ClassVar = {
         "independent scope=model": "one threshold for all tensors together depends on all of them",

@@ -20,8 +20,8 @@ WORDS = ("plus", "equals", "count", "in", "second", "of", "is")
 class Training:
     """How large the model is and how long it trains."""
 
-    hidden: int = 160
-    num_layers: int = 5
+    hidden: int = 128
+    num_layers: int = 4
     pretrain_steps: int = 500
     finetune_steps: int = 600
     batch: int = 32
