@@ -54,8 +54,7 @@ class Clock:
 
 def trained_mlps(num_models: int) -> list[dict[str, torch.Tensor]]:
     """MLPs trained for a moment on scikit-learn's digits, so that their gradients look like real ones."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent / "studies" / "c2m3"))
-    from networks import MLP, Training, digits, train
+    from scripts.studies.c2m3.networks import MLP, Training, digits, train
 
     data, states = digits(0), []
     for seed in range(num_models):

