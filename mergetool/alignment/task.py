@@ -17,15 +17,20 @@ from mergetool.arch.bind import architectures
 from mergetool.arch.match import resolve
 from mergetool.arch.spec import ArchSpec, check_shapes
 from mergetool.errors import PlanError
+from mergetool.kernels.frank_wolfe import HELD
 from mergetool.kernels.matching import Problem
+from mergetool.kernels.pieces import cut, face_size
 from mergetool.kernels.spaces import Layout
 from mergetool.tensors.io import bytes_of
 
 if TYPE_CHECKING:
-    from mergetool.methods.base import Models
+    from mergetool.methods.base import Headers, Models
 
 KEPT_BYTES = 2 << 30
 """Models that together need no more than this (as float32) are held in memory while they are aligned."""
+
+PIECES = 12
+"""Copies of one piece of every model at the dearest moment of an iteration."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Weights(Mapping[str, Tensor]):
         return len(self._layouts)
 
 
-def spec_of(models: "Models") -> ArchSpec:
+def spec_of(models: "Models | Headers") -> ArchSpec:
     """The architecture of the models of a run. Raises PlanError if it is unknown, or nothing in it can move."""
     spec = resolve(models.architecture, models.shapes, models.config)
     check_shapes(spec, models.shapes, "the models")
@@ -96,6 +101,22 @@ def task_of(models: "Models", *, weighting: str = "none") -> Task:
     ordered = [weights[name] for name in names]
     problem = Problem.of(spec.spaces, layouts, models=ordered, per_tensor=weighting == "per-tensor")
     return Task(spec, names, problem, proof)
+
+
+def search_bytes(spec: ArchSpec, num_models: int, threads: int) -> int:
+    """Bytes that a search holds at most, counted, not measured.
+
+    Small models are kept, very small ones with their images too. Beside that there is one sum of images, as large as a
+    model, the piece that is worked on, several times for each model, and scores, as wide as the widest family.
+    """
+    pieces = cut(spec.spaces, spec.layouts(matched=True))
+    one = 4 * sum(prod(piece.shape) for piece in pieces)
+    models = num_models * one
+    held = (models if models <= KEPT_BYTES else 0) + (4 * models if models <= HELD else 0)
+    piece = max(4 * prod(piece.shape) for piece in pieces)
+    widest = max(face_size(face) for piece in pieces for face in piece.faces)
+    scores = widest**2 * (4 * 2 * num_models + 20 * (threads + 1))
+    return held + one + PIECES * num_models * piece + scores
 
 
 def _prove(spec: ArchSpec, models: "Models") -> float | None:

@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from mergetool.planner.model import BASE
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import bytes_of
-from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import FileStamp, ModelSource
 
 
@@ -26,17 +24,11 @@ class WholeModels:
     def __init__(self, plan: Plan, say: Callable[[str], None]) -> None:
         self._plan = plan
         self.say = say
-        recipe = plan.recipe
-        self.names = (*recipe.models, *((BASE,) if BASE in plan.sources else ()))
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            step.spec.name: step.spec.shape
-            for step in plan.steps
-            if step.spec.dtype.is_float and all(step.spec.name in source.specs for source in plan.sources.values())
-        }
-        self.config: Mapping[str, Any] = read_config(plan.sources[plan.donor].folder)
-        self.architecture = recipe.architecture
-        if self.architecture is not None and recipe.path_of(self.architecture).is_file():
-            self.architecture = str(recipe.path_of(self.architecture))
+        headers = plan.headers
+        self.names = headers.names
+        self.shapes = headers.shapes
+        self.config = headers.config
+        self.architecture = headers.architecture
 
     def read(self, model: str, name: str) -> Tensor:
         tensor = _read_stored(self._plan.sources[model], name).to(self.compute, copy=True)

@@ -5,11 +5,12 @@ They differ in how they search for the permutations (`search`).
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from mergetool.alignment.options import REPAIR_HELP, Repair
-from mergetool.methods.base import AnyTensorMethod, Field, Fitted, FittedMethod, Models, TensorMethod
+from mergetool.methods.base import AnyTensorMethod, Field, Fitted, FittedMethod, Headers, Models, TensorMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,15 @@ class AligningMethod(FittedMethod):
 
     def code(self) -> Mapping[str, str]:
         return {} if self.repair.network is None else {"merge.repair.network": self.repair.network}
+
+    def fit_memory(self, headers: Headers, threads: int) -> int:
+        from mergetool.alignment.task import search_bytes, spec_of
+
+        if headers.architecture == "auto":  # found by building and tracing the network: known when the run begins
+            return 0
+        one = 4 * sum(prod(shape) for shape in headers.shapes.values())
+        repairing = 4 * one if self.finishes() else 0  # the network, and merged and aligned weights
+        return max(search_bytes(spec_of(headers), len(headers.names), threads), repairing)
 
     def fit(self, models: Models) -> Fitted:
         from mergetool.alignment.finish import check

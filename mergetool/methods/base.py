@@ -12,6 +12,7 @@ documentation and must have a `Reference:` and a `Differs from the paper:` parag
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
@@ -231,6 +232,16 @@ AnyTensorMethod = Annotated[
 """A field of a method that holds another method: written as a mapping, like the `merge` section of a recipe."""
 
 
+@dataclass(frozen=True)
+class Headers:
+    """What is known of whole models before a weight is read: as in `Models`."""
+
+    names: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    config: Mapping[str, Any]
+    architecture: str | None
+
+
 class Models(Protocol):
     """The whole models, as `FittedMethod.fit` sees them: any tensor of any model, whenever it is wanted."""
 
@@ -274,6 +285,10 @@ class FittedMethod(Method):
     @abstractmethod
     def inner(self) -> TensorMethod:
         """The method that merges the fitted tensors."""
+
+    def fit_memory(self, headers: Headers, threads: int) -> int:
+        """Bytes that `fit` and `finish` hold at most, roughly. Raises PlanError for models that cannot be fitted."""
+        return 0
 
     @abstractmethod
     def fit(self, models: Models) -> Fitted:

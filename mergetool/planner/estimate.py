@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergetool.errors import OutputError, PlanError
+from mergetool.methods.base import FittedMethod
 from mergetool.planner.model import SLICE_ELEMENTS, Plan, Step
 
 RUNTIME_BYTES = 300_000_000
@@ -65,7 +66,19 @@ def estimate(plan: Plan, *, workers: int | None, memory: int | None, processes: 
         )
     step_budget = max(largest, budget - fixed - count * one)
     together = min(step_budget, sum(whole[:count]))
-    return Costs(count, fixed + count * one + together, one, step_budget, plan.bytes_in, plan.bytes_out)
+    peak = fixed + max(count * one + together, _fit_memory(plan, count, memory))
+    return Costs(count, peak, one, step_budget, plan.bytes_in, plan.bytes_out)
+
+
+def _fit_memory(plan: Plan, threads: int, memory: int | None) -> int:
+    """What looking at the whole models takes, before they are merged. Raises PlanError when `memory` is less."""
+    method = plan.recipe.method
+    needed = method.fit_memory(plan.headers, threads) if isinstance(method, FittedMethod) else 0
+    if memory is not None and needed + RUNTIME_BYTES + _SPARE > memory:
+        total = needed + RUNTIME_BYTES + _SPARE
+        what = f"{method.method_name()} needs {_gib(total)} to look at whole models, --memory allows {_gib(memory)}"
+        raise PlanError(what, "plan", f"raise it: --memory {-(-total // 2**30)}GiB")
+    return needed
 
 
 def check_disk(plan: Plan, output: Path) -> None:

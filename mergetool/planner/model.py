@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from mergetool.methods.base import Params, Reach, TensorMethod
+from mergetool.methods.base import Headers, Params, Reach, TensorMethod
 from mergetool.planner.library import Origin
 from mergetool.recipe.model import Recipe
 from mergetool.tensors.header import Header, TensorSpec
+from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import FileStamp, ModelSource
 
 BASE = "base"
@@ -116,6 +117,20 @@ class Plan:
         """All input files: of the models by name, and the others."""
         models = {name: source.files for name, source in self.sources.items()}
         return models | {field: (stamp,) for field, stamp in self.others.items()}
+
+    @property
+    def headers(self) -> Headers:
+        """The models as a fitted method sees them: every floating-point tensor that all of them hold."""
+        shapes = {
+            step.spec.name: step.spec.shape
+            for step in self.steps
+            if step.spec.dtype.is_float and all(step.spec.name in source.specs for source in self.sources.values())
+        }
+        architecture = self.recipe.architecture
+        if architecture is not None and self.recipe.path_of(architecture).is_file():
+            architecture = str(self.recipe.path_of(architecture))
+        names = (*self.recipe.models, *((BASE,) if BASE in self.sources else ()))
+        return Headers(names, shapes, read_config(self.sources[self.donor].folder), architecture)
 
     @property
     def bytes_out(self) -> int:
