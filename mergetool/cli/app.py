@@ -272,6 +272,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, or a torch device such as cuda:0.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences that the model runs at once.")] = 32,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps answers between runs.")] = None,
+    trust_code: Annotated[bool, typer.Option("--trust-code", help="Run Python files that tasks name.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Score a model with lm-eval, and tell what it kept of its parents' scores."""
@@ -280,7 +281,8 @@ def evaluate(
 
     names = [name for part in tasks for name in part.split(",") if name]
     chosen = [TaskOptions(name=name, include=include, metric=metric) for name in names]
-    found = assess(path, chosen, parents=parent or (), device=device, batch_size=batch_size, cache=cache)
+    machine: dict[str, Any] = {"device": device, "batch_size": batch_size, "cache": cache, "trust_code": trust_code}
+    found = assess(path, chosen, parents=parent or (), **machine)
     if as_json:
         _print(found, as_json=True)
         return

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ def assess(
     device: str = "auto",
     batch_size: int = 32,
     cache: Path | None = None,
+    trust_code: bool = False,
 ) -> dict[str, Any]:
     """Score a model folder on every item of the tasks; `include` of tasks is relative to `folder`.
 
@@ -36,8 +37,9 @@ def assess(
     if len({task.name for task in tasks}) < len(tasks):
         raise EvaluationError("a task is named twice", "tasks", "name every task once")
     answers = ResponseCache(cache)
+    loaded = {task: load_task(task, folder or Path(), trust_code=trust_code) for task in tasks}
     try:
-        scored = [_scores(path, tasks, folder or Path(), device, batch_size, answers) for path in (model, *parents)]
+        scored = [_scores(path, loaded, device, batch_size, answers) for path in (model, *parents)]
     finally:
         answers.close()
     found = []
@@ -66,14 +68,14 @@ def _kept(values: NDArray[np.float64], parents: dict[str, NDArray[np.float64]]) 
 
 
 def _scores(
-    path: Path, tasks: Sequence[TaskOptions], folder: Path, device: str, batch_size: int, cache: ResponseCache
+    path: Path, tasks: Mapping[TaskOptions, Any], device: str, batch_size: int, cache: ResponseCache
 ) -> dict[str, tuple[str, NDArray[np.float64]]]:
     """(metric, one score per item) by task."""
     with at(str(path)):
         live = LiveModel(path, device="cpu" if device == "auto" else device, batch_size=batch_size)
         found = {}
-        for options in tasks:
-            items = TaskItems(options, load_task(options, folder), live.lm)
+        for options, task in tasks.items():
+            items = TaskItems(options, task, live.lm)
             known = cache.get(_identity(path, live), items.fingerprint, items.hashes)
             left = [item for item, digest in enumerate(items.hashes) if digest not in known]
             if left:

@@ -5,6 +5,7 @@ before the current folder.
 """
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
@@ -16,6 +17,7 @@ from mergetool.evaluate.options import TaskOptions
 
 INSTALL = 'pip install "mergetool[eval]"'
 _FEWSHOT_SEED = 1234
+_CODE = re.compile(r"!function|^\s*[\"']?class[\"']?\s*:", re.MULTILINE)
 
 
 @contextmanager
@@ -54,8 +56,11 @@ def wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
         raise EvaluationError(f"lm-eval is not installed ({error})", "evaluate", INSTALL) from None
 
 
-def load_task(options: TaskOptions, folder: Path) -> Any:
-    """One lm-eval task with its documents. `include` is relative to `folder`. Raises EvaluationError."""
+def load_task(options: TaskOptions, folder: Path, *, trust_code: bool = False) -> Any:
+    """One lm-eval task with its documents. `include` is relative to `folder`.
+
+    A YAML file may name Python code to run (`!function`): refused unless `trust_code`. Raises EvaluationError.
+    """
     try:
         with quiet():
             from lm_eval.tasks import TaskManager
@@ -70,6 +75,8 @@ def load_task(options: TaskOptions, folder: Path) -> Any:
             manager = TaskManager(include_path=include, include_defaults=include is None)
             if options.name not in manager.all_tasks:
                 raise _unknown(options, manager.all_tasks)
+            if include is not None and not trust_code:
+                _check_no_code(include)
             loaded = _load(manager, options.name)
     except EvaluationError:
         raise
@@ -106,6 +113,14 @@ def _unknown(options: TaskOptions, known: list[str]) -> EvaluationError:
     where = "lm-eval" if options.include is None else options.include
     fix = f"did you mean {near[0]!r}?" if near else f"known there: {', '.join(known[:8]) or 'none'}"
     return EvaluationError(f"there is no task {options.name!r}", where, fix)
+
+
+def _check_no_code(include: Path) -> None:
+    """Raise EvaluationError if a task file there would have Python code run."""
+    for path in sorted(include.rglob("*.yaml")) if include.is_dir() else [include]:
+        if _CODE.search(path.read_text("utf-8", errors="replace")):
+            what = "names Python code that would be run on this machine (`!function` or `class`)"
+            raise EvaluationError(what, str(path), "read that code; if you trust it, add --trust-code")
 
 
 def _load(manager: Any, name: str) -> list[Any]:

@@ -47,7 +47,14 @@ def _evaluated(recipe: Recipe, flags: Flags, result: Result) -> Result:
         return result
     from mergetool.evaluate.assess import assess
 
-    facts = assess(result.path, recipe.evaluate, folder=recipe.folder, device=flags.device, cache=flags.cache)
+    facts = assess(
+        result.path,
+        recipe.evaluate,
+        folder=recipe.folder,
+        device=flags.device,
+        cache=flags.cache,
+        trust_code=flags.trust_code,
+    )
     told = (f"{f['task']}: {f['metric']} {f['score']:.4f} ({f['low']:.4f} to {f['high']:.4f})" for f in facts["tasks"])
     return replace(result, notes={**result.notes, **dict.fromkeys(told, 1)})
 

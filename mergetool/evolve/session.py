@@ -56,7 +56,8 @@ def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress, team:
     folder = output.with_name(f"{output.name}.search")
     sources = _fetched(recipe, progress)
     candidates = Candidates(recipe, sources, own_device(flags.device), method.search.batch_size)
-    tasks = [TaskItems(task, load_task(task, recipe.folder), candidates.live.lm) for task in method.tasks]
+    loaded = [load_task(task, recipe.folder, trust_code=flags.trust_code) for task in method.tasks]
+    tasks = [TaskItems(*found, candidates.live.lm) for found in zip(method.tasks, loaded, strict=True)]
     pools = split(tasks, method.search.report, recipe.compute.seed)
     journal = _open_journal(folder, _header(recipe, sources, tasks, pools), flags, team)
     cache = ResponseCache(flags.cache)

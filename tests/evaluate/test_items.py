@@ -122,3 +122,18 @@ def test_a_folder_without_tokenizer_is_refused(folder, tmp_path):
         (tmp_path / name).symlink_to(folder / "models" / "left" / name)
     with pytest.raises(EvaluationError, match="holds no tokenizer"):
         LiveModel(tmp_path, batch_size=1)
+
+
+def test_code_that_a_task_names_is_run_only_if_trusted(folder, tmp_path):
+    ran = tmp_path / "ran"
+    text = (folder / "tasks" / "lefts.yaml").read_text().replace("lefts.jsonl", str(folder / "tasks" / "lefts.jsonl"))
+    (tmp_path / "task.yaml").write_text(text + "process_docs: !function code.same\n")
+    (tmp_path / "code.py").write_text(
+        f"import pathlib\npathlib.Path({str(ran)!r}).touch()\ndef same(docs):\n    return docs\n"
+    )
+    options = TaskOptions(name="lefts", include=str(tmp_path))
+    with pytest.raises(EvaluationError, match="names Python code"):
+        load_task(options, tmp_path)
+    assert not ran.exists()
+    load_task(options, tmp_path, trust_code=True)
+    assert ran.exists()

@@ -43,22 +43,22 @@ MATRIX = Search("matrix", {"kind": "full"}, "sobol", population=64, generations=
 
 
 def searches() -> list[Search]:
-    """Every estimator, and subset sizes for those that are good; TIES and several objectives once."""
-    made = [Search("full", {"kind": "full"})]
+    """Everything asked, then every estimator and two sizes, TIES, other optimisers, several objectives."""
+    made = [Search("full", {"kind": "full"}), CALIBRATED]
     for size in (20, 50):
         made += [
-            Search(f"mean of random items, {size}", {"kind": "mean", "subset": "random", "items": size}),
             Search(f"weighted mean, stratified, {size}", {"kind": "weighted", "items": size}),
-            *(Search(f"{kind}, {size}", irt(kind, size)) for kind in ("p-irt", "mp-irt", "gp-irt", "gmp-irt")),
+            Search(f"mean of random items, {size}", {"kind": "mean", "subset": "random", "items": size}),
+            *(Search(f"{kind}, {size}", irt(kind, size)) for kind in ("gmp-irt", "p-irt", "mp-irt", "gp-irt")),
         ]
     made += [
-        Search("gmp-irt, 100", irt("gmp-irt", 100)),
+        Search("gmp-irt, 50, nsga2", irt("gmp-irt", 50), "nsga2"),
+        Search("gmp-irt, 50, ties", irt("gmp-irt", 50), inner=TIES),
         Search("gmp-irt, 50, soft", irt("gmp-irt", 50) | {"signal": "soft"}),
         Search("gmp-irt, 50, ga", irt("gmp-irt", 50), "ga"),
-        Search("gmp-irt, 50, ties", irt("gmp-irt", 50), inner=TIES),
-        Search("gmp-irt, 50, nsga2", irt("gmp-irt", 50), "nsga2"),
+        Search("gmp-irt, 100", irt("gmp-irt", 100)),
     ]
-    return made
+    return list({search.name: search for search in made}.values())
 
 
 def irt(kind: str, size: int) -> dict[str, Any]:
@@ -118,14 +118,13 @@ def main() -> None:
     torch.set_num_threads(1)
     study = Study(asked.folder.absolute(), trial=asked.trial, num_items=asked.items)
     results: dict[str, Any] = {"searches": {}}
+    matrix = read_matrix(study.run(MATRIX), study.run(CALIBRATED))
+    results["estimators"] = compare(matrix, seeds=2 if asked.trial else 10, calibration=CALIBRATION)
+    results["scaling"] = scaling(matrix, seeds=1 if asked.trial else 4)
     for search in searches():
         found = study.run(search)
         results["searches"][search.name] = json.loads((found / "report.json").read_text())
         write(study.folder, results)
-    matrix = read_matrix(study.run(MATRIX), study.run(CALIBRATED))
-    results["estimators"] = compare(matrix, seeds=2 if asked.trial else 20, calibration=CALIBRATION)
-    results["scaling"] = scaling(matrix, seeds=1 if asked.trial else 8)
-    write(study.folder, results)
     plots(study.folder, results)
     print(render(results))
 
