@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from mergetool.planner.duration import MACHINES, Machine, expected_seconds, is_guess
 from mergetool.planner.estimate import Costs
 from mergetool.planner.model import Plan, Step
 
@@ -20,6 +21,7 @@ def describe(plan: Plan, costs: Costs) -> dict[str, Any]:
         "bytes_out": costs.bytes_out,
         "peak_memory": costs.peak_memory,
         "workers": costs.workers,
+        "expected_seconds": {machine.name: round(expected_seconds(plan, machine), 1) for machine in MACHINES},
         "warnings": list(plan.warnings),
     }
 
@@ -59,9 +61,16 @@ def summarise(plan: Plan, costs: Costs) -> tuple[tuple[str, ...], list[Sequence[
         ("output files", len(plan.shards)),
         ("workers", costs.workers),
         ("peak memory, at most", costs.peak_memory),
+        *((f"expected time, {machine.name}", _duration(plan, machine)) for machine in MACHINES),
         ("output", str(plan.output) if plan.output else "give -o PATH"),
     ]
     return heads, rows, facts
+
+
+def _duration(plan: Plan, machine: Machine) -> str:
+    seconds = expected_seconds(plan, machine)
+    told = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return f"{told}, and the fit" if is_guess(plan) else told
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,18 @@
+"""A little of the fault campaign; all of it is `scripts/faults`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_a_small_campaign_loses_nothing():
+    command = [sys.executable, str(ROOT / "scripts" / "faults"), "--small"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=230)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", 0 lost" in done.stdout
+    assert "a Hub that answers 500" in done.stdout
