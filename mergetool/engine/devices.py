@@ -1,25 +1,67 @@
-"""Where the arithmetic happens."""
+"""Where the arithmetic happens: on the CPU, or on a device that every worker feeds through a stream of its own.
+
+A worker copies a slice from pinned memory, computes, and copies back, all in its stream, and waits for nobody else's:
+while one computes, another copies. `auto` is the CPU, until the ways over a bus have been measured.
+"""
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from mergetool.errors import PlanError
 
+if TYPE_CHECKING:
+    import torch
+
+LEAST_SLICE = 1 << 14
+"""Elements below which slices are not worth a device."""
+_local = threading.local()
+
 
 def own_device(asked: str) -> str:
-    """The device of this process: each takes its own of a machine's where a kind without a number is asked for."""
+    """The device of this process: each takes its own of a machine's where `cuda` without a number is asked for."""
     if asked == "auto":
         return "cpu"
     return f"{asked}:{os.environ.get('LOCAL_RANK') or 0}" if asked == "cuda" else asked
 
 
-def usable_device(name: str) -> str:
+def usable_device(name: str, *, compute_bits: int = 32) -> str:
     """The device that `--device NAME` means. Raises PlanError for one that cannot be used."""
     import torch
 
     try:
-        device = torch.device("cpu" if name == "auto" else name)
+        device = torch.device(own_device(name))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first_line = str(error).strip().splitlines()[0][:200]
         raise PlanError(f"device {name!r} cannot be used: {first_line}", "--device", "use --device cpu") from None
+    if device.type == "mps" and compute_bits == 64:
+        raise PlanError("mps has no float64, which this recipe computes in", "--device", "use --device cpu")
     return str(device)
+
+
+@contextmanager
+def own_stream(device: "torch.device") -> Iterator[None]:
+    """Do what is inside in this thread's own stream of the device; nothing special where there are no streams."""
+    if device.type != "cuda":
+        yield
+        return
+    import torch
+
+    cuda: Any = torch.cuda
+    streams: dict[Any, Any] = _local.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = cuda.Stream(device)
+    with cuda.stream(streams[device]):
+        yield
+        streams[device].synchronize()
+
+
+def free_device(device: "torch.device") -> None:
+    """Give back what torch keeps of a device's memory for itself."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()

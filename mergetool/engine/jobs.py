@@ -81,10 +81,8 @@ class Jobs:
         done = journal.done
         self.record = Record(inputs=dict(done.hashes), notes={name: list(notes) for name, notes in done.notes.items()})
         self._stops = {(step.index, start): stop for step in plan.steps for start, stop in step.pieces(UNIT_ELEMENTS)}
-        self._left = self._stops.keys() - done.units
-        """Units that no process has written yet."""
-        self.finished: list[tuple[int, int]] = []
-        """Units that this process has written, in order."""
+        self._left = self._stops.keys() - done.units  # units that no process has written yet
+        self.finished: list[tuple[int, int]] = []  # units that this process has written, in order
         self._todo = {
             step.index: [
                 (start, stop)
@@ -98,7 +96,7 @@ class Jobs:
             Front(writer.path(index), shard.header.file_size, len(shard.prefix))
             for index, shard in enumerate(plan.shards)
         ]
-        for index, start in self._stops.keys() & done.units:
+        for index, start in self._stops.keys() - self._left:
             self._fill(plan.steps[index], start, self._stops[index, start])
         self._files = {str(stamp.path): stamp for stamps in plan.stamps.values() for stamp in stamps}
         self._left_of_file: Counter[str] = Counter()
@@ -125,7 +123,7 @@ class Jobs:
 
         from mergetool.bundle.store import FactorStore
 
-        self._device = usable_device(device)
+        self._device = usable_device(device, compute_bits=self._plan.compute_bits)
         self._store = FactorStore(cache) if cache else None
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1 if self._sliced else max(1, self._threads // workers))
@@ -178,8 +176,7 @@ class Jobs:
     def queue_all(self) -> None:
         """Queue everything that is still to do, in plan order."""
         self._teller.start(self._plan.bytes_out, "merging")
-        done = self._stops.keys() - self._left
-        self._teller.advance(sum(self._size(*unit) for unit in done))
+        self._teller.advance(sum(self._size(*unit) for unit in self._stops.keys() - self._left))
         everywhere = [step for step in self._plan.steps if step.surveyed_together]
         if {step.index for step in everywhere} & {index for index, _ in self._left}:
             self._begin_survey(_WHOLE_MODEL, everywhere, first=False)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mergetool.bundle.store import FactorStore
+from mergetool.engine.devices import LEAST_SLICE, free_device, own_stream
 from mergetool.errors import MergeError, at
 from mergetool.methods.base import Params, Stats, Survey, TensorGroup, TensorMethod
 from mergetool.planner.model import BASE, SLICE_ELEMENTS, Plan, Step
@@ -42,7 +43,10 @@ class Worker:
         self._sink = sink
         self._device = device
         self._compute = torch.float64 if plan.compute_bits == 64 else torch.float32
-        self._stored = torch.empty(SLICE_ELEMENTS * _BYTES_PER_ELEMENT, dtype=torch.uint8)
+        pinned = device.type == "cuda"  # copies from such memory are faster, and leave the processor alone
+        self._stored = torch.empty(SLICE_ELEMENTS * _BYTES_PER_ELEMENT, dtype=torch.uint8, pin_memory=pinned)
+        self._length = SLICE_ELEMENTS
+        self._on_cpu: Worker | None = None
         self._stored_bytes = bytes_of(self._stored)
         self._buffers: dict[tuple[object, torch.dtype], Tensor] = {}
         self._views: dict[tuple[object, torch.dtype, tuple[int, ...]], Tensor] = {}
@@ -50,10 +54,32 @@ class Worker:
     def survey(self, step: Step, start: int, stop: int, survey: Survey) -> Tensor:
         """Summed counts of a survey over elements [start, stop) of a step."""
         slices = self._slices(step, start, stop) if survey.one_in == 1 else _runs(step, start, stop, survey.one_in)
-        return survey.observe((self._group(step, begin, end) for begin, end in slices), step.params)
+        with own_stream(self._device):
+            return survey.observe((self._group(step, begin, end) for begin, end in slices), step.params)
 
     def merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[str]:
-        """Merge and write elements [start, stop) of a step; returns the method's notes."""
+        """Merge and write elements [start, stop) of a step; returns the method's notes.
+
+        A device that has no memory left gets smaller slices; what cannot be sliced further is merged on the CPU.
+        """
+        if self._on_cpu is not None and step.row > self._length:
+            return self._on_cpu.merge(step, start, stop, stats)
+        try:
+            with own_stream(self._device):
+                return self._merge_slices(step, start, stop, stats)
+        except torch.cuda.OutOfMemoryError:
+            free_device(self._device)
+            if step.row <= self._length // 2 and self._length > LEAST_SLICE:
+                self._length //= 2
+                note = f"the device has too little memory: slices of {self._length} elements"
+                return [note, *self.merge(step, start, stop, stats)]
+            self._on_cpu = self._on_cpu or Worker(self._plan, self._sink, torch.device("cpu"), self._store)
+            return [
+                "the device has too little memory: merged on the CPU",
+                *self._on_cpu.merge(step, start, stop, stats),
+            ]
+
+    def _merge_slices(self, step: Step, start: int, stop: int, stats: Stats) -> list[str]:
         notes: list[str] = []
         for begin, end in self._slices(step, start, stop):
             if begin == end:
@@ -78,7 +104,7 @@ class Worker:
     def _slices(self, step: Step, start: int, stop: int) -> list[tuple[int, int]]:
         if step.row >= stop - start:
             return [(start, stop)]
-        length = max(step.row, SLICE_ELEMENTS // step.row * step.row)
+        length = max(step.row, self._length // step.row * step.row)
         return [(begin, min(begin + length, stop)) for begin in range(start, stop, length)]
 
     def _group(self, step: Step, start: int, stop: int, owner: str = "") -> TensorGroup:
