@@ -90,6 +90,24 @@ def test_each_sample_gets_the_weights_of_its_group(family, folders, bundles, tmp
         torch.testing.assert_close(found[index], expected, rtol=0, atol=1e-4)
 
 
+def test_groups_whose_inputs_are_shorter_are_run_without_the_padding_of_others(folders, bundles, tmp_path, monkeypatch):
+    inputs, model = tiny_inputs("bert"), bundles["bert"]
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    groups = [(0, 2) if length == min(lengths) else (1,) for length in lengths]
+    seen = []
+    run = model._pass
+    monkeypatch.setattr("mergetool.bundle.model._WORTH_SPLITTING", 0.9)
+    monkeypatch.setattr(model, "_pass", lambda runs, part: seen.append(part["input_ids"].shape) or run(runs, part))
+    found = model._second_pass(groups, inputs)
+    assert sorted(shape[1] for shape in seen) == sorted(set(lengths))
+    assert found.shape[:2] == inputs["input_ids"].shape
+    folder = shutil.copytree(folders["bert"], tmp_path / "bundle")
+    for index, (group, length) in enumerate(zip(groups, lengths, strict=True)):
+        expected = output_by_hand(folder, "bert", group, sample(inputs, index))[0]
+        torch.testing.assert_close(found[index, :length], expected[:length], rtol=0, atol=1e-4)
+        assert not found[index, length:].any()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sample_gets_the_same_answer_alone_and_in_a_mixed_batch(family, bundles):
     inputs, model = tiny_inputs(family), bundles[family]
