@@ -73,6 +73,14 @@ def is_alive(pid):
         return False
 
 
+def all_end(pids):
+    """Whether they are gone within 20 seconds: a worker ends after the unit in hand."""
+    end = time.monotonic() + 20
+    while any(is_alive(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.01)
+    return not any(is_alive(pid) for pid in pids)
+
+
 @pytest.mark.parametrize(
     "merge", [TIES, {**TIES, "scope": "model"}, {"method": "linear"}, {"method": "slerp", "t": 0.3}]
 )
@@ -118,10 +126,7 @@ def test_workers_do_not_outlive_a_killed_run_nor_hold_its_lock(tmp_path, models)
     process.communicate()
     with (tmp_path / "out.partial/journal.jsonl").open("rb") as journal:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    end = time.monotonic() + 20
-    while any(is_alive(pid) for pid in workers) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not any(is_alive(pid) for pid in workers)
+    assert all_end(workers)
 
 
 def test_ctrl_c_reaches_all_and_the_parent_decides(tmp_path, models):
@@ -132,7 +137,7 @@ def test_ctrl_c_reaches_all_and_the_parent_decides(tmp_path, models):
     assert process.returncode in (0, 130)
     assert "Traceback" not in told
     assert "killed" not in told
-    assert not any(is_alive(pid) for pid in workers)
+    assert all_end(workers)
 
 
 def test_where_no_process_may_be_started_threads_do_the_work(tmp_path, models):
