@@ -5,7 +5,7 @@ from typing import Any
 
 from mergetool import __version__
 from mergetool.planner import Plan
-from mergetool.planner.library import Origin, pinned_document
+from mergetool.planner.lookup import Origin, pinned_document
 
 
 def card(plan: Plan) -> str:

@@ -25,7 +25,7 @@ from mergetool.errors import MergeError, MergetoolError, OutputError, PlanError,
 from mergetool.methods.base import BundleMethod
 from mergetool.planner import Plan, make_plan
 from mergetool.planner.estimate import Costs, check_disk, estimate
-from mergetool.planner.library import Library
+from mergetool.planner.lookup import Lookup
 from mergetool.recipe.model import Recipe
 from mergetool.tensors.writer import SlotWriter
 
@@ -119,9 +119,9 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
 
     Also SHA-256 of the input files that are known already, by path.
     """
-    library = Library(recipe.folder)
+    lookup = Lookup(recipe.folder)
     output = flags.output.absolute() if flags.output else None
-    plan = make_plan(recipe, output, library=library)
+    plan = make_plan(recipe, output, lookup=lookup)
     if plan.output is None:
         raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
     if flags.cache is not None and not recipe.method.uses_factors:
@@ -134,8 +134,8 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
     if locked is not None:
         locked.check_headers(plan)
     if plan.bytes_missing:
-        library.fetch(progress.say)
-        plan = make_plan(recipe, output, library=library)
+        lookup.fetch(progress.say)
+        plan = make_plan(recipe, output, lookup=lookup)
     return plan, costs, {} if locked is None else locked.check_contents(plan, progress.say)
 
 

@@ -24,7 +24,7 @@ from mergetool.evolve.loop import History, Loop, Values
 from mergetool.evolve.pools import Pools, split
 from mergetool.methods.merge3 import Merge3
 from mergetool.planner.build import open_models
-from mergetool.planner.library import Library, is_on_hub
+from mergetool.planner.lookup import Lookup, is_on_hub
 from mergetool.planner.model import BASE
 from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.model import Recipe
@@ -121,12 +121,12 @@ def _notes(facts: dict[str, Any], folder: Path) -> tuple[str, ...]:
 
 def _fetched(recipe: Recipe, progress: Progress) -> dict[str, ModelSource]:
     """Every model, its weights here."""
-    library = Library(recipe.folder)
-    sources = open_models(recipe, library)
-    if not library.missing:
+    lookup = Lookup(recipe.folder)
+    sources = open_models(recipe, lookup)
+    if not lookup.missing:
         return sources
-    library.fetch(progress.say)
-    return open_models(recipe, library)
+    lookup.fetch(progress.say)
+    return open_models(recipe, lookup)
 
 
 def _version(name: str) -> str:

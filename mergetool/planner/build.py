@@ -13,7 +13,7 @@ from pathlib import Path
 from mergetool.arch.depth import structural_depths
 from mergetool.errors import PlanError, at
 from mergetool.methods.base import BundleMethod, FittedMethod, Method, SearchMethod, TensorMethod
-from mergetool.planner.library import Library
+from mergetool.planner.lookup import Lookup
 from mergetool.planner.model import BASE, Plan, Shard, Step
 from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.model import Override, Recipe
@@ -29,17 +29,17 @@ def make_plan(
     recipe: Recipe,
     output: Path | None = None,
     sources: Mapping[str, ModelSource] | None = None,
-    library: Library | None = None,
+    lookup: Lookup | None = None,
 ) -> Plan:
-    """Plan a recipe from headers. `sources` stand in for the recipe's models (in memory); `library` looks others up.
+    """Plan a recipe from headers. `sources` stand in for the recipe's models (in memory); `lookup` looks others up.
 
     Of a search, the plan of its first candidate: the others differ in numbers only.
     Raises SourceError or HubError for models that cannot be read, PlanError for models that do not fit together.
     """
     if isinstance(recipe.method, SearchMethod):
         recipe = candidate_recipe(recipe, recipe.method.space(tuple(recipe.models)).start)
-    library = library or Library(recipe.folder)
-    opened = dict(sources) if sources is not None else open_models(recipe, library)
+    lookup = lookup or Lookup(recipe.folder)
+    opened = dict(sources) if sources is not None else open_models(recipe, lookup)
     if output is None and recipe.output.path is not None:
         output = recipe.path_of(recipe.output.path)
     donor = BASE if BASE in opened else next(iter(recipe.models))
@@ -47,10 +47,10 @@ def make_plan(
     steps = draft.steps()
     shards = _shards(steps, recipe.output.shard_size)
     placed = _place(steps, shards)
-    warnings = (*library.warnings, *draft.warnings)
-    missing = sum(library.missing.values())
+    warnings = (*lookup.warnings, *draft.warnings)
+    missing = sum(lookup.missing.values())
     others = _other_files(recipe)
-    return Plan(recipe, opened, donor, placed, tuple(shards), output, warnings, library.origins, missing, others)
+    return Plan(recipe, opened, donor, placed, tuple(shards), output, warnings, lookup.origins, missing, others)
 
 
 def _other_files(recipe: Recipe) -> dict[str, FileStamp]:
@@ -61,13 +61,13 @@ def _other_files(recipe: Recipe) -> dict[str, FileStamp]:
     return found
 
 
-def open_models(recipe: Recipe, library: Library) -> dict[str, ModelSource]:
+def open_models(recipe: Recipe, lookup: Lookup) -> dict[str, ModelSource]:
     """Every model of a recipe, the base under `BASE`. Raises SourceError, HubError or PlanError."""
     opened = {}
     references = {**({BASE: recipe.base} if recipe.base else {}), **recipe.models}
     for name, reference in references.items():
         with at("base" if name == BASE else f"model {name!r}"):
-            opened[name] = library.open(name, reference.source, reference.adapters, reference.select)
+            opened[name] = lookup.open(name, reference.source, reference.adapters, reference.select)
             _refuse_quantised(opened[name])
     return opened
 

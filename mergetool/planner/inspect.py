@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from mergetool.errors import at
-from mergetool.planner.library import Library
+from mergetool.planner.lookup import Lookup
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import ModelSource, SafetensorsSource
 
 
 def facts_about(reference: str | Path) -> dict[str, Any]:
     """Headers of a model, here or on the Hub, as JSON-able facts. Raises SourceError for one that is damaged."""
-    library = Library(Path.cwd())
+    lookup = Lookup(Path.cwd())
     with at("inspect"):
-        source = library.open("model", str(reference))
-    origin = library.origins["model"][0]
+        source = lookup.open("model", str(reference))
+    origin = lookup.origins["model"][0]
     config = read_config(source.folder)
     specs = [source.specs[name] for name in sorted(source.specs, key=source.position)]
     sizes: Counter[str] = Counter()

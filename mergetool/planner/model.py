@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mergetool.methods.base import Headers, Params, Reach, TensorMethod
-from mergetool.planner.library import Origin
+from mergetool.planner.lookup import Origin
 from mergetool.recipe.model import Recipe
 from mergetool.tensors.header import Header, TensorSpec
 from mergetool.tensors.side_files import read_config

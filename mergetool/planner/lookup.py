@@ -41,7 +41,7 @@ class Place:
     """Headers of files that are not here yet."""
 
 
-class Library:
+class Lookup:
     """Looks references up. Paths are relative to `folder`."""
 
     def __init__(self, folder: Path) -> None:
@@ -136,16 +136,16 @@ def is_on_hub(folder: Path, text: str) -> bool:
 
 def pinned(recipe: Recipe) -> Recipe:
     """The recipe with every repository on the Hub at the commit that its branch has now. Raises HubError."""
-    library = Library(recipe.folder)
+    lookup = Lookup(recipe.folder)
 
     def pin(reference: ModelReference) -> ModelReference:
-        source = library.pin(reference.source, adapter=False)
-        adapters = tuple(library.pin(adapter, adapter=True) for adapter in reference.adapters)
+        source = lookup.pin(reference.source, adapter=False)
+        adapters = tuple(lookup.pin(adapter, adapter=True) for adapter in reference.adapters)
         return reference.model_copy(update={"source": source, "adapters": adapters})
 
     models = {name: pin(reference) for name, reference in recipe.models.items()}
     base = pin(recipe.base) if recipe.base else None
-    return replace(recipe, base=base, models=models, document=pinned_document(recipe.document, library.pins))
+    return replace(recipe, base=base, models=models, document=pinned_document(recipe.document, lookup.pins))
 
 
 def pinned_document(document: Mapping[str, Any], pins: Mapping[str, str]) -> dict[str, Any]:
