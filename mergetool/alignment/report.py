@@ -1,5 +1,6 @@
 """What an alignment did, in numbers: for people, and for the lock."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,23 +19,25 @@ def report_of(
 ) -> dict[str, Any]:
     """A JSON-able report: objective, its history, the share of coordinates moved, distances before and after.
 
-    A row of `history` is a Frank-Wolfe step, or an objective.
+    A row of `history` is a Frank-Wolfe step, or an objective. Numbers are rounded to what all thread counts agree on.
     """
     identity = [Element.identity(task.spec.spaces)] * len(task.names)
     home = [elements[name].inverse() for name in task.names]
+    before, after = (objective(task.problem, hard_point(task.problem, each)) for each in (identity, home))
+    digits = 8 - math.frexp(max(abs(before), abs(after)))[1] * 3 // 10  # about nine that count
+
+    def shown(row: Step | float) -> object:
+        if not isinstance(row, Step):
+            return round(row, digits)
+        return {"objective": round(row.objective, digits), "gap": round(row.gap, digits), "step": round(row.length, 6)}
+
     return {
         "method": method,
         "architecture": task.spec.family,
         "spec": task.spec.digest(),
         "models": list(task.names),
-        "objective": {
-            "before": objective(task.problem, hard_point(task.problem, identity)),
-            "after": objective(task.problem, hard_point(task.problem, home)),
-        },
-        "history": [
-            {"objective": row.objective, "gap": row.gap, "step": row.length} if isinstance(row, Step) else row
-            for row in history
-        ],
+        "objective": {"before": round(before, digits), "after": round(after, digits)},
+        "history": [shown(row) for row in history],
         "moved": {name: _moved(elements[name]) for name in task.names},
         "distance": {"before": _distances(task, identity), "after": _distances(task, home)},
         "verification": {"outputs": task.proof, "there and back": _residual(task, home)},

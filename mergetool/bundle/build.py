@@ -1,7 +1,7 @@
 """Make a bundle: factors of every expert's changes, heads, what the router needs, and the manifest.
 
-factor     tensor by tensor, in threads: task vectors, their leading singular triplets (through the store)
-write      task by task: one file of factors, laid out first and filled from the store, so memory stays small
+factor     tensor by tensor, shared out: task vectors, their leading singular triplets (through the store)
+write      task by task, shared out: one file of factors, laid out first and filled from the store
 first pass the merged weights that routing features come from, if they are not to come from the base
 finish     heads, base, config, hashes, manifest
 
@@ -9,8 +9,8 @@ Only one tensor of every model is in memory at a time, a thread.
 """
 
 import json
+import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
@@ -56,26 +56,34 @@ from mergetool.tensors.writer import write_file
 FIRST_PASS = "first_pass.safetensors"
 
 
-def build(experts: Experts, folder: Path, store: FactorStore, options: Options, num_threads: int = 1) -> Manifest:
-    """Write a bundle into `folder` (which exists) and return its manifest.
+def build(
+    experts: Experts, folder: Path, store: FactorStore, options: Options, num_threads: int = 1
+) -> Manifest | None:
+    """Write a bundle into `folder` (which exists) and return its manifest; None in a process that does not lead.
 
     Raises PlanError for heads that are missing or do not fit and for layers that match nothing, MergeError for weights
     that are not finite.
     """
     work = _Work(experts, folder, store, options)
-    heads = work.write_heads()
-    with ThreadPoolExecutor(num_threads) as pool:
-        parameters = work.within_size(dict(zip(experts.shapes, pool.map(work.factor, experts.shapes), strict=True)))
-        router = work.router(parameters)
-        if router is not None and router.features == "merged":
-            parameters |= dict(pool.map(lambda name: (name, work.without_redundancy(name, parameters)), parameters))
+    heads = work.write_heads() if experts.leads else {}
+    largest = sorted(experts.shapes, key=work.cost, reverse=True)
+    made = dict(zip(largest, experts.share(work.factor, largest, num_threads), strict=True))
+    parameters = work.within_size({name: made[name][0] for name in experts.shapes}, {n: made[n][1] for n in made})
+    router = work.router(parameters)
+    if router is not None and router.features == "merged":
+        chosen = experts.share(lambda name: work.without_redundancy(name, parameters), [*parameters], num_threads)
+        parameters = dict(zip(parameters, chosen, strict=True))
+        if experts.leads:
             work.write_first_pass(parameters, router)
-        files = dict(pool.map(lambda task: (task, work.write_factors(task, parameters)), experts.names))
+    paths = experts.share(lambda task: work.write_factors(task, parameters), experts.names, num_threads)
+    if not experts.leads:
+        return None
+    files = dict(zip(experts.names, paths, strict=True))
     base = work.write_base()
     tasks = tuple(
         Task(
             name=name,
-            source=str(experts.sources[name].folder or ""),
+            source=place.name if (place := experts.sources[name].folder) else "",
             files=experts.digests(name),
             factors=files[name],
             head=heads.get(name),
@@ -93,40 +101,45 @@ class _Work:
         self.folder = folder
         self.store = store
         self.options = options
-        self.spectra: dict[str, list[Tensor]] = {}
-        """Singular values of every task, by matrix."""
 
     # ---------------------------------------------------------------- factors
 
-    def factor(self, name: str) -> Parameter:
-        """Decide how a tensor is kept, and put its factors into the store."""
+    def cost(self, name: str) -> int:
+        """About what the factors of a tensor cost."""
+        shape = self.experts.shapes[name]
+        return math.prod(shape) * (1 + self._most(name, shape))
+
+    def factor(self, name: str) -> tuple[Parameter, list[Tensor]]:
+        """Decide how a tensor is kept, and put its factors into the store. Also all tasks' singular values."""
         shape = self.experts.shapes[name]
         deltas = self._deltas(name)
         if not any(bool(delta.any()) for delta in deltas):
-            return Parameter(policy="skip", shape=shape)
+            return Parameter(policy="skip", shape=shape), []
         most = self._most(name, shape)
         if most == 0:
-            return Parameter(policy="full", shape=shape)
+            return Parameter(policy="full", shape=shape), []
         factors = [kept(self.store.factors(delta.flatten(1), most), self.options.rank) for delta in deltas]
         if not self._worthwhile(shape, max(each.rank for each in factors)):
-            return Parameter(policy="full", shape=shape)
-        self.spectra[name] = [each.s for each in factors]
-        return Parameter(
+            return Parameter(policy="full", shape=shape), []
+        parameter = Parameter(
             policy="svd",
             shape=shape,
             ranks=tuple(each.rank for each in factors),
             interference=interference(concatenated(factors).to(torch.float64)).normalised,
         )
+        return parameter, [each.s for each in factors]
 
-    def within_size(self, parameters: dict[str, Parameter]) -> dict[str, Parameter]:
+    def within_size(
+        self, parameters: dict[str, Parameter], spectra_of: Mapping[str, list[Tensor]]
+    ) -> dict[str, Parameter]:
         """The parameters with fewer directions where all of them would take more space than a bundle may."""
-        if self.options.size is None or not self.spectra:
+        spectra = [(name, s) for name in parameters for s in spectra_of[name]]
+        if self.options.size is None or not spectra:
             return parameters
         width = _torch(self.options.dtype).itemsize
         base = sum(spec.num_bytes for spec in self.experts.sources["base"].specs.values())
         full = [torch.Size(each.shape).numel() for each in parameters.values() if each.policy == "full"]
         budget = int(self.options.size * base) - width * sum(full) * len(self.experts.names)
-        spectra = [(name, s) for name in parameters for s in self.spectra.get(name, ())]
         costs = [width * (parameters[name].shape[0] + _columns(parameters[name].shape)) + 4 for name, _ in spectra]
         ranks: dict[str, list[int]] = {}
         for (name, _), rank in zip(spectra, ranks_within([s for _, s in spectra], costs, budget), strict=True):

@@ -1,9 +1,10 @@
 """What goes into a bundle: the experts, what is kept of them, and how tasks are to be chosen."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from mergetool.arch.matrices import MatrixFilter
 from mergetool.bundle.manifest import Features, HeadRule, Mode, Norm, Pool, Storage
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
     from mergetool.kernels.spectral import Rank
     from mergetool.tensors.source import ModelSource
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,16 @@ class Experts(Protocol):
     def read(self, model: str, name: str) -> "Tensor":
         """One tensor, whole, in compute dtype; that of the base where the model lacks it."""
         ...
+
+    def share(self, call: Callable[[str], T], items: Sequence[str], num_threads: int) -> Sequence[T]:
+        """`call` of every item, in order, by so many threads; several processes share the work."""
+        with ThreadPoolExecutor(num_threads) as pool:
+            return list(pool.map(call, items))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process does what is not shared. The others return None in its stead."""
+        return True
 
     def digests(self, model: str) -> Mapping[str, str]:
         """SHA-256 of a model's weight files, by file name."""

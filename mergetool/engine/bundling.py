@@ -1,14 +1,16 @@
 """Bundle methods in the engine: the plan's models become a folder of factors, under the same claim as any result.
 
 A run that is killed and started again finds the factors it had computed: they are kept in the unfinished folder under
-the hash of their task vectors (or, with `cache`, in a folder that several runs share).
+the hash of their task vectors (or, with `cache`, in a folder that several runs share). Several processes share the
+factors and the files that hold them; the leader does the rest.
 """
 
 import resource
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from mergetool.bundle.options import Experts, HeadSource
 from mergetool.bundle.store import FactorStore
 from mergetool.engine.claim import Claim
 from mergetool.engine.fitting import WholeModels
+from mergetool.engine.journal import JOURNAL_NAME, other_journals
+from mergetool.engine.processes import Team
 from mergetool.engine.provenance import describe_run
 from mergetool.engine.record import Record
 from mergetool.engine.result import Result
@@ -28,13 +32,15 @@ from mergetool.planner.model import BASE
 from mergetool.tensors.digests import remembered_sha256
 
 _STORE = ".factors"
+_I = TypeVar("_I")
+_T = TypeVar("_T")
 
 
 class WholeExperts(WholeModels, Experts):
     """The opened models of a plan, as a bundle's build sees them."""
 
-    def __init__(self, plan: Plan, say: Callable[[str], None]) -> None:
-        super().__init__(plan, say)
+    def __init__(self, plan: Plan, say: Callable[[str], None], team: Team) -> None:
+        super().__init__(plan, say, team)
         self.names = tuple(plan.recipe.models)
         self.sources = plan.sources
         merged = [step for step in plan.steps if step.method is not None]
@@ -52,6 +58,13 @@ class WholeExperts(WholeModels, Experts):
         self.inputs: dict[str, str] = {}
         """SHA-256 of every input file hashed so far, by path."""
 
+    @property
+    def leads(self) -> bool:
+        return self.team.leads
+
+    def share(self, call: Callable[[_I], _T], items: Sequence[_I], num_threads: int = 1) -> list[_T]:
+        return self.team.share(call, items, num_threads)
+
     def read(self, model: str, name: str) -> Tensor:
         return super().read(self._stand_ins.get((model, name), BASE), name)
 
@@ -65,24 +78,25 @@ class WholeExperts(WholeModels, Experts):
         return found
 
 
-def run_bundle(plan: Plan, claim: Claim, workers: int, cache: Path | None, say: Callable[[str], None]) -> Result:
-    """Build a bundle in the claimed folder and publish it."""
+def run_bundle(
+    plan: Plan, claim: Claim, workers: int, *, cache: Path | None, say: Callable[[str], None], team: Team
+) -> Result | None:
+    """Build a bundle in the claimed folder and publish it; None in a process that does not lead."""
     started = time.monotonic()
     method = plan.recipe.method
     assert isinstance(method, BundleMethod)
-    experts = WholeExperts(plan, say)
+    experts = WholeExperts(plan, say, team)
     folder = claim.partial
-    store = FactorStore(cache or folder / _STORE)
     resumed = claim.journal.found and any((folder / _STORE).glob("*.safetensors"))
-    for path in folder.iterdir():  # what an earlier try wrote; only its factors are worth keeping
-        if path not in (claim.journal.path, folder / _STORE):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    store = team.leader_first(lambda: _emptied(folder, cache, team))
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // workers))
+    torch.set_num_threads(max(1, threads // workers // team.local_size))
     try:
         manifest = build(experts, folder, store, method.options(), workers)
     finally:
         torch.set_num_threads(threads)
+    if manifest is None:
+        return None
     shutil.rmtree(folder / _STORE, ignore_errors=True)
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     result = Result(
@@ -93,12 +107,21 @@ def run_bundle(plan: Plan, claim: Claim, workers: int, cache: Path | None, say: 
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         num_tensors=len(manifest.parameters),
         resumed=resumed,
+        num_processes=team.size,
         notes=_notes(manifest, written, folder),
         warnings=plan.warnings,
     )
     describe_run(plan, claim, Record(inputs=experts.inputs), result)
     claim.publish()
     return result
+
+
+def _emptied(folder: Path, cache: Path | None, team: Team) -> FactorStore:
+    """The store of factors; what else an earlier try wrote into `folder` goes."""
+    kept = {folder / JOURNAL_NAME, folder / _STORE, *other_journals(folder)}
+    for path in [path for path in folder.iterdir() if path not in kept] if team.leads else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return FactorStore(cache or folder / _STORE)
 
 
 def _notes(manifest: Manifest, written: int, folder: Path) -> dict[str, int]:

@@ -1,9 +1,11 @@
 """The model card: what the Hub reads (front matter) and what people read (what was merged, and how to do it again)."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mergetool import __version__
+from mergetool.engine.public import public
 from mergetool.planner import Plan
 from mergetool.planner.lookup import Origin, pinned_document
 
@@ -13,9 +15,10 @@ def card(plan: Plan) -> str:
     import yaml
 
     pins = {o.reference: f"{o.repo}@{o.commit}" for origins in plan.origins.values() for o in origins if o.repo}
-    recipe = yaml.safe_dump(pinned_document(plan.recipe.document, pins), sort_keys=False, allow_unicode=True)
+    document = public(pinned_document(plan.recipe.document, pins), plan.recipe.folder)
+    recipe = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
     front = yaml.safe_dump(_front(plan), sort_keys=False, allow_unicode=True)
-    rows = "\n".join(_row(name, origins) for name, origins in _everything(plan).items())
+    rows = "\n".join(_row(name, origins, plan.recipe.folder) for name, origins in _everything(plan).items())
     name = plan.recipe.method.method_name()
     return (
         f"---\n{front}---\n\n"
@@ -48,15 +51,15 @@ def _everything(plan: Plan) -> Mapping[str, tuple[Origin, ...]]:
     return {name: plan.origins.get(name, (Origin(reference.source),)) for name, reference in references.items()}
 
 
-def _row(name: str, origins: tuple[Origin, ...]) -> str:
-    places = " + ".join(_place(origin) for origin in origins)
+def _row(name: str, origins: tuple[Origin, ...], folder: Path) -> str:
+    places = " + ".join(_place(origin, folder) for origin in origins)
     licences = " + ".join(origin.licence or "unknown" for origin in origins)
     return f"| {name} | {places} | {licences} |"
 
 
-def _place(origin: Origin) -> str:
+def _place(origin: Origin, folder: Path) -> str:
     if origin.repo is None or origin.commit is None:
-        return f"`{origin.reference}`"
+        return f"`{public(origin.reference, folder)}`"
     return f"[{origin.repo}](https://huggingface.co/{origin.repo}/tree/{origin.commit})"
 
 

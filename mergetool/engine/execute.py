@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Protocol
 
 from mergetool.engine.claim import Claim
+from mergetool.engine.deal import deal
 from mergetool.engine.jobs import Jobs
 from mergetool.engine.locked import Locked
-from mergetool.engine.processes import Team, deal, joined
+from mergetool.engine.processes import Team, joined
 from mergetool.engine.provenance import finish
 from mergetool.engine.pulse import Pulse
 from mergetool.engine.push import push_result, push_target
@@ -149,7 +150,7 @@ def _run_claimed(plan: Plan, claim: Claim, costs: Costs, flags: Flags, progress:
         if isinstance(plan.recipe.method, BundleMethod):
             from mergetool.engine.bundling import run_bundle
 
-            return run_bundle(plan, claim, costs.workers, flags.cache, progress.say) if team.leads else None
+            return run_bundle(plan, claim, costs.workers, cache=flags.cache, say=progress.say, team=team)
         return _merge(plan, claim, costs, flags, progress, team)
     except Exception as found:
         error = team.agree(found)  # and the others have stopped

@@ -1,13 +1,15 @@
 """Fitted methods in the engine: fit once, keep the result beside the output, and read every model through it."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from mergetool.engine.processes import Team
 from mergetool.errors import MergeError
 from mergetool.methods.base import Fitted, FittedMethod
 from mergetool.planner import Plan
@@ -17,12 +19,16 @@ from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import bytes_of
 from mergetool.tensors.source import FileStamp, ModelSource
 
+_I = TypeVar("_I")
+_T = TypeVar("_T")
+
 
 class WholeModels:
     """The opened models of a plan, tensor by tensor."""
 
-    def __init__(self, plan: Plan, say: Callable[[str], None]) -> None:
+    def __init__(self, plan: Plan, say: Callable[[str], None], team: Team) -> None:
         self._plan = plan
+        self.team = team
         self.say = say
         headers = plan.headers
         self.names = headers.names
@@ -36,6 +42,10 @@ class WholeModels:
             label = "base" if model == BASE else f"model {model!r}"
             raise MergeError("holds values that are not finite", f"{label}: {name}", "repair or replace that model")
         return tensor
+
+    def share(self, call: Callable[[_I], _T], items: Sequence[_I]) -> Iterable[_T]:
+        """`call` of every item, in order: shared with the other processes, or else as the results are asked for."""
+        return map(call, items) if self.team.size == 1 else self.team.share(call, items)
 
     @property
     def compute(self) -> torch.dtype:
@@ -125,16 +135,17 @@ class Fit:
         return method.finish(self.models, self.fitted, merged, folder)
 
 
-def fit(plan: Plan, folder: Path | None, say: Callable[[str], None]) -> Fit:
+def fit(plan: Plan, folder: Path | None, say: Callable[[str], None], team: Team) -> Fit:
     """The plan with every model seen through its fit. `folder` keeps the fit, and may hold that of a killed run."""
     method = plan.recipe.method
     if not isinstance(method, FittedMethod):
         return Fit(plan)
-    models = WholeModels(plan, say)
+    models = WholeModels(plan, say, team)
     fitted = method.load(models, folder) if folder is not None else None
-    if fitted is None:
+    if not all(team.exchange(fitted is not None)):  # nobody looks any more
         fitted = method.fit(models)
-        if folder is not None:
+        if folder is not None and team.leads:
             fitted.save(folder)
+    assert fitted is not None
     sources = {name: FittedSource(source, fitted, name) for name, source in plan.sources.items()}
     return Fit(replace(plan, sources=sources), models, fitted)

@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mergetool.engine.deal import Share
 from mergetool.engine.devices import usable_device
 from mergetool.engine.front import Front
 from mergetool.engine.journal import Journal
-from mergetool.engine.processes import Share
 from mergetool.engine.record import Record, joined_counts
 from mergetool.engine.schedule import Job, Schedule
 from mergetool.methods.base import Stats
@@ -135,15 +135,16 @@ class Jobs:
     def fit(self, folder: Path) -> None:
         """For a method that looks at the whole models first: do so (or take up what a killed run left).
 
-        No worker computes meanwhile, so torch has all threads.
+        No worker computes meanwhile, so torch has all threads; the processes of a machine share them.
         """
         import torch
 
         from mergetool.engine.fitting import fit
 
         threads = torch.get_num_threads()
-        torch.set_num_threads(self._threads)
-        self._fit = self._share.team.leader_first(lambda: fit(self._plan, folder, self._teller.say))
+        team = self._share.team
+        torch.set_num_threads(max(1, self._threads // team.local_size))
+        self._fit = fit(self._plan, folder, self._teller.say, team)
         self._plan = self._fit.plan
         torch.set_num_threads(threads)
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mergetool.engine.claim import LOCK_NAME, asked_for
+from mergetool.engine.public import public
 from mergetool.engine.push import read_lock
 from mergetool.errors import RecipeError, SourceError
 from mergetool.planner import Plan
@@ -35,7 +36,8 @@ class Locked:
 
     def check_headers(self, plan: Plan) -> None:
         """Compare what is known without reading weights. Raises RecipeError or SourceError."""
-        if _text(asked_for(plan.recipe.document)) != _text(asked_for(self._lock["recipe"])):
+        asked, locked = (public(each, plan.recipe.folder) for each in (plan.recipe.document, self._lock["recipe"]))
+        if _text(asked_for(asked)) != _text(asked_for(locked)):
             raise RecipeError(f"the recipe is not the one of {self._path}", plan.recipe.name, _FIX)
         self._same(sorted(plan.stamps), sorted(self._lock["inputs"]), "the names of the inputs", plan.recipe.name)
         for name, origins in plan.origins.items():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mergetool.engine.fitting import fit
+from mergetool.engine.processes import Team
 from mergetool.engine.trust import check_trust
 from mergetool.engine.worker import Sink, Worker, combined
 from mergetool.planner import Plan, Step, make_plan
@@ -35,7 +36,7 @@ def merge_in_memory(
     """Merge state dicts by name (the base under "base"). Surveys, methods and checks are those of a run."""
     check_trust(recipe, trusted=trust_code)
     plan = make_plan(recipe, sources={name: MemorySource(state, name) for name, state in tensors.items()})
-    fitted = fit(plan, None, lambda _: None)
+    fitted = fit(plan, None, lambda _: None, Team())
     plan = fitted.plan
     sink = _MemorySink(plan)
     worker = Worker(plan, sink, torch.device("cpu"))

@@ -4,8 +4,9 @@ The launcher starts the same command N times, on one machine or on several that 
 plan. Process 0 leads: it downloads, claims the output, creates the files, and finishes. Units of work are dealt out by
 cost; every process fills its own slots of the same files and keeps a journal of its own, so a run that died resumes
 with any number of processes. Which units are done is told through the launcher's store; a file is hashed by one
-process from its front on, as it would be by one alone. Where all must have got as far (a survey of the whole model, a
-fit that the leader makes, the end) they exchange values over gloo.
+process from its front on, as it would be by one alone. Work whose cost nobody knows (a fit's searches from several
+starts, the factors of a bundle) is taken piece by piece by whoever is free. Where all must have got as far (a survey of
+the whole model, a fit, the end) they exchange values over gloo.
 
 One process is a team of one: the same code, nothing exchanged.
 """
@@ -17,17 +18,16 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from mergetool import errors
 from mergetool.errors import MergetoolError, OutputError
-from mergetool.planner import Plan, Step
-from mergetool.planner.model import UNIT_ELEMENTS
 
 _T = TypeVar("_T")
+_I = TypeVar("_I")
 _EVER = timedelta(days=30)
 _AGAIN = "run the same command again: what is finished is kept"
 
@@ -60,6 +60,37 @@ class Team:
             return result
         self.exchange(None)
         return call()
+
+    def share(self, call: Callable[[_I], _T], items: Sequence[_I], threads: int = 1) -> list[_T]:
+        """`call` of every item, in order. Each process, and each of its threads, takes the next when it is free.
+
+        All processes must call this alike; in all of them the results are the same.
+        """
+        take, found = self._turns(len(items)), dict[int, _T]()
+
+        def work() -> None:
+            while (place := take()) is not None:
+                found[place] = call(items[place])
+
+        if threads == 1:
+            work()
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                for done in [pool.submit(work) for _ in range(threads)]:
+                    done.result()
+        every = {place: result for share in self.exchange(found) for place, result in share.items()}
+        return [every[place] for place in range(len(items))]
+
+    def _turns(self, count: int) -> Callable[[], int | None]:
+        """What gives each of the numbers below `count` once, to whichever process and thread asks next; then None."""
+        numbers = iter(range(count))
+        lock = threading.Lock()
+
+        def take() -> int | None:
+            with lock:
+                return next(numbers, None)
+
+        return take
 
     def agree(self, error: BaseException) -> BaseException:
         """The error that ends the run, whichever process met it first."""
@@ -98,7 +129,7 @@ class Processes(Team):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = dist.PrefixStore(f"mergetool/{attempt}", store)
         self._group = dist
-        self._sent = 0
+        self._sent = self._shared = 0
         self._seen = dict.fromkeys((rank for rank in range(self.size) if rank != self.rank), 0)
         self._agreed: BaseException | None = None
         self._lost = threading.Event()
@@ -184,22 +215,36 @@ class Processes(Team):
         self._agreed = error if failed is None else _decoded(failed)
         return self._agreed
 
+    def _turns(self, count: int) -> Callable[[], int | None]:
+        self._shared += 1
+        key = f"share/{self._shared}"
+
+        def take() -> int | None:
+            self._check()
+            place = self._store.add(key, 1) - 1
+            return place if place < count else None
+
+        return take
+
     def publish(self, units: Sequence[tuple[int, int]]) -> None:
         if units:
             self._store.set(f"{self.rank}/{self._sent}", json.dumps(units))
             self._sent += 1
 
     def news(self) -> list[tuple[int, int]]:
+        self._check()
         found: list[tuple[int, int]] = []
-        if self._lost.is_set():
-            raise self._died()
-        if self._store.check(["failed"]):
-            raise Stopped
         for rank in self._seen:
             while self._store.check([key := f"{rank}/{self._seen[rank]}"]):
                 found += [(step, start) for step, start in json.loads(self._store.get(key))]
                 self._seen[rank] += 1
         return found
+
+    def _check(self) -> None:
+        if self._lost.is_set():
+            raise self._died()
+        if self._store.check(["failed"]):
+            raise Stopped
 
 
 _places: list[tuple[str, int]] = []
@@ -274,81 +319,3 @@ def _encoded(error: Exception, rank: int) -> bytes:
 def _decoded(failure: bytes) -> Exception:
     kind, what, where, fix = pickle.loads(failure)
     return getattr(errors, kind)(what, where, fix) if kind else RuntimeError(what)
-
-
-# ---------------------------------------------------------------- who does what
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one process does of a plan."""
-
-    team: Team
-    units: frozenset[tuple[int, int]] | None
-    """(step, start) of every unit; None: all of them."""
-    inputs: frozenset[str] | None
-    outputs: frozenset[int] | None
-    """Files that it hashes: inputs by path, outputs by number."""
-
-    def has(self, step: int, start: int) -> bool:
-        return self.units is None or (step, start) in self.units
-
-    def hashes_input(self, path: str) -> bool:
-        return self.inputs is None or path in self.inputs
-
-    def hashes_output(self, shard: int) -> bool:
-        return self.outputs is None or shard in self.outputs
-
-
-def deal(plan: Plan, team: Team) -> Share:
-    """This process's share. Large pieces first, each to whoever has least; the same in every process.
-
-    A tensor with a survey of its own is not divided: its counts would have to travel.
-    """
-    if team.size == 1:
-        return Share(team, None, None, None)
-    load = [0.0] * team.size
-    inputs = {str(stamp.path): float(stamp.size) for stamps in plan.stamps.values() for stamp in stamps}
-    outputs = {index: float(shard.header.file_size) for index, shard in enumerate(plan.shards)}
-    given_inputs, given_outputs = _dealt(inputs, load), _dealt(outputs, load)
-    pieces: dict[tuple[int, int], float] = {}
-    whole: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for step in plan.steps:
-        ranges = step.pieces(UNIT_ELEMENTS)
-        groups = [ranges] if _surveyed_alone(step) else [[each] for each in ranges]
-        for group in groups:
-            key = (step.index, group[0][0])
-            pieces[key] = sum(cost(plan, step, start, stop) for start, stop in group)
-            whole[key] = [(step.index, start) for start, _ in group]
-    keys = _dealt(pieces, load)[team.rank]
-    units = frozenset(unit for key in keys for unit in whole[key])
-    return Share(team, units, frozenset(given_inputs[team.rank]), frozenset(given_outputs[team.rank]))
-
-
-def _surveyed_alone(step: Step) -> bool:
-    if step.method is None or step.surveyed_together:
-        return False
-    return step.method.survey(step.params, step.spec.num_elements, bits=32) is not None
-
-
-def _dealt(costs: dict[Any, float], load: list[float]) -> list[list[Any]]:
-    """Keys for each process; adds to `load`. What is much larger than the rest first, the rest in its order."""
-    dealt: list[list[Any]] = [[] for _ in load]
-    large = sum(costs.values()) / (8 * len(load))
-    order = sorted(costs, key=lambda key: -costs[key] if costs[key] > large else 0.0)  # stable
-    for key in order:
-        least = min(range(len(load)), key=load.__getitem__)
-        dealt[least].append(key)
-        load[least] += costs[key]
-    return dealt
-
-
-def cost(plan: Plan, step: Step, start: int, stop: int) -> float:
-    """What a unit costs, in bytes that could be read meanwhile: reading, writing, and for whole matrices the SVDs."""
-    count = stop - start
-    size = sum(plan.sources[name].specs[step.spec.name].dtype.num_bytes(count) for name in step.reads)
-    size += step.spec.dtype.num_bytes(count)
-    if step.reach != "tensor" or len(step.spec.shape) < 2:
-        return float(size)
-    rows = step.spec.shape[0]
-    return size + 0.5 * len(step.reads) * count * min(rows, count // max(1, rows))

@@ -15,12 +15,13 @@ from mergetool import __version__
 from mergetool.engine.card import card
 from mergetool.engine.claim import LOCK_NAME, Claim
 from mergetool.engine.journal import JOURNAL_NAME
+from mergetool.engine.public import public
 from mergetool.engine.record import Record
 from mergetool.engine.result import Result
 from mergetool.planner import Plan
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.side_files import CONFIG_NAME, carried_files, read_config
-from mergetool.tensors.source import INDEX_NAME
+from mergetool.tensors.source import INDEX_NAME, FileStamp
 from mergetool.tensors.writer import copy_file, write_file
 
 
@@ -124,7 +125,8 @@ def _main_dtype(plan: Plan) -> str | None:
 
 
 def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any]:
-    recipe = json.dumps(plan.recipe.document, sort_keys=True, default=str)
+    document = public(plan.recipe.document, plan.recipe.folder)
+    recipe = json.dumps(document, sort_keys=True, default=str)
     numbers = [
         [
             step.spec.name,
@@ -138,29 +140,24 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
     return {
         "mergetool": __version__,
         "plan": key,
-        "recipe": plan.recipe.document,
+        "recipe": document,
         "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
-        "settings": list(plan.recipe.settings),
+        "settings": public(plan.recipe.settings, plan.recipe.folder),
         "seed": plan.seed,
         "versions": {name: version(name) for name in ("torch", "safetensors", "numpy", "pydantic")}
         | {"python": platform.python_version(), "platform": sys.platform},
         "inputs": {
-            name: [
-                {
-                    "file": _place(plan, name, stamp.path),
-                    "size": stamp.size,
-                    "sha256": record.inputs.get(str(stamp.path)),
-                }
-                for stamp in stamps
-            ]
-            for name, stamps in plan.stamps.items()
+            name: [_input(plan, record, name, stamp) for stamp in stamps] for name, stamps in plan.stamps.items()
         },
-        "origins": {name: [vars(origin) for origin in origins] for name, origins in plan.origins.items()},
+        "origins": {
+            name: [public(vars(origin), plan.recipe.folder) for origin in origins]
+            for name, origins in plan.origins.items()
+        },
         "resolved_sha256": hashlib.sha256(json.dumps(numbers, default=str).encode()).hexdigest(),
         "output": {"dtype": plan.recipe.output.dtype, "files": dict(sorted(record.outputs.items()))},
         "notes": _remarks(record.notes),
         "measured": _measured(record.notes),
-        "warnings": list(plan.warnings),
+        "warnings": public(plan.warnings, plan.recipe.folder),
         "run": {
             "seconds": round(result.seconds, 3),
             "bytes_read": result.bytes_read,
@@ -172,9 +169,14 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
     }
 
 
+def _input(plan: Plan, record: Record, name: str, stamp: FileStamp) -> dict[str, Any]:
+    digest = record.inputs.get(str(stamp.path))
+    return {"file": _place(plan, name, stamp.path), "size": stamp.size, "sha256": digest}
+
+
 def _place(plan: Plan, name: str, path: Path) -> str:
-    """Where an input file is: its path, or its name on the Hub (where the cache lies is nobody's business)."""
+    """Where an input file is: on the Hub, or for people who know the machine."""
     for origin in plan.origins.get(name, ()):
         if origin.repo and origin.commit in path.parts:
             return f"{origin.repo}@{origin.commit}/{path.name}"
-    return str(path)
+    return str(public(str(path), plan.recipe.folder))

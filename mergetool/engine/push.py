@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mergetool import __version__
+from mergetool.bundle import is_bundle
 from mergetool.engine.claim import LOCK_NAME
 from mergetool.errors import HubError, SourceError
+from mergetool.methods.base import BundleMethod
 from mergetool.recipe.model import Recipe
 from mergetool.tensors.hub_upload import Pushed, Target, check_target, push_folder
 from mergetool.tensors.io import sha256_file
@@ -19,7 +21,11 @@ from mergetool.tensors.source import FileStamp
 
 def push(folder: Path, target: Target) -> Pushed:
     """Upload a finished result. Raises SourceError for a folder that is not one, HubError."""
+    from mergetool.bundle.manifest import read_manifest
+
     lock = read_lock(folder)
+    if is_bundle(folder) and read_manifest(folder).base.kind == "reference":
+        raise _refers_to_its_base(str(folder))
     digests = {name: _digest(folder, name, digest) for name, digest in lock["output"]["files"].items()}
     digests[LOCK_NAME] = sha256_file(folder / LOCK_NAME)
     method = str(lock["recipe"].get("merge", {}).get("method", "merge"))
@@ -35,9 +41,16 @@ def push_target(recipe: Recipe, wanted: bool | None) -> Target | None:
         raise HubError("nowhere to push to", recipe.name, "add output: {hub: {repo: ORG/NAME}}")
     if hub is None or wanted is False:
         return None
+    if isinstance(recipe.method, BundleMethod) and recipe.method.base == "reference":
+        raise _refers_to_its_base(recipe.name)
     target = Target(**hub.model_dump())
     check_target(target)
     return target
+
+
+def _refers_to_its_base(where: str) -> HubError:
+    what = "the bundle refers to its base by a path on this machine, which means nothing elsewhere"
+    return HubError(what, where, "merge with base: copy")
 
 
 def push_result(folder: Path, target: Target) -> Pushed:

@@ -19,10 +19,11 @@ Differs from the paper: exact line search, stopping by the Frank-Wolfe gap, one 
 polish, several starts, groups beyond plain permutations (signs, heads within layers).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,13 +85,16 @@ class Alignment:
     history: tuple[Step, ...]
 
 
-def align(problem: Problem, settings: Settings) -> Alignment:
-    """Align the models of `problem`. Deterministic. Raises ValueError for fewer than two models."""
+def align(problem: Problem, settings: Settings, share: Callable[..., Iterable[Any]] = map) -> Alignment:
+    """Align the models of `problem`. Deterministic. Raises ValueError for fewer than two models.
+
+    `share` is `map`, or does what it does with the work of several starts shared between processes.
+    """
     if len(problem.models) < 2:
         raise ValueError(f"alignment needs two models or more, got {len(problem.models)}")
     best: Alignment | None = None
-    for plan in _plans(settings, len(problem.models)):
-        found, settled = _run(problem, plan, settings.anchor or 0)
+    run = partial(_run, problem, reference=settings.anchor or 0)
+    for found, settled in share(run, tuple(_plans(settings, len(problem.models)))):
         if best is None or found.objective > best.objective:
             best = found
         if settled:

@@ -15,7 +15,7 @@ models in the given order. The paper draws both orders at random, so that its re
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeAlias
@@ -36,21 +36,23 @@ LARGE = 128  # rows; handing a smaller problem to a thread costs more than solvi
 Request: TypeAlias = tuple[int, dict[Face, Array], Choice]  # key, scores, incumbent
 
 
-def match_to_reference(problem: Problem, reference: int) -> tuple[Element, ...]:
+def match_to_reference(
+    problem: Problem, reference: int, share: Callable[..., Iterable[Element]] = map
+) -> tuple[Element, ...]:
     """Pairwise git-rebasin: every model matched to model `reference` alone, from the identity.
 
-    Elements map model coordinates to those of the reference.
+    Elements map model coordinates to those of the reference. `share` is `map`, or shares the models between processes.
     """
     identity = Element.identity(problem.spaces)
-    matched = []
-    for i, model in enumerate(problem.models):
-        if i == reference:
-            matched.append(identity)
-        else:
-            pair = replace(problem, models=[problem.models[reference], model])
-            point, _ = ascend(pair, hard_point(pair, [identity, identity]), [1])
-            matched.append(point[1].elements[0])
-    return tuple(matched)
+
+    def match(model: Mapping[str, Tensor]) -> Element:
+        pair = replace(problem, models=[problem.models[reference], model])
+        point, _ = ascend(pair, hard_point(pair, [identity, identity]), [1])
+        return point[1].elements[0]
+
+    others = [model for i, model in enumerate(problem.models) if i != reference]
+    matched = list(share(match, others))
+    return (*matched[:reference], identity, *matched[reference:])
 
 
 def merge_many(problem: Problem) -> tuple[tuple[Element, ...], tuple[float, ...]]:

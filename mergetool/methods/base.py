@@ -11,11 +11,11 @@ documentation and must have a `Reference:` and a `Differs from the paper:` parag
 
 import sys
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
@@ -72,6 +72,8 @@ __all__ = [
     "cancel",
 ]
 
+_I = TypeVar("_I")
+_T = TypeVar("_T")
 Params = SimpleNamespace
 """A method's numbers for one tensor: floats, and tuples (one per model of the group) for per-model fields."""
 
@@ -264,6 +266,10 @@ class Models(Protocol):
 
     def say(self, text: str) -> None:
         """A line of progress for people."""
+        ...
+
+    def share(self, call: Callable[[_I], _T], items: Sequence[_I]) -> Iterable[_T]:
+        """`call` of every item, in order. Several processes share the work; one alone does it as results are drawn."""
         ...
 
 

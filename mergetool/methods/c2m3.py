@@ -56,7 +56,7 @@ class C2M3(AligningMethod):
         if self.align.permutations is not None:
             return load(models.path(self.align.permutations), spec_of(models), models.names)
         task = task_of(models, weighting=self.align.weighting)
-        found = self._search(task)
+        found = self._search(task, models)
         elements = dict(zip(task.names, found.elements, strict=True))
         report = report_of(task, "c2m3", elements, found.history)
         if all(element.equals(Element.identity(element.spaces)) for element in found.elements):
@@ -65,7 +65,7 @@ class C2M3(AligningMethod):
             models.say(f"aligned {len(task.names)} models: {len(found.history)} steps, objective {found.objective:.6g}")
         return Aligned(task.spec, elements, report)
 
-    def _search(self, task: "Task") -> "Alignment":
+    def _search(self, task: "Task", models: Models) -> "Alignment":
         from mergetool.kernels.frank_wolfe import Settings, align
 
         asked = self.align
@@ -78,4 +78,4 @@ class C2M3(AligningMethod):
             iterations=asked.iterations,
             tolerance=asked.tolerance,
         )
-        return align(task.problem, settings)
+        return align(task.problem, settings, models.share)

@@ -50,6 +50,8 @@ def read_config(folder: Path | None) -> dict[str, Any]:
         raise read_error(error, str(path)) from error
     if not isinstance(config, dict):
         raise SourceError("is not a JSON object", str(path), fix)
+    if str(config.get("_name_or_path")).startswith("/"):  # of whichever machine wrote it: nobody else's business
+        del config["_name_or_path"]
     return config
 
 

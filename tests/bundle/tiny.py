@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergetool.bundle.build import build
-from mergetool.bundle.options import HeadSource, Options, RouterOptions
+from mergetool.bundle.options import Experts, HeadSource, Options, RouterOptions
 from mergetool.bundle.store import FactorStore
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.io import bytes_of, sha256_file
@@ -93,7 +93,7 @@ def _delta(value: Tensor, rank: int | None) -> Tensor:
 
 
 @dataclass
-class FileExperts:
+class FileExperts(Experts):
     """Experts as files, without the engine."""
 
     paths: dict[str, Path]

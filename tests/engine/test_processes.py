@@ -10,13 +10,13 @@ import time
 import pytest
 import torch
 
-from mergetool.engine.processes import Team, cost, deal
+from mergetool.engine.deal import cost, deal
+from mergetool.engine.processes import Team
 from mergetool.planner import make_plan
 from mergetool.planner.model import UNIT_ELEMENTS
 from mergetool.recipe import load_recipe
 from tests.files import content, tensors, write_models, write_recipe
-from tests.forks import Forks
-from tests.toys import MLP
+from tests.forks import Forks, free_port
 
 SHAPES = {f"model.layers.{layer}.mlp.weight": (24, 16 + layer) for layer in range(9)} | {
     "model.embed_tokens.weight": (2100, 2048),  # two units
@@ -65,20 +65,63 @@ def test_any_number_of_processes_writes_the_bytes_of_one(forks, models, tmp_path
         assert locks[0]["output"]["files"].keys() == locks[1]["output"]["files"].keys()
 
 
-def test_a_fit_is_made_by_the_leader_and_read_by_the_others(forks, tmp_path):
-    write_models(tmp_path, names=("a", "b"), shapes=MLP)
-    recipe = write_recipe(
-        tmp_path / "r.yaml",
-        models={"a": "a", "b": "b"},
-        architecture="mlp",
-        merge={"method": "c2m3", "repair": {"mode": "none"}},
-    )
-    for size in (1, 2):
+WIDE = {"fc1.weight": (40, 16), "fc1.bias": (40,), "fc2.weight": (3, 40), "fc2.bias": (3,)}
+SHARED = {
+    "c2m3": {"align": {"starts": 5}, "repair": {"mode": "none"}},
+    "git-rebasin": {},
+    "mass": {"router": {"features": "merged", "layers": ["*"]}},
+}
+BLOCKS = {f"model.layers.{layer}.mlp.weight": (24, 16 + layer) for layer in range(9)} | {"model.norm.weight": (7,)}
+
+
+@pytest.mark.parametrize("method", SHARED)
+def test_a_fit_and_the_factors_of_a_bundle_are_shared_and_the_bytes_are_those_of_one(forks, tmp_path, method):
+    write_models(tmp_path, names=("base", "a", "b", "c"), shapes=BLOCKS if method == "mass" else WIDE)
+    asked = {"base": "base"} if method == "mass" else {"architecture": "mlp"}
+    models = {name: name for name in "abc"}
+    recipe = write_recipe(tmp_path / "r.yaml", **asked, models=models, merge={"method": method, **SHARED[method]})
+    for size in (1, 3) if method == "git-rebasin" else (1, 2, 3):
         done = forks.team(size, ["run", recipe, "-o", str(size)], cwd=tmp_path).wait()
         assert [each.code for each in done] == [0] * size, done[0].err
-    one, two = content(tmp_path / "1"), content(tmp_path / "2")
-    assert one["model.safetensors"] == two["model.safetensors"]
-    assert one.keys() == two.keys()
+        assert content(tmp_path / str(size)) == content(tmp_path / "1")
+        assert not list((tmp_path / str(size)).rglob(".*"))
+        assert json.loads((tmp_path / str(size) / "mergetool.json").read_text())["run"]["processes"] == size
+
+
+_TAKING = """
+import os, sys, time, torch.distributed
+from mergetool.engine.processes import joined
+from mergetool.errors import MergeError
+
+def work(item):
+    time.sleep(0.02)
+    if item == int(sys.argv[2]):
+        raise MergeError(f"item {item} is bad")
+    return item * item, rank
+
+children = []
+for rank in range(2):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
+    if os.fork() == 0:
+        try:
+            with joined() as team:
+                for threads in (1, 2):
+                    found = team.share(work, range(40), threads)
+                    assert [square for square, _ in found] == [n * n for n in range(40)]
+                    assert len({taken for _, taken in found}) == 2, "one did everything"
+                assert len({repr(each) for each in team.exchange(found)}) == 1
+            os._exit(0)
+        except MergeError as error:
+            os._exit(5 if "item 13 is bad" in str(error) else 1)
+codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)]
+print(codes)
+"""
+
+
+@pytest.mark.parametrize(("bad", "codes"), [(-1, "[0, 0]"), (13, "[5, 5]")])
+def test_pieces_are_taken_by_whoever_is_free_and_an_error_of_one_reaches_all(bad, codes):
+    done = subprocess.run([sys.executable, "-c", _TAKING, str(free_port()), str(bad)], capture_output=True, text=True)
+    assert done.stdout.strip() == codes, done.stderr
 
 
 @pytest.mark.parametrize("terminated", [False, True])

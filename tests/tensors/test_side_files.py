@@ -116,6 +116,6 @@ def test_a_current_folder_whose_name_is_no_unicode_works(tmp_path, monkeypatch):
     monkeypatch.chdir(odd)
     out = mergetool.run({"models": {"a": "a"}, "merge": {"method": "linear"}}, output="out").path
     lock = json.loads((out / "mergetool.json").read_text("utf-8"))
-    assert os.fsencode(lock["inputs"]["a"][0]["file"]) == os.fsencode(odd / "a/model.safetensors")
+    assert lock["inputs"]["a"][0]["file"] == "a/model.safetensors"
     with pytest.raises(RecipeError, match="expected Unicode text"):
         mergetool.run({"models": {"a": str(odd / "a")}, "merge": {"method": "linear"}})

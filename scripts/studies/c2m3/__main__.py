@@ -62,6 +62,8 @@ class Subject:
 class InMemory:
     """Trained networks as the methods see them."""
 
+    share = staticmethod(map)
+
     def __init__(self, states: Mapping[str, State], architecture: str) -> None:
         self._states = states
         self.names = tuple(states)
