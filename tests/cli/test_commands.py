@@ -9,7 +9,6 @@ import torch
 import typer
 from safetensors.torch import load_file
 
-from mergetool.cli import main
 from mergetool.cli.app import app
 from tests.files import tensors, write_model, write_models, write_raw, write_recipe
 
@@ -38,20 +37,6 @@ FLAGS = {
     "push": {"path", "repo", "--private", "--create", "--pull-request", "--json"},
 }
 """Where and how a run runs. What changes a result belongs in the recipe: think twice before adding a flag."""
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mergetool", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        told = capsys.readouterr()
-        return stopped.value.code or 0, told.out, told.err
-
-    return run
 
 
 @pytest.fixture

@@ -13,22 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergetool.cli import main
 from tests.files import tensors, write_model, write_models, write_raw, write_recipe
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mergetool", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        told = capsys.readouterr()
-        return stopped.value.code or 0, told.out, told.err
-
-    return run
 
 
 @pytest.fixture
