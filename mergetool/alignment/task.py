@@ -29,8 +29,12 @@ if TYPE_CHECKING:
 KEPT_BYTES = 2 << 30
 """Models that together need no more than this (as float32) are held in memory while they are aligned."""
 
-PIECES = 12
-"""Copies of one piece of every model at the dearest moment of an iteration."""
+IMAGES, COPIES = 4, 8
+"""Of one piece of every model: what a view of it holds, and what is made of that at the dearest moment."""
+
+RETURNED = 32 << 20
+"""Blocks of this size or more go back when they are freed. Smaller ones stay in the heap, in gaps that the next block
+may not fit into: glibc raises its threshold up to here. How much is lost to gaps varies with every run."""
 
 
 @dataclass(frozen=True)
@@ -107,16 +111,18 @@ def search_bytes(spec: ArchSpec, num_models: int, threads: int) -> int:
     """Bytes that a search holds at most, counted, not measured.
 
     Small models are kept, very small ones with their images too. Beside that there is one sum of images, as large as a
-    model, the piece that is worked on, several times for each model, and scores, as wide as the widest family.
+    model, the piece that is worked on, several times for each model, and scores, as wide as the widest family. As much
+    again as is made and freed in small blocks may be lost between them.
     """
     pieces = cut(spec.spaces, spec.layouts(matched=True))
     one = 4 * sum(prod(piece.shape) for piece in pieces)
     models = num_models * one
-    held = (models if models <= KEPT_BYTES else 0) + (4 * models if models <= HELD else 0)
-    piece = max(4 * prod(piece.shape) for piece in pieces)
+    stack = num_models * max(4 * prod(piece.shape) for piece in pieces)
     widest = max(face_size(face) for piece in pieces for face in piece.faces)
+    stacks = IMAGES * (models if models <= HELD else stack) + COPIES * stack
     scores = widest**2 * (4 * 2 * num_models + 20 * (threads + 1))
-    return held + one + PIECES * num_models * piece + scores
+    gaps = (stacks if stack < RETURNED else 0) + (scores if 8 * widest**2 < RETURNED else 0)
+    return (models if models <= KEPT_BYTES else 0) + one + stacks + scores + gaps
 
 
 def _prove(spec: ArchSpec, models: "Models") -> float | None:

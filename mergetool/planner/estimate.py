@@ -54,7 +54,8 @@ def estimate(plan: Plan, *, workers: int | None, memory: int | None, processes: 
     largest = whole[0] if whole else 0
     fixed = RUNTIME_BYTES + _SPARE
     budget = memory if memory is not None else int(0.8 * available_memory()) // processes
-    count = workers or max(1, min(len(os.sched_getaffinity(0)), 32) // processes)
+    cores = len(os.sched_getaffinity(0))
+    count = workers or max(1, min(cores, 32) // processes)
     count = max(1, min(count, (budget - fixed - largest) // one if budget > fixed + largest else 1))
     if memory is not None and fixed + one + largest > memory:
         worst = max(plan.steps, key=lambda step: step_memory(plan, step))
@@ -66,12 +67,15 @@ def estimate(plan: Plan, *, workers: int | None, memory: int | None, processes: 
         )
     step_budget = max(largest, budget - fixed - count * one)
     together = min(step_budget, sum(whole[:count]))
-    peak = fixed + max(count * one + together, _fit_memory(plan, count, memory))
+    peak = fixed + max(count * one + together, _fit_memory(plan, cores, memory))
     return Costs(count, peak, one, step_budget, plan.bytes_in, plan.bytes_out)
 
 
 def _fit_memory(plan: Plan, threads: int, memory: int | None) -> int:
-    """What looking at the whole models takes, before they are merged. Raises PlanError when `memory` is less."""
+    """What looking at the whole models takes, before they are merged. Raises PlanError when `memory` is less.
+
+    `threads`: all cores, however few workers there are: none of them computes meanwhile.
+    """
     method = plan.recipe.method
     needed = method.fit_memory(plan.headers, threads) if isinstance(method, FittedMethod) else 0
     if memory is not None and needed + RUNTIME_BYTES + _SPARE > memory:

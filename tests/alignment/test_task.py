@@ -26,6 +26,12 @@ def test_a_search_that_does_not_fit_is_refused_before_it_starts(tmp_path):
     assert estimate(plan, workers=1, memory=costs.peak_memory).peak_memory == costs.peak_memory
 
 
+def test_a_search_has_all_cores_however_few_workers_there_are(tmp_path):
+    plan = planned(tmp_path, {name: nets.mlp(seed, (64, 1500, 1500, 10)) for seed, name in enumerate("ab")})
+    one, two = (estimate(plan, workers=workers, memory=None).peak_memory for workers in (1, 2))
+    assert one == two
+
+
 MEASURE = """
 import resource, sys
 import mergetool
@@ -44,4 +50,4 @@ def test_a_search_stays_within_what_its_plan_says(tmp_path):
         "merge: {method: c2m3, align: {iterations: 2, starts: 1, polish: false}}\n"
     )
     done = subprocess.run([sys.executable, "-c", MEASURE, recipe], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1.25 * costs.peak_memory  # what libraries and allocators keep varies from run to run
+    assert int(done.stdout) < costs.peak_memory
