@@ -86,39 +86,48 @@ def posterior_mode(
     (p, p), optionally where to start (B, p). Returns coefficients (B, p) and the negative Hessians (B, p, p), which
     are the posterior's precision.
     """
-    given = ~np.isnan(answers)
-    filled = np.where(given, answers, 0.0)
-    products = (design[:, :, None] * design[:, None, :]).reshape(len(design), -1)
-    size = design.shape[1]
-
-    def objective(found: Floats) -> Floats:
-        logits = found @ design.T + offset
-        likelihood = np.where(given, filled * logits - np.logaddexp(0.0, logits), 0.0).sum(axis=1)
-        away = found - mean
-        return np.asarray(likelihood - 0.5 * np.einsum("bp,pq,bq->b", away, precision, away))
-
-    def slopes(found: Floats) -> tuple[Floats, Floats]:
-        chance = sigmoid(found @ design.T + offset)
-        gradient = np.where(given, filled - chance, 0.0) @ design - (found - mean) @ precision
-        hessian = (np.where(given, chance * (1.0 - chance), 0.0) @ products).reshape(-1, size, size) + precision
-        return gradient, hessian
-
+    posterior = _Posterior(design, offset, answers, mean, precision)
     found = np.tile(mean, (len(answers), 1)) if start is None else start
-    value = objective(found)
+    value = posterior.objective(found)
     for _ in range(_NEWTON_STEPS):
-        gradient, hessian = slopes(found)
+        gradient, hessian = posterior.slopes(found)
         if np.abs(gradient).max(initial=0.0) < _GRADIENT:
             break
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
         step *= np.minimum(1.0, _LONGEST_STEP / np.maximum(np.linalg.norm(step, axis=1, keepdims=True), 1e-300))
         for _ in range(_HALVINGS):  # the objective is concave: a short enough step never makes it worse
-            reached = objective(found + step)
+            reached = posterior.objective(found + step)
             worse = reached < value - 1e-12 * np.abs(value)
             if not worse.any():
                 break
             step[worse] *= 0.5
         found, value = found + step, reached
-    return found, slopes(found)[1]
+    return found, posterior.slopes(found)[1]
+
+
+class _Posterior:
+    """The logarithm of a posterior over coefficients (B, p), as `posterior_mode` climbs it."""
+
+    def __init__(self, design: Floats, offset: Floats, answers: Floats, mean: Floats, precision: Floats) -> None:
+        self._design, self._offset, self._mean, self._precision = design, offset, mean, precision
+        self._given = ~np.isnan(answers)
+        self._answers = np.where(self._given, answers, 0.0)
+        self._products = (design[:, :, None] * design[:, None, :]).reshape(len(design), -1)
+
+    def objective(self, found: Floats) -> Floats:
+        """Values (B,), up to a constant."""
+        logits = found @ self._design.T + self._offset
+        likelihood = np.where(self._given, self._answers * logits - np.logaddexp(0.0, logits), 0.0).sum(axis=1)
+        away = found - self._mean
+        return np.asarray(likelihood - 0.5 * np.einsum("bp,pq,bq->b", away, self._precision, away))
+
+    def slopes(self, found: Floats) -> tuple[Floats, Floats]:
+        """Gradients (B, p) and negative Hessians (B, p, p)."""
+        chance = sigmoid(found @ self._design.T + self._offset)
+        missed = np.where(self._given, self._answers - chance, 0.0)
+        gradient = missed @ self._design - (found - self._mean) @ self._precision
+        curvature = np.where(self._given, chance * (1.0 - chance), 0.0) @ self._products
+        return gradient, curvature.reshape(-1, *self._precision.shape) + self._precision
 
 
 def abilities(items: ItemBank, answers: Floats, start: Floats | None = None) -> tuple[Floats, Floats]:

@@ -1,9 +1,6 @@
 """Estimators on a matrix of real answers, many times over; and what happens to the count as pools and searches grow."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,33 +9,10 @@ from mergetool.search import subset
 from mergetool.search.estimate import Estimator, cross_check, rank_correlation, uses_irt, with_fit
 from mergetool.search.irt import fit, sigmoid
 
+from .answers import Matrix
+
 KINDS = ("mean", "weighted", "p-irt", "mp-irt", "gp-irt", "gmp-irt")
 SIZES = (10, 20, 50, 100)
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Answers (models, search items) by task: the base, the models, then merges."""
-
-    answers: Mapping[str, np.ndarray]
-    num_known: int
-    """How many of the rows are no merges."""
-
-
-def read_matrix(full: Path, calibrated: Path) -> Matrix:
-    """Answers in the journals of a search with full evaluation (merges) and of one that calibrated (base, models)."""
-    rows: dict[str, list[list[float]]] = {}
-    num_known = 0
-    for folder, stage in ((calibrated, "calibration"), (full, "search")):
-        header, *lines = (json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines())
-        for line in lines:
-            asked, who, items = line["question"]
-            if asked == stage and "scores" in line and isinstance(who, str) is (stage == "calibration"):
-                for task, pool in header["pools"]["search"].items():
-                    assert items[task] == pool
-                    rows.setdefault(task, []).append(line["scores"][task][0])
-        num_known = len(next(iter(rows.values()))) if stage == "calibration" else num_known
-    return Matrix({task: np.array(part, dtype=float) for task, part in rows.items()}, num_known)
 
 
 def compare(matrix: Matrix, *, seeds: int, calibration: int) -> dict[str, Any]:
@@ -88,7 +62,8 @@ def _once(
 def scaling(matrix: Matrix, *, seeds: int) -> list[dict[str, Any]]:
     """Searches simulated with the fitted model: items spent and score lost as pools and candidates grow.
 
-    Items are drawn from the fitted ones, candidates' abilities move from the merges' mean upwards as a search would.
+    Items are drawn from the fitted ones. Candidates' abilities rise and draw together, as those of a search do: from
+    N(0, 1), which is that of the merges, to N(1, 0.3).
     """
     bank = [fit(answers, 1) for answers in matrix.answers.values()]
     rows = []
@@ -101,7 +76,7 @@ def scaling(matrix: Matrix, *, seeds: int) -> list[dict[str, Any]]:
         (10000, 5000, 20, 8),
     ):
         lost = [_simulated(bank, num_items, num_candidates, size, np.random.default_rng(seed)) for seed in range(seeds)]
-        spent = (calibration + matrix.num_known + 5) * num_items + num_candidates * size
+        spent = (calibration + 1 + matrix.num_known + 5) * num_items + num_candidates * size
         rows.append(
             {"pool": num_items, "candidates": num_candidates, "asked": size, "spent": spent}
             | {"full": num_candidates * num_items, "reduction": num_candidates * num_items / spent}
@@ -116,7 +91,8 @@ def _simulated(bank: list[Any], num_items: int, num_candidates: int, size: int, 
     for irt in bank:
         drawn = rng.integers(0, len(irt.items.difficulty), num_items)
         items = irt.items.take(drawn)
-        theta = rng.normal(0.0, 1.0, (num_candidates, 1))
+        progress = np.linspace(0.0, 1.0, num_candidates)[:, None]
+        theta = progress + (1.0 - 0.7 * progress) * rng.normal(0.0, 1.0, (num_candidates, 1))
         known = (rng.random((12, num_items)) < items.probability(rng.normal(0.0, 1.0, (12, 1)))).astype(float)
         chosen = subset.stratified(known, size, rng)
         chance = sigmoid(theta @ items.discrimination.T - items.difficulty)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -11,22 +11,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from .skills import LARGEST, LETTERS, SKILLS, lines
-
-WORDS = ("plus", "equals", "count", "in", "second", "of", "is")
+from .skills import LARGEST, LETTERS, SKILLS, WORDS, lines, mixed_lines
 
 
 @dataclass(frozen=True)
 class Training:
     """How large the model is and how long it trains."""
 
-    hidden: int = 128
-    num_layers: int = 4
-    pretrain_steps: int = 500
-    finetune_steps: int = 600
-    batch: int = 32
-    pretrain_rate: float = 2e-3
-    finetune_rate: float = 1e-3
+    hidden: int = 160
+    num_layers: int = 3
+    pretrain_steps: int = 2000
+    finetune_steps: int = 80
+    batch: int = 64
+    pretrain_rate: float = 1.5e-3
+    finetune_rate: float = 2e-4
 
 
 def prepare(folder: Path, training: Training, say: Callable[[str], None]) -> None:
@@ -37,9 +35,8 @@ def prepare(folder: Path, training: Training, say: Callable[[str], None]) -> Non
         tokenizer = _tokenizer()
         model = LlamaForCausalLM(_config(training, len(tokenizer)))
         say(f"base: {sum(p.numel() for p in model.parameters()):,} parameters")
-        mixed = cycle([lines(skill, 0) for skill in SKILLS])
         run = Run(training.pretrain_steps, training.pretrain_rate, training.batch)
-        _train(model, tokenizer, (next(stream) for stream in mixed), run, say)
+        _train(model, tokenizer, mixed_lines(0), run, say)
         _save(model, tokenizer, folder / "base")
     for skill in SKILLS:
         if not (folder / skill / "config.json").exists():
@@ -65,7 +62,7 @@ def _config(training: Training, vocabulary: int) -> LlamaConfig:
         intermediate_size=2 * training.hidden,
         num_hidden_layers=training.num_layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=4,
         max_position_embeddings=64,
         pad_token_id=0,
         eos_token_id=1,
@@ -91,16 +88,18 @@ def _train(
     say: Callable[[str], None],
 ) -> None:
     """Learn to say the last word of every line."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, run.rate, total_steps=run.steps, pct_start=0.1)
     model.train()
     started = time.monotonic()
     for step in range(run.steps):
         batch = tokenizer(list(islice(texts, run.batch)), padding=True, return_tensors="pt", padding_side="left")
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, -2]
-        loss = torch.nn.functional.cross_entropy(logits, batch["input_ids"][:, -1])
+        ids, given = batch["input_ids"], batch["attention_mask"]
+        logits = model(input_ids=ids[:, :-1], attention_mask=given[:, :-1], logits_to_keep=1).logits[:, 0]
+        loss = torch.nn.functional.cross_entropy(logits, ids[:, -1])
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 99:

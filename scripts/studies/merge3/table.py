@@ -6,7 +6,7 @@ from typing import Any
 
 def render(results: dict[str, Any]) -> str:
     """Tables of searches, estimators and scaling."""
-    parts = [_searches(results["searches"])]
+    parts = [_main(results["main"]), _searches(results["searches"])]
     if "estimators" in results:
         parts.append(_estimators(results["estimators"]))
     if "scaling" in results:
@@ -18,11 +18,32 @@ def _rows(heads: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(["| " + " | ".join(map(str, row)) + " |" for row in (heads, ["---"] * len(heads), *rows)]) + "\n"
 
 
+def _main(rows: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(row["name"].split(", seed")[0] for row in rows))
+    heads = [
+        "search",
+        "seed",
+        "report mean",
+        "- best parent",
+        "- uniform merge",
+        "- full search",
+        "items",
+        "times fewer",
+    ]
+    cells = []
+    for name in names:
+        for row in (row for row in rows if row["name"].split(", seed")[0] == name):
+            apart = [f"{row[key][0]:+.3f} ± {row[key][1]:.3f}" for key in ("best_parent", "uniform", "full")]
+            mean = f"{row['report'][0]:.3f} ± {row['report'][1]:.3f}"
+            cells.append([name, row["seed"], mean, *apart, f"{row['items']:,}", f"{row['reduction']:.1f}"])
+    return "## Against full evaluation, over seeds\n\n" + _rows(heads, cells) + "\n"
+
+
 def _searches(searches: dict[str, Any]) -> str:
     first = next(iter(searches.values()))
     tasks = [task["name"] for task in first["tasks"]]
     rows = [
-        [row["name"], *(f"{score:.3f}" for score in row["report"]), f"{row['report_mean']:.3f}", "", "", ""]
+        [_name(row["name"]), *(f"{score:.3f}" for score in row["report"]), f"{row['report_mean']:.3f}", "", "", ""]
         for row in first["compared"]
     ]
     for name, facts in searches.items():
@@ -32,10 +53,22 @@ def _searches(searches: dict[str, Any]) -> str:
         scores = (f"{score:.3f}" for score in (*winner["report"], winner["report_mean"]))
         rows.append([f"**{name}**", *scores, *cost])
     heads = ["report items", *tasks, "mean", "estimate - search score", "items", "times fewer"]
-    seconds = {name: facts["seconds"] for name, facts in searches.items()}
-    shares = [s["merge"] / s["evaluate"] for s in seconds.values() if s["evaluate"] > 1.0]
-    told = f"Merging took {min(shares):.2f} to {max(shares):.2f} of the time of evaluating.\n" if shares else ""
-    return "## Searches\n\n" + _rows(heads, rows) + "\n" + told + _front(searches)
+    return "## Searches\n\n" + _rows(heads, rows) + "\n" + _time(searches) + _front(searches)
+
+
+def _name(who: str) -> str:
+    return "uniform merge" if who == "start of the search" else who
+
+
+def _time(searches: dict[str, Any]) -> str:
+    """Merging against evaluating; searches whose answers were mostly known from others tell nothing."""
+    shares = {
+        name: facts["seconds"]["merge"] / facts["seconds"]["evaluate"]
+        for name, facts in searches.items()
+        if facts["seconds"]["evaluate"] > 1.0
+    }
+    told = ", ".join(f"{name}: {share:.2f}" for name, share in shares.items())
+    return f"Time of merging, relative to that of evaluating: {told}.\n" if shares else ""
 
 
 def _front(searches: dict[str, Any]) -> str:
@@ -66,20 +99,24 @@ def _scaling(rows: list[dict[str, Any]]) -> str:
 
 
 def plots(folder: Path, results: dict[str, Any]) -> None:
-    """Accuracy against items spent; error against subset size."""
+    """Accuracy against items spent; error and rank correlation against subset size."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for name, facts in results["searches"].items():
         left.plot(facts["spent"]["searching"], facts["winner"]["report_mean"], "o", label=name)
+    _, *parents, uniform = next(iter(results["searches"].values()))["compared"]
+    left.axhline(max(row["report_mean"] for row in parents), color="0.5", ls=":", label="best parent")
+    left.axhline(uniform["report_mean"], color="0.5", ls="--", label="uniform merge")
     left.set(xscale="log", xlabel="items answered while searching", ylabel="mean score on report items")
-    left.legend(fontsize=6, frameon=False)
+    left.legend(fontsize=6, frameon=False, ncols=2)
     sizes = [int(size) for size in results["estimators"]]
-    for kind in next(iter(results["estimators"].values())):
-        right.plot(sizes, [results["estimators"][str(size)][kind]["error"] for size in sizes], "o-", label=kind)
-    right.set(xscale="log", xlabel="items asked", ylabel="mean absolute error")
-    right.legend(frameon=False)
+    for panel, key, label in ((middle, "error", "mean absolute error"), (right, "rank", "rank correlation")):
+        for kind in next(iter(results["estimators"].values())):
+            panel.plot(sizes, [results["estimators"][str(size)][kind][key] for size in sizes], "o-", label=kind)
+        panel.set(xscale="log", xlabel="items asked of each task", ylabel=label)
+    middle.legend(frameon=False)
     figure.savefig(folder / "study.png", dpi=150)
