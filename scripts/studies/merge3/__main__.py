@@ -18,7 +18,7 @@ import torch
 import mergetool
 
 from .answers import compared, read_matrix
-from .estimators import compare, scaling
+from .estimators import CALIBRATION, compare, scaling
 from .models import Training, prepare
 from .skills import SKILLS, write_tasks
 from .table import plots, render
@@ -42,9 +42,6 @@ class Search:
     population: int = 16
     generations: int = 12
     seed: int = 0
-
-
-CALIBRATION = 8
 
 
 def irt(kind: str, size: int, calibration: int = CALIBRATION) -> dict[str, Any]:
@@ -149,7 +146,9 @@ def main() -> None:
     results: dict[str, Any] = {"main": [], "searches": {}}
     gather(study, [*main_searches(0), *other_searches()], results)
     matrix = read_matrix(study.run(MATRIX), study.found(CALIBRATED))
-    results["estimators"] = compare(matrix, seeds=2 if asked.trial else 10, calibration=CALIBRATION)
+    results["estimators"] = compare(
+        matrix, seeds=1 if asked.trial else 5, calibrations=(0, CALIBRATION, 2 * CALIBRATION)
+    )
     results["scaling"] = scaling(matrix, seeds=1 if asked.trial else 4)
     for seed in range(1, 1 if asked.trial else asked.seeds):
         gather(study, main_searches(seed), results)

@@ -1,6 +1,8 @@
 """Estimators on a matrix of real answers, many times over; and what happens to the count as pools and searches grow."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,47 +15,49 @@ from .answers import Matrix
 
 KINDS = ("mean", "weighted", "p-irt", "mp-irt", "gp-irt", "gmp-irt")
 SIZES = (10, 20, 50, 100)
+CALIBRATION = 8
+"""Merges that answer everything before a search of this study begins."""
 
 
-def compare(matrix: Matrix, *, seeds: int, calibration: int) -> dict[str, Any]:
-    """Error and rank correlation against full evaluation, by size and estimator, over tasks and draws.
+def compare(matrix: Matrix, *, seeds: int, calibrations: Sequence[int]) -> list[dict[str, Any]]:
+    """(error, rank correlation) against full evaluation, by merges that calibrate, size and estimator.
 
-    The base, the models and some merges calibrate; all other merges are judged.
+    Means over tasks and draws. The base, the models and some merges calibrate; of the others those are judged that no
+    calibration uses.
     """
-    found: dict[str, Any] = {}
+    rows = []
     most = min(answers.shape[1] for answers in matrix.answers.values())
-    for size in (size for size in SIZES if size <= most):
+    for calibration, size in product(calibrations, (size for size in SIZES if size <= most)):
         cells: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
-        for task, answers in matrix.answers.items():
-            for seed in range(seeds):
-                rng = np.random.default_rng([seed, size, *task.encode()])
-                for kind, cell in _once(answers, matrix.num_known, size, calibration, rng).items():
-                    cells[kind].append(cell)
-        found[str(size)] = {
-            kind: {"error": float(np.mean([e for e, _ in part])), "rank": float(np.mean([r for _, r in part]))}
-            for kind, part in cells.items()
-        }
-    return found
+        for (task, answers), seed in product(matrix.answers.items(), range(seeds)):
+            rng = np.random.default_rng([seed, *task.encode()])
+            order = matrix.num_known + rng.permutation(len(answers) - matrix.num_known)
+            known = answers[[*range(matrix.num_known), *order[:calibration]]]
+            tried = answers[order[max(calibrations) :]]
+            for kind, cell in _once(known, tried, matrix.num_known, size, rng).items():
+                cells[kind].append(cell)
+        means = {kind: np.mean(part, axis=0).tolist() for kind, part in cells.items()}
+        rows.append({"calibration": calibration, "items": size} | means)
+    return rows
 
 
 def _once(
-    answers: np.ndarray, num_known: int, size: int, calibration: int, rng: np.random.Generator
+    known: np.ndarray, tried: np.ndarray, num_known: int, size: int, rng: np.random.Generator
 ) -> dict[str, tuple[float, float]]:
-    """(mean absolute error, rank correlation) of every estimator, for one draw of calibration models and items."""
-    order = num_known + rng.permutation(len(answers) - num_known)
-    known = answers[[*range(num_known), *order[:calibration]]]
-    tried = answers[order[calibration:]]
+    """(mean absolute error, rank correlation) of every estimator, for one draw of items."""
     truth = tried.mean(axis=1)
     parents, base = list(range(1, num_known)), 0
     blocks = subset.stratified(known, size, rng)
     irt = fit(known, 1)
     made = {}
     for kind in KINDS:
-        chosen = subset.random(answers.shape[1], size, rng) if kind == "mean" else blocks
-        estimator = Estimator(kind, chosen, answers.shape[1], span="affine")  # type: ignore[arg-type]
+        chosen = subset.random(known.shape[1], size, rng) if kind == "mean" else blocks
+        estimator = Estimator(kind, chosen, known.shape[1], span="affine")  # type: ignore[arg-type]
         if uses_irt(kind):  # type: ignore[arg-type]
+            estimator = with_fit(estimator, irt, parents, base)
+        if kind in ("gp-irt", "gmp-irt"):
             check = cross_check(estimator, known, parents=parents, base=base, num_dimensions=1, rng=rng)
-            estimator = replace(with_fit(estimator, irt, parents, base), blend=check.blend)
+            estimator = replace(estimator, blend=check.blend)
         values = np.array([estimator(row[chosen.items]).value for row in tried])
         made[kind] = (float(np.abs(values - truth).mean()), rank_correlation(values, truth))
     return made

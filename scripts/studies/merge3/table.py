@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from .estimators import CALIBRATION, KINDS
+
 
 def render(results: dict[str, Any]) -> str:
     """Tables of searches, estimators and scaling."""
@@ -85,10 +87,14 @@ def _front(searches: dict[str, Any]) -> str:
     return text
 
 
-def _estimators(found: dict[str, Any]) -> str:
-    kinds = list(next(iter(found.values())))
-    rows = [[size, *(f"{part[k]['error']:.3f} / {part[k]['rank']:.2f}" for k in kinds)] for size, part in found.items()]
-    return "\n## Mean absolute error / rank correlation against full evaluation\n\n" + _rows(["items", *kinds], rows)
+def _estimators(rows: list[dict[str, Any]]) -> str:
+    heads = list(rows[0])
+    cells = [
+        [row["calibration"], row["items"], *(f"{row[k][0]:.3f} / {row[k][1]:.2f}" for k in heads[2:])] for row in rows
+    ]
+    return "\n## Mean absolute error / rank correlation against full evaluation\n\n" + _rows(
+        ["merges that calibrate", *heads[1:]], cells
+    )
 
 
 def _scaling(rows: list[dict[str, Any]]) -> str:
@@ -113,10 +119,10 @@ def plots(folder: Path, results: dict[str, Any]) -> None:
     left.axhline(uniform["report_mean"], color="0.5", ls="--", label="uniform merge")
     left.set(xscale="log", xlabel="items answered while searching", ylabel="mean score on report items")
     left.legend(fontsize=6, frameon=False, ncols=2)
-    sizes = [int(size) for size in results["estimators"]]
-    for panel, key, label in ((middle, "error", "mean absolute error"), (right, "rank", "rank correlation")):
-        for kind in next(iter(results["estimators"].values())):
-            panel.plot(sizes, [results["estimators"][str(size)][kind][key] for size in sizes], "o-", label=kind)
+    rows = [row for row in results["estimators"] if row["calibration"] == CALIBRATION]
+    for panel, place, label in ((middle, 0, "mean absolute error"), (right, 1, "rank correlation")):
+        for kind in KINDS:
+            panel.plot([row["items"] for row in rows], [row[kind][place] for row in rows], "o-", label=kind)
         panel.set(xscale="log", xlabel="items asked of each task", ylabel=label)
     middle.legend(frameon=False)
     figure.savefig(folder / "study.png", dpi=150)
