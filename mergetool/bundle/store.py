@@ -38,22 +38,23 @@ class FactorStore:
         Raises ValueError if k is not in 1..min(m, n), or `delta` is not finite.
         """
         path = self.folder / f"{self.key(delta)}.safetensors"
-        found = _load(path, k)
-        if found is None:
-            found = live_factors(delta, k)
-            self._save(path, found, k)
+        if (found := _load(path, k)) is not None:
+            return Factors(*(each.to(delta.device) for each in (found.u, found.s, found.v)))
+        found = live_factors(delta, k)
+        self._save(path, found, k)
         return found
 
     @staticmethod
     def key(delta: Tensor) -> str:
         """SHA-256 that names a task vector's file."""
         digest = hashlib.sha256(f"{_VERSION} {delta.dtype} {tuple(delta.shape)}".encode())
-        digest.update(bytes_of(delta.contiguous().reshape(-1)))
+        digest.update(bytes_of(delta.cpu().contiguous().reshape(-1)))
         return digest.hexdigest()
 
     def _save(self, path: Path, factors: Factors, k: int) -> None:
         sibling = path.with_name(f".{path.name}.{os.getpid()}.{id(factors)}")
-        tensors = {"u": factors.u.contiguous(), "s": factors.s.contiguous(), "v": factors.v.contiguous()}
+        parts = {"u": factors.u, "s": factors.s, "v": factors.v}
+        tensors = {name: part.cpu().contiguous() for name, part in parts.items()}
         try:
             save_file(tensors, sibling, metadata={"k": str(k)})
             sibling.replace(path)

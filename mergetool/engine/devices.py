@@ -1,13 +1,13 @@
 """Where the arithmetic happens: on the CPU, or on a device that every worker feeds through a stream of its own.
 
 A worker copies a slice from pinned memory, computes, and copies back, all in its stream, and waits for nobody else's:
-while one computes, another copies. `auto` is the CPU, until the ways over a bus have been measured.
+while one computes, another copies. `auto` is the first device that can be used: CUDA, Metal, the CPU.
 """
 
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from mergetool.errors import PlanError
@@ -22,24 +22,42 @@ _local = threading.local()
 
 def own_device(asked: str) -> str:
     """The device of this process: each takes its own of a machine's where `cuda` without a number is asked for."""
-    if asked == "auto":
-        return "cpu"
     return f"{asked}:{os.environ.get('LOCAL_RANK') or 0}" if asked == "cuda" else asked
 
 
-def usable_device(name: str, *, compute_bits: int = 32) -> str:
-    """The device that `--device NAME` means. Raises PlanError for one that cannot be used."""
+def usable_device(name: str, *, double: bool = False) -> str:
+    """The device that `--device NAME` means, for a run that needs float64 if `double`.
+
+    Raises PlanError for one that cannot be used.
+    """
     import torch
 
+    if name == "auto":
+        for found in devices_here():
+            with suppress(PlanError):
+                return usable_device(found, double=double)
+        return "cpu"
     try:
         device = torch.device(own_device(name))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first_line = str(error).strip().splitlines()[0][:200]
         raise PlanError(f"device {name!r} cannot be used: {first_line}", "--device", "use --device cpu") from None
-    if device.type == "mps" and compute_bits == 64:
+    if device.type == "mps" and double:
         raise PlanError("mps has no float64, which this recipe computes in", "--device", "use --device cpu")
     return str(device)
+
+
+def devices_here() -> list[str]:
+    """Devices that this process may choose from, the fastest first. Processes of one machine take turns."""
+    import torch
+
+    found = []
+    if torch.cuda.is_available():
+        found.append(f"cuda:{int(os.environ.get('LOCAL_RANK') or 0) % torch.cuda.device_count()}")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
 
 
 @contextmanager

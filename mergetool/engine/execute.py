@@ -128,6 +128,9 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
     if flags.cache is not None and not recipe.method.uses_factors:
         what = f"{recipe.method.method_name()} computes no factors, so this would have no effect"
         raise PlanError(what, "--cache", "leave it out")
+    if isinstance(recipe.method, BundleMethod) and flags.device not in ("auto", "cpu"):
+        what = f"{recipe.method.method_name()} computes its factors on the CPU, so this would have no effect"
+        raise PlanError(what, "--device", "leave it out")
     costs = estimate(plan, workers=flags.workers, memory=flags.memory, processes=team.local_size)
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")

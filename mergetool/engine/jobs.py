@@ -74,7 +74,6 @@ class Jobs:
         self._teller = teller
         self._local = threading.local()
         self._forks: list[Fork] = []
-        self._device = "cpu"
         self._threads = 1
         self._fit: Fit | None = None
         self._store: FactorStore | None = None
@@ -123,7 +122,9 @@ class Jobs:
 
         from mergetool.bundle.store import FactorStore
 
-        self._device = usable_device(device, compute_bits=self._plan.compute_bits)
+        self.record.device = usable_device(device, double=self._plan.needs_float64)
+        if self.record.device != "cpu":
+            self._teller.say(f"merging on {self.record.device}")
         self._store = FactorStore(cache) if cache else None
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1 if self._sliced else max(1, self._threads // workers))
@@ -156,7 +157,7 @@ class Jobs:
     def fork(self, count: int) -> None:
         """Give workers processes of their own, where that pays. Not for programs that have threads of their own."""
         alone = self._share.team.size == 1  # threads that talk to other processes are not to be forked
-        if not alone or self._device != "cpu" or not self._sliced or not 1 < count < self._units_left:
+        if not alone or self.record.device != "cpu" or not self._sliced or not 1 < count < self._units_left:
             return
         from mergetool.engine.fork import Fork
 
@@ -332,7 +333,7 @@ class Jobs:
 
         from mergetool.engine.worker import Worker
 
-        return Worker(self._plan, self._writer, torch.device(self._device), self._store)
+        return Worker(self._plan, self._writer, torch.device(self.record.device), self._store)
 
     # ---------------------------------------------------------------- files
 
@@ -383,9 +384,8 @@ class Jobs:
         """Have an output file hashed as far as it is finished, unless a fit will still change it."""
         final = self._fit is None or not self._fit.finishes
         if final and self._share.hashes_output(shard) and self._fronts[shard].take():
-            after = partial(self._front_hashed, shard)
-            job = Job(run=partial(self._sync_and_hash, shard), after=after, hashes=True)
-            self._schedule.add([job], first=True)
+            run, after = partial(self._sync_and_hash, shard), partial(self._front_hashed, shard)
+            self._schedule.add([Job(run=run, after=after, hashes=True)], first=True)
 
     def _sync_and_hash(self, shard: int) -> str | None:
         digest = self._fronts[shard].hash()

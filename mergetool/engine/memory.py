@@ -17,7 +17,7 @@ from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.source import MemorySource
 
 
-class _MemorySink(Sink):
+class MemorySink(Sink):
     """Result tensors, filled slice by slice."""
 
     def __init__(self, plan: Plan) -> None:
@@ -38,7 +38,7 @@ def merge_in_memory(
     plan = make_plan(recipe, sources={name: MemorySource(state, name) for name, state in tensors.items()})
     fitted = fit(plan, None, lambda _: None, Team())
     plan = fitted.plan
-    sink = _MemorySink(plan)
+    sink = MemorySink(plan)
     worker = Worker(plan, sink, torch.device("cpu"))
     merge_all(plan, worker)
     if fitted.finishes:

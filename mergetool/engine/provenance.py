@@ -165,6 +165,7 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
             "peak_memory": result.peak_memory,
             "resumed": result.resumed,
             "processes": result.num_processes,
+            "device": record.device,
         },
     }
 

@@ -16,13 +16,15 @@ class Record:
     outputs: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     bytes_read: int = 0
+    device: str = "cpu"
+    """Where the arithmetic was done, of the first process."""
     workers_memory: int = 0
     """Bytes that processes of workers had of their own."""
 
     @classmethod
     def of(cls, records: "Sequence[Record]") -> "Record":
         """What several processes learnt together."""
-        found = cls()
+        found = cls(device=records[0].device)
         for record in records:
             found.inputs |= record.inputs
             found.outputs |= record.outputs

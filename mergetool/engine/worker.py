@@ -177,7 +177,7 @@ class Worker:
         for begin in range(0, length, SLICE_ELEMENTS):
             count = min(SLICE_ELEMENTS, length - begin)
             model.read_bytes(name, (start + begin) * itemsize, self._stored_bytes[: count * itemsize])
-            part = self._stored_as(torch_dtype(dtype), count)
+            part = self._stored_as(torch_dtype(dtype), count).to(self._device)  # where it is also widened
             if count == length:
                 values.copy_(part if values.dim() == 1 else part.view(shape))
             else:
@@ -199,7 +199,10 @@ class Worker:
             self._judge(step, start, flat, notes)
         stored = flat
         if flat.dtype != torch_dtype(dtype) or flat.device.type != "cpu":
-            stored = self._buffer("out", (len(flat),), torch_dtype(dtype)).copy_(flat).cpu()
+            stored = self._buffer("out", (len(flat),), torch_dtype(dtype)).copy_(flat)
+        if stored.device.type != "cpu":
+            room = self._stored_as(stored.dtype, len(stored)) if len(stored) <= SLICE_ELEMENTS else None
+            stored = stored.cpu() if room is None else room.copy_(stored)
         self._sink.write(step.shard, step.spec.name, start * dtype.bits // 8, bytes_of(stored.contiguous()))
 
     def _copy(self, step: Step, start: int, stop: int, notes: list[str]) -> None:

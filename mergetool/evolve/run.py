@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mergetool.engine import Flags, Progress, Result
 from mergetool.engine import run_recipe as run_plain
+from mergetool.engine.devices import usable_device
 from mergetool.engine.execute import Silent
 from mergetool.engine.processes import joined, leads
 from mergetool.engine.push import push_target
@@ -29,6 +30,8 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
 
     with joined() as team:
         output = _output(recipe, flags)
+        if flags.device == "auto":  # what is searched there must be merged there
+            flags = replace(flags, device=usable_device("auto", double=True))
         if team.leads:
             push_target(recipe, flags.push)  # that it cannot be pushed is better known now than after the search
         asked = team.leader_first(lambda: pinned(recipe))  # what is searched is merged, however long it takes

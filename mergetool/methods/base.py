@@ -201,6 +201,11 @@ class TensorMethod(Method):
         """What one call must see whole of this tensor: less than `reach` where a method treats some more simply."""
         return self.reach
 
+    @property
+    def needs_float64(self) -> bool:
+        """Whether something is computed in float64 whatever the compute dtype: not every device can."""
+        return False
+
     def partners(self, name: str) -> tuple[str, ...]:
         """Other tensors that `merge` reads for this one."""
         return ()

@@ -73,6 +73,10 @@ class _Dare(TensorMethod):
         "tied": "draws are keyed by the tensor's name, so two stored copies of a tensor get two draws",
     }
 
+    @property
+    def needs_float64(self) -> bool:
+        return self.rescale == "l1"
+
     def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:
         return _Norms() if self.rescale == "l1" and any(density < 1.0 for density in p.density) else None
 

@@ -48,6 +48,10 @@ class Knots(TensorMethod):
     buffers: ClassVar = 20
     neutral: ClassVar = {"density": 1.0}
 
+    @property
+    def needs_float64(self) -> bool:
+        return self.filter != "none"
+
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         assert group.base is not None
         chosen = [index for index, weight in enumerate(p.weight) if weight]

@@ -35,6 +35,10 @@ class MatrixMethod(TensorMethod):
         """The merged task vector (m, n), in any dtype, of these (finite, weights not 0), or None where the mean has
         to do. The matrices may be overwritten only if it is not None."""
 
+    @property
+    def needs_float64(self) -> bool:
+        return self.filter != "none"
+
     def reach_in(self, name: str, shape: tuple[int, ...]) -> Reach:
         return "tensor" if is_matrix(name, shape, self.filter, conv=self.conv) else "element"
 

@@ -54,6 +54,10 @@ class Slerp(TensorMethod):
     surveyed: ClassVar = ()
     exempt: ClassVar = {"order": "t counts from the first model to the second"}
 
+    @property
+    def needs_float64(self) -> bool:
+        return True
+
     def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:
         return _Products()
 

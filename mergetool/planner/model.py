@@ -148,5 +148,10 @@ class Plan:
         return 64 if self.recipe.compute.dtype == "float64" or "F64" in stored else 32
 
     @property
+    def needs_float64(self) -> bool:
+        """Whether something is computed in float64."""
+        return self.compute_bits == 64 or any(step.method and step.method.needs_float64 for step in self.steps)
+
+    @property
     def seed(self) -> int:
         return self.recipe.compute.seed

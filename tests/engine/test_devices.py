@@ -1,11 +1,13 @@
 """Devices: what their names mean, and what happens when one has no memory left."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from mergetool.engine.devices import own_device, usable_device
+from mergetool.engine import devices
+from mergetool.engine.devices import devices_here, own_device, usable_device
 from mergetool.engine.execute import Flags, run_recipe
 from mergetool.engine.worker import Worker
 from mergetool.errors import PlanError
@@ -13,6 +15,7 @@ from mergetool.methods.base import TensorMethod
 from mergetool.planner import make_plan
 from mergetool.planner.model import SLICE_ELEMENTS
 from mergetool.recipe import load_recipe
+from tests.elsewhere import DEVICE, Elsewhere
 from tests.files import content, tensors, write_model, write_recipe
 
 SHAPES = {"w": (900, 1000), "v": (7,)}
@@ -59,11 +62,34 @@ def test_a_device_without_memory_gets_smaller_slices_and_says_so(recipe):
 
 
 def test_names_of_devices(monkeypatch):
-    assert [own_device(name) for name in ("auto", "cpu", "cuda:3", "mps")] == ["cpu", "cpu", "cuda:3", "mps"]
+    assert [own_device(name) for name in ("cpu", "cuda:3", "mps")] == ["cpu", "cuda:3", "mps"]
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert own_device("cuda") == "cuda:2"
     with pytest.raises(PlanError, match="cannot be used"):
         usable_device("nonsense")
+
+
+def test_auto_is_the_first_device_that_can_be_used(monkeypatch):
+    assert usable_device("auto") == (devices_here() or ["cpu"])[0]
+    for here, chosen in (([], "cpu"), (["cuda:99"], "cpu"), (["cuda:99", str(DEVICE)], str(DEVICE))):
+        monkeypatch.setattr(devices, "devices_here", lambda found=here: found)
+        with Elsewhere():
+            assert usable_device("auto") == chosen
+
+
+def test_a_bundle_is_made_on_the_cpu_and_says_so(tmp_path):
+    for seed, name in enumerate(("base", "a")):
+        write_model(tmp_path / name, tensors(seed, SHAPES))
+    recipe = write_recipe(tmp_path / "r.yaml", base="base", models={"a": "a"}, merge={"method": "tsv-compress"})
+    with pytest.raises(PlanError, match="on the CPU"):
+        run_recipe(load_recipe(recipe), Flags(output=tmp_path / "out", device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_auto_takes_the_gpu_and_the_lock_says_so(recipe, tmp_path):
+    run_recipe(load_recipe(recipe), Flags(output=tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "mergetool.json").read_text())["run"]["device"] == "cuda:0"
 
 
 @pytest.mark.gpu

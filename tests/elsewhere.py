@@ -1,0 +1,108 @@
+"""A stand-in for a device: its tensors keep their data here, and are as strict as those of a GPU.
+
+`torch.device("xpu")` is taken for it (nothing is pinned and there are no streams). An operation that mixes its tensors
+with others, and whatever reads its memory directly (numpy, addresses), fails as on a real device. `double=False`: it
+has no float64 either, as mps has none.
+"""
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+DEVICE = torch.device("xpu", 0)
+_MIXES = {"aten::copy_", "aten::index.Tensor", "aten::index_put_"}
+_FORBIDDEN = {torch.Tensor.numpy, torch.Tensor.data_ptr, torch.Tensor.__array__}
+
+
+class NoDoubleError(TypeError):
+    """This device has no float64."""
+
+
+class There(torch.Tensor):
+    """A tensor of the stand-in; `data_here` are its values."""
+
+    @staticmethod
+    def __new__(cls, here):
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, here.shape, strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype
+        )
+        made.data_here = here
+        return made
+
+    device = property(lambda _: DEVICE)
+    is_cpu = property(lambda _: False)
+
+    def __repr__(self):
+        return f"There({self.data_here})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
+        if func._schema.name not in _MIXES and not all(isinstance(each, There) or each.dim() == 0 for each in given):
+            raise RuntimeError(f"{func}: expected all tensors to be on the same device")
+        out = func(*_here(args), **_here(kwargs))
+        name = func._schema.name
+        if name.endswith("_") and not name.endswith("__"):
+            return args[0]
+        if "out" in kwargs:
+            return kwargs["out"]
+        return _there(out)
+
+
+class Elsewhere(TorchFunctionMode):
+    """While this is active, the stand-in is there."""
+
+    def __init__(self, *, double=True):
+        super().__init__()
+        self.double = double
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in _FORBIDDEN and isinstance(args[0], There):
+            raise TypeError(f"{func.__name__}: the memory of a device cannot be read directly")
+        if func is torch.Tensor.cpu:
+            return args[0].data_here.clone() if isinstance(args[0], There) else args[0]
+        if func is torch.Tensor.tolist:
+            return _here(args[0]).tolist()
+        if func is torch.Tensor.to:
+            return self._moved(*args, **kwargs)
+        device = kwargs.pop("device", None)
+        there = device is not None and torch.device(device).type == DEVICE.type
+        out = func(*args, **kwargs, **({} if there or device is None else {"device": device}))
+        if there:
+            out = _there(out)
+        self._check(out)
+        return out
+
+    def _moved(self, tensor, *args, **kwargs):
+        target = next((each for each in args if isinstance(each, torch.device | str)), kwargs.pop("device", None))
+        other = next((each for each in args if isinstance(each, torch.Tensor)), None)
+        rest = [each for each in args if not isinstance(each, torch.device | str | torch.Tensor)]
+        if other is not None:
+            target, kwargs = other.device, {"dtype": other.dtype, **kwargs}
+        there = isinstance(tensor, There) if target is None else torch.device(target).type != "cpu"
+        data = tensor.data_here if isinstance(tensor, There) else tensor
+        data = data.to(*rest, **kwargs)
+        if there and isinstance(tensor, There) and data is tensor.data_here:
+            return tensor
+        out = There(data if isinstance(tensor, There) else data.clone()) if there else data
+        self._check(out)
+        return out
+
+    def _check(self, out):
+        if self.double:
+            return
+        for each in tree_flatten(out)[0]:
+            if isinstance(each, There) and each.dtype == torch.float64:
+                raise NoDoubleError
+
+
+def _here(values):
+    return tree_map(lambda each: each.data_here if isinstance(each, There) else each, values)
+
+
+def _there(values):
+    return tree_map(
+        lambda each: There(each) if isinstance(each, torch.Tensor) and not isinstance(each, There) else each, values
+    )

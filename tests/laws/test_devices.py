@@ -1,0 +1,71 @@
+"""Every method on a stand-in for a device, which is as strict as a GPU: what would fail there fails here."""
+
+import pytest
+import torch
+
+from mergetool.bundle.store import FactorStore
+from mergetool.engine.devices import usable_device
+from mergetool.engine.memory import MemorySink, merge_all
+from mergetool.engine.worker import Worker
+from mergetool.methods.tsv_merge import TsvMerge
+from mergetool.planner import make_plan
+from mergetool.recipe import load_recipe
+from mergetool.tensors.source import MemorySource
+from tests.elsewhere import DEVICE, Elsewhere, NoDoubleError
+from tests.laws.cases import Case, all_cases
+
+CASES = [pytest.param(case, id=f"{case.method} {case.option}".strip()) for case in all_cases() if not case.architecture]
+
+
+def recipe_of(case):
+    base = {"base": "unused"} if case.has_base else {}
+    return load_recipe({**base, "models": dict.fromkeys(case.names, "unused"), "merge": case.section()})
+
+
+def merged(case, device, store=None):
+    base, models = case.toys(exact=False)
+    given = {"base": base, **models} if case.has_base else models
+    plan = make_plan(recipe_of(case), sources={name: MemorySource(state, name) for name, state in given.items()})
+    sink = MemorySink(plan)
+    merge_all(plan, Worker(plan, sink, torch.device(device), store))
+    return sink.tensors
+
+
+def assert_alike(there, here):
+    """Up to rounding: the CPU takes ways of its own."""
+    for name, expected in here.items():
+        torch.testing.assert_close(there[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_method_works_on_a_device(case):
+    with Elsewhere():
+        there = merged(case, DEVICE)
+    assert_alike(there, merged(case, "cpu"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_method_says_whether_it_needs_float64(case):
+    try:
+        with Elsewhere(double=False):
+            merged(case, DEVICE)
+        needed = False
+    except NoDoubleError:
+        needed = True
+    assert needed is recipe_of(case).method.needs_float64
+
+
+def test_kept_factors_go_to_the_device_and_come_back(tmp_path):
+    case, expected = Case(TsvMerge), merged(Case(TsvMerge), "cpu")
+    for _ in ("made", "found"):
+        with Elsewhere():
+            there = merged(case, DEVICE, FactorStore(tmp_path))
+        assert_alike(there, expected)
+    assert list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("case", CASES)
+def test_a_method_gives_the_same_on_a_gpu(case):
+    assert_alike(merged(case, usable_device("cuda")), merged(case, "cpu"))
