@@ -70,7 +70,7 @@ def assign(score: Array, incumbent: Array | None = None) -> Array:
     best = np.where(score[rows, incumbent] >= score[rows, best] - tie, incumbent, best)
     if np.bincount(best, minlength=len(score)).max(initial=1) == 1 and np.isfinite(tie):
         return best
-    cost = -score.astype(np.float64)
+    cost = np.negative(score, dtype=np.float64)
     cost[rows, incumbent] -= tie
     chosen: Array = linear_sum_assignment(cost)[1]
     return chosen
@@ -99,7 +99,7 @@ def _sign_aware(spaces: Mapping[str, Space], factor: Factor) -> Factor:
 
 def _rounding(score: Array) -> float:
     """Differences below this are noise of the dtype of `score`."""
-    return float(np.finfo(score.dtype).eps * np.abs(score).max(initial=0.0))
+    return float(np.finfo(score.dtype).eps * max(score.max(initial=0.0), -score.min(initial=0.0)))
 
 
 def _solve_siblings(spaces: Mapping[str, Space], names: Sequence[str], scores: Scores, incumbent: Choice) -> Choice:

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergetool.kernels.assignment import Choice
-from mergetool.kernels.matching import Curve, Point, Problem, View, Views, curve, gradient, objective, views
+from mergetool.kernels.matching import Curve, Point, Problem, View, Views, curve, gradients, objective, views
 from mergetool.kernels.permute import Element
 from mergetool.kernels.soft import Soft
 from mergetool.kernels.weight_matching import Request, as_choice, ascend, hard_point, replaced, solve
@@ -189,11 +189,13 @@ def _iterate(
         for movers in blocks:
             seen = held.__getitem__ if held else views(problem, point)
             target = _best_vertex(problem, point, movers, seen)
+            if _same(point, target):
+                continue
             along = curve(problem, point, target, movers=movers, seen=seen)
             gap += 4 * (along[1] - along[0])
             length = best_step(along)
             value += value_at(along, length) - along[0]
-            stationary = stationary and _same(point, target)
+            stationary = False
             point = tuple(s if s is t else s.toward(t, length) for s, t in zip(point, target, strict=True))
             if held:
                 held = [view.toward(point, target, movers, length) for view in held]
@@ -210,8 +212,7 @@ def _best_vertex(problem: Problem, point: Point, movers: Sequence[int], seen: Vi
     incumbents = [as_choice(element) for element in latest]
 
     def requests() -> Iterator[Request]:
-        for f, family in enumerate(problem.families):
-            scores = gradient(problem, family, point, movers, seen)
+        for f, scores in gradients(problem, point, movers, seen):
             for j, i in enumerate(movers):
                 own = {face: score[j].cpu().numpy() for face, score in scores.items()}
                 yield f * len(point) + i, own, incumbents[i]

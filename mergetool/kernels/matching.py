@@ -19,7 +19,7 @@ Differs from the paper: the half-norm form in place of loops over pairs; an exac
 one; tensors may be weighted (`lambda`), and tensors that nothing moves are left out (they add a constant).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -155,9 +155,8 @@ class _Path:
     def __init__(self, view: View, end: Sequence[Soft], movers: Sequence[int]) -> None:
         spaces, faces = view.problem.spaces, view.faces
         self.places = torch.tensor(list(movers))
-        everyone = len(movers) == len(view.point)
         weights, self.rows, self.columns, self.here = (
-            x if everyone else x[self.places] for x in (view.weights, view.rows, view.columns, view.image)
+            _of(x, list(movers)) for x in (view.weights, view.rows, view.columns, view.image)
         )
         softs = [end[i] for i in movers]
         self.far_rows = act(spaces, softs, faces[0], weights, 1)
@@ -188,24 +187,30 @@ def objective(problem: Problem, point: Point) -> float:
     return total
 
 
-def gradient(
-    problem: Problem, family: Family, point: Point, movers: Sequence[int], seen: Views | None = None
-) -> dict[Face, Tensor]:
-    """dF/dQ of the models `movers`, for every face of a family: (movers, universe, model).
+def gradients(
+    problem: Problem, point: Point, movers: Sequence[int], seen: Views | None = None
+) -> Iterator[tuple[int, dict[Face, Tensor]]]:
+    """dF/dQ of the models `movers`, family by family: its number, and for each of its faces (movers, universe, model).
 
-    `seen`: the pieces at `point`, where they are held.
+    Pieces are gone through once; a family comes out when the last of its places has been seen, so that few scores are
+    held at once. `seen`: the pieces at `point`, where they are held.
     """
-    total: dict[Face, Tensor] = {}
     seen, moving = seen or views(problem, point), list(movers)
-    for number, side in family.places:
+    at = {place: f for f, family in enumerate(problem.families) for place in family.places}
+    left = [len(family.places) for family in problem.families]
+    totals: list[dict[Face, Tensor]] = [{} for _ in problem.families]
+    for number, scale in enumerate(problem.scales):
         view = seen(number)
-        half = view.columns if side == 0 else view.rows
-        others = view.image.sum(dim=0) - view.image[moving]
-        scores = torch.bmm(_unfold(others, 1 + side), _unfold(half[moving], 1 + side).mT)
-        scores.mul_(problem.scales[number])
-        face = view.faces[side]
-        total[face] = total[face].add_(scores) if face in total else scores
-    return total
+        others = view.image.sum(dim=0) - _of(view.image, moving)
+        for side, face in enumerate(view.faces):
+            half = view.columns if side == 0 else view.rows
+            scores = torch.bmm(_unfold(others, 1 + side), _unfold(_of(half, moving), 1 + side).mT).mul_(scale)
+            f = at[number, side]
+            totals[f][face] = totals[f][face].add_(scores) if face in totals[f] else scores
+            left[f] -= 1
+            if not left[f]:
+                yield f, totals[f]
+                totals[f] = {}
 
 
 def curve(problem: Problem, start: Point, end: Point, *, movers: Sequence[int], seen: Views | None = None) -> Curve:
@@ -234,6 +239,11 @@ def _piece_curve(view: View, end: Point, movers: list[int]) -> Curve:
         q = 0.5 * (_inner(total, rows) - _inner(bends, rows * len(movers)))
         result += [q[0, 0], q[0, 1], (q[0, 2] + 2 * q[1, 1]) / 3, q[1, 2], q[2, 2]]
     return result
+
+
+def _of(x: Tensor, models: list[int]) -> Tensor:
+    """Those models of `x` (models, ...); a copy only where some are left out."""
+    return x if models == list(range(len(x))) else x[models]
 
 
 def _unfold(x: Tensor, axis: int) -> Tensor:

@@ -93,7 +93,7 @@ class Soft:
 def act_hard(soft: Soft, face: Face, x: Tensor, axis: int) -> Tensor:
     """Act on one axis of a tensor with a single element. A new tensor."""
     moved = x.index_select(axis, soft.index[face][:, 0].to(x.device))
-    if face in soft.sign:
+    if face in soft.sign and bool((soft.sign[face] < 0).any()):
         moved *= soft.sign[face][:, 0].to(x).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
     return moved
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mergetool.kernels.matching import curve, gradient, objective
+from mergetool.kernels.matching import curve, gradients, objective
 from mergetool.kernels.permute import Element
 from mergetool.kernels.soft import Soft
 from mergetool.kernels.spaces import length
@@ -92,8 +92,8 @@ def test_the_gradient_agrees_with_autograd_in_every_direction(case):
         )
         (slope,) = torch.autograd.grad(sum(naive_terms(toy, models, matrices).values()), t)
         ours = 0.0
-        for family in problem.families:
-            for face, score in gradient(problem, family, point, [i]).items():
+        for _, scores in gradients(problem, point, [i]):
+            for face, score in scores.items():
                 ours += float((score[0] * (target[i].matrix(face) - point[i].matrix(face))).sum())
         assert ours == pytest.approx(float(slope), rel=1e-9)
 
@@ -101,11 +101,12 @@ def test_the_gradient_agrees_with_autograd_in_every_direction(case):
 def test_gradients_of_several_models_at_once_equal_those_one_by_one(case):
     _, _, problem = case
     point = random_point(problem, 1, 2)
-    for family in problem.families:
-        together = gradient(problem, family, point, [2, 0])
-        for face, score in together.items():
-            for j, i in enumerate([2, 0]):
-                torch.testing.assert_close(score[j], gradient(problem, family, point, [i])[face][0])
+    together = dict(gradients(problem, point, [2, 0]))
+    assert sorted(together) == list(range(len(problem.families)))
+    for j, i in enumerate([2, 0]):
+        for f, alone in gradients(problem, point, [i]):
+            for face, score in alone.items():
+                torch.testing.assert_close(together[f][face][j], score[0])
 
 
 def test_euler_the_gradient_against_the_point_counts_every_term_once_per_moving_axis_and_model(case):
@@ -113,8 +114,8 @@ def test_euler_the_gradient_against_the_point_counts_every_term_once_per_moving_
     point = random_point(problem, 7, 2)
     against = sum(
         float((score[i] * point[i].matrix(face)).sum())
-        for family in problem.families
-        for face, score in gradient(problem, family, point, range(NUM_MODELS)).items()
+        for _, scores in gradients(problem, point, range(NUM_MODELS))
+        for face, score in scores.items()
         for i in range(NUM_MODELS)
     )
     terms = naive_terms(toy, models, [lambda layout, soft=soft: soft_matrix(soft, layout) for soft in point])
@@ -172,8 +173,8 @@ def test_models_are_not_changed_and_may_require_gradients(case):
     live = [{name: x.clone().requires_grad_() for name, x in model.items()} for model in models]
     problem = toys.problem(toy, live)
     point = random_point(problem, 0, 2)
-    scores = gradient(problem, problem.families[0], point, [0, 1])
-    assert not any(score.requires_grad for score in scores.values())
+    for _, scores in gradients(problem, point, [0, 1]):
+        assert not any(score.requires_grad for score in scores.values())
     assert all(torch.equal(x[name], y[name]) for x, y in zip(live, models, strict=True) for name in x)
 
 
@@ -184,8 +185,8 @@ def test_the_work_of_an_iteration_grows_like_the_number_of_models():
         problem = toys.problem(toy, [toys.weights(toy[1], seed) for seed in range(num_models)])
         start, end = random_point(problem, 0, 2), random_point(problem, 1, 1)
         with FlopCounterMode(display=False) as counter:
-            for family in problem.families:
-                gradient(problem, family, start, range(num_models))
+            for _ in gradients(problem, start, range(num_models)):
+                pass
             curve(problem, start, end, movers=range(num_models))
         work[num_models] = counter.get_total_flops()
     assert work[12] - work[6] == 2 * (work[6] - work[3])
