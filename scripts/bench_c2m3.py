@@ -3,7 +3,7 @@
 
     python scripts/bench_c2m3.py models        one iteration for 2 to 12 MLPs of width 512
     python scripts/bench_c2m3.py loops         an iteration for five such MLPs (mean of a run), against loops over pairs
-    python scripts/bench_c2m3.py vit           three networks of ViT-B's sizes in planted orders, 10 % noise
+    python scripts/bench_c2m3.py vit           three ViT-B checkpoints in planted orders, 10 % noise: the whole command
 
 Seconds are those of the process on all its cores (CPU time), with the wall clock beside them. The loops are the
 published algorithm written down plainly: dense permutation matrices, gradients pair by pair, one assignment after the
@@ -11,23 +11,27 @@ other, and a bounded scalar search of at most 20 evaluations of the pairwise obj
 """
 
 import argparse
+import json
 import resource
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.optimize import fminbound, linear_sum_assignment
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mergetool.arch.match import resolve
 from mergetool.kernels.frank_wolfe import Settings, align
-from mergetool.kernels.matching import Problem, objective
+from mergetool.kernels.matching import Problem
 from mergetool.kernels.permute import Element
-from mergetool.kernels.weight_matching import hard_point
 
 WIDTHS = (64, 512, 512, 512, 10)
 
@@ -38,7 +42,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    {"models": time_models, "loops": time_loops, "vit": time_vit}[arguments.what]()
+    timed = {"models": time_models, "loops": time_loops, "vit": lambda: time_vit(arguments.threads)}
+    timed[arguments.what]()
 
 
 class Clock:
@@ -151,54 +156,58 @@ class Loops:
         ]
 
 
-def time_vit() -> None:
-    """ViT-B/16 as timm stores it: 86 million parameters."""
-    shapes = vit_shapes()
-    spec = resolve("timm-vit", shapes, {"num_heads": 12})
-    generator = torch.Generator().manual_seed(0)
-    clean = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
-    planted = [Element.random(spec.spaces, generator) for _ in range(3)]
-    models = []
-    for element in planted:
-        noisy = {name: x + 0.002 * torch.randn(x.shape, generator=generator) for name, x in clean.items()}
-        models.append({name: element.apply(x, spec.tensors[name].axes) for name, x in noisy.items()})
-    del clean
-    size = sum(x.numel() for x in models[0].values())
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    problem = Problem.of(spec.spaces, spec.layouts(), models=models)
-    with Clock() as clock:
-        found = align(problem, Settings(starts=1))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    best = objective(problem, hard_point(problem, [element.inverse() for element in planted]))
-    print(
-        f"three networks of {size / 1e6:.1f}M parameters: {len(found.history)} iterations, {clock.wall:.0f} s wall, "
-        f"{clock.cpu:.0f} s CPU; objective {found.objective:.6g}, planted {best:.6g}; "
-        f"peak memory {peak:.0f} MiB, of which {held:.0f} MiB before the alignment"
-    )
+def time_vit(threads: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        wanted = plant_vits(Path(name))
+        merge_vits(Path(name), threads)
+        merged = load_file(Path(name) / "merged" / "model.safetensors")
+    missed = max(float((merged[tensor] - x).abs().max()) for tensor, x in wanted.items())
+    print(f"largest difference from the mean in the planted orders: {missed:.2g}")
 
 
-def vit_shapes(depth: int = 12, dim: int = 768, hidden: int = 3072) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, dim),
-        "pos_embed": (1, 197, dim),
-        "patch_embed.proj.weight": (dim, 3, 16, 16),
-        "patch_embed.proj.bias": (dim,),
-        "norm.weight": (dim,),
-        "norm.bias": (dim,),
-        "head.weight": (1000, dim),
-        "head.bias": (1000,),
+def plant_vits(folder: Path) -> dict[str, torch.Tensor]:
+    """Three checkpoints, one random network in planted orders and noise; their mean in the order of the first."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    ViTForImageClassification(ViTConfig(num_labels=1000)).save_pretrained(folder / "clean")
+    clean = load_file(folder / "clean" / "model.safetensors")
+    config = json.loads((folder / "clean" / "config.json").read_text())
+    spec = resolve(None, {tensor: tuple(x.shape) for tensor, x in clean.items()}, config)
+    axes = {tensor: spec.tensors[tensor].axes for tensor in clean}
+    planted = [Element.random(spec.spaces, torch.Generator().manual_seed(i)) for i in range(3)]
+    mean = {tensor: torch.zeros_like(x) for tensor, x in clean.items()}
+    for i, element in enumerate(planted):
+        generator = torch.Generator().manual_seed(10 + i)
+        moved = {}
+        for tensor, x in clean.items():
+            noisy = x + 0.1 * x.std(correction=0) * torch.randn(x.shape, generator=generator)
+            moved[tensor] = element.apply(noisy, axes[tensor]).contiguous()
+            mean[tensor] += planted[0].apply(noisy, axes[tensor]) / 3
+        (folder / f"model{i}").mkdir()
+        save_file(moved, folder / f"model{i}" / "model.safetensors", {"format": "pt"})
+        shutil.copy(folder / "clean" / "config.json", folder / f"model{i}")
+    return mean
+
+
+def merge_vits(folder: Path, threads: int) -> None:
+    """Run the command on them, and tell what it took."""
+    recipe = {
+        "models": {f"model{i}": str(folder / f"model{i}") for i in range(3)},
+        "merge": {"method": "c2m3", "align": {"anchor": "model0"}},
     }
-    for k in range(depth):
-        block = f"blocks.{k}."
-        for name, rows, columns in (
-            ("attn.qkv", 3 * dim, dim),
-            ("attn.proj", dim, dim),
-            ("mlp.fc1", hidden, dim),
-            ("mlp.fc2", dim, hidden),
-        ):
-            shapes |= {f"{block}{name}.weight": (rows, columns), f"{block}{name}.bias": (rows,)}
-        shapes |= {f"{block}norm{k}.{kind}": (dim,) for k in (1, 2) for kind in ("weight", "bias")}
-    return shapes
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", "mergetool", "run", "recipe.yaml", "-o", "merged", "--workers", str(threads)]
+    with Clock() as clock:
+        subprocess.run(command, cwd=folder, check=True)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    size = (folder / "model0" / "model.safetensors").stat().st_size
+    report = json.loads((folder / "merged" / "alignment" / "report.json").read_text())
+    print(
+        f"three networks of {size / 4e6:.1f}M parameters: {clock.wall:.0f} s wall, "
+        f"{used.ru_utime + used.ru_stime:.0f} s CPU, {len(report['history'])} iterations; "
+        f"peak memory {used.ru_maxrss / 2**10:.0f} MiB, {used.ru_maxrss * 2**10 / (3 * size):.2f} times the models"
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from mergetool.kernels.assignment import Choice
 from mergetool.kernels.matching import Curve, Point, Problem, View, Views, curve, gradients, objective, views
 from mergetool.kernels.permute import Element
 from mergetool.kernels.soft import Soft
-from mergetool.kernels.weight_matching import Request, as_choice, ascend, hard_point, replaced, solve
+from mergetool.kernels.weight_matching import WORTH, Request, as_choice, ascend, hard_point, replaced, solve
 
 STALLED = 1e-7  # relative gain of an iteration that counts as none
 PATIENCE = 3
@@ -95,7 +95,7 @@ def align(problem: Problem, settings: Settings, share: Callable[..., Iterable[An
     best: Alignment | None = None
     run = partial(_run, problem, reference=settings.anchor or 0)
     for found, settled in share(run, tuple(_plans(settings, len(problem.models)))):
-        if best is None or found.objective > best.objective:
+        if best is None or found.objective - best.objective > WORTH * abs(best.objective):
             best = found
         if settled:
             break
