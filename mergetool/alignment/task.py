@@ -18,8 +18,8 @@ from mergetool.arch.match import resolve
 from mergetool.arch.spec import ArchSpec, check_shapes
 from mergetool.errors import PlanError
 from mergetool.kernels.frank_wolfe import HELD
-from mergetool.kernels.matching import Problem
-from mergetool.kernels.pieces import cut, face_size
+from mergetool.kernels.matching import Problem, waiting_scores
+from mergetool.kernels.pieces import cut, face_size, families
 from mergetool.kernels.spaces import Layout
 from mergetool.tensors.io import bytes_of
 
@@ -111,7 +111,7 @@ def search_bytes(spec: ArchSpec, num_models: int, threads: int) -> int:
     """Bytes that a search holds at most, counted, not measured.
 
     Small models are kept, very small ones with their images too. Beside that there is one sum of images, as large as a
-    model, the piece that is worked on, several times for each model, and scores, as wide as the widest family. As much
+    model, the piece that is worked on, several times for each model, and scores of families not yet complete. As much
     again as is made and freed in small blocks may be lost between them.
     """
     pieces = cut(spec.spaces, spec.layouts(matched=True))
@@ -120,7 +120,8 @@ def search_bytes(spec: ArchSpec, num_models: int, threads: int) -> int:
     stack = num_models * max(4 * prod(piece.shape) for piece in pieces)
     widest = max(face_size(face) for piece in pieces for face in piece.faces)
     stacks = IMAGES * (models if models <= HELD else stack) + COPIES * stack
-    scores = widest**2 * (4 * 2 * num_models + 20 * (threads + 1))
+    waiting = waiting_scores(pieces, families(spec.spaces, pieces))
+    scores = 4 * num_models * (waiting + widest**2) + 20 * (threads + 1) * widest**2
     gaps = (stacks if stack < RETURNED else 0) + (scores if 8 * widest**2 < RETURNED else 0)
     return (models if models <= KEPT_BYTES else 0) + one + stacks + scores + gaps
 

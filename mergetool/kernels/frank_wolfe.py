@@ -32,9 +32,9 @@ from mergetool.kernels.assignment import Choice
 from mergetool.kernels.matching import Curve, Point, Problem, View, Views, curve, gradients, objective, views
 from mergetool.kernels.permute import Element
 from mergetool.kernels.soft import Soft
-from mergetool.kernels.weight_matching import WORTH, Request, as_choice, ascend, hard_point, replaced, solve
+from mergetool.kernels.weight_matching import Request, as_choice, ascend, hard_point, replaced, solve
 
-STALLED = 1e-7  # relative gain of an iteration that counts as none
+STALLED = 1e-7  # relative gain, of an iteration or of another start, that counts as none
 PATIENCE = 3
 ROUNDING = 1e-12  # share of a polynomial's largest coefficient below which another one is rounding
 HELD = 1 << 28  # bytes of all models up to which their images are held, not made anew: three times as much
@@ -45,9 +45,9 @@ class Settings:
     """How to search.
 
     `init`: "identity", or "barycenter" (the mean of the group; the anchor stays at the identity). `anchor`: the model
-    whose order the universe takes, by default the first. `starts`: how many runs to choose the best from: one as asked,
-    hard moves alone from the identity (MergeMany, so that the result is never below it), block mode from the identity,
-    and block mode from the barycentre with one anchor after the other.
+    whose order the universe takes, by default the first. `starts`: how many runs to choose the best from (the first of
+    equals): one as asked, hard moves alone from the identity (MergeMany, so that the result is never below it), block
+    mode from the identity, and block mode from the barycentre with one anchor after the other.
     `tolerance`: stop when the gap is below this share of the objective.
     """
 
@@ -95,7 +95,7 @@ def align(problem: Problem, settings: Settings, share: Callable[..., Iterable[An
     best: Alignment | None = None
     run = partial(_run, problem, reference=settings.anchor or 0)
     for found, settled in share(run, tuple(_plans(settings, len(problem.models)))):
-        if best is None or found.objective - best.objective > WORTH * abs(best.objective):
+        if best is None or found.objective - best.objective > STALLED * abs(best.objective):
             best = found
         if settled:
             break

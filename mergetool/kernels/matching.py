@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergetool.kernels.pieces import Face, Family, Piece, cut, families
+from mergetool.kernels.pieces import Face, Family, Piece, cut, face_size, families
 from mergetool.kernels.soft import Soft, act
 from mergetool.kernels.spaces import Layout, Space
 
@@ -211,6 +211,20 @@ def gradients(
             if not left[f]:
                 yield f, totals[f]
                 totals[f] = {}
+
+
+def waiting_scores(pieces: Sequence[Piece], linked: Sequence[Family]) -> int:
+    """Numbers that `gradients` holds at most for one model: the scores of families begun and not yet complete."""
+    sizes = [{pieces[number].faces[side] for number, side in family.places} for family in linked]
+    spans = [[number for number, _ in family.places] for family in linked]
+    return max(
+        sum(
+            sum(face_size(face) ** 2 for face in faces)
+            for faces, span in zip(sizes, spans, strict=True)
+            if min(span) <= number <= max(span)
+        )
+        for number in range(len(pieces))
+    )
 
 
 def curve(problem: Problem, start: Point, end: Point, *, movers: Sequence[int], seen: Views | None = None) -> Curve:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mergetool.kernels.matching import curve, gradients, objective
+from mergetool.kernels.matching import curve, gradients, objective, waiting_scores
 from mergetool.kernels.permute import Element
 from mergetool.kernels.soft import Soft
 from mergetool.kernels.spaces import length
@@ -191,3 +191,10 @@ def test_the_work_of_an_iteration_grows_like_the_number_of_models():
         work[num_models] = counter.get_total_flops()
     assert work[12] - work[6] == 2 * (work[6] - work[3])
     assert work[12] < 4.01 * work[3]
+
+
+def test_scores_wait_for_the_last_place_of_their_family_and_no_longer():
+    problem = toys.problem(toys.mlp(3, 4, 5, 6, 2), [toys.weights(toys.mlp(3, 4, 5, 6, 2)[1], seed) for seed in range(2)])
+    assert waiting_scores(problem.pieces, problem.families) == 5**2 + 6**2
+    point = random_point(problem, 1, 1)
+    assert [f for f, _ in gradients(problem, point, [0, 1])] == list(range(len(problem.families)))
