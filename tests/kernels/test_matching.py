@@ -194,7 +194,9 @@ def test_the_work_of_an_iteration_grows_like_the_number_of_models():
 
 
 def test_scores_wait_for_the_last_place_of_their_family_and_no_longer():
-    problem = toys.problem(toys.mlp(3, 4, 5, 6, 2), [toys.weights(toys.mlp(3, 4, 5, 6, 2)[1], seed) for seed in range(2)])
+    problem = toys.problem(
+        toys.mlp(3, 4, 5, 6, 2), [toys.weights(toys.mlp(3, 4, 5, 6, 2)[1], seed) for seed in range(2)]
+    )
     assert waiting_scores(problem.pieces, problem.families) == 5**2 + 6**2
     point = random_point(problem, 1, 1)
     assert [f for f, _ in gradients(problem, point, [0, 1])] == list(range(len(problem.families)))
