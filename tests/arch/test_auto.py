@@ -4,7 +4,6 @@ import json
 import sys
 
 import pytest
-import torch
 import transformers
 from safetensors import safe_open
 
@@ -12,8 +11,6 @@ from mergetool.arch.match import resolve
 from mergetool.errors import PlanError
 from tests.arch.networks import TINY, randomised, transformer
 from tests.arch.test_trace import places
-
-torch.set_num_threads(1)
 
 
 def saved(model, folder):

@@ -20,8 +20,6 @@ from tests.arch.networks import (
     vgg,
 )
 
-torch.set_num_threads(1)
-
 
 def images(size):
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))

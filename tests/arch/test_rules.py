@@ -8,8 +8,6 @@ from torch.nn import functional
 from mergetool.arch.trace import traced
 from mergetool.arch.verify import failures, general_position, runner
 
-torch.set_num_threads(1)
-
 
 class Between(nn.Module):
     """A layer, an operation, a layer; `w` is a parameter for the operation."""

@@ -23,8 +23,6 @@ from tests.arch.networks import (
     vgg,
 )
 
-torch.set_num_threads(1)
-
 
 def normal(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))

@@ -9,8 +9,6 @@ from mergetool.errors import PlanError
 from mergetool.kernels.permute import Element
 from tests.arch.networks import MLP, randomised, transformer
 
-torch.set_num_threads(1)
-
 WRONG = {
     "queries and keys permuted across heads": (
         "BertForMaskedLM",

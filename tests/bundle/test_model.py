@@ -19,14 +19,6 @@ from tests.bundle.tiny import OPTIONS, ROUTER, WIDTH, make_bundle, tiny_inputs, 
 FAMILIES = ["bert", "vit", "llama", "t5", "gpt2"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return {family: make_bundle(tmp_path_factory.mktemp(family), family) for family in FAMILIES}

@@ -237,7 +237,8 @@ def test_ctrl_c_at_any_moment_is_no_bug(here, seed):
 
 def test_a_signal_that_was_to_be_ignored_is_ignored(here):
     running = process("run", "r.yaml", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
-    time.sleep(0.3)
+    while running.poll() is None and not (here / "out.partial").exists():  # not before it is our turn to ignore it
+        time.sleep(0.002)
     running.send_signal(signal.SIGINT)
     running.communicate()
     assert running.returncode == 0

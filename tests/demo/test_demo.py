@@ -169,7 +169,6 @@ def test_a_single_file_can_be_a_stage(tmp_path: Path) -> None:
 
 def test_a_fine_tune_moves_every_weight_and_is_the_same_each_time(tmp_path: Path) -> None:
     task = tasks.make_task("category", tasks.category(), per_class=20)
-    torch.set_num_threads(1)
     reports: list[str] = []
     train.pretrain([text for text, _ in task.splits["train"]], tmp_path / "base", TINY, reports.append)
     for name in ("one", "two"):

@@ -61,6 +61,7 @@ def children(process):
 
 def forked(process):
     """Wait for the processes of three workers."""
+    found = []
     while process.poll() is None and len(found := children(process)) < 3:
         time.sleep(0.002)
     return found

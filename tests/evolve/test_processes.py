@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import time
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 import mergetool
 from tests.evolve.planted import World
 from tests.evolve.test_run import ESTIMATED, journal, recipe
+from tests.forks import free_port
 
 FORK = multiprocessing.get_context("fork")
 """Children that need not import everything again."""
@@ -69,9 +69,7 @@ def member(rank, size, port, asked, output):
 
 
 def test_two_processes_search_as_one(asked, undisturbed, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     members = [FORK.Process(target=member, args=(rank, 2, port, asked, tmp_path / "out")) for rank in range(2)]
     for process in members:
         process.start()

@@ -15,14 +15,6 @@ from tests.kernels import toys
 ONE_START = Settings(starts=1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def inverses(elements):
     return [element.inverse() for element in elements]
 
@@ -203,7 +195,10 @@ def test_threads_change_nothing():
     settings = Settings(starts=1, iterations=2, polish=False)
     alone = align(toys.problem(toy, models), settings)
     torch.set_num_threads(2)
-    assert same(align(toys.problem(toy, models), settings).elements, alone.elements)
+    try:
+        assert same(align(toys.problem(toy, models), settings).elements, alone.elements)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_one_model_is_too_few():

@@ -10,14 +10,6 @@ from mergetool.kernels.weight_matching import ascend, hard_point, match_to_refer
 from tests.kernels import toys
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("name", ["convnet", "vit", "llama"])
 def test_models_matched_to_a_reference_take_its_order(name):
     toy = toys.NETWORKS[name]()

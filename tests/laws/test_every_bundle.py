@@ -26,14 +26,6 @@ every_bundle = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
     base, models = Case(BundleMethod).toys(exact=False)

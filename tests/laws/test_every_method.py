@@ -53,14 +53,6 @@ from tests.toys import (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def is_unlike_neutral(case: Case) -> bool:
     """Whether the neutral settings leave this case's own option alone (else it is the default case once more)."""
     return not case.settings.keys() & case.kind.neutral.keys()

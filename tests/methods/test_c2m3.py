@@ -14,14 +14,6 @@ from tests.arch.networks import MLP
 from tests.toys import assert_near, assert_same_bytes
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def merge(models, architecture="mlp", method="c2m3", **parameters):
     return mergetool.merge_state_dicts(method, models, architecture=architecture, **parameters)
 

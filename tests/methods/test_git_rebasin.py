@@ -1,20 +1,11 @@
 """git-rebasin and merge-many on checkpoints in planted orders."""
 
 import pytest
-import torch
 
 import mergetool
 from mergetool.errors import RecipeError
 from tests.alignment import nets
 from tests.toys import assert_near
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def merge(models, method="git-rebasin", **parameters):

@@ -155,10 +155,10 @@ def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path, content, messag
 @pytest.mark.parametrize("shape", [[2] * 400_000, [1 << 62] * 400_000])
 def test_a_shape_with_very_many_axes_costs_no_time(shape):
     text = json.dumps(entry(shape=shape)).encode()
-    began = time.perf_counter()
+    began = time.process_time()  # whatever else the machine does
     with pytest.raises(SourceError) as caught:
         parse_header(text, len(text) + 16, "file")
-    assert time.perf_counter() - began < 3  # multiplying all of them takes minutes
+    assert time.process_time() - began < 3  # multiplying all of them takes minutes
     assert len(str(caught.value)) < 500
 
 
