@@ -9,10 +9,11 @@ import numpy as np
 
 from mergetool.search import subset
 from mergetool.search.estimate import Estimator, cross_check, rank_correlation, uses_irt, with_fit
-from mergetool.search.irt import fit, sigmoid
+from mergetool.search.irt import IrtFit, fit
 
 from .answers import Matrix
 
+_RERANKED = 5
 KINDS = ("mean", "weighted", "p-irt", "mp-irt", "gp-irt", "gmp-irt")
 SIZES = (10, 20, 50, 100)
 CALIBRATION = 8
@@ -67,20 +68,26 @@ def scaling(matrix: Matrix, *, seeds: int) -> list[dict[str, Any]]:
     """Searches simulated with the fitted model: items spent and score lost as pools and candidates grow.
 
     Items are drawn from the fitted ones. Candidates' abilities rise and draw together, as those of a search do: from
-    N(0, 1), which is that of the merges, to N(1, 0.3).
+    N(0, 1), which is that of the merges, to N(1, 0.3). They are judged by the weighted mean of items stratified by
+    the answers of base and models, and five of them are re-ranked.
     """
     bank = [fit(answers, 1) for answers in matrix.answers.values()]
     rows = []
-    for num_items, num_candidates, size, calibration in (
-        (500, 200, 50, 8),
-        (1000, 200, 50, 8),
-        (1000, 500, 20, 8),
-        (2000, 1000, 20, 8),
-        (5000, 2000, 20, 8),
-        (10000, 5000, 20, 8),
+    for num_items, num_candidates, size in (
+        (500, 192, 20),
+        (1000, 192, 20),
+        (1000, 192, 50),
+        (1000, 500, 20),
+        (2000, 1000, 20),
+        (5000, 1000, 20),
+        (5000, 2000, 50),
+        (10000, 2000, 50),
     ):
-        lost = [_simulated(bank, num_items, num_candidates, size, np.random.default_rng(seed)) for seed in range(seeds)]
-        spent = (calibration + 1 + matrix.num_known + 5) * num_items + num_candidates * size
+        lost = [
+            _simulated(bank, matrix.num_known, num_items, num_candidates, size, np.random.default_rng(seed))
+            for seed in range(seeds)
+        ]
+        spent = (matrix.num_known + _RERANKED) * num_items + num_candidates * size
         rows.append(
             {"pool": num_items, "candidates": num_candidates, "asked": size, "spent": spent}
             | {"full": num_candidates * num_items, "reduction": num_candidates * num_items / spent}
@@ -89,19 +96,21 @@ def scaling(matrix: Matrix, *, seeds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _simulated(bank: list[Any], num_items: int, num_candidates: int, size: int, rng: np.random.Generator) -> float:
-    """Score lost by choosing with few items and re-ranking five, on the average over tasks."""
-    few, full = np.zeros(num_candidates), np.zeros(num_candidates)
+def _simulated(
+    bank: list[IrtFit], num_known: int, num_items: int, num_candidates: int, size: int, rng: np.random.Generator
+) -> float:
+    """Expected score (mean over tasks) lost by few items and re-ranking, against asking everybody everything."""
+    few, full, true = np.zeros((3, num_candidates))
     for irt in bank:
-        drawn = rng.integers(0, len(irt.items.difficulty), num_items)
-        items = irt.items.take(drawn)
+        items = irt.items.take(rng.integers(0, len(irt.items.difficulty), num_items))
         progress = np.linspace(0.0, 1.0, num_candidates)[:, None]
         theta = progress + (1.0 - 0.7 * progress) * rng.normal(0.0, 1.0, (num_candidates, 1))
-        known = (rng.random((12, num_items)) < items.probability(rng.normal(0.0, 1.0, (12, 1)))).astype(float)
-        chosen = subset.stratified(known, size, rng)
-        chance = sigmoid(theta @ items.discrimination.T - items.difficulty)
-        full += chance.mean(axis=1) / len(bank)
-        asked = rng.random((num_candidates, size)) < chance[:, chosen.items]
-        few += asked @ chosen.weights / len(bank)
-    best = np.argsort(-few)[:5]
-    return float(full.max() - full[best].max())
+        known = rng.random((num_known, num_items)) < items.probability(rng.normal(0.0, 1.0, (num_known, 1)))
+        chosen = subset.stratified(known.astype(float), size, rng)
+        chance = items.probability(theta)
+        answers = rng.random(chance.shape) < chance
+        true += chance.mean(axis=1) / len(bank)
+        full += answers.mean(axis=1) / len(bank)
+        few += answers[:, chosen.items] @ chosen.weights / len(bank)
+    best = np.argsort(-few)[:_RERANKED]
+    return float(true[np.argmax(full)] - true[best[np.argmax(full[best])]])
