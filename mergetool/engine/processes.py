@@ -11,6 +11,7 @@ the whole model, a fit, the end) they exchange values over gloo.
 One process is a team of one: the same code, nothing exchanged.
 """
 
+import fcntl
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from mergetool.errors import MergetoolError, OutputError
 _T = TypeVar("_T")
 _I = TypeVar("_I")
 _EVER = timedelta(days=30)
+_SIOCGIFADDR = 0x8915
 _AGAIN = "run the same command again: what is finished is kept"
 
 
@@ -120,6 +122,8 @@ class Processes(Team):
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if not self.one_machine and (interface := _interface_to(address)) is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         try:
             dist.init_process_group("gloo", rank=self.rank, world_size=self.size, timeout=_EVER)
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
@@ -251,6 +255,22 @@ _places: list[tuple[str, int]] = []
 """Host and process id of every process, once they have met."""
 _told: list[bytes] = []
 """Errors that the leader has heard of."""
+
+
+def _interface_to(address: str) -> str | None:
+    """The network interface that leads to `address` (IPv4), if it can be told.
+
+    gloo by itself takes that of this host's own name, which many systems say is the loopback: nobody else is there.
+    """
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 1))  # sends nothing
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                told = fcntl.ioctl(probe, _SIOCGIFADDR, name.encode().ljust(256, b"\0"))
+                if socket.inet_ntoa(told[20:24]) == own:
+                    return name
+    return None
 
 
 def launched() -> bool:
