@@ -320,7 +320,7 @@ class _Work:
 
 _MODELING = '''"""Lets transformers' AutoModel open this folder; the code is in the package mergetool."""
 
-from mergetool.bundle.hf import AutoMassModel, MassConfig  # noqa: F401
+from mergetool.bundle.auto import AutoMassModel, MassConfig  # noqa: F401
 '''
 
 

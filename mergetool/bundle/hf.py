@@ -1,11 +1,4 @@
-"""The one seam to transformers: build the base from its config, read its tokenizer, and let AutoModel open bundles.
-
-    import mergetool.bundle.hf                                   # registers the model type "mass"
-    model = transformers.AutoModel.from_pretrained("out/bundle")
-
-Without the import, `AutoModel.from_pretrained("out/bundle", trust_remote_code=True)` finds this file through the
-bundle's own modeling_mass.py.
-"""
+"""The one seam to transformers: build the base from its config, and read its tokenizer."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +13,7 @@ from mergetool.errors import SourceError
 from mergetool.tensors.source import ModelSource, open_model
 
 try:
-    import transformers
+    import transformers as transformers  # `auto` needs it too
 except ImportError as error:  # pragma: no cover  (the test environment has it)
     raise SourceError(
         "running a bundle needs transformers, which is not installed", "bundle", "pip install 'mergetool[eval]'"
@@ -103,30 +96,3 @@ def load_tokenizer(folder: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         what = f"transformers cannot read its tokenizer ({str(error).splitlines()[0][:100]})"
         raise SourceError(what, str(folder), fix) from None
-
-
-class MassConfig(transformers.PretrainedConfig):  # type: ignore[no-untyped-call]
-    """config.json of a bundle: the base's config inside."""
-
-    model_type = "mass"
-
-    def __init__(self, base_config: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.base_config = base_config or {}
-
-
-class AutoMassModel(transformers.PreTrainedModel):  # type: ignore[no-untyped-call]
-    """What AutoModel finds under the model type "mass". `from_pretrained` gives a `mergetool.bundle.MassModel`."""
-
-    config_class = MassConfig
-
-    @classmethod
-    def from_pretrained(cls, path: Any, *_: Any, dtype: Any = None, **__: Any) -> Any:  # type: ignore[override]
-        """Open a bundle folder; as `mergetool.load_bundle`."""
-        from mergetool.bundle.model import load_bundle
-
-        return load_bundle(Path(path), dtype=dtype if isinstance(dtype, torch.dtype) else None)
-
-
-transformers.AutoConfig.register("mass", MassConfig, exist_ok=True)
-transformers.AutoModel.register(MassConfig, AutoMassModel, exist_ok=True)

@@ -4,16 +4,14 @@
     answer = model(**tokenizer(texts, padding=True, return_tensors="pt"))
     answer.task, answer.logits, answer.tasks, answer.coefficients         # one each per sample
 
-First pass: the base (or the merged model) runs as far as the last matrix that the router reads, and no further; what
-goes into those matrices tells how near each task is. Second pass: samples that chose the same tasks form a group, and
-one pass runs all groups, each with its own weights (see `mergetool.bundle.grouped`). Then the heads of a sample's tasks
-read its features, and the calibrated best one answers.
+First pass: how near is each task? (See `mergetool.bundle.first_pass`.) Second pass: samples that chose the same tasks
+form a group, and one pass runs all groups, each with its own weights (see `mergetool.bundle.grouped`). Then the heads
+of a sample's tasks read its features, and the calibrated best one answers.
 
 Reference: Crisostomi et al., MASS, https://arxiv.org/abs/2504.05342, sections 3 and 4.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,24 +21,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mergetool.bundle.build import FIRST_PASS
-from mergetool.bundle.calibrate import read_calibration
+from mergetool.bundle.batch import check_batch, lengths_in, num_samples, take
+from mergetool.bundle.calibration import read_calibration
 from mergetool.bundle.factors import Group, TaskFactors
+from mergetool.bundle.first_pass import FirstPass
 from mergetool.bundle.grouped import GroupedModel, Runs
 from mergetool.bundle.manifest import Manifest, read_manifest
 from mergetool.bundle.readout import calibrated, head_scores, pool_tokens
 from mergetool.bundle.verify import base_folder, check_base, check_files
-from mergetool.errors import PlanError, SourceError
-from mergetool.kernels.routing import coefficients, mean_distance, select
+from mergetool.errors import PlanError
+from mergetool.kernels.routing import coefficients, select
 
 if TYPE_CHECKING:
     from mergetool.bundle.hf import LoadedBase
 
 CACHE_BYTES = 1 << 30
-_WORTH_SPLITTING = 0.8
-"""Share of a batch's tokens up to which it is run group by group to leave out padding."""
-_ENOUGH_TOKENS = 256
-"""Tokens a group, on average, from which on one group after the other is as fast as all at once, or faster."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +64,6 @@ class Answer:
     """(samples, features): what the head that answered read."""
 
 
-class _Stop(Exception):  # noqa: N818  (no error: it ends the first pass)
-    pass
-
-
 class MassModel(nn.Module):
     """A routed bundle over a transformers model. Not safe to call from several threads at once."""
 
@@ -81,16 +72,12 @@ class MassModel(nn.Module):
         self.manifest = manifest
         self.folder = folder
         self.base = base.model
-        self._names = base.names
         self._factors = factors
         self._grouped = GroupedModel(base.model, base.names, factors)
         self._heads = [None if task.head is None else load_file(folder / task.head.file) for task in manifest.tasks]
-        self._first_pass = self._first_pass_weights()
         self.calibration = read_calibration(folder)
         router = manifest.router
-        self._read_at = self._routing_modules() if router is not None else []
-        turned = [type(module).__name__ == "Conv1D" for module in self._read_at]  # GPT-2's linear layers
-        self._bases = factors.bases(router.matrices, turned) if router is not None else []
+        self.first_pass = None if router is None else FirstPass(base, factors, router, folder)
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -110,8 +97,8 @@ class MassModel(nn.Module):
         self._heads = [
             None if head is None else {name: value.to(device) for name, value in head.items()} for head in self._heads
         ]
-        self._bases = [[basis.to(device) for basis in bases] for bases in self._bases]
-        self._first_pass = {name: value.to(device) for name, value in self._first_pass.items()}
+        if self.first_pass is not None:
+            self.first_pass.to(device)
         return self
 
     # ---------------------------------------------------------------- first pass
@@ -122,16 +109,15 @@ class MassModel(nn.Module):
 
         Raises PlanError for a bundle without a router, SourceError for an empty batch.
         """
-        _check(inputs)
+        check_batch(inputs)
         router = self.manifest.router
-        if router is None:
+        if router is None or self.first_pass is None:
             what = "this bundle has no router (it was made by tsv-compress)"
             raise PlanError(what, str(self.folder), f"say which: tasks=[{self.task_names[0]!r}]")
         if len(self.task_names) == 1:
-            ones = torch.ones(_num_samples(inputs), 1)
+            ones = torch.ones(num_samples(inputs), 1)
             return Routing((self.task_names,) * len(ones), ones, torch.zeros_like(ones))
-        features = self._features(inputs)
-        distances = mean_distance(features, self._bases, router.norm)
+        distances = self.first_pass.distances(inputs)
         temperature = router.temperature
         if self.calibration is not None:
             distances = distances - distances.new_tensor(self.calibration.offsets)
@@ -141,73 +127,6 @@ class MassModel(nn.Module):
         names = tuple(tuple(self.task_names[task] for task in tasks) for tasks in chosen)
         return Routing(names, weights, distances)
 
-    def _features(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Pooled inputs (samples, features), float32, of every routing matrix. Stops the pass at the last one."""
-        assert self.manifest.router is not None
-        pool, mask = self.manifest.router.pool, inputs.get("attention_mask")
-        found: dict[int, Tensor] = {}
-        pooled: dict[int, tuple[Tensor, Tensor]] = {}  # query, key and value read the same tensor: pool it once
-
-        def read(place: int, x: Tensor) -> None:
-            if place not in found:
-                if id(x) not in pooled:
-                    pooled[id(x)] = x, pool_tokens(x.float(), mask, pool)
-                found[place] = pooled[id(x)][1]
-            if len(found) == len(self._read_at):
-                raise _Stop
-
-        hooks = [
-            module.register_forward_pre_hook(lambda _, arguments, place=place: read(place, arguments[0]))
-            for place, module in enumerate(self._read_at)
-        ]
-        try:
-            with self._first_pass_model():
-                self.base(**self._encoder_inputs(inputs))
-        except _Stop:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [found[place] for place in range(len(self._read_at))]
-
-    def _encoder_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Routing never gets to the outputs, so labels and caches are left out."""
-        left_out = ("labels", "past_key_values", "use_cache")
-        return {key: value for key, value in inputs.items() if key not in left_out}
-
-    def _first_pass_weights(self) -> dict[str, Tensor]:
-        path = self.folder / FIRST_PASS
-        return load_file(path) if path.is_file() else {}
-
-    @contextmanager
-    def _first_pass_model(self) -> Iterator[None]:
-        """While inside, the model has the merged weights, if routing features come from those."""
-        if not self._first_pass:
-            yield
-            return
-        originals = {}
-        for name, parameter in self.base.named_parameters():
-            if (merged := self._first_pass.get(self._names.get(name, ""))) is not None:
-                originals[name] = (parameter, parameter.data)
-                parameter.data = merged.to(parameter)
-        try:
-            yield
-        finally:
-            for parameter, data in originals.values():
-                parameter.data = data
-
-    def _routing_modules(self) -> list[nn.Module]:
-        assert self.manifest.router is not None
-        known = set(self.manifest.router.matrices)
-        found = {}
-        for path, module in self.base.named_modules():
-            if (name := self._names.get(f"{path}.weight")) in known and name is not None:
-                found[name] = module
-        if missing := known - found.keys():
-            what = f"the model has no module with weight {min(missing)!r}, which routing reads"
-            raise SourceError(what, str(self.folder), "use the transformers version that the base was saved with")
-        return [found[name] for name in self.manifest.router.matrices]
-
     # ---------------------------------------------------------------- second pass
 
     @torch.inference_mode()
@@ -216,7 +135,7 @@ class MassModel(nn.Module):
 
         Raises PlanError for a task that does not exist, SourceError for an empty batch.
         """
-        _check(inputs)
+        check_batch(inputs)
         routing = self._routing(tasks, inputs)
         groups = [tuple(self.task_names.index(name) for name in chosen) for chosen in routing.tasks]
         outputs = self._second_pass(groups, inputs)
@@ -229,10 +148,10 @@ class MassModel(nn.Module):
         if tasks == "route":
             return self.route(**inputs)
         names = self.check_tasks(tasks)
-        num_samples = _num_samples(inputs)
-        weights = torch.zeros(num_samples, len(self.task_names))
+        count = num_samples(inputs)
+        weights = torch.zeros(count, len(self.task_names))
         weights[:, [self.task_names.index(name) for name in names]] = 1 / len(names)
-        return Routing((names,) * num_samples, weights, torch.zeros_like(weights))
+        return Routing((names,) * count, weights, torch.zeros_like(weights))
 
     def check_tasks(self, tasks: Sequence[str]) -> tuple[str, ...]:
         """The given tasks in the bundle's order. Raises PlanError for one that does not exist."""
@@ -251,15 +170,15 @@ class MassModel(nn.Module):
         distinct = sorted(set(groups))
         counts = [sum(group == each for group in groups) for each in distinct]
         bounds = [sum(counts[:place]) for place in range(len(counts) + 1)]
-        batch = _take(inputs, order)
+        batch = take(inputs, order)
         ends = list(pairwise(bounds))
-        lengths = _lengths(batch, ends) if any(self._heads) else None
+        lengths = lengths_in(batch, ends) if any(self._heads) else None
         if len(distinct) == 1 or (self._grouped.mixable and lengths is None):
             found = self._pass(Runs(tuple(distinct), tuple(bounds)), batch)
         else:
             parts = []
             for place, (start, stop) in enumerate(ends):
-                part = _take(batch, list(range(start, stop)))
+                part = take(batch, list(range(start, stop)))
                 if lengths is not None:
                     part = {key: value[:, : lengths[place]] for key, value in part.items()}
                 parts.append(self._pass(Runs((distinct[place],), (0, stop - start)), part))
@@ -286,14 +205,14 @@ class MassModel(nn.Module):
         """
         tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
         options = {key: value for key, value in inputs.items() if key not in tensors}
-        _check(tensors)
+        check_batch(tensors)
         routing = self._routing(tasks, tensors)
         groups = [tuple(self.task_names.index(name) for name in chosen) for chosen in routing.tasks]
         rows: dict[int, Tensor] = {}
         for group in sorted(set(groups)):
             chosen = [sample for sample, each in enumerate(groups) if each == group]
             with self._grouped.using(Runs((group,), (0, len(chosen)))):
-                generated = self.base.generate(**_take(tensors, chosen), **options)  # type: ignore[operator]
+                generated = self.base.generate(**take(tensors, chosen), **options)  # type: ignore[operator]
             rows |= dict(zip(chosen, generated, strict=True))
         config: Any = self.base.generation_config
         pad = next((p for p in (config.pad_token_id, config.eos_token_id) if isinstance(p, int)), 0)
@@ -330,49 +249,6 @@ class MassModel(nn.Module):
         )
         names = tuple(self.task_names[task] for task in best.tolist())
         return Answer(names, routing.tasks, routing.coefficients, logits[rows, best], features)
-
-
-def _check(inputs: Mapping[str, Tensor]) -> None:
-    """Refuse batches without samples, and samples without tokens."""
-    if not inputs or _num_samples(inputs) == 0:
-        raise SourceError("the batch is empty", "inputs", "give at least one sample")
-    if any(value.numel() == 0 for value in inputs.values() if isinstance(value, Tensor)):
-        raise SourceError("the samples are empty", "inputs", "give every sample at least one token")
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.ndim == 2 and bool((mask.sum(1) == 0).any()):
-        sample = int((mask.sum(1) == 0).nonzero()[0])
-        raise SourceError(f"every token of sample {sample} is masked", "attention_mask", "leave that sample out")
-
-
-def _num_samples(inputs: Mapping[str, Tensor]) -> int:
-    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), 0)
-
-
-def _lengths(batch: Mapping[str, Any], ends: Sequence[tuple[int, int]]) -> list[int] | None:
-    """Tokens of the longest sample in each range of samples, where running them one by one pays; else None.
-
-    Tasks have inputs of different lengths: run one after the other, each needs to be no longer than its own.
-    """
-    mask = batch.get("attention_mask")
-    if mask is None or any(not isinstance(value, Tensor) or value.shape != mask.shape for value in batch.values()):
-        return None
-    used = [(mask[start:stop] != 0).any(0) for start, stop in ends]
-    lengths = [int(columns.nonzero().max()) + 1 if bool(columns.any()) else 1 for columns in used]
-    tokens = sum((stop - start) * length for (start, stop), length in zip(ends, lengths, strict=True))
-    worth = tokens <= _WORTH_SPLITTING * mask.numel() or tokens >= _ENOUGH_TOKENS * len(ends)
-    return lengths if worth else None
-
-
-def _take(inputs: Mapping[str, Any], samples: Sequence[int]) -> dict[str, Any]:
-    """Some samples of a batch, in the order given."""
-    total = _num_samples(inputs)
-    chosen = torch.tensor(samples, dtype=torch.long)
-    return {
-        key: value[chosen.to(value.device)]
-        if isinstance(value, Tensor) and value.ndim and len(value) == total
-        else value
-        for key, value in inputs.items()
-    }
 
 
 def load_bundle(

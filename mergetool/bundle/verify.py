@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mergetool.bundle.calibrate import read_calibration
+from mergetool.bundle.calibration import read_calibration
 from mergetool.bundle.manifest import Manifest, read_manifest
 from mergetool.errors import SourceError
 from mergetool.tensors.io import sha256_file

@@ -230,8 +230,8 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Correct a bundle's router with a few rows whose tasks are known."""
-    from mergetool.bundle.calibrate import CALIBRATION_NAME
     from mergetool.bundle.calibrate import calibrate as fit
+    from mergetool.bundle.calibration import CALIBRATION_NAME
     from mergetool.bundle.model import load_bundle
     from mergetool.bundle.rows import read_rows
 

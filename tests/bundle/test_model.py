@@ -88,7 +88,7 @@ def test_groups_whose_inputs_are_shorter_are_run_without_the_padding_of_others(f
     groups = [(0, 2) if length == min(lengths) else (1,) for length in lengths]
     seen = []
     run = model._pass
-    monkeypatch.setattr("mergetool.bundle.model._WORTH_SPLITTING", 0.9)
+    monkeypatch.setattr("mergetool.bundle.batch._WORTH_SPLITTING", 0.9)
     monkeypatch.setattr(model, "_pass", lambda runs, part: seen.append(part["input_ids"].shape) or run(runs, part))
     found = model._second_pass(groups, inputs)
     assert sorted(shape[1] for shape in seen) == sorted(set(lengths))
@@ -221,7 +221,7 @@ def test_the_first_pass_stops_at_the_last_matrix_it_reads(family, folders, tmp_p
     model = mergetool.load_bundle(make_bundle(tmp_path, family, options=replace(OPTIONS, router=router)))
     assert len(model.manifest.router.matrices) == 1
     inputs, seen = tiny_inputs(family), {}
-    (module,) = model._read_at
+    (module,) = model.first_pass.modules
     hook = module.register_forward_pre_hook(lambda _, arguments: seen.setdefault("z", arguments[0]))
     with torch.inference_mode():
         model.base(**inputs)  # the whole way
@@ -229,7 +229,7 @@ def test_the_first_pass_stops_at_the_last_matrix_it_reads(family, folders, tmp_p
     ran = []
     hooks = [each.register_forward_hook(lambda each, *_: ran.append(each)) for each in model.base.modules()]
     with torch.inference_mode():
-        (feature,) = model._features(inputs)
+        (feature,) = model.first_pass.features(inputs)
     assert module not in ran
     assert model.base not in ran
     for each in hooks:
@@ -241,7 +241,7 @@ def test_the_first_pass_stops_at_the_last_matrix_it_reads(family, folders, tmp_p
 def test_matrices_that_are_stored_as_inputs_by_outputs_are_read_on_the_side_of_the_inputs(tmp_path):
     router = replace(ROUTER, layers=("*.h.1.*c_fc*",))
     model = mergetool.load_bundle(make_bundle(tmp_path, "gpt2", options=replace(OPTIONS, router=router)))
-    ((basis, *_),) = model._bases
+    ((basis, *_),) = model.first_pass.bases
     assert basis.shape == (8, WIDTH)
     torch.testing.assert_close(basis.mT, model._factors.of(0, "transformer.h.1.mlp.c_fc.weight").u)
 
@@ -252,10 +252,10 @@ def test_inputs_that_lie_where_a_task_changed_the_weights_go_to_that_task(tmp_pa
         tmp_path, "bert", options=replace(OPTIONS, router=replace(ROUTER, layers=("*.layer.0.*query*",)))
     )
     model = mergetool.load_bundle(folder)
-    (bases,) = model._bases
+    (bases,) = model.first_pass.bases
     for task, basis in enumerate(bases):
         z = torch.randn(5, len(basis)) @ basis
-        model._features = lambda inputs, z=z: [z]
+        model.first_pass.features = lambda inputs, z=z: [z]
         routing = model.route(input_ids=torch.ones(5, 3, dtype=torch.long))
         assert routing.coefficients.argmax(1).tolist() == [task] * 5
         assert all("abc"[task] in chosen for chosen in routing.tasks)
@@ -280,7 +280,7 @@ def test_features_come_from_the_base_or_from_the_merge(features, tmp_path):
     module.register_forward_pre_hook(lambda _, arguments: seen.setdefault("z", arguments[0]))
     with torch.inference_mode():
         expected(**inputs)
-        found = model._features(inputs)[place]
+        found = model.first_pass.features(inputs)[place]
     torch.testing.assert_close(found, pool_tokens(seen["z"], inputs["attention_mask"], "mean"), rtol=0, atol=1e-4)
     assert all(torch.equal(before[name], value) for name, value in model.base.state_dict().items())
 
@@ -422,7 +422,7 @@ def test_each_prompt_is_continued_by_its_own_group(family, bundles, folders, tmp
 
 
 def test_a_bundle_opens_through_automodel(folders):
-    import mergetool.bundle.hf
+    import mergetool.bundle.auto
 
     model = transformers.AutoModel.from_pretrained(folders["bert"])
     expected = mergetool.load_bundle(folders["bert"])(**tiny_inputs("bert"))

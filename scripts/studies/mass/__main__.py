@@ -162,25 +162,27 @@ def routed(study: Study, model: MassModel) -> dict[str, dict[str, float]]:
 @torch.inference_mode()
 def routing(study: Study, model: MassModel) -> dict[str, float]:
     """Share of samples whose true task is nearest, by matrix, by kind and by all; `model` reads every matrix."""
-    assert model.manifest.router is not None
-    names = list(model.manifest.router.matrices)
+    first_pass, router = model.first_pass, model.manifest.router
+    assert first_pass is not None
+    assert router is not None
+    names = list(router.matrices)
     seen: list[list[Tensor]] = []
     truth: list[int] = []
     for task in study.tasks:
         for inputs, labels in study.batches(task):
-            seen.append(model._features(inputs))
+            seen.append(first_pass.features(inputs))
             truth += [model.task_names.index(task.name)] * len(labels)
     features = [torch.cat(each) for each in zip(*seen, strict=True)]
     target = torch.tensor(truth)
 
-    def accuracy(chosen: list[int], norm: Norm = "likelihood", bases: Bases = model._bases) -> float:
+    def accuracy(chosen: list[int], norm: Norm = "likelihood", bases: Bases = first_pass.bases) -> float:
         found = mean_distance([features[i] for i in chosen], [bases[i] for i in chosen], norm)
         return float((found.argmin(1) == target).float().mean())
 
     every = list(range(len(names)))
     kinds = {kind: [i for i, name in enumerate(names) if _kind(name) == kind] for kind in KINDS}
     cut = [
-        [[own[:24] if other == task else own for other, own in enumerate(each)] for each in model._bases]
+        [[own[:24] if other == task else own for other, own in enumerate(each)] for each in first_pass.bases]
         for task in range(len(model.task_names))
     ]
     auto = kinds["attention.output"]

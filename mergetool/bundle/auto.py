@@ -1,0 +1,41 @@
+"""Let AutoModel open bundles.
+
+    import mergetool.bundle.auto                                 # registers the model type "mass"
+    model = transformers.AutoModel.from_pretrained("out/bundle")
+
+Without the import, `AutoModel.from_pretrained("out/bundle", trust_remote_code=True)` finds this file through the
+bundle's own modeling_mass.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergetool.bundle.hf import transformers
+from mergetool.bundle.model import load_bundle
+
+
+class MassConfig(transformers.PretrainedConfig):  # type: ignore[no-untyped-call]
+    """config.json of a bundle: the base's config inside."""
+
+    model_type = "mass"
+
+    def __init__(self, base_config: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.base_config = base_config or {}
+
+
+class AutoMassModel(transformers.PreTrainedModel):  # type: ignore[no-untyped-call]
+    """What AutoModel finds under the model type "mass". `from_pretrained` gives a `mergetool.bundle.MassModel`."""
+
+    config_class = MassConfig
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *_: Any, dtype: Any = None, **__: Any) -> Any:  # type: ignore[override]
+        """Open a bundle folder; as `mergetool.load_bundle`."""
+        return load_bundle(Path(path), dtype=dtype if isinstance(dtype, torch.dtype) else None)
+
+
+transformers.AutoConfig.register("mass", MassConfig, exist_ok=True)
+transformers.AutoModel.register(MassConfig, AutoMassModel, exist_ok=True)

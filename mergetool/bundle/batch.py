@@ -1,0 +1,61 @@
+"""Batches of a model's inputs: tensors with one row a sample, among other options.
+
+A batch that is sorted by group can be cut into groups, each as long as its own longest sample.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergetool.errors import SourceError
+
+_WORTH_SPLITTING = 0.8
+"""Share of a batch's tokens up to which it is run group by group to leave out padding."""
+_ENOUGH_TOKENS = 256
+"""Tokens a group, on average, from which on one group after the other is as fast as all at once, or faster."""
+
+
+def check_batch(inputs: Mapping[str, Tensor]) -> None:
+    """Refuse batches without samples, and samples without tokens. Raises SourceError."""
+    if not inputs or num_samples(inputs) == 0:
+        raise SourceError("the batch is empty", "inputs", "give at least one sample")
+    if any(value.numel() == 0 for value in inputs.values() if isinstance(value, Tensor)):
+        raise SourceError("the samples are empty", "inputs", "give every sample at least one token")
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and bool((mask.sum(1) == 0).any()):
+        sample = int((mask.sum(1) == 0).nonzero()[0])
+        raise SourceError(f"every token of sample {sample} is masked", "attention_mask", "leave that sample out")
+
+
+def num_samples(inputs: Mapping[str, Any]) -> int:
+    """Rows of the batch: those of its first tensor that has any."""
+    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), 0)
+
+
+def lengths_in(batch: Mapping[str, Any], ends: Sequence[tuple[int, int]]) -> list[int] | None:
+    """Tokens of the longest sample in each range of samples, where running them one by one pays; else None.
+
+    Tasks have inputs of different lengths: run one after the other, each needs to be no longer than its own.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None or any(not isinstance(value, Tensor) or value.shape != mask.shape for value in batch.values()):
+        return None
+    used = [(mask[start:stop] != 0).any(0) for start, stop in ends]
+    lengths = [int(columns.nonzero().max()) + 1 if bool(columns.any()) else 1 for columns in used]
+    tokens = sum((stop - start) * length for (start, stop), length in zip(ends, lengths, strict=True))
+    worth = tokens <= _WORTH_SPLITTING * mask.numel() or tokens >= _ENOUGH_TOKENS * len(ends)
+    return lengths if worth else None
+
+
+def take(inputs: Mapping[str, Any], samples: Sequence[int]) -> dict[str, Any]:
+    """Some samples of a batch, in the order given."""
+    total = num_samples(inputs)
+    chosen = torch.tensor(samples, dtype=torch.long)
+    return {
+        key: value[chosen.to(value.device)]
+        if isinstance(value, Tensor) and value.ndim and len(value) == total
+        else value
+        for key, value in inputs.items()
+    }

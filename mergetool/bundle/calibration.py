@@ -1,0 +1,42 @@
+"""What corrects a bundle's router: `calibration.json` beside the manifest.
+
+Every task's distances get an offset, and all a temperature. The file names the manifest that it was made for by its
+hash, and counts only with that. Deleting it takes the correction back.
+"""
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mergetool.bundle.manifest import MANIFEST_NAME
+from mergetool.errors import SourceError
+from mergetool.tensors.io import sha256_file
+
+CALIBRATION_NAME = "calibration.json"
+
+
+class Calibration(BaseModel):
+    """What is subtracted from the tasks' distances, in the order of the bundle's tasks, and what divides them then."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    manifest: str
+    """SHA-256 of the bundle's manifest."""
+    offsets: tuple[float, ...]
+    temperature: float
+    num_rows: int
+
+
+def read_calibration(folder: Path) -> Calibration | None:
+    """The calibration of a bundle, if it has one. Raises SourceError for one that is damaged or of another bundle."""
+    path, fix = folder / CALIBRATION_NAME, "calibrate again, or delete the file"
+    if not path.is_file():
+        return None
+    try:
+        found = Calibration.model_validate(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, ValidationError) as error:
+        raise SourceError(f"cannot be read ({str(error).splitlines()[0][:100]})", str(path), fix) from None
+    if found.manifest != sha256_file(folder / MANIFEST_NAME):
+        raise SourceError("was made for another bundle, or this one was made again", str(path), fix)
+    return found
