@@ -127,16 +127,6 @@ def _main_dtype(plan: Plan) -> str | None:
 def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any]:
     document = public(plan.recipe.document, plan.recipe.folder)
     recipe = json.dumps(document, sort_keys=True, default=str)
-    numbers = [
-        [
-            step.spec.name,
-            step.method.method_name() if step.method else "copy",
-            step.donor,
-            *step.reads,
-            vars(step.params),
-        ]
-        for step in plan.steps
-    ]
     return {
         "mergetool": __version__,
         "plan": key,
@@ -153,7 +143,7 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
             name: [public(vars(origin), plan.recipe.folder) for origin in origins]
             for name, origins in plan.origins.items()
         },
-        "resolved_sha256": hashlib.sha256(json.dumps(numbers, default=str).encode()).hexdigest(),
+        "resolved_sha256": _resolved(plan),
         "output": {"dtype": plan.recipe.output.dtype, "files": dict(sorted(record.outputs.items()))},
         "notes": _remarks(record.notes),
         "measured": _measured(record.notes),
@@ -173,6 +163,21 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
 def _input(plan: Plan, record: Record, name: str, stamp: FileStamp) -> dict[str, Any]:
     digest = record.inputs.get(str(stamp.path))
     return {"file": _place(plan, name, stamp.path), "size": stamp.size, "sha256": digest}
+
+
+def _resolved(plan: Plan) -> str:
+    """SHA-256 of what becomes of every tensor: method, inputs, and numbers."""
+    numbers = [
+        [
+            step.spec.name,
+            step.method.method_name() if step.method else "copy",
+            step.donor,
+            *step.reads,
+            vars(step.params),
+        ]
+        for step in plan.steps
+    ]
+    return hashlib.sha256(json.dumps(numbers, default=str).encode()).hexdigest()
 
 
 def _place(plan: Plan, name: str, path: Path) -> str:
