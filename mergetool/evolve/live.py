@@ -22,7 +22,7 @@ from mergetool.methods.base import SearchMethod
 from mergetool.planner import Plan, Step, make_plan
 from mergetool.planner.model import BASE
 from mergetool.recipe import load_recipe
-from mergetool.recipe.candidate import candidate_recipe
+from mergetool.recipe.load import candidate_recipe
 from mergetool.recipe.model import Recipe
 from mergetool.search.space import Value
 from mergetool.tensors.dtypes import DType, torch_dtype

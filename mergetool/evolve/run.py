@@ -13,7 +13,7 @@ from mergetool.engine.push import push_target
 from mergetool.errors import MergeError, OutputError
 from mergetool.methods.base import SearchMethod
 from mergetool.planner.lookup import pinned
-from mergetool.recipe.candidate import candidate_recipe
+from mergetool.recipe.load import candidate_recipe
 from mergetool.recipe.model import Recipe
 from mergetool.tensors.source import open_model
 

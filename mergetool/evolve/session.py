@@ -26,7 +26,7 @@ from mergetool.methods.merge3 import Merge3
 from mergetool.planner.build import open_models
 from mergetool.planner.lookup import Lookup, is_on_hub
 from mergetool.planner.model import BASE
-from mergetool.recipe.candidate import candidate_recipe
+from mergetool.recipe.load import candidate_recipe
 from mergetool.recipe.model import Recipe
 from mergetool.tensors.source import ModelSource
 from mergetool.tensors.writer import write_file

@@ -15,7 +15,7 @@ from mergetool.errors import PlanError, at
 from mergetool.methods.base import BundleMethod, FittedMethod, Method, SearchMethod, TensorMethod
 from mergetool.planner.lookup import Lookup
 from mergetool.planner.model import BASE, Plan, Shard, Step
-from mergetool.recipe.candidate import candidate_recipe
+from mergetool.recipe.load import candidate_recipe
 from mergetool.recipe.model import Override, Recipe
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
 from mergetool.tensors.header import TensorSpec, lay_out

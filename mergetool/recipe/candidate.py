@@ -1,13 +1,12 @@
-"""Candidates of a search as recipes of their own: checking them all before the first is tried, and making one."""
+"""Candidates of a search as documents of their own, so that they can be checked before the first is tried."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from mergetool.errors import RecipeError
 from mergetool.methods.base import SearchMethod
 from mergetool.recipe.document import Document, Place
-from mergetool.recipe.model import Recipe
 from mergetool.search.space import Gene, Value
 
 
@@ -51,16 +50,6 @@ def candidate_documents(document: Document, method: SearchMethod) -> list[Candid
         )
         for values in corners(method.space(tuple(models)).genes)
     ]
-
-
-def candidate_recipe(recipe: Recipe, values: Sequence[Value]) -> Recipe:
-    """The plain recipe of one candidate. Raises RecipeError where these numbers cannot go together."""
-    from mergetool.recipe.load import load_recipe
-
-    assert isinstance(recipe.method, SearchMethod)
-    section = recipe.method.candidate(values, tuple(recipe.models))
-    made = load_recipe(candidate_data(recipe.document, section))
-    return replace(made, folder=recipe.folder, name=recipe.name, settings=recipe.settings)
 
 
 def unique(problems: Sequence[RecipeError]) -> list[RecipeError]:

@@ -5,6 +5,7 @@ checks that need several sections (names of models, bases that would not be used
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,12 +16,13 @@ from mergetool.errors import RecipeError
 from mergetool.evaluate.options import TaskOptions
 from mergetool.methods import registry
 from mergetool.methods.base import BundleMethod, FittedMethod, Method, SearchMethod
-from mergetool.recipe.candidate import candidate_documents, unique
+from mergetool.recipe.candidate import candidate_data, candidate_documents, unique
 from mergetool.recipe.checks import cross_checks
 from mergetool.recipe.document import Document, Place, parse_value, read_document
 from mergetool.recipe.mergekit import convert, is_mergekit
 from mergetool.recipe.model import Check, Compute, Output, Override, Recipe, Reference, Tokenizer
 from mergetool.recipe.render import render, suggestion, unknown_key
+from mergetool.search.space import Value
 
 _Models = Annotated[dict[str, Reference], Field(min_length=1)]
 SECTIONS: dict[str, Any] = {
@@ -52,6 +54,14 @@ def load_recipe(source: "str | Path | Mapping[str, Any]", settings: Sequence[str
     if problems:
         raise RecipeError.of(problems)
     return check_document(document, tuple(settings))
+
+
+def candidate_recipe(recipe: Recipe, values: Sequence[Value]) -> Recipe:
+    """The plain recipe of one candidate. Raises RecipeError where these numbers cannot go together."""
+    assert isinstance(recipe.method, SearchMethod)
+    section = recipe.method.candidate(values, tuple(recipe.models))
+    made = load_recipe(candidate_data(recipe.document, section))
+    return replace(made, folder=recipe.folder, name=recipe.name, settings=recipe.settings)
 
 
 def _plain(value: Any) -> Any:
