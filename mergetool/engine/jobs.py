@@ -6,17 +6,15 @@ model           where a fitted method has something to finish: tensors replaced 
 output file     hashed from its front on as units are finished, while they are in the page cache; then synced
 """
 
-import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mergetool.engine.crew import Crew
 from mergetool.engine.deal import Share
-from mergetool.engine.devices import usable_device
 from mergetool.engine.front import Front
 from mergetool.engine.journal import Journal
 from mergetool.engine.record import Record, joined_counts
@@ -32,10 +30,7 @@ from mergetool.tensors.writer import SlotWriter
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergetool.bundle.store import FactorStore
     from mergetool.engine.fitting import Fit
-    from mergetool.engine.fork import Fork
-    from mergetool.engine.worker import Worker
 
 _WHOLE_MODEL = None
 """Scope of a survey over all tensors; every other scope is a tensor's name."""
@@ -67,16 +62,13 @@ class Jobs:
         self, plan: Plan, writer: SlotWriter, journal: Journal, schedule: Schedule, *, teller: Teller, share: Share
     ) -> None:
         self._plan = plan
+        self.crew = Crew(plan, writer)
         self._share = share
         self._writer = writer
         self._journal = journal
         self._schedule = schedule
         self._teller = teller
-        self._local = threading.local()
-        self._forks: list[Fork] = []
-        self._threads = 1
         self._fit: Fit | None = None
-        self._store: FactorStore | None = None
         done = journal.done
         self.record = Record(inputs=dict(done.hashes), notes={name: list(notes) for name, notes in done.notes.items()})
         self._stops = {(step.index, start): stop for step in plan.steps for start, stop in step.pieces(UNIT_ELEMENTS)}
@@ -112,68 +104,29 @@ class Jobs:
         mine = filter(self._share.hashes_input, self._files)
         self._schedule.add(self._hash_job(path) for path in mine if self._left_of_file[path] == 0)
 
-    @contextmanager
-    def torch_ready(self, device: str, workers: int, cache: Path | None) -> Iterator[None]:
-        """Import torch (threads are hashing meanwhile), check the device, and share out torch's threads.
-
-        Slices are too short for more than one thread: waiting for one another then costs more than the work.
-        """
-        import torch
-
-        from mergetool.bundle.store import FactorStore
-
-        self.record.device = usable_device(device, double=self._plan.needs_float64)
-        if self.record.device != "cpu":
-            self._teller.say(f"merging on {self.record.device}")
-        self._store = FactorStore(cache) if cache else None
-        self._threads = torch.get_num_threads()
-        torch.set_num_threads(1 if self._sliced else max(1, self._threads // workers))
-        try:
-            yield
-        finally:
-            torch.set_num_threads(self._threads)
-
     def fit(self, folder: Path) -> None:
-        """For a method that looks at the whole models first: do so (or take up what a killed run left).
-
-        No worker computes meanwhile, so torch has all threads; the processes of a machine share them.
-        """
-        import torch
-
+        """For a method that looks at the whole models first: do so (or take up what a killed run left)."""
         from mergetool.engine.fitting import fit
 
-        threads = torch.get_num_threads()
+        self.record.device = self.crew.device
+        if self.crew.device != "cpu":
+            self._teller.say(f"merging on {self.crew.device}")
         team = self._share.team
-        torch.set_num_threads(max(1, self._threads // team.local_size))
-        self._fit = fit(self._plan, folder, self._teller.say, team)
-        self._plan = self._fit.plan
-        torch.set_num_threads(threads)
-
-    @property
-    def _sliced(self) -> bool:
-        """Whether no step needs a tensor whole."""
-        return not any(step.method is not None and (step.whole or step.reach == "tensor") for step in self._plan.steps)
+        with self.crew.resting(team.local_size):
+            self._fit = fit(self._plan, folder, self._teller.say, team)
+        self._plan = self.crew.plan = self._fit.plan
 
     def fork(self, count: int) -> None:
-        """Give workers processes of their own, where that pays. Not for programs that have threads of their own."""
-        alone = self._share.team.size == 1  # threads that talk to other processes are not to be forked
-        if not alone or self.record.device != "cpu" or not self._sliced or not 1 < count < self._units_left:
-            return
-        from mergetool.engine.fork import Fork
+        """Give workers processes of their own, where there is enough to do.
 
-        steps = {step.index: step for step in self._plan.steps}
-        try:
-            for _ in range(count):
-                others = [self._journal.fileno(), *(fork.fileno() for fork in self._forks)]
-                self._forks.append(Fork(self._new_worker(), steps, others))
-        except OSError:  # no more processes, files or memory are allowed: threads will do
-            self.close()
-            self._forks = []
-        self._idle = list(self._forks)
+        Not beside other processes of a team: threads that talk to those are not to be forked.
+        """
+        if self._share.team.size == 1 and 1 < count < self._units_left:
+            self.crew.fork(count, self._journal.fileno())
 
     def close(self) -> None:
         """End the processes of workers, when no thread uses them any more."""
-        self.record.workers_memory = sum(fork.close() for fork in self._forks)
+        self.record.workers_memory = self.crew.close()
 
     def queue_all(self) -> None:
         """Queue everything that is still to do, in plan order."""
@@ -242,7 +195,7 @@ class Jobs:
             self._queue_conclusion(name, scope)
 
     def _survey(self, step: Step, start: int, stop: int, survey: Any) -> tuple[int, "Tensor"]:
-        return self._bytes_of(step, start, stop) // survey.one_in, self._worker().survey(step, start, stop, survey)
+        return self._bytes_of(step, start, stop) // survey.one_in, self.crew.mine().survey(step, start, stop, survey)
 
     def _surveyed(self, name: str | None, scope: _Scope, place: int, result: tuple[int, "Tensor"]) -> None:
         size, counts = result
@@ -289,7 +242,7 @@ class Jobs:
         self._schedule.add(jobs, first=first)
 
     def _merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[str]:
-        notes = self._worker().merge(step, start, stop, stats)
+        notes = self.crew.mine().merge(step, start, stop, stats)
         self._journal.unit(step.index, start, step.spec.name, notes)
         return notes
 
@@ -322,19 +275,6 @@ class Jobs:
         files = ((self._plan.sources[name], name) for name in step.reads)
         return {str(source.files[source.position(step.spec.name)[0]].path) for source, _ in files if source.files}
 
-    def _worker(self) -> "Worker | Fork":
-        if not hasattr(self._local, "worker"):
-            self._local.worker = self._idle.pop() if self._forks else self._new_worker()
-        worker: Worker | Fork = self._local.worker
-        return worker
-
-    def _new_worker(self) -> "Worker":
-        import torch
-
-        from mergetool.engine.worker import Worker
-
-        return Worker(self._plan, self._writer, torch.device(self.record.device), self._store)
-
     # ---------------------------------------------------------------- files
 
     def _hash_job(self, path: str) -> Job:
@@ -363,7 +303,7 @@ class Jobs:
         paths = [self._writer.path(shard) for shard in range(self._writer.num_files)]
         merged = SafetensorsSource(paths, None)
         try:
-            self._new_worker().replace(self._fit.finish(merged, self._writer.folder))
+            self.crew.new().replace(self._fit.finish(merged, self._writer.folder))
         finally:
             merged.close()
         for shard in range(self._writer.num_files):

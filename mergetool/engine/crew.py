@@ -1,0 +1,106 @@
+"""Who does the arithmetic of a run: a worker for every thread, in that thread or in a process of its own.
+
+Slices are too short for more than one thread of torch's: waiting for one another then costs more than the work. Whole
+tensors are worth several, so a run that has such steps shares torch's threads out among its workers.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergetool.engine.devices import usable_device
+from mergetool.planner import Plan
+from mergetool.tensors.writer import SlotWriter
+
+if TYPE_CHECKING:
+    from mergetool.bundle.store import FactorStore
+    from mergetool.engine.fork import Fork
+    from mergetool.engine.worker import Worker
+
+
+class Crew:
+    """The workers of one run. `plan` is what new workers go by: a fit gives a new one before the first is asked for."""
+
+    def __init__(self, plan: Plan, writer: SlotWriter) -> None:
+        self.plan = plan
+        self.device = "cpu"
+        self._writer = writer
+        self._store: FactorStore | None = None
+        self._threads = 1
+        self._local = threading.local()
+        self._forks: list[Fork] = []
+        self._idle: list[Fork] = []
+
+    @contextmanager
+    def ready(self, device: str, count: int, cache: Path | None) -> Iterator[None]:
+        """Import torch (threads may be hashing meanwhile), check the device, and share torch's threads between `count`.
+
+        Raises PlanError for a device that cannot be used.
+        """
+        import torch
+
+        from mergetool.bundle.store import FactorStore
+
+        self.device = usable_device(device, double=self.plan.needs_float64)
+        self._store = FactorStore(cache) if cache else None
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1 if self._sliced else max(1, self._threads // count))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._threads)
+
+    @contextmanager
+    def resting(self, processes: int) -> Iterator[None]:
+        """While inside, no worker computes: torch has all threads, which the processes of a machine share."""
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, self._threads // processes))
+        yield
+        torch.set_num_threads(threads)
+
+    @property
+    def _sliced(self) -> bool:
+        """Whether no step needs a tensor whole."""
+        return not any(step.method is not None and (step.whole or step.reach == "tensor") for step in self.plan.steps)
+
+    def fork(self, count: int, held: int) -> None:
+        """Give `count` workers processes of their own, where that pays; they must not hold the file descriptor `held`.
+
+        Not for programs that have threads of their own.
+        """
+        if self.device != "cpu" or not self._sliced:
+            return
+        from mergetool.engine.fork import Fork
+
+        steps = {step.index: step for step in self.plan.steps}
+        try:
+            for _ in range(count):
+                others = [held, *(fork.fileno() for fork in self._forks)]
+                self._forks.append(Fork(self.new(), steps, others))
+        except OSError:  # no more processes, files or memory are allowed: threads will do
+            self.close()
+            self._forks = []
+        self._idle = list(self._forks)
+
+    def mine(self) -> "Worker | Fork":
+        """The worker of the thread that asks."""
+        if not hasattr(self._local, "worker"):
+            self._local.worker = self._idle.pop() if self._forks else self.new()
+        worker: Worker | Fork = self._local.worker
+        return worker
+
+    def new(self) -> "Worker":
+        """A worker in the thread that asks."""
+        import torch
+
+        from mergetool.engine.worker import Worker
+
+        return Worker(self.plan, self._writer, torch.device(self.device), self._store)
+
+    def close(self) -> int:
+        """End the processes, when no thread uses them any more. Returns the bytes of memory they had of their own."""
+        return sum(fork.close() for fork in self._forks)
