@@ -54,7 +54,7 @@ def _searches(searches: dict[str, Any]) -> str:
         cost = (f"{estimate - winner['search_mean']:+.3f}", f"{spent['searching']:,}", f"{spent['reduction']:.1f}")
         scores = (f"{score:.3f}" for score in (*winner["report"], winner["report_mean"]))
         rows.append([f"**{name}**", *scores, *cost])
-    heads = ["report items", *tasks, "mean", "estimate - search score", "items", "times fewer"]
+    heads = ["report items", *tasks, "mean", "estimate - search score", "items", "fewer than all it tried"]
     return "## Searches\n\n" + _rows(heads, rows) + "\n" + _time(searches) + _front(searches)
 
 
@@ -112,17 +112,20 @@ def plots(folder: Path, results: dict[str, Any]) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    for name, facts in results["searches"].items():
-        left.plot(facts["spent"]["searching"], facts["winner"]["report_mean"], "o", label=name)
+    for place, (name, facts) in enumerate(results["searches"].items()):
+        left.plot(facts["spent"]["searching"], facts["winner"]["report_mean"], "os^"[place // 10], label=name)
     _, *parents, uniform = next(iter(results["searches"].values()))["compared"]
     left.axhline(max(row["report_mean"] for row in parents), color="0.5", ls=":", label="best parent")
     left.axhline(uniform["report_mean"], color="0.5", ls="--", label="uniform merge")
     left.set(xscale="log", xlabel="items answered while searching", ylabel="mean score on report items")
-    left.legend(fontsize=6, frameon=False, ncols=2)
+    left.xaxis.set_minor_formatter("")
+    left.legend(fontsize=6, frameon=False, ncols=2, loc="center right")
     rows = [row for row in results["estimators"] if row["calibration"] == CALIBRATION]
     for panel, place, label in ((middle, 0, "mean absolute error"), (right, 1, "rank correlation")):
         for kind in KINDS:
             panel.plot([row["items"] for row in rows], [row[kind][place] for row in rows], "o-", label=kind)
         panel.set(xscale="log", xlabel="items asked of each task", ylabel=label)
+        panel.set_xticks([row["items"] for row in rows], [row["items"] for row in rows], minor=False)
+        panel.xaxis.set_minor_formatter("")
     middle.legend(frameon=False)
     figure.savefig(folder / "study.png", dpi=150)
