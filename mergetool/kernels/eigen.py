@@ -31,21 +31,22 @@ def gram_eigh(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest eigenvalues of x^T x and their eigenvectors.
 
     x: (m, n), floating point. Returns values (k,), descending, and orthonormal vectors (n, k), float64, on x's device.
+    Leading dimensions of x are those of a batch, and of the results.
     An eigenvalue is right to about 1e-15 of the largest, so singular values below 1e-8 of the largest are noise.
     Raises ValueError if k is not in 1..n, or an entry is infinite or not a number.
     """
-    n = x.shape[1]
+    n, alone = x.shape[-1], x.is_cpu and x.dim() == 2
     if not 1 <= k <= n:
         raise ValueError(f"asked for {k} eigenvectors of a {n} x {n} matrix")
     x = x.to(torch.float64)
-    gram = _upper_gram(x) if x.is_cpu else x.mT @ x
-    size = float(gram.diagonal().sum())  # the sum of the squares of all entries
+    gram = _upper_gram(x) if alone else x.mT @ x
+    size = float(gram.diagonal(dim1=-2, dim2=-1).sum())  # the sum of the squares of all entries
     if not isfinite(size):
         raise ValueError("the matrix holds infinities or not-a-numbers")
-    if x.is_cpu and 2 * k <= n and size > 0 and (pairs := _leading_eigh(gram.clone(), k)):
+    if alone and 2 * k <= n and size > 0 and (pairs := _leading_eigh(gram.clone(), k)):
         return pairs
     values, vectors = torch.linalg.eigh(gram, UPLO="U")
-    return values[-k:].flip(0), vectors[:, -k:].flip(1)
+    return values[..., -k:].flip(-1), vectors[..., -k:].flip(-1)
 
 
 def _upper_gram(x: Tensor) -> Tensor:

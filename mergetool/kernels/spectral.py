@@ -76,15 +76,20 @@ class Factors:
         """The matrix itself, (m, n), in the factors' dtype."""
         return (self.u * self.s) @ self.v.mT
 
+    def live(self, noise: float) -> Self:
+        """The triplets with s > noise s[0]."""
+        return self.leading(int((self.s > noise * self.s[0]).sum()))
+
 
 def truncated_svd(delta: Tensor, k: int) -> Factors:
     """The k leading singular triplets of `delta` (m, n), in float64, s descending; s may hold zeros.
 
     Signs are such that the largest entry of every left vector is positive, whatever the machine's BLAS does.
 
-    Raises ValueError if k is not in 1..min(m, n), or `delta` is not finite.
+    Leading dimensions of `delta` are those of a batch. Raises ValueError if k is not in 1..min(m, n), or `delta` is not
+    finite.
     """
-    if delta.shape[0] < delta.shape[1]:
+    if delta.shape[-2] < delta.shape[-1]:
         return _with_signs(_truncated_svd(delta.mT, k).mT)
     return _with_signs(_truncated_svd(delta, k))
 
@@ -100,7 +105,7 @@ def _truncated_svd(delta: Tensor, k: int) -> Factors:
 
 
 def _with_signs(factors: Factors) -> Factors:
-    largest = factors.u.gather(0, factors.u.abs().argmax(0, keepdim=True))
+    largest = factors.u.gather(-2, factors.u.abs().argmax(-2, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(factors.u.dtype)
     return Factors(factors.u * signs, factors.s, factors.v * signs)
 
@@ -113,9 +118,19 @@ def live_factors(delta: Tensor, k: int) -> Factors:
     if not delta.any():
         empty = delta.new_zeros(0, dtype=torch.float64)
         return Factors(empty.expand(delta.shape[0], 0), empty, empty.expand(delta.shape[1], 0))
-    factors = truncated_svd(delta, k)
-    noise = max(delta.shape) * torch.finfo(delta.dtype).eps * factors.s[0]
-    return factors.leading(int((factors.s > noise).sum()))
+    return truncated_svd(delta, k).live(max(delta.shape) * torch.finfo(delta.dtype).eps)
+
+
+def live_factors_of(deltas: Sequence[Tensor], k: int, *, together: bool | None = None) -> list[Factors]:
+    """`live_factors` of matrices of one shape, all `together` in one batch: by default where they are not on the CPU.
+
+    A device is busy with one call for many matrices where one of them leaves most of it idle; a CPU gains nothing.
+    """
+    if not (not deltas[0].is_cpu if together is None else together):
+        return [live_factors(delta, k) for delta in deltas]
+    noise = max(deltas[0].shape) * torch.finfo(deltas[0].dtype).eps
+    every = truncated_svd(torch.stack(list(deltas)), k)
+    return [Factors(*parts).live(noise) for parts in zip(every.u, every.s, every.v, strict=True)]
 
 
 def rank_limit(rank: Rank, size: int, num_tasks: int) -> int:

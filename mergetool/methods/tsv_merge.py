@@ -52,15 +52,18 @@ class TsvMerge(MatrixMethod):
         if most == 0:
             group.note("too small for the rank asked for: averaged")
             return None
-        parts = zip(matrices, weights, strict=True)
-        every = concatenated([self._factors(group, matrix, most).scaled(weight) for matrix, weight in parts])
+        parts = zip(self._factors(group, matrices, most), weights, strict=True)
+        every = concatenated([factors.scaled(weight) for factors, weight in parts])
         group.measure("interference", interference(every.to(torch.float32)).normalised)
         return orthogonalised(every, fill=self.null_policy == "reference").to(matrices[0].dtype).dense()
 
-    def _factors(self, group: TensorGroup, matrix: "Tensor", most: int) -> "Factors":
-        from mergetool.kernels.spectral import kept, live_factors, truncated_svd
+    def _factors(self, group: TensorGroup, matrices: "list[Tensor]", most: int) -> "list[Factors]":
+        from mergetool.kernels.spectral import kept, live_factors_of, truncated_svd
 
         if self.null_policy == "reference":
-            return kept(truncated_svd(matrix, most), self.rank)
-        find = live_factors if group.store is None else group.store.factors
-        return kept(find(matrix, most), self.rank)
+            found = [truncated_svd(matrix, most) for matrix in matrices]
+        elif group.store is not None:
+            found = [group.store.factors(matrix, most) for matrix in matrices]
+        else:
+            found = live_factors_of(matrices, most)
+        return [kept(factors, self.rank) for factors in found]

@@ -7,7 +7,8 @@ their SHA-256 is handed over where the client takes it, so that nobody computes 
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,28 +72,42 @@ def push_folder(folder: Path, digests: Mapping[str, str], stale: str, title: str
     if not check_target(target):
         with explained(target.repo), patient():
             _client().create_repo(target.repo, private=target.private or None, exist_ok=True)
+    changed, gone, known = _to_do(folder, digests, stale, title, target)
+    if known is not None:
+        return known
+    operations = _operations(folder, {path: digests[path] for path in changed}, gone)
+    unchanged = len(digests) - len(changed)
+    try:
+        with explained(target.repo), patient():
+            done = _client().create_commit(
+                target.repo, operations=operations, commit_message=title, create_pr=target.pull_request
+            )
+    except HubError as error:
+        with suppress(HubError):  # the commit may be there, and only the answer lost
+            _, _, known = _to_do(folder, digests, stale, title, target)
+        if known is None:
+            raise error from None
+        return replace(known, uploaded=tuple(changed), deleted=tuple(gone), unchanged=unchanged)
+    url = str(done.pr_url or done.commit_url)
+    return Pushed(target.repo, url, str(done.oid), tuple(changed), tuple(gone), unchanged)
+
+
+def _to_do(
+    folder: Path, digests: Mapping[str, str], stale: str, title: str, target: Target
+) -> tuple[list[str], list[str], Pushed | None]:
+    """Files to upload and to delete; what is there, where nothing is left to do."""
     info = _info(target)
     assert info is not None
     there = {file.rfilename: file for file in info.siblings or ()}
     changed = [path for path, digest in digests.items() if not _same(folder / path, digest, there.get(path))]
-    gone = (
-        sorted((_listed(target, stale) & there.keys()) - digests.keys()) if stale in changed and stale in there else []
-    )
-    address = f"{_client().endpoint}/{target.repo}"
-    unchanged = len(digests) - len(changed)
+    outdated = stale in changed and stale in there
+    gone = sorted((_listed(target, stale) & there.keys()) - digests.keys()) if outdated else []
+    address, known = f"{_client().endpoint}/{target.repo}", None
     if not changed and not gone:
-        return Pushed(target.repo, f"{address}/commit/{info.sha}", info.sha, (), (), unchanged)
-    if target.pull_request and (number := _open_pull_request(target, title)) is not None:
-        return Pushed(target.repo, f"{address}/discussions/{number}", info.sha, (), (), len(digests))
-    with explained(target.repo), patient():
-        done = _client().create_commit(
-            target.repo,
-            operations=_operations(folder, {path: digests[path] for path in changed}, gone),
-            commit_message=title,
-            create_pr=target.pull_request,
-        )
-    url = str(done.pr_url or done.commit_url)
-    return Pushed(target.repo, url, str(done.oid), tuple(changed), tuple(gone), unchanged)
+        known = Pushed(target.repo, f"{address}/commit/{info.sha}", info.sha, (), (), len(digests))
+    elif target.pull_request and (number := _open_pull_request(target, title)) is not None:
+        known = Pushed(target.repo, f"{address}/discussions/{number}", info.sha, (), (), len(digests))
+    return changed, gone, known
 
 
 def _client() -> Any:

@@ -11,6 +11,7 @@ from mergetool.kernels.spectral import (
     energy_rank,
     interference,
     live_factors,
+    live_factors_of,
     orthogonalised,
     polar,
     rank_limit,
@@ -99,6 +100,36 @@ def test_a_low_rank_task_vector_keeps_its_rank(dtype):
     delta = (randn(60, 3) @ randn(3, 40, seed=1)).to(dtype)
     assert live_factors(delta, 10).rank == 3
     assert relative(live_factors(delta, 10).dense(), delta.double()) < 1e-6
+
+
+def assert_factors_alike(found, expected, tolerance=1e-6):
+    there = [Factors(each.u.cpu(), each.s.cpu(), each.v.cpu()) for each in found]
+    for one, other in zip(there, expected, strict=True):
+        assert one.rank == other.rank
+        torch.testing.assert_close(one.s, other.s)
+        torch.testing.assert_close(one.u, other.u, rtol=0, atol=tolerance)
+        torch.testing.assert_close(one.dense(), other.dense())
+
+
+def batch(shape):
+    """Matrices of full and low rank, and one of zeros."""
+    full, other = (task(*shape, seed).float() for seed in (1, 2))
+    return [full, torch.outer(torch.arange(1.0, shape[0] + 1), torch.ones(shape[1])), torch.zeros(shape), other]
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (16, 16)])
+def test_matrices_of_one_shape_have_the_same_factors_together_as_apart(shape):
+    deltas = batch(shape)
+    assert_factors_alike(live_factors_of(deltas, 6, together=True), [live_factors(delta, 6) for delta in deltas])
+    with pytest.raises(ValueError, match="infinities"):
+        live_factors_of([*deltas, torch.full(shape, torch.inf)], 6, together=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_a_gpu_finds_the_factors_of_a_batch():
+    deltas = batch((40, 24))
+    assert_factors_alike(live_factors_of([delta.cuda() for delta in deltas], 6), live_factors_of(deltas, 6))
 
 
 def test_a_zero_task_vector_has_rank_0():
