@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from mergetool.bundle.build import build
@@ -20,6 +19,7 @@ from mergetool.bundle.manifest import Manifest
 from mergetool.bundle.options import Experts, HeadSource
 from mergetool.bundle.store import FactorStore
 from mergetool.engine.claim import Claim
+from mergetool.engine.devices import one_thread
 from mergetool.engine.fitting import WholeModels
 from mergetool.engine.journal import JOURNAL_NAME, other_journals
 from mergetool.engine.processes import Team
@@ -89,12 +89,8 @@ def run_bundle(
     folder = claim.partial
     resumed = claim.journal.found and any((folder / _STORE).glob("*.safetensors"))
     store = team.leader_first(lambda: _emptied(folder, cache, team))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // workers // team.local_size))
-    try:
+    with one_thread():
         manifest = build(experts, folder, store, method.options(), workers)
-    finally:
-        torch.set_num_threads(threads)
     if manifest is None:
         return None
     shutil.rmtree(folder / _STORE, ignore_errors=True)

@@ -1,8 +1,4 @@
-"""Who does the arithmetic of a run: a worker for every thread, in that thread or in a process of its own.
-
-Slices are too short for more than one thread of torch's: waiting for one another then costs more than the work. Whole
-tensors are worth several, so a run that has such steps shares torch's threads out among its workers.
-"""
+"""Who does the arithmetic of a run: a worker for every thread, in that thread or in a process of its own."""
 
 import threading
 from collections.abc import Iterator
@@ -10,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergetool.engine.devices import usable_device
+from mergetool.engine.devices import one_thread, usable_device
 from mergetool.planner import Plan
 from mergetool.tensors.writer import SlotWriter
 
@@ -34,33 +30,26 @@ class Crew:
         self._idle: list[Fork] = []
 
     @contextmanager
-    def ready(self, device: str, count: int, cache: Path | None) -> Iterator[None]:
-        """Import torch (threads may be hashing meanwhile), check the device, and share torch's threads between `count`.
+    def ready(self, device: str, cache: Path | None) -> Iterator[None]:
+        """Import torch (threads may be hashing meanwhile), check the device, and leave each worker one thread.
 
         Raises PlanError for a device that cannot be used.
         """
-        import torch
-
         from mergetool.bundle.store import FactorStore
 
         self.device = usable_device(device, double=self.plan.needs_float64)
         self._store = FactorStore(cache) if cache else None
-        self._threads = torch.get_num_threads()
-        torch.set_num_threads(1 if self._sliced else max(1, self._threads // count))
-        try:
+        with one_thread() as self._threads:
             yield
-        finally:
-            torch.set_num_threads(self._threads)
 
     @contextmanager
     def resting(self, processes: int) -> Iterator[None]:
         """While inside, no worker computes: torch has all threads, which the processes of a machine share."""
         import torch
 
-        threads = torch.get_num_threads()
         torch.set_num_threads(max(1, self._threads // processes))
         yield
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
 
     @property
     def _sliced(self) -> bool:

@@ -61,6 +61,24 @@ def devices_here() -> list[str]:
 
 
 @contextmanager
+def one_thread() -> Iterator[int]:
+    """While inside, torch computes in one thread. Gives the number of threads it had.
+
+    How sums are split up depends on the number of threads, and with it their last bit: a result must not depend on
+    the number of cores, workers or processes. Nor is more worth having: slices are too short, and the threads of
+    several workers get in each other's way.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def own_stream(device: "torch.device") -> Iterator[None]:
     """Do what is inside in this thread's own stream of the device; nothing special where there are no streams."""
     if device.type != "cuda":

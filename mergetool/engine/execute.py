@@ -208,7 +208,7 @@ def _work(jobs: Jobs, schedule: Schedule, pulse: Pulse, claim: Claim, costs: Cos
     for thread in threads:
         thread.start()
     try:
-        with jobs.crew.ready(flags.device, costs.workers, flags.cache):
+        with jobs.crew.ready(flags.device, flags.cache):
             jobs.fit(claim.partial)
             if flags.fork:
                 jobs.fork(costs.workers)

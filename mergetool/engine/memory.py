@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mergetool.engine.devices import one_thread
 from mergetool.engine.fitting import fit
 from mergetool.engine.processes import Team
 from mergetool.engine.trust import check_trust
@@ -42,7 +43,8 @@ def merge_in_memory(
     worker = Worker(plan, sink, torch.device("cpu"))
     merge_all(plan, worker)
     if fitted.finishes:
-        worker.replace(fitted.finish(MemorySource(sink.tensors, "merged"), None))
+        with one_thread():
+            worker.replace(fitted.finish(MemorySource(sink.tensors, "merged"), None))
     return sink.tensors
 
 
@@ -52,10 +54,11 @@ Known = dict[str, Mapping[str, tuple[float, ...]]]
 
 def merge_all(plan: Plan, worker: Worker, known: Known | None = None) -> None:
     """Survey and merge every step, in plan order. With `known`, what surveys of the same weights found is kept."""
-    shared = _surveyed(plan, worker, [step for step in plan.steps if step.surveyed_together], known)
-    for step in plan.steps:
-        stats = shared if step.surveyed_together else _surveyed(plan, worker, [step], known)
-        worker.merge(step, 0, step.spec.num_elements, stats)
+    with one_thread():
+        shared = _surveyed(plan, worker, [step for step in plan.steps if step.surveyed_together], known)
+        for step in plan.steps:
+            stats = shared if step.surveyed_together else _surveyed(plan, worker, [step], known)
+            worker.merge(step, 0, step.spec.num_elements, stats)
 
 
 def _surveyed(plan: Plan, worker: Worker, steps: list[Step], known: Known | None) -> Mapping[str, tuple[float, ...]]:
