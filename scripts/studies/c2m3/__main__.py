@@ -115,7 +115,9 @@ def subjects(arguments: argparse.Namespace) -> dict[str, Subject]:
         f"mlp-{width}": Subject("mlp", MLP, (small.pixels, width), small, Training(60, decay=decay), 3)
         for width in (256, 512)
     }
-    found["resnet-16"] = Subject("resnet", ResNet, (16,), small, Training(20, decay=decay), 1)
+    for width in (16, 64):
+        training = Training(20, decay=decay)
+        found[f"resnet-{width}"] = Subject("resnet", ResNet, (width,), small, training, 1)
     if arguments.mnist is not None:
         large = mnist(arguments.mnist, split)
         found["mnist-mlp-512"] = Subject("mlp", MLP, (large.pixels, 512), large, Training(10, decay=decay), 1)
