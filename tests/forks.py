@@ -69,6 +69,8 @@ class Forks:
         """The command once for each environment; one `start` at a time, `wait` before the next."""
         place = tempfile.TemporaryDirectory()
         paths = [(str(Path(place.name) / f"out{n}"), str(Path(place.name) / f"err{n}")) for n in range(len(envs))]
+        for path in (path for pair in paths for path in pair):
+            Path(path).touch()  # a process may be killed before it opens them
         wanted = [
             {"arguments": [*map(str, arguments)], "cwd": str(cwd), "env": env, "out": out, "err": err}
             for env, (out, err) in zip(envs, paths, strict=True)
