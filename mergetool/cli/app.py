@@ -276,13 +276,21 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a model with lm-eval, and tell what it kept of its parents' scores."""
+    from mergetool.engine.devices import device_for_networks
     from mergetool.evaluate.assess import assess
     from mergetool.evaluate.options import TaskOptions
 
     names = [name for part in tasks for name in part.split(",") if name]
     chosen = [TaskOptions(name=name, include=include, metric=metric) for name in names]
-    machine: dict[str, Any] = {"device": device, "batch_size": batch_size, "cache": cache, "trust_code": trust_code}
-    found = assess(path, chosen, parents=parent or (), **machine)
+    found = assess(
+        path,
+        chosen,
+        parents=parent or (),
+        device=device_for_networks(device),
+        batch_size=batch_size,
+        cache=cache,
+        trust_code=trust_code,
+    )
     if as_json:
         _print(found, as_json=True)
         return

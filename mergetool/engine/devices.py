@@ -48,6 +48,14 @@ def usable_device(name: str, *, double: bool = False) -> str:
     return str(device)
 
 
+def device_for_networks(name: str) -> str:
+    """The device that `--device NAME` means where whole networks run: `auto` leaves out Metal, which lacks float64.
+
+    Raises PlanError for one that cannot be used.
+    """
+    return usable_device(name, double=name == "auto")
+
+
 def devices_here() -> list[str]:
     """Devices that this process may choose from, the fastest first. Processes of one machine take turns."""
     import torch

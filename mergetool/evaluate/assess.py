@@ -24,7 +24,7 @@ def assess(
     *,
     parents: Sequence[Path] = (),
     folder: Path | None = None,
-    device: str = "auto",
+    device: str = "cpu",
     batch_size: int = 32,
     cache: Path | None = None,
     trust_code: bool = False,
@@ -67,18 +67,12 @@ def _kept(values: NDArray[np.float64], parents: dict[str, NDArray[np.float64]]) 
     }
 
 
-def _device(asked: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
-
-
 def _scores(
     path: Path, tasks: Mapping[TaskOptions, Any], device: str, batch_size: int, cache: ResponseCache
 ) -> dict[str, tuple[str, NDArray[np.float64]]]:
     """(metric, one score per item) by task."""
     with at(str(path)):
-        live = LiveModel(path, device=_device(device), batch_size=batch_size)
+        live = LiveModel(path, device=device, batch_size=batch_size)
         found = {}
         for options, task in tasks.items():
             items = TaskItems(options, task, live.lm)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mergetool.engine import Flags, Progress, Result
 from mergetool.engine import run_recipe as run_plain
-from mergetool.engine.devices import usable_device
+from mergetool.engine.devices import device_for_networks
 from mergetool.engine.execute import Silent
 from mergetool.engine.processes import joined, leads
 from mergetool.engine.push import push_target
@@ -30,8 +30,7 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
 
     with joined() as team:
         output = _output(recipe, flags)
-        if flags.device == "auto":  # what is searched there must be merged there
-            flags = replace(flags, device=usable_device("auto", double=True))
+        flags = replace(flags, device=device_for_networks(flags.device))  # what is searched there is merged there
         if team.leads:
             push_target(recipe, flags.push)  # that it cannot be pushed is better known now than after the search
         asked = team.leader_first(lambda: pinned(recipe))  # what is searched is merged, however long it takes
@@ -54,7 +53,7 @@ def _evaluated(recipe: Recipe, flags: Flags, result: Result) -> Result:
         result.path,
         recipe.evaluate,
         folder=recipe.folder,
-        device=flags.device,
+        device=device_for_networks(flags.device),
         cache=flags.cache,
         trust_code=flags.trust_code,
     )

@@ -10,7 +10,6 @@ from typing import Any
 
 from mergetool import __version__
 from mergetool.engine import Flags, Progress
-from mergetool.engine.devices import own_device
 from mergetool.engine.processes import Team
 from mergetool.errors import EvaluationError, MergetoolError
 from mergetool.evaluate.cache import ResponseCache
@@ -55,7 +54,7 @@ def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress, team:
     assert isinstance(method, Merge3)
     folder = output.with_name(f"{output.name}.search")
     sources = _fetched(recipe, progress)
-    candidates = Candidates(recipe, sources, own_device(flags.device), method.search.batch_size)
+    candidates = Candidates(recipe, sources, flags.device, method.search.batch_size)
     loaded = [load_task(task, recipe.folder, trust_code=flags.trust_code) for task in method.tasks]
     tasks = [TaskItems(*found, candidates.live.lm) for found in zip(method.tasks, loaded, strict=True)]
     pools = split(tasks, method.search.report, recipe.compute.seed)

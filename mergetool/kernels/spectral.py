@@ -126,7 +126,9 @@ def live_factors_of(deltas: Sequence[Tensor], k: int, *, together: bool | None =
 
     A device is busy with one call for many matrices where one of them leaves most of it idle; a CPU gains nothing.
     """
-    if not (not deltas[0].is_cpu if together is None else together):
+    if together is None:
+        together = not deltas[0].is_cpu
+    if not together:
         return [live_factors(delta, k) for delta in deltas]
     noise = max(deltas[0].shape) * torch.finfo(deltas[0].dtype).eps
     every = truncated_svd(torch.stack(list(deltas)), k)

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import mergetool
-from mergetool import EvaluationError
+from mergetool import EvaluationError, PlanError
 from mergetool.cli.app import app
 from mergetool.evaluate.assess import assess
 from mergetool.evaluate.options import TaskOptions
@@ -48,6 +48,13 @@ def test_the_command_prints_a_table_or_json(folder):
     assert [line.split()[0] for line in shown.stdout.splitlines()] == ["task", "lefts", "rights"]
     tasks = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["tasks"]
     assert [facts["score"] for facts in tasks] == pytest.approx([(WORLD.margins["left"] > 0)[WORLD.half].mean(), 0.0])
+
+
+def test_a_device_that_cannot_be_used_is_refused(folder):
+    command = ["evaluate", str(folder / "models" / "left"), "--tasks", "lefts", "--include", str(folder / "tasks")]
+    told = CliRunner().invoke(app, [*command, "--device", "nonsense"]).exception
+    assert isinstance(told, PlanError)
+    assert "device 'nonsense' cannot be used" in str(told)
 
 
 def test_a_recipe_may_ask_for_scores_of_its_result(folder, tmp_path):

@@ -11,7 +11,7 @@ import yaml
 
 import mergetool
 import mergetool.evaluate.items as items_module
-from mergetool import EvaluationError
+from mergetool import EvaluationError, PlanError
 from mergetool.evaluate.harness import load_task
 from mergetool.evaluate.items import TaskItems
 from mergetool.evaluate.model import LiveModel
@@ -173,6 +173,12 @@ def test_what_cannot_be_searched_is_refused_and_nothing_is_written(folder, tmp_p
     with pytest.raises(EvaluationError, match=what):
         mergetool.run(asked, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_cannot_be_used_is_refused_before_the_search(folder, tmp_path):
+    with pytest.raises(PlanError, match="device 'nonsense' cannot be used"):
+        mergetool.run(recipe(folder), output=tmp_path / "out", device="nonsense")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_several_objectives_give_a_front_of_which_any_member_can_be_written(folder, tmp_path):
