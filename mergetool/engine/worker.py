@@ -115,7 +115,7 @@ class Worker:
         base = self._read(BASE, step, start, shape, (owner, "base")) if step.base else None
         models = [self._read(name, step, start, shape, (owner, place)) for place, name in enumerate(step.sources)]
         return TensorGroup(
-            name=step.spec.name,
+            name=step.key,
             shape=step.spec.shape,
             names=step.models,
             base=base,

@@ -7,22 +7,19 @@ shards     steps dealt into files in order, each file with its exact header
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 
-from mergetool.arch.depth import structural_depths
-from mergetool.errors import PlanError, at
-from mergetool.methods.base import BundleMethod, FittedMethod, Method, SearchMethod, TensorMethod
+from mergetool.checkpoints.family import assemble
+from mergetool.errors import at
+from mergetool.methods.base import SearchMethod
+from mergetool.planner.draft import Draft
 from mergetool.planner.lookup import Lookup
 from mergetool.planner.model import BASE, Plan, Shard, Step
+from mergetool.planner.parents import check_shares, refuse_quantised, words_about
 from mergetool.recipe.load import candidate_recipe
-from mergetool.recipe.model import Override, Recipe
-from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
+from mergetool.recipe.model import Recipe
 from mergetool.tensors.header import TensorSpec, lay_out
-from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import FileStamp, ModelSource
-
-_MAX_LISTED = 8
 
 
 def make_plan(
@@ -30,8 +27,12 @@ def make_plan(
     output: Path | None = None,
     sources: Mapping[str, ModelSource] | None = None,
     lookup: Lookup | None = None,
+    *,
+    whole: bool = False,
 ) -> Plan:
     """Plan a recipe from headers. `sources` stand in for the recipe's models (in memory); `lookup` looks others up.
+
+    Of weights nothing is read but samples of tied tensors that are stored twice; with `whole`, all of those.
 
     Of a search, the plan of its first candidate: the others differ in numbers only.
     Raises SourceError or HubError for models that cannot be read, PlanError for models that do not fit together.
@@ -43,14 +44,24 @@ def make_plan(
     if output is None and recipe.output.path is not None:
         output = recipe.path_of(recipe.output.path)
     donor = BASE if BASE in opened else next(iter(recipe.models))
-    draft = _Draft(recipe, opened, donor)
+    family = assemble(opened, donor, whole=whole)
+    draft = Draft(recipe, family, donor)
     steps = draft.steps()
     shards = _shards(steps, recipe.output.shard_size)
-    placed = _place(steps, shards)
-    warnings = (*lookup.warnings, *draft.warnings)
-    missing = sum(lookup.missing.values())
-    others = _other_files(recipe)
-    return Plan(recipe, opened, donor, placed, tuple(shards), output, warnings, lookup.origins, missing, others)
+    words = (*check_shares(recipe, family.sources, steps), *words_about(recipe, family.sources, donor, steps))
+    return Plan(
+        recipe,
+        family.sources,
+        donor,
+        _place(steps, shards),
+        tuple(shards),
+        output,
+        warnings=(*lookup.warnings, *family.remarks, *draft.warnings, *words),
+        origins=lookup.origins,
+        bytes_missing=sum(lookup.missing.values()),
+        untied=tuple(draft.untied),
+        others=_other_files(recipe),
+    )
 
 
 def _other_files(recipe: Recipe) -> dict[str, FileStamp]:
@@ -68,208 +79,8 @@ def open_models(recipe: Recipe, lookup: Lookup) -> dict[str, ModelSource]:
     for name, reference in references.items():
         with at("base" if name == BASE else f"model {name!r}"):
             opened[name] = lookup.open(name, reference.source, reference.adapters, reference.select)
-            _refuse_quantised(opened[name])
+            refuse_quantised(opened[name])
     return opened
-
-
-def _refuse_quantised(source: ModelSource) -> None:
-    config = read_config(source.folder)
-    if config.get("quantization_config"):
-        raise PlanError(
-            "its weights are quantised (config.json has quantization_config), so arithmetic on them is meaningless",
-            str(source.folder),
-            "dequantise the model first, and save it in bfloat16",
-        )
-
-
-class _Draft:
-    """One planning run: the state that matching tensor names needs."""
-
-    def __init__(self, recipe: Recipe, sources: Mapping[str, ModelSource], donor: str) -> None:
-        self.recipe = recipe
-        self.sources = sources
-        self.donor = donor
-        self.warnings: list[str] = []
-        self.uses_base = BASE in sources
-        self.matched = [False] * len(recipe.overrides)
-        self.fitted = isinstance(recipe.method, FittedMethod)
-        self.method = _tensor_method(recipe.method)
-        self.overridden = [_tensor_method(_overridden(recipe.method, override)) for override in recipe.overrides]
-
-    def steps(self) -> list[Step]:
-        names = self._names()
-        self._check_missing([name for name, extra in names.items() if not extra])
-        layers = structural_depths(names)
-        steps = [
-            step
-            for name, extra in names.items()
-            if (step := self._step(name, _depth(layers[name]), extra=extra)) is not None
-        ]
-        if not steps:
-            raise PlanError("the models hold no tensors to merge", "plan", "check the paths of the models")
-        _check_surveyed_together([step for step in steps if step.surveyed_together])
-        self.warnings += [
-            f"override {override.match!r} matches no tensor"
-            for override, matched in zip(self.recipe.overrides, self.matched, strict=True)
-            if not matched
-        ]
-        return steps
-
-    def _names(self) -> dict[str, bool]:
-        """Output names in the donor's file order; True marks those that the base lacks."""
-        leader = self.sources[self.donor]
-        names = dict.fromkeys(sorted(leader.specs, key=leader.position), False)
-        for model in self.recipe.models:
-            source = self.sources[model]
-            for name in sorted(source.specs, key=source.position):
-                if name not in names:
-                    self._check_extra(name, model)
-                    names[name] = self.uses_base
-        return names
-
-    def _check_extra(self, name: str, model: str) -> None:
-        if self.uses_base and self.recipe.check.extra == "error":
-            raise PlanError(
-                f"tensor {name!r} is in model {model!r} but not in the base", "plan", "set check.extra: keep"
-            )
-
-    def _check_missing(self, names: Sequence[str]) -> None:
-        if self.recipe.check.missing != "error":
-            return
-        for model in self.recipe.models:
-            missing = [name for name in names if name not in self.sources[model].specs and not self._uses(name)]
-            if missing:
-                shown = ", ".join(missing[:_MAX_LISTED]) + (", ..." if len(missing) > _MAX_LISTED else "")
-                other = "base" if self.uses_base else "another model"
-                raise PlanError(
-                    f"model {model!r} lacks {len(missing)} tensors that {other} has: {shown}",
-                    f"model {model!r}",
-                    "set check.missing: base or skip, or copy them with an override `use`"
-                    if self.uses_base
-                    else "set check.missing: skip, or copy them with an override `use`",
-                )
-
-    def _override(self, name: str) -> int | None:
-        for index, override in enumerate(self.recipe.overrides):
-            if fnmatchcase(name, override.match):
-                return index
-        return None
-
-    def _uses(self, name: str) -> bool:
-        index = self._override(name)
-        return index is not None and self.recipe.overrides[index].use is not None
-
-    def _step(self, name: str, depth: float, *, extra: bool) -> Step | None:
-        index = self._override(name)
-        override = None if index is None else self.recipe.overrides[index]
-        if index is not None:
-            self.matched[index] = True
-        holders = [model for model in self.recipe.models if name in self.sources[model].specs]
-        if override is not None and override.use is not None:
-            return self._copy(name, override.use, depth)
-        if extra:
-            return self._copy(name, holders[0], depth) if self.recipe.check.extra == "keep" else None
-        leader = self.donor if name in self.sources[self.donor].specs else holders[0]
-        spec = self.sources[leader].specs[name]
-        if not spec.dtype.is_float:
-            self._check_none_is_float(spec, leader, holders)
-        if not spec.dtype.is_float or spec.num_elements == 0:
-            return self._copy(name, leader, depth)
-        models = [model for model in self.recipe.models if model in holders or self.recipe.check.missing == "base"]
-        method = self.method if index is None else self.overridden[index]
-        if len(models) < method.min_models:
-            return self._copy(name, leader, depth)
-        sources = tuple(model if model in holders else BASE for model in models)
-        self._check_alike(spec, leader, sources)
-        params = method.params(depth, models)
-        if problem := method.problem(params):
-            raise PlanError(problem, f"{method.method_name()}: {name}", "change the numbers for this tensor")
-        uses_base = self.uses_base and method.needs_base != "unused"
-        written = TensorSpec(name, self._dtype_out(self.sources[leader].stored_as(name)), spec.shape)
-        return Step(0, written, 0, leader, depth, method, params, tuple(models), sources, uses_base, self.fitted)
-
-    def _copy(self, name: str, donor: str, depth: float) -> Step:
-        spec = self.sources[donor].specs.get(name)
-        if spec is None:
-            raise PlanError(f"override `use: {donor}`: that model has no such tensor", name, "use another model")
-        dtype = self._dtype_out(self.sources[donor].stored_as(name)) if spec.dtype.is_float else spec.dtype
-        return Step(0, TensorSpec(name, dtype, spec.shape), 0, donor, depth)
-
-    def _dtype_out(self, stored: DType) -> DType:
-        wanted = self.recipe.output.dtype
-        return stored if wanted == "source" else BY_TORCH_NAME[wanted]
-
-    def _check_alike(self, spec: TensorSpec, leader: str, models: Sequence[str]) -> None:
-        for model in models:
-            other = self.sources[model].specs[spec.name]
-            if other.shape != spec.shape:
-                raise PlanError(
-                    f"shape {list(other.shape)} in {_label(model)}, {list(spec.shape)} in {_label(leader)}",
-                    spec.name,
-                    f"merge models of one size, or copy it: overrides: [{{match: {spec.name!r}, use: {leader}}}]",
-                )
-            if not other.dtype.is_float:
-                raise PlanError(
-                    f"dtype {other.dtype.name} in {_label(model)}, {spec.dtype.name} in {_label(leader)}",
-                    spec.name,
-                    f"copy it: overrides: [{{match: {spec.name!r}, use: {leader}}}]",
-                )
-
-    def _check_none_is_float(self, spec: TensorSpec, leader: str, models: Sequence[str]) -> None:
-        """Whole numbers are copied, but not where another model has learnt values in their place."""
-        for model in models:
-            other = self.sources[model].specs[spec.name]
-            if other.dtype.is_float:
-                raise PlanError(
-                    f"dtype {spec.dtype.name} in {_label(leader)}, {other.dtype.name} in {_label(model)}",
-                    spec.name,
-                    f"copy it: overrides: [{{match: {spec.name!r}, use: {model}}}]",
-                )
-
-
-def _check_surveyed_together(steps: Sequence[Step]) -> None:
-    """A survey of the whole model has one set of models and one set of numbers."""
-    for step in steps[1:]:
-        assert step.method is not None
-        first = steps[0]
-        name = step.method.method_name()
-        if step.models != first.models:
-            raise PlanError(
-                f"{name} looks at the whole model at once, but models {', '.join(step.models)} have this tensor,"
-                f" and {', '.join(first.models)} have {first.spec.name}",
-                step.spec.name,
-                "set check.missing: base, or merge each tensor for itself (scope: tensor)",
-            )
-        if _survey(step) != _survey(first):
-            raise PlanError(
-                f"{name} looks at the whole model at once, but its numbers differ from those of {first.spec.name}",
-                step.spec.name,
-                "use the same numbers for all tensors, or merge each tensor for itself (scope: tensor)",
-            )
-
-
-def _survey(step: Step) -> object:
-    return None if step.method is None else step.method.survey(step.params, 1 << 40, bits=32)
-
-
-def _depth(layer: tuple[int, int] | None) -> float:
-    """Depth in [0, 1]; tensors outside the layers sit with the first layer (an override can say otherwise)."""
-    return layer[0] / (layer[1] - 1) if layer is not None and layer[1] > 1 else 0.0
-
-
-def _label(model: str) -> str:
-    return "the base" if model == BASE else f"model {model!r}"
-
-
-def _overridden(method: Method, override: Override) -> Method:
-    return method.model_copy(update=override.settings())
-
-
-def _tensor_method(method: Method) -> TensorMethod:
-    """The method that merges tensors: the method itself, or the inner method of one that sees whole models."""
-    found = method.inner() if isinstance(method, FittedMethod | BundleMethod) else method
-    assert isinstance(found, TensorMethod)
-    return found
 
 
 def _shards(steps: Sequence[Step], limit: int) -> list[Shard]:

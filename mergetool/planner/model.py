@@ -42,6 +42,8 @@ class Step:
     """Whose tensor stands in for each of `models` (the base's for a missing one under `missing: base`)."""
     base: bool = False
     """Whether the method sees the base."""
+    twin: str | None = None
+    """The tensor that this one is a second name of: the same random draws, so the same values."""
     whole: bool = False
     """Whether the tensor must be held whole whatever the method's reach (a fitted method moves its entries)."""
 
@@ -51,6 +53,11 @@ class Step:
         if self.method is None:
             return (self.donor,)
         return (*((BASE,) if self.base else ()), *self.sources)
+
+    @property
+    def key(self) -> str:
+        """The name that keys random draws and factors."""
+        return self.twin or self.spec.name
 
     @property
     def surveyed_together(self) -> bool:
@@ -109,6 +116,8 @@ class Plan:
     """Where every model and its adapters came from."""
     bytes_missing: int = 0
     """What must be downloaded before anything can be merged."""
+    untied: tuple[str, ...] = ()
+    """Heads that the donor ties to its embeddings, and that are tensors of their own here."""
     others: Mapping[str, FileStamp] = field(default_factory=dict)
     """Files beside the models that the method reads, by the recipe's field."""
 

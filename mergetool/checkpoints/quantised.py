@@ -1,0 +1,59 @@
+"""Whether a model's weights are quantised: codes with scales beside them, on which arithmetic means nothing."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mergetool.tensors.header import TensorSpec
+from mergetool.tensors.side_files import read_config
+from mergetool.tensors.source import ModelSource
+
+_SECTIONS = ("quantization_config", "compression_config", "quantization")
+_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
+_COMPANIONS = re.compile(
+    r"(.+)\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|SCB|weight_format"
+    r"|absmax|quant_map|quant_state\..+|weight\.(absmax|quant_map|nested_absmax|quant_state\..+|SCB)|scale_weight)"
+)
+_PACKED = ("I8", "U8", "I32", "U32", "I64", "U64", "I16", "U16")
+
+
+def how_quantised(source: ModelSource) -> str | None:
+    """What says that a model is quantised, for people; None if nothing does."""
+    config = read_config(source.folder)
+    for place, section in (("", config), *_parts(config)):
+        if told := next((key for key in _SECTIONS if section.get(key)), None):
+            return f"config.json has {place}{told}"
+    if source.folder is not None:
+        found = next((name for name in _FILES if (source.folder / name).is_file()), None)
+        if found is not None and _companion(source.specs) is not None:
+            return f"{found} lies beside them"
+    if (name := _companion(source.specs)) is not None:
+        return f"{name} belongs to packed weights"
+    matrices = [spec for spec in source.specs.values() if _is_matrix(spec)]
+    packed = [spec for spec in matrices if spec.dtype.name in _PACKED]
+    if 2 * len(packed) <= len(matrices):
+        return None
+    return f"{packed[0].name} is {packed[0].dtype.name}, as are {len(packed)} of {len(matrices)} matrices"
+
+
+def _parts(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(f"{key}.", part) for key, part in config.items() if isinstance(part, dict) and key.endswith("_config")]
+
+
+def _companion(specs: Mapping[str, TensorSpec]) -> str | None:
+    """A tensor that only a quantised weight has beside it."""
+    for name in specs:
+        match = _COMPANIONS.fullmatch(name)
+        if match and not (match[2] == "g_idx" and f"{match[1]}.qweight" not in specs):
+            return name
+    return None
+
+
+def _is_matrix(spec: TensorSpec) -> bool:
+    """Whether a tensor is where a layer has its weights."""
+    return len(spec.shape) == 2 and spec.name.endswith(".weight") and min(spec.shape) > 1
+
+
+def is_raw_float8(source: ModelSource) -> bool:
+    """Whether weights are stored in 8-bit floats that stand for themselves."""
+    return any(spec.dtype.is_float and spec.dtype.bits == 8 for spec in source.specs.values())

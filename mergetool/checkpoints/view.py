@@ -1,0 +1,39 @@
+"""A model under other names: every name of the view is a tensor of the model behind it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from mergetool.tensors.dtypes import DType
+from mergetool.tensors.header import TensorSpec
+from mergetool.tensors.source import FileStamp, ModelSource
+
+
+class View(ModelSource):
+    """`model` under the names that are the keys of `stored`; several of them may be one tensor."""
+
+    def __init__(self, model: ModelSource, stored: Mapping[str, str]) -> None:
+        self.model = model
+        self.stored = stored
+        self.folder = model.folder
+        self.specs: Mapping[str, TensorSpec] = {
+            name: replace(model.specs[own], name=name) for name, own in stored.items()
+        }
+
+    @property
+    def files(self) -> tuple[FileStamp, ...]:
+        return self.model.files
+
+    def position(self, name: str) -> tuple[int, int]:
+        return self.model.position(self.stored[name])
+
+    def read_bytes(self, name: str, begin: int, buffer: memoryview) -> None:
+        self.model.read_bytes(self.stored[name], begin, buffer)
+
+    def stored_as(self, name: str) -> DType:
+        return self.model.stored_as(self.stored[name])
+
+    def will_need(self, name: str, begin: int, length: int) -> None:
+        self.model.will_need(self.stored[name], begin, length)
+
+    def close(self) -> None:
+        self.model.close()

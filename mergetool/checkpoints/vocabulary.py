@@ -1,0 +1,106 @@
+"""Which token every id of a model means, as far as plain files tell, and where two models disagree.
+
+Read are `tokenizer.json` (all its models), `vocab.json` and `vocab.txt` with `added_tokens.json`. Of other vocabularies
+(SentencePiece, tiktoken) only whether they are the same file can be said.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
+"""Where a vocabulary is, the most telling file first."""
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_MOST_BYTES = 100_000_000
+
+
+def tokens_of(folder: Path | None) -> dict[int, str] | None:
+    """Tokens by id; None where there is no vocabulary that can be read."""
+    if folder is None:
+        return None
+    for name, read in (("tokenizer.json", _of_tokenizer), ("vocab.json", _of_json), ("vocab.txt", _of_text)):
+        if (folder / name).is_file():
+            try:
+                found = read(folder / name)
+                return found | (_of_json(folder / "added_tokens.json") if name != "tokenizer.json" else {})
+            except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                return None
+    return None
+
+
+def _of_tokenizer(path: Path) -> dict[int, str]:
+    content = _json(path)
+    vocabulary = content["model"].get("vocab") or {}
+    if isinstance(vocabulary, dict):
+        found = {int(place): str(token) for token, place in vocabulary.items()}
+    else:
+        found = {place: str(token) for place, (token, _) in enumerate(vocabulary)}
+    return found | {int(each["id"]): str(each["content"]) for each in content.get("added_tokens") or ()}
+
+
+def _of_json(path: Path) -> dict[int, str]:
+    return {int(place): str(token) for token, place in _json(path).items()} if path.is_file() else {}
+
+
+def _of_text(path: Path) -> dict[int, str]:
+    return dict(enumerate(path.read_text("utf-8").splitlines()))
+
+
+def _json(path: Path) -> Any:
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError("too large")
+    return json.loads(path.read_text("utf-8"))
+
+
+def disagreement(one: Path | None, other: Path | None) -> str | None:
+    """How the vocabularies of two folders differ in what an id means; None where they agree or nothing can be said."""
+    if one is None or other is None:
+        return None
+    name = next((name for name in FILES if (one / name).is_file() and (other / name).is_file()), None)
+    if name is None or _same_bytes(one / name, other / name):
+        return None
+    ours, theirs = tokens_of(one), tokens_of(other)
+    if ours is None or theirs is None:
+        return None if name in FILES[:3] else f"{name} is another file"
+    different = sorted(place for place in ours.keys() & theirs.keys() if ours[place] != theirs[place])
+    if not different:
+        return None
+    first = different[0]
+    return (
+        f"{len(different)} of {len(ours.keys() & theirs.keys())} token ids mean other tokens: "
+        f"{first} is {ours[first]!r} and {theirs[first]!r}"
+    )
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    if one.stat().st_size != other.stat().st_size:
+        return False
+    return one.read_bytes() == other.read_bytes()
+
+
+def chat_template_of(folder: Path | None) -> str | None:
+    """The chat template of a folder, wherever transformers keeps it."""
+    if folder is None:
+        return None
+    for name in _TEMPLATES:
+        if (folder / name).is_file():
+            return (folder / name).read_text("utf-8", errors="replace")
+    found = small_json(folder / "tokenizer_config.json").get("chat_template")
+    return json.dumps(found) if found and not isinstance(found, str) else found
+
+
+def small_json(path: Path) -> Mapping[str, Any]:
+    """The object in a small JSON file; empty where there is none."""
+    try:
+        content = _json(path)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def end_tokens(folder: Path | None, config: Mapping[str, Any]) -> list[int]:
+    """The ids that end a text, as generation_config.json says, else config.json."""
+    told = small_json(folder / "generation_config.json").get("eos_token_id") if folder is not None else None
+    told = config.get("eos_token_id") if told is None else told
+    return sorted(told) if isinstance(told, list) else [] if told is None else [told]
