@@ -42,7 +42,14 @@ def assemble(sources: Mapping[str, ModelSource], leader: str, *, whole: bool = F
             known = {name: shapes[own] for name, own in stored[model].items()} | dict(known)
     remarks = _wrapped(leader, stored[leader])
     tied = [name for name in known if may_be_tied(name)]
-    twins, untied = _tie(sources, stored, leader, tied, whole=whole) if tied else ({}, ())
+    if not tied:
+        return Family(_views(sources, stored), remarks=remarks)
+    before = set(stored[leader])
+    twins, untied = _tie(sources, stored, leader, tied, whole=whole)
+    torn = [name for name in untied if name not in before]
+    remarks += tuple(
+        f"{name} is no longer tied: not all models tie it, so it becomes a tensor of its own" for name in torn
+    )
     return Family(_views(sources, stored), twins, untied, remarks)
 
 

@@ -20,6 +20,11 @@ class View(ModelSource):
         }
 
     @property
+    def described(self) -> Mapping[str, TensorSpec]:
+        known = self.model.described
+        return {name: replace(known[own], name=name) for name, own in self.stored.items() if own in known}
+
+    @property
     def files(self) -> tuple[FileStamp, ...]:
         return self.model.files
 

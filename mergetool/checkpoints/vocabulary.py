@@ -104,3 +104,8 @@ def end_tokens(folder: Path | None, config: Mapping[str, Any]) -> list[int]:
     told = small_json(folder / "generation_config.json").get("eos_token_id") if folder is not None else None
     told = config.get("eos_token_id") if told is None else told
     return sorted(told) if isinstance(told, list) else [] if told is None else [told]
+
+
+def special_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of special tokens that a config states."""
+    return {key: value for key, value in config.items() if key.endswith("_token_id")}

@@ -19,8 +19,9 @@ from mergetool.engine.public import public
 from mergetool.engine.record import Record
 from mergetool.engine.result import Result
 from mergetool.planner import Plan
+from mergetool.planner.outcome import config_of
 from mergetool.tensors.io import sha256_file
-from mergetool.tensors.side_files import CONFIG_NAME, carried_files, read_config
+from mergetool.tensors.side_files import CONFIG_NAME, carried_files
 from mergetool.tensors.source import INDEX_NAME, FileStamp
 from mergetool.tensors.writer import copy_file, write_file
 
@@ -95,33 +96,12 @@ def _write_index(plan: Plan, folder: Path) -> None:
 
 
 def _carry_files(plan: Plan, folder: Path) -> None:
-    """config.json with its true dtype, tokenizer and generation files."""
-    config = read_config(plan.sources[plan.donor].folder)
-    if config:
-        if dtype := _main_dtype(plan):
-            _set_dtype(config, dtype, inside=plan.recipe.output.dtype != "source")
+    """config.json as it is true of the result, tokenizer and generation files."""
+    if config := config_of(plan):
         write_file(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     tokenizer = plan.recipe.tokenizer
     for path in carried_files(plan.sources[tokenizer.source if tokenizer else plan.donor].folder):
         copy_file(path, folder / path.name)
-
-
-def _set_dtype(config: dict[str, Any], dtype: str, *, inside: bool) -> None:
-    """Write the dtype under the name that the config uses; `inside`: in the configs of parts (text, vision) too."""
-    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
-    config.update(dict.fromkeys(names, dtype))
-    for part in config.values() if inside else ():
-        if isinstance(part, dict) and ("dtype" in part or "torch_dtype" in part):
-            _set_dtype(part, dtype, inside=True)
-
-
-def _main_dtype(plan: Plan) -> str | None:
-    """torch name of the floating-point dtype that most bytes are stored in."""
-    sizes: Counter[str] = Counter()
-    for step in plan.steps:
-        if step.spec.dtype.is_float:
-            sizes[step.spec.dtype.torch_name] += step.spec.num_bytes
-    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any]:

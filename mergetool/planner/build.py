@@ -15,6 +15,7 @@ from mergetool.methods.base import SearchMethod
 from mergetool.planner.draft import Draft
 from mergetool.planner.lookup import Lookup
 from mergetool.planner.model import BASE, Plan, Shard, Step
+from mergetool.planner.outcome import check_vocabulary, words_about_result
 from mergetool.planner.parents import check_shares, refuse_quantised, words_about
 from mergetool.recipe.load import candidate_recipe
 from mergetool.recipe.model import Recipe
@@ -49,7 +50,7 @@ def make_plan(
     steps = draft.steps()
     shards = _shards(steps, recipe.output.shard_size)
     words = (*check_shares(recipe, family.sources, steps), *words_about(recipe, family.sources, donor, steps))
-    return Plan(
+    plan = Plan(
         recipe,
         family.sources,
         donor,
@@ -62,6 +63,8 @@ def make_plan(
         untied=tuple(draft.untied),
         others=_other_files(recipe),
     )
+    check_vocabulary(plan)
+    return replace(plan, warnings=(*plan.warnings, *words_about_result(plan)))
 
 
 def _other_files(recipe: Recipe) -> dict[str, FileStamp]:

@@ -73,6 +73,10 @@ class AdapterSource(ModelSource):
         return self._model.stored_as(name) if name in self._low_rank else super().stored_as(name)
 
     @property
+    def described(self) -> Mapping[str, TensorSpec]:
+        return self._model.described
+
+    @property
     def files(self) -> tuple[FileStamp, ...]:
         return (*self._model.files, *self._adapter.files, self._config)
 

@@ -84,6 +84,11 @@ class ModelSource(ABC):
     def read_bytes(self, name: str, begin: int, buffer: memoryview) -> None:
         """Fill `buffer` with stored bytes of tensor `name`, from byte `begin` of the tensor. Thread-safe."""
 
+    @property
+    def described(self) -> Mapping[str, TensorSpec]:
+        """The tensors as the folder's config.json describes them: without what adapters change."""
+        return self.specs
+
     def stored_as(self, name: str) -> DType:
         """The dtype a copy of this tensor takes where the output keeps each tensor's own."""
         return self.specs[name].dtype

@@ -1,0 +1,188 @@
+"""The config.json of a result: that of its leader, made true for the tensors that were written.
+
+Whatever overrides, adapters and copies did: vocabulary size, number of layers, tied words, classes and their labels,
+the class of network and the storage dtype follow from what lies in the files.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergetool.checkpoints.ties import TIE_KEY, embeddings_of
+from mergetool.checkpoints.vocabulary import special_ids
+
+Config = Mapping[str, Any]
+Shape = tuple[int, ...]
+
+_VOCABULARY = "vocab_size"
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_TOWERS = {"decoder": ("decoder_layers", "num_decoder_layers"), "encoder": ("encoder_layers",)}
+_CLASSIFIERS = re.compile(
+    r"(.*\.)?(classifier|score|qa_outputs|classification_head\.out_proj|classifier\.out_proj|fc|head|logits_proj)\.weight"
+)
+_SCALED_BY_TIES = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "t5gemma", "udop", "pop2piano")
+"""Model types that read `tie_word_embeddings` as a factor of the logits, and tie by values whatever it says."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A model that took part: its config.json, and the shapes of its tensors under the result's names."""
+
+    config: Config
+    shapes: Mapping[str, Shape]
+    described: Mapping[str, Shape]
+    """Those that its config.json is about: without what adapters added."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a result holds."""
+
+    shapes: Mapping[str, Shape]
+    copied: Mapping[str, str] = field(default_factory=dict)
+    """Whose tensors were copied as they are, by name."""
+    untied: Sequence[str] = ()
+    """Heads that are tensors of their own although the leader's config ties them."""
+    dtype: str | None = None
+    """torch's name of the storage dtype of most weights."""
+    one_dtype: bool = False
+    """Whether that dtype was asked for, and so holds for every part."""
+    tokenizer: str | None = None
+    """The model whose tokenizer goes with the result, if not the leader's."""
+
+
+def true_config(leader: str, parents: Mapping[str, Parent], written: Written) -> dict[str, Any]:
+    """The leader's config as the result needs it; empty where the leader has none."""
+    config: dict[str, Any] = copy.deepcopy(dict(parents[leader].config))
+    if not config:
+        return config
+    before = parents[leader].described
+    _set_layers(config, before, written.shapes, parents)
+    _set_vocabulary(config, before, written.shapes)
+    _set_classes(config, leader, parents, written)
+    if written.untied and config.get("model_type") not in _SCALED_BY_TIES:
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict) and (part is config or TIE_KEY in part):
+                part[TIE_KEY] = False
+    if written.tokenizer is not None:
+        _set_tokens(config, parents[written.tokenizer].config)
+    if written.dtype is not None:
+        _set_dtype(config, written.dtype, inside=written.one_dtype)
+    return config
+
+
+# -------------------------------------------------------------------- vocabulary
+
+
+def vocabulary_sizes(shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Rows of the matrices that have one for every token, by name."""
+    return {name: shapes[name][0] for name in embeddings_of(shapes) if len(shapes[name]) == 2}
+
+
+def _set_vocabulary(config: dict[str, Any], before: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> None:
+    for name, rows in vocabulary_sizes(shapes).items():
+        old = before[name][0] if name in before else None
+        for part in _parts(config):
+            if old is not None and part.get(_VOCABULARY) == old != rows:
+                part[_VOCABULARY] = rows
+
+
+def _set_tokens(config: dict[str, Any], other: Config) -> None:
+    """Ids of special tokens, as the model whose tokenizer this is has them."""
+    config.update({key: value for key, value in special_ids(other).items() if key in config or value is not None})
+
+
+# -------------------------------------------------------------------- layers
+
+
+def layer_counts(names: Iterable[str]) -> dict[str, int]:
+    """Layers by what stands before their number: the highest number and one more."""
+    found: dict[str, int] = {}
+    for name in names:
+        parts = name.split(".")
+        place = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+        if place is not None:
+            tower = ".".join(parts[:place])
+            found[tower] = max(found.get(tower, 0), int(parts[place]) + 1)
+    return found
+
+
+def _set_layers(
+    config: dict[str, Any], before: Mapping[str, Shape], shapes: Mapping[str, Shape], parents: Mapping[str, Parent]
+) -> None:
+    old, new = layer_counts(before), layer_counts(shapes)
+    for tower, count in new.items():
+        if old.get(tower, count) == count:
+            continue
+        part, key = _place_of_layers(config, tower, old[tower])
+        if key is None:
+            continue
+        part[key] = count
+        for name, values in list(part.items()):
+            if isinstance(values, list) and len(values) == old[tower]:
+                part[name] = _list_of(name, count, values, parents)
+
+
+def _place_of_layers(config: dict[str, Any], tower: str, count: int) -> tuple[dict[str, Any], str | None]:
+    """The part of a config that counts a tower's layers, and the key: the one whose number is right."""
+    own = (key for word, keys in _TOWERS.items() if word in tower.split(".") for key in keys)
+    keys = (*own, *_LAYERS)
+    found = [(part, key) for part in _parts(config, tower) for key in keys if part.get(key) == count]
+    return found[0] if found else (config, None)
+
+
+def _list_of(name: str, count: int, values: list[Any], parents: Mapping[str, Parent]) -> list[Any]:
+    """A list with one entry a layer: that of a parent with as many layers, else cut or gone on with as it began."""
+    for parent in parents.values():
+        for part in _parts(dict(parent.config)):
+            if isinstance(part.get(name), list) and len(part[name]) == count:
+                return list(part[name])
+    return [values[layer % len(values)] for layer in range(count)]
+
+
+# -------------------------------------------------------------------- classes
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a tensor of this name has one row for every class."""
+    return bool(_CLASSIFIERS.fullmatch(name)) and not any(part.isdecimal() for part in name.split("."))
+
+
+def _set_classes(config: dict[str, Any], leader: str, parents: Mapping[str, Parent], written: Written) -> None:
+    """The class of network that holds exactly what was written, and the labels of the classifier that is in it."""
+    head = next((name for name in written.shapes if is_classifier(name)), None)
+    owner = leader if head is None else written.copied.get(head, leader)
+    if head is not None and head not in parents[owner].shapes:
+        owner = next(model for model, parent in parents.items() if head in parent.shapes)
+    exact = [model for model, parent in parents.items() if parent.shapes.keys() == written.shapes.keys()]
+    named = leader if leader in exact else owner if owner in exact or head is not None else next(iter(exact), leader)
+    if named != leader and "architectures" in parents[named].config:
+        config["architectures"] = parents[named].config["architectures"]
+    if head is not None and owner != leader:
+        for key in ("id2label", "label2id", "num_labels", "problem_type"):
+            config.pop(key, None)
+            if key in parents[owner].config:
+                config[key] = parents[owner].config[key]
+
+
+# -------------------------------------------------------------------- dtype
+
+
+def _set_dtype(config: dict[str, Any], dtype: str, *, inside: bool) -> None:
+    """Write the dtype under the name that the config uses; `inside`: in the configs of parts (text, vision) too."""
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    config.update(dict.fromkeys(names, dtype))
+    for part in config.values() if inside else ():
+        if isinstance(part, dict) and ("dtype" in part or "torch_dtype" in part):
+            _set_dtype(part, dtype, inside=True)
+
+
+def _parts(config: dict[str, Any], tower: str = "") -> list[dict[str, Any]]:
+    """A config and the configs in it; those that a tower's name speaks of first."""
+    inner = {key: part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict)}
+    words = {word for word in re.split(r"[._]", tower) if word}
+    words |= {"text"} if "language" in words or not words & {"vision", "audio", "visual"} else set()
+    ranked = sorted(inner, key=lambda key: -len(words & set(key.split("_"))))
+    return [*(inner[key] for key in ranked), config] if tower else [config, *inner.values()]

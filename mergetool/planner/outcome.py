@@ -1,0 +1,99 @@
+"""What a result will be, seen from its plan: its config.json, and whether its parts fit each other."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from mergetool.checkpoints.ties import is_head
+from mergetool.checkpoints.truth import Parent, Written, layer_counts, true_config, vocabulary_sizes
+from mergetool.checkpoints.vocabulary import disagreement
+from mergetool.errors import PlanError
+from mergetool.planner.model import Plan
+from mergetool.planner.parents import label
+from mergetool.tensors.side_files import read_config
+
+
+def config_of(plan: Plan) -> dict[str, Any]:
+    """The result's config.json; empty where the donor has none."""
+    parents = {
+        model: Parent(
+            read_config(source.folder),
+            {name: spec.shape for name, spec in source.specs.items()},
+            {name: spec.shape for name, spec in source.described.items()},
+        )
+        for model, source in plan.sources.items()
+    }
+    tokenizer = plan.recipe.tokenizer
+    written = Written(
+        shapes={step.spec.name: step.spec.shape for step in plan.steps},
+        copied={step.spec.name: step.donor for step in plan.steps if step.method is None},
+        untied=plan.untied,
+        dtype=_main_dtype(plan),
+        one_dtype=plan.recipe.output.dtype != "source",
+        tokenizer=None if tokenizer is None or tokenizer.source == plan.donor else tokenizer.source,
+    )
+    return true_config(plan.donor, parents, written)
+
+
+def _main_dtype(plan: Plan) -> str | None:
+    """torch name of the floating-point dtype that most bytes are stored in."""
+    sizes: Counter[str] = Counter()
+    for step in plan.steps:
+        if step.spec.dtype.is_float:
+            sizes[step.spec.dtype.torch_name] += step.spec.num_bytes
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def check_vocabulary(plan: Plan) -> None:
+    """Raise PlanError where embeddings and head of the result have another number of rows than each other."""
+    shapes = {step.spec.name: step.spec.shape for step in plan.steps}
+    before = {name: spec.shape for name, spec in plan.sources[plan.donor].specs.items()}
+    rows = vocabulary_sizes(shapes)
+    heads = {name: shape[0] for name, shape in shapes.items() if is_head(name) and len(shape) == 2}
+    for head, size in heads.items():
+        for name, other in rows.items():
+            if size != other and before.get(head, (0,))[0] == before.get(name, (1,))[0]:
+                raise PlanError(
+                    f"{head} has {size} rows and {name} {other}: one vocabulary in, another one out",
+                    "plan",
+                    f"take both from one model: overrides: [{{match: {name!r}, use: MODEL}}, "
+                    f"{{match: {head!r}, use: MODEL}}], and its tokenizer: tokenizer: {{source: MODEL}}",
+                )
+
+
+def words_about_result(plan: Plan) -> Iterator[str]:
+    """What is unusual about the result."""
+    shapes = {step.spec.name: step.spec.shape for step in plan.steps}
+    donor = plan.sources[plan.donor]
+    yield from _layers(plan, shapes)
+    yield from _tokens(plan, shapes)
+
+
+def _tokens(plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    """Embeddings that are copied from one model, and a tokenizer of another that means something else by their rows."""
+    owner = plan.recipe.tokenizer.source if plan.recipe.tokenizer else plan.donor
+    rows = vocabulary_sizes(shapes)
+    for step in plan.steps:
+        name = step.spec.name
+        if step.method is not None or name not in rows or step.donor == owner:
+            continue
+        other = plan.sources[owner].specs.get(name)
+        differs = disagreement(plan.sources[owner].folder, plan.sources[step.donor].folder)
+        if other is not None and other.shape[0] != rows[name]:
+            differs = differs or f"{other.shape[0]} and {rows[name]} rows"
+        if differs:
+            yield (
+                f"{name} is copied from {label(step.donor)}, the tokenizer from {label(owner)}, and they differ "
+                f"({differs}): write tokenizer: {{source: {step.donor}}}"
+            )
+
+
+def _layers(plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    old, new = layer_counts(plan.sources[plan.donor].specs), layer_counts(shapes)
+    for tower, count in new.items():
+        if old.get(tower, count) != count:
+            extra = next(step for step in plan.steps if step.spec.name.startswith(f"{tower}.{count - 1}."))
+            yield (
+                f"the result has {count} layers under {tower}, {label(plan.donor)} has {old[tower]}: the others are "
+                f"copied from {label(extra.donor)}; check.extra: drop leaves them out"
+            )
