@@ -64,7 +64,6 @@ def check_vocabulary(plan: Plan) -> None:
 def words_about_result(plan: Plan) -> Iterator[str]:
     """What is unusual about the result."""
     shapes = {step.spec.name: step.spec.shape for step in plan.steps}
-    donor = plan.sources[plan.donor]
     yield from _layers(plan, shapes)
     yield from _tokens(plan, shapes)
 
