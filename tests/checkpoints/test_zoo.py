@@ -3,16 +3,10 @@
 import pytest
 
 import mergetool
+from tests.checkpoints.recipes import recipe_of
 from tests.zoo.check import assert_merged
 from tests.zoo.families import FAMILIES
 from tests.zoo.oracle import linear, task_arithmetic
-
-
-def recipe_of(base, *models, method="task-arithmetic", **more):
-    """A recipe of these folders; task arithmetic with scale 0.5, or linear without a base."""
-    numbers = {"scale": 0.5} if method == "task-arithmetic" else {}
-    recipe = {"models": {name: str(path) for name, path in zip("abc", models, strict=False)}}
-    return recipe | ({"base": str(base)} if base else {}) | {"merge": {"method": method, **numbers}, **more}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -85,11 +85,11 @@ def _fresh(like: nn.Module, state: State) -> nn.Module:
     for name, value in module.named_parameters(remove_duplicate=False):
         if name in state and value.shape != state[name].shape:
             raise AssertionError(f"{name}: config.json says {list(value.shape)}, merged {list(state[name].shape)}")
-    untie(module, state)
+    _untie(module, state)
     return module
 
 
-def untie(module: nn.Module, state: State) -> None:
+def _untie(module: nn.Module, state: State) -> None:
     """Give every parameter that shares memory with another of a different value memory of its own."""
     first: dict[int, str] = {}
     for name, value in module.named_parameters(remove_duplicate=False):
