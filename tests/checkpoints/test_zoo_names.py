@@ -14,7 +14,7 @@ from tests.zoo.oracle import linear, opened, task_arithmetic
 
 PREFIX = {"llama": "model.", "gpt2": "transformer.", "bert": "bert.", "vit": "vit.", "distilbert": "distilbert."}
 """What the names of a model inside a head model begin with."""
-LAYOUTS = ["gemma3", "llava", "qwen2-vl"]
+LAYOUTS = ["gemma3", "llava", "qwen2-vl", "vit"]
 FUSED = ["mixtral", "qwen3-moe"]
 WRAPPED = wrong("the prefix of a wrapper is taken for a part of the name")
 SHORT = wrong("names with and without the base prefix do not meet")
