@@ -68,8 +68,21 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def change_config(folder: Path, **changes: Any) -> Path:
-    """Write other values into config.json; None removes a key."""
-    found = config_of(folder) | changes
-    kept = {key: value for key, value in found.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(kept, indent=2))
+    """Write other values into config.json; None removes a key. Mappings are merged, as deep as they go."""
+    changed = _changed(config_of(folder), changes)
+    (folder / "config.json").write_text(json.dumps(changed, indent=2))
     return folder
+
+
+def _changed(found: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    deep = {
+        key: _changed(found[key], value) if isinstance(value, dict) and isinstance(found.get(key), dict) else value
+        for key, value in changes.items()
+    }
+    return {key: value for key, value in {**found, **deep}.items() if value is not None or key not in changes}
+
+
+def copy_of(folder: Path, source: Path, **changes: Any) -> Path:
+    """A whole model folder, with other values in its config.json."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    return change_config(folder, **changes)
