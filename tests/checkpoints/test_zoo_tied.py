@@ -1,0 +1,130 @@
+"""Heads and embeddings that are one tensor, stored once, twice or four times, or really two."""
+
+import pytest
+
+from tests.checkpoints.recipes import recipe_of
+from tests.checkpoints.wrong import wrong
+from tests.zoo import files
+from tests.zoo.advice import assert_said, outcomes
+from tests.zoo.build import change_config, config_of
+from tests.zoo.check import assert_merged
+from tests.zoo.families import FAMILIES
+from tests.zoo.oracle import linear, task_arithmetic
+
+COPIES = {
+    "qwen2-tied": ("model.embed_tokens.weight", "lm_head.weight"),
+    "gemma2": ("model.embed_tokens.weight", "lm_head.weight"),
+    "gemma3": ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+    "gpt2": ("transformer.wte.weight", "lm_head.weight"),
+    "bert": ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+    "roberta": ("roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
+    "distilbert": ("distilbert.embeddings.word_embeddings.weight", "vocab_projector.weight"),
+    "albert": ("albert.embeddings.word_embeddings.weight", "predictions.decoder.weight"),
+    "t5": ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
+    "bart": (
+        "model.shared.weight",
+        "model.encoder.embed_tokens.weight",
+        "model.decoder.embed_tokens.weight",
+        "lm_head.weight",
+    ),
+    "whisper": ("model.decoder.embed_tokens.weight", "proj_out.weight"),
+}
+"""The tensor that is stored, and the names under which older versions stored it again."""
+
+
+STALE = wrong("a copy that not everybody has is taken from one parent")
+UNTIED = wrong("a model without a head is not given its embeddings")
+
+
+def redundant(zoo, name, folder):
+    """The same model with its shared tensor stored under every name."""
+    return zoo.made(f"{folder.name}-copies", lambda made: files.with_copies(made, folder, *COPIES[name]))
+
+
+def models_of(zoo, name):
+    return zoo.base(name), zoo.tuned(name, 1), zoo.tuned(name, 2)
+
+
+def assert_is_the_merge(zoo, name, folder, sources, rule=None):
+    """`sources` are base (or None) and models, as transformers opens them."""
+    family = FAMILIES[name]
+    base, *states = [source and zoo.state(source, family.model) for source in sources]
+    return assert_merged(folder, family.auto, base, states, rule or task_arithmetic(0.5), family.inputs())
+
+
+@pytest.mark.parametrize("name", COPIES)
+@pytest.mark.parametrize(
+    "holder",
+    [*(pytest.param(holder, marks=STALE) for holder in ("base", "a model", "every model")), "everyone"],
+)
+def test_a_redundant_copy_is_merged_as_what_it_copies(zoo, name, holder, tmp_path):
+    base, a, b = models_of(zoo, name)
+    copied = [redundant(zoo, name, folder) for folder in (base, a, b)]
+    sources = {
+        "base": (copied[0], a, b),
+        "a model": (base, copied[1], b),
+        "every model": (base, copied[1], copied[2]),
+        "everyone": copied,
+    }[holder]
+    for result in outcomes(recipe_of(*sources), tmp_path / "out"):
+        assert_is_the_merge(zoo, name, result.path, (base, a, b))
+
+
+@STALE
+@pytest.mark.parametrize("name", COPIES)
+def test_an_average_ties_what_its_models_tie(zoo, name, tmp_path):
+    _, a, b = models_of(zoo, name)
+    for index, sources in enumerate([(redundant(zoo, name, a), b), (a, redundant(zoo, name, b))]):
+        for result in outcomes(recipe_of(None, *sources, method="linear"), tmp_path / f"out{index}"):
+            assert_is_the_merge(zoo, name, result.path, (None, a, b), linear)
+
+
+@UNTIED
+@pytest.mark.parametrize("says", [True, False], ids=["config says tied", "config says untied"])
+@pytest.mark.parametrize("name", ["qwen2-tied", "gemma2", "gpt2", "bert", "whisper"])
+def test_a_head_of_its_own_among_tied_models_is_merged_as_a_head(zoo, name, says, tmp_path):
+    """transformers keeps a head that differs from the embeddings, whatever the config says."""
+    base, tied, b = models_of(zoo, name)
+    untied = zoo.made(f"{b.name}-own-head-{says}", lambda folder: _untied(folder, name, b, says=says))
+    for result in outcomes(recipe_of(base, tied, untied), tmp_path / "out"):
+        assert_is_the_merge(zoo, name, result.path, (base, tied, untied))
+        assert config_of(result.path)["tie_word_embeddings"] is False
+
+
+def _untied(folder, name, source, *, says):
+    original, *_, head = COPIES[name]
+    files.with_own_head(folder, source, original, head)
+    if name == "bert":  # stored where the decoder is not tied
+        bias = "cls.predictions.bias", "cls.predictions.decoder.bias"
+        return change_config(files.with_copies(folder, folder, *bias), tie_word_embeddings=says)
+    return change_config(folder, tie_word_embeddings=says)
+
+
+@UNTIED
+def test_t5_keeps_the_scale_of_its_answers_where_a_head_of_its_own_is_merged(zoo, tmp_path):
+    """T5 takes the word `tie_word_embeddings` as: scale what the decoder gives to the head."""
+    base, tied, b = models_of(zoo, "t5")
+    untied = zoo.made("t5-own-head", lambda folder: _untied(folder, "t5", b, says=True))
+    for result in outcomes(recipe_of(base, tied, untied), tmp_path / "out"):
+        module = assert_is_the_merge(zoo, "t5", result.path, (base, tied, untied))
+        assert module.config.scale_decoder_outputs
+
+
+@wrong("configs are not compared")
+def test_t5_models_that_scale_their_answers_otherwise_are_not_merged_silently(zoo, tmp_path):
+    base, a, b = models_of(zoo, "t5")
+    other = zoo.made("t5-unscaled", lambda folder: _untied(folder, "t5", b, says=False))
+    assert_said("tie_word_embeddings", recipe_of(base, a, other), tmp_path / "out")
+
+
+@UNTIED
+def test_a_tied_model_among_untied_ones_gives_its_embeddings_to_the_head(zoo, tmp_path):
+    base, a, b = (zoo.base("qwen2"), *(zoo.tuned("qwen2", seed) for seed in (1, 2)))
+    tied = zoo.made("qwen2-tied-among-untied", lambda folder: _tied(folder, a))
+    for result in outcomes(recipe_of(base, tied, b), tmp_path / "out"):
+        assert_is_the_merge(zoo, "qwen2", result.path, (base, tied, b))
+
+
+def _tied(folder, source):
+    files.rewritten(folder, source, lambda state: {k: v for k, v in state.items() if k != "lm_head.weight"})
+    return change_config(folder, tie_word_embeddings=True)
