@@ -60,7 +60,7 @@ def make_plan(
         warnings=(*lookup.warnings, *family.remarks, *draft.warnings, *words),
         origins=lookup.origins,
         bytes_missing=sum(lookup.missing.values()),
-        untied=tuple(draft.untied),
+        untied=family.untied,
         others=_other_files(recipe),
     )
     check_vocabulary(plan)

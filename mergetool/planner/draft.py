@@ -5,7 +5,6 @@ from fnmatch import fnmatchcase
 
 from mergetool.arch.depth import structural_depths
 from mergetool.checkpoints.family import Family
-from mergetool.checkpoints.ties import is_head
 from mergetool.errors import PlanError
 from mergetool.methods.base import BundleMethod, FittedMethod, Method, TensorMethod
 from mergetool.planner.model import BASE, Step
@@ -22,7 +21,6 @@ class Draft:
         self.recipe = recipe
         self.sources = family.sources
         self.twins = family.twins
-        self.untied = list(family.untied)
         self.donor = donor
         self.warnings: list[str] = []
         self.extras: dict[tuple[str, tuple[str, ...]], list[str]] = {}
@@ -50,15 +48,17 @@ class Draft:
             for (first, others), names in self.extras.items()
             if others
         ]
-        self.untied += [
-            name for name, twin in self.twins.items() if is_head(name) and self._override(name) != self._override(twin)
-        ]
         self.warnings += [
-            f"override {override.match!r} matches no tensor"
+            f"override {override.match!r} matches no tensor{self._hint(override.match)}"
             for override, matched in zip(self.recipe.overrides, self.matched, strict=True)
             if not matched
         ]
         return steps
+
+    def _hint(self, match: str) -> str:
+        """What to match instead, where an override means a second name of a tensor."""
+        found = next((name for name in self.twins if fnmatchcase(name, match)), None)
+        return "" if found is None else f" but {found}, which is {self.twins[found]} under another name: match that"
 
     def _names(self) -> dict[str, bool]:
         """Output names in the donor's file order; True marks those that the base lacks."""
@@ -79,6 +79,8 @@ class Draft:
             )
 
     def _override(self, name: str) -> int | None:
+        """The place of the first override that fits a tensor. A second name of a tensor is treated as that tensor."""
+        name = self.twins.get(name, name)
         for index, override in enumerate(self.recipe.overrides):
             if fnmatchcase(name, override.match):
                 return index
@@ -126,14 +128,9 @@ class Draft:
             tuple(models),
             sources,
             base=uses_base,
-            twin=self._twin(name),
+            twin=self.twins.get(name),
             whole=self.fitted,
         )
-
-    def _twin(self, name: str) -> str | None:
-        """The tensor that this one is a second name of, unless an override treats the two differently."""
-        twin = self.twins.get(name)
-        return twin if twin is None or self._override(twin) == self._override(name) else None
 
     def _extra(self, name: str, holders: Sequence[str], depth: float) -> Step | None:
         """A tensor that the base lacks."""
