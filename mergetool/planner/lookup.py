@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mergetool.bundle import is_bundle
+from mergetool.checkpoints.adapters import AdapterSource
 from mergetool.errors import HubError, SourceError
 from mergetool.recipe.model import ModelReference, Recipe, expanded
-from mergetool.tensors.adapter import AdapterSource
 from mergetool.tensors.hub import HubName, Repository, find, hub_name
 from mergetool.tensors.side_files import licence_of
 from mergetool.tensors.source import ModelSource, OpenFile, open_model
@@ -60,6 +60,8 @@ class Lookup:
         for adapter in adapters:
             added = self._place(adapter, adapter=True)
             model = AdapterSource(model, added.path, added.elsewhere)
+            self.warnings += [f"{name}: {text}" for text in model.warnings]
+            self.warnings += _made_for_another(name, place.origin, model.made_for)
             origins.append(added.origin)
         self.origins[name] = tuple(origins)
         return model
@@ -124,6 +126,15 @@ class Lookup:
             if missing := repository.missing:
                 say(f"fetching {repository}: {len(missing)} files, {sum(missing.values()) / 1e9:.2f} GB")
                 repository.fetch()
+
+
+def _made_for_another(name: str, model: Origin, made_for: str | None) -> list[str]:
+    """A warning where an adapter was trained on another repository; paths of other machines say nothing."""
+    trained, asked = hub_name(made_for or ""), hub_name(model.reference)
+    names = {model.repo.lower(), asked.repo.lower() if asked else ""} if model.repo else set()
+    if trained is None or not names or trained.repo.lower() in names:
+        return []
+    return [f"{name}: its adapter was trained on {trained.repo}, and is applied to {model.repo}"]
 
 
 def is_on_hub(folder: Path, text: str) -> bool:

@@ -25,7 +25,7 @@ from mergetool.tensors.side_files import CARD_NAME, CARRIED, CONFIG_NAME
 from mergetool.tensors.source import WEIGHT_NAMES, FileStamp, OpenFile, weight_map
 
 _NAME = re.compile(r"(?:hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^\s@]+))?")
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _INDEXES = tuple(name for name in WEIGHT_NAMES if name.endswith(".json"))
 _SMALL = (CONFIG_NAME, CARD_NAME, _ADAPTER_FILES[0], *_INDEXES)
 _OTHER = "name another repository or revision"
@@ -131,8 +131,9 @@ class Repository:
     def weight_files(self) -> list[str]:
         """The files that hold weights: an adapter's, or those of the index, or the one file. Raises HubError."""
         if self.adapter:
-            if set(_ADAPTER_FILES) <= self.sizes.keys():
-                return [_ADAPTER_FILES[1]]
+            for name in _ADAPTER_FILES[1:]:
+                if {_ADAPTER_FILES[0], name} <= self.sizes.keys():
+                    return [name]
             raise HubError(f"no LoRA adapter in this repository (looked for {_ADAPTER_FILES[1]})", str(self), _OTHER)
         for name in WEIGHT_NAMES:
             if name in self.sizes:

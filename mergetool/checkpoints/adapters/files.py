@@ -1,0 +1,31 @@
+"""The weights of an adapter: `adapter_model.safetensors`, or the older `adapter_model.bin`, as PEFT looks for them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mergetool.errors import SourceError
+from mergetool.tensors.source import NOTHING, BinSource, ModelSource, OpenFile, SafetensorsSource
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_NAME = "adapter_model.bin"
+
+
+def open_weights(folder: Path, elsewhere: Mapping[Path, OpenFile] = NOTHING) -> ModelSource:
+    """The tensors of an adapter. Raises SourceError where there are none."""
+    if folder / WEIGHTS_NAME in elsewhere or (folder / WEIGHTS_NAME).is_file():
+        return SafetensorsSource([folder / WEIGHTS_NAME], None, None, elsewhere)
+    if (folder / PICKLED_NAME).is_file():
+        return BinSource.open(folder, [PICKLED_NAME])
+    what = f"there is no {WEIGHTS_NAME} and no {PICKLED_NAME}"
+    raise SourceError(what, str(folder), "name the folder that model.save_pretrained wrote the adapter to")
+
+
+def is_all_zero(source: ModelSource, name: str) -> bool:
+    """Whether a tensor holds nothing but zeros, by its bytes."""
+    size = source.specs[name].num_bytes
+    for begin in range(0, size, 1 << 20):
+        block = bytearray(min(1 << 20, size - begin))
+        source.read_bytes(name, begin, memoryview(block))
+        if block.count(0) != len(block):
+            return False
+    return True
