@@ -14,7 +14,6 @@ from typing import Any
 from mergetool import __version__
 from mergetool.engine.card import card
 from mergetool.engine.claim import LOCK_NAME, Claim
-from mergetool.engine.journal import JOURNAL_NAME
 from mergetool.engine.public import public
 from mergetool.engine.record import Record
 from mergetool.engine.result import Result
@@ -77,7 +76,7 @@ def describe_run(plan: Plan, claim: Claim, record: Record, result: Result) -> No
     folder = claim.partial
     write_file(folder / "README.md", card(plan))
     lock = _lock(plan, claim.key, record, result)
-    weights = {*lock["output"]["files"], JOURNAL_NAME}
+    weights = set(lock["output"]["files"])
     written = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     found = (path.relative_to(folder).as_posix() for path in written)
     others = sorted(name for name in found if name not in weights)
