@@ -20,7 +20,7 @@ from mergetool.engine.result import Result
 from mergetool.planner import Plan
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.side_files import CONFIG_NAME, carried_files, read_config
-from mergetool.tensors.source import INDEX_NAME, FileStamp
+from mergetool.tensors.source import FileStamp
 from mergetool.tensors.writer import copy_file, write_file
 
 
@@ -90,7 +90,8 @@ def _write_index(plan: Plan, folder: Path) -> None:
     weight_map = {name: shard.name for shard in plan.shards for name in shard.header.slots}
     total = sum(step.spec.num_bytes for step in plan.steps)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_file(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    stem = plan.sources[plan.donor].stem
+    write_file(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _carry_files(plan: Plan, folder: Path) -> None:
@@ -107,7 +108,8 @@ def _carry_files(plan: Plan, folder: Path) -> None:
 
 def _set_dtype(config: dict[str, Any], dtype: str, *, inside: bool) -> None:
     """Write the dtype under the name that the config uses; `inside`: in the configs of parts (text, vision) too."""
-    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    others = {"_class_name", "pretrained_cfg"} & config.keys()  # of diffusers and timm, which have no such key
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ([] if others else ["torch_dtype"])
     config.update(dict.fromkeys(names, dtype))
     for part in config.values() if inside else ():
         if isinstance(part, dict) and ("dtype" in part or "torch_dtype" in part):

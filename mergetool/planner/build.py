@@ -5,6 +5,7 @@ steps      per tensor: which models take part, copy or merge, numbers at this de
 shards     steps dealt into files in order, each file with its exact header
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -19,6 +20,7 @@ from mergetool.recipe.load import candidate_recipe
 from mergetool.recipe.model import Override, Recipe
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
 from mergetool.tensors.header import TensorSpec, lay_out
+from mergetool.tensors.sets import UNSPLIT
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import FileStamp, ModelSource
 
@@ -45,7 +47,7 @@ def make_plan(
     donor = BASE if BASE in opened else next(iter(recipe.models))
     draft = _Draft(recipe, opened, donor)
     steps = draft.steps()
-    shards = _shards(steps, recipe.output.shard_size)
+    shards = _shards(steps, opened[donor].stem, recipe.output.shard_size)
     placed = _place(steps, shards)
     warnings = (*lookup.warnings, *draft.warnings)
     missing = sum(lookup.missing.values())
@@ -272,10 +274,11 @@ def _tensor_method(method: Method) -> TensorMethod:
     return found
 
 
-def _shards(steps: Sequence[Step], limit: int) -> list[Shard]:
-    groups = list(_deal(steps, limit))
+def _shards(steps: Sequence[Step], stem: str, limit: int) -> list[Shard]:
+    """Files as the donor's library calls them; as many as it opens."""
+    groups = list(_deal(steps, sys.maxsize if stem in UNSPLIT else limit))
     named = [
-        "model.safetensors" if len(groups) == 1 else f"model-{index:05d}-of-{len(groups):05d}.safetensors"
+        f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{index:05d}-of-{len(groups):05d}.safetensors"
         for index in range(1, len(groups) + 1)
     ]
     return [Shard(name, *lay_out(group, {"format": "pt"})) for name, group in zip(named, groups, strict=True)]

@@ -52,7 +52,7 @@ class AdapterSource(ModelSource):
     def __init__(self, model: ModelSource, folder: Path, elsewhere: Mapping[Path, OpenFile] = NOTHING) -> None:
         self._model = model
         self._where = str(folder)
-        self.folder = model.folder
+        self.folder, self.stem, self.remarks = model.folder, model.stem, model.remarks
         self._settings = _settings(folder)
         self._config = FileStamp.of(folder / CONFIG_NAME)  # its alpha decides about values as much as the weights do
         if folder / WEIGHTS_NAME not in elsewhere and not (folder / WEIGHTS_NAME).is_file():
