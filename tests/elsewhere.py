@@ -1,16 +1,24 @@
 """A stand-in for a device: its tensors keep their data here, and are as strict as those of a GPU.
 
 `torch.device("xpu")` is taken for it (nothing is pinned and there are no streams). An operation that mixes its tensors
-with others, and whatever reads its memory directly (numpy, addresses), fails as on a real device. `double=False`: it
-has no float64 either, as mps has none.
+with others, and whatever reads its memory directly (numpy, addresses), fails as on a real device. A single number may
+lie on the CPU where an operation goes entry by entry and only reads it; an accumulator of one number may not.
+`double=False`: it has no float64 either, as mps has none.
+
+Linear algebra is loaded when it is first used, as torch loads CUDA's, and that only one thread may do at a time.
 """
+
+import threading
+import time
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("xpu", 0)
-_MIXES = {"aten::copy_", "aten::index.Tensor", "aten::index_put_"}
+_INDEXED = {"aten::index", "aten::index_put_"}
+"""The places may lie on the CPU, the values may not."""
+_ALGEBRA = ("linalg_", "_linalg_", "cholesky", "geqrf", "ormqr", "orgqr", "triangular_solve", "lu_")
 _FORBIDDEN = {torch.Tensor.numpy, torch.Tensor.data_ptr, torch.Tensor.__array__}
 
 
@@ -38,16 +46,52 @@ class There(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        given = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
-        if func._schema.name not in _MIXES and not all(isinstance(each, There) or each.dim() == 0 for each in given):
-            raise RuntimeError(f"{func}: expected all tensors to be on the same device")
-        out = func(*_here(args), **_here(kwargs))
+        _check_one_device(func, args, kwargs)
         name = func._schema.name
+        if name.removeprefix("aten::").startswith(_ALGEBRA):
+            algebra.load()
+        out = func(*_here(args), **_here(kwargs))
         if name.endswith("_") and not name.endswith("__"):
             return args[0]
         if "out" in kwargs:
             return kwargs["out"]
         return _there(out)
+
+
+def _check_one_device(func, args, kwargs):
+    """Nothing is written on one device from another but by a copy, and what is read lies where the rest does."""
+    name = func._schema.name
+    if name == "aten::copy_":
+        return
+    written = {argument.name for argument in func._schema.arguments if argument.is_write}
+    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    for argument, value in named.items():
+        if name in _INDEXED and argument == "indices":
+            continue
+        for each in tree_flatten(value)[0]:
+            number = isinstance(each, torch.Tensor) and each.dim() == 0 and torch.Tag.pointwise in func.tags
+            if isinstance(each, torch.Tensor) and not isinstance(each, There) and (argument in written or not number):
+                raise RuntimeError(f"{func}: expected all tensors to be on the same device")
+
+
+class _Algebra:
+    """Whether the library is loaded. When two threads load it at once, the second ends as it does in torch."""
+
+    def __init__(self):
+        self.loaded = False
+        self._loading = threading.Lock()
+
+    def load(self):
+        if self.loaded:
+            return
+        if not self._loading.acquire(blocking=False):
+            raise RuntimeError("lazy wrapper should be called at most once")
+        time.sleep(0.05)
+        self.loaded = True
+        self._loading.release()
+
+
+algebra = _Algebra()
 
 
 class Elsewhere(TorchFunctionMode):

@@ -1,6 +1,9 @@
 """Commands in processes of their own without a second of imports each: children of one process that has imported torch.
 
 huggingface_hub is not imported there, as it looks at the environment once, when it is.
+
+With KILL_AT=n in its environment a command is killed (SIGKILL) before it makes, renames or removes the n-th file or
+folder in whose path is KILL_IN.
 """
 
 import json
@@ -13,9 +16,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 _SERVER = """
-import json, os, sys
+import json, os, signal, sys
 import mergetool.cli.app, mergetool.cli.show, mergetool.engine, mergetool.planner, mergetool.engine.worker
 import mergetool.engine.fitting, torch.distributed
+
+def kill_at(left, place):
+    def hook(event, arguments):
+        nonlocal left
+        touched = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        touched = touched or (event == "open" and (arguments[2] or 0) & os.O_CREAT)
+        if touched and place in str(arguments[0]):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
 
 def start(wanted):
     child = os.fork()
@@ -28,6 +43,8 @@ def start(wanted):
     os.environ.update(wanted["env"])
     sys.argv = ["mergetool", *wanted["arguments"]]
     sys.stdin = open(0)
+    if "KILL_AT" in os.environ:
+        kill_at(int(os.environ["KILL_AT"]), os.environ["KILL_IN"])
     code = 70
     try:
         mergetool.cli.main()

@@ -5,7 +5,6 @@ between ends with the same result.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from mergetool.alignment.options import Repair
 from mergetool.alignment.repair import Batch, Repaired, correctable, repair, reset_statistics, try_out
 from mergetool.arch.spec import ArchSpec
 from mergetool.errors import PlanError
-from mergetool.tensors.writer import sync_folder, write_file
+from mergetool.tensors.writer import sync_folder, write_file, write_tensors
 
 if TYPE_CHECKING:
     from mergetool.methods.base import Models
@@ -31,7 +30,7 @@ def finish(
     options: Repair, models: "Models", fitted: Aligned, merged: Mapping[str, Tensor], folder: Path | None
 ) -> Mapping[str, Tensor]:
     """The tensors that REPAIR changes, in compute dtype, kept in `folder`. Raises PlanError or SourceError."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     if folder is not None and (folder / TENSORS).is_file():
         return load_file(folder / TENSORS)
@@ -43,9 +42,7 @@ def finish(
             folder / REPORT, json.dumps({"mode": options.mode, "std over parents'": done.ratios}, indent=1) + "\n"
         )
         unfinished = folder / f"{TENSORS}.unfinished"
-        save_file(done.tensors, unfinished)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
+        write_tensors(unfinished, done.tensors)
         unfinished.rename(folder / TENSORS)
         sync_folder((folder / TENSORS).parent)
     return done.tensors

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mergetool.alignment.task import spec_of
@@ -25,7 +24,7 @@ from mergetool.arch.spec import ArchSpec
 from mergetool.errors import PlanError, SourceError
 from mergetool.kernels.permute import Element
 from mergetool.tensors.io import write_error
-from mergetool.tensors.writer import write_file
+from mergetool.tensors.writer import write_file, write_tensors
 
 if TYPE_CHECKING:
     from mergetool.methods.base import Models
@@ -65,12 +64,10 @@ class Aligned:
         unfinished.parent.mkdir(exist_ok=True)
         write_file(folder / REPORT, json.dumps(self.report, indent=1) + "\n")
         try:
-            save_file(
-                arrays, unfinished, {METADATA: json.dumps(about)}
-            )  # one key: safetensors writes several in any order
+            write_tensors(unfinished, arrays, {METADATA: json.dumps(about)})
             unfinished.rename(folder / PERMUTATIONS)
-        except (OSError, SafetensorError) as error:
-            raise write_error(OSError(str(error)), str(unfinished)) from error
+        except OSError as error:
+            raise write_error(error, str(unfinished)) from error
 
 
 def load_beside(folder: Path, models: "Models") -> Aligned | None:

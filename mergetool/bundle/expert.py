@@ -28,7 +28,7 @@ class ExpertSource(ModelSource):
         self._parameters = manifest.parameters
         self._factors = factors
         self._last = threading.local()
-        self.folder = base.folder
+        self.folder, self.stem = base.folder, base.stem
         self.specs: Mapping[str, TensorSpec] = base.specs
 
     @property

@@ -5,11 +5,12 @@ from urllib.parse import quote
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mergetool.bundle.manifest import Head, Pool
 from mergetool.errors import PlanError, SourceError
+from mergetool.tensors.writer import write_tensors
 
 _NAMES = ("classifier", "score", "classification_head.out_proj", "classifier.out_proj", "head", "fc")
 """What classifiers are called in transformers checkpoints (and timm), the most usual first."""
@@ -63,7 +64,7 @@ def write_head(
         raise PlanError(f"{len(labels)} labels for {len(weight)} classes", where, "give one label per class")
     name = f"heads/{quote(task, safe='')}.safetensors"
     (folder / "heads").mkdir(exist_ok=True)
-    save_file({"weight": weight.contiguous(), "bias": bias.contiguous()}, folder / name)
+    write_tensors(folder / name, {"weight": weight, "bias": bias})
     return Head(file=name, num_classes=len(weight), pool=pool, normalize=normalize, labels=labels or _labels(path))
 
 

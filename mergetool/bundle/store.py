@@ -10,11 +10,12 @@ import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from mergetool.errors import OutputError
 from mergetool.kernels.spectral import Factors, live_factors
 from mergetool.tensors.io import bytes_of, write_error
+from mergetool.tensors.writer import write_tensors
 
 _VERSION = "live-factors-2"
 """Changes when the same task vector would get other factors."""
@@ -54,13 +55,12 @@ class FactorStore:
     def _save(self, path: Path, factors: Factors, k: int) -> None:
         sibling = path.with_name(f".{path.name}.{os.getpid()}.{id(factors)}")
         parts = {"u": factors.u, "s": factors.s, "v": factors.v}
-        tensors = {name: part.cpu().contiguous() for name, part in parts.items()}
         try:
-            save_file(tensors, sibling, metadata={"k": str(k)})
+            write_tensors(sibling, parts, {"k": str(k)})
             sibling.replace(path)
-        except (OSError, SafetensorError) as error:
+        except (OSError, OutputError) as error:
             sibling.unlink(missing_ok=True)
-            raise write_error(error if isinstance(error, OSError) else OSError(str(error)), str(path)) from error
+            raise error if isinstance(error, OutputError) else write_error(error, str(path)) from error
 
 
 def _load(path: Path, k: int) -> Factors | None:

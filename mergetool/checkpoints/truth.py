@@ -172,7 +172,8 @@ def _set_classes(config: dict[str, Any], leader: str, parents: Mapping[str, Pare
 
 def _set_dtype(config: dict[str, Any], dtype: str, *, inside: bool) -> None:
     """Write the dtype under the name that the config uses; `inside`: in the configs of parts (text, vision) too."""
-    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    others = {"_class_name", "pretrained_cfg"} & config.keys()  # of diffusers and timm, which have no such key
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ([] if others else ["torch_dtype"])
     config.update(dict.fromkeys(names, dtype))
     for part in config.values() if inside else ():
         if isinstance(part, dict) and ("dtype" in part or "torch_dtype" in part):

@@ -14,7 +14,7 @@ class View(ModelSource):
     def __init__(self, model: ModelSource, stored: Mapping[str, str]) -> None:
         self.model = model
         self.stored = stored
-        self.folder = model.folder
+        self.folder, self.stem, self.remarks = model.folder, model.stem, model.remarks
         self.specs: Mapping[str, TensorSpec] = {
             name: replace(model.specs[own], name=name) for name, own in stored.items()
         }

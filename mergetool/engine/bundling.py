@@ -21,7 +21,6 @@ from mergetool.bundle.store import FactorStore
 from mergetool.engine.claim import Claim
 from mergetool.engine.devices import one_thread
 from mergetool.engine.fitting import WholeModels
-from mergetool.engine.journal import JOURNAL_NAME, other_journals
 from mergetool.engine.processes import Team
 from mergetool.engine.provenance import describe_run
 from mergetool.engine.record import Record
@@ -114,8 +113,7 @@ def run_bundle(
 
 def _emptied(folder: Path, cache: Path | None, team: Team) -> FactorStore:
     """The store of factors; what else an earlier try wrote into `folder` goes."""
-    kept = {folder / JOURNAL_NAME, folder / _STORE, *other_journals(folder)}
-    for path in [path for path in folder.iterdir() if path not in kept] if team.leads else ():
+    for path in [path for path in folder.iterdir() if path.name != _STORE] if team.leads else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return FactorStore(cache or folder / _STORE)
 

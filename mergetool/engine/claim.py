@@ -1,23 +1,35 @@
 """The right to write an output: its unfinished folder, its journal, and how it becomes the finished one.
 
-    NAME.partial/          while work goes on; its journal is locked by the run that owns it
+    NAME.partial/          while work goes on
+    NAME.partial.journal   locked by the run that owns the folder; the last thing to go
     NAME                   complete, by one rename, or not there
 
-With `overwrite`, an earlier result stands until the new one is complete. Only folders that this tool made (they hold
-a `mergetool.json`) are ever replaced.
+With `overwrite`, an earlier result stands until the new one is complete. Only folders that are empty or that this tool
+made (they hold a `mergetool.json`) are ever replaced.
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from mergetool import __version__
-from mergetool.engine.journal import JOURNAL_NAME, Journal, other_journal, other_journals, read_done
+from mergetool.engine.journal import (
+    Journal,
+    adopt_old_journals,
+    journal_path,
+    old_journals,
+    other_journals,
+    read_done,
+    remove_journals,
+)
 from mergetool.errors import OutputError, SourceError
 from mergetool.planner import Plan
 from mergetool.planner.model import UNIT_ELEMENTS
@@ -37,25 +49,42 @@ class Claim:
         self.overwrite = overwrite
         self.key = plan_key(plan)
         self._inputs = [stamp for stamps in plan.stamps.values() for stamp in stamps]
-        try:
+        with _writing(self.partial):
             self._check_inputs()
-            self._check_output()
+            check_output(output, overwrite=overwrite)
             self._check_partial()
-            self.partial.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(error, str(self.partial)) from error
-        self.finished = resume and self._is_finished()
+            _make_parents(self.partial)
+            adopt_old_journals(self.partial)
         self.journal = Journal(self.partial, self.key, resume=resume)
         try:
-            if self.journal.found:
-                self.journal.include(read_done(path, self.key) for path in other_journals(self.partial))
-            if self.journal.resumed and not self._has_files(plan):
-                self.journal.start_over()
-            if not self.finished and not self.journal.found:
-                _empty(self.partial, keep=JOURNAL_NAME)
-        except OSError as error:
-            self.release()
-            raise write_error(error, str(self.partial)) from error
+            with _writing(self.partial):
+                check_output(output, overwrite=overwrite)  # it may have appeared before the journal was ours
+                self.partial.mkdir(exist_ok=True)
+                sync_folder(self.partial.parent)
+                self.finished = resume and is_result(self.partial, self.key)
+                self._take_over(plan)
+        except OutputError:
+            self._let_be()
+            raise
+
+    def _take_over(self, plan: Plan) -> None:
+        """What an earlier run of this plan left is gone on with, what another one left is removed."""
+        if self.journal.found:
+            self.journal.include(read_done(path, self.key) for path in other_journals(self.partial))
+        if self.journal.resumed and not self._has_files(plan):
+            self.journal.start_over()
+        if not self.finished and not self.journal.found:
+            _empty(self.partial)
+            for path in other_journals(self.partial):
+                path.unlink()
+
+    def _let_be(self) -> None:
+        """Leave a place as it was found, where nothing of an earlier run lies."""
+        with suppress(OSError):
+            if self.partial.is_dir():
+                self.partial.rmdir()  # fails where there is anything in it
+            remove_journals(self.partial)
+        self.release()
 
     @classmethod
     def joined(cls, plan: Plan, output: Path, rank: int) -> "Claim":
@@ -64,7 +93,7 @@ class Claim:
         self.output, self.partial, self.overwrite, self.finished = output, partial_path(output), False, False
         self.key = plan_key(plan)
         self._inputs = [stamp for stamps in plan.stamps.values() for stamp in stamps]
-        self.journal = Journal(self.partial, self.key, resume=True, name=other_journal(rank))
+        self.journal = Journal(self.partial, self.key, resume=True, rank=rank)
         return self
 
     def _check_inputs(self) -> None:
@@ -74,30 +103,17 @@ class Claim:
             if place.resolve() in held or place.resolve() in {path.resolve() for path in inputs}:
                 raise OutputError("the output is an input, or holds one", str(place), _ELSEWHERE)
 
-    def _check_output(self) -> None:
-        if self.output.name in ("", ".."):
-            raise OutputError("is no name for a new folder", str(self.output), _ELSEWHERE)
-        if self.output.exists() or self.output.is_symlink():
-            if not self.overwrite:
-                raise OutputError("exists already", str(self.output), f"{_ELSEWHERE}, or add --overwrite")
-            if not (self.output / LOCK_NAME).is_file():
-                what = "was not made by mergetool (it has no mergetool.json), so it will not be overwritten"
-                raise OutputError(what, str(self.output), f"remove it yourself, or {_ELSEWHERE}")
-
     def _check_partial(self) -> None:
         if self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir()):
             raise OutputError("is in the way and is not a folder", str(self.partial), "remove it")
+        journal = journal_path(self.partial)
+        if journal.is_symlink() or (journal.exists() and not journal.is_file()):
+            raise OutputError("is in the way and is not a file", str(journal), "remove it")
         found = {path.name for path in self.partial.iterdir()} if self.partial.exists() else set()
-        if found and not found & {JOURNAL_NAME, LOCK_NAME}:
-            raise OutputError("is in the way and was not made by mergetool", str(self.partial), "remove it")
-
-    def _is_finished(self) -> bool:
-        """Everything was written and synced, only the rename is missing."""
-        try:
-            lock = json.loads((self.partial / LOCK_NAME).read_text("utf-8"))
-            return lock["plan"] == self.key and all((self.partial / name).is_file() for name in lock["output"]["files"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        ours = journal.exists() or LOCK_NAME in found or old_journals(self.partial)
+        if found and not ours:
+            what = f"is in the way and was not made by mergetool (there is no {journal.name} beside it)"
+            raise OutputError(what, str(self.partial), "remove it")
 
     def _has_files(self, plan: Plan) -> bool:
         """Whether the files that an earlier run was filling are still there."""
@@ -115,33 +131,139 @@ class Claim:
         if changed := self.changed_inputs():
             what = "the file changed while it was being merged"
             raise SourceError(what, str(changed[0]), "let nothing write to it, then run again")
-        replaced = self.output.with_name(f"{self.output.name}.replaced")
-        try:
+        replaced = _replaced(self.output)
+        with _writing(self.output):
+            for path in old_journals(self.partial):
+                path.unlink()
             sync_folder(self.partial)
-            self._check_output()  # it may have appeared while this run worked
-            if self.output.exists():
+            check_output(self.output, overwrite=self.overwrite)  # it may have appeared while this run worked
+            if self.output.exists() and not _is_empty(self.output):
                 _remove(replaced)
                 self.output.rename(replaced)
             self.partial.rename(self.output)
             sync_folder(self.output.parent)
-            for path in (*other_journals(self.output), self.output / JOURNAL_NAME):
-                path.unlink()
+            remove_journals(self.partial)
             _remove(replaced)
-        except OSError as error:
-            raise write_error(error, str(self.output)) from error
 
     def discard(self) -> None:
-        """Remove the unfinished folder."""
+        """Remove the unfinished folder, and let go of it."""
         with suppress(OSError):
-            _empty(self.partial, keep=JOURNAL_NAME)
             shutil.rmtree(self.partial)
+            remove_journals(self.partial)
 
     def release(self) -> None:
         """Let go of the journal's lock."""
         self.journal.close()
 
 
-def _empty(folder: Path, *, keep: str) -> None:
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Whether an output may get this name: nothing is there, or an empty folder, or a result to `overwrite`.
+
+    Raises OutputError.
+    """
+    if output.name in ("", ".."):
+        raise OutputError("is no name for a new folder", str(output), _ELSEWHERE)
+    if not output.exists() and not output.is_symlink():
+        return
+    if not output.is_symlink() and _is_empty(output):
+        _check_replaceable(output)
+        return
+    if not overwrite:
+        raise OutputError("exists already", str(output), f"{_ELSEWHERE}, or add --overwrite")
+    if not (output / LOCK_NAME).is_file():
+        what = f"was not made by mergetool (it has no {LOCK_NAME}), so it will not be overwritten"
+        raise OutputError(what, str(output), f"remove it yourself, or {_ELSEWHERE}")
+
+
+def _check_replaceable(folder: Path) -> None:
+    """An empty folder makes way for the finished one, unless something holds it where it is."""
+    fix = f"write to a folder inside it: -o {quote(str(folder / 'merged'))}"
+    if _is_mount(folder):
+        what = "is where a disk is mounted, and a finished folder cannot take that name in one step"
+        raise OutputError(what, str(folder), fix)
+    if os.path.samestat(folder.stat(), Path().stat()):
+        raise OutputError("is the current folder, which the finished one would replace", str(folder), fix)
+    if not os.access(folder.parent, os.W_OK | os.X_OK):
+        what = f"is empty, but nothing may be written beside it (in {folder.parent})"
+        raise OutputError(what, str(folder), fix)
+
+
+def _is_mount(folder: Path) -> bool:
+    """Also where the disk that is mounted there is the one around it (a bind mount), which only Linux tells."""
+    if folder.is_mount():
+        return True
+    with suppress(OSError):
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+        places = {line.split()[4].decode("unicode_escape").encode("latin-1") for line in lines}
+        return os.fsencode(folder.resolve()) in places
+    return False
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def is_result(folder: Path, key: str) -> bool:
+    """Whether a folder holds all that a run of this plan writes, its lock last."""
+    try:
+        lock = json.loads((folder / LOCK_NAME).read_text("utf-8"))
+        return bool(lock["plan"] == key and all((folder / name).is_file() for name in lock["output"]["files"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def done_before(plan: Plan, output: Path, *, overwrite: bool) -> bool:
+    """Whether the output is there, made by this very plan. What a killed run did not clear away then goes.
+
+    A run that is killed after its result got its name could not say that it was done: the next one does. With
+    `overwrite` only where its journal is still there; else the result is to be made again.
+    """
+    partial = partial_path(output)
+    unsaid = journal_path(partial).is_file() and not partial.exists()
+    if (overwrite and not unsaid) or not is_result(output, plan_key(plan)) or not _untouched(output):
+        return False
+    with suppress(OSError, OutputError):  # what is left is in nobody's way, and may be another run's
+        for path in old_journals(output):
+            path.unlink()
+        if unsaid:
+            journal = Journal(partial, "", resume=True)
+            _remove(_replaced(output))
+            remove_journals(partial)
+            journal.close()
+    return True
+
+
+def _untouched(result: Path) -> bool:
+    """Whether no file of a result is younger than its lock, which was written last."""
+    files = json.loads((result / LOCK_NAME).read_text("utf-8"))["output"]["files"]
+    written = (result / LOCK_NAME).stat().st_mtime_ns
+    return all((result / name).stat().st_mtime_ns <= written for name in files)
+
+
+def _make_parents(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    """Errors of the operating system, as ours."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            fix = f"write to a folder inside it: -o {quote(str(place / 'merged'))}"
+            raise OutputError("is held where it is by the system", str(place), fix) from error
+        raise write_error(error, str(place)) from error
+
+
+def _replaced(output: Path) -> Path:
+    return output.with_name(f"{output.name}.replaced")
+
+
+def _empty(folder: Path, keep: str = "") -> None:
     """Remove everything in a folder but the file that tells whose it is."""
     for path in folder.iterdir():
         if path.name == keep:

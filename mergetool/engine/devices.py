@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 LEAST_SLICE = 1 << 14
 """Elements below which slices are not worth a device."""
 _local = threading.local()
+_loading = threading.Lock()
+_loaded: set[str] = set()
+"""Devices whose linear algebra is ready."""
 
 
 def own_device(asked: str) -> str:
@@ -101,6 +104,21 @@ def own_stream(device: "torch.device") -> Iterator[None]:
     with cuda.stream(streams[device]):
         yield
         streams[device].synchronize()
+
+
+def load_linear_algebra(device: "torch.device") -> None:
+    """Have torch load the linear algebra of a device, which threads that use it first must not do at once.
+
+    torch loads CUDA's at the first call, without a lock; two at once end in "lazy wrapper
+    should be called at most once".
+    """
+    import torch
+
+    with _loading:
+        if device.type != "cpu" and str(device) not in _loaded:
+            with suppress(NotImplementedError):  # Metal has none: a method that wants it says so
+                torch.linalg.eigh(torch.ones(1, 1, device=device))
+            _loaded.add(str(device))
 
 
 def free_device(device: "torch.device") -> None:

@@ -1,6 +1,6 @@
 """Run a plan: from opened sources to a finished folder, in a way that can be killed at any moment.
 
-claim        create NAME.partial, lock its journal, reserve the output files
+claim        lock NAME.partial.journal, create NAME.partial, reserve the output files
 work         threads take jobs: hash inputs, survey, merge, sync and hash finished files
 finish       index, config, tokenizer, card, lock file; then one rename
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from mergetool.engine.claim import Claim
+from mergetool.engine.claim import Claim, done_before
 from mergetool.engine.deal import deal
 from mergetool.engine.jobs import Jobs
 from mergetool.engine.locked import Locked
@@ -92,20 +92,38 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
 def _run(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> Result:
     target = push_target(recipe, flags.push) if team.leads else None
     plan, costs, digests = team.leader_first(lambda: _prepare(recipe, flags, progress, team))
+    result = _done_before(plan, flags, progress, team)
+    if result is None:
+        result = _claim_and_run(plan, costs, digests, flags, progress, team)
+    if result is not None and target is not None:
+        result = replace(result, pushed=push_result(result.path, target))
+    found: Result = team.exchange(result)[0]
+    return found
+
+
+def _done_before(plan: Plan, flags: Flags, progress: Progress, team: Team) -> Result | None:
+    """The result of an earlier run of the same command that could not say that it was done."""
+    assert plan.output is not None
+    asked = team.leads and flags.resume
+    if not team.exchange(asked and done_before(plan, plan.output, overwrite=flags.overwrite))[0]:
+        return None
+    progress.say(f"done already: {plan.output} is what this recipe makes of these inputs (--overwrite makes it again)")
+    return Result(plan.output, 0.0, 0, plan.bytes_out, 0, len(plan.steps), resumed=True)
+
+
+def _claim_and_run(
+    plan: Plan, costs: Costs, digests: dict[str, str], flags: Flags, progress: Progress, team: Team
+) -> Result | None:
     claim = team.leader_first(lambda: _claim(plan, flags, team))
     try:
         claim.journal.include(team.exchange(claim.journal.done))
         claim.journal.done.hashes.update(digests)
-        result = _run_claimed(plan, claim, costs, flags, progress, team)
+        return _run_claimed(plan, claim, costs, flags, progress, team)
     finally:
         progress.stop()
         claim.release()
         for source in plan.sources.values():
             source.close()
-    if result is not None and target is not None:
-        result = replace(result, pushed=push_result(result.path, target))
-    found: Result = team.exchange(result)[0]
-    return found
 
 
 def _claim(plan: Plan, flags: Flags, team: Team) -> Claim:
@@ -149,6 +167,7 @@ def _run_claimed(plan: Plan, claim: Claim, costs: Costs, flags: Flags, progress:
         if team.exchange(claim.finished)[0]:  # killed between the last byte and the rename
             if team.leads:
                 claim.publish()
+            progress.say("done already: all was written, only the name of the result was missing")
             return Result(claim.output, 0.0, 0, plan.bytes_out, 0, len(plan.steps), resumed=True)
         if isinstance(plan.recipe.method, BundleMethod):
             from mergetool.engine.bundling import run_bundle

@@ -5,6 +5,9 @@ process. They do not all survive a power cut, so from time to time the data is s
 The header line holds the machine's boot id: resuming within the same boot trusts every line, after a reboot only as
 many as the last `synced` line vouches for (which the new boot then notes). A torn last line is cut off. An exclusive
 lock on the file keeps a second run out.
+
+It lies beside the unfinished folder, `NAME.partial.journal`: so that folder can be given its name at any moment, and
+whoever has the lock knows that nobody else is about to.
 """
 
 import errno
@@ -13,14 +16,17 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from mergetool.errors import OutputError
 from mergetool.tensors.io import write_error
 
-JOURNAL_NAME = "journal.jsonl"
+_OLD_NAMES = ("journal.jsonl", ".journal.*.jsonl")
+"""Inside the folder, where they were once."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -46,10 +52,10 @@ class Done:
 
 
 class Journal:
-    """The journal of one output folder, locked for as long as this object lives."""
+    """The journal of one unfinished folder, locked for as long as this object lives."""
 
-    def __init__(self, folder: Path, key: str, *, resume: bool, name: str = JOURNAL_NAME) -> None:
-        self.path = folder / name
+    def __init__(self, partial: Path, key: str, *, resume: bool, rank: int = 0) -> None:
+        self.path = journal_path(partial, rank)
         self._fd = _open_locked(self.path)
         self._lock = threading.Lock()
         self._key = key
@@ -130,14 +136,37 @@ class Journal:
             raise write_error(error, str(self.path)) from error
 
 
-def other_journal(rank: int) -> str:
-    """Name of the journal of a process that does not lead."""
-    return f".journal.{rank}.jsonl"
+def journal_path(partial: Path, rank: int = 0) -> Path:
+    """Where the journal of an unfinished folder lies; each process has its own."""
+    return partial.with_name(f"{partial.name}.journal" + (f".{rank}" if rank else ""))
 
 
-def other_journals(folder: Path) -> list[Path]:
+def other_journals(partial: Path) -> list[Path]:
     """The journals of processes that did not lead, of whatever run."""
-    return sorted(folder.glob(other_journal(0).replace("0", "*")))
+    return sorted(partial.parent.glob(f"{escape(partial.name)}.journal.*"))
+
+
+def remove_journals(partial: Path) -> None:
+    """Remove all journals of a folder, last the one whose lock keeps others out."""
+    for path in (*other_journals(partial), journal_path(partial)):
+        path.unlink(missing_ok=True)
+
+
+def old_journals(folder: Path) -> list[Path]:
+    """Journals inside a folder, where an earlier version kept them."""
+    return [path for name in _OLD_NAMES for path in sorted(folder.glob(name))]
+
+
+def adopt_old_journals(partial: Path) -> None:
+    """Move journals that an earlier version left in an unfinished folder to where they belong now.
+
+    Raises OutputError where that version is still at work.
+    """
+    for path in old_journals(partial):
+        os.close(_open_locked(path))
+        rank = path.name.removeprefix(".journal.").removesuffix(".jsonl") if path.name.startswith(".") else "0"
+        with suppress(FileNotFoundError):  # another run did so just now
+            path.rename(journal_path(partial, int(rank) if rank.isdigit() else 0))
 
 
 def read_done(path: Path, key: str) -> Done:
@@ -149,23 +178,27 @@ def read_done(path: Path, key: str) -> Done:
 
 
 def _open_locked(path: Path) -> int:
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise write_error(error, str(path)) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(fd).st_ino != path.stat().st_ino:  # the run that held it has just finished and moved it away
-            raise FileNotFoundError
-    except (BlockingIOError, FileNotFoundError):
-        os.close(fd)
-        raise OutputError(
-            "another run is writing this output", str(path.parent), "wait for it, or choose another place with -o PATH"
-        ) from None
-    except OSError as error:
-        os.close(fd)
-        raise write_error(error, str(path)) from error
-    return fd
+    busy = OutputError(
+        "another run is writing this output", str(path), "wait for it, or choose another place with -o PATH"
+    )
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise write_error(error, str(path)) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_ino == path.stat().st_ino:
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            raise busy from None
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            os.close(fd)
+            raise write_error(error, str(path)) from error
+        os.close(fd)  # the run that held it has just finished and removed it: what it left is to be looked at
 
 
 def _boot_id() -> str:

@@ -14,7 +14,6 @@ from typing import Any
 from mergetool import __version__
 from mergetool.engine.card import card
 from mergetool.engine.claim import LOCK_NAME, Claim
-from mergetool.engine.journal import JOURNAL_NAME
 from mergetool.engine.public import public
 from mergetool.engine.record import Record
 from mergetool.engine.result import Result
@@ -22,7 +21,7 @@ from mergetool.planner import Plan
 from mergetool.planner.outcome import config_of
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.side_files import CONFIG_NAME, carried_files
-from mergetool.tensors.source import INDEX_NAME, FileStamp
+from mergetool.tensors.source import FileStamp
 from mergetool.tensors.writer import copy_file, write_file
 
 
@@ -78,7 +77,7 @@ def describe_run(plan: Plan, claim: Claim, record: Record, result: Result) -> No
     folder = claim.partial
     write_file(folder / "README.md", card(plan))
     lock = _lock(plan, claim.key, record, result)
-    weights = {*lock["output"]["files"], JOURNAL_NAME}
+    weights = set(lock["output"]["files"])
     written = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     found = (path.relative_to(folder).as_posix() for path in written)
     others = sorted(name for name in found if name not in weights)
@@ -92,7 +91,8 @@ def _write_index(plan: Plan, folder: Path) -> None:
     weight_map = {name: shard.name for shard in plan.shards for name in shard.header.slots}
     total = sum(step.spec.num_bytes for step in plan.steps)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_file(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    stem = plan.sources[plan.donor].stem
+    write_file(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _carry_files(plan: Plan, folder: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mergetool.bundle.store import FactorStore
-from mergetool.engine.devices import LEAST_SLICE, free_device, own_stream
+from mergetool.engine.devices import LEAST_SLICE, free_device, load_linear_algebra, own_stream
 from mergetool.errors import MergeError, at
 from mergetool.methods.base import Params, Stats, Survey, TensorGroup, TensorMethod
 from mergetool.planner.model import BASE, SLICE_ELEMENTS, Plan, Step
@@ -50,6 +50,8 @@ class Worker:
         self._stored_bytes = bytes_of(self._stored)
         self._buffers: dict[tuple[object, torch.dtype], Tensor] = {}
         self._views: dict[tuple[object, torch.dtype, tuple[int, ...]], Tensor] = {}
+        if any(step.method is not None and step.reach == "tensor" for step in plan.steps):
+            load_linear_algebra(device)
 
     def survey(self, step: Step, start: int, stop: int, survey: Survey) -> Tensor:
         """Summed counts of a survey over elements [start, stop) of a step."""

@@ -23,6 +23,7 @@ class ResponseCache:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / CACHE_NAME).touch()  # with the umask's mode, which SQLite would narrow
             self._database = sqlite3.connect(folder / CACHE_NAME, timeout=60, isolation_level=None)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute(

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from mergetool.engine import Flags, Progress, Result
 from mergetool.engine import run_recipe as run_plain
+from mergetool.engine.claim import check_output
 from mergetool.engine.devices import device_for_networks
 from mergetool.engine.execute import Silent
+from mergetool.engine.journal import journal_path
 from mergetool.engine.processes import joined, leads
 from mergetool.engine.push import push_target
 from mergetool.errors import MergeError, OutputError
@@ -16,6 +18,7 @@ from mergetool.planner.lookup import pinned
 from mergetool.recipe.load import candidate_recipe
 from mergetool.recipe.model import Recipe
 from mergetool.tensors.source import open_model
+from mergetool.tensors.writer import partial_path
 
 if TYPE_CHECKING:
     from mergetool.evolve.session import Found
@@ -84,6 +87,6 @@ def _output(recipe: Recipe, flags: Flags) -> Path:
         output = recipe.path_of(recipe.output.path)
     if output is None:
         raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
-    if output.exists() and not flags.overwrite:
-        raise OutputError("exists already", str(output), "choose another place with -o PATH, or add --overwrite")
+    if not (flags.resume and journal_path(partial_path(output)).exists()):  # or else a merge was killed at its end
+        check_output(output, overwrite=flags.overwrite)
     return output

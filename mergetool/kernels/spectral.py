@@ -167,7 +167,7 @@ def ranks_within(spectra: Sequence[Tensor], costs: Sequence[int], budget: int) -
     owner = torch.cat([torch.full_like(values, place) for place, values in enumerate(worth)]).long()
     order = torch.cat(worth).argsort(descending=True, stable=True)
     owner = owner[order]
-    spent = torch.tensor(costs, dtype=torch.float64)[owner].cumsum(0)
+    spent = torch.tensor(costs, dtype=torch.float64, device=owner.device)[owner].cumsum(0)
     counts = owner[spent <= budget].bincount(minlength=len(costs))
     return [max(1, min(int(count), len(s))) if len(s) else 0 for count, s in zip(counts, spectra, strict=True)]
 

@@ -43,9 +43,11 @@ class _Norms(Survey):
 
         total = torch.zeros(2, len(p.density), dtype=torch.float64)
         for group in groups:
-            for place, (name, delta, density) in enumerate(zip(group.names, group.deltas, p.density, strict=True)):
-                total[0, place] += delta.abs_().sum(dtype=torch.float64)
-                total[1, place] += _drop(group, name, delta, density).sum(dtype=torch.float64)
+            deltas = [delta.abs_() for delta in group.deltas]
+            whole = [delta.sum(dtype=torch.float64) for delta in deltas]
+            given = zip(group.names, deltas, p.density, strict=True)
+            kept = [_drop(group, *each).sum(dtype=torch.float64) for each in given]
+            total += torch.stack((*whole, *kept)).view_as(total).to("cpu")  # added up here, wherever the slice is
         return total
 
     def conclude(self, total: "Tensor") -> Stats:

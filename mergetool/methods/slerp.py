@@ -33,8 +33,9 @@ class _Products(Survey):
         total = torch.zeros(3, dtype=torch.float64)
         for group in groups:
             a, b = group.models
-            for place, (x, y) in enumerate(((a, a), (b, b), (a, b))):
-                total[place] += torch.mul(x, y, out=group.scratch(0)).sum(dtype=torch.float64)
+            pairs = ((a, a), (b, b), (a, b))
+            products = [torch.mul(x, y, out=group.scratch(0)).sum(dtype=torch.float64) for x, y in pairs]
+            total += torch.stack(products).to("cpu")  # added up here, wherever the slice is
         return total
 
     def conclude(self, total: "Tensor") -> Stats:

@@ -5,6 +5,7 @@ steps      per tensor: which models take part, copy or merge, numbers at this de
 shards     steps dealt into files in order, each file with its exact header
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from mergetool.planner.parents import check_shares, refuse_quantised, words_abou
 from mergetool.recipe.load import candidate_recipe
 from mergetool.recipe.model import Recipe
 from mergetool.tensors.header import TensorSpec, lay_out
+from mergetool.tensors.sets import UNSPLIT
 from mergetool.tensors.source import FileStamp, ModelSource
 
 
@@ -48,7 +50,7 @@ def make_plan(
     family = assemble(opened, donor, whole=whole)
     draft = Draft(recipe, family, donor)
     steps = draft.steps()
-    shards = _shards(steps, recipe.output.shard_size)
+    shards = _shards(steps, opened[donor].stem, recipe.output.shard_size)
     words = (*check_shares(recipe, family.sources, steps), *words_about(recipe, family.sources, donor, steps))
     plan = Plan(
         recipe,
@@ -86,10 +88,11 @@ def open_models(recipe: Recipe, lookup: Lookup) -> dict[str, ModelSource]:
     return opened
 
 
-def _shards(steps: Sequence[Step], limit: int) -> list[Shard]:
-    groups = list(_deal(steps, limit))
+def _shards(steps: Sequence[Step], stem: str, limit: int) -> list[Shard]:
+    """Files as the donor's library calls them; as many as it opens."""
+    groups = list(_deal(steps, sys.maxsize if stem in UNSPLIT else limit))
     named = [
-        "model.safetensors" if len(groups) == 1 else f"model-{index:05d}-of-{len(groups):05d}.safetensors"
+        f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{index:05d}-of-{len(groups):05d}.safetensors"
         for index in range(1, len(groups) + 1)
     ]
     return [Shard(name, *lay_out(group, {"format": "pt"})) for name, group in zip(named, groups, strict=True)]

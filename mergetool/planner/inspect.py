@@ -45,7 +45,7 @@ def _architecture(config: dict[str, Any]) -> str:
 
 
 def _remarks(source: ModelSource, config: dict[str, Any]) -> list[str]:
-    remarks = []
+    remarks = list(source.remarks)
     if isinstance(source, SafetensorsSource):
         for stamp, header in zip(source.files, source.headers, strict=True):
             crooked = [s.spec.name for s in header.slots.values() if s.begin % max(1, s.spec.dtype.bits // 8)]
@@ -55,7 +55,7 @@ def _remarks(source: ModelSource, config: dict[str, Any]) -> list[str]:
             if known != len(header.slots):
                 remarks.append(f"{stamp.path.name}: {len(header.slots) - known} tensors are not in the index")
     else:
-        remarks.append("stored as pickle (.bin); safetensors is safer and faster")
+        remarks.append("stored as pickle; safetensors is safer and faster")
     if config.get("quantization_config"):
         remarks.append("quantised: dequantise before merging")
     if source.folder is not None and not config:

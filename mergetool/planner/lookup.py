@@ -64,6 +64,8 @@ class Lookup:
             self.warnings += _made_for_another(name, place.origin, model.made_for)
             origins.append(added.origin)
         self.origins[name] = tuple(origins)
+        told = [f"{name}: {remark}" for remark in model.remarks]
+        self.warnings += [text for text in told if text not in self.warnings]
         return model
 
     def _place(self, text: str, *, adapter: bool = False, whole: bool = False) -> Place:
@@ -175,7 +177,7 @@ def pinned_document(document: Mapping[str, Any], pins: Mapping[str, str]) -> dic
 
 
 def _is_pickled(repository: Repository) -> bool:
-    return any(name.endswith(".bin") for name in repository.weight_files())
+    return not all(name.endswith(".safetensors") for name in repository.weight_files())
 
 
 def _open(place: Place, select: str | None) -> ModelSource:

@@ -18,16 +18,17 @@ from functools import cached_property
 from glob import escape
 from pathlib import Path
 
-from mergetool.errors import HubError, MergetoolError, OutputError
+from mergetool.errors import HubError, MergetoolError, OutputError, SourceError
+from mergetool.tensors.foreign import foreign_folder
 from mergetool.tensors.header import Header, header_length, parse_header
 from mergetool.tensors.hub_errors import explained, patient, persistent, unreachable
-from mergetool.tensors.side_files import CARD_NAME, CARRIED, CONFIG_NAME
+from mergetool.tensors.sets import chosen_set, is_index, usual_names, weight_sets
+from mergetool.tensors.side_files import CARD_NAME, CARRIED, CONFIG_NAME, read_config
 from mergetool.tensors.source import WEIGHT_NAMES, FileStamp, OpenFile, weight_map
 
 _NAME = re.compile(r"(?:hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^\s@]+))?")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-_INDEXES = tuple(name for name in WEIGHT_NAMES if name.endswith(".json"))
-_SMALL = (CONFIG_NAME, CARD_NAME, _ADAPTER_FILES[0], *_INDEXES)
+_SMALL = (CONFIG_NAME, CARD_NAME, _ADAPTER_FILES[0])
 _OTHER = "name another repository or revision"
 _FIRST_BYTES = 1 << 16
 """What is read of a weight file at first; few headers are longer."""
@@ -83,7 +84,7 @@ def _cached(name: HubName, *, adapter: bool) -> "Repository | None":
     """What the cache knows of this revision, if it holds all its weights."""
     from huggingface_hub import try_to_load_from_cache
 
-    for file in (*WEIGHT_NAMES, *_ADAPTER_FILES):
+    for file in (*usual_names(), *_ADAPTER_FILES, CONFIG_NAME, CARD_NAME):
         path = try_to_load_from_cache(name.repo, file, revision=name.revision)
         if isinstance(path, str):
             place = Path(path).parent
@@ -124,7 +125,9 @@ class Repository:
         """The snapshot folder; configs, indexes and the card are in it."""
         if self.place is not None:
             return self.place
-        small = [name for name in _SMALL if name in self.sizes]
+        indexes = [name for name in self.sizes if is_index(name)]
+        indexes = [name for name in indexes if ".safetensors" in name] or indexes  # the others are not read then
+        small = [name for name in self.sizes if name in _SMALL or name in indexes]
         folder = self._download(small, self.asked.revision)  # by its branch, so that the cache learns what that means
         return folder if folder.name == self.commit else self._download(small)
 
@@ -135,13 +138,41 @@ class Repository:
                 if {_ADAPTER_FILES[0], name} <= self.sizes.keys():
                     return [name]
             raise HubError(f"no LoRA adapter in this repository (looked for {_ADAPTER_FILES[1]})", str(self), _OTHER)
-        for name in WEIGHT_NAMES:
-            if name in self.sizes:
-                places = weight_map(self.folder, name) if name in _INDEXES else {name: name}
-                return list(dict.fromkeys(places.values()))
+        chosen = self._chosen()
+        if chosen is not None:
+            places = weight_map(self.folder, chosen) if is_index(chosen) else {chosen: chosen}
+            return list(dict.fromkeys(places.values()))
         if _ADAPTER_FILES[0] in self.sizes:
             raise HubError("is a LoRA adapter, not a model", str(self), "write {source: MODEL, adapters: [ADAPTER]}")
-        raise HubError(f"no model in this repository (looked for {', '.join(WEIGHT_NAMES)})", str(self), _OTHER)
+        raise self._without_weights()
+
+    def _chosen(self) -> str | None:
+        """The file or index that would be read of the whole repository, were it here."""
+        names = {name for name in self.sizes if "/" not in name}
+        if _ADAPTER_FILES[0] in names and not weight_sets(names):
+            return None
+        if CONFIG_NAME in names and (explicit := read_config(self.folder).get("transformers_weights")) in names:
+            return str(explicit)
+        try:
+            found = chosen_set(names, str(self))
+        except SourceError as error:
+            fix = f"fetch the one that is meant (hf download {self.name} FILE) and name it"
+            raise HubError(error.what, error.where, fix) from None
+        return None if found is None else found[0].file
+
+    def _without_weights(self) -> HubError:
+        files = {name for name in self.sizes if "/" not in name}
+        inside = sorted({name.split("/")[0] for name in self.sizes if name.count("/") == 1 and _is_weights(name)})
+        if inside:
+            what = f"no weights in the repository itself, but in its folders {', '.join(inside)}"
+            place = self.name.rpartition("/")[2]
+            command = f"hf download {self.name} --include '{inside[0]}/*' --local-dir {place}"
+            fix = f"run: {command} && echo name {place}/{inside[0]}"
+            return HubError(what, str(self), fix)
+        known = foreign_folder(Path(self.name), files, set())
+        if known is not None:
+            return HubError(known.what, str(self), known.fix)
+        return HubError(f"no model in this repository (looked for {', '.join(WEIGHT_NAMES)})", str(self), _OTHER)
 
     def headers(self) -> dict[Path, OpenFile]:
         """Checked headers of the safetensors files that the cache lacks, under the paths they would have."""
@@ -221,3 +252,7 @@ class Repository:
         with explained(str(self)), patient():
             folder = snapshot_download(self.name, revision=asked, allow_patterns=wanted, library_name="mergetool")
         return Path(folder)
+
+
+def _is_weights(path: str) -> bool:
+    return bool(weight_sets([Path(path).name]))

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mergetool.errors import SourceError
+from mergetool.tensors.foreign import disguised
 from mergetool.tensors.io import read_error
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
 CARRIED = (
+    "params.json",
+    "open_clip_config.json",
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -45,6 +48,8 @@ def read_config(folder: Path | None) -> dict[str, Any]:
             raise SourceError("is far too large for a config", str(path), fix)
         config = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
+        if (other := disguised(path)) is not None:
+            raise other from None
         raise SourceError(f"is not valid JSON ({str(error)[:100]})", str(path), fix) from None
     except OSError as error:
         raise read_error(error, str(path)) from error

@@ -1,27 +1,26 @@
 """A model as a table of named byte ranges: headers first, weights only when asked, slice by slice.
 
-    open_model(path) -> ModelSource         one .safetensors file, a folder with an index, a folder of .bin files
+    open_model(path) -> ModelSource         a file of weights, an index, or a folder (`sets` tells which of its files)
     MemorySource(tensors)                   a state dict, for research code and tests
 
 Opening reads headers only. `read_bytes` fills a caller's buffer with a slice of one tensor, exactly as stored.
-A folder means its index or its `model.safetensors`; other files lying beside them are never guessed at.
 """
 
 import json
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mergetool.errors import SourceError
 from mergetool.tensors.dtypes import DType, of_torch
+from mergetool.tensors.foreign import disguised
 from mergetool.tensors.header import Header, TensorSpec, header_length, is_storable_name, parse_header
 from mergetool.tensors.io import read_error, read_exact
 
@@ -30,11 +29,8 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_BIN_INDEX_NAME = "pytorch_model.bin.index.json"
-_BIN_SINGLE_NAME = "pytorch_model.bin"
-WEIGHT_NAMES = (INDEX_NAME, SINGLE_NAME, _BIN_INDEX_NAME, _BIN_SINGLE_NAME)
-"""What makes a folder a model, in the order in which it is looked for."""
-_ADAPTER_NAME = "adapter_config.json"
+WEIGHT_NAMES = (INDEX_NAME, SINGLE_NAME, "pytorch_model.bin.index.json", "pytorch_model.bin")
+"""What mostly makes a folder a model, for people who look for it."""
 _MAX_INDEX_BYTES = 200_000_000
 
 
@@ -70,6 +66,10 @@ class ModelSource(ABC):
     specs: Mapping[str, TensorSpec]
     folder: Path | None
     """Where config and tokenizer files lie; None for a bare file or a state dict."""
+    stem: str = "model"
+    """What the library that opens this model calls its files: STEM.safetensors."""
+    remarks: tuple[str, ...] = ()
+    """What people should know of how it was read."""
 
     @property
     @abstractmethod
@@ -130,14 +130,21 @@ def read_header(path: Path) -> Header:
     return _open(path).header
 
 
+def _for_what_it_is(path: Path, error: SourceError) -> SourceError:
+    other = disguised(path)
+    return error if other is None else SourceError(f"{other.what} ({error.what})", other.where, other.fix)
+
+
 def _open(path: Path) -> OpenFile:
     stamp = FileStamp.of(path)
     try:
         with path.open("rb") as file:
             data = file.read(header_length(file.read(8), stamp.size, str(path)))
+        return OpenFile(stamp, parse_header(data, stamp.size, str(path)))
     except OSError as error:
         raise read_error(error, str(path)) from error
-    return OpenFile(stamp, parse_header(data, stamp.size, str(path)))
+    except SourceError as error:
+        raise _for_what_it_is(path, error) from None
 
 
 class SafetensorsSource(ModelSource):
@@ -158,7 +165,7 @@ class SafetensorsSource(ModelSource):
                 expected = weight_map.get(name) if weight_map is not None else file.stamp.path.name
                 if expected == file.stamp.path.name:
                     self._places[name] = index
-        _check_complete(weight_map or {}, self._places, folder)
+        check_complete(weight_map or {}, self._places, folder)
         self.specs = {name: self._open_files[i].header.slots[name].spec for name, i in self._places.items()}
 
     @property
@@ -190,7 +197,8 @@ class SafetensorsSource(ModelSource):
             file.close()
 
 
-def _check_complete(weight_map: Mapping[str, str], found: Collection[str], folder: Path | None) -> None:
+def check_complete(weight_map: Mapping[str, str], found: Collection[str], folder: Path | None) -> None:
+    """Raises SourceError where an index speaks of a tensor that its file does not hold."""
     for name, file in weight_map.items():
         if name not in found:
             raise SourceError(
@@ -238,111 +246,18 @@ class MemorySource(ModelSource):
         torch.frombuffer(buffer, dtype=torch.uint8).copy_(stored)
 
 
-@dataclass
-class BinSource(ModelSource):
-    """A folder of `pytorch_model*.bin` files: weights only, memory-mapped, no code is ever run."""
-
-    folder: Path | None
-    _stamps: tuple[FileStamp, ...]
-    _tensors: MemorySource
-    _file_of: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, folder: Path, names: Sequence[str], weight_map: Mapping[str, str] | None = None) -> "BinSource":
-        tensors: dict[str, Tensor] = {}
-        file_of = {}
-        stamps = []
-        for index, file in enumerate(names):
-            stamps.append(FileStamp.of(folder / file))
-            loaded = _load_bin(folder / file)
-            listed = {name: loaded[name] for name in loaded if weight_map is None or weight_map.get(name) == file}
-            tensors.update(listed)
-            file_of.update(dict.fromkeys(listed, index))
-        _check_complete(weight_map or {}, tensors, folder)
-        return cls(folder, tuple(stamps), MemorySource(tensors, str(folder)), file_of)
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:  # type: ignore[override]
-        return self._tensors.specs
-
-    @property
-    def files(self) -> tuple[FileStamp, ...]:
-        return self._stamps
-
-    def position(self, name: str) -> tuple[int, int]:
-        return self._file_of[name], self._tensors.position(name)[1]
-
-    def read_bytes(self, name: str, begin: int, buffer: memoryview) -> None:
-        self._tensors.read_bytes(name, begin, buffer)
-
-
-def _load_bin(path: Path) -> dict[str, "Tensor"]:
-    import torch
-
-    fix = "convert the model to safetensors (from_pretrained, then save_pretrained)"
-    if torch.__version__ < "2.6":  # CVE-2025-32434: until then, weights_only did not keep all code out
-        raise SourceError(f"torch {torch.__version__} cannot load .bin files safely", str(path), "use torch >= 2.6")
-    try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UnpicklingError:
-        raise SourceError("is a pickle that holds more than tensors, and may hold code", str(path), fix) from None
-    except Exception as error:  # torch raises a dozen kinds here; none of them may reach the user raw
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SourceError(f"cannot be loaded safely: {first_line[:200]}", str(path), fix) from None
-    if not isinstance(loaded, dict):
-        raise SourceError(f"holds a {type(loaded).__name__}, not a state dict", str(path), fix)
-    for name, value in loaded.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            raise SourceError(f"entry {str(name)[:80]!r} is not a plain tensor", str(path), fix)
-    return loaded
-
-
 def open_model(path: Path, elsewhere: Mapping[Path, OpenFile] = NOTHING) -> ModelSource:
-    """Open a model by path: a .safetensors file, or a folder with an index, a `model.safetensors` or .bin files.
+    """Open a model by path: a file of weights, an index, or a folder, of which the set is read that its library opens.
 
-    Reads headers only (.bin files are memory-mapped). `elsewhere` holds headers of files that are not there yet.
-    Raises SourceError saying what was looked for.
+    Reads headers only (pickles are memory-mapped). `elsewhere` holds headers of files that are not there yet.
+    Raises SourceError saying what was looked for, or what lies there instead.
     """
+    from mergetool.tensors.folder import open_path
+
     try:
-        return _open_model(path, elsewhere)
+        return open_path(path, elsewhere)
     except OSError as error:  # a name too long, a folder that may not be searched
         raise read_error(error, str(path)) from error
-
-
-def _open_model(path: Path, elsewhere: Mapping[Path, OpenFile]) -> ModelSource:
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise SourceError(
-                f"{path.suffix or 'this'} is not a file type that can be merged",
-                str(path),
-                "name a .safetensors file or a model folder",
-            )
-        return SafetensorsSource([path], None)
-    if not path.is_dir() and not elsewhere:
-        raise SourceError("no such file or folder", str(path), _missing_fix(path))
-    if (path / INDEX_NAME).is_file():
-        places = weight_map(path, INDEX_NAME)
-        names = dict.fromkeys(places.values())
-        return SafetensorsSource([path / name for name in names], path, places, elsewhere)
-    if path / SINGLE_NAME in elsewhere or (path / SINGLE_NAME).is_file():
-        return SafetensorsSource([path / SINGLE_NAME], path, None, elsewhere)
-    if (path / _BIN_INDEX_NAME).is_file():
-        places = weight_map(path, _BIN_INDEX_NAME)
-        return BinSource.open(path, list(dict.fromkeys(places.values())), places)
-    if (path / _BIN_SINGLE_NAME).is_file():
-        return BinSource.open(path, [_BIN_SINGLE_NAME])
-    if (path / _ADAPTER_NAME).is_file():
-        raise SourceError("is a LoRA adapter, not a model", str(path), "write {source: MODEL, adapters: [ADAPTER]}")
-    looked = ", ".join(WEIGHT_NAMES)
-    raise SourceError(
-        f"no model in this folder (looked for {looked})", str(path), "name the folder that holds the weights"
-    )
-
-
-def _missing_fix(path: Path) -> str:
-    if (path.parent / f"{path.name}.partial").is_dir():
-        return "this is the output of an unfinished run; run its recipe again first"
-    return "check the path; a model on the Hub is written ORG/NAME or ORG/NAME@REVISION"
 
 
 def weight_map(folder: Path, index_name: str) -> dict[str, str]:
@@ -354,6 +269,8 @@ def weight_map(folder: Path, index_name: str) -> dict[str, str]:
             raise SourceError(f"the index is larger than {_MAX_INDEX_BYTES} bytes", str(path), fix)
         document = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
+        if (other := disguised(path)) is not None:
+            raise other from None
         raise SourceError(f"the index is not valid JSON ({str(error)[:100]})", str(path), fix) from None
     except OSError as error:
         raise read_error(error, str(path)) from error

@@ -7,14 +7,18 @@ or does not exist. Space is reserved when a file is created, so a disk that is t
 import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mergetool.errors import OutputError
-from mergetool.tensors.header import Header
-from mergetool.tensors.io import write_error, write_exact
+from mergetool.tensors.dtypes import of_torch
+from mergetool.tensors.header import Header, TensorSpec, lay_out
+from mergetool.tensors.io import bytes_of, write_error, write_exact
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FileLayout(Protocol):
@@ -51,7 +55,7 @@ class SlotWriter:
         path = self.folder / layout.name
         size = layout.header.file_size
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             self._fds.append(fd)
             if os.fstat(fd).st_size != size:
                 os.ftruncate(fd, 0)
@@ -114,6 +118,24 @@ def write_file(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             sibling.unlink(missing_ok=True)
+        raise write_error(error, str(path)) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a small safetensors file, and wait until it is on the disk. Raises OutputError.
+
+    The bytes are those of safetensors' own `save_file`, which lets nobody but the owner read them whatever the umask.
+    """
+    specs = [TensorSpec(name, of_torch(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
+    prefix, header = lay_out(specs, metadata or {})
+    try:
+        with path.open("wb") as file:
+            file.write(prefix)
+            for name in header.slots:
+                file.write(bytes_of(tensors[name].detach().cpu().contiguous()))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
         raise write_error(error, str(path)) from error
 
 

@@ -136,6 +136,7 @@ def holds_nan(folder):
 
 def nowhere_to_write(folder):
     (folder / "taken").mkdir()
+    (folder / "taken" / "thesis.tex").write_text("mine")
     models = {"a": "./a", "b": "./b"}
     return write_recipe(
         folder / "wrong.yaml", models=models, merge={"method": "linear"}, output={"path": str(folder / "taken")}

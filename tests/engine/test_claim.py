@@ -1,14 +1,16 @@
 """Who may write an output, and what becomes of what lay there."""
 
-import json
 import os
+import shlex
 import shutil
+import subprocess
 import threading
 
 import pytest
 
 import mergetool
-from mergetool.engine.journal import JOURNAL_NAME, Journal
+from mergetool.engine import claim as claims
+from mergetool.engine.journal import Journal, remove_journals
 from mergetool.errors import OutputError
 from tests.files import StoppedError, Watch, content, stop_after, write_models
 
@@ -67,22 +69,24 @@ def state(path):
     return found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "empty folder", "symlink to nowhere"])
+@pytest.mark.parametrize("kind", ["file", "folder", "symlink to an empty folder", "symlink to nowhere"])
 def test_what_exists_is_not_touched(recipe, tmp_path, kind):
     out = tmp_path / "out"
     if kind == "file":
         out.write_text("mine")
     elif kind == "symlink to nowhere":
         out.symlink_to("nowhere")
-    else:
+    elif kind == "folder":
         out.mkdir()
-    if kind == "folder":
         (out / "model.safetensors").write_text("mine")
+    else:
+        (tmp_path / "empty").mkdir()
+        out.symlink_to("empty")
     before = state(out)
     assert refused(recipe).what == "exists already"
     assert "was not made by mergetool" in refused(recipe, overwrite=True).what
     assert state(out) == before
-    assert not (tmp_path / "out.partial").exists()
+    assert not list(tmp_path.glob("out.partial*"))
 
 
 @pytest.mark.parametrize("place", ["a", ".", "a/model.safetensors", "link"])
@@ -118,6 +122,67 @@ def test_other_things_called_partial_are_not_touched(recipe, tmp_path, kind):
 def test_an_empty_unfinished_folder_is_taken(recipe, tmp_path):
     (tmp_path / "out.partial").mkdir()
     assert mergetool.run(recipe).path == tmp_path / "out"
+
+
+# -------------------------------------------------------------------- an empty folder
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_empty_folder_becomes_the_result(recipe, tmp_path, overwrite):
+    (tmp_path / "out").mkdir()
+    assert mergetool.run(recipe, overwrite=overwrite).path == tmp_path / "out"
+    mergetool.run(recipe, output="again")
+    assert content(tmp_path / "out") == content(tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "again", "b", "out"]
+
+
+def test_an_empty_folder_stays_while_the_result_is_not_complete(recipe, tmp_path):
+    (tmp_path / "out").mkdir()
+    before = state(tmp_path / "out")
+    with pytest.raises(StoppedError):
+        mergetool.run(recipe, progress=stop_after(3))
+    assert state(tmp_path / "out") == before
+    assert mergetool.run(recipe).resumed
+
+
+def inside(error, out):
+    """The place that the advice names."""
+    (place,) = shlex.split(error.fix.partition("-o ")[2])
+    assert place.startswith(f"{out}/")
+    return place
+
+
+@pytest.mark.parametrize("kind", ["disk", "folder of the same disk"])
+def test_where_something_is_mounted_a_place_inside_is_named(recipe, tmp_path, kind):
+    out = tmp_path / "out put"
+    out.mkdir()
+    (tmp_path / "other").mkdir()
+    what = ["-t", "tmpfs", "tmpfs"] if kind == "disk" else ["--bind", str(tmp_path / "other")]
+    if subprocess.run(["mount", *what, str(out)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed")
+    try:
+        error = refused(recipe, output=out)
+        assert "mounted" in error.what
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "other", "out put"]
+        assert mergetool.run(recipe, output=inside(error, out)).path.parent == out
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+
+
+def test_the_current_folder_is_not_taken_away(recipe, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    recipe["models"] = {name: str(tmp_path / name) for name in "ab"}
+    error = refused(recipe, output=".")
+    assert "current folder" in error.what
+    assert mergetool.run(recipe, output=inside(error, tmp_path / "here")).path.is_dir()
+
+
+def test_a_folder_beside_which_nothing_may_be_written_names_a_place_inside(recipe, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(claims.os, "access", lambda place, mode: place != tmp_path)  # root may write anywhere
+    error = refused(recipe)
+    assert mergetool.run(recipe, output=inside(error, tmp_path / "out")).path.is_dir()
 
 
 # -------------------------------------------------------------------- overwriting
@@ -198,16 +263,17 @@ def test_a_second_run_is_kept_out_until_the_result_has_its_name(recipe, tmp_path
     assert content(tmp_path / "out") == content(tmp_path / "again")
 
 
-def test_a_journal_whose_folder_was_just_published_is_not_taken_over(tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    journal = Journal(tmp_path / "out.partial", "key", resume=True)
+def test_a_journal_is_locked_until_it_is_removed_and_then_begun_anew(tmp_path):
+    partial = tmp_path / "out.partial"
+    journal = Journal(partial, "key", resume=True)
+    journal.unit(0, 0, "w", [])
     with pytest.raises(OutputError, match="another run"):
-        Journal(tmp_path / "out.partial", "key", resume=True)
-    (tmp_path / "out.partial").rename(tmp_path / "out")
+        Journal(partial, "key", resume=True)
+    remove_journals(partial)
+    other = Journal(partial, "key", resume=True)  # a new file: the other one's is nobody's
+    assert not other.resumed
     journal.close()
-    with pytest.raises(OutputError):
-        Journal(tmp_path / "out.partial", "key", resume=True)
-    assert json.loads((tmp_path / "out" / JOURNAL_NAME).read_text())["key"] == "key"
+    other.close()
 
 
 def test_many_runs_started_at_once_make_one_result(recipe, tmp_path):

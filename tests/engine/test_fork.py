@@ -125,7 +125,7 @@ def test_workers_do_not_outlive_a_killed_run_nor_hold_its_lock(tmp_path, models)
     workers = forked(process)
     process.kill()
     process.communicate()
-    with (tmp_path / "out.partial/journal.jsonl").open("rb") as journal:
+    with (tmp_path / "out.partial.journal").open("rb") as journal:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert all_end(workers)
 

@@ -64,7 +64,7 @@ def weights(folder):
 
 def units(folder):
     """The units that the journal of an unfinished output calls done."""
-    journal = folder.with_name(f"{folder.name}.partial") / "journal.jsonl"
+    journal = folder.with_name(f"{folder.name}.partial.journal")
     found = []
     for line in journal.read_bytes().splitlines() if journal.exists() else []:
         try:
@@ -138,7 +138,7 @@ def stopped_midway(models, folder):
 
 def test_after_a_reboot_only_synced_units_are_trusted(models, undisturbed, tmp_path):
     recipe, partial = stopped_midway(models, tmp_path)
-    journal = partial / "journal.jsonl"
+    journal = tmp_path / "out.partial.journal"
     lines = journal.read_text().splitlines()
     header = json.loads(lines[0]) | {"boot": "another"}
     done = [line for line in lines[1:] if "synced" not in line]

@@ -89,7 +89,7 @@ def test_a_machine_that_dies_ends_the_run_and_two_machines_finish_it_with_the_by
     machines, launch, recipe, tmp_path
 ):
     both = launch("run", recipe, "-o", "two", "--json")
-    journal = tmp_path / "two.partial" / ".journal.1.jsonl"
+    journal = tmp_path / "two.partial.journal.1"
     begun = time.monotonic()
     while not journal.exists() or journal.stat().st_size < 1500:
         assert time.monotonic() - begun < 100

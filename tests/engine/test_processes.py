@@ -133,7 +133,7 @@ def test_a_process_that_dies_ends_the_run_and_the_next_one_resumes(forks, tmp_pa
     write_models(tmp_path, shapes=shapes)
     recipe = recipe_of(tmp_path, "ties")
     running = forks.team(2, ["run", recipe, "-o", "out"], cwd=tmp_path)
-    journal = tmp_path / "out.partial" / ".journal.1.jsonl"
+    journal = tmp_path / "out.partial.journal.1"
     while not (tmp_path / "out").exists() and (not journal.exists() or journal.stat().st_size < 1500):
         time.sleep(0.005)
     os.kill(running.pids[1], signal.SIGKILL)

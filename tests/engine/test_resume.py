@@ -103,7 +103,8 @@ def test_a_run_of_something_else_starts_over(recipe, tmp_path, change):
 def test_where_the_output_lies_may_change_and_that_is_another_run(recipe, undisturbed, tmp_path):
     interrupt(recipe, 3)
     assert not mergetool.run(recipe, output=tmp_path / "elsewhere").resumed
-    (tmp_path / "out.partial").rename(tmp_path / "moved.partial")
+    for name in ("partial", "partial.journal"):
+        (tmp_path / f"out.{name}").rename(tmp_path / f"moved.{name}")
     assert mergetool.run(recipe, output=tmp_path / "moved").resumed
     assert content(tmp_path / "moved") == undisturbed
 
@@ -126,7 +127,7 @@ def test_a_run_whose_unfinished_files_are_damaged_starts_over(recipe, undisturbe
 def test_a_journal_torn_at_any_byte_is_good_enough(recipe, undisturbed, tmp_path):
     interrupt(recipe, 4)
     (tmp_path / "out.partial").rename(tmp_path / "kept")
-    lines = (tmp_path / "kept/journal.jsonl").read_bytes()
+    lines = (tmp_path / "out.partial.journal").read_bytes()
     ends = [at for at in range(len(lines)) if lines[at : at + 1] == b"\n"]
     assert len(ends) >= 5
     near = {at + by for at in ends for by in (-1, 0, 1, 2)} | set(range(0, len(lines), 23)) | {0, 1}
@@ -134,7 +135,7 @@ def test_a_journal_torn_at_any_byte_is_good_enough(recipe, undisturbed, tmp_path
     for length in sorted(at for at in near if at <= len(lines)):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         shutil.copytree(tmp_path / "kept", tmp_path / "out.partial")
-        os.truncate(tmp_path / "out.partial/journal.jsonl", length)
+        (tmp_path / "out.partial.journal").write_bytes(lines[:length])
         watch = Watch()
         mergetool.run(recipe, workers=1, progress=watch)
         units.append(int(watch.said[0].split()[1]) if watch.said else 0)
@@ -146,7 +147,7 @@ def test_a_journal_torn_at_any_byte_is_good_enough(recipe, undisturbed, tmp_path
 @pytest.mark.parametrize("garbage", [bytes(4096), b"[]\n", b'"x"\n', b"12\n", b"\xff\n", b"{\n"])
 def test_garbage_in_a_journal_ends_what_is_believed(recipe, undisturbed, tmp_path, garbage):
     interrupt(recipe, 3)
-    with (tmp_path / "out.partial/journal.jsonl").open("ab") as file:
+    with (tmp_path / "out.partial.journal").open("ab") as file:
         file.write(garbage)
     assert mergetool.run(recipe).resumed
     assert content(tmp_path / "out") == undisturbed
@@ -157,7 +158,7 @@ def test_after_a_reboot_only_what_was_synced_counts(recipe, undisturbed, tmp_pat
     monkeypatch.setattr(journals, "_BOOT_ID", boot)
     boot.write_text("first")
     interrupt(recipe, 2)
-    path = tmp_path / "out.partial/journal.jsonl"
+    path = tmp_path / "out.partial.journal"
     lines = path.read_bytes().splitlines()
     units = [place for place, line in enumerate(lines) if b'"unit"' in line]
     with path.open("ab") as file:  # what the run does every half second
@@ -225,11 +226,11 @@ def test_an_error_after_the_last_unit_costs_no_unit(recipe, undisturbed, tmp_pat
 @pytest.mark.parametrize("journal", [True, False])
 def test_a_finished_folder_is_published_by_the_next_run(recipe, undisturbed, tmp_path, journal):
     interrupt(recipe, 6)
-    shutil.copy(tmp_path / "out.partial/journal.jsonl", tmp_path / "journal.jsonl")
+    shutil.copy(tmp_path / "out.partial.journal", tmp_path / "journal.jsonl")
     mergetool.run(recipe)
     (tmp_path / "out").rename(tmp_path / "out.partial")
     if journal:
-        shutil.copy(tmp_path / "journal.jsonl", tmp_path / "out.partial/journal.jsonl")
+        shutil.copy(tmp_path / "journal.jsonl", tmp_path / "out.partial.journal")
     result = mergetool.run(recipe)
     assert (result.resumed, result.bytes_read, result.path) == (True, 0, tmp_path / "out")
     assert content(tmp_path / "out") == undisturbed

@@ -1,9 +1,13 @@
 """Every method on a stand-in for a device, which is as strict as a GPU: what would fail there fails here."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
 
 from mergetool.bundle.store import FactorStore
+from mergetool.engine import devices
 from mergetool.engine.devices import usable_device
 from mergetool.engine.memory import MemorySink, merge_all
 from mergetool.engine.worker import Worker
@@ -11,7 +15,7 @@ from mergetool.methods.tsv_merge import TsvMerge
 from mergetool.planner import make_plan
 from mergetool.recipe import load_recipe
 from mergetool.tensors.source import MemorySource
-from tests.elsewhere import DEVICE, Elsewhere, NoDoubleError
+from tests.elsewhere import DEVICE, Elsewhere, NoDoubleError, algebra
 from tests.laws.cases import Case, all_cases
 
 CASES = [pytest.param(case, id=f"{case.method} {case.option}".strip()) for case in all_cases() if not case.architecture]
@@ -53,6 +57,45 @@ def test_a_method_says_whether_it_needs_float64(case):
     except NoDoubleError:
         needed = True
     assert needed is recipe_of(case).method.needs_float64
+
+
+def test_threads_that_begin_linear_algebra_at_once_do_not_load_it_twice(monkeypatch):
+    case, together = Case(TsvMerge), Barrier(4)
+
+    def work(_):
+        together.wait()
+        with Elsewhere():  # modes belong to threads
+            return merged(case, DEVICE)
+
+    monkeypatch.setattr(devices, "_loaded", set())
+    monkeypatch.setattr(algebra, "loaded", False)
+    with ThreadPoolExecutor(4) as pool:
+        for there in pool.map(work, range(4)):
+            assert_alike(there, merged(case, "cpu"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda there: torch.zeros(()).add_(there.sum()),
+        lambda there: torch.zeros(3)[0].mul_(there[0]),
+        lambda there: torch.zeros(3).index_put_((torch.tensor([0]),), there[0]),
+        lambda there: torch.arange(3.0)[there.long()],
+        lambda there: torch.stack([there.sum(), torch.tensor(1.0)]),
+        lambda there: there + torch.ones(3),
+    ],
+)
+def test_the_stand_in_refuses_what_a_gpu_refuses(wrong):
+    with Elsewhere(), pytest.raises(RuntimeError, match="same device"):
+        wrong(torch.ones(3, device=DEVICE))
+
+
+def test_the_stand_in_takes_what_a_gpu_takes():
+    with Elsewhere():
+        there, zeros = torch.ones(3, device=DEVICE), torch.zeros(3)
+        zeros[0] = there.sum()
+        assert zeros.tolist() == [3.0, 0.0, 0.0]
+        assert (there[torch.tensor([0, 2])] * torch.tensor(2.0) + 1).tolist() == [3.0, 3.0]
 
 
 def test_kept_factors_go_to_the_device_and_come_back(tmp_path):

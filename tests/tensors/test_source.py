@@ -66,7 +66,7 @@ def test_only_files_in_the_index_count(tmp_path):
     state = tensors(0)
     sharded(tmp_path / "m", state)
     write_model(tmp_path / "m", {"stray": torch.ones(2)}, file="consolidated.safetensors")
-    write_model(tmp_path / "m", {"stray": torch.ones(2)}, file="model.safetensors")
+    write_model(tmp_path / "m", {"stray": torch.ones(2)}, file="model-3.safetensors")
     assert everything(open_model(tmp_path / "m")) == stored(state)
 
 
@@ -186,7 +186,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     assert error.what.startswith("no model in this folder (looked for model.safetensors.index.json, model.safetensors,")
 
 
-@pytest.mark.parametrize("name", ["model.pt", "model.ckpt", "model.gguf", "model"])
+@pytest.mark.parametrize("name", ["model.gguf", "model", "model.bin2"])
 def test_other_file_types_are_refused(tmp_path, name):
     torch.save({"w": torch.ones(2)}, tmp_path / name)
     assert "is not a file type that can be merged" in refused(tmp_path / name).what
@@ -318,7 +318,7 @@ def test_bin_files_are_refused_by_versions_of_torch_that_could_run_their_code(tm
     ("loaded", "message"),
     [
         ([torch.ones(2)], "holds a list, not a state dict"),
-        ({"state_dict": {"w": torch.ones(2)}}, "entry 'state_dict' is not a plain tensor"),
+        ({"state_dict": {"w": 3}}, "entry 'state_dict' is not a plain tensor"),
         ({"epoch": 3}, "entry 'epoch' is not a plain tensor"),
         ({1: torch.ones(2)}, "entry '1' is not a plain tensor"),
         ({"w": torch.eye(2).to_sparse()}, "entry 'w' is not a plain tensor"),

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mergetool.errors import SourceError
-from mergetool.tensors.source import NOTHING, BinSource, ModelSource, OpenFile, SafetensorsSource
+from mergetool.tensors.pickled import PickledSource
+from mergetool.tensors.source import NOTHING, ModelSource, OpenFile, SafetensorsSource
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
@@ -15,7 +16,7 @@ def open_weights(folder: Path, elsewhere: Mapping[Path, OpenFile] = NOTHING) -> 
     if folder / WEIGHTS_NAME in elsewhere or (folder / WEIGHTS_NAME).is_file():
         return SafetensorsSource([folder / WEIGHTS_NAME], None, None, elsewhere)
     if (folder / PICKLED_NAME).is_file():
-        return BinSource.open(folder, [PICKLED_NAME])
+        return PickledSource.open([folder / PICKLED_NAME], folder)
     what = f"there is no {WEIGHTS_NAME} and no {PICKLED_NAME}"
     raise SourceError(what, str(folder), "name the folder that model.save_pretrained wrote the adapter to")
 

@@ -26,7 +26,7 @@ class AdapterSource(ModelSource):
 
     def __init__(self, model: ModelSource, folder: Path, elsewhere: Mapping[Path, OpenFile] = NOTHING) -> None:
         self._model = model
-        self.folder = model.folder
+        self.folder, self.stem, self.remarks = model.folder, model.stem, model.remarks
         settings = read_settings(folder, model.folder)
         self._config = FileStamp.of(folder / CONFIG_NAME)  # its alpha decides about values as much as the weights do
         self._adapter = open_weights(folder, elsewhere)
