@@ -2,13 +2,12 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergetool import __version__
 from mergetool.engine import Flags, Progress
 from mergetool.engine.processes import Team
 from mergetool.errors import EvaluationError, MergetoolError
@@ -17,7 +16,7 @@ from mergetool.evaluate.harness import load_task
 from mergetool.evaluate.items import TaskItems
 from mergetool.evolve.facts import facts_of
 from mergetool.evolve.journal import SearchJournal
-from mergetool.evolve.judge import Judge
+from mergetool.evolve.judge import Judge, Spent
 from mergetool.evolve.live import Candidates
 from mergetool.evolve.loop import History, Loop, Values
 from mergetool.evolve.pools import Pools, split
@@ -34,7 +33,7 @@ RECIPE_NAME = "recipe.yaml"
 FRONT_NAME = "front"
 REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
-_PACKAGES = ("torch", "transformers", "lm_eval", "numpy", "scipy", "cmaes", "pymoo")
+_OPTIMISERS = ("numpy", "scipy", "cmaes", "pymoo")
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,9 @@ def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress, team:
     loaded = [load_task(task, recipe.folder, trust_code=flags.trust_code) for task in method.tasks]
     tasks = [TaskItems(*found, candidates.live.lm) for found in zip(method.tasks, loaded, strict=True)]
     pools = split(tasks, method.search.report, recipe.compute.seed)
-    journal = _open_journal(folder, _header(recipe, sources, tasks, pools), flags, team)
+    journal = _open_journal(folder, _header(recipe, candidates, tasks, pools), flags, team)
+    for told in _about_kept(journal):
+        progress.say(told)
     cache = ResponseCache(flags.cache)
     try:
         judge = Judge(candidates, tasks, journal, team=team, cache=cache)
@@ -75,18 +76,18 @@ def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress, team:
     finally:
         journal.close()
         cache.close()
-    return Found(history.winner, judge.digest(history.winner), _notes(facts, folder))
+    notes = (*_notes(facts, folder), *_about_spent(judge.spent, folder))
+    return Found(history.winner, judge.digest(history.winner), notes)
 
 
-def _header(
-    recipe: Recipe, sources: Mapping[str, ModelSource], tasks: Sequence[TaskItems], pools: Pools
-) -> dict[str, Any]:
-    """All that decides the course of a search: a journal of another one is of no use."""
+def _header(recipe: Recipe, candidates: Candidates, tasks: Sequence[TaskItems], pools: Pools) -> dict[str, Any]:
+    """All that decides the course of a search, and the items that its lines name by number."""
     return {
         "search": {key: value for key, value in recipe.document.items() if key != "output"},
-        "inputs": [[name, str(f.path), f.size, f.mtime_ns] for name, source in sources.items() for f in source.files],
-        "tasks": {task.name: task.fingerprint for task in tasks},
-        "versions": {"mergetool": __version__} | {name: _version(name) for name in _PACKAGES},
+        "inputs": candidates.inputs,
+        "made_with": candidates.made_with,
+        "optimisers": {name: _version(name) for name in _OPTIMISERS},
+        "tasks": {task.name: list(task.keys) for task in tasks},
         "pools": {"search": pools.search, "report": pools.report},
     }
 
@@ -105,6 +106,25 @@ def _open_journal(folder: Path, header: dict[str, Any], flags: Flags, team: Team
         raise trouble
     assert journal is not None
     return journal
+
+
+def _about_kept(journal: SearchJournal) -> list[str]:
+    """What becomes of the answers of earlier runs, for people."""
+    folder, kept = journal.path.parent, journal.kept
+    if journal.dropped:
+        return [f"{journal.dropped:,} answers of earlier runs in {folder} are dropped (--no-resume)"]
+    if not kept.num_answers:
+        return []
+    same = "this search goes on" if journal.continues else "the recipe or its inputs have changed since the last search"
+    told = [f"{kept.num_answers:,} answers are kept in {folder}: {same}; what is known is not asked again"]
+    lost = (f"warning: {count:,} of them do not count: {reason}" for reason, count in kept.lost.items())
+    return [*told, *lost]
+
+
+def _about_spent(spent: Spent, folder: Path) -> list[str]:
+    if not spent.recalled:
+        return []
+    return [f"{spent.recalled:,} answers were taken over from earlier runs in {folder}, {spent.asked:,} are new"]
 
 
 def _notes(facts: dict[str, Any], folder: Path) -> tuple[str, ...]:
