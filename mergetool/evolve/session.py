@@ -1,7 +1,7 @@
 """One search from a recipe to a folder of results: models opened, tasks loaded, pools dealt, the loop run."""
 
 import json
-import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,15 +14,16 @@ from mergetool.errors import EvaluationError, MergetoolError
 from mergetool.evaluate.cache import ResponseCache
 from mergetool.evaluate.harness import load_task
 from mergetool.evaluate.items import TaskItems
-from mergetool.evolve.facts import facts_of
+from mergetool.evolve.facts import PARENT_NAME, facts_of, verdict
 from mergetool.evolve.journal import SearchJournal
 from mergetool.evolve.judge import Judge, Spent
 from mergetool.evolve.live import Candidates
 from mergetool.evolve.loop import History, Loop, Values
 from mergetool.evolve.pools import Pools, split
+from mergetool.evolve.written import parent_recipe, write_recipe
 from mergetool.methods.merge3 import Merge3
 from mergetool.planner.build import open_models
-from mergetool.planner.lookup import Lookup, is_on_hub
+from mergetool.planner.lookup import Lookup
 from mergetool.planner.model import BASE
 from mergetool.recipe.load import candidate_recipe
 from mergetool.recipe.model import Recipe
@@ -45,13 +46,14 @@ class Found:
     """Of the weights that got the final score."""
     notes: tuple[str, ...]
     """For people."""
+    warnings: tuple[str, ...] = ()
+    """For people, and for the lock of what is merged."""
 
 
-def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress, team: Team) -> Found:
-    """Search, and write what was found beside the output."""
+def search(recipe: Recipe, folder: Path, flags: Flags, progress: Progress, team: Team) -> Found:
+    """Search, and write what was found into a folder."""
     method = recipe.method
     assert isinstance(method, Merge3)
-    folder = output.with_name(f"{output.name}.search")
     sources = _fetched(recipe, progress)
     candidates = Candidates(recipe, sources, flags.device, method.search.batch_size)
     loaded = [load_task(task, recipe.folder, trust_code=flags.trust_code) for task in method.tasks]
@@ -77,7 +79,8 @@ def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress, team:
         journal.close()
         cache.close()
     notes = (*_notes(facts, folder), *_about_spent(judge.spent, folder))
-    return Found(history.winner, judge.digest(history.winner), notes)
+    told, lost = verdict(facts, shlex.quote(str(folder / PARENT_NAME)))
+    return Found(history.winner, judge.digest(history.winner), notes, (told,) if lost else ())
 
 
 def _header(recipe: Recipe, candidates: Candidates, tasks: Sequence[TaskItems], pools: Pools) -> dict[str, Any]:
@@ -130,6 +133,7 @@ def _about_spent(spent: Spent, folder: Path) -> list[str]:
 def _notes(facts: dict[str, Any], folder: Path) -> tuple[str, ...]:
     best = max(facts["compared"], key=lambda row: float(row["report_mean"]))
     return (
+        verdict(facts, shlex.quote(str(folder / PARENT_NAME)))[0],
         f"score on report items: {facts['winner']['report_mean']:.4f}; the next best, {best['name']}: "
         f"{best['report_mean']:.4f}",
         f"{facts['spent']['searching']} items answered while searching, {facts['spent']['reduction']:.1f} times fewer "
@@ -156,11 +160,17 @@ def _version(name: str) -> str:
 
 
 def _write(folder: Path, recipe: Recipe, history: History, facts: dict[str, Any], progress: Progress) -> None:
-    """The winner and the members of the front as plain recipes, and the report."""
+    """The winner, the members of the front and the best parent as plain recipes, and the report."""
     assert history.winner is not None
-    text = _write_recipe(folder / RECIPE_NAME, candidate_recipe(recipe, history.winner))
-    for place, values in enumerate(history.front):
-        _write_recipe(folder / FRONT_NAME / f"{place:02d}.yaml", candidate_recipe(recipe, values))
+    text = write_recipe(folder / RECIPE_NAME, candidate_recipe(recipe, history.winner), "winner")
+    parent = facts["best_parent"]["name"]
+    write_recipe(folder / PARENT_NAME, parent_recipe(recipe, parent), "parent")
+    front = [folder / FRONT_NAME / f"{place:02d}.yaml" for place in range(len(history.front))]
+    for path, values in zip(front, history.front, strict=True):
+        write_recipe(path, candidate_recipe(recipe, values), path.stem)
+    for path in (folder / FRONT_NAME).glob("[0-9]*.yaml"):
+        if path not in front:  # of a front that has been searched further
+            path.unlink()
     write_file(folder / REPORT_NAME, json.dumps(facts, indent=1) + "\n")
     try:
         from mergetool.evolve.page import page
@@ -168,35 +178,3 @@ def _write(folder: Path, recipe: Recipe, history: History, facts: dict[str, Any]
         write_file(folder / PAGE_NAME, page(facts, text, f"Search for {recipe.name}"))
     except ModuleNotFoundError as error:
         progress.say(f"no {PAGE_NAME}: {error.name} is not installed (pip install 'mergetool[report]')")
-
-
-def _write_recipe(path: Path, recipe: Recipe) -> str:
-    import yaml
-
-    path.parent.mkdir(exist_ok=True)
-    text = yaml.safe_dump(moved(recipe, path.parent), sort_keys=False, allow_unicode=True)
-    write_file(path, text)
-    return str(text)
-
-
-def moved(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """A recipe's data as it must be written in a file in `folder`: relative paths lead to the same places."""
-
-    def there(text: str) -> str:
-        if Path(text).is_absolute() or text.startswith("~") or is_on_hub(recipe.folder, text):
-            return text
-        return os.path.relpath(recipe.path_of(text), folder)
-
-    def reference(value: Any) -> Any:
-        if isinstance(value, str):
-            return there(value)
-        made = {**value, "source": there(value["source"])}
-        return made | ({"adapters": [there(path) for path in value["adapters"]]} if "adapters" in value else {})
-
-    data = dict(recipe.document)
-    if "base" in data:
-        data["base"] = reference(data["base"])
-    data["models"] = {name: reference(value) for name, value in data["models"].items()}
-    if "output" in data and data["output"].get("path"):
-        data["output"] = {**data["output"], "path": there(data["output"]["path"])}
-    return data
