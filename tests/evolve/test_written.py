@@ -44,23 +44,24 @@ def relative(**search):
 
 @pytest.fixture
 def project(folder, tmp_path):
-    """A folder with models and tasks, reached by a link."""
-    shutil.copytree(folder, tmp_path / "disk" / "deep" / "project")
-    (tmp_path / "link").symlink_to(tmp_path / "disk" / "deep" / "project")
-    return tmp_path / "link"
+    """A folder with models and tasks, whose results lie on another disk."""
+    shutil.copytree(folder, tmp_path / "project")
+    (tmp_path / "disk" / "very" / "deep").mkdir(parents=True)
+    (tmp_path / "project" / "results").symlink_to(tmp_path / "disk" / "very" / "deep")
+    return tmp_path / "project"
 
 
 def test_a_winner_is_merged_again_by_its_file_alone(project, tmp_path, monkeypatch):
     (project / "recipe.yaml").write_text(yaml.safe_dump(relative()))
     monkeypatch.chdir(tmp_path)
-    out, _ = told("mergetool run link/recipe.yaml")
+    out, _ = told("mergetool run project/recipe.yaml")
     written = project / "results" / "out.search" / "recipe.yaml"
     assert not any(Path(path).is_absolute() for path in yaml.safe_load(written.read_text())["models"].values())
-    again, _ = told("mergetool run disk/deep/project/results/out.search/recipe.yaml")
-    assert again == str(tmp_path / "disk/deep/project/results/out.search/winner")
+    again, _ = told("mergetool run project/results/out.search/recipe.yaml")
+    assert again == str(written.parent / "winner")
     assert_same_bytes(read(Path(out)), read(Path(again)))
     monkeypatch.chdir(written.parent)
-    assert Path(told("mergetool run recipe.yaml -o ../third")[0]).samefile(project / "results" / "third")
+    assert Path(told("mergetool run recipe.yaml -o again")[0]).samefile(written.parent / "again")
 
 
 def test_members_of_a_front_have_outputs_of_their_own(project):
