@@ -9,6 +9,7 @@ Importing this package imports no torch; the functions that need it do.
 
 from typing import TYPE_CHECKING, Any
 
+from mergetool._version import __version__
 from mergetool.errors import (
     EvaluationError,
     HubError,
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from mergetool.arch.derived import Architecture, derive_architecture
     from mergetool.engine.result import Result
     from mergetool.methods.base import Method
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Architecture",

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergetool import __version__
+from mergetool._version import __version__
 from mergetool.engine.journal import JOURNAL_NAME, Journal, other_journal, other_journals, read_done
 from mergetool.errors import OutputError, SourceError
 from mergetool.planner import Plan

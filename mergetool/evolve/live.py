@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergetool import __version__
+from mergetool._version import __version__
 from mergetool.engine.memory import Known, merge_all
 from mergetool.engine.worker import Sink, Worker
 from mergetool.errors import EvaluationError
