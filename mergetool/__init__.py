@@ -9,6 +9,7 @@ Importing this package imports no torch; the functions that need it do.
 
 from typing import TYPE_CHECKING, Any
 
+from mergetool._version import __version__
 from mergetool.errors import (
     EvaluationError,
     HubError,
@@ -22,12 +23,12 @@ from mergetool.errors import (
 
 if TYPE_CHECKING:
     from mergetool.api import load_bundle, load_recipe, merge_state_dicts, plan, run
+    from mergetool.arch.derived import Architecture, derive_architecture
     from mergetool.engine.result import Result
     from mergetool.methods.base import Method
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "Architecture",
     "EvaluationError",
     "HubError",
     "MergeError",
@@ -39,6 +40,7 @@ __all__ = [
     "Result",
     "SourceError",
     "__version__",
+    "derive_architecture",
     "load_bundle",
     "load_recipe",
     "merge_state_dicts",
@@ -47,8 +49,10 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Architecture": "mergetool.arch.derived",
     "Method": "mergetool.methods.base",
     "Result": "mergetool.engine.result",
+    "derive_architecture": "mergetool.arch.derived",
     "load_bundle": "mergetool.api",
     "load_recipe": "mergetool.api",
     "merge_state_dicts": "mergetool.api",

@@ -15,10 +15,12 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+from tests.held import JOURNALLED
+
 _SERVER = """
 import json, os, signal, sys
 import mergetool.cli.app, mergetool.cli.show, mergetool.engine, mergetool.planner, mergetool.engine.worker
-import mergetool.engine.fitting, torch.distributed
+import mergetool.engine.fitting, torch.distributed, tests.held
 
 def kill_at(left, place):
     def hook(event, arguments):
@@ -45,6 +47,9 @@ def start(wanted):
     sys.stdin = open(0)
     if "KILL_AT" in os.environ:
         kill_at(int(os.environ["KILL_AT"]), os.environ["KILL_IN"])
+    if "HOLD" in os.environ:
+        target, count = os.environ["HOLD"].split()
+        tests.held.hold(target, int(count))
     code = 70
     try:
         mergetool.cli.main()
@@ -72,12 +77,16 @@ class Forks:
         """Exit code, stdout and stderr of `mergetool *arguments`."""
         return self.start(arguments, cwd=cwd, envs=[env]).wait()[0]
 
-    def team(self, size, arguments, *, cwd):
-        """The same command in processes that know of one another, as a launcher starts them."""
+    def team(self, size, arguments, *, cwd, held=None):
+        """The same command in processes that know of one another, as a launcher starts them.
+
+        `held`: the rank of one that holds still after 20 units, until it is killed.
+        """
         shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         envs = [
             clean_environment()
             | {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            | ({"HOLD": f"{JOURNALLED} 20"} if rank == held else {})
             for rank in range(size)
         ]
         return self.start(arguments, cwd=cwd, envs=envs)

@@ -92,3 +92,11 @@ def roots(node):
     if isinstance(node, ast.ImportFrom):
         return {str(node.module).partition(".")[0]}
     return {alias.name.partition(".")[0] for alias in node.names}
+
+
+def test_no_module_takes_anything_from_the_package_root():
+    """Else all that the root imports is tied into a ring with it."""
+    imports = {
+        path: [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)] for path, tree in trees().items()
+    }
+    assert [str(path) for path, nodes in imports.items() if any(node.module == "mergetool" for node in nodes)] == []

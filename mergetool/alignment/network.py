@@ -5,7 +5,6 @@ The network is the class that config.json names (built by transformers), or what
 the checkpoint.
 """
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from mergetool.alignment.repair import Batch
 from mergetool.arch.auto import network_of
+from mergetool.arch.code import call
 from mergetool.errors import PlanError, SourceError
 
 if TYPE_CHECKING:
@@ -40,33 +40,18 @@ def build(models: "Models", factory: str | None) -> Network:
     if factory is None:
         return Network(*network_of(models.shapes, models.config))
     text, _, function = factory.rpartition(":")
-    module = _call(models.path(text), function)
+    where = f"merge.repair.network: {models.path(text)}"
+    found = call(models.path(text), function, where)
+    module = found[0] if isinstance(found, tuple) and found else found  # (module, inputs), as for `architecture`
+    if not isinstance(module, nn.Module):
+        what = f"{function}() returned a {type(module).__name__}"
+        raise PlanError(what, where=where, fix="return a torch.nn.Module")
     names = {name: name for name, x in module.state_dict().items() if x.is_floating_point() and name in models.shapes}
     unknown = sorted(set(models.shapes) - set(names))
     if unknown:
         what = f"the network has no tensor {unknown[0]!r}, the models have"
         raise PlanError(what, where=f"merge.repair.network: {factory}", fix="return the network of these models")
     return Network(module, names)
-
-
-def _call(path: Path, function: str) -> nn.Module:
-    """What `function()` of a Python file returns: the user's own code, run because the recipe names it."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    namespace = importlib.util.module_from_spec(spec)
-    where = f"merge.repair.network: {path}"
-    try:
-        spec.loader.exec_module(namespace)
-        network = getattr(namespace, function)()
-    except (Exception, SystemExit) as error:
-        what = f"{function}() failed: {type(error).__name__}: {error}"
-        raise PlanError(what, where=where, fix="call it by hand in Python") from error
-    if not isinstance(network, nn.Module):
-        raise PlanError(
-            f"{function}() returned a {type(network).__name__}", where=where, fix="return a torch.nn.Module"
-        )
-    return network
 
 
 def read_batches(path: Path, network: nn.Module) -> list[Batch]:

@@ -18,7 +18,10 @@ from mergetool.errors import PlanError
 if TYPE_CHECKING:
     from torch import nn
 
-_FIX = "write an architecture file and name it under `architecture:`"
+_FIX = (
+    "name a function that builds the network, `architecture: FILE.py:FUNCTION` (with --trust-code), or a file that "
+    "mergetool.derive_architecture wrote"
+)
 _IMAGE_SIZE = 64  # for networks that take images of any size
 
 
@@ -30,7 +33,7 @@ def derive_from_config(shapes: Shapes, config: Mapping[str, Any]) -> ArchSpec:
     from mergetool.arch.trace import derive
 
     module, names = network_of(shapes, config)
-    return _renamed(derive(module, **_batch(module)), names)
+    return renamed(derive(module, **_batch(module)), names)
 
 
 def prove_for_config(spec: ArchSpec, shapes: Shapes, config: Mapping[str, Any]) -> float:
@@ -100,7 +103,7 @@ def _batch(module: Any) -> dict[str, Any]:
     return {"pixel_values": torch.rand(1, module.config.num_channels, height, width)}
 
 
-def _renamed(spec: ArchSpec, names: Mapping[str, str]) -> ArchSpec:
+def renamed(spec: ArchSpec, names: Mapping[str, str]) -> ArchSpec:
     """The spec of the file: its names, and of several names of one tensor those that it stores."""
     in_file = {names[name]: tensor for name, tensor in spec.tensors.items() if name in names}
     tied = []

@@ -14,6 +14,17 @@ the space x but without its signs.
 `spaces` declares every name used: its symmetry (permutation, signed, flip, fixed), the outer space it lies `within`,
 and, where shapes alone cannot tell, its `size`: a number or arithmetic on keys of config.json; of a list, the first
 whose keys are all known. `sizes` gives or overrides such keys. The other sections are told in `Family`.
+
+A whole file, for two linear layers around one hidden layer:
+
+    spaces: {hidden: permutation}
+    tensors:
+      first.weight: hidden, _
+      first.bias: hidden
+      last.weight: _, hidden
+      last.bias: _
+
+`mergetool.derive_architecture` writes such a file for a module; docs/architecture-files.md tells it to users.
 """
 
 import ast

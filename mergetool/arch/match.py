@@ -16,6 +16,7 @@ from typing import Any
 from mergetool.arch.bind import Shapes, architectures, covers
 from mergetool.arch.build import build
 from mergetool.arch.chain import build_chain
+from mergetool.arch.code import code_of, derive_from_code
 from mergetool.arch.depth import structural_depths
 from mergetool.arch.language import Family, read_family
 from mergetool.arch.spec import ArchSpec, TensorSpec, check_structure
@@ -35,7 +36,8 @@ def resolve(architecture: str | None, shapes: Shapes, config: Mapping[str, Any] 
     """The spec of a checkpoint with these shapes.
 
     `architecture`: a family, the path of an architecture file, "auto" (build and trace the network that config.json
-    names), or None: the family that config.json or the names tell.
+    names), FILE.py:FUNCTION (trace the one that the function returns; runs that code), or None: the family that
+    config.json or the names tell.
     Raises PlanError if nothing fits, naming the tensor and the axis where it is the shapes that do not.
     """
     config = config or {}
@@ -45,7 +47,8 @@ def resolve(architecture: str | None, shapes: Shapes, config: Mapping[str, Any] 
             raise PlanError(
                 f"no known architecture has these {len(shapes)} tensors (first: {min(shapes, default='none')})",
                 where="architecture",
-                fix=f"`architecture:` one of {', '.join(families())}, auto, or the path of an architecture file",
+                fix=f"`architecture:` one of {', '.join(families())}, auto, FILE.py:FUNCTION, or the path of an "
+                "architecture file",
             )
         return _build(name, families()[name], shapes, config)
     if architecture == "auto":
@@ -53,6 +56,8 @@ def resolve(architecture: str | None, shapes: Shapes, config: Mapping[str, Any] 
         from mergetool.arch.auto import derive_from_config
 
         return derive_from_config(shapes, config)
+    if code := code_of(architecture):
+        return derive_from_code(Path(code[0]), code[1], shapes)
     if architecture in families():
         return _build(architecture, families()[architecture], shapes, config)
     path = Path(architecture)
@@ -64,7 +69,7 @@ def resolve(architecture: str | None, shapes: Shapes, config: Mapping[str, Any] 
         where="architecture",
         fix=f"did you mean {near[0]!r}?"
         if near
-        else f"one of {', '.join(families())}, auto, or the path of a .yaml file",
+        else f"one of {', '.join(families())}, auto, FILE.py:FUNCTION, or the path of a .yaml file",
     )
 
 

@@ -2,8 +2,9 @@
 
 An `ArchSpec` is what a family file (`arch/data/*.yaml`), a user's own file or a traced module becomes once it has met
 the names and shapes of a real checkpoint: no templates are left, every size is a number. From it follow the
-permutation groups of the network, shape checks, vocabulary axes, tied weights and the depth of a tensor. No code
-compares tensor names: it asks the spec.
+permutation groups of the network, shape checks, vocabulary axes, tied weights and the depth of a tensor. Aligning
+asks the spec and compares no names. Planning does without one: layers are told by the numbers in names (`arch.depth`),
+matrices and fused projections by patterns (`arch.matrices`).
 
 The words (`Space`, `Factor`, `Layout`, `Group`, `Incidence`) are those of `mergetool.kernels.spaces`, where the
 mathematics is told; here they get the names of tensors.

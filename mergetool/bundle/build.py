@@ -19,7 +19,7 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from mergetool import __version__
+from mergetool._version import __version__
 from mergetool.arch.depth import structural_depths
 from mergetool.arch.matrices import is_attention_output, is_matrix
 from mergetool.bundle.files import CONFIG_NAME, TensorWriter, copy_model

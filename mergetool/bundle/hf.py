@@ -1,4 +1,7 @@
-"""The one seam to transformers: build the base from its config, and read its tokenizer."""
+"""The seam of bundles to transformers: build the base from its config, and read its tokenizer.
+
+There are two more: `evaluate.model` opens whole language models, `arch.auto` builds networks to trace them.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

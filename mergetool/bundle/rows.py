@@ -65,6 +65,11 @@ def inputs_of(model: MassModel, rows: Sequence[dict[str, Any]]) -> dict[str, Ten
         pairs = [row.get("pair") for row in rows] if any("pair" in row for row in rows) else None
         texts = [str(row["text"]) for row in rows]
         return dict(tokenizer(texts, pairs, padding=True, truncation=True, return_tensors="pt"))
+    for row in rows:
+        words = [key for key, value in row.items() if key not in _KEPT and isinstance(value, str)]
+        if "text" not in row and words:
+            what = f"a row has no field `text`, but {', '.join(map(repr, words))}"
+            raise SourceError(what, "input", f'call the field `text`: {{"text": {json.dumps(row[words[0]][:40])}}}')
     keys = [key for key in rows[0] if key not in _KEPT]
     try:
         return {key: torch.tensor([row[key] for row in rows]) for key in keys}

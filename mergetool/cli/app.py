@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergetool import __version__
+from mergetool._version import __version__
 from mergetool.cli.show import ProgressBar, say, show_methods, table
 from mergetool.errors import RecipeError
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mergetool import __version__
+from mergetool._version import __version__
 from mergetool.engine.public import public
 from mergetool.planner import Plan
 from mergetool.planner.lookup import Origin, pinned_document

@@ -20,7 +20,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from mergetool import __version__
+from mergetool._version import __version__
 from mergetool.engine.journal import (
     Journal,
     adopt_old_journals,

@@ -78,20 +78,26 @@ class Flags:
     """Whether recipe and inputs must be what an earlier lock says."""
 
 
-def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None) -> Result:
+def run_recipe(
+    recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None, remarks: tuple[str, ...] = ()
+) -> Result:
     """Plan and run a recipe. Raises any MergetoolError; the output is then incomplete and not under its name.
 
+    `remarks` are warnings of whoever made the recipe; they stand in the lock, too.
     Where a launcher has started several processes, they share the work, and all of them return the result.
     """
     flags, progress = flags or Flags(), progress or Silent()
     check_trust(recipe, trusted=flags.trust_code)
     with joined() as team:
-        return _run(recipe, flags, progress if team.leads else Silent(), team)
+        return _run(recipe, flags, progress if team.leads else Silent(), team, remarks)
 
 
-def _run(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> Result:
+def _run(recipe: Recipe, flags: Flags, progress: Progress, team: Team, remarks: tuple[str, ...]) -> Result:
     target = push_target(recipe, flags.push) if team.leads else None
     plan, costs, digests = team.leader_first(lambda: _prepare(recipe, flags, progress, team))
+    for remark in remarks:
+        progress.say(f"warning: {remark}")
+    plan = replace(plan, warnings=(*plan.warnings, *remarks))
     result = _done_before(plan, flags, progress, team)
     if result is None:
         result = _claim_and_run(plan, costs, digests, flags, progress, team)

@@ -25,6 +25,7 @@ from torch import Tensor
 from mergetool.engine.worker import Worker
 from mergetool.errors import MergeError, MergetoolError
 from mergetool.methods.base import Stats, Survey
+from mergetool.methods.group import Note
 from mergetool.planner import Step
 
 
@@ -54,9 +55,9 @@ class Fork:
         """See `Worker.survey`. Raises MergeError when the process has died."""
         return torch.from_numpy(self._ask("survey", step.index, start, stop, survey))
 
-    def merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[str]:
+    def merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
         """See `Worker.merge`. Raises MergeError when the process has died."""
-        notes: list[str] = self._ask("merge", step.index, start, stop, stats)
+        notes: list[Note] = self._ask("merge", step.index, start, stop, stats)
         return notes
 
     def close(self) -> int:

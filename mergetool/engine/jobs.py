@@ -20,6 +20,7 @@ from mergetool.engine.journal import Journal
 from mergetool.engine.record import Record, joined_counts
 from mergetool.engine.schedule import Job, Schedule
 from mergetool.methods.base import Stats
+from mergetool.methods.group import Note
 from mergetool.planner import Plan, Step
 from mergetool.planner.estimate import available_memory, step_memory
 from mergetool.planner.model import UNIT_ELEMENTS
@@ -241,12 +242,12 @@ class Jobs:
         ]
         self._schedule.add(jobs, first=first)
 
-    def _merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[str]:
+    def _merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
         notes = self.crew.mine().merge(step, start, stop, stats)
         self._journal.unit(step.index, start, step.spec.name, notes)
         return notes
 
-    def _merged(self, step: Step, start: int, stop: int, notes: list[str]) -> None:
+    def _merged(self, step: Step, start: int, stop: int, notes: list[Note]) -> None:
         self.record.bytes_read += self._bytes_of(step, start, stop)
         known = self.record.notes.setdefault(step.spec.name, []) if notes else []
         known += [note for note in notes if note not in known]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mergetool.errors import OutputError
+from mergetool.methods.group import Note
 from mergetool.tensors.io import write_error
 
 _OLD_NAMES = ("journal.jsonl", ".journal.*.jsonl")
@@ -36,7 +37,7 @@ class Done:
 
     units: set[tuple[int, int]] = field(default_factory=set)
     stats: dict[str | None, dict[str, tuple[float, ...]]] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)
+    notes: dict[str, list[Note]] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -97,7 +98,7 @@ class Journal:
         """The file descriptor that holds the lock."""
         return self._fd
 
-    def unit(self, step: int, start: int, name: str, notes: list[str]) -> None:
+    def unit(self, step: int, start: int, name: str, notes: list[Note]) -> None:
         """A unit's bytes are in the page cache."""
         self.worked = True
         self._write({"unit": [step, start]} | ({"name": name, "notes": notes} if notes else {}))
@@ -231,7 +232,8 @@ def _apply(done: Done, record: dict[str, Any]) -> None:
     elif "unit" in record:
         done.units.add((record["unit"][0], record["unit"][1]))
         notes = done.notes.setdefault(record.get("name", ""), [])
-        notes += [note for note in record.get("notes", ()) if note not in notes]
+        found = [note if isinstance(note, str) else (note[0], note[1]) for note in record.get("notes", ())]
+        notes += [note for note in found if note not in notes]
     elif "scope" in record:
         done.stats[record["scope"]] = {key: tuple(values) for key, values in record["stats"].items()}
     elif "input" in record:

@@ -11,6 +11,8 @@ from mergetool.engine.fitting import fit
 from mergetool.engine.processes import Team
 from mergetool.engine.trust import check_trust
 from mergetool.engine.worker import Sink, Worker, combined
+from mergetool.errors import RecipeError
+from mergetool.methods.base import BundleMethod, SearchMethod
 from mergetool.planner import Plan, Step, make_plan
 from mergetool.planner.model import UNIT_ELEMENTS
 from mergetool.recipe.model import Recipe
@@ -36,6 +38,7 @@ def merge_in_memory(
 ) -> dict[str, Tensor]:
     """Merge state dicts by name (the base under "base"). Surveys, methods and checks are those of a run."""
     check_trust(recipe, trusted=trust_code)
+    _check_result(recipe)
     plan = make_plan(recipe, sources={name: MemorySource(state, name) for name, state in tensors.items()})
     fitted = fit(plan, None, lambda _: None, Team())
     plan = fitted.plan
@@ -46,6 +49,19 @@ def merge_in_memory(
         with one_thread():
             worker.replace(fitted.finish(MemorySource(sink.tensors, "merged"), None))
     return sink.tensors
+
+
+def _check_result(recipe: Recipe) -> None:
+    """Refuse methods whose result is no state dict, or that need more than weights."""
+    name = recipe.method.method_name()
+    if isinstance(recipe.method, SearchMethod):
+        what = f"{name} judges candidates by running them, and state dicts have no config and no tokenizer"
+        fix = "save the models as folders and run a recipe: mergetool.run({...}, output=FOLDER)"
+        raise RecipeError(what, "merge_state_dicts", fix)
+    if isinstance(recipe.method, BundleMethod):
+        what = f"{name} makes a folder that serves every model's task, not one state dict"
+        fix = "save the models and run a recipe: mergetool.run({...}, output=FOLDER); or take tsv-merge for one model"
+        raise RecipeError(what, "merge_state_dicts", fix)
 
 
 Known = dict[str, Mapping[str, tuple[float, ...]]]

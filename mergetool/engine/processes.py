@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from mergetool import errors
+import mergetool.errors as errors
 from mergetool.errors import MergetoolError, OutputError
 
 _T = TypeVar("_T")

@@ -11,12 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergetool import __version__
+from mergetool._version import __version__
 from mergetool.engine.card import card
 from mergetool.engine.claim import LOCK_NAME, Claim
 from mergetool.engine.public import public
 from mergetool.engine.record import Record
 from mergetool.engine.result import Result
+from mergetool.methods.group import Note
 from mergetool.planner import Plan
 from mergetool.planner.outcome import config_of
 from mergetool.tensors.io import sha256_file
@@ -48,7 +49,7 @@ def finish(plan: Plan, claim: Claim, records: Sequence[Record], seconds: float) 
     return result
 
 
-def _summary(notes: Mapping[str, Sequence[str]]) -> dict[str, int]:
+def _summary(notes: Mapping[str, Sequence[Note]]) -> dict[str, int]:
     """How many tensors each remark is about; of numbers that were measured, mean and largest."""
     measured, remarks = _measured(notes), _remarks(notes)
     counts = Counter(note for texts in remarks.values() for note in texts)
@@ -60,15 +61,15 @@ def _summary(notes: Mapping[str, Sequence[str]]) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def _measured(notes: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
-    """Numbers that methods measured, by tensor: notes of the form `what = number`."""
-    found = {name: [text.split(" = ") for text in texts if " = " in text] for name, texts in notes.items()}
-    return {name: {what: float(value) for what, value in pairs} for name, pairs in found.items() if pairs}
+def _measured(notes: Mapping[str, Sequence[Note]]) -> dict[str, dict[str, float]]:
+    """Numbers that methods measured, by tensor."""
+    found = {name: dict(note for note in told if not isinstance(note, str)) for name, told in notes.items()}
+    return {name: numbers for name, numbers in found.items() if numbers}
 
 
-def _remarks(notes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+def _remarks(notes: Mapping[str, Sequence[Note]]) -> dict[str, list[str]]:
     """All other notes."""
-    found = {name: [text for text in texts if " = " not in text] for name, texts in notes.items()}
+    found = {name: [note for note in told if isinstance(note, str)] for name, told in notes.items()}
     return {name: texts for name, texts in found.items() if texts}
 
 

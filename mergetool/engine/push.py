@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mergetool import __version__
+from mergetool._version import __version__
 from mergetool.bundle import is_bundle
 from mergetool.engine.claim import LOCK_NAME
 from mergetool.errors import HubError, SourceError

@@ -16,6 +16,7 @@ from mergetool.bundle.store import FactorStore
 from mergetool.engine.devices import LEAST_SLICE, free_device, load_linear_algebra, own_stream
 from mergetool.errors import MergeError, at
 from mergetool.methods.base import Params, Stats, Survey, TensorGroup, TensorMethod
+from mergetool.methods.group import Note
 from mergetool.planner.model import BASE, SLICE_ELEMENTS, Plan, Step
 from mergetool.tensors.dtypes import DType, torch_dtype
 from mergetool.tensors.io import bytes_of
@@ -59,7 +60,7 @@ class Worker:
         with own_stream(self._device):
             return survey.observe((self._group(step, begin, end) for begin, end in slices), step.params)
 
-    def merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[str]:
+    def merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
         """Merge and write elements [start, stop) of a step; returns the method's notes.
 
         A device that has no memory left gets smaller slices; what cannot be sliced further is merged on the CPU.
@@ -81,8 +82,8 @@ class Worker:
                 *self._on_cpu.merge(step, start, stop, stats),
             ]
 
-    def _merge_slices(self, step: Step, start: int, stop: int, stats: Stats) -> list[str]:
-        notes: list[str] = []
+    def _merge_slices(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
+        notes: list[Note] = []
         for begin, end in self._slices(step, start, stop):
             if begin == end:
                 continue
@@ -193,7 +194,7 @@ class Worker:
             self._views[key] = self._stored[: count * dtype.itemsize].view(dtype)
         return self._views[key]
 
-    def _put(self, step: Step, start: int, merged: Tensor, notes: list[str]) -> None:
+    def _put(self, step: Step, start: int, merged: Tensor, notes: list[Note]) -> None:
         """Check that the values survive storage, cast once, write."""
         dtype = step.spec.dtype
         flat = merged if merged.dim() == 1 else merged.reshape(-1)
@@ -207,7 +208,7 @@ class Worker:
             stored = stored.cpu() if room is None else room.copy_(stored)
         self._sink.write(step.shard, step.spec.name, start * dtype.bits // 8, bytes_of(stored.contiguous()))
 
-    def _copy(self, step: Step, start: int, stop: int, notes: list[str]) -> None:
+    def _copy(self, step: Step, start: int, stop: int, notes: list[Note]) -> None:
         """The donor's tensor as it is: bit for bit, or cast where another storage dtype is asked for."""
         stored = self._plan.sources[step.donor].specs[step.spec.name].dtype
         if stored.is_float:
@@ -223,7 +224,7 @@ class Worker:
             self._plan.sources[step.donor].read_bytes(step.spec.name, offset, chunk)
             self._sink.write(step.shard, step.spec.name, offset, chunk)
 
-    def _judge(self, step: Step, start: int, values: Tensor, notes: list[str]) -> None:
+    def _judge(self, step: Step, start: int, values: Tensor, notes: list[Note]) -> None:
         """Count what would not be finite once stored, and stop or note it, as the recipe says."""
         dtype = step.spec.dtype
         bad = _lost(values, dtype)

@@ -76,13 +76,13 @@ def _scores(
         found = {}
         for options, task in tasks.items():
             items = TaskItems(options, task, live.lm)
-            known = cache.get(_identity(path, live), items.fingerprint, items.hashes)
-            left = [item for item, digest in enumerate(items.hashes) if digest not in known]
+            known = cache.get(_identity(path, live), items.keys)
+            left = [item for item, key in enumerate(items.keys) if key not in known]
             if left:
-                new = {items.hashes[item]: score for item, score in items.score(live.lm, left).items()}
-                cache.put(_identity(path, live), items.fingerprint, new)
+                new = {items.keys[item]: score for item, score in items.score(live.lm, left).items()}
+                cache.put(_identity(path, live), new)
                 known |= new
-            found[options.name] = (items.metric, np.array([known[digest].value for digest in items.hashes]))
+            found[options.name] = (items.metric, np.array([known[key].value for key in items.keys]))
     return found
 
 

@@ -1,7 +1,7 @@
-"""Answers kept between runs: one row per model, task and document, in one SQLite file.
+"""Answers kept between runs: one row per model and item, in one SQLite file.
 
-The key holds everything that an answer depends on: what the model is (not what it is called), the task's settings, and
-the document. Several processes may use one file.
+The key holds everything that an answer depends on: what the model is (not what it is called), and what the item is
+(`TaskItems.keys`). Several processes may use one file.
 """
 
 import sqlite3
@@ -15,7 +15,7 @@ CACHE_NAME = "responses.sqlite"
 
 
 class ResponseCache:
-    """Scores by (model, task, document); without a folder it remembers nothing. Raises OutputError."""
+    """Scores by (model, item); without a folder it remembers nothing. Raises OutputError."""
 
     def __init__(self, folder: Path | None) -> None:
         self._database: sqlite3.Connection | None = None
@@ -27,31 +27,29 @@ class ResponseCache:
             self._database = sqlite3.connect(folder / CACHE_NAME, timeout=60, isolation_level=None)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute(
-                "CREATE TABLE IF NOT EXISTS responses (model TEXT, task TEXT, document TEXT, value REAL, soft REAL, "
-                "PRIMARY KEY (model, task, document)) WITHOUT ROWID"
+                "CREATE TABLE IF NOT EXISTS answers (model TEXT, item TEXT, value REAL, soft REAL, "
+                "PRIMARY KEY (model, item)) WITHOUT ROWID"
             )
         except (OSError, sqlite3.Error) as error:
             raise OutputError(
                 f"cannot be used as a cache: {error}", str(folder), "name another --cache folder"
             ) from error
 
-    def get(self, model: str, task: str, documents: Sequence[str]) -> dict[str, Score]:
-        """What is known of these documents, by their hashes."""
+    def get(self, model: str, items: Sequence[str]) -> dict[str, Score]:
+        """What is known of these items, by their keys."""
         if self._database is None:
             return {}
-        rows = self._database.execute(
-            "SELECT document, value, soft FROM responses WHERE model = ? AND task = ?", (model, task)
-        )
-        wanted = set(documents)
-        return {document: Score(value, soft) for document, value, soft in rows if document in wanted}
+        rows = self._database.execute("SELECT item, value, soft FROM answers WHERE model = ?", (model,))
+        wanted = set(items)
+        return {item: Score(value, soft) for item, value, soft in rows if item in wanted}
 
-    def put(self, model: str, task: str, scores: Mapping[str, Score]) -> None:
+    def put(self, model: str, scores: Mapping[str, Score]) -> None:
         """Keep these scores."""
         if self._database is None:
             return
-        rows = [(model, task, document, score.value, score.soft) for document, score in scores.items()]
+        rows = [(model, item, score.value, score.soft) for item, score in scores.items()]
         self._database.execute("BEGIN IMMEDIATE")
-        self._database.executemany("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?)", rows)
+        self._database.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", rows)
         self._database.execute("COMMIT")
 
     def close(self) -> None:

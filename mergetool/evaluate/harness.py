@@ -74,7 +74,7 @@ def load_task(options: TaskOptions, folder: Path, *, trust_code: bool = False) -
         with quiet(), _uncounted():
             manager = TaskManager(include_path=include, include_defaults=include is None)
             if options.name not in manager.all_tasks:
-                raise _unknown(options, manager.all_tasks)
+                raise _unknown(options, manager.all_tasks, folder)
             if include is not None and not trust_code:
                 _check_no_code(include)
             loaded = _load(manager, options.name)
@@ -106,13 +106,24 @@ def _uncounted() -> Iterator[None]:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
-def _unknown(options: TaskOptions, known: list[str]) -> EvaluationError:
+def _unknown(options: TaskOptions, known: list[str], folder: Path) -> EvaluationError:
     from difflib import get_close_matches
 
     near = get_close_matches(options.name, known, n=1)
     where = "lm-eval" if options.include is None else options.include
     fix = f"did you mean {near[0]!r}?" if near else f"known there: {', '.join(known[:8]) or 'none'}"
+    if options.include is None:
+        found = next((path.parent for path in _described(folder, options.name)), None)
+        place = "FOLDER" if found is None else f"./{found.relative_to(folder).as_posix()}"
+        own = f"a task of your own needs its folder: include: {place} (on the command line --include {place})"
+        fix = f"{fix if near and found is None else ''}; {own}".removeprefix("; ")
     return EvaluationError(f"there is no task {options.name!r}", where, fix)
+
+
+def _described(folder: Path, name: str) -> Iterator[Path]:
+    """YAML files of this name in a folder or in those directly inside it."""
+    for pattern in (f"{name}.yaml", f"*/{name}.yaml"):
+        yield from sorted(folder.glob(pattern)) if re.fullmatch(r"[\w.-]+", name) else ()
 
 
 def _check_no_code(include: Path) -> None:

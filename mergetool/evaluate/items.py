@@ -24,6 +24,8 @@ from mergetool.evaluate.harness import quiet
 from mergetool.evaluate.options import TaskOptions
 
 _SEED = 0
+KEY_LENGTH = 24
+"""Hex digits of an item's key: 96 bits, of which no two items share all."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,14 @@ class TaskItems:
             requests.sort(key=lambda request: request.idx)
         self.num_items = len(self._requests)
         self.hashes = tuple(_sha256(self._requests[place][0].doc) for place in range(self.num_items))
-        self.fingerprint = _sha256([_settings(task), self.hashes, self.metric, self.filter, options.chat_template])
+        settings = _sha256([_settings(task), self.metric, self.filter, options.chat_template])
+        self.keys = tuple(self._key(settings, place)[:KEY_LENGTH] for place in range(self.num_items))
+        """Of every item, all that a model's score on it depends on but the model, whatever else is in the task."""
+
+    def _key(self, settings: str, place: int) -> str:
+        requests = self._requests[place]
+        asked = [[request.request_type, request.arguments, request.repeats] for request in requests]
+        return _sha256([settings, self.hashes[place], asked])
 
     def _chosen(self) -> tuple[str, str]:
         """The metric and filter that count. Raises EvaluationError for unknown ones."""

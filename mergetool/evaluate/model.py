@@ -31,8 +31,9 @@ class LiveModel:
         batch_size: int = 32,
     ) -> None:
         self.folder = folder
+        self.tokenizer_folder = tokenizer or folder
         self.model = _load_model(folder, dtype).to(device).eval()
-        self.tokenizer = _load_tokenizer(tokenizer or folder)
+        self.tokenizer = _load_tokenizer(self.tokenizer_folder)
         self.lm = wrapped(self.model, self.tokenizer, batch_size)
 
     def slots(self, names: Collection[str]) -> "Mapping[str, Tensor]":

@@ -4,11 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mergetool.evolve.judge import Judge, Subject
+from mergetool.evaluate.items import Score
+from mergetool.evolve.judge import REPORT, Judge, Subject
 from mergetool.evolve.loop import History, Trial, Values
 from mergetool.evolve.pools import Pools
+from mergetool.search.interval import of_weighted_difference
 from mergetool.search.space import Space
+
+PARENT_NAME = "parent.yaml"
 
 
 def facts_of(history: History, judge: Judge, pools: Pools, space: Space, weights: Sequence[float]) -> dict[str, Any]:
@@ -35,10 +40,55 @@ def facts_of(history: History, judge: Judge, pools: Pools, space: Space, weights
             for who, scores in history.report.items()
             if isinstance(who, str) or who == space.start
         ],
+        "best_parent": _best_parent(history, judge, pools, weights),
         "trials": [_trial(trial, judge, pools, mean) for trial in history.trials],
         "spent": _spent(history, judge, pools),
         "seconds": {"merge": round(judge.spent.merge_seconds, 3), "evaluate": round(judge.spent.evaluate_seconds, 3)},
     }
+
+
+def verdict(facts: dict[str, Any], recipe: str) -> tuple[str, bool]:
+    """What the search was worth, against the best of the models: a sentence, and whether the winner lost.
+
+    `recipe` is the file that makes that model instead.
+    """
+    parent, winner = facts["best_parent"], facts["winner"]["report_mean"]
+    name = "the base" if parent["name"] == "base" else f"its parent {parent['name']!r}"
+    numbers = (
+        f"{winner:.4f} against {parent['report_mean']:.4f} on items that took no part in the search (difference "
+        f"{parent['difference']:+.4f}, 95 % interval {parent['difference_low']:+.4f} to "
+        f"{parent['difference_high']:+.4f})"
+    )
+    if parent["difference"] < 0:
+        chance = ", which may be chance" if parent["difference_high"] > 0 else ""
+        told = f"the winner LOSES to {name}: {numbers}{chance}; to get that model instead: mergetool run {recipe}"
+        return told, True
+    if parent["difference_low"] <= 0:
+        return f"the winner is not known to be better than {name}: {numbers}", False
+    return f"the winner beats {name}: {numbers}", False
+
+
+def _best_parent(history: History, judge: Judge, pools: Pools, weights: Sequence[float]) -> dict[str, Any]:
+    """The base or model with the best score on the report items, and how far the winner is from it."""
+    mean = _Mean(weights)
+    assert history.winner is not None
+    models = [who for who in history.report if isinstance(who, str)]
+    best = max(models, key=lambda who: mean(history.report[who]))
+    ours, theirs = (judge.known(who, pools.report) or {} for who in (history.winner, best))
+    pairs = [(_values(ours[task]), _values(theirs[task])) for task in pools.report]
+    low, high = of_weighted_difference(pairs, weights)
+    return {
+        "name": best,
+        "recipe": PARENT_NAME,
+        "report_mean": mean(history.report[best]),
+        "difference": mean(history.report[history.winner]) - mean(history.report[best]),
+        "difference_low": low,
+        "difference_high": high,
+    }
+
+
+def _values(scores: dict[int, Score]) -> NDArray[np.float64]:
+    return np.array([score.value for score in scores.values()])
 
 
 class _Mean:
@@ -96,7 +146,7 @@ def _trial(trial: Trial, judge: Judge, pools: Pools, mean: _Mean) -> dict[str, A
 def _spent(history: History, judge: Judge, pools: Pools) -> dict[str, Any]:
     """Items answered by stage; and what asking every candidate all search items would have taken."""
     candidates: set[Subject] = {trial.values for trial in history.trials if trial.estimates is not None}
-    searching = sum(count for stage, count in judge.spent.items.items() if stage != "report")
+    searching = sum(count for stage, count in judge.spent.items.items() if stage != REPORT)
     full = len(candidates) * pools.num_search
     return {
         "items": dict(judge.spent.items),

@@ -1,8 +1,10 @@
-"""Every answer that a search got, line by line, so that a killed search goes on as if nothing had happened.
+"""Every answer that a search got, line by line, so that nothing is ever asked twice: killed, edited, or extended.
 
 A search is a deterministic function of its answers: started again, it asks the same questions in the same order, and
-the journal answers those that were answered before. No state of an optimiser is ever stored. A line is synced before
-the search goes on; a torn last line is cut off. A lock on the file keeps a second search out.
+what was answered before is not asked again. No state of an optimiser is ever stored, so a search with more generations
+is the old one, replayed, and then some. A header stands above the answers of each recipe: what it asked, and which
+items its numbers mean. Lines are only ever added, and synced before the search goes on; a torn last line is cut off. A
+lock on the file keeps a second search out.
 """
 
 import fcntl
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mergetool.errors import OutputError
+from mergetool.evolve.kept import Kept
 from mergetool.tensors.io import write_error
 
 JOURNAL_NAME = "search.jsonl"
@@ -24,18 +27,41 @@ class SearchJournal:
     def __init__(self, folder: Path, header: Mapping[str, Any], *, resume: bool, leads: bool = True) -> None:
         """`leads`: whether this process writes it; others of the same search only read it once, at the start."""
         self.path = folder / JOURNAL_NAME
-        self._header = dict(header)
+        self._header: dict[str, Any] = json.loads(json.dumps(header))
         self._fd = -1
-        self._answers: dict[str, dict[str, Any]] = {}
-        self.num_replayed = 0
-        if not leads:
-            self._read()
-            return
-        self._open(folder)
-        kept = self._read() if resume else []
-        os.ftruncate(self._fd, sum(len(line) + 1 for line in kept))
-        if not kept:
-            self._write(self._header)
+        if leads:
+            self._open(folder)
+        self.kept = Kept(self._header)
+        """What is known from before."""
+        self.last: Mapping[str, Any] | None = None
+        """The header of the search that was here before; None if there was none."""
+        whole = self._read()
+        self.dropped = 0 if resume else self.kept.num_answers
+        """Answers that were thrown away because that was asked for."""
+        if not resume:
+            self.kept, self.last, whole = Kept(self._header), None, 0
+        if leads:
+            os.ftruncate(self._fd, whole)
+            if self.last != self._header:
+                self._write(self._header)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the search that was here before is this very one."""
+        return self.last == self._header
+
+    def record(self, question: Any, of: str, **answer: Any) -> dict[str, Any]:
+        """Write an answer down, for good. `of` is the identity of who was asked."""
+        line = {"question": question, "of": of, **answer}
+        self._write(line)
+        found: dict[str, Any] = json.loads(json.dumps(line))
+        return found
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def _open(self, folder: Path) -> None:
         try:
@@ -50,35 +76,19 @@ class SearchJournal:
             fix = "wait for it, or choose another place with -o PATH"
             raise OutputError("another search is writing here", str(folder), fix) from None
 
-    def _read(self) -> list[bytes]:
-        """The lines that can be used: all whole ones, if the header is that of this very search."""
-        kept: list[bytes] = []
-        for line in self.path.read_bytes().split(b"\n")[:-1]:
+    def _read(self) -> int:
+        """Take in what is there. Returns the bytes of whole lines."""
+        content = self.path.read_bytes()
+        for line in content.split(b"\n")[:-1]:
             try:
                 record = json.loads(line)
-            except ValueError:
-                break
-            if not kept and record != json.loads(json.dumps(self._header)):
-                return []
-            kept.append(line)
-            if "question" in record:
-                self._answers[_key(record["question"])] = record
-        return kept
-
-    def answer(self, question: Any) -> dict[str, Any] | None:
-        """The record that answers this question, from an earlier run or this one."""
-        found = self._answers.get(_key(question))
-        if found is not None:
-            self.num_replayed += 1
-        return found
-
-    def record(self, question: Any, **answer: Any) -> dict[str, Any]:
-        """Write an answer down, for good."""
-        line = {"question": question, **answer}
-        self._write(line)
-        found: dict[str, Any] = json.loads(json.dumps(line))
-        self._answers[_key(question)] = found
-        return found
+                if "question" not in record:
+                    self.last = record
+                elif self.last is not None:
+                    self.kept.take(record, self.last)
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+                continue  # a damaged line is no answer; those after it are
+        return content.rfind(b"\n") + 1
 
     def _write(self, record: Mapping[str, Any]) -> None:
         if self._fd < 0:
@@ -90,13 +100,3 @@ class SearchJournal:
             os.fsync(self._fd)
         except OSError as error:
             raise write_error(error, str(self.path)) from error
-
-    def close(self) -> None:
-        """Release the lock."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-def _key(question: Any) -> str:
-    return json.dumps(question, sort_keys=True)

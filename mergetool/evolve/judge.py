@@ -26,6 +26,9 @@ Ids = Mapping[str, Sequence[int]]
 Answers = dict[str, dict[int, Score]]
 """Scores by task and item."""
 
+REPORT = "report"
+"""The stage of the final scores."""
+
 
 @dataclass
 class Known:
@@ -43,6 +46,10 @@ class Spent:
 
     items: dict[str, int] = field(default_factory=dict)
     """Items answered, by stage."""
+    recalled: int = 0
+    """Of them, those that an earlier run had answered."""
+    asked: int = 0
+    """And those that were answered now."""
     requests: int = 0
     merge_seconds: float = 0.0
     evaluate_seconds: float = 0.0
@@ -81,14 +88,9 @@ class Judge:
         """
         waiting = []
         for subject in dict.fromkeys(subjects):
-            missing = self._missing(subject, ids)
-            if not missing:
-                continue
-            record = self._journal.answer(_question(stage, subject, missing))
-            if record is None:
-                waiting.append((subject, missing))
-            else:
-                self._learn(subject, missing, stage, record)
+            left = self._recalled(subject, self._missing(subject, ids), stage)
+            if left or (stage == REPORT and self._lacks_digest(subject)):
+                waiting.append((subject, left))
         for start in range(0, len(waiting), self._team.size):
             self._ask_together(waiting[start : start + self._team.size], stage)
         return [self.known(subject, ids) for subject in subjects]
@@ -108,6 +110,9 @@ class Judge:
         """The digest of the weights that got the final score."""
         return self._known[subject].digest
 
+    def _lacks_digest(self, subject: Subject) -> bool:
+        return not isinstance(subject, str) and self.failure(subject) is None and self.digest(subject) is None
+
     def _missing(self, subject: Subject, ids: Ids) -> dict[str, list[int]]:
         """Items that this subject was not asked yet; none of one that failed."""
         known = self._known.get(subject, Known())
@@ -116,33 +121,61 @@ class Judge:
         missing = {t: [item for item in wanted if item not in known.scores.get(t, {})] for t, wanted in ids.items()}
         return {task: items for task, items in missing.items() if items}
 
+    def _recalled(self, subject: Subject, wanted: Mapping[str, list[int]], stage: str) -> dict[str, list[int]]:
+        """Take over what the subject answered in an earlier run. Returns the items that are left to be asked."""
+        kept = self._journal.kept.of(self._candidates.identity(subject))
+        known = self._known.get(subject)
+        if known is None:
+            known = self._known[subject] = Known(digest=kept.digest)
+            self._spend_seconds(kept.seconds)
+        left = {}
+        for task, items in wanted.items():
+            keys = self.tasks[task].keys
+            found = {item: kept.scores[keys[item]] for item in items if keys[item] in kept.scores}
+            known.scores.setdefault(task, {}).update(found)
+            self._spend_items(stage, task, list(found))
+            self.spent.recalled += len(found)
+            if asked := [item for item in items if item not in found]:
+                left[task] = asked
+        if left and kept.failure is not None:
+            known.failure, left = kept.failure, {}
+        return left
+
     def _ask_together(self, asked: Sequence[tuple[Subject, dict[str, list[int]]]], stage: str) -> None:
         """Every process asks one question; all of them learn all answers, in order."""
         own: dict[str, Any] | EvaluationError | None = None
         if self._team.rank < len(asked):
             try:
-                own = self._ask(*asked[self._team.rank], digest=stage == "report")
+                own = self._ask(*asked[self._team.rank], digest=stage == REPORT)
             except EvaluationError as error:
                 own = error
         for (subject, missing), answer in zip(asked, self._team.exchange(own), strict=False):
             if isinstance(answer, EvaluationError):
                 raise answer
-            record = self._journal.record(_question(stage, subject, missing), **answer)
+            question = [stage, subject if isinstance(subject, str) else list(subject), missing]
+            record = self._journal.record(question, self._candidates.identity(subject), **answer)
             self._learn(subject, missing, stage, record)
 
     def _learn(self, subject: Subject, missing: Mapping[str, list[int]], stage: str, record: Mapping[str, Any]) -> None:
-        known = self._known.setdefault(subject, Known())
+        known = self._known[subject]
         known.failure = record.get("failure")
         known.digest = record.get("digest", known.digest)
         for task, (values, softs) in record.get("scores", {}).items():
             pairs = zip(missing[task], values, softs, strict=True)
             known.scores.setdefault(task, {}).update({item: Score(value, soft) for item, value, soft in pairs})
-        if known.failure is None:
-            count = sum(map(len, missing.values()))
-            self.spent.items[stage] = self.spent.items.get(stage, 0) + count
-            self.spent.requests += sum(self.tasks[task].num_requests(items) for task, items in missing.items())
-        self.spent.merge_seconds += record["seconds"][0]
-        self.spent.evaluate_seconds += record["seconds"][1]
+            self._spend_items(stage, task, missing[task])
+            self.spent.asked += len(missing[task])
+        self._spend_seconds(record["seconds"])
+
+    def _spend_items(self, stage: str, task: str, items: Sequence[int]) -> None:
+        """Count answers, whether they were given now or in an earlier run: that is what this search takes."""
+        if items:
+            self.spent.items[stage] = self.spent.items.get(stage, 0) + len(items)
+            self.spent.requests += self.tasks[task].num_requests(items)
+
+    def _spend_seconds(self, seconds: Sequence[float]) -> None:
+        self.spent.merge_seconds += seconds[0]
+        self.spent.evaluate_seconds += seconds[1]
 
     def _ask(self, subject: Subject, missing: Mapping[str, list[int]], *, digest: bool) -> dict[str, Any]:
         """Merge and evaluate; what goes wrong with a candidate is an answer, too."""
@@ -167,19 +200,17 @@ class Judge:
         return {"scores": lists, **marked, "seconds": seconds}
 
     def _cached(self, subject: Subject, task: str, items: Sequence[int]) -> dict[int, Score]:
-        hashes = self.tasks[task].hashes
-        model = self._candidates.identity(subject)
-        found = self._cache.get(model, self.tasks[task].fingerprint, [hashes[item] for item in items])
-        return {item: found[hashes[item]] for item in items if hashes[item] in found}
+        keys = self.tasks[task].keys
+        found = self._cache.get(self._candidates.identity(subject), [keys[item] for item in items])
+        return {item: found[keys[item]] for item in items if keys[item] in found}
 
     def _scored(self, subject: Subject, task: str, items: Sequence[int], cached: dict[int, Score]) -> dict[int, Score]:
         """Ask the live model what the cache does not know."""
         left = [item for item in items if item not in cached]
         if left:
-            hashes = self.tasks[task].hashes
+            keys = self.tasks[task].keys
             found = self.tasks[task].score(self._candidates.live.lm, left)
-            kept = {hashes[item]: score for item, score in found.items()}
-            self._cache.put(self._candidates.identity(subject), self.tasks[task].fingerprint, kept)
+            self._cache.put(self._candidates.identity(subject), {keys[item]: score for item, score in found.items()})
             cached |= found
         return cached
 
@@ -188,10 +219,6 @@ class Judge:
             return self._candidates.put(subject, digest=digest)
         self._candidates.put_model(subject)
         return None
-
-
-def _question(stage: str, subject: Subject, missing: Mapping[str, list[int]]) -> list[Any]:
-    return [stage, subject if isinstance(subject, str) else list(subject), missing]
 
 
 def _plain(value: float) -> float | int:

@@ -8,12 +8,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergetool import __version__
+from mergetool._version import __version__
 from mergetool.engine.memory import Known, merge_all
 from mergetool.engine.worker import Sink, Worker
 from mergetool.errors import EvaluationError
@@ -25,9 +27,11 @@ from mergetool.recipe import load_recipe
 from mergetool.recipe.load import candidate_recipe
 from mergetool.recipe.model import Recipe
 from mergetool.search.space import Value
+from mergetool.tensors.digests import remembered_sha256
 from mergetool.tensors.dtypes import DType, torch_dtype
 from mergetool.tensors.header import TensorSpec
-from mergetool.tensors.io import bytes_of
+from mergetool.tensors.io import bytes_of, sha256_file
+from mergetool.tensors.side_files import CONFIG_NAME, carried_files
 from mergetool.tensors.source import FileStamp, ModelSource
 
 
@@ -99,19 +103,27 @@ class Candidates:
         self._slots = self.live.slots([step.spec.name for step in plan.steps])
         self._device = torch.device(device)
         self._surveys: Known = {}
+        self.inputs = {name: _content(source, self._selected(name)) for name, source in self._sources.items()}
+        """SHA-256 of what the base and every model hold, in the recipe's order."""
+        self.made_with = _versions() | {"device": self._device.type, "dtype": str(self.live.model.dtype)}
+        """What answers depend on beside weights and items."""
+        self._network = _network(folder, self.live.tokenizer_folder)
 
     def identity(self, subject: str | Sequence[Value]) -> str:
-        """What decides the weights of a candidate (or of a model of the recipe), as a SHA-256."""
-        files = {name: [[f.path.name, f.size, f.mtime_ns] for f in s.files] for name, s in self._sources.items()}
-        recipe, merge = self._recipe, None
+        """All that decides the answers of a candidate (or of a model of the recipe), as a SHA-256.
+
+        Settings and numbers, inputs by content, and what runs them; not where anything lies, nor what else the recipe
+        says.
+        """
+        recipe = self._recipe
+        facts: list[Any] = [self.made_with, self._network, recipe.output.dtype]
         if isinstance(subject, str):
-            files = {"model": files[subject], "rest": files[next(iter(files))]}
+            facts += [self.inputs[name] for name in self._parts(subject)]
         else:
             assert isinstance(recipe.method, SearchMethod)
             merge = recipe.method.candidate(tuple(subject), tuple(recipe.models))
-        facts: list[Any] = [files, merge, recipe.compute.model_dump(), recipe.check.model_dump(), recipe.output.dtype]
-        facts += [self._device.type, str(self.live.model.dtype), __version__, torch.__version__]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+            facts += [list(self.inputs.items()), merge, recipe.compute.model_dump(), recipe.check.model_dump()]
+        return _sha256(facts)
 
     def put(self, values: Sequence[Value], *, digest: bool = False) -> str | None:
         """Merge the candidate with these numbers into the live model. Returns its digest if asked for."""
@@ -119,10 +131,18 @@ class Candidates:
 
     def put_model(self, name: str) -> None:
         """Put one of the models itself (or the base) there; what it lacks, the base or first model has."""
+        for source in self._parts(name):
+            self._copy(source)
+
+    def _parts(self, name: str) -> list[str]:
+        """The sources that make up one of the models, the last one first of all asked: itself, on the donor."""
         donor = BASE if BASE in self._sources else next(iter(self._sources))
-        for source in dict.fromkeys((donor, name)):
-            if source == name or self._slots.keys() - self._sources[name].specs.keys():
-                self._copy(source)
+        lacks = self._slots.keys() - self._sources[name].specs.keys()
+        return list(dict.fromkeys([donor, name] if lacks else [name]))
+
+    def _selected(self, name: str) -> str | None:
+        reference = self._recipe.base if name == BASE else self._recipe.models[name]
+        return None if reference is None else reference.select
 
     def _copy(self, name: str) -> None:
         label = f"{name} itself" if name == BASE else name
@@ -137,6 +157,25 @@ class Candidates:
         if sink.digests is None:
             return None
         return total_digest({name: found.hexdigest() for name, found in sink.digests.items()})
+
+
+def _content(source: ModelSource, selected: str | None) -> str:
+    """What a model holds, wherever it lies: its files, and which of a bundle's experts is meant."""
+    return _sha256([[remembered_sha256(stamp.path) for stamp in source.files], selected])
+
+
+def _network(folder: Path, tokenizer: Path) -> str:
+    """What is run beside the weights: config and tokenizer."""
+    files = [folder / CONFIG_NAME, *carried_files(tokenizer)]
+    return _sha256([[path.name, sha256_file(path)] for path in files])
+
+
+def _versions() -> dict[str, str]:
+    return {"mergetool": __version__} | {name: version(name) for name in ("torch", "transformers", "lm_eval")}
+
+
+def _sha256(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def total_digest(digests: Mapping[str, str]) -> str:

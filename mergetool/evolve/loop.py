@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mergetool.evaluate.items import Score
 from mergetool.evolve.extract import Extract, Prepared
-from mergetool.evolve.judge import Judge, Subject
+from mergetool.evolve.judge import REPORT, Judge, Subject
 from mergetool.evolve.pools import Pools
 from mergetool.methods.merge3 import Merge3
 from mergetool.search.engines import make_engine
@@ -159,7 +159,7 @@ class Loop:
         """Score the winner (or front), the models and the start once, on items that took no part in the search."""
         asked: list[Subject] = [winner, *self.history.front, *models, self._space.start]
         subjects = list(dict.fromkeys(asked))
-        answered = self._judge.scores_of_all(subjects, self._pools.report, "report")
+        answered = self._judge.scores_of_all(subjects, self._pools.report, REPORT)
         for subject, scores in zip(subjects, answered, strict=True):
             if scores is not None:
                 self.history.report[subject] = tuple(_mean(part) for part in scores.values())

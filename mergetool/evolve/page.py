@@ -3,6 +3,8 @@
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from mergetool.evolve.facts import verdict
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -11,13 +13,16 @@ _PAGE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .8rem; text-align: right }
 th { border-bottom: 1px solid #999 } td:first-child, th:first-child { text-align: left }
-pre { background: #f4f4f4; padding: 1rem; overflow: auto } svg { max-width: 100%; height: auto }
+pre { background: #f4f4f4; padding: 1rem; overflow: auto } .loud { background: #fde8e8; border-left: 4px solid #c00;
+padding: .6rem 1rem; font-weight: bold }
+svg { max-width: 100%; height: auto }
 </style></head><body>
 <h1>{{ title }}</h1>
 <p>{{ facts.spent.candidates }} candidates; {{ "{:,}".format(facts.spent.searching) }} items answered while searching,
 {{ "%.1f"|format(facts.spent.reduction) }} times fewer than asking every candidate everything
 ({{ "{:,}".format(facts.spent.full_search) }}).
 Merging took {{ "%.1f"|format(facts.seconds.merge) }} s, evaluating {{ "%.1f"|format(facts.seconds.evaluate) }} s.</p>
+<p{% if lost %} class="loud"{% endif %}>{{ verdict }}.</p>
 <h2>Scores on items that took no part in the search</h2>
 <table><tr><th></th>{% for task in facts.tasks %}<th>{{ task.name }}</th>{% endfor %}<th>mean</th></tr>
 {% for row in [dict(facts.winner, name="winner")] + facts.compared %}<tr><td>{{ row.name }}</td>
@@ -54,7 +59,10 @@ def page(facts: dict[str, Any], recipe: str, title: str) -> str:
     environment.globals["dict"] = dict
     with mpl.rc_context({"svg.hashsalt": "mergetool", "svg.fonttype": "none"}):
         pictures = [(heading, _picture(draw, facts)) for heading, draw in _pictures(facts)]
-    return environment.from_string(_PAGE).render(facts=facts, recipe=recipe, title=title, pictures=pictures)
+    told, lost = verdict(facts, facts["best_parent"]["recipe"])
+    told = f"{told[0].upper()}{told[1:]}"
+    page = environment.from_string(_PAGE)
+    return page.render(facts=facts, recipe=recipe, title=title, pictures=pictures, verdict=told, lost=lost)
 
 
 def _pictures(facts: dict[str, Any]) -> list[tuple[str, Any]]:

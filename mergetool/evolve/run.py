@@ -37,13 +37,18 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
         if team.leads:
             push_target(recipe, flags.push)  # that it cannot be pushed is better known now than after the search
         asked = team.leader_first(lambda: pinned(recipe))  # what is searched is merged, however long it takes
-        found = search(asked, output, flags, progress if team.leads else Silent(), team)
-        merged = run_plain(*_winner(asked, found, replace(flags, output=output)), progress)
+        found = search(asked, search_folder(output), flags, progress if team.leads else Silent(), team)
+        merged = run_plain(*_winner(asked, found, replace(flags, output=output)), progress, found.warnings)
         if team.leads:
             _check_saved(merged.path, found.digest)
         team.exchange(None)
         merged = replace(merged, notes={**dict.fromkeys(found.notes, 1), **merged.notes})
     return _evaluated(asked, flags, merged)
+
+
+def search_folder(output: Path) -> Path:
+    """Where a search is kept: beside its result."""
+    return output.with_name(f"{output.name}.search")
 
 
 def _evaluated(recipe: Recipe, flags: Flags, result: Result) -> Result:
@@ -88,5 +93,14 @@ def _output(recipe: Recipe, flags: Flags) -> Path:
     if output is None:
         raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
     if not (flags.resume and journal_path(partial_path(output)).exists()):  # or else a merge was killed at its end
-        check_output(output, overwrite=flags.overwrite)
+        _check_output(output, flags)
     return output
+
+
+def _check_output(output: Path, flags: Flags) -> None:
+    try:
+        check_output(output, overwrite=flags.overwrite)
+    except OutputError as error:
+        if search_folder(output).is_dir() and "--overwrite" in error.fix:
+            error.fix += " (answers that the search keeps are not asked again)"
+        raise

@@ -1,29 +1,29 @@
 """One search from a recipe to a folder of results: models opened, tasks loaded, pools dealt, the loop run."""
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergetool import __version__
 from mergetool.engine import Flags, Progress
 from mergetool.engine.processes import Team
 from mergetool.errors import EvaluationError, MergetoolError
 from mergetool.evaluate.cache import ResponseCache
 from mergetool.evaluate.harness import load_task
 from mergetool.evaluate.items import TaskItems
-from mergetool.evolve.facts import facts_of
+from mergetool.evolve.facts import PARENT_NAME, facts_of, verdict
 from mergetool.evolve.journal import SearchJournal
-from mergetool.evolve.judge import Judge
+from mergetool.evolve.judge import Judge, Spent
 from mergetool.evolve.live import Candidates
 from mergetool.evolve.loop import History, Loop, Values
 from mergetool.evolve.pools import Pools, split
+from mergetool.evolve.written import parent_recipe, write_recipe
 from mergetool.methods.merge3 import Merge3
 from mergetool.planner.build import open_models
-from mergetool.planner.lookup import Lookup, is_on_hub
+from mergetool.planner.lookup import Lookup
 from mergetool.planner.model import BASE
 from mergetool.recipe.load import candidate_recipe
 from mergetool.recipe.model import Recipe
@@ -34,7 +34,7 @@ RECIPE_NAME = "recipe.yaml"
 FRONT_NAME = "front"
 REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
-_PACKAGES = ("torch", "transformers", "lm_eval", "numpy", "scipy", "cmaes", "pymoo")
+_OPTIMISERS = ("numpy", "scipy", "cmaes", "pymoo")
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,22 @@ class Found:
     """Of the weights that got the final score."""
     notes: tuple[str, ...]
     """For people."""
+    warnings: tuple[str, ...] = ()
+    """For people, and for the lock of what is merged."""
 
 
-def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress, team: Team) -> Found:
-    """Search, and write what was found beside the output."""
+def search(recipe: Recipe, folder: Path, flags: Flags, progress: Progress, team: Team) -> Found:
+    """Search, and write what was found into a folder."""
     method = recipe.method
     assert isinstance(method, Merge3)
-    folder = output.with_name(f"{output.name}.search")
     sources = _fetched(recipe, progress)
     candidates = Candidates(recipe, sources, flags.device, method.search.batch_size)
     loaded = [load_task(task, recipe.folder, trust_code=flags.trust_code) for task in method.tasks]
     tasks = [TaskItems(*found, candidates.live.lm) for found in zip(method.tasks, loaded, strict=True)]
     pools = split(tasks, method.search.report, recipe.compute.seed)
-    journal = _open_journal(folder, _header(recipe, sources, tasks, pools), flags, team)
+    journal = _open_journal(folder, _header(recipe, candidates, tasks, pools), flags, team)
+    for told in _about_kept(journal):
+        progress.say(told)
     cache = ResponseCache(flags.cache)
     try:
         judge = Judge(candidates, tasks, journal, team=team, cache=cache)
@@ -75,18 +78,19 @@ def search(recipe: Recipe, output: Path, flags: Flags, progress: Progress, team:
     finally:
         journal.close()
         cache.close()
-    return Found(history.winner, judge.digest(history.winner), _notes(facts, folder))
+    notes = (*_notes(facts, folder), *_about_spent(judge.spent, folder))
+    told, lost = verdict(facts, shlex.quote(str(folder / PARENT_NAME)))
+    return Found(history.winner, judge.digest(history.winner), notes, (told,) if lost else ())
 
 
-def _header(
-    recipe: Recipe, sources: Mapping[str, ModelSource], tasks: Sequence[TaskItems], pools: Pools
-) -> dict[str, Any]:
-    """All that decides the course of a search: a journal of another one is of no use."""
+def _header(recipe: Recipe, candidates: Candidates, tasks: Sequence[TaskItems], pools: Pools) -> dict[str, Any]:
+    """All that decides the course of a search, and the items that its lines name by number."""
     return {
         "search": {key: value for key, value in recipe.document.items() if key != "output"},
-        "inputs": [[name, str(f.path), f.size, f.mtime_ns] for name, source in sources.items() for f in source.files],
-        "tasks": {task.name: task.fingerprint for task in tasks},
-        "versions": {"mergetool": __version__} | {name: _version(name) for name in _PACKAGES},
+        "inputs": candidates.inputs,
+        "made_with": candidates.made_with,
+        "optimisers": {name: _version(name) for name in _OPTIMISERS},
+        "tasks": {task.name: list(task.keys) for task in tasks},
         "pools": {"search": pools.search, "report": pools.report},
     }
 
@@ -107,9 +111,29 @@ def _open_journal(folder: Path, header: dict[str, Any], flags: Flags, team: Team
     return journal
 
 
+def _about_kept(journal: SearchJournal) -> list[str]:
+    """What becomes of the answers of earlier runs, for people."""
+    folder, kept = journal.path.parent, journal.kept
+    if journal.dropped:
+        return [f"{journal.dropped:,} answers of earlier runs in {folder} are dropped (--no-resume)"]
+    if not kept.num_answers:
+        return []
+    same = "this search goes on" if journal.continues else "the recipe or its inputs have changed since the last search"
+    told = [f"{kept.num_answers:,} answers are kept in {folder}: {same}; what is known is not asked again"]
+    lost = (f"warning: {count:,} of them do not count: {reason}" for reason, count in kept.lost.items())
+    return [*told, *lost]
+
+
+def _about_spent(spent: Spent, folder: Path) -> list[str]:
+    if not spent.recalled:
+        return []
+    return [f"{spent.recalled:,} answers were taken over from earlier runs in {folder}, {spent.asked:,} are new"]
+
+
 def _notes(facts: dict[str, Any], folder: Path) -> tuple[str, ...]:
     best = max(facts["compared"], key=lambda row: float(row["report_mean"]))
     return (
+        verdict(facts, shlex.quote(str(folder / PARENT_NAME)))[0],
         f"score on report items: {facts['winner']['report_mean']:.4f}; the next best, {best['name']}: "
         f"{best['report_mean']:.4f}",
         f"{facts['spent']['searching']} items answered while searching, {facts['spent']['reduction']:.1f} times fewer "
@@ -136,11 +160,17 @@ def _version(name: str) -> str:
 
 
 def _write(folder: Path, recipe: Recipe, history: History, facts: dict[str, Any], progress: Progress) -> None:
-    """The winner and the members of the front as plain recipes, and the report."""
+    """The winner, the members of the front and the best parent as plain recipes, and the report."""
     assert history.winner is not None
-    text = _write_recipe(folder / RECIPE_NAME, candidate_recipe(recipe, history.winner))
-    for place, values in enumerate(history.front):
-        _write_recipe(folder / FRONT_NAME / f"{place:02d}.yaml", candidate_recipe(recipe, values))
+    text = write_recipe(folder / RECIPE_NAME, candidate_recipe(recipe, history.winner), "winner")
+    parent = facts["best_parent"]["name"]
+    write_recipe(folder / PARENT_NAME, parent_recipe(recipe, parent), "parent")
+    front = [folder / FRONT_NAME / f"{place:02d}.yaml" for place in range(len(history.front))]
+    for path, values in zip(front, history.front, strict=True):
+        write_recipe(path, candidate_recipe(recipe, values), path.stem)
+    for path in (folder / FRONT_NAME).glob("[0-9]*.yaml"):
+        if path not in front:  # of a front that has been searched further
+            path.unlink()
     write_file(folder / REPORT_NAME, json.dumps(facts, indent=1) + "\n")
     try:
         from mergetool.evolve.page import page
@@ -148,35 +178,3 @@ def _write(folder: Path, recipe: Recipe, history: History, facts: dict[str, Any]
         write_file(folder / PAGE_NAME, page(facts, text, f"Search for {recipe.name}"))
     except ModuleNotFoundError as error:
         progress.say(f"no {PAGE_NAME}: {error.name} is not installed (pip install 'mergetool[report]')")
-
-
-def _write_recipe(path: Path, recipe: Recipe) -> str:
-    import yaml
-
-    path.parent.mkdir(exist_ok=True)
-    text = yaml.safe_dump(moved(recipe, path.parent), sort_keys=False, allow_unicode=True)
-    write_file(path, text)
-    return str(text)
-
-
-def moved(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """A recipe's data as it must be written in a file in `folder`: relative paths lead to the same places."""
-
-    def there(text: str) -> str:
-        if Path(text).is_absolute() or text.startswith("~") or is_on_hub(recipe.folder, text):
-            return text
-        return os.path.relpath(recipe.path_of(text), folder)
-
-    def reference(value: Any) -> Any:
-        if isinstance(value, str):
-            return there(value)
-        made = {**value, "source": there(value["source"])}
-        return made | ({"adapters": [there(path) for path in value["adapters"]]} if "adapters" in value else {})
-
-    data = dict(recipe.document)
-    if "base" in data:
-        data["base"] = reference(data["base"])
-    data["models"] = {name: reference(value) for name, value in data["models"].items()}
-    if "output" in data and data["output"].get("path"):
-        data["output"] = {**data["output"], "path": there(data["output"]["path"])}
-    return data

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from mergetool.alignment.options import REPAIR_HELP, Repair
+from mergetool.arch.code import code_of
 from mergetool.methods.base import AnyTensorMethod, Field, Fitted, FittedMethod, Headers, Models, TensorMethod
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ class AligningMethod(FittedMethod):
     def fit_memory(self, headers: Headers, threads: int) -> int:
         from mergetool.alignment.task import search_bytes, spec_of
 
-        if headers.architecture == "auto":  # found by building and tracing the network: known when the run begins
-            return 0
+        if headers.architecture == "auto" or code_of(headers.architecture or ""):
+            return 0  # found by building and tracing the network: known when the run begins
         one = 4 * sum(prod(shape) for shape in headers.shapes.values())
         repairing = 4 * one if self.finishes() else 0  # the network, and merged and aligned weights
         return max(search_bytes(spec_of(headers), len(headers.names), threads), repairing)

@@ -4,9 +4,10 @@ Three shapes, told apart by how often they see the weights: a `TensorMethod` see
 optional surveys, passes that only count), a `FittedMethod` sees the whole models first, a `SearchMethod` judges many
 candidate merges. A class is abstract or final: concrete methods are never subclassed.
 
-A method lives in one file of this folder, imports nothing but this module at the top (kernels inside the functions
-that need them: a recipe is checked without torch) and registers itself by being there. Its module docstring is its
-documentation and must have a `Reference:` and a `Differs from the paper:` paragraph.
+A method lives in one file of this folder and registers itself by being there. At the top it imports this module, what a
+few methods share (`matrix`, `aligning`, `genes`) and descriptions of options; kernels it imports inside the functions
+that need them, so that a recipe is checked without torch; other methods never (import-linter holds that). Its module
+docstring is its documentation and must have a `Reference:` and a `Differs from the paper:` paragraph.
 """
 
 import sys

@@ -1,5 +1,6 @@
 """One tensor of every model, as a merging method sees it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergetool.bundle.store import FactorStore
+
+Note = str | tuple[str, float]
+"""A remark about a tensor, or a number that was measured on it, by what it is."""
 
 
 @dataclass
@@ -37,16 +41,22 @@ class TensorGroup:
     """Another whole tensor of the same models, if it is merged in the same way and reads as many inputs."""
     store: "FactorStore | None" = None
     """Where factors of task vectors are kept between runs, if anywhere."""
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
     def measure(self, what: str, value: float) -> None:
         """Record a number about this tensor; it goes into the lock, and its mean into the summary of the run."""
-        self.note(f"{what} = {value:.6g}")
+        if math.isfinite(value):
+            self._add((what, float(f"{value:.6g}")))
+        else:
+            self._add(f"{what} is not finite")
 
     def note(self, text: str) -> None:
         """Record a remark about this tensor; it goes into the lock and the summary of the run."""
-        if text not in self.notes:
-            self.notes.append(text)
+        self._add(text)
+
+    def _add(self, note: Note) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
     @cached_property
     def deltas(self) -> "list[Tensor]":

@@ -7,8 +7,10 @@ about a model, and a small subset is chosen (extract); from then on a candidate 
 would score on all items is estimated (estimate), and an optimiser proposes the next ones (evolve). The best few are
 then compared on all search items, and the winner is scored once on items that took no part in the search.
 
-Beside the result lies `NAME.search/`: the journal (a killed search goes on where it was), a report, and the winner as
-a plain recipe, which makes the same bytes again without searching.
+Beside the result lies `NAME.search/`: the journal, a report, and the winner as a plain recipe, which makes the same
+bytes again without searching; `parent.yaml` gives the best of the models instead. The journal keeps every answer by
+candidate and item: a killed search goes on where it was, and one with more generations, another population or another
+estimator (with --overwrite) asks only what is new.
 
 Reference: Mencattini et al., MERGE3: Efficient Evolutionary Merging on Consumer-grade GPUs, ICML 2025,
 https://arxiv.org/abs/2502.10436.

@@ -71,9 +71,12 @@ def make_plan(
 
 def _other_files(recipe: Recipe) -> dict[str, FileStamp]:
     found = {}
-    for field, path in recipe.method.files().items():
+    files = {field: recipe.path_of(path) for field, path in recipe.method.files().items()}
+    if (path := recipe.architecture_file) is not None:
+        files["architecture"] = path
+    for field, path in files.items():
         with at(field):
-            found[field] = FileStamp.of(recipe.path_of(path))
+            found[field] = FileStamp.of(path)
     return found
 
 

@@ -97,7 +97,9 @@ class Lookup:
                 repository = find(name, adapter=adapter)
             except HubError as error:
                 if not text.startswith("hf://"):
-                    error.fix += f"; a folder of this name would have to be {(self._folder / text).absolute()}"
+                    place = (self._folder / text).absolute()
+                    error.what = f"there is no folder {place}; and as a model on the Hub: {error.what}"
+                    error.fix = f"check the path: a folder of this name would have to be {place}; else {error.fix}"
                 raise
             self._found[key] = repository
             if repository.name != name.repo:

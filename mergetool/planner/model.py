@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from mergetool.arch.code import code_of
 from mergetool.methods.base import Headers, Params, Reach, TensorMethod
 from mergetool.planner.lookup import Origin
 from mergetool.recipe.model import Recipe
@@ -136,8 +137,9 @@ class Plan:
             if step.spec.dtype.is_float and all(step.spec.name in source.specs for source in self.sources.values())
         }
         architecture = self.recipe.architecture
-        if architecture is not None and self.recipe.path_of(architecture).is_file():
-            architecture = str(self.recipe.path_of(architecture))
+        if (path := self.recipe.architecture_file) is not None:
+            _, function = code_of(architecture or "") or ("", "")
+            architecture = f"{path}:{function}" if function else str(path)
         names = (*self.recipe.models, *((BASE,) if BASE in self.sources else ()))
         return Headers(names, shapes, read_config(self.sources[self.donor].folder), architecture)
 

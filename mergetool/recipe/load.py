@@ -129,7 +129,7 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
             except ValidationError as error:
                 problems += render(document, (key,), error, kind)
     known = [*SECTIONS, "merge"]
-    problems += [unknown_key(document, (key,), known) for key in data if key not in known]
+    problems += [_misplaced(document, key) or unknown_key(document, (key,), known) for key in data if key not in known]
     problems += [
         document.error((), f"required key {key!r} is missing", f"add {key}:")
         for key in ("models", "merge")
@@ -157,6 +157,16 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
         settings=settings,
         evaluate=sections.get("evaluate", ()),
     )
+
+
+def _misplaced(document: Document, key: Any) -> RecipeError | None:
+    """The error for a key that belongs into one of the sections, such as `dtype` of `output`."""
+    for name in ("output", "compute", "check"):
+        section = SECTIONS[name]
+        if key in section.model_fields and key != "path":
+            fix = f"write it inside `{name}`: {name}: {{{key}: ...}}"
+            return document.error((key,), f"unknown key {key!r} at the top of a recipe", fix)
+    return None
 
 
 def _check_candidates(document: Document, method: SearchMethod) -> list[RecipeError]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from mergetool.arch.code import code_of
 from mergetool.evaluate.options import TaskOptions
 from mergetool.methods.base import Method
 
@@ -145,7 +146,7 @@ class Recipe:
     base: ModelReference | None
     models: Mapping[str, ModelReference]
     architecture: str | None
-    """A family, a spec file, or None: as config.json and the tensors' names tell."""
+    """A family, a spec file, FILE.py:FUNCTION, `auto`, or None: as config.json and the tensors' names tell."""
     method: Method
     overrides: tuple[Override, ...]
     compute: Compute
@@ -161,6 +162,15 @@ class Recipe:
     """The `--set` arguments that were applied."""
     evaluate: tuple[TaskOptions, ...] = ()
     """Tasks that the result is scored on."""
+
+    @property
+    def architecture_file(self) -> Path | None:
+        """The file that `architecture` names, a description or Python code; None for a family."""
+        if self.architecture is None:
+            return None
+        code = code_of(self.architecture)
+        path = self.path_of(code[0] if code else self.architecture)
+        return path if code or path.is_file() else None
 
     def path_of(self, text: str) -> Path:
         """A path written in the recipe, made absolute by the recipe's folder."""

@@ -1,5 +1,6 @@
 """pydantic's findings in words for people: the place that was written, what is wrong there, and what to write."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -15,8 +16,9 @@ from mergetool.recipe.model import ModelReference
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?` for the nearest of the known names, or nothing."""
-    near = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """`did you mean 'x'?` for the nearest of the known names, or nothing. Capitals and underscores do not count."""
+    plain = {re.sub(r"[\s_]+", "-", each.lower()): each for each in known}
+    near = [plain[each] for each in get_close_matches(re.sub(r"[\s_]+", "-", name.lower()), plain, n=1, cutoff=0.6)]
     return f"did you mean {near[0]!r}?" if near else ""
 
 
@@ -33,8 +35,25 @@ def render(document: Document, prefix: Place, error: ValidationError, kind: Any)
         if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             found.append(unknown_key(document, place, _known_keys(kind, loc)))
         else:
-            found.append(document.error(place, *_words(detail)))
+            what, fix = _words(detail)
+            found.append(document.error(place, what, _for_a_list(document, kind, detail) or fix))
     return found
+
+
+def _for_a_list(document: Document, kind: Any, detail: ErrorDetails) -> str | None:
+    """What to write instead of a list of numbers, where one number may stand or several along depth."""
+    values, loc = detail["input"], detail["loc"]
+    if not (isinstance(values, list) and isinstance(kind, type) and issubclass(kind, Method)):
+        return None
+    knob = kind.knobs().get(str(loc[0]))
+    if knob is None or len(values) < 2 or not all(type(value) in (int, float) for value in values):
+        return None
+    along = f"write {{gradient: {values}}} for values along depth"
+    models = list(document.data.get("models") or ())
+    if not knob.per_model or len(models) != len(values) or any(name in loc for name in models):
+        return along
+    each = ", ".join(f"{name}: {value}" for name, value in zip(models, values, strict=True))
+    return f"{along}, or {{{each}}} for one value a model"
 
 
 def _written(document: Document, loc: tuple[str | int, ...], kind: str) -> Place:
@@ -121,10 +140,23 @@ _ITEMS = {
 }
 
 
+_DTYPES = {
+    **dict.fromkeys(("bf16", "bfloat16"), "bfloat16"),
+    **dict.fromkeys(("fp16", "f16", "half", "float16"), "float16"),
+    **dict.fromkeys(("fp32", "f32", "float", "single", "float32"), "float32"),
+    **dict.fromkeys(("fp64", "f64", "double", "float64"), "float64"),
+}
+"""What people call a dtype -> its name in a recipe."""
+
+
 def _not_one_of(value: Any, shown: str, listed: str) -> tuple[str, str]:
     """For a value that is none of the literals that pydantic lists."""
     literals = listed.replace(" or ", ", ").split(", ")
     expected = [literal.strip("'") for literal in literals]
+    meant = _DTYPES.get(str(value).removeprefix("torch.").lower())
+    if set(expected) & {"float32", "bfloat16"} and meant is not None:
+        fix = f"write {meant}" if meant in expected else f"write {expected[0]}"
+        return f"{shown} is not one of {', '.join(expected)}", fix
     if str(value) in literals:
         return f"expected the number {value}, found the text {shown}", "write the number without quotes"
     return f"{shown} is not one of {', '.join(expected)}", suggestion(str(value), expected) or f"write {expected[0]}"

@@ -80,3 +80,13 @@ def test_a_wrong_file_is_refused_with_its_name_and_the_entry(tmp_path, text, mes
         read_family(path, nowhere)
     assert message in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_the_example_in_the_documentation_of_the_language_is_a_file_that_fits(tmp_path):
+    from mergetool.arch import language
+    from mergetool.arch.match import resolve
+
+    text = language.__doc__.split("hidden layer:\n\n")[1].split("\n\n")[0]
+    (tmp_path / "net.yaml").write_text(text)
+    shapes = {"first.weight": (8, 3), "first.bias": (8,), "last.weight": (2, 8), "last.bias": (2,)}
+    assert [group.size for group in resolve(str(tmp_path / "net.yaml"), shapes).groups] == [8]

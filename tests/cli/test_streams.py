@@ -51,7 +51,7 @@ def test_every_command_answers_in_json(call, here, command, key):
     code, out, _ = call(*command.split(), "--json")
     answer = json.loads(out)
     assert code == 0
-    assert key in answer if key else isinstance(answer, list)
+    assert (key in answer) if key else isinstance(answer, list)
 
 
 def test_the_schema_is_json(call):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import mergetool
-from mergetool.errors import MergeError, OutputError, PlanError, SourceError
+from mergetool.errors import MergeError, OutputError, PlanError, RecipeError, SourceError
 from tests.files import Watch, content, tensors, write_model, write_models, write_sparse
 
 LARGE = {"model.layers.0.w": (2100, 2000), "model.layers.1.w": (130, 1100), "b": (7,), "scalar": (), "empty": (0, 4)}
@@ -241,3 +241,33 @@ def test_empty_tensors_scalars_and_whole_numbers_come_through(here):
     for name in ("empty", "ids", "mask"):
         assert torch.equal(found[name], state[name])
     assert found["scale"].view(torch.uint8).tolist() == [120, 127]
+
+
+SEARCH = {"inner": {"method": "task-arithmetic", "weight": {"search": [0, 1]}}, "tasks": [{"name": "t"}]}
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "why"),
+    [
+        ("merge3", SEARCH, "judges candidates by running them"),
+        ("mass", {}, "makes a folder that serves every model's task"),
+        ("tsv-compress", {}, "makes a folder that serves every model's task"),
+    ],
+)
+def test_what_cannot_end_in_a_state_dict_is_refused_with_the_reason(method, parameters, why):
+    models = {name: {"w": torch.randn(4, 4)} for name in "ab"}
+    with pytest.raises(RecipeError, match=why) as caught:
+        mergetool.merge_state_dicts(method, models, {"w": torch.zeros(4, 4)}, **parameters)
+    assert caught.value.where == "merge_state_dicts"
+    assert "mergetool.run({...}, output=FOLDER)" in caught.value.fix
+
+
+def test_the_ways_out_of_a_bundle_in_memory_lead_somewhere(tmp_path):
+    states = {name: {"w": torch.randn(8, 8)} for name in ("base", "a", "b")}
+    for name, state in states.items():
+        write_model(tmp_path / name, state)
+    models = {name: str(tmp_path / name) for name in "ab"}
+    recipe = {"base": str(tmp_path / "base"), "models": models, "merge": {"method": "tsv-compress"}}
+    assert mergetool.run(recipe, output=tmp_path / "out").path.is_dir()
+    base = states.pop("base")
+    assert mergetool.merge_state_dicts("tsv-merge", states, base)["w"].shape == (8, 8)

@@ -16,6 +16,7 @@ import torch
 import mergetool
 from mergetool.errors import OutputError
 from tests.files import write_model, write_recipe
+from tests.held import HELD, JOURNALLED
 
 NUM_TENSORS, SHAPE = 48, (700, 1000)
 
@@ -43,8 +44,10 @@ def recipe_for(folder, models, **merge):
     )
 
 
-def start(recipe, *arguments, **options):
-    command = [sys.executable, "-m", "mergetool", "run", str(recipe), *map(str, arguments)]
+def start(recipe, *arguments, units=None, **options):
+    """A run of its own; with `units`, one that waits for a signal once so many units are done."""
+    program = ["-m", "mergetool"] if units is None else ["-c", HELD, JOURNALLED, str(units)]
+    command = [sys.executable, *program, "run", str(recipe), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -97,8 +100,9 @@ def test_a_run_killed_again_and_again_gives_the_same_bytes_and_repeats_no_unit(s
     kills = 0
     for _ in range(20):
         before = units(output)
-        process = start(recipe, "--workers", "2")
-        wanted = len(before) + moments.randrange(12)
+        more = moments.randrange(4, 9)
+        process = start(recipe, "--workers", "2", units=more + 1)  # it waits one unit later, but for the last of them
+        wanted = len(before) + more
         wait_for(lambda enough=wanted: len(units(output)) >= enough, process)
         time.sleep(moments.random() * 0.02)
         if ended(process, signal.SIGKILL)[0] == 0:
@@ -117,7 +121,7 @@ def test_a_run_killed_again_and_again_gives_the_same_bytes_and_repeats_no_unit(s
 
 def test_an_interrupted_run_says_so_and_goes_on(models, undisturbed, tmp_path):
     recipe, output = recipe_for(tmp_path, models), tmp_path / "out"
-    process = start(recipe)
+    process = start(recipe, units=4)
     wait_for(lambda: len(units(output)) > 3, process)
     code, told = ended(process, signal.SIGINT)
     assert code == 130
@@ -130,7 +134,7 @@ def test_an_interrupted_run_says_so_and_goes_on(models, undisturbed, tmp_path):
 def stopped_midway(models, folder):
     """A recipe, and the unfinished output that a kill left."""
     recipe = recipe_for(folder, models)
-    process = start(recipe)
+    process = start(recipe, units=6)
     wait_for(lambda: len(units(folder / "out")) > 5, process)
     ended(process, signal.SIGKILL)
     return recipe, folder / "out.partial"

@@ -209,6 +209,30 @@ def test_notes_survive(tmp_path, monkeypatch):
     assert result.notes == {"almost parallel tensors: linear interpolation": 6}
 
 
+def test_remarks_may_hold_any_text_and_measures_stay_numbers(tmp_path, monkeypatch):
+    from mergetool.methods.linear import Linear
+
+    merge = Linear.merge
+
+    def remarking(self, group, p, stats):
+        group.note("rank = 3 of 8")
+        group.measure("energy", 0.123456789)
+        group.measure("ratio", float("inf"))
+        return merge(self, group, p, stats)
+
+    monkeypatch.setattr(Linear, "merge", remarking)
+    monkeypatch.chdir(tmp_path)
+    write_models(tmp_path, names=("a", "b"))
+    recipe = {"models": {"a": "a", "b": "b"}, "merge": {"method": "linear"}, "output": {"path": "out"}}
+    interrupt(recipe, 3)
+    result = mergetool.run(recipe)
+    assert (result.resumed, result.notes["rank = 3 of 8"], result.notes["ratio is not finite"]) == (True, 6, 6)
+    lock = json.loads((tmp_path / "out" / "mergetool.json").read_text())
+    names = tensors(0)
+    assert lock["measured"] == {name: {"energy": 0.123457} for name in names}
+    assert lock["notes"] == {name: ["rank = 3 of 8", "ratio is not finite"] for name in names}
+
+
 def test_an_error_after_the_last_unit_costs_no_unit(recipe, undisturbed, tmp_path):
     interrupt(recipe, 6)
     (tmp_path / "out.partial/.config.json.tmp").mkdir()

@@ -100,3 +100,26 @@ def test_a_second_search_of_the_same_output_is_kept_out(asked, undisturbed):
     with pytest.raises(mergetool.OutputError, match="another search"):
         mergetool.run(asked, output=undisturbed.parent / "out", overwrite=True)
     held.close()
+
+
+def test_an_extended_search_that_is_killed_loses_nothing(folder, tmp_path):
+    def longer(generations):
+        return recipe(folder, search={"generations": generations, "population": 3, "rerank": 1})
+
+    lines = tmp_path / "out.search" / "search.jsonl"
+    mergetool.run(longer(1), output=tmp_path / "out")
+    before = lines.read_bytes()
+    child = FORK.Process(
+        target=mergetool.run, args=(longer(4),), kwargs={"output": tmp_path / "out", "overwrite": True}
+    )
+    child.start()
+    while child.is_alive() and lines.read_bytes().count(b"\n") < before.count(b"\n") + 4:
+        time.sleep(0.001)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    killed = lines.read_bytes()
+    mergetool.run(longer(4), output=tmp_path / "out", overwrite=True)
+    mergetool.run(longer(4), output=tmp_path / "fresh")
+    assert killed.startswith(before)
+    assert lines.read_bytes().startswith(killed[: killed.rfind(b"\n") + 1])
+    assert findings(tmp_path / "out.search") == findings(tmp_path / "fresh.search")

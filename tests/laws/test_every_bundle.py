@@ -10,6 +10,7 @@ non-finite    a value that is not finite is never lost: the build stops and says
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import mergetool
 from mergetool import MergeError
@@ -38,13 +39,19 @@ def make(case, paths, output, names="abc", **flags):
     return mergetool.run(recipe, output=output, **flags).path
 
 
+def num_tensors(path):
+    with safe_open(path, "pt") as file:
+        return len(file.keys())
+
+
 @every_case
 def test_a_bundle_is_sound(case, toys, tmp_path):
     folder = make(case, toys[1], tmp_path / "out")
-    assert verify_bundle(folder)["tensors"] > 0
+    assert verify_bundle(folder)["tensors"] == sum(map(num_tensors, folder.rglob("*.safetensors")))
     facts = facts_about_bundle(folder)
     assert [task["name"] for task in facts["tasks"]] == ["a", "b", "c"]
-    assert facts["bytes_beside_base"] > 0
+    weights = [path.stat().st_size for path in folder.rglob("*.safetensors") if "base" not in path.parts]
+    assert sum(weights) <= facts["bytes_beside_base"] <= sum(weights) + 100_000
 
 
 @every_case

@@ -60,8 +60,8 @@ def test_iso_cts_with_common_directions_only_is_iso_c():
 @pytest.mark.parametrize("common", [0.0, 0.3, 0.8, 1.0])
 def test_common_and_own_directions_fill_the_matrix(size, num_tasks, common):
     shared, own = space_sizes(size, num_tasks, common)
-    assert shared >= 0
-    assert own >= 0
+    assert 0 <= shared <= size
+    assert 0 <= own <= size
     assert shared + own * num_tasks == size
 
 

@@ -9,7 +9,8 @@ from mergetool.search.space import Gene, Space
 def test_a_value_comes_back_from_its_coordinate(gene):
     for share in (0.0, 0.2, 0.5, 0.77, 1.0):
         value = gene.value(share)
-        assert gene.value(gene.coordinate(value)) == pytest.approx(value) if isinstance(value, float) else value
+        again = gene.value(gene.coordinate(value))
+        assert again == (pytest.approx(value) if isinstance(value, float) else value)
 
 
 def test_values_on_a_grid_are_those_of_the_grid_and_all_equally_likely():

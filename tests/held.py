@@ -1,0 +1,54 @@
+"""Commands that wait for their test: from a given moment on they hold still, until a signal comes or they are killed.
+
+A run that is to be met in the middle must not depend on how fast it is. `HELD` is a program for `python -c`; its first
+arguments are what to count (`module:name` of a function) and how many calls are let through.
+"""
+
+import signal
+import sys
+import threading
+from importlib import import_module
+
+HELD = "import tests.held; tests.held.main()"
+JOURNALLED = "mergetool.engine.journal:Journal.unit"
+"""Called when a unit is done."""
+
+
+def hold(target, count):
+    """After `count` calls of a function, whoever calls it stops there until `release` of the result is called."""
+    module, _, path = target.partition(":")
+    *owners, name = path.split(".")
+    owner = import_module(module)
+    for each in owners:
+        owner = getattr(owner, each)
+    function, go, lock = getattr(owner, name), threading.Event(), threading.Lock()
+    left = [count]
+
+    def counted(*arguments, **options):
+        found = function(*arguments, **options)
+        with lock:
+            left[0] -= 1
+            stop = left[0] <= 0
+        if stop:
+            go.wait()
+        return found
+
+    setattr(owner, name, counted)
+    return go
+
+
+def main():
+    """Run the command line, held; an interruption lets it go on to its end, SIGUSR1 just lets it go on."""
+    import mergetool.cli as cli
+
+    go = hold(sys.argv[1], int(sys.argv[2]))
+    interrupt = cli._interrupt
+
+    def interrupted(*arguments):
+        go.set()
+        interrupt(*arguments)
+
+    cli._interrupt = interrupted
+    signal.signal(signal.SIGUSR1, lambda *_: go.set())
+    sys.argv = ["mergetool", *sys.argv[3:]]
+    cli.main()

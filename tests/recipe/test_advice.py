@@ -1,0 +1,125 @@
+"""Advice is followed: what a message tells to write is written, and then it works."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+
+import mergetool
+from mergetool.bundle.rows import inputs_of
+from mergetool.errors import EvaluationError, HubError, RecipeError, SourceError
+from mergetool.recipe import load_recipe
+from tests.files import tensors, write_model
+
+BASE = {"base": "base", "models": {"a": "a", "b": "b"}}
+
+
+def refused(recipe):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe)
+    (problem,) = caught.value.problems
+    return problem
+
+
+def recipe(**merge):
+    return BASE | {"merge": {"method": "ties", **merge}}
+
+
+@pytest.mark.parametrize("field", ["weight", "density", "scale"])
+def test_a_list_of_numbers_may_be_a_gradient_or_a_value_for_each_model(field):
+    fix = refused(recipe(**{field: [0.5, 0.6]})).fix
+    offers = re.findall(r"\{[^{}]*\}", fix)
+    assert offers[0] == "{gradient: [0.5, 0.6]}"
+    assert offers[1:] == ([] if field == "scale" else ["{a: 0.5, b: 0.6}"])
+    for offer in offers:
+        load_recipe(recipe(**{field: yaml.safe_load(offer)}))
+
+
+def test_a_list_that_fits_no_models_or_one_model_may_only_be_a_gradient():
+    for settings in ({"weight": [0.1, 0.2, 0.3]}, {"weight": {"a": [0.1, 0.2], "b": 1.0}}):
+        fix = refused(recipe(**settings)).fix
+        assert fix.startswith("write {gradient: [0.1, 0.2")
+        assert "one value a model" not in fix
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("TIES", "ties"), ("DARE_TIES", "dare-ties"), ("task_arithmetic", "task-arithmetic"), ("Task Arithmetic", None)],
+)
+def test_capitals_and_underscores_are_no_other_method(written, meant):
+    meant = meant or "task-arithmetic"
+    assert refused(BASE | {"merge": {"method": written}}).fix == f"did you mean {meant!r}?"
+    load_recipe(BASE | {"merge": {"method": meant}})
+
+
+@pytest.mark.parametrize(
+    ("section", "written", "meant"),
+    [
+        ("output", "bf16", "bfloat16"),
+        ("output", "fp16", "float16"),
+        ("output", "torch.bfloat16", "bfloat16"),
+        ("output", "half", "float16"),
+        ("compute", "fp32", "float32"),
+        ("compute", "double", "float64"),
+        ("compute", "bf16", "float32"),
+    ],
+)
+def test_dtypes_by_other_names_are_told_by_ours(section, written, meant):
+    assert refused(recipe() | {section: {"dtype": written}}).fix == f"write {meant}"
+    load_recipe(recipe() | {section: {"dtype": meant}})
+
+
+@pytest.mark.parametrize(("key", "value", "section"), [("dtype", "bfloat16", "output"), ("seed", 3, "compute")])
+def test_a_key_at_the_top_that_belongs_into_a_section_is_told_where(key, value, section):
+    problem = refused(recipe() | {key: value})
+    assert problem.fix == f"write it inside `{section}`: {section}: {{{key}: ...}}"
+    load_recipe(recipe() | {section: {key: value}})
+
+
+class Model:
+    """Of a bundle, as much as rows need."""
+
+    def tokenizer(self):
+        return lambda texts, pairs, **_: {"input_ids": torch.ones(len(texts), 2)}
+
+
+@pytest.mark.parametrize("rows", [[{"prompt": "a", "id": 1}], [{"text": "a"}, {"prompt": "b"}]])
+def test_a_row_without_its_field_is_told_the_field(rows):
+    with pytest.raises(SourceError, match="a row has no field `text`, but 'prompt'") as caught:
+        inputs_of(Model(), rows)
+    offer = json.loads(caught.value.fix.removeprefix("call the field `text`: "))
+    assert inputs_of(Model(), [offer])["input_ids"].shape == (1, 2)
+
+
+def test_a_task_of_ones_own_is_told_to_name_its_folder(tmp_path):
+    from mergetool.evaluate.harness import load_task
+    from mergetool.evaluate.options import TaskOptions
+    from tests.evolve.planted import World, write_task
+
+    write_task(tmp_path / "tasks", "sums_of_mine", range(4), World(count=4).gold)
+    with pytest.raises(EvaluationError, match="there is no task 'sums_of_mine'") as caught:
+        load_task(TaskOptions(name="sums_of_mine"), tmp_path)
+    found = re.search(r"include: (\S+) \(on the command line --include \1\)", caught.value.fix)
+    assert load_task(TaskOptions(name="sums_of_mine", include=found[1]), tmp_path) is not None
+    with pytest.raises(EvaluationError) as caught:
+        load_task(TaskOptions(name="lies_elsewhere"), tmp_path)
+    assert "include: FOLDER (on the command line --include FOLDER)" in caught.value.fix
+
+
+def test_a_folder_that_is_missing_is_told_before_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise HubError("the Hub cannot be reached (ConnectError)", "models/a", "check the network")
+
+    monkeypatch.setattr("mergetool.planner.lookup.find", unreachable)
+    monkeypatch.chdir(tmp_path)
+    asked = {"models": {"a": "models/a", "b": "models/a"}, "merge": {"method": "linear"}}
+    with pytest.raises(HubError) as caught:
+        mergetool.plan(asked)
+    place = tmp_path / "models" / "a"
+    assert caught.value.what.startswith(f"there is no folder {place}; and as a model on the Hub: the Hub cannot")
+    assert f"a folder of this name would have to be {place}" in caught.value.fix
+    place.parent.mkdir()
+    write_model(place, tensors(0))
+    mergetool.plan(asked)
