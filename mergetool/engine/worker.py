@@ -27,6 +27,11 @@ _RUN = 1 << 14
 """Elements of a sample that lie together."""
 
 
+NOT_FINITE = "holds values that are not finite"
+INFINITE = "holds infinite values, as all that it was made from"
+"""What is noted of tensors that were let through, so that a later look at them knows."""
+
+
 class Sink(Protocol):
     """Where finished slices go."""
 
@@ -199,7 +204,9 @@ class Worker:
         dtype = step.spec.dtype
         flat = merged if merged.dim() == 1 else merged.reshape(-1)
         if not _within(flat, dtype):
-            self._judge(step, start, flat, notes)
+            shared = self._shared_infinities(step, start, len(flat))
+            flat = torch.where(shared != 0, shared, flat)
+            self._judge(step, start, flat, notes, shared != 0)
         stored = flat
         if flat.dtype != torch_dtype(dtype) or flat.device.type != "cpu":
             stored = self._buffer("out", (len(flat),), torch_dtype(dtype)).copy_(flat)
@@ -217,22 +224,25 @@ class Worker:
                 self._put(step, start, values, notes)
                 return
             if not _within(values, stored):
-                self._judge(step, start, values, notes)
+                self._judge(step, start, values, notes, values == -math.inf)  # a mask is copied as it is
         begin, end = start * stored.bits // 8, stored.num_bytes(stop)
         for offset in range(begin, end, len(self._stored)):
             chunk = self._stored_bytes[: min(len(self._stored), end - offset)]
             self._plan.sources[step.donor].read_bytes(step.spec.name, offset, chunk)
             self._sink.write(step.shard, step.spec.name, offset, chunk)
 
-    def _judge(self, step: Step, start: int, values: Tensor, notes: list[Note]) -> None:
-        """Count what would not be finite once stored, and stop or note it, as the recipe says."""
+    def _judge(self, step: Step, start: int, values: Tensor, notes: list[Note], meant: Tensor | None = None) -> None:
+        """Count what would not be finite once stored, and stop or note it, as the recipe says; not what is `meant`."""
         dtype = step.spec.dtype
         bad = _lost(values, dtype)
+        if meant is not None and bool(meant.any()):
+            bad &= ~meant
+            notes.append(INFINITE)
         count = int(bad.sum())
         if count == 0:
             return
         if self._plan.recipe.check.non_finite == "keep":
-            notes.append("holds values that are not finite")
+            notes.append(NOT_FINITE)
             return
         first = start + int(bad.nonzero()[0])
         culprit = self._culprit(step, first)
@@ -244,6 +254,14 @@ class Worker:
             if culprit
             else "set output.dtype: float32, or smaller weights; or check.non_finite: keep",
         )
+
+    def _shared_infinities(self, step: Step, start: int, length: int) -> Tensor:
+        """The infinities that all inputs share, as masks do (they are no numbers to be merged), and 0 elsewhere."""
+        first, *others = (self._read(name, step, start, (length,), ("shared", name)) for name in step.reads)
+        shared = torch.isinf(first)
+        for values in others:
+            shared &= values == first
+        return torch.where(shared, first, torch.zeros((), dtype=first.dtype, device=first.device))
 
     def _culprit(self, step: Step, index: int) -> str:
         """Whose value it is: at that place, or, as norms and angles spread it, anywhere in the tensor."""
