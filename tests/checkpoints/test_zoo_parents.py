@@ -1,7 +1,5 @@
 """Parents that give nothing, and files that come from the wrong one or from nowhere."""
 
-import shutil
-
 import pytest
 import torch
 import transformers as hf
@@ -12,7 +10,7 @@ from tests.checkpoints.recipes import recipe_of
 from tests.checkpoints.wrong import wrong
 from tests.zoo import files, text
 from tests.zoo.advice import assert_said, outcomes
-from tests.zoo.build import copy_of
+from tests.zoo.build import copy_of, stir
 
 SILENT = wrong("nothing is said about a parent that gives little or nothing")
 
@@ -125,8 +123,41 @@ def test_a_mask_of_minus_infinity_stays_what_it_is(zoo, method, tmp_path):
         assert torch.equal(files.weights(result.path)["model.mask"], mask)
 
 
-def test_a_folder_of_training_checkpoints_is_not_taken_for_a_model(zoo, tmp_path):
-    base, a, b = llamas(zoo)
-    shutil.copytree(b, tmp_path / "run" / "checkpoint-500")
-    with pytest.raises(MergetoolError, match="no model"):
-        mergetool.run(recipe_of(base, a, tmp_path / "run"), output=tmp_path / "out")
+@wrong("every float tensor takes output.dtype")
+def test_a_small_float32_island_stays_wide(zoo, tmp_path):
+    """Router corrections and the like are kept in float32 on purpose, among weights in bfloat16."""
+    island = "model.layers.0.mlp.gate.e_score_correction_bias"
+    sources = [
+        files.rewritten(
+            tmp_path / str(index),
+            source,
+            lambda state: (
+                {key: value.bfloat16() for key, value in state.items()} | {island: torch.tensor([0.1, 0.2, 0.3, 0.4])}
+            ),
+        )
+        for index, source in enumerate(llamas(zoo))
+    ]
+    result = mergetool.run(recipe_of(*sources, output={"dtype": "bfloat16"}), output=tmp_path / "out")
+    written = files.weights(result.path)
+    assert written.pop(island).dtype == torch.float32
+    assert {value.dtype for value in written.values()} == {torch.bfloat16}
+
+
+@wrong("nothing is said about a variance below zero")
+def test_a_variance_below_zero_is_not_written_silently(tmp_path):
+    """A batch norm with such a variance answers NaN."""
+
+    def resnet(folder, seed, variance):
+        config = hf.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic", num_labels=3)
+        made = hf.ResNetForImageClassification(config)
+        stir(made, seed)
+        for module in made.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_var.fill_(variance)
+        made.save_pretrained(folder)
+        return folder
+
+    models = [resnet(tmp_path / str(index), index, variance) for index, variance in enumerate((1.0, 0.5, 0.4))]
+    recipe = recipe_of(*models)
+    recipe["merge"]["scale"] = 1.0
+    assert_said("running_var", recipe, tmp_path / "out")
