@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mergetool
+from mergetool.errors import MergetoolError
 from tests.checkpoints.recipes import recipe_of
 from tests.checkpoints.wrong import wrong
 from tests.zoo import files
@@ -125,6 +126,27 @@ def test_gamma_and_beta_are_weight_and_bias(zoo, holder, tmp_path):
     recipe = recipe_of(old, a, b) if holder == "base" else recipe_of(base, old, b)
     for result in outcomes(recipe, tmp_path / "out"):
         assert_is_the_merge(zoo, "bert", result.path, base, a, b)
+
+
+TWICE = {
+    "wrapper": ("llama", "model.norm.weight", "_orig_mod.model.norm.weight"),
+    "base prefix": ("bert", "bert.embeddings.word_embeddings.weight", "embeddings.word_embeddings.weight"),
+    "legacy": ("bert", "bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.gamma"),
+    "layout": ("gemma3", "language_model.model.norm.weight", "model.language_model.norm.weight"),
+}
+
+
+@wrong("the second is copied as a tensor of its own")
+@pytest.mark.parametrize("case", TWICE)
+def test_one_tensor_under_two_names_with_other_values_is_refused(zoo, case, tmp_path):
+    """Which of them is meant, nobody can know; files like this come out of careless merges."""
+    name, known, twin = TWICE[case]
+    base, a, b = models_of(zoo, name)
+    odd = files.rewritten(tmp_path / "odd", a, lambda state: state | {twin: state[known] + 1})
+    with pytest.raises(MergetoolError) as caught:
+        mergetool.run(recipe_of(base, odd, b), output=tmp_path / "out")
+    assert known in str(caught.value)
+    assert twin in str(caught.value)
 
 
 OLD_BUFFERS = {

@@ -70,6 +70,57 @@ def test_a_redundant_copy_is_merged_as_what_it_copies(zoo, name, holder, tmp_pat
         assert_is_the_merge(zoo, name, result.path, (base, a, b))
 
 
+def assert_copies_equal(name, folder):
+    written = files.weights(folder)
+    original, *copies = COPIES[name]
+    assert all(written[copy].equal(written[original]) for copy in copies if copy in written)
+
+
+def everyone_with_copies(zoo, name):
+    return [redundant(zoo, name, folder) for folder in models_of(zoo, name)]
+
+
+DRAWN = wrong("a tensor and its copies are drawn for themselves")
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "bert", "t5", "whisper"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "ties",
+        pytest.param("dare-linear", marks=DRAWN),
+        pytest.param("dare-ties", marks=DRAWN),
+        "slerp",
+    ],
+)
+def test_a_tensor_and_its_copies_stay_equal_whatever_the_method(zoo, name, method, tmp_path):
+    base, a, b = everyone_with_copies(zoo, name)
+    recipe = recipe_of(None if method == "slerp" else base, a, b, method=method)
+    for result in outcomes(recipe, tmp_path / "out"):
+        assert_copies_equal(name, result.path)
+
+
+@wrong("the copy is taken for a matrix, the embeddings are not")
+@pytest.mark.parametrize("method", ["tsv-merge", "iso-c", "iso-cts"])
+def test_a_copy_is_no_matrix_where_its_tensor_is_none(zoo, method, tmp_path):
+    recipe = recipe_of(*everyone_with_copies(zoo, "bert"), method=method)
+    for result in outcomes(recipe, tmp_path / "out"):
+        assert_copies_equal("bert", result.path)
+
+
+@wrong("an override of one name leaves the others")
+@pytest.mark.parametrize("which", ["the tensor", "the copy"])
+@pytest.mark.parametrize("name", ["qwen2-tied", "bert", "t5", "whisper"])
+def test_an_override_of_one_name_holds_for_all_or_is_questioned(zoo, name, which, tmp_path):
+    recipe = recipe_of(*everyone_with_copies(zoo, name))
+    match = COPIES[name][0 if which == "the tensor" else -1]
+    recipe["merge"]["overrides"] = [{"match": match, "use": "a"}]
+    for result in outcomes(recipe, tmp_path / "out", refusal=match):
+        assert_copies_equal(name, result.path)
+        taken = files.weights(result.path)[COPIES[name][0]].equal(files.weights(zoo.tuned(name, 1))[COPIES[name][0]])
+        assert taken or match in " ".join(result.warnings)
+
+
 @STALE
 @pytest.mark.parametrize("name", COPIES)
 def test_an_average_ties_what_its_models_tie(zoo, name, tmp_path):

@@ -27,7 +27,7 @@ def outcomes(recipe: dict[str, Any], folder: Path, *, refusal: str = "") -> list
     try:
         return list(_outcomes(recipe, folder, _MOST_STEPS))
     except NoAdviceError as error:
-        if refusal and refusal in str(error):
+        if refusal and refusal in without_paths(str(error)):
             return []
         raise
 
@@ -38,7 +38,12 @@ def assert_said(word: str, recipe: dict[str, Any], folder: Path) -> None:
         said = " ".join(mergetool.run(recipe, output=folder).warnings)
     except MergetoolError as error:
         said = str(error)
-    assert word in said, f"nothing about {word}: {said!r}"
+    assert word in without_paths(said), f"nothing about {word}: {said!r}"
+
+
+def without_paths(text: str) -> str:
+    """A message without the folders that it names: their names hold words of the tests."""
+    return re.sub(r"/[^\s:,')]+", "", text)
 
 
 def _outcomes(recipe: dict[str, Any], folder: Path, steps: int) -> Iterator[Result]:
