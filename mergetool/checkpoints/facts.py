@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from mergetool.checkpoints.ties import TIE_KEY
+
 Config = Mapping[str, Any]
 
 _IGNORED = (
@@ -35,6 +37,8 @@ _IGNORED = (
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads", "n_head_kv", "head_dim")
 """Where one weight is cut into heads: a mean of two cuts is nothing."""
 _LAYER_COUNTS = ("*num_hidden_layers", "n_layer", "n_layers", "num_layers", "*coder_layers", "layer_types", "*_layers")
+SCALED_BY_TIES = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "t5gemma", "udop", "pop2piano")
+"""Model types that read `tie_word_embeddings` as a factor of the logits, and tie by values whatever it says."""
 _DEFAULTS = {"rope_theta": 10000.0}
 """What the absence of a key means."""
 
@@ -103,6 +107,8 @@ def _pairs(config: Config, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _is_ignored(key: str, config: Config) -> bool:
+    if key == TIE_KEY and config.get("model_type") in SCALED_BY_TIES:
+        return False
     if key == "sliding_window" and config.get("use_sliding_window") is False:
         return True
     return any(fnmatchcase(key, glob) for glob in (*_IGNORED, *_LAYER_COUNTS))

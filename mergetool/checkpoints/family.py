@@ -9,9 +9,11 @@ left out where all models tie it.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mergetool.checkpoints.names import Shapes, match, unwrapped
+from mergetool.checkpoints.experts import in_layout_of
+from mergetool.checkpoints.names import Shapes, match, repeated, unwrapped
 from mergetool.checkpoints.ties import holds_the_same, is_head, may_be_tied, ties_words, twin_of
 from mergetool.checkpoints.view import View
+from mergetool.errors import SourceError
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import ModelSource
 
@@ -33,12 +35,17 @@ class Family:
 
 def assemble(sources: Mapping[str, ModelSource], leader: str, *, whole: bool = False) -> Family:
     """See every model under the leader's names. With `whole`, tied copies are compared to the last byte."""
+    sources = {
+        model: source if model == leader else in_layout_of(source, sources[leader].specs)
+        for model, source in sources.items()
+    }
     stored: Names = {leader: _inverted(unwrapped(sources[leader].specs))}
     known: Shapes = {name: sources[leader].specs[own].shape for name, own in stored[leader].items()}
     for model, source in sources.items():
         if model != leader:
             shapes: Shapes = {name: spec.shape for name, spec in source.specs.items()}
             stored[model] = _inverted(match(shapes, known))
+            _drop_repeated(source, model, stored[model], known)
             known = {name: shapes[own] for name, own in stored[model].items()} | dict(known)
     remarks = _wrapped(leader, stored[leader])
     tied = [name for name in known if may_be_tied(name)]
@@ -88,13 +95,14 @@ def _tie(
     tying = ties_words(configs[leader])
     same: dict[str, str] = {}
     renamed: set[tuple[str, str]] = set()
-    for name in tied:
+    for name in sorted(tied, key=is_head, reverse=True):
         twins = {
             model: _twin(View(source, stored[model]), name, configs[model], whole=whole)
             for model, source in sources.items()
         }
         targets = {twin for model, twin in twins.items() if twin or name in stored[model]}
-        if len(targets) == 1 and None not in targets:
+        torn = _weight_of(name) in stored[leader] and _weight_of(name) not in same  # nothing ties the bias alone
+        if len(targets) == 1 and None not in targets and not (torn and name not in leads):
             same[name] = str(targets.pop())
         for model, twin in twins.items():
             if twin is not None and name not in stored[model] and (name in leads or name not in same):
@@ -107,6 +115,25 @@ def _tie(
         del stored[model][twin]
     untied = tuple(name for name in tied if tying and name not in same and is_head(name) and name in stored[leader])
     return {name: target for name, target in same.items() if name in leads and target in leads}, untied
+
+
+def _weight_of(name: str) -> str:
+    """The weight of the head that a tensor is the bias of; of any other tensor, no name at all."""
+    weight = f"{name.removesuffix('.bias')}.weight"
+    return weight if name.endswith(".bias") and is_head(weight) else ""
+
+
+def _drop_repeated(source: ModelSource, model: str, stored: dict[str, str], known: Shapes) -> None:
+    """Leave out what a file holds twice, under names of one tensor. Raises SourceError where the two differ."""
+    extra = [name for name in stored if name not in known]
+    words = read_config(source.folder).get("model_type")
+    for name, other in repeated(extra, known, words=(str(words),)).items():
+        if other not in stored or source.specs[stored[other]].shape != source.specs[stored[name]].shape:
+            continue
+        if not holds_the_same(source, stored[name], stored[other], whole=True):
+            what = f"holds one tensor twice, with other values: {stored[other]} and {stored[name]}"
+            raise SourceError(what, f"model {model!r}: {source.folder}", "remove the one that is not meant")
+        del stored[name]
 
 
 def _twin(view: View, name: str, config: Mapping[str, object], *, whole: bool) -> str | None:

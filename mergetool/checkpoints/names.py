@@ -13,7 +13,7 @@ wins. A rule must add, take away or reorder components, so `encoder.` never beco
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape | None]
@@ -74,6 +74,31 @@ def match(names: Shapes, others: Shapes) -> dict[str, str]:
         name: moved if times[moved] == 1 and moved not in taken else bare[name] if bare[name] not in taken else name
         for name, moved in moves.items()
     }
+
+
+_NEUTRAL = frozenset({"model", "language_model", "base_model", "module", "transformer", ""})
+"""Components that tell where in memory a part is hung, not what it is."""
+
+
+def repeated(names: Iterable[str], others: Collection[str], words: Iterable[str] = ()) -> dict[str, str]:
+    """Those of `names` that can only be second names of `others`: spelt otherwise, or hung elsewhere.
+
+    `words` are further components that say nothing (the network's own name).
+    """
+    neutral = _NEUTRAL | frozenset(words)
+    plain = {_plain(key, neutral): name for name, key in _spelt({name: name for name in others}).items()}
+    found = {}
+    for name in names:
+        key = name
+        for pattern, replacement in _SPELLINGS:
+            key = pattern.sub(replacement, key)
+        if other := plain.get(_plain(_WRAPPERS.sub("", key), neutral)):
+            found[name] = other
+    return found
+
+
+def _plain(name: str, neutral: Collection[str]) -> str:
+    return ".".join(part for part in name.split(".") if part not in neutral)
 
 
 def _spelt(names: Mapping[str, str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mergetool.checkpoints.facts import SCALED_BY_TIES
 from mergetool.checkpoints.ties import TIE_KEY, embeddings_of
 from mergetool.checkpoints.vocabulary import special_ids
 
@@ -22,8 +23,6 @@ _TOWERS = {"decoder": ("decoder_layers", "num_decoder_layers"), "encoder": ("enc
 _CLASSIFIERS = re.compile(
     r"(.*\.)?(classifier|score|qa_outputs|classification_head\.out_proj|classifier\.out_proj|fc|head|logits_proj)\.weight"
 )
-_SCALED_BY_TIES = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "t5gemma", "udop", "pop2piano")
-"""Model types that read `tie_word_embeddings` as a factor of the logits, and tie by values whatever it says."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def true_config(leader: str, parents: Mapping[str, Parent], written: Written) ->
     _set_layers(config, before, written.shapes, parents)
     _set_vocabulary(config, before, written.shapes)
     _set_classes(config, leader, parents, written)
-    if written.untied and config.get("model_type") not in _SCALED_BY_TIES:
+    if written.untied and config.get("model_type") not in SCALED_BY_TIES:
         for part in (config, config.get("text_config")):
             if isinstance(part, dict) and (part is config or TIE_KEY in part):
                 part[TIE_KEY] = False
