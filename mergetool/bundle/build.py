@@ -22,7 +22,7 @@ from torch import Tensor
 from mergetool._version import __version__
 from mergetool.arch.depth import structural_depths
 from mergetool.arch.matrices import is_attention_output, is_matrix
-from mergetool.bundle.files import CONFIG_NAME, TensorWriter, copy_model
+from mergetool.bundle.files import CONFIG_NAME, TensorWriter, copy_model, single_name
 from mergetool.bundle.heads import write_head
 from mergetool.bundle.manifest import (
     MANIFEST_NAME,
@@ -50,7 +50,6 @@ from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME, torch_dtype
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.side_files import read_config
-from mergetool.tensors.source import SINGLE_NAME
 from mergetool.tensors.writer import write_file
 
 FIRST_PASS = "first_pass.safetensors"
@@ -290,8 +289,9 @@ class _Work:
             place = source.folder or files[0].path
             return Base(kind="reference", path=str(place.absolute()), files=digests)
         copy_model(source, self.folder / "base")
-        single = source.folder is None
-        return Base(kind="copy", path="base", files={SINGLE_NAME if single else key: d for key, d in digests.items()})
+        if source.folder is None:
+            digests = {single_name(source.files[0].path): digest for digest in digests.values()}
+        return Base(kind="copy", path="base", files=digests)
 
     def finish(
         self, base: Base, tasks: tuple[Task, ...], parameters: Mapping[str, Parameter], router: Router | None

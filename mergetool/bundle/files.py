@@ -11,8 +11,9 @@ from torch import Tensor
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.header import Header, TensorSpec, lay_out
 from mergetool.tensors.io import bytes_of, write_error
+from mergetool.tensors.sets import is_index
 from mergetool.tensors.side_files import carried_files
-from mergetool.tensors.source import INDEX_NAME, SINGLE_NAME, ModelSource
+from mergetool.tensors.source import SINGLE_NAME, ModelSource, weight_map
 from mergetool.tensors.writer import SlotWriter
 
 CONFIG_NAME = "config.json"
@@ -50,11 +51,23 @@ def copy_model(source: ModelSource, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = [stamp.path for stamp in source.files]
     if source.folder is None:
-        _copy(weights[0], folder / SINGLE_NAME)
+        _copy(weights[0], folder / single_name(weights[0]))
         return
-    beside = [source.folder / name for name in (CONFIG_NAME, INDEX_NAME) if (source.folder / name).is_file()]
-    for path in [*weights, *beside, *carried_files(source.folder)]:
+    config = [source.folder / CONFIG_NAME] if (source.folder / CONFIG_NAME).is_file() else []
+    for path in [*weights, *_index(source.folder, weights), *config, *carried_files(source.folder)]:
         _copy(path, folder / path.name)
+
+
+def single_name(weights: Path) -> str:
+    """What a file without a folder of its own is called in the copy of a model."""
+    return SINGLE_NAME if weights.suffix == ".safetensors" else "pytorch_model.bin"
+
+
+def _index(folder: Path, weights: Sequence[Path]) -> list[Path]:
+    """The index of these files."""
+    names = {path.name for path in weights}
+    indexes = [path for path in sorted(folder.iterdir()) if is_index(path.name)]
+    return [path for path in indexes if names == set(weight_map(folder, path.name).values())]
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ from mergetool.errors import HubError, MergetoolError, OutputError, SourceError
 from mergetool.tensors.foreign import foreign_folder
 from mergetool.tensors.header import Header, header_length, parse_header
 from mergetool.tensors.hub_errors import explained, patient, persistent, unreachable
-from mergetool.tensors.sets import chosen_set, is_index, usual_names, weight_sets
+from mergetool.tensors.sets import chosen_set, is_index, weight_sets
 from mergetool.tensors.side_files import CARD_NAME, CARRIED, CONFIG_NAME, read_config
 from mergetool.tensors.source import WEIGHT_NAMES, FileStamp, OpenFile, weight_map
 
@@ -82,16 +82,19 @@ def find(name: HubName, *, adapter: bool = False) -> "Repository":
 
 def _cached(name: HubName, *, adapter: bool) -> "Repository | None":
     """What the cache knows of this revision, if it holds all its weights."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
 
-    for file in (*usual_names(), *_ADAPTER_FILES, CONFIG_NAME, CARD_NAME):
-        path = try_to_load_from_cache(name.repo, file, revision=name.revision)
-        if isinstance(path, str):
-            place = Path(path).parent
-            sizes = {each.name: each.stat().st_size for each in place.iterdir() if each.is_file()}
-            found = Repository(name, name.repo, place.name, sizes, adapter=adapter, place=place)
-            return found if found.complete else None
-    return None
+    place = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=name.repo, repo_type="model")
+    commit = name.revision or "main"
+    if (place / "refs" / commit).is_file():
+        commit = (place / "refs" / commit).read_text().strip()
+    snapshot = place / "snapshots" / commit
+    if not snapshot.is_dir():
+        return None
+    sizes = {each.name: each.stat().st_size for each in snapshot.iterdir() if each.is_file()}
+    found = Repository(name, name.repo, commit, sizes, adapter=adapter, place=snapshot)
+    return found if found.complete else None
 
 
 @dataclass(frozen=True)

@@ -78,13 +78,6 @@ def _patterns(safe: str, pickled: str) -> tuple[str, ...]:
     )
 
 
-def usual_names() -> list[str]:
-    """Files that make a set, as they are mostly called."""
-    safe = [name for stem, _, _ in _FAMILIES for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json")]
-    pickled = dict.fromkeys(name for _, _, name in _FAMILIES)
-    return [*safe, *(f"{name}{end}" for name in pickled for end in (".bin", ".bin.index.json"))]
-
-
 def is_index(name: str) -> bool:
     """Whether a file of this name is the index of a set."""
     return any(each.sharded for each in weight_sets([name]))

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.files import content, tensors, write_model, write_recipe
@@ -163,3 +164,56 @@ def test_passing_trouble_is_sat_out(hub, call, recipe):
     ):
         assert call("run", recipe).code == 0
     assert len(hub.asked("/api/models/org/b/|/api/models/org/b$")) >= 2
+
+
+@pytest.mark.parametrize(
+    ("file", "result"),
+    [
+        ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"),
+        ("open_clip_pytorch_model.bin", "open_clip_model.safetensors"),
+        ("last.ckpt", "model.safetensors"),
+    ],
+)
+def test_files_of_other_names_come_from_the_hub_too(hub, call, recipe, tmp_path, file, result):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    if file.endswith("safetensors"):
+        write_model(folder, tensors(2, SHAPES), file=file)
+    else:
+        torch.save(tensors(2, SHAPES), folder / file)
+    hub.upload("org/other", folder)
+    asked = ("run", recipe, "--set", "models={a: org/other}", "--set", "merge={method: passthrough}")
+    for output in ("one", "two"):
+        done = call(*asked, "-o", output, **({"HF_HUB_OFFLINE": "1"} if output == "two" else {}))
+        assert done.code == 0, done.err
+        expected = tensors(2, SHAPES)
+        found = load_file(tmp_path / output / result)
+        assert all(torch.equal(found[name], expected[name]) for name in SHAPES)
+
+
+def test_of_two_sets_on_the_hub_the_one_that_transformers_opens_is_fetched(hub, call, recipe, tmp_path):
+    folder = write_model(tmp_path / "both", tensors(2, SHAPES))
+    write_model(folder, tensors(3, SHAPES), file="part.safetensors")
+    weight_map = dict.fromkeys(SHAPES, "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    torch.save(tensors(4, SHAPES), folder / "pytorch_model.bin")
+    hub.upload("org/both", folder)
+    assert call("run", recipe, "--set", "models={a: org/both}", "--set", "merge={method: passthrough}").code == 0
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in tensors(2, SHAPES).items())
+    (snapshot,) = (tmp_path / "hf/hub/models--org--both/snapshots").iterdir()
+    assert not {"part.safetensors", "pytorch_model.bin"} & {path.name for path in snapshot.iterdir()}
+
+
+def test_repositories_without_weights_of_their_own_say_what_they_are(hub, call, recipe, tmp_path):
+    pipeline = tmp_path / "pipeline"
+    write_model(pipeline / "unet", tensors(1, SHAPES), file="diffusion_pytorch_model.safetensors")
+    (pipeline / "model_index.json").write_text("{}")
+    quantised = tmp_path / "quantised"
+    quantised.mkdir()
+    (quantised / "m.gguf").write_bytes(b"GGUF" + bytes(100))
+    for folder, what in ((pipeline, "in its folders unet"), (quantised, "a GGUF file")):
+        hub.upload(f"org/{folder.name}", folder)
+        done = call("plan", recipe, "--json", "--set", f"models.a=org/{folder.name}")
+        assert (done.code, what in done.answer["what"]) == (8, True), done.answer
+        assert done.answer["fix"]
