@@ -134,7 +134,8 @@ class Repository:
             for name in _ADAPTER_FILES[1:]:
                 if {_ADAPTER_FILES[0], name} <= self.sizes.keys():
                     return [name]
-            raise HubError(f"no LoRA adapter in this repository (looked for {_ADAPTER_FILES[1]})", str(self), _OTHER)
+            looked = ", ".join(_ADAPTER_FILES[1:])
+            raise HubError(f"no LoRA adapter in this repository (looked for {looked})", str(self), _OTHER)
         for name in WEIGHT_NAMES:
             if name in self.sizes:
                 places = weight_map(self.folder, name) if name in _INDEXES else {name: name}

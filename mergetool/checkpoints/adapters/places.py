@@ -82,16 +82,17 @@ class Places:
         )
 
     def _vocabulary(self) -> list[str]:
-        return [
-            name
-            for name, spec in self._specs.items()
-            if name.endswith(".weight") and is_vocabulary(name.removesuffix(".weight")) and len(spec.shape) == 2
-        ]
+        return [name for name, spec in self._specs.items() if is_vocabulary_weight(name) and len(spec.shape) == 2]
 
 
 def is_vocabulary(module: str) -> bool:
     """Whether a module has a row for every token."""
     return leaf_of(module) in INPUTS or is_head(module)
+
+
+def is_vocabulary_weight(name: str) -> bool:
+    """Whether a tensor is the weight of such a module."""
+    return name.endswith(".weight") and is_vocabulary(name.removesuffix(".weight"))
 
 
 def is_head(module: str) -> bool:

@@ -30,7 +30,7 @@ class AdapterSource(ModelSource):
         settings = read_settings(folder, model.folder)
         self._config = FileStamp.of(folder / CONFIG_NAME)  # its alpha decides about values as much as the weights do
         self._adapter = open_weights(folder, elsewhere)
-        matching = Matching(self._adapter.specs, model.specs, settings, read_config(model.folder), str(folder))
+        matching = Matching(self._adapter.specs, model.specs, settings, read_config(model.folder), model.folder)
         self._changes = matching.changes
         self._arithmetic = Arithmetic(model, self._adapter)
         self.specs: Mapping[str, TensorSpec] = dict(model.specs) | {
