@@ -7,6 +7,7 @@ holds once.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 from mergetool.checkpoints.adapters.keys import words
@@ -43,13 +44,17 @@ class Places:
 
     def experts(self, module: str) -> dict[int, dict[str, str]]:
         """Layers of a mixture that the model stores one by one: index -> last part of the module -> tensor."""
-        found: dict[int, dict[str, str]] = {}
-        wanted = _plain(module).rpartition(".")[0]
+        return self._experts.get(_plain(module).rpartition(".")[0], {})
+
+    @cached_property
+    def _experts(self) -> dict[str, dict[int, dict[str, str]]]:
+        found: dict[str, dict[int, dict[str, str]]] = {}
         for name in self._specs:
             head, mark, tail = name.rpartition(".experts.")
             index, _, leaf = tail.partition(".")
-            if mark and index.isdecimal() and leaf.endswith(".weight") and _plain(head) == wanted:
-                found.setdefault(int(index), {})[leaf.removesuffix(".weight")] = name
+            if mark and index.isdecimal() and leaf.endswith(".weight"):
+                layers = found.setdefault(_plain(head), {})
+                layers.setdefault(int(index), {})[leaf.removesuffix(".weight")] = name
         return found
 
     @property

@@ -121,8 +121,8 @@ class AdapterSource(ModelSource):
             return ()
         if not all(stamp.path.is_file() for stamp in self._adapter.files):  # only its header was fetched
             return ()
-        for term in terms:
-            halves = (term.a, term.b) if isinstance(term, LowRank) else (term.own,)
+        products = {(term.a, term.b) if isinstance(term, LowRank) else (term.own,) for term in terms}
+        for halves in sorted(products):
             if not any(is_all_zero(self._adapter, half) for half in halves):
                 return ()
         return (f"{folder} changes nothing: all its products are zero, as before training",)
