@@ -140,7 +140,8 @@ class Repository:
             for name in _ADAPTER_FILES[1:]:
                 if {_ADAPTER_FILES[0], name} <= self.sizes.keys():
                     return [name]
-            raise HubError(f"no LoRA adapter in this repository (looked for {_ADAPTER_FILES[1]})", str(self), _OTHER)
+            looked = ", ".join(_ADAPTER_FILES[1:])
+            raise HubError(f"no LoRA adapter in this repository (looked for {looked})", str(self), _OTHER)
         chosen = self._chosen()
         if chosen is not None:
             places = weight_map(self.folder, chosen) if is_index(chosen) else {chosen: chosen}

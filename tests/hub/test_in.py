@@ -115,6 +115,26 @@ def test_adapters_and_bases_come_from_the_hub_too(hub, call, tmp_path):
     assert (wrong.code, wrong.answer["what"]) == (8, "is a LoRA adapter, not a model")
 
 
+@pytest.mark.parametrize(("made_for", "told"), [("org/other", True), ("ORG/Base", False), ("/home/me/base", False)])
+def test_an_adapter_of_another_repository_is_told_and_a_pickled_one_is_fetched(hub, call, tmp_path, made_for, told):
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": made_for}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    name = "base_model.model.model.layers.0.mlp"
+    low = tensors(9, {f"{name}.lora_A.weight": (2, 32), f"{name}.lora_B.weight": (32, 2)})
+    torch.save(low, folder / "adapter_model.bin")
+    hub.upload("org/lora", folder)
+    models = {"chat": {"source": "org/base", "adapters": ["org/lora"]}}
+    write_recipe(tmp_path / "r.yaml", models=models, merge={"method": "passthrough"})
+    planned = call("plan", "r.yaml", "--json")
+    assert planned.code == 0, planned.err
+    assert (
+        any(f"trained on {made_for}, and is applied to org/base" in text for text in planned.answer["warnings"]) == told
+    )
+    assert call("run", "r.yaml", "-o", "out").code == 0
+
+
 def test_renamed_gated_private_and_missing_repositories_are_explained(hub, call, recipe):
     hub.renamed["org/old"] = "org/b"
     hub.gated.add("org/base")

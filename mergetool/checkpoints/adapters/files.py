@@ -27,6 +27,6 @@ def is_all_zero(source: ModelSource, name: str) -> bool:
     for begin in range(0, size, 1 << 20):
         block = bytearray(min(1 << 20, size - begin))
         source.read_bytes(name, begin, memoryview(block))
-        if block.count(0) != len(block):
+        if block != bytes(len(block)):
             return False
     return True

@@ -10,7 +10,7 @@ PEFT takes the adapter's name ("default") out when it saves; files that were sav
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -20,7 +20,7 @@ PREFIX = "base_model.model."
 _WRAPPED = ".base_layer"
 _PARTS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|trainable_tokens_delta"
 _CHANGE = re.compile(rf"(?P<module>.+?)\.(?P<part>{_PARTS})(?:\.(?P<adapter>[^.]+))??(?:\.(?P<leaf>weight|bias))?")
-_SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?:(?P<adapter>[^.]+)\.)??(?P<leaf>[^.]+)")
+_SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?P<rest>.+)")
 _TRAINING_ONLY = re.compile(r".+\.(lora_monteclora_sampler|lora_velora_embed)(\..+)?")
 """What PEFT leaves out when it merges: noise drawn and gradients compressed during training."""
 _UNKNOWN = re.compile(r".+\.(?P<part>(lora|hada|lokr|ia3|vera|oft|boft|ada)_\w+)(\..+)?")
@@ -48,7 +48,6 @@ class Key:
     site: str
     """Where PEFT hung it: the module with the wrappers around it (`experts`, `experts.base_layer`)."""
     part: Part
-    adapter: str | None = None
 
     @property
     def module(self) -> str:
@@ -66,19 +65,19 @@ def unwrapped(site: str) -> str:
     return site.replace(_WRAPPED, "")
 
 
-def read_keys(names: Iterable[str], where: str) -> list[Key]:
+def read_keys(names: Collection[str], where: str) -> list[Key]:
     """Every tensor that a merge uses, by name. Raises SourceError for one that no plain LoRA has."""
-    keys = [key for name in sorted(names) if (key := _key(name, where)) is not None]
-    adapters = sorted({key.adapter for key in keys if key.adapter is not None})
+    adapters = sorted({match["adapter"] for name in names if (match := _CHANGE.fullmatch(name)) and match["adapter"]})
     if len(adapters) > 1:
         what = f"it holds several adapters at once: {', '.join(adapters)}"
         raise SourceError(
             what, where, f"save one alone: model.save_pretrained(PATH, selected_adapters=[{adapters[0]!r}])"
         )
-    return keys
+    known = {"default", *adapters}
+    return [key for name in sorted(names) if (key := _key(name, where, known)) is not None]
 
 
-def _key(own: str, where: str) -> Key | None:
+def _key(own: str, where: str, adapters: Collection[str]) -> Key | None:
     name = own.removeprefix(PREFIX)
     if ".original_module." in name or _TRAINING_ONLY.fullmatch(name):
         return None
@@ -86,9 +85,10 @@ def _key(own: str, where: str) -> Key | None:
         part = Part(match["part"])
         if match["leaf"] == "bias":
             part = _bias_of(part, own, where)
-        return Key(own, match["module"].removesuffix(".token_adapter"), part, match["adapter"])
+        return Key(own, match["module"].removesuffix(".token_adapter"), part)
     if match := _SAVED.fullmatch(name):
-        return Key(own, f"{match['module']}.{match['leaf']}", Part.WHOLE, match["adapter"])
+        first, _, rest = match["rest"].partition(".")
+        return Key(own, f"{match['module']}.{rest if first in adapters else match['rest']}", Part.WHOLE)
     if match := _UNKNOWN.fullmatch(name):
         raise SourceError(f"{match['part']} is not supported", f"{where}: {own}", "merge the adapter with peft first")
     return Key(own, name, Part.WHOLE)

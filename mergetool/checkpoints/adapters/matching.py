@@ -6,13 +6,15 @@ place in the model, or the adapter is refused by the name of what has none.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mergetool.checkpoints.adapters import experts
 from mergetool.checkpoints.adapters.changes import Added, Block, Change, LowRank, Magnitude, Rows
 from mergetool.checkpoints.adapters.conv1d import is_transposed
 from mergetool.checkpoints.adapters.keys import Key, Part, read_keys, unwrapped
-from mergetool.checkpoints.adapters.places import INPUTS, Places, leaf_of
+from mergetool.checkpoints.adapters.places import INPUTS, Places, is_vocabulary_weight, leaf_of
+from mergetool.checkpoints.adapters.refusals import by_peft
 from mergetool.checkpoints.adapters.settings import Settings
 from mergetool.checkpoints.adapters.whole import Whole
 from mergetool.errors import SourceError
@@ -26,7 +28,11 @@ _Specs = Mapping[str, TensorSpec]
 class Matching:
     """The changes that an adapter makes to the tensors `specs` of a model."""
 
-    def __init__(self, own: _Specs, specs: _Specs, settings: Settings, config: Mapping[str, Any], where: str) -> None:
+    def __init__(
+        self, own: _Specs, specs: _Specs, settings: Settings, config: Mapping[str, Any], base: Path | None
+    ) -> None:
+        where = str(settings.folder)
+        self._folders = (settings.folder, base)
         self._own = own
         self._specs = specs
         self._settings = settings
@@ -46,6 +52,7 @@ class Matching:
         if not self.changes:
             raise SourceError("the adapter changes nothing", where, "name a folder that peft saved an adapter to")
         self.warnings += whole.warnings
+        self._check_vocabulary()
 
     # ------------------------------------------------------------------ one module
 
@@ -214,9 +221,25 @@ class Matching:
             text = f"{module} is tied to another layer: merged, as by PEFT, its change reaches both of them"
             self.warnings += [text] if text not in self.warnings else []
 
+    def _check_vocabulary(self) -> None:
+        """Tensors that had a row for every token must have one afterwards."""
+        grown = [
+            change
+            for change in self.changes.values()
+            if change.name in self._specs and is_vocabulary_weight(change.name)
+        ]
+        for change in grown:
+            before, now = self._specs[change.name].shape[0], change.shape[0]
+            for other, spec in self._specs.items():
+                rows = self._shape(other)[0] if spec.shape else 0
+                if is_vocabulary_weight(other) and spec.shape[0] == before and rows != now:
+                    what = f"it brings {now} rows of {change.name}, but {other} keeps its {rows}"
+                    layer = leaf_of(other.removesuffix(".weight"))
+                    fix = f"train it with modules_to_save=[{layer!r}] too: the rows of the new tokens are nowhere"
+                    raise SourceError(what, self._where, fix)
+
     def _no_tensor(self, name: str, own: str) -> SourceError:
-        made_for = self._settings.made_for
-        fix = f"use the model it was trained on{f', {made_for}' if made_for else ''}"
+        fix = f"{self._fix()}; if it is that one, {by_peft(self._settings.fields, *self._folders)}"
         return SourceError(f"the model has no tensor {name!r}", f"{self._where}: {own}", fix)
 
     def _fix(self) -> str:

@@ -7,6 +7,7 @@ holds once.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 from mergetool.checkpoints.adapters.keys import words
@@ -43,13 +44,17 @@ class Places:
 
     def experts(self, module: str) -> dict[int, dict[str, str]]:
         """Layers of a mixture that the model stores one by one: index -> last part of the module -> tensor."""
-        found: dict[int, dict[str, str]] = {}
-        wanted = _plain(module).rpartition(".")[0]
+        return self._experts.get(_plain(module).rpartition(".")[0], {})
+
+    @cached_property
+    def _experts(self) -> dict[str, dict[int, dict[str, str]]]:
+        found: dict[str, dict[int, dict[str, str]]] = {}
         for name in self._specs:
             head, mark, tail = name.rpartition(".experts.")
             index, _, leaf = tail.partition(".")
-            if mark and index.isdecimal() and leaf.endswith(".weight") and _plain(head) == wanted:
-                found.setdefault(int(index), {})[leaf.removesuffix(".weight")] = name
+            if mark and index.isdecimal() and leaf.endswith(".weight"):
+                layers = found.setdefault(_plain(head), {})
+                layers.setdefault(int(index), {})[leaf.removesuffix(".weight")] = name
         return found
 
     @property
@@ -82,16 +87,17 @@ class Places:
         )
 
     def _vocabulary(self) -> list[str]:
-        return [
-            name
-            for name, spec in self._specs.items()
-            if name.endswith(".weight") and is_vocabulary(name.removesuffix(".weight")) and len(spec.shape) == 2
-        ]
+        return [name for name, spec in self._specs.items() if is_vocabulary_weight(name) and len(spec.shape) == 2]
 
 
 def is_vocabulary(module: str) -> bool:
     """Whether a module has a row for every token."""
     return leaf_of(module) in INPUTS or is_head(module)
+
+
+def is_vocabulary_weight(name: str) -> bool:
+    """Whether a tensor is the weight of such a module."""
+    return name.endswith(".weight") and is_vocabulary(name.removesuffix(".weight"))
 
 
 def is_head(module: str) -> bool:

@@ -40,11 +40,15 @@ _OF_TRAINING = words(
 class Settings:
     """adapter_config.json, checked."""
 
-    where: str
+    folder: Path
     fields: Mapping[str, Any]
     alphas: Mapping[str, Any]
     ranks: Mapping[str, Any]
     warnings: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        return str(self.folder / CONFIG_NAME)
 
     @property
     def made_for(self) -> str | None:
@@ -108,7 +112,7 @@ def read_settings(folder: Path, base: Path | None) -> Settings:
         raise SourceError("is not a LoRA adapter (peft_type)", str(path), "name a folder that peft saved an adapter to")
     refuse_what_is_no_lora(fields, folder, base)
     alphas, ranks = (_patterns(fields, name, path) for name in ("alpha_pattern", "rank_pattern"))
-    return Settings(str(path), fields, alphas, ranks, _warnings(fields))
+    return Settings(folder, fields, alphas, ranks, _warnings(fields))
 
 
 def _json(path: Path) -> Any:

@@ -30,7 +30,7 @@ class AdapterSource(ModelSource):
         settings = read_settings(folder, model.folder)
         self._config = FileStamp.of(folder / CONFIG_NAME)  # its alpha decides about values as much as the weights do
         self._adapter = open_weights(folder, elsewhere)
-        matching = Matching(self._adapter.specs, model.specs, settings, read_config(model.folder), str(folder))
+        matching = Matching(self._adapter.specs, model.specs, settings, read_config(model.folder), model.folder)
         self._changes = matching.changes
         self._arithmetic = Arithmetic(model, self._adapter)
         self.specs: Mapping[str, TensorSpec] = dict(model.specs) | {
@@ -125,8 +125,8 @@ class AdapterSource(ModelSource):
             return ()
         if not all(stamp.path.is_file() for stamp in self._adapter.files):  # only its header was fetched
             return ()
-        for term in terms:
-            halves = (term.a, term.b) if isinstance(term, LowRank) else (term.own,)
+        products = {(term.a, term.b) if isinstance(term, LowRank) else (term.own,) for term in terms}
+        for halves in sorted(products):
             if not any(is_all_zero(self._adapter, half) for half in halves):
                 return ()
         return (f"{folder} changes nothing: all its products are zero, as before training",)

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import mergetool
 from mergetool.checkpoints.adapters import AdapterSource
+from mergetool.errors import SourceError
 from mergetool.tensors.source import open_model
 from tests.checkpoints.adapters.peft_oracle import (
     LLAMA,
@@ -87,13 +88,13 @@ def test_the_result_opens_as_the_class_that_was_trained_and_answers_as_it_does(c
         assert trained.source().added == {name for name in trained.merged if name.startswith(("cl", "sc", "qa"))}
 
 
-@pytest.mark.parametrize("model", [llama, tied])
-def test_a_vocabulary_that_grew_comes_with_the_adapter(model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "target"), [(llama, "q_proj"), (tied, "q_proj"), (tied, "embed_tokens")])
+def test_a_vocabulary_that_grew_comes_with_the_adapter(model: Any, target: str, tmp_path: Path) -> None:
     base = model()
     base.save_pretrained(tmp_path / "model")
     with quiet():
         base.resize_token_embeddings(64)
-        adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=2))
+        adapted = get_peft_model(base, LoraConfig(target_modules=[target], r=2))
         disturb(adapted)
         adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
         again = type(base).from_pretrained(tmp_path / "model")
@@ -103,6 +104,38 @@ def test_a_vocabulary_that_grew_comes_with_the_adapter(model: Any, tmp_path: Pat
     source = assert_merged_as_by_peft(Trained(tmp_path / "model", tmp_path / "adapter", merged))
     assert source.specs["model.embed_tokens.weight"].shape == (64, 32)
     assert "model.embed_tokens.weight" in source.replaced
+
+
+def test_a_head_that_did_not_grow_with_the_embeddings_is_refused_and_trained_as_advised_fits(tmp_path: Path) -> None:
+    base = llama()
+    base.save_pretrained(tmp_path / "model")
+
+    def trained_with(**settings: Any) -> AdapterSource:
+        with quiet():
+            grown = hf.LlamaForCausalLM.from_pretrained(tmp_path / "model")
+            grown.resize_token_embeddings(64)
+            adapted = get_peft_model(grown, LoraConfig(target_modules=["embed_tokens"], r=2, **settings))
+            adapted.save_pretrained(tmp_path / "adapter")
+        return AdapterSource(open_model(tmp_path / "model"), tmp_path / "adapter")
+
+    with pytest.raises(
+        SourceError, match=r"64 rows of model\.embed_tokens\.weight, but lm_head\.weight keeps its 61"
+    ) as e:
+        trained_with()
+    assert "modules_to_save=['lm_head']" in e.value.fix
+    assert trained_with(modules_to_save=["lm_head"]).specs["lm_head.weight"].shape == (64, 32)
+
+
+def test_saved_modules_are_read_as_older_files_name_them(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    settings = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+    model = hf.RobertaForSequenceClassification(ROBERTA)
+    trained = train(tmp_path, model, **settings)
+    path = trained.adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for mark in ("modules_to_save.", "modules_to_save.default."):
+        save_file({name.replace("classifier.", f"classifier.{mark}"): each for name, each in tensors.items()}, path)
+        assert_merged_as_by_peft(trained)
 
 
 def renamed(folder: Path, *pairs: tuple[str, str]) -> None:

@@ -308,3 +308,18 @@ def test_planning_with_an_adapter_imports_no_torch(trained: Trained) -> None:
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_layers_that_are_called_otherwise_in_memory_are_merged_by_peft_as_advised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    config = hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    model = hf.SwinForImageClassification(config)
+    trained = train(tmp_path, model, target_modules=["k_proj"], modules_to_save=["classifier"])
+    with pytest.raises(SourceError, match="has no tensor") as caught:
+        trained.source()
+    follow(caught.value.fix, tmp_path, monkeypatch)
+    found = load_file(tmp_path / "merged/model.safetensors")
+    for name, value in trained.merged.items():
+        torch.testing.assert_close(found[name], value)
