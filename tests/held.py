@@ -49,6 +49,7 @@ def main():
         interrupt(*arguments)
 
     cli._interrupt = interrupted
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in a shell's background
     signal.signal(signal.SIGUSR1, lambda *_: go.set())
     sys.argv = ["mergetool", *sys.argv[3:]]
     cli.main()
