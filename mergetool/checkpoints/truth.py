@@ -157,7 +157,8 @@ def _set_classes(config: dict[str, Any], leader: str, parents: Mapping[str, Pare
         owner = next(model for model, parent in parents.items() if head in parent.shapes)
     exact = [model for model, parent in parents.items() if parent.shapes.keys() == written.shapes.keys()]
     named = leader if leader in exact else owner if owner in exact or head is not None else next(iter(exact), leader)
-    if named != leader and "architectures" in parents[named].config:
+    same_type = parents[named].config.get("model_type") == config.get("model_type")
+    if named != leader and same_type and "architectures" in parents[named].config:
         config["architectures"] = parents[named].config["architectures"]
     if head is not None and owner != leader:
         for key in ("id2label", "label2id", "num_labels", "problem_type"):

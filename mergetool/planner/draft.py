@@ -12,6 +12,7 @@ from mergetool.planner.parents import check_missing, label, listed
 from mergetool.recipe.model import Override, Recipe
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
 from mergetool.tensors.header import TensorSpec
+from mergetool.tensors.side_files import read_config
 
 
 class Draft:
@@ -24,6 +25,7 @@ class Draft:
         self.donor = donor
         self.warnings: list[str] = []
         self.extras: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        self.foreign: dict[str, list[str]] = {}
         self.uses_base = BASE in self.sources
         self.matched = [False] * len(recipe.overrides)
         self.fitted = isinstance(recipe.method, FittedMethod)
@@ -42,6 +44,11 @@ class Draft:
         if not steps:
             raise PlanError("the models hold no tensors to merge", "plan", "check the paths of the models")
         _check_surveyed_together([step for step in steps if step.surveyed_together])
+        self.warnings += [
+            f"{len(names)} tensors of model {model!r} are left out, since the base is another network that lacks them: "
+            f"{listed(names)}; check.extra: keep copies them"
+            for model, names in self.foreign.items()
+        ]
         self.warnings += [
             f"{len(names)} tensors that the base lacks are copied from model {first!r}, though "
             f"{', '.join(map(repr, others))} have them, too: {listed(names)}; an override `use` takes another's"
@@ -136,8 +143,17 @@ class Draft:
         """A tensor that the base lacks."""
         if self.recipe.check.extra != "keep":
             return None
+        if "extra" not in self.recipe.check.model_fields_set and self._is_of_another_network(holders[0]):
+            self.foreign.setdefault(holders[0], []).append(name)
+            return None
         self.extras.setdefault((holders[0], tuple(holders[1:])), []).append(name)
         return self._copy(name, holders[0], depth)
+
+    def _is_of_another_network(self, model: str) -> bool:
+        """Whether config.json calls a model another type than the donor: what only one has is no part of both."""
+        types = (read_config(self.sources[each].folder).get("model_type") for each in (model, self.donor))
+        mine, theirs = (str(each or "") for each in types)
+        return bool(mine and theirs and mine != theirs)
 
     def _copy(self, name: str, donor: str, depth: float) -> Step:
         spec = self.sources[donor].specs.get(name)

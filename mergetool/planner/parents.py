@@ -54,7 +54,7 @@ def check_missing(recipe: Recipe, sources: Sources, names: Sequence[str], copied
             continue
         shared = [name for name in names if name in sources[model].specs]
         other = "base" if leader == BASE else "another model"
-        if 2 * len(shared) < len(names):
+        if 2 * len(shared) < min(len(names), len(sources[model].specs)):  # a part of the network may be all there is
             kinds = _kinds(sources, model, leader)
             fix = "merge models of one network; `mergetool inspect` lists what each of them holds"
             what = f"model {model!r} has only {len(shared)} of the {len(names)} tensors that {other} has{kinds}"
