@@ -49,7 +49,7 @@ def make_plan(
     steps = draft.steps()
     shards = _shards(steps, opened[donor].stem, recipe.output.shard_size)
     placed = _place(steps, shards)
-    warnings = (*lookup.warnings, *draft.warnings)
+    warnings = (*lookup.warnings, *draft.warnings, *_unsplit(shards, opened[donor].stem, recipe.output.shard_size))
     missing = sum(lookup.missing.values())
     others = _other_files(recipe)
     return Plan(recipe, opened, donor, placed, tuple(shards), output, warnings, lookup.origins, missing, others)
@@ -282,6 +282,12 @@ def _shards(steps: Sequence[Step], stem: str, limit: int) -> list[Shard]:
         for index in range(1, len(groups) + 1)
     ]
     return [Shard(name, *lay_out(group, {"format": "pt"})) for name, group in zip(named, groups, strict=True)]
+
+
+def _unsplit(shards: Sequence[Shard], stem: str, limit: int) -> list[str]:
+    if stem not in UNSPLIT or shards[0].header.file_size <= limit:
+        return []
+    return [f"output.shard_size is passed over: {shards[0].name} stays one file, which is all that its library opens"]
 
 
 def _deal(steps: Sequence[Step], limit: int) -> Iterator[list[TensorSpec]]:
