@@ -163,11 +163,12 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     """
     if output.name in ("", ".."):
         raise OutputError("is no name for a new folder", str(output), _ELSEWHERE)
-    if not output.exists() and not output.is_symlink():
-        return
-    if not output.is_symlink() and _is_empty(output):
-        _check_replaceable(output)
-        return
+    with _writing(output):
+        if not output.exists() and not output.is_symlink():
+            return
+        if not output.is_symlink() and _is_empty(output):
+            _check_replaceable(output)
+            return
     if not overwrite:
         raise OutputError("exists already", str(output), f"{_ELSEWHERE}, or add --overwrite")
     if not (output / LOCK_NAME).is_file():
@@ -218,9 +219,11 @@ def done_before(plan: Plan, output: Path, *, overwrite: bool) -> bool:
     A run that is killed after its result got its name could not say that it was done: the next one does. With
     `overwrite` only where its journal is still there; else the result is to be made again.
     """
+    if not is_result(output, plan_key(plan)) or not _untouched(output):
+        return False
     partial = partial_path(output)
     unsaid = journal_path(partial).is_file() and not partial.exists()
-    if (overwrite and not unsaid) or not is_result(output, plan_key(plan)) or not _untouched(output):
+    if overwrite and not unsaid:
         return False
     with suppress(OSError, OutputError):  # what is left is in nobody's way, and may be another run's
         for path in old_journals(output):

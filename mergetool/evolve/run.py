@@ -1,5 +1,6 @@
 """Run any recipe: a search first, where it asks for one, then the merge that it found."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,8 +93,10 @@ def _output(recipe: Recipe, flags: Flags) -> Path:
         output = recipe.path_of(recipe.output.path)
     if output is None:
         raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
-    if not (flags.resume and journal_path(partial_path(output)).exists()):  # or else a merge was killed at its end
-        _check_output(output, flags)
+    with suppress(OSError):  # a name too long
+        if flags.resume and journal_path(partial_path(output)).is_file():  # the merge of what was found was killed
+            return output
+    _check_output(output, flags)
     return output
 
 

@@ -51,6 +51,7 @@ def make_plan(
     draft = Draft(recipe, family, donor)
     steps = draft.steps()
     shards = _shards(steps, opened[donor].stem, recipe.output.shard_size)
+    unsplit = _unsplit(shards, opened[donor].stem, recipe.output.shard_size)
     words = (*check_shares(recipe, family.sources, steps), *words_about(recipe, family.sources, donor, steps))
     plan = Plan(
         recipe,
@@ -59,7 +60,7 @@ def make_plan(
         _place(steps, shards),
         tuple(shards),
         output,
-        warnings=(*lookup.warnings, *family.remarks, *draft.warnings, *words),
+        warnings=(*lookup.warnings, *family.remarks, *draft.warnings, *words, *unsplit),
         origins=lookup.origins,
         bytes_missing=sum(lookup.missing.values()),
         untied=family.untied,
@@ -99,6 +100,12 @@ def _shards(steps: Sequence[Step], stem: str, limit: int) -> list[Shard]:
         for index in range(1, len(groups) + 1)
     ]
     return [Shard(name, *lay_out(group, {"format": "pt"})) for name, group in zip(named, groups, strict=True)]
+
+
+def _unsplit(shards: Sequence[Shard], stem: str, limit: int) -> list[str]:
+    if stem not in UNSPLIT or shards[0].header.file_size <= limit:
+        return []
+    return [f"output.shard_size is passed over: {shards[0].name} stays one file, which is all that its library opens"]
 
 
 def _deal(steps: Sequence[Step], limit: int) -> Iterator[list[TensorSpec]]:

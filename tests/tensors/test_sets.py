@@ -167,9 +167,12 @@ def test_a_result_has_the_files_and_the_config_that_its_library_opens(stem, shar
         merge={"method": "linear"},
         output={"path": "out", "shard_size": shard_size},
     )
-    out = mergetool.run(recipe).path
+    result = mergetool.run(recipe)
+    out = result.path
     names = {path.name for path in out.iterdir()} - {"README.md", "mergetool.json"}
     split = shard_size == "1KB" and stem != "open_clip_model"
+    unsplit = shard_size == "1KB" and not split
+    assert any("output.shard_size" in warning for warning in result.warnings) == unsplit
     assert config in names
     assert json.loads((out / config).read_text()) == content
     assert all(name.startswith(stem) for name in names - {config})
