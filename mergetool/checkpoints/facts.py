@@ -14,31 +14,25 @@ from mergetool.checkpoints.ties import TIE_KEY
 
 Config = Mapping[str, Any]
 
-_IGNORED = (
-    *("architectures", "_*", "*dtype", "transformers_version", "*_version", "use_cache", "auto_map", "unsloth*"),
-    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "classifier_*"),
-    *(
-        "*dropout*",
-        "*_pdrop",
-        "*drop_rate",
-        "layerdrop",
-        "*_layerdrop",
-        "init*",
-        "*_init",
-        "*_token_id",
-        "*_token_index",
-    ),
-    *("vocab_size", "max_position_embeddings", "n_positions", "n_ctx", "max_length", "min_length", "tie_*"),
-    *("gradient_checkpointing", "output_*", "return_dict*", "torchscript", "pruned_heads", "chunk_size_feed_forward"),
-    *("do_sample", "temperature", "top_k", "top_p", "num_beams", "*_penalty", "*attn_implementation", "summary_*"),
-    *("quantization_config", "compression_config", "mask_*", "router_aux_loss_coef", "output_router_logits"),
-    *("pretraining_tp", "max_window_layers", "apply_spec_augment", "pad_vocab_size*", "*_loss*", "use_bfloat16"),
-)
+_HARMLESS = """
+    architectures _* *dtype transformers_version *_version use_cache auto_map unsloth* id2label label2id
+    num_labels problem_type finetuning_task task_specific_params classifier_* *dropout* *_pdrop *drop_rate
+    layerdrop *_layerdrop init* *_init *_init_value *_token_id *_token_index vocab_size max_position_embeddings
+    n_positions n_ctx max_length min_length tie_* gradient_checkpointing output_* return_dict* torchscript
+    pruned_heads chunk_size_feed_forward do_sample temperature top_k top_p num_beams *_penalty
+    *attn_implementation summary_* quantization_config compression_config mask_* router_aux_loss_coef
+    output_router_logits pretraining_tp max_window_layers apply_spec_augment pad_vocab_size* *_loss*
+    use_bfloat16
+"""
+_IGNORED = tuple(_HARMLESS.split())
+"""Keys that tell of training, of generation, of the file, or what is told elsewhere."""
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads", "n_head_kv", "head_dim")
 """Where one weight is cut into heads: a mean of two cuts is nothing."""
-_LAYER_COUNTS = ("*num_hidden_layers", "n_layer", "n_layers", "num_layers", "*coder_layers", "layer_types", "*_layers")
+_LAYER_COUNTS = ("*num_hidden_layers", "n_layer", "n_layers", "num_layers", "*coder_layers", "*_layers")
 SCALED_BY_TIES = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "t5gemma", "udop", "pop2piano")
 """Model types that read `tie_word_embeddings` as a factor of the logits, and tie by values whatever it says."""
+_NONE_COUNTS = ("sliding_window",)
+"""Keys whose null is as much a value as any other."""
 _DEFAULTS = {"rope_theta": 10000.0}
 """What the absence of a key means."""
 
@@ -67,6 +61,11 @@ def disagreements(leader: Config, other: Config) -> list[Disagreement]:
     return [each for each in found if None not in each.values and not _equal(*each.values)]
 
 
+def _is_list_of_layers(one: Any, other: Any) -> bool:
+    """Whether two values are lists with one entry a layer, of networks of unequal depth: that is told elsewhere."""
+    return isinstance(one, list) and isinstance(other, list) and len(one) != len(other)
+
+
 def _default(key: str) -> Any:
     return _DEFAULTS.get(key)
 
@@ -77,7 +76,7 @@ def _equal(one: Any, other: Any) -> bool:
             return abs(float(one) - float(other)) <= 1e-6 * abs(float(one))
         except (TypeError, ValueError):
             return False
-    return bool(one == other)
+    return bool(one == other) or _is_list_of_layers(one, other)
 
 
 def _flat(config: Config, other: Config) -> dict[str, Any]:
@@ -102,8 +101,8 @@ def _pairs(config: Config, prefix: str) -> Iterator[tuple[str, Any]]:
             continue
         if isinstance(value, dict) and key.endswith("_config"):
             yield from _pairs(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield f"{prefix}{key}", value
+        elif value is not None or key in _NONE_COUNTS:
+            yield f"{prefix}{key}", "none" if value is None else value
 
 
 def _is_ignored(key: str, config: Config) -> bool:
@@ -115,8 +114,9 @@ def _is_ignored(key: str, config: Config) -> bool:
 
 
 def name_of(config: Config) -> str:
-    """What a config calls its network: the class, or the model type."""
+    """What a config calls its network: the class, and the model type."""
     names = config.get("architectures")
-    if isinstance(names, list) and names:
-        return str(names[0])
-    return str(config.get("model_type") or "")
+    kind = str(config.get("model_type") or "")
+    if not isinstance(names, list) or not names:
+        return kind
+    return f"{names[0]} ({kind})" if kind else str(names[0])

@@ -12,7 +12,7 @@ _SECTIONS = ("quantization_config", "compression_config", "quantization")
 _FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 _COMPANIONS = re.compile(
     r"(.+)\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|SCB|weight_format"
-    r"|absmax|quant_map|quant_state\..+|weight\.(absmax|quant_map|nested_absmax|quant_state\..+|SCB)|scale_weight)"
+    r"|weight_blocks|weight_scales|absmax|quant_map|quant_state\..+|weight\.(absmax|quant_map|nested_absmax|quant_state\..+|SCB)|scale_weight)"
 )
 _PACKED = ("I8", "U8", "I32", "U32", "I64", "U64", "I16", "U16")
 
@@ -23,10 +23,6 @@ def how_quantised(source: ModelSource) -> str | None:
     for place, section in (("", config), *_parts(config)):
         if told := next((key for key in _SECTIONS if section.get(key)), None):
             return f"config.json has {place}{told}"
-    if source.folder is not None:
-        found = next((name for name in _FILES if (source.folder / name).is_file()), None)
-        if found is not None and _companion(source.specs) is not None:
-            return f"{found} lies beside them"
     if (name := _companion(source.specs)) is not None:
         return f"{name} belongs to packed weights"
     matrices = [spec for spec in source.specs.values() if _is_matrix(spec)]
@@ -43,6 +39,8 @@ def _parts(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 def _companion(specs: Mapping[str, TensorSpec]) -> str | None:
     """A tensor that only a quantised weight has beside it."""
     for name in specs:
+        if name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in specs:
+            return name
         match = _COMPANIONS.fullmatch(name)
         if match and not (match[2] == "g_idx" and f"{match[1]}.qweight" not in specs):
             return name
@@ -52,6 +50,11 @@ def _companion(specs: Mapping[str, TensorSpec]) -> str | None:
 def _is_matrix(spec: TensorSpec) -> bool:
     """Whether a tensor is where a layer has its weights."""
     return len(spec.shape) == 2 and spec.name.endswith(".weight") and min(spec.shape) > 1
+
+
+def file_about_codes(source: ModelSource) -> str | None:
+    """A file beside plain weights that says how they are, or once were, quantised."""
+    return next((name for name in _FILES if source.folder is not None and (source.folder / name).is_file()), None)
 
 
 def is_raw_float8(source: ModelSource) -> bool:

@@ -73,6 +73,17 @@ def disagreement(one: Path | None, other: Path | None) -> str | None:
     )
 
 
+def more_tokens(one: Path | None, other: Path | None) -> list[str]:
+    """Tokens of the second folder at ids that mean nothing in the first; none where nothing can be said."""
+    if one is None or other is None:
+        return []
+    name = next((name for name in FILES[:3] if (one / name).is_file() and (other / name).is_file()), None)
+    if name is None or _same_bytes(one / name, other / name):
+        return []
+    ours, theirs = tokens_of(one), tokens_of(other)
+    return [] if ours is None or theirs is None else [theirs[place] for place in sorted(theirs.keys() - ours.keys())]
+
+
 def _same_bytes(one: Path, other: Path) -> bool:
     if one.stat().st_size != other.stat().st_size:
         return False

@@ -146,7 +146,7 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
     """
     lookup = Lookup(recipe.folder)
     output = flags.output.absolute() if flags.output else None
-    plan = make_plan(recipe, output, lookup=lookup)
+    plan = make_plan(recipe, output, lookup=lookup, whole=True)
     if plan.output is None:
         raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
     if flags.cache is not None and not recipe.method.uses_factors:
@@ -163,7 +163,7 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
         locked.check_headers(plan)
     if plan.bytes_missing:
         lookup.fetch(progress.say)
-        plan = make_plan(recipe, output, lookup=lookup)
+        plan = make_plan(recipe, output, lookup=lookup, whole=True)
     return plan, costs, {} if locked is None else locked.check_contents(plan, progress.say)
 
 

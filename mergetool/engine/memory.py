@@ -39,7 +39,8 @@ def merge_in_memory(
     """Merge state dicts by name (the base under "base"). Surveys, methods and checks are those of a run."""
     check_trust(recipe, trusted=trust_code)
     _check_result(recipe)
-    plan = make_plan(recipe, sources={name: MemorySource(state, name) for name, state in tensors.items()})
+    sources = {name: MemorySource(state, name) for name, state in tensors.items()}
+    plan = make_plan(recipe, sources=sources, whole=True)
     fitted = fit(plan, None, lambda _: None, Team())
     plan = fitted.plan
     sink = MemorySink(plan)

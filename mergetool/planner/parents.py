@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mergetool.checkpoints.facts import disagreements, name_of
-from mergetool.checkpoints.quantised import how_quantised, is_raw_float8
-from mergetool.checkpoints.vocabulary import chat_template_of, disagreement, end_tokens
+from mergetool.checkpoints.quantised import file_about_codes, how_quantised, is_raw_float8
+from mergetool.checkpoints.vocabulary import chat_template_of, disagreement, end_tokens, more_tokens
 from mergetool.errors import PlanError
 from mergetool.planner.model import BASE, Step
 from mergetool.recipe.model import Recipe
@@ -102,6 +102,9 @@ def words_about(recipe: Recipe, sources: Sources, leader: str, steps: Sequence[S
     if recipe.tokenizer is None:
         yield from _left_behind(recipe, sources, leader, configs)
     yield from _large_weights(steps)
+    for model, source in sources.items():
+        if found := file_about_codes(source):
+            yield f"{label(model)} has a {found}, though its weights are plain numbers: they are merged as they are"
     if any(is_raw_float8(source) for source in sources.values()):
         yield (
             "weights in 8-bit floats without scales are merged as the numbers they are; if they were quantised with "
@@ -123,9 +126,9 @@ def _same_files(sources: Sources) -> Iterator[str]:
 def _facts(model: str, leader: str, configs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     found = disagreements(configs[leader], configs[model])
     told = [f"{each.key} is {each.values[0]!r} and {each.values[1]!r}" for each in found]
-    if cut := next((each for each in found if each.cuts_heads), None):
+    if any(each.cuts_heads for each in found):
         raise PlanError(
-            f"config.json: {cut.key} is {cut.values[0]!r} in {label(leader)}, {cut.values[1]!r} in {label(model)}: "
+            f"config.json of {label(leader)} and {label(model)} disagree: {'; '.join(told)}; "
             "their weights are cut into heads differently, so a mean of them is nothing",
             f"model {model!r}",
             "merge models of one architecture; if one config.json is wrong, correct it",
@@ -170,6 +173,8 @@ def _left_behind(
         own = chat_template_of(sources[model].folder), end_tokens(sources[model].folder, configs[model])
         what = [f"the end token {own[1]}"] if own[1] and ends and own[1] != ends else []
         what += ["a chat template"] if own[0] and own[0] != template else []
+        more = more_tokens(folder, sources[model].folder)
+        what += [f"{len(more)} tokens ({listed([repr(token) for token in more])})"] if more else []
         if what and model != leader:
             words = f"{label(model)} has {' and '.join(what)} of its own; the result has those of {label(leader)}"
             yield f"{words}; to take the model's: tokenizer: {{source: {model}}}"

@@ -8,7 +8,6 @@ import torch
 import transformers as hf
 
 from tests.checkpoints.recipes import recipe_of
-from tests.checkpoints.wrong import wrong
 from tests.zoo.advice import outcomes
 from tests.zoo.check import assert_merged
 from tests.zoo.families import FAMILIES
@@ -61,10 +60,9 @@ def recipe_with(base, lora, other):
 
 
 RENAMED = ("gemma3", "vit", "qwen2-vl")
-IN_MEMORY = wrong("an adapter is named by the module in memory, the weights by the file")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=IN_MEMORY if name in RENAMED else ()) for name in TARGETS])
+@pytest.mark.parametrize("name", list(TARGETS))
 def test_an_adapter_is_merged_as_peft_merges_it(zoo, name, tmp_path):
     family, base, b = FAMILIES[name], zoo.base(name), zoo.tuned(name, 2)
     lora = adapter(zoo, name, base, target_modules=TARGETS[name])

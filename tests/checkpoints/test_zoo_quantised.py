@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tests.checkpoints.recipes import recipe_of
-from tests.checkpoints.wrong import wrong
 from tests.zoo import files
 from tests.zoo.advice import assert_said
 from tests.zoo.build import copy_of
@@ -87,7 +86,6 @@ def quantised(zoo, source, form):
     return zoo.made(f"{source.name}-{form.__name__}", lambda folder: files.rewritten(folder, source, change))
 
 
-@wrong("only quantization_config of config.json tells")
 @pytest.mark.parametrize("who", ["everyone", "one model", "averaged"])
 @pytest.mark.parametrize("form", FORMATS)
 def test_quantised_weights_are_named_for_what_they_are(zoo, form, who, tmp_path):
@@ -106,7 +104,7 @@ def test_quantised_weights_are_named_for_what_they_are(zoo, form, who, tmp_path)
     [
         ("quantization_config", {"quant_method": "gptq", "bits": 4}),
         *(
-            pytest.param(*case, marks=wrong("only quantization_config of config.json tells"))
+            case
             for case in [
                 ("compression_config", {"format": "int-quantized"}),
                 ("text_config", {"quantization_config": {"quant_method": "gptq"}}),

@@ -3,7 +3,6 @@
 import pytest
 
 from tests.checkpoints.recipes import recipe_of
-from tests.checkpoints.wrong import wrong
 from tests.zoo import files
 from tests.zoo.advice import assert_said, outcomes
 from tests.zoo.build import change_config, config_of
@@ -32,10 +31,6 @@ COPIES = {
 """The tensor that is stored, and the names under which older versions stored it again."""
 
 
-STALE = wrong("a copy that not everybody has is taken from one parent")
-UNTIED = wrong("a model without a head is not given its embeddings")
-
-
 def redundant(zoo, name, folder):
     """The same model with its shared tensor stored under every name."""
     return zoo.made(f"{folder.name}-copies", lambda made: files.with_copies(made, folder, *COPIES[name]))
@@ -55,7 +50,7 @@ def assert_is_the_merge(zoo, name, folder, sources, rule=None):
 @pytest.mark.parametrize("name", COPIES)
 @pytest.mark.parametrize(
     "holder",
-    [*(pytest.param(holder, marks=STALE) for holder in ("base", "a model", "every model")), "everyone"],
+    ["base", "a model", "every model", "everyone"],
 )
 def test_a_redundant_copy_is_merged_as_what_it_copies(zoo, name, holder, tmp_path):
     base, a, b = models_of(zoo, name)
@@ -80,16 +75,13 @@ def everyone_with_copies(zoo, name):
     return [redundant(zoo, name, folder) for folder in models_of(zoo, name)]
 
 
-DRAWN = wrong("a tensor and its copies are drawn for themselves")
-
-
 @pytest.mark.parametrize("name", ["qwen2-tied", "bert", "t5", "whisper"])
 @pytest.mark.parametrize(
     "method",
     [
         "ties",
-        pytest.param("dare-linear", marks=DRAWN),
-        pytest.param("dare-ties", marks=DRAWN),
+        "dare-linear",
+        "dare-ties",
         "slerp",
     ],
 )
@@ -100,7 +92,6 @@ def test_a_tensor_and_its_copies_stay_equal_whatever_the_method(zoo, name, metho
         assert_copies_equal(name, result.path)
 
 
-@wrong("the copy is taken for a matrix, the embeddings are not")
 @pytest.mark.parametrize("method", ["tsv-merge", "iso-c", "iso-cts"])
 def test_a_copy_is_no_matrix_where_its_tensor_is_none(zoo, method, tmp_path):
     recipe = recipe_of(*everyone_with_copies(zoo, "bert"), method=method)
@@ -108,7 +99,6 @@ def test_a_copy_is_no_matrix_where_its_tensor_is_none(zoo, method, tmp_path):
         assert_copies_equal("bert", result.path)
 
 
-@wrong("an override of one name leaves the others")
 @pytest.mark.parametrize("which", ["the tensor", "the copy"])
 @pytest.mark.parametrize("name", ["qwen2-tied", "bert", "t5", "whisper"])
 def test_an_override_of_one_name_holds_for_all_or_is_questioned(zoo, name, which, tmp_path):
@@ -121,7 +111,6 @@ def test_an_override_of_one_name_holds_for_all_or_is_questioned(zoo, name, which
         assert taken or match in " ".join(result.warnings)
 
 
-@STALE
 @pytest.mark.parametrize("name", COPIES)
 def test_an_average_ties_what_its_models_tie(zoo, name, tmp_path):
     _, a, b = models_of(zoo, name)
@@ -130,7 +119,6 @@ def test_an_average_ties_what_its_models_tie(zoo, name, tmp_path):
             assert_is_the_merge(zoo, name, result.path, (None, a, b), linear)
 
 
-@UNTIED
 @pytest.mark.parametrize("says", [True, False], ids=["config says tied", "config says untied"])
 @pytest.mark.parametrize("name", ["qwen2-tied", "gemma2", "gpt2", "bert", "whisper"])
 def test_a_head_of_its_own_among_tied_models_is_merged_as_a_head(zoo, name, says, tmp_path):
@@ -151,7 +139,6 @@ def _untied(folder, name, source, *, says):
     return change_config(folder, tie_word_embeddings=says)
 
 
-@UNTIED
 def test_t5_keeps_the_scale_of_its_answers_where_a_head_of_its_own_is_merged(zoo, tmp_path):
     """T5 takes the word `tie_word_embeddings` as: scale what the decoder gives to the head."""
     base, tied, b = models_of(zoo, "t5")
@@ -161,14 +148,12 @@ def test_t5_keeps_the_scale_of_its_answers_where_a_head_of_its_own_is_merged(zoo
         assert module.config.scale_decoder_outputs
 
 
-@wrong("configs are not compared")
 def test_t5_models_that_scale_their_answers_otherwise_are_not_merged_silently(zoo, tmp_path):
     base, a, b = models_of(zoo, "t5")
     other = zoo.made("t5-unscaled", lambda folder: _untied(folder, "t5", b, says=False))
     assert_said("tie_word_embeddings", recipe_of(base, a, other), tmp_path / "out")
 
 
-@UNTIED
 def test_a_tied_model_among_untied_ones_gives_its_embeddings_to_the_head(zoo, tmp_path):
     base, a, b = (zoo.base("qwen2"), *(zoo.tuned("qwen2", seed) for seed in (1, 2)))
     tied = zoo.made("qwen2-tied-among-untied", lambda folder: _tied(folder, a))
