@@ -4,6 +4,7 @@
     store     factors, computed once         verify   is it what it says
     factors   groups of tasks                grouped  one pass, every sample with its group's weights
     model     load_bundle -> MassModel       hf       the seam to transformers
+    local     weights that one thread sees
     expert    one compressed expert as a model that any method can read
 
 Usable by itself: nothing here knows of recipes, plans or runs.

@@ -9,6 +9,7 @@ save that, but C holds the inverses of U's and V's smallest singular values, in 
 float32 the product then cancels to noise.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,12 +62,15 @@ class GroupChanges:
 
     @property
     def num_bytes(self) -> int:
-        vectors = sum(each.numel() * each.element_size() for each in self.vectors.values())
-        return vectors + sum(each.num_bytes for each in self.matrices.values())
+        vectors = sum(each.numel() * each.element_size() for each in [*self.vectors.values()])
+        return vectors + sum(each.num_bytes for each in [*self.matrices.values()])
 
 
 class TaskFactors:
-    """Stored factors of all tasks, and a cache of groups, least recently used out first."""
+    """Stored factors of all tasks, and a cache of groups, least recently used out first. Safe for several threads.
+
+    What is made for a group is made outside the lock: two threads may make the same, and the first one's is kept.
+    """
 
     def __init__(self, manifest: Manifest, folder: Path, dtype: torch.dtype, cache_bytes: int) -> None:
         self.manifest = manifest
@@ -74,6 +78,7 @@ class TaskFactors:
         self._cache_bytes = cache_bytes
         self._stored = [_read(folder / task.factors) for task in manifest.tasks]
         self._groups: OrderedDict[Group, GroupChanges] = OrderedDict()
+        self._lock = threading.Lock()
 
     def to(self, device: torch.device) -> None:
         """Move the factors, and forget what was made from them."""
@@ -92,22 +97,22 @@ class TaskFactors:
 
     def changes(self, group: Group) -> GroupChanges:
         """The cache entry of a group, made the most recent one."""
-        if group not in self._groups:
-            self._groups[group] = GroupChanges()
-        self._groups.move_to_end(group)
-        return self._groups[group]
+        with self._lock:
+            found = self._groups.setdefault(group, GroupChanges())
+            self._groups.move_to_end(group)
+            return found
 
     def trim(self) -> None:
         """Forget the groups that were not used for longest, until the cache is as small as it should be."""
-        while len(self._groups) > 1 and sum(each.num_bytes for each in self._groups.values()) > self._cache_bytes:
-            self._groups.popitem(last=False)
+        with self._lock:
+            while len(self._groups) > 1 and sum(each.num_bytes for each in self._groups.values()) > self._cache_bytes:
+                self._groups.popitem(last=False)
 
     def matrix(self, group: Group, name: str) -> GroupMatrix:
         """A matrix' change for a group, from the cache or made now."""
         known = self.changes(group).matrices
-        if name not in known:
-            known[name] = self._matrix(group, name)
-        return known[name]
+        found = known.get(name)
+        return known.setdefault(name, self._matrix(group, name)) if found is None else found
 
     def _matrix(self, group: Group, name: str) -> GroupMatrix:
         every = concatenated([self.of(task, name).to(torch.float64) for task in group])
@@ -118,12 +123,12 @@ class TaskFactors:
     def vector(self, group: Group, name: str) -> Tensor:
         """The mean change of a tensor that is stored in full."""
         known = self.changes(group).vectors
-        if name not in known:
+        if (found := known.get(name)) is None:
             total = torch.zeros(self.manifest.parameters[name].shape, dtype=torch.float32)
             for task in group:
                 total = total.to(self._stored[task][f"{name}.delta"].device) + self._stored[task][f"{name}.delta"]
-            known[name] = (total / len(group)).to(self._dtype)
-        return known[name]
+            found = known.setdefault(name, (total / len(group)).to(self._dtype))
+        return found
 
     def dense_change(self, group: Group, name: str) -> Tensor:
         """The whole change of any tensor for a group, in its own shape."""

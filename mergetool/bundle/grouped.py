@@ -12,8 +12,12 @@ others      (class tokens, tables of positions) one value per sample, where the 
 
 Where that is not possible (weights that all samples share by construction, experts of a mixture, modules of unknown
 kind) a batch is cut into groups, and each passes through the model alone. Weights are never made per sample.
+
+Several threads may do this at once: what a pass is about (its runs, other weights in the place of a module's own)
+belongs to the thread that it is in, and in a thread that makes no such pass the model is what it was.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (as everybody calls it)
 
 from mergetool.bundle.factors import Group, TaskFactors
+from mergetool.bundle.local import make_local, replaced
 from mergetool.errors import SourceError
 
 _SHARED = ("relative_attention_bias",)
@@ -70,16 +75,69 @@ class GroupedModel:
         self.factors = factors
         self._places = _places(model, names, factors)
         self.mixable = all(place.mixable for place in self._places)
+        self._passes = _Passes()
+        for place in self._places:
+            make_local(place.module)
 
     @contextmanager
     def using(self, runs: Runs) -> Iterator[None]:
-        """While inside, the model has each group's weights for its run of samples."""
+        """While inside, the model has each group's weights for its run of samples, in this thread."""
         assert len(runs.groups) == 1 or self.mixable
         with ExitStack() as stack:
+            stack.enter_context(self._passes.one(runs, self._install, self._remove))
             for place in self._places:
-                stack.enter_context(place.patched(runs, self.factors))
+                if place.forward is None:
+                    stack.enter_context(replaced(place.module, place.whole(runs, self.factors)))
             yield
         self.factors.trim()
+
+    def _install(self) -> None:
+        for place in self._places:
+            if place.forward is not None:
+                place.module.forward = partial(self._run, place)
+
+    def _remove(self) -> None:
+        for place in self._places:
+            if place.forward is not None:
+                del place.module.forward
+
+    def _run(self, place: "_Place", *args: Any, **kwargs: Any) -> Any:
+        runs = self._passes.current
+        if runs is None or place.forward is None:  # another thread's pass: this one runs the model as it is
+            return type(place.module).forward(place.module, *args, **kwargs)
+        return place.forward(place, runs, self.factors, *args, **kwargs)
+
+
+class _Passes:
+    """The passes under way: the runs of each thread's own, and how many threads are in one."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._num_threads = 0
+
+    @property
+    def current(self) -> Runs | None:
+        """The runs of the pass that this thread is in."""
+        return getattr(self._local, "runs", None)
+
+    @contextmanager
+    def one(self, runs: Runs, install: Callable[[], None], remove: Callable[[], None]) -> Iterator[None]:
+        """A pass of this thread; `install` before the first of all that overlap, `remove` after the last."""
+        before = self.current
+        with self._lock:
+            if self._num_threads == 0:
+                install()
+            self._num_threads += 1
+        self._local.runs = runs
+        try:
+            yield
+        finally:
+            self._local.runs = before
+            with self._lock:
+                self._num_threads -= 1
+                if self._num_threads == 0:
+                    remove()
 
 
 @dataclass(frozen=True)
@@ -92,17 +150,9 @@ class _Place:
     """How it runs for several groups; None: its parameters are replaced for the whole pass."""
     mixable: bool
 
-    @contextmanager
-    def patched(self, runs: Runs, factors: TaskFactors) -> Iterator[None]:
-        if self.forward is not None:
-            self.module.forward = partial(self.forward, self, runs, factors)
-            try:
-                yield
-            finally:
-                del self.module.forward
-            return
-        with _replaced(self.module, {key: self._whole(key, runs, factors) for key in self.names}):
-            yield
+    def whole(self, runs: Runs, factors: TaskFactors) -> dict[str, Tensor]:
+        """All changed parameters, by their names in the module."""
+        return {key: self._whole(key, runs, factors) for key in self.names}
 
     def _whole(self, key: str, runs: Runs, factors: TaskFactors) -> Tensor:
         """A parameter of its group, or one per sample along a first axis of size 1."""
@@ -126,22 +176,6 @@ def _get(module: nn.Module, key: str) -> Tensor:
     found = module._parameters[key] if key in module._parameters else module._buffers[key]
     assert found is not None, key
     return found
-
-
-@contextmanager
-def _replaced(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
-    """Other tensors in the place of a module's parameters or buffers."""
-    tables: dict[str, dict[str, Any]] = {
-        key: module._parameters if key in module._parameters else module._buffers for key in values
-    }
-    before = {key: table[key] for key, table in tables.items()}
-    try:
-        for key, value in values.items():
-            tables[key][key] = value
-        yield
-    finally:
-        for key, value in before.items():
-            tables[key][key] = value
 
 
 def _places(model: nn.Module, stored: Mapping[str, str], factors: TaskFactors) -> list[_Place]:
@@ -256,7 +290,7 @@ def _scaled_norm(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> 
     """Norms of any formula that multiply by their weight: run as they are, with one weight per sample."""
     weights = [place.value("weight", group, factors) for group in runs.groups]
     spread = runs.spread([weight for weight in weights if weight is not None], x)
-    with _replaced(place.module, {"weight": spread}):
+    with replaced(place.module, {"weight": spread}):
         out: Tensor = type(place.module).forward(place.module, x)
     return out
 
@@ -268,6 +302,6 @@ def _run_by_run(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> T
             key: _get(place.module, key) + factors.dense_change(group, name).to(_get(place.module, key))
             for key, name in place.names.items()
         }
-        with _replaced(place.module, values):
+        with replaced(place.module, values):
             outputs.append(type(place.module).forward(place.module, x[run]))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -65,7 +65,7 @@ class Answer:
 
 
 class MassModel(nn.Module):
-    """A routed bundle over a transformers model. Not safe to call from several threads at once."""
+    """A routed bundle over a transformers model. `route`, `forward` and `generate` may be called by several threads."""
 
     def __init__(self, manifest: Manifest, base: "LoadedBase", factors: TaskFactors, folder: Path) -> None:
         super().__init__()
