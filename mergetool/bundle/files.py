@@ -52,8 +52,16 @@ def copy_model(source: ModelSource, folder: Path) -> None:
     if source.folder is None:
         _copy(weights[0], folder / SINGLE_NAME)
         return
-    beside = [source.folder / name for name in (CONFIG_NAME, INDEX_NAME) if (source.folder / name).is_file()]
-    for path in [*weights, *beside, *carried_files(source.folder)]:
+    index = [source.folder / INDEX_NAME] if (source.folder / INDEX_NAME).is_file() else []
+    for path in [*weights, *index]:
+        _copy(path, folder / path.name)
+    copy_small_files(source.folder, folder)
+
+
+def copy_small_files(source: Path, folder: Path) -> None:
+    """A model's config and tokenizer, byte for byte."""
+    config = [source / CONFIG_NAME] if (source / CONFIG_NAME).is_file() else []
+    for path in [*config, *carried_files(source)]:
         _copy(path, folder / path.name)
 
 

@@ -18,7 +18,7 @@ belongs to the thread that it is in, and in a thread that makes no such pass the
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +42,12 @@ class Runs:
 
     groups: tuple[Group, ...]
     bounds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> "Runs":
+        """The runs of samples whose groups these are, in order, equal ones side by side."""
+        starts = [place for place, group in enumerate(groups) if place == 0 or groups[place - 1] != group]
+        return cls(tuple(groups[start] for start in starts), (*starts, len(groups)))
 
     @property
     def num_samples(self) -> int:
@@ -70,10 +76,19 @@ class Runs:
 class GroupedModel:
     """A model, the factors of its experts, and the way every changed parameter is used."""
 
-    def __init__(self, model: nn.Module, names: Mapping[str, str], factors: TaskFactors) -> None:
-        """`names`: what the model's parameters are called in the checkpoint."""
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Mapping[str, str],
+        factors: TaskFactors,
+        held: Collection[str] | None = None,
+    ) -> None:
+        """`names`: what the model's parameters are called in the checkpoint; `held`: those of it that it has, or all.
+
+        Raises SourceError where a changed one is not found.
+        """
         self.factors = factors
-        self._places = _places(model, names, factors)
+        self._places = _places(model, names, factors, held)
         self.mixable = all(place.mixable for place in self._places)
         self._passes = _Passes()
         for place in self._places:
@@ -178,10 +193,14 @@ def _get(module: nn.Module, key: str) -> Tensor:
     return found
 
 
-def _places(model: nn.Module, stored: Mapping[str, str], factors: TaskFactors) -> list[_Place]:
+def _places(
+    model: nn.Module, stored: Mapping[str, str], factors: TaskFactors, held: Collection[str] | None
+) -> list[_Place]:
     """Every module that holds a changed parameter, and how it can be run."""
     parameters = factors.manifest.parameters
-    changed = {name for name, parameter in parameters.items() if parameter.policy != "skip"}
+    changed = {
+        name for name, parameter in parameters.items() if parameter.policy != "skip" and (held is None or name in held)
+    }
     by_identity: dict[int, str] = {}
     for name, tensor in _tensors(model):
         if stored.get(name) in changed:

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mergetool.arch.depth import structural_depths
+from mergetool.bundle.present import present
 from mergetool.errors import PlanError, at
 from mergetool.methods.base import BundleMethod, FittedMethod, Method, SearchMethod, TensorMethod
 from mergetool.planner.lookup import Lookup
@@ -40,6 +41,8 @@ def make_plan(
         recipe = candidate_recipe(recipe, recipe.method.space(tuple(recipe.models)).start)
     lookup = lookup or Lookup(recipe.folder)
     opened = dict(sources) if sources is not None else open_models(recipe, lookup)
+    if isinstance(recipe.method, BundleMethod) and BASE in opened:
+        opened = present(opened, [name for name, reference in recipe.models.items() if reference.head is not None])
     if output is None and recipe.output.path is not None:
         output = recipe.path_of(recipe.output.path)
     donor = BASE if BASE in opened else next(iter(recipe.models))
