@@ -369,11 +369,9 @@ def _routing_matrices(
     mostly read the residual stream, whose mean all tasks share. All matrices where there are none of that kind.
     """
     depths = structural_depths(parameters)
-    inside = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.policy == "svd" and len(parameter.shape) == 2 and depths[name] is not None
-    ]
+    matrices = [name for name, each in parameters.items() if each.policy == "svd" and len(each.shape) == 2]
+    inside = [name for name in matrices if depths[name] is not None]
+    inside = inside or [name for name in matrices if is_attention_output(name)]  # one layer, used again and again
     if layers != "auto":
         chosen = [name for name in inside if any(fnmatchcase(name, glob) for glob in layers)]
         if not chosen:

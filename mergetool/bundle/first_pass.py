@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mergetool.bundle.batch import num_samples
 from mergetool.bundle.build import FIRST_PASS
 from mergetool.bundle.factors import TaskFactors
 from mergetool.bundle.local import make_local, replaced
@@ -39,9 +40,10 @@ class _Stop(Exception):  # noqa: N818  (no error: it ends the pass)
 class _Reading:
     """What one pass has read so far."""
 
-    def __init__(self, num_places: int, mask: Tensor | None, pool: Pool) -> None:
+    def __init__(self, num_places: int, inputs: Mapping[str, Tensor], pool: Pool) -> None:
         self._num_places = num_places
-        self._mask = mask
+        self._mask = inputs.get("attention_mask")
+        self._num_samples = num_samples(inputs)
         self._pool = pool
         self._pooled: dict[int, tuple[Tensor, Tensor]] = {}  # query, key and value read the same tensor: pool it once
         self.found: dict[int, Tensor] = {}
@@ -50,10 +52,15 @@ class _Reading:
         """Pool what goes into one of the matrices. Raises _Stop after the last of them."""
         if place not in self.found:
             if id(x) not in self._pooled:
-                self._pooled[id(x)] = x, pool_tokens(x.float(), self._mask, self._pool)
+                self._pooled[id(x)] = x, pool_tokens(self._by_sample(x).float(), self._mask, self._pool)
             self.found[place] = self._pooled[id(x)][1]
         if len(self.found) == self._num_places:
             raise _Stop
+
+    def _by_sample(self, x: Tensor) -> Tensor:
+        """(samples, ..., features): windows of one image lie one after the other in some networks."""
+        windows, rest = divmod(len(x), self._num_samples)
+        return x.reshape(self._num_samples, -1, x.shape[-1]) if windows > 1 and rest == 0 else x
 
 
 class FirstPass:
@@ -85,7 +92,7 @@ class FirstPass:
 
     def features(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Pooled inputs (samples, features), float32, of every routing matrix. Stops the pass at the last one."""
-        reading = _Reading(len(self.modules), inputs.get("attention_mask"), self._router.pool)
+        reading = _Reading(len(self.modules), inputs, self._router.pool)
         self._local.reading = reading
         try:
             with self._merged_weights():

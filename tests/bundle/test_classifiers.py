@@ -232,6 +232,18 @@ def test_every_task_of_a_group_reads_the_groups_network_with_its_own_head(case, 
             torch.testing.assert_close(scored[place].values[row], expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_samples_of_a_batch_are_routed_as_each_alone(case, tmp_path):
+    paths = case.save(tmp_path, a=3, b=5)
+    model = opened(paths, tmp_path / "out", "mass", rank=0.4, router={"threshold": 0.4})
+    together = model(**case.inputs)
+    for sample in range(len(together.task)):
+        alone = model(**{key: value[sample : sample + 1] for key, value in case.inputs.items()})
+        assert alone.tasks[0] == together.tasks[sample]
+        torch.testing.assert_close(alone.coefficients[0], together.coefficients[sample], rtol=0, atol=1e-5)
+        torch.testing.assert_close(alone.logits[0], together.logits[sample], rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_an_experts_own_is_kept_whole(tmp_path):
     case = Case("BertForSequenceClassification", "BertForPreTraining")
     paths = case.save(tmp_path, a=3, b=5)
