@@ -7,6 +7,7 @@
     local     weights that one thread sees    classes  experts that are classes of transformers
     present   what is an expert's own        replay   their code, run on what the shared network said
     match     names of base and expert       answer   whose head answers
+    pieces    what transformers joins and divides
     expert    one compressed expert as a model that any method can read
 
 Usable by itself: nothing here knows of recipes, plans or runs.

@@ -7,7 +7,7 @@ Tasks whose classes or configs differ by more than their labels have networks of
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,12 @@ class ClassNetwork(nn.Module):
         self.names = {name: layout[own] for name, own in loaded.names.items() if own in layout}
         own = [name for name, stored in loaded.names.items() if stored in owns[0].tensors]
         shared = shared_parts(loaded.model, own)
-        self.grouped = GroupedModel(loaded.model, self.names, factors, set(layout.values()))
+        pieces = {
+            name: tuple(replace(each, name=layout[each.name]) for each in made)
+            for name, made in loaded.pieces.items()
+            if all(each.name in layout for each in made)
+        }
+        self.grouped = GroupedModel(loaded.model, self.names, factors, pieces, set(layout.values()))
         self._recorder = Recorder(loaded.model, shared)
         self._player = Player()
         self.readers = nn.ModuleDict({str(each.task): _reader(each, loaded, shared, self._player) for each in owns})

@@ -14,12 +14,14 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from mergetool.bundle.manifest import Manifest
+from mergetool.bundle.pieces import Piece, composed
 from mergetool.kernels.spectral import Factors, concatenated, orthogonalised
 
 Group = tuple[int, ...]
@@ -78,12 +80,21 @@ class TaskFactors:
         self._cache_bytes = cache_bytes
         self._stored = [_read(folder / task.factors) for task in manifest.tasks]
         self._groups: OrderedDict[Group, GroupChanges] = OrderedDict()
+        self._composed: dict[str, tuple[tuple[int, ...], tuple[Piece, ...]]] = {}
         self._lock = threading.Lock()
 
     def to(self, device: torch.device) -> None:
         """Move the factors, and forget what was made from them."""
         self._stored = [{name: value.to(device) for name, value in stored.items()} for stored in self._stored]
         self._groups.clear()
+
+    def compose(self, name: str, shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> None:
+        """Let `name` mean a parameter that is made of several tensors; it is kept in full."""
+        self._composed[name] = shape, pieces
+
+    def policy(self, name: str) -> Literal["svd", "full", "skip"]:
+        """How a tensor's changes are kept."""
+        return "full" if name in self._composed else self.manifest.parameters[name].policy
 
     def of(self, task: int, name: str) -> Factors:
         """A task's factors of a tensor as they are stored (rank 0 where it changed nothing)."""
@@ -123,19 +134,28 @@ class TaskFactors:
     def vector(self, group: Group, name: str) -> Tensor:
         """The mean change of a tensor that is stored in full."""
         known = self.changes(group).vectors
-        if (found := known.get(name)) is None:
+        if (found := known.get(name)) is not None:
+            return found
+        if name in self._composed:
+            shape, pieces = self._composed[name]
+            made = composed(shape, pieces, lambda each: self._changed(group, each)).to(self._dtype)
+        else:
             total = torch.zeros(self.manifest.parameters[name].shape, dtype=torch.float32)
             for task in group:
                 total = total.to(self._stored[task][f"{name}.delta"].device) + self._stored[task][f"{name}.delta"]
-            found = known.setdefault(name, (total / len(group)).to(self._dtype))
-        return found
+            made = (total / len(group)).to(self._dtype)
+        return known.setdefault(name, made)
+
+    def _changed(self, group: Group, name: str) -> Tensor | None:
+        """A tensor's change, or None where no expert changed it."""
+        parameter = self.manifest.parameters.get(name)
+        return None if parameter is None or parameter.policy == "skip" else self.dense_change(group, name)
 
     def dense_change(self, group: Group, name: str) -> Tensor:
         """The whole change of any tensor for a group, in its own shape."""
-        parameter = self.manifest.parameters[name]
-        if parameter.policy == "full":
+        if self.policy(name) == "full":
             return self.vector(group, name)
-        return self.matrix(group, name).change().view(parameter.shape)
+        return self.matrix(group, name).change().view(self.manifest.parameters[name].shape)
 
     def bases(self, names: Sequence[str], transposed: Sequence[bool]) -> list[list[Tensor]]:
         """Singular vectors on the side of the inputs, (k, inputs) float32, of every task, for each of the matrices.

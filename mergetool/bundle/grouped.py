@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ from torch.nn import functional as F  # noqa: N812  (as everybody calls it)
 
 from mergetool.bundle.factors import Group, TaskFactors
 from mergetool.bundle.local import make_local, replaced
+from mergetool.bundle.pieces import Piece
 from mergetool.errors import SourceError
 
+NOTHING: Mapping[str, tuple[Piece, ...]] = MappingProxyType({})
 _SHARED = ("relative_attention_bias",)
 """Modules whose output all samples of a batch share."""
 
@@ -81,14 +84,18 @@ class GroupedModel:
         model: nn.Module,
         names: Mapping[str, str],
         factors: TaskFactors,
+        pieces: Mapping[str, tuple[Piece, ...]] = NOTHING,
         held: Collection[str] | None = None,
     ) -> None:
-        """`names`: what the model's parameters are called in the checkpoint; `held`: those of it that it has, or all.
+        """`names`: what the model's parameters are called in the checkpoint; `pieces`: what others are made of.
 
-        Raises SourceError where a changed one is not found.
+        Raises SourceError where a changed tensor of the checkpoint (or of `held`, the part that it has) is not found.
         """
         self.factors = factors
-        self._places = _places(model, names, factors, held)
+        parameters = factors.manifest.parameters
+        changed = {name for name, parameter in parameters.items() if parameter.policy != "skip"}
+        changed &= changed if held is None else set(held)
+        self._places = _places(model, _named(model, names, pieces, factors, changed), factors)
         self.mixable = all(place.mixable for place in self._places)
         self._passes = _Passes()
         for place in self._places:
@@ -193,25 +200,35 @@ def _get(module: nn.Module, key: str) -> Tensor:
     return found
 
 
-def _places(
-    model: nn.Module, stored: Mapping[str, str], factors: TaskFactors, held: Collection[str] | None
-) -> list[_Place]:
-    """Every module that holds a changed parameter, and how it can be run."""
-    parameters = factors.manifest.parameters
-    changed = {
-        name for name, parameter in parameters.items() if parameter.policy != "skip" and (held is None or name in held)
-    }
-    by_identity: dict[int, str] = {}
+def _named(
+    model: nn.Module,
+    stored: Mapping[str, str],
+    pieces: Mapping[str, tuple[Piece, ...]],
+    factors: TaskFactors,
+    changed: set[str],
+) -> dict[int, str]:
+    """Names of the changed tensors of a model, by identity. Raises SourceError where one of them is not there."""
+    named, found = dict[int, str](), set[str]()
     for name, tensor in _tensors(model):
         if stored.get(name) in changed:
-            by_identity[id(tensor)] = stored[name]
-    if missing := changed - set(by_identity.values()):
+            named[id(tensor)] = stored[name]
+            found.add(stored[name])
+        elif made_of := {piece.name for piece in pieces.get(name, ())} & changed:
+            named[id(tensor)] = f"{type(model).__name__}: {name}"
+            factors.compose(named[id(tensor)], tuple(tensor.shape), pieces[name])
+            found |= made_of
+    if missing := changed - found:
         what = f"the model has no parameter for {len(missing)} changed tensors, first {min(missing)!r}"
         raise SourceError(what, type(model).__name__, "use the transformers version that the base was saved with")
+    return named
+
+
+def _places(model: nn.Module, named: Mapping[int, str], factors: TaskFactors) -> list[_Place]:
+    """Every module that holds a changed parameter, and how it can be run."""
     places = []
     for path, module in model.named_modules():
         own = {**module._parameters, **module._buffers}
-        names = {key: by_identity[id(value)] for key, value in own.items() if id(value) in by_identity}
+        names = {key: named[id(value)] for key, value in own.items() if id(value) in named}
         if names:
             places.append(_place(path, module, names, factors))
     return places
@@ -224,7 +241,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _place(path: str, module: nn.Module, names: dict[str, str], factors: TaskFactors) -> _Place:
     shared = path.rpartition(".")[2] in _SHARED
-    spectral = {key for key, name in names.items() if factors.manifest.parameters[name].policy == "svd"}
+    spectral = {key for key, name in names.items() if factors.policy(name) == "svd"}
     if type(module) is nn.Linear:
         return _Place(module, names, _linear, mixable=True)
     if type(module) is nn.Embedding and not shared:
@@ -249,7 +266,7 @@ def _linear(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> Tenso
     assert weight is not None
     runs_of_rows = list(runs.slices(x.shape[0]))
     biases = [place.value("bias", group, factors) for group, _ in runs_of_rows]
-    if name is None or factors.manifest.parameters[name].policy == "full":
+    if name is None or factors.policy(name) == "full":
         outputs = [
             F.linear(x[run], _full(weight, name, group, factors), bias)
             for (group, run), bias in zip(runs_of_rows, biases, strict=True)
@@ -287,7 +304,7 @@ def _embedding(place: _Place, runs: Runs, factors: TaskFactors, ids: Tensor) -> 
 
 
 def _rows(group: Group, name: str, ids: Tensor, factors: TaskFactors) -> Tensor:
-    if factors.manifest.parameters[name].policy == "full":
+    if factors.policy(name) == "full":
         return F.embedding(ids, factors.vector(group, name))
     matrix = factors.matrix(group, name)
     return F.embedding(ids, matrix.us) @ matrix.vh

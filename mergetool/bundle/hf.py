@@ -1,14 +1,15 @@
 """The one seam to transformers: build the base from its config, and read its tokenizer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mergetool.bundle.pieces import Piece, marks, pieces_of, whole_of
 from mergetool.errors import SourceError
 from mergetool.tensors.dtypes import of_torch
 from mergetool.tensors.header import TensorSpec
@@ -31,6 +32,8 @@ class LoadedBase:
 
     model: nn.Module
     names: Mapping[str, str]
+    pieces: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
+    """What parameters are made of that are no single tensor there."""
 
 
 def load_base(folder: Path, dtype: torch.dtype | None, *, encoder: bool) -> LoadedBase:
@@ -43,7 +46,7 @@ def load_base(folder: Path, dtype: torch.dtype | None, *, encoder: bool) -> Load
         raise SourceError(what, str(folder), "install the version that the base was made with")
     with _quiet():
         model = kind.from_pretrained(folder, dtype=dtype or "auto").eval()
-        return LoadedBase(model, _names(model, open_model(folder).specs))
+        return _loaded(model, open_model(folder).specs)
 
 
 def class_in(folder: Path, architecture: str) -> tuple[Any, Any]:
@@ -64,11 +67,14 @@ def load_class(kind: Any, config: Any, tensors: Mapping[str, Tensor], dtype: tor
         model, told = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
+        if wrong := sorted(str(each) for each in told["mismatched_keys"]):
+            what = f"tensors of other shapes than its config.json says: {wrong[0]}"
+            raise SourceError(what, where, "save the expert whole, with save_pretrained")
         if missing := sorted(told["missing_keys"]):
             what = f"{len(missing)} tensors of {kind.__name__} are neither in the base nor in the expert: {missing[0]}"
             raise SourceError(what, where, "save the expert whole, with save_pretrained")
         specs = {name: TensorSpec(name, of_torch(value.dtype), tuple(value.shape)) for name, value in tensors.items()}
-        return LoadedBase(model.eval(), _names(model, specs))
+        return _loaded(model.eval(), specs)
 
 
 def empty_model(kind: Any, like: Any, config: Any) -> Any:
@@ -77,31 +83,40 @@ def empty_model(kind: Any, like: Any, config: Any) -> Any:
         return kind._from_config(config, dtype=like.dtype, attn_implementation=like.config._attn_implementation).eval()
 
 
-def _names(model: Any, checkpoint: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Names in the checkpoint by name in the model.
+def _loaded(model: Any, checkpoint: Mapping[str, TensorSpec]) -> LoadedBase:
+    """A model, and where everything in its checkpoint went.
 
-    transformers renames tensors while it loads them, differently in every version. So a checkpoint is loaded in which
-    every entry of a tensor is that tensor's number, and the numbers tell where each one went.
+    transformers renames tensors while it loads them, and joins and divides some, differently in every version. So a
+    checkpoint of marks is loaded, and they tell where each tensor went (see `mergetool.bundle.pieces`).
     """
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     prefix = f"{model.base_model_prefix}."
-    found = {}
-    for name in tensors:
+    names = {}
+    for name in _tensors(model):
         same = (each for each in (name, prefix + name, name.removeprefix(prefix)) if each in checkpoint)
         if stored := next(same, None):
-            found[name] = stored
-    if set(found.values()) == set(checkpoint):
-        return found
-    numbered = list(checkpoint)
-    marked = {name: torch.full(checkpoint[name].shape, float(i)) for i, name in enumerate(numbered)}
+            names[name] = stored
+    if set(names.values()) == set(checkpoint):
+        return LoadedBase(model, names)
+    shapes = {name: spec.shape for name, spec in checkpoint.items()}
+    unknown = [name for name, value in _tensors(model).items() if name not in names and value.numel()]
+    numbers = _probe(model, marks(shapes, 0), unknown)
+    names |= {name: stored for name in unknown if (stored := whole_of(shapes, numbers[name])) is not None}
+    if not (rest := [name for name in unknown if name not in names]):
+        return LoadedBase(model, names)
+    digits = [numbers, *(_probe(model, marks(shapes, digit), rest) for digit in (1, 2))]
+    pieces = {name: pieces_of(shapes, [each[name] for each in digits]) for name in rest}
+    return LoadedBase(model, names, {name: made for name, made in pieces.items() if made})
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+
+
+def _probe(model: Any, marked: dict[str, Tensor], wanted: Sequence[str]) -> dict[str, Tensor]:
+    """Some tensors of a model of this class, loaded from marks."""
     probe = type(model).from_pretrained(None, config=model.config, state_dict=marked, dtype=torch.float32)
-    for name, value in {**dict(probe.named_parameters(remove_duplicate=False)), **dict(probe.named_buffers())}.items():
-        if name not in found and value.numel() and bool((value == value.detach().reshape(-1)[0]).all()):
-            number = float(value.detach().reshape(-1)[0])
-            stored = numbered[int(number)] if number in range(len(numbered)) else None
-            if stored is not None and checkpoint[stored].num_elements == value.numel():
-                found[name] = stored
-    return found
+    found = _tensors(probe)
+    return {name: found[name].detach().float() for name in wanted}
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class MassModel(nn.Module):
         self.networks = nn.ModuleList(networks)
         self._factors = factors
         alone = not any(base.model is network.base for network in networks)
-        self._grouped = GroupedModel(base.model, base.names, factors) if alone else networks[0].grouped
+        self._grouped = GroupedModel(base.model, base.names, factors, base.pieces) if alone else networks[0].grouped
         self._heads = [
             load_file(folder / task.head.file) if isinstance(task.head, Head) else None for task in manifest.tasks
         ]

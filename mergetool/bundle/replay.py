@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mergetool.errors import SourceError
@@ -49,7 +48,7 @@ class Recorder:
         said, mixed = self._listen(run, mute=False)
         if mixed and not self._seen_apart:  # what is an expert's own ran first: does anything shared depend on it?
             muted, _ = self._listen(run, mute=True)
-            if not _alike(said, muted):
+            if _spoilt(said, muted):
                 own, path = mixed
                 what = f"{path} reads what comes out of {own}, which the base lacks or which is the expert's own"
                 raise SourceError(what, self._name, "give the model that the experts were fine-tuned from as base")
@@ -72,7 +71,7 @@ class Recorder:
         if (heard := self._heard) is None:
             return None
         heard.own = path
-        return output * 0 if heard.mute and isinstance(output, Tensor) else None
+        return output * float("nan") if heard.mute and isinstance(output, Tensor) else None
 
     def _check_order(self, path: str) -> None:
         if (heard := self._heard) is not None and heard.own and heard.mixed is None:
@@ -88,7 +87,7 @@ class _Heard:
     """One recording under way."""
 
     mute: bool
-    """Whether an expert's own parts say zeros."""
+    """Whether an expert's own parts say what is no number, and spoils whatever reads it."""
     said: Said = field(default_factory=dict)
     own: str | None = None
     """An expert's own part that has run."""
@@ -96,15 +95,15 @@ class _Heard:
     """One that ran before a shared part, and that part."""
 
 
-def _alike(a: Any, b: Any) -> bool:
-    """Whether two recordings hold the same numbers."""
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, Mapping):
-        return all(_alike(a[key], b[key]) for key in a)
-    if isinstance(a, tuple | list):
-        return all(_alike(x, y) for x, y in zip(a, b, strict=True))
-    return True
+def _spoilt(sound: Any, muted: Any) -> bool:
+    """Whether a recording holds what is no number where another one does not."""
+    if isinstance(sound, Tensor):
+        return bool((muted.isnan() & ~sound.isnan()).any())
+    if isinstance(sound, Mapping):
+        return any(_spoilt(sound[key], muted[key]) for key in sound)
+    if isinstance(sound, tuple | list):
+        return any(_spoilt(x, y) for x, y in zip(sound, muted, strict=True))
+    return False
 
 
 class Player:

@@ -77,15 +77,28 @@ def save_experts(
         own.id2label = {number: f"{task}{number}" for number in range(labels.get(task, 3))}
         own.label2id = {label: number for number, label in own.id2label.items()}
         expert = kind.from_pretrained(folder / "base", config=own)
-        with torch.no_grad():
-            for value in expert.state_dict().values():
-                if value.is_floating_point() and value.numel():
-                    value.add_(scale * torch.randn_like(value) * value.std(correction=0).clamp_min(0.1))
+        _train(expert, scale)
+        expert.save_pretrained(folder / task)
+    return {name: folder / name for name in ("base", *tasks)}
+
+
+def _train(expert: Any, scale: float) -> None:
+    """Move every tensor, but not the embeddings of padding, which no gradient reaches."""
+    padding = {
+        id(module.weight): module.padding_idx
+        for module in expert.modules()
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None
+    }
+    with torch.no_grad():
+        for value in [*expert.parameters(), *expert.buffers()]:
+            if value.is_floating_point() and value.numel():
+                change = scale * torch.randn_like(value) * value.std(correction=0).clamp_min(0.1)
+                if id(value) in padding:
+                    change[padding[id(value)]] = 0
+                value.add_(change)
         for name, value in expert.named_buffers():
             if name.endswith("running_var"):
                 value.abs_()
-        expert.save_pretrained(folder / task)
-    return {name: folder / name for name in ("base", *tasks)}
 
 
 def _with_random_vectors(model: Any) -> Any:

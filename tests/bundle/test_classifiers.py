@@ -82,6 +82,9 @@ CASES = [
     Case("GPT2ForSequenceClassification", "GPT2LMHeadModel"),
     Case("GPT2ForSequenceClassification", "GPT2Model", LEFT),
     Case("Qwen2ForSequenceClassification", "Qwen2ForCausalLM", LEFT),
+    Case("MixtralForSequenceClassification", "MixtralForCausalLM"),  # experts of a mixture are joined in memory
+    Case("NomicBertForSequenceClassification", "NomicBertModel"),  # query, key and value are divided in memory
+    Case("CanineForSequenceClassification", "CanineModel"),  # its pooler runs before the last of its layers
     Case("BartForSequenceClassification", "BartForConditionalGeneration"),
     Case("T5ForSequenceClassification", "T5ForConditionalGeneration"),
     Case("BertForTokenClassification", "BertForMaskedLM"),
@@ -212,7 +215,7 @@ def group_weights(model, base, group):
     return found
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[11], CASES[14]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[11], CASES[14], CASES[15]], ids=str)
 def test_every_task_of_a_group_reads_the_groups_network_with_its_own_head(case, tmp_path):
     paths = case.save(tmp_path, a=3, b=5)
     model = opened(paths, tmp_path / "out", rank=0.4)
@@ -307,6 +310,18 @@ def test_an_expert_of_another_kind_than_the_base_is_told_so(mixed, tmp_path):
     other = case.save(tmp_path, a=2, b=2)
     said = wrong({"base": mixed["base"], "a": mixed["a"]}, d=other["a"])
     assert "it is a DistilBertForSequenceClassification and the base a BertForPreTraining" in said
+
+
+def test_what_is_an_experts_own_but_feeds_shared_layers_is_refused(tmp_path):
+    """A base that was saved without its embeddings: each expert has some of its own, below all that they share."""
+    case = Case("BertForSequenceClassification", "BertModel")
+    paths = case.save(tmp_path, a=3, b=5)
+    weights = load_file(paths["base"] / "model.safetensors")
+    del weights["embeddings.LayerNorm.weight"], weights["embeddings.LayerNorm.bias"]
+    save_file(weights, paths["base"] / "model.safetensors", {"format": "pt"})
+    model = opened(paths, tmp_path / "out")
+    with pytest.raises(SourceError, match=r"bert.encoder reads what comes out of bert.embeddings.LayerNorm"):
+        model(tasks=["a"], **case.inputs)
 
 
 def test_a_damaged_head_is_found(tmp_path):
