@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mergetool.bundle.answer import Scored
 from mergetool.bundle.batch import take
 from mergetool.bundle.factors import Group, TaskFactors
-from mergetool.bundle.grouped import GroupedModel, Runs
+from mergetool.bundle.grouped import GroupedModel, Runs, SeveralGroups
 from mergetool.bundle.manifest import ClassHead, HeadKind, Manifest
 from mergetool.bundle.replay import Playback, Player, Recorder, Said, rows_of, set_part, shared_parts
 from mergetool.errors import SourceError
@@ -75,7 +75,7 @@ class ClassNetwork(nn.Module):
             if all(each.name in layout for each in made)
         }
         self.grouped = GroupedModel(loaded.model, self.names, factors, pieces, set(layout.values()))
-        self._recorder = Recorder(loaded.model, shared)
+        self._recorder = Recorder(loaded.model, shared, [name for name in own if loaded.names[name] not in layout])
         self._player = Player()
         self.readers = nn.ModuleDict({str(each.task): _reader(each, loaded, shared, self._player) for each in owns})
         self._kinds: dict[int, HeadKind] = {each.task: each.head.kind for each in owns}
@@ -83,6 +83,13 @@ class ClassNetwork(nn.Module):
     def scores(self, groups: Sequence[Group], inputs: Mapping[str, Any]) -> dict[int, Scored]:
         """What every task of this network says of the samples in whose group it is."""
         inputs = {key: value for key, value in inputs.items() if key not in _UNUSED}
+        try:
+            return self._scores(groups, inputs)
+        except SeveralGroups:
+            self.grouped.mixable = False
+            return self._scores(groups, inputs)
+
+    def _scores(self, groups: Sequence[Group], inputs: Mapping[str, Any]) -> dict[int, Scored]:
         samples = [sample for sample, group in enumerate(groups) if self._kinds.keys() & set(group)]
         found: dict[int, list[Scored]] = {}
         for part in self._parts(samples, groups):

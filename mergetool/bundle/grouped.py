@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (as everybody calls it)
 
 from mergetool.bundle.factors import Group, TaskFactors
-from mergetool.bundle.local import make_local, replaced
+from mergetool.bundle.local import make_local, own_tensor, pending, replaced
 from mergetool.bundle.pieces import Piece
 from mergetool.errors import SourceError
 
@@ -76,6 +76,10 @@ class Runs:
         return rows.view(len(rows), *[1] * (like.ndim - 2), -1)
 
 
+class SeveralGroups(Exception):  # noqa: N818  (no error: the groups are run one by one then)
+    """A module reads another one's tensor, which has other values for every group of the batch."""
+
+
 class GroupedModel:
     """A model, the factors of its experts, and the way every changed parameter is used."""
 
@@ -99,7 +103,7 @@ class GroupedModel:
         self.mixable = all(place.mixable for place in self._places)
         self._passes = _Passes()
         for place in self._places:
-            make_local(place.module)
+            make_local(place.module, partial(self._offered, place) if place.forward is not None else None)
 
     @contextmanager
     def using(self, runs: Runs) -> Iterator[None]:
@@ -112,6 +116,13 @@ class GroupedModel:
                     stack.enter_context(replaced(place.module, place.whole(runs, self.factors)))
             yield
         self.factors.trim()
+
+    def _offered(self, place: "_Place", key: str) -> Tensor | None:
+        """What a module finds that reads another one's tensor instead of calling it: that of the one group there is."""
+        runs = self._passes.current
+        if runs is None or key not in place.names:
+            return None
+        return pending(_get(place.module, key), partial(place.of_one_group, key, runs, self.factors))
 
     def _install(self) -> None:
         for place in self._places:
@@ -176,6 +187,13 @@ class _Place:
         """All changed parameters, by their names in the module."""
         return {key: self._whole(key, runs, factors) for key in self.names}
 
+    def of_one_group(self, key: str, runs: Runs, factors: TaskFactors) -> Tensor:
+        """A whole parameter of the only group. Raises SeveralGroups where there are others."""
+        if len(runs.groups) > 1:
+            raise SeveralGroups
+        original = _get(self.module, key)
+        return original + factors.dense_change(runs.groups[0], self.names[key]).to(original)
+
     def _whole(self, key: str, runs: Runs, factors: TaskFactors) -> Tensor:
         """A parameter of its group, or one per sample along a first axis of size 1."""
         original = _get(self.module, key)
@@ -187,7 +205,7 @@ class _Place:
 
     def value(self, key: str, group: Group, factors: TaskFactors) -> Tensor | None:
         """A vector of the group (the model's own where no expert changed it), or None where the module has none."""
-        original = self.module._parameters[key]
+        original = own_tensor(self.module, key)
         if original is None or key not in self.names:
             return original
         return original + factors.vector(group, self.names[key]).to(original)
@@ -195,7 +213,7 @@ class _Place:
 
 def _get(module: nn.Module, key: str) -> Tensor:
     """A parameter or buffer that is there."""
-    found = module._parameters[key] if key in module._parameters else module._buffers[key]
+    found = own_tensor(module, key)
     assert found is not None, key
     return found
 
@@ -262,8 +280,7 @@ def _place(path: str, module: nn.Module, names: dict[str, str], factors: TaskFac
 
 def _linear(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> Tensor:
     module = place.module
-    weight, name = module._parameters["weight"], place.names.get("weight")
-    assert weight is not None
+    weight, name = _get(module, "weight"), place.names.get("weight")
     runs_of_rows = list(runs.slices(x.shape[0]))
     biases = [place.value("bias", group, factors) for group, _ in runs_of_rows]
     if name is None or factors.policy(name) == "full":
@@ -298,7 +315,7 @@ def _embedding(place: _Place, runs: Runs, factors: TaskFactors, ids: Tensor) -> 
     assert isinstance(module, nn.Embedding)
     if len(runs.groups) > 1 and ids.shape[0] == 1:  # positions, which all samples share
         ids = ids.expand(runs.num_samples, *ids.shape[1:])
-    rows = F.embedding(ids, module.weight, module.padding_idx)
+    rows = F.embedding(ids, _get(module, "weight"), module.padding_idx)
     changes = [_rows(group, name, ids[run], factors) for group, run in runs.slices(ids.shape[0])]
     return rows + (changes[0] if len(changes) == 1 else torch.cat(changes)).to(rows.dtype)
 

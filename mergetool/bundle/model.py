@@ -29,7 +29,7 @@ from mergetool.bundle.calibration import read_calibration
 from mergetool.bundle.classes import ClassNetwork, load_networks, stored_dtype
 from mergetool.bundle.factors import Group, TaskFactors
 from mergetool.bundle.first_pass import FirstPass
-from mergetool.bundle.grouped import GroupedModel, Runs
+from mergetool.bundle.grouped import GroupedModel, Runs, SeveralGroups
 from mergetool.bundle.manifest import ClassHead, Head, Manifest, Pool, read_manifest
 from mergetool.bundle.readout import head_scores, pool_tokens
 from mergetool.bundle.verify import base_folder, check_base, check_files
@@ -173,6 +173,13 @@ class MassModel(nn.Module):
 
     def _second_pass(self, groups: Sequence[Group], inputs: Mapping[str, Tensor]) -> Tensor:
         """Last layer (samples, tokens, features) or logits of language models, in the order of the samples."""
+        try:
+            return self._run_groups(groups, inputs)
+        except SeveralGroups:
+            self._grouped.mixable = False
+            return self._run_groups(groups, inputs)
+
+    def _run_groups(self, groups: Sequence[Group], inputs: Mapping[str, Tensor]) -> Tensor:
         num_samples = len(groups)
         order = sorted(range(num_samples), key=lambda sample: groups[sample])
         distinct = sorted(set(groups))

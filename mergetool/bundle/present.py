@@ -107,12 +107,13 @@ def _presented(
     sources: Mapping[str, ModelSource], architectures: Mapping[str, str], kinds: Mapping[str, HeadKind | None]
 ) -> dict[str, ModelSource]:
     base = sources[BASE]
-    with_head = head_kind(_architecture(base)) is not None
+    base_class = _architecture(base)
+    with_head = base_class != "" and not is_general(base_class)
     met = {}
     for name, source in sources.items():
         if name != BASE:
             found = counterparts(base.specs, source.specs)
-            _check_met(name, architectures[name], source, _architecture(base), len(found))
+            _check_met(name, architectures[name], source, base_class, len(found))
             met[name] = _without_heads(found, source, with_head=with_head)
     shared = [name for name in base.specs if any(name in names for names in met.values())]
     presented: dict[str, ModelSource] = {BASE: PresentedSource(base, {name: name for name in shared})}

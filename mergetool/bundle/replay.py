@@ -10,12 +10,14 @@ Recordings belong to the thread that makes them.
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from mergetool.bundle.local import make_local, replaced
 from mergetool.errors import SourceError
 
 Said = dict[str, list[Any]]
@@ -25,19 +27,25 @@ Said = dict[str, list[Any]]
 class Recorder:
     """Listens to the parts of a network that experts share."""
 
-    def __init__(self, network: nn.Module, shared: Sequence[str]) -> None:
-        """`shared`: the paths of the parts. All others with tensors are some expert's own."""
+    def __init__(self, network: nn.Module, shared: Sequence[str], own: Iterable[str]) -> None:
+        """`shared`: the paths of the parts; `own`: names of the network's tensors that are some expert's own."""
         self._local = threading.local()
         self._name = type(network).__name__
         self._seen_apart = False
+        self._own: list[tuple[nn.Module, dict[str, Tensor]]] = []
         inside = tuple(f"{path}." for path in shared)
+        names = set(own)
         for path, module in network.named_modules():
             if path in shared:
                 module.register_forward_hook(lambda *heard, path=path: self._keep(path, heard[-1]))
                 if next(module.parameters(), None) is not None:
                     module.register_forward_pre_hook(lambda *_, path=path: self._check_order(path))
             elif module._parameters and not path.startswith(inside):
-                module.register_forward_hook(lambda *heard, path=path: self._note_own(path, heard[-1]))
+                module.register_forward_hook(lambda *_, path=path: self._note_own(path))
+                if keys := [key for key in module._parameters if f"{path}.{key}".lstrip(".") in names]:
+                    make_local(module)
+                    spoilt = {key: torch.full_like(module.get_parameter(key), float("nan")) for key in keys}
+                    self._own.append((module, spoilt))
 
     def record(self, run: Callable[[], object]) -> Said:
         """What the parts say while `run` runs, in this thread.
@@ -45,18 +53,21 @@ class Recorder:
         Raises SourceError where a shared part reads what comes out of an expert's own: shared parts run for several
         experts at once.
         """
-        said, mixed = self._listen(run, mute=False)
+        said, mixed = self._listen(run)
         if mixed and not self._seen_apart:  # what is an expert's own ran first: does anything shared depend on it?
-            muted, _ = self._listen(run, mute=True)
-            if _spoilt(said, muted):
+            with ExitStack() as stack:
+                for module, spoilt in self._own:
+                    stack.enter_context(replaced(module, spoilt))
+                without, _ = self._listen(run)
+            if _spoilt(said, without):
                 own, path = mixed
                 what = f"{path} reads what comes out of {own}, which the base lacks or which is the expert's own"
                 raise SourceError(what, self._name, "give the model that the experts were fine-tuned from as base")
             self._seen_apart = True
         return said
 
-    def _listen(self, run: Callable[[], object], *, mute: bool) -> tuple[Said, tuple[str, str] | None]:
-        heard = self._local.heard = _Heard(mute)
+    def _listen(self, run: Callable[[], object]) -> tuple[Said, tuple[str, str] | None]:
+        heard = self._local.heard = _Heard()
         try:
             run()
         finally:
@@ -67,11 +78,9 @@ class Recorder:
         if (heard := self._heard) is not None:
             heard.said.setdefault(path, []).append(output)
 
-    def _note_own(self, path: str, output: Any) -> Any:
-        if (heard := self._heard) is None:
-            return None
-        heard.own = path
-        return output * float("nan") if heard.mute and isinstance(output, Tensor) else None
+    def _note_own(self, path: str) -> None:
+        if (heard := self._heard) is not None:
+            heard.own = path
 
     def _check_order(self, path: str) -> None:
         if (heard := self._heard) is not None and heard.own and heard.mixed is None:
@@ -86,8 +95,6 @@ class Recorder:
 class _Heard:
     """One recording under way."""
 
-    mute: bool
-    """Whether an expert's own parts say what is no number, and spoils whatever reads it."""
     said: Said = field(default_factory=dict)
     own: str | None = None
     """An expert's own part that has run."""
@@ -95,14 +102,14 @@ class _Heard:
     """One that ran before a shared part, and that part."""
 
 
-def _spoilt(sound: Any, muted: Any) -> bool:
-    """Whether a recording holds what is no number where another one does not."""
+def _spoilt(sound: Any, other: Any) -> bool:
+    """Whether another recording holds what is no number where this one does not."""
     if isinstance(sound, Tensor):
-        return bool((muted.isnan() & ~sound.isnan()).any())
+        return bool((other.isnan() & ~sound.isnan()).any())
     if isinstance(sound, Mapping):
-        return any(_spoilt(sound[key], muted[key]) for key in sound)
+        return any(_spoilt(sound[key], other[key]) for key in sound)
     if isinstance(sound, tuple | list):
-        return any(_spoilt(x, y) for x, y in zip(sound, muted, strict=True))
+        return any(_spoilt(x, y) for x, y in zip(sound, other, strict=True))
     return False
 
 

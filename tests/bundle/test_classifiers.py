@@ -66,6 +66,13 @@ CLIP = {
     "vision_config": {**SMALL, "image_size": 16, "patch_size": 4},
     "projection_dim": 16,
 }
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 LEFT = text_inputs(side="left")
 CASES = [
     Case("BertForSequenceClassification", "BertModel"),
@@ -84,6 +91,7 @@ CASES = [
     Case("Qwen2ForSequenceClassification", "Qwen2ForCausalLM", LEFT),
     Case("MixtralForSequenceClassification", "MixtralForCausalLM"),  # experts of a mixture are joined in memory
     Case("NomicBertForSequenceClassification", "NomicBertModel"),  # query, key and value are divided in memory
+    Case("Qwen3NextForSequenceClassification", "Qwen3NextForCausalLM", more=LINEAR),  # reads weights of its convolution
     Case("CanineForSequenceClassification", "CanineModel"),  # its pooler runs before the last of its layers
     Case("BartForSequenceClassification", "BartForConditionalGeneration"),
     Case("T5ForSequenceClassification", "T5ForConditionalGeneration"),
@@ -91,6 +99,7 @@ CASES = [
     Case("DistilBertForTokenClassification", "DistilBertModel"),
     Case("LlamaForTokenClassification", "LlamaForCausalLM"),
     Case("ViTForImageClassification", "ViTModel", image_inputs(), {"image_size": 16, "patch_size": 4}),
+    Case("ViTMSNForImageClassification", "ViTMSNModel", image_inputs(), {"image_size": 16, "patch_size": 4}),
     Case("BeitForImageClassification", "BeitModel", image_inputs(), {"image_size": 16, "patch_size": 4}),
     Case(
         "SwinForImageClassification",
@@ -215,7 +224,7 @@ def group_weights(model, base, group):
     return found
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[11], CASES[14], CASES[15]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[11], CASES[14], CASES[16]], ids=str)
 def test_every_task_of_a_group_reads_the_groups_network_with_its_own_head(case, tmp_path):
     paths = case.save(tmp_path, a=3, b=5)
     model = opened(paths, tmp_path / "out", rank=0.4)
@@ -349,6 +358,12 @@ def test_names_meet_whatever_they_begin_with(base, expert):
         [*(base + name for name in names), "cls.weight"], [*(expert + n for n in names), "score.weight"]
     )
     assert found == {base + name: expert + name for name in names}
+
+
+def test_names_meet_where_only_some_begin_with_a_prefix():
+    base = ["embeddings.weight", "layers.0.up.weight", "layers.1.up.weight", "layers.2.up.weight", "norm.weight"]
+    expert = ["net.embeddings.weight", *base[1:4], "net.norm.weight", "classifier.weight"]
+    assert counterparts(base, expert) == dict(zip(base, expert[:5], strict=True))
 
 
 def rows_file(path, inputs):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mergetool
-from mergetool.bundle.local import make_local, replaced
+from mergetool.bundle.local import make_local, pending, replaced
 from tests.bundle.tiny import OPTIONS, ROUTER, make_bundle, tiny_inputs
 
 NUM_THREADS = 8
@@ -148,3 +148,18 @@ def test_a_thread_sees_its_own_weights_and_others_the_modules():
         assert module.state_dict()["weight"].data_ptr() == own.data_ptr()
     assert module.weight is own
     assert seen[0] is own
+
+
+def test_a_pending_tensor_is_made_when_it_is_computed_with_and_not_before():
+    made = []
+
+    def make():
+        made.append(1)
+        return torch.full((2, 3), 2.0)
+
+    found = pending(torch.zeros(2, 3, dtype=torch.float32), make)
+    assert (found.dtype, found.device.type, tuple(found.shape), found.ndim) == (torch.float32, "cpu", (2, 3), 2)
+    assert not made
+    assert torch.equal(torch.nn.functional.linear(torch.ones(1, 3), found), torch.full((1, 2), 6.0))
+    assert torch.equal(found.squeeze(0) + 1, torch.full((2, 3), 3.0))
+    assert type(found[0]) is torch.Tensor
