@@ -32,7 +32,7 @@ class Recorder:
         self._local = threading.local()
         self._name = type(network).__name__
         self._seen_apart = False
-        self._own: list[tuple[nn.Module, dict[str, Tensor]]] = []
+        self._own: list[tuple[nn.Module, list[str]]] = []
         inside = tuple(f"{path}." for path in shared)
         names = set(own)
         for path, module in network.named_modules():
@@ -44,8 +44,7 @@ class Recorder:
                 module.register_forward_hook(lambda *_, path=path: self._note_own(path))
                 if keys := [key for key in module._parameters if f"{path}.{key}".lstrip(".") in names]:
                     make_local(module)
-                    spoilt = {key: torch.full_like(module.get_parameter(key), float("nan")) for key in keys}
-                    self._own.append((module, spoilt))
+                    self._own.append((module, keys))
 
     def record(self, run: Callable[[], object]) -> Said:
         """What the parts say while `run` runs, in this thread.
@@ -56,7 +55,8 @@ class Recorder:
         said, mixed = self._listen(run)
         if mixed and not self._seen_apart:  # what is an expert's own ran first: does anything shared depend on it?
             with ExitStack() as stack:
-                for module, spoilt in self._own:
+                for module, keys in self._own:
+                    spoilt = {key: torch.full_like(module.get_parameter(key), float("nan")) for key in keys}
                     stack.enter_context(replaced(module, spoilt))
                 without, _ = self._listen(run)
             if _spoilt(said, without):

@@ -9,9 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+import transformers
 
 import mergetool
 from mergetool.bundle.local import make_local, pending, replaced
+from tests.bundle.classifiers import save_experts, text_inputs, tiny_config
 from tests.bundle.tiny import OPTIONS, ROUTER, make_bundle, tiny_inputs
 
 NUM_THREADS = 8
@@ -82,6 +84,19 @@ def test_threads_that_route_see_neither_each_other_nor_a_second_pass(tmp_path):
     for place, routing in at_once(ask, asked):
         assert routing.tasks == expected[place].tasks
         torch.testing.assert_close(routing.distances, expected[place].distances, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Bert", "GPT2"])
+def test_many_threads_get_the_answers_of_classifiers(family, tmp_path):
+    kind = getattr(transformers, f"{family}ForSequenceClassification")
+    paths = save_experts(tmp_path, kind, tiny_config(kind), getattr(transformers, f"{family}Model"), a=3, b=5)
+    models = {task: str(paths[task]) for task in "ab"}
+    recipe = {"base": str(paths["base"]), "models": models, "merge": {"method": "mass", "router": {"threshold": 0.45}}}
+    model = mergetool.load_bundle(mergetool.run(recipe, output=tmp_path / "out").path)
+    asked = [text_inputs(1 + number % 5, seed=number) for number in range(10)]
+    expected = [model(**inputs) for inputs in asked]
+    for place, answer in at_once(lambda inputs: model(**inputs), asked):
+        same(answer, expected[place])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
