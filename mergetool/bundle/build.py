@@ -23,17 +23,18 @@ from mergetool._version import __version__
 from mergetool.arch.depth import structural_depths
 from mergetool.arch.matrices import is_attention_output, is_matrix
 from mergetool.bundle.files import CONFIG_NAME, TensorWriter, copy_model, single_name
-from mergetool.bundle.heads import write_head
+from mergetool.bundle.heads import write_class_head, write_head
 from mergetool.bundle.manifest import (
     MANIFEST_NAME,
     Base,
+    ClassHead,
     Head,
     Manifest,
     Parameter,
     Router,
     Task,
 )
-from mergetool.bundle.options import Experts, Options
+from mergetool.bundle.options import Experts, HeadSource, Options
 from mergetool.bundle.store import FactorStore
 from mergetool.errors import MergeError, PlanError
 from mergetool.kernels.routing import cosines, without_duplicates
@@ -100,6 +101,7 @@ class _Work:
         self.folder = folder
         self.store = store
         self.options = options
+        self._layouts: list[Mapping[str, str]] = []
 
     # ---------------------------------------------------------------- factors
 
@@ -267,18 +269,23 @@ class _Work:
 
     # ---------------------------------------------------------------- everything else
 
-    def write_heads(self) -> dict[str, Head]:
+    def write_heads(self) -> dict[str, Head | ClassHead]:
         """Copy the heads; either every task has one or none has."""
         missing = [name for name in self.experts.names if name not in self.experts.heads]
         if missing and self.experts.heads:
             what = f"task {missing[0]!r} has no head, but {next(iter(self.experts.heads))!r} has"
             fix = f"add head: {{weights: PATH}} to model {missing[0]!r}, or take all heads away"
             raise PlanError(what, f"model {missing[0]!r}", fix)
-        width = _hidden_size(read_config(self.experts.sources["base"].folder))
-        return {
-            name: write_head(name, source.path, self.folder, width, source.pool, source.normalize, source.labels)
-            for name, source in self.experts.heads.items()
-        }
+        return {name: self._write_head(name) for name in self.experts.heads}
+
+    def _write_head(self, task: str) -> Head | ClassHead:
+        source = self.experts.heads[task]
+        if isinstance(source, HeadSource):
+            width = _hidden_size(read_config(self.experts.sources["base"].folder))
+            return write_head(task, source.path, self.folder, width, source.pool, source.normalize, source.labels)
+        if source.layout not in self._layouts:
+            self._layouts.append(source.layout)
+        return write_class_head(task, source, self.folder, self._layouts.index(source.layout))
 
     def write_base(self) -> Base:
         """Copy the base, byte for byte, or say where it is."""
@@ -300,9 +307,10 @@ class _Work:
         config = read_config(self.experts.sources["base"].folder)
         write_file(self.folder / CONFIG_NAME, json.dumps(bundle_config(config), indent=2) + "\n")
         write_file(self.folder / "modeling_mass.py", _MODELING)
-        globs = ("base/*", "factors/*", "heads/*", FIRST_PASS, CONFIG_NAME, "modeling_mass.py")
-        written = [path for glob in globs for path in sorted(self.folder.glob(glob))]
+        globs = ("base/*", "factors/*", "heads/**/*", FIRST_PASS, CONFIG_NAME, "modeling_mass.py")
+        written = [path for glob in globs for path in sorted(self.folder.glob(glob)) if path.is_file()]
         manifest = Manifest(
+            format_version=2 if self._layouts else 1,
             mergetool=__version__,
             kind=self.options.kind,
             base=base,
@@ -311,9 +319,11 @@ class _Work:
             parameters=parameters,
             router=router,
             heads=self.options.heads,
+            layouts=tuple(self._layouts),
             files={path.relative_to(self.folder).as_posix(): sha256_file(path) for path in written},
         )
-        text = json.dumps(manifest.model_dump(mode="json", exclude_none=True), indent=1)
+        unused = None if manifest.layouts else {"layouts"}
+        text = json.dumps(manifest.model_dump(mode="json", exclude_none=True, exclude=unused), indent=1)
         write_file(self.folder / MANIFEST_NAME, text + "\n")
         return manifest
 
@@ -359,11 +369,9 @@ def _routing_matrices(
     mostly read the residual stream, whose mean all tasks share. All matrices where there are none of that kind.
     """
     depths = structural_depths(parameters)
-    inside = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.policy == "svd" and len(parameter.shape) == 2 and depths[name] is not None
-    ]
+    matrices = [name for name, each in parameters.items() if each.policy == "svd" and len(each.shape) == 2]
+    inside = [name for name in matrices if depths[name] is not None]
+    inside = inside or [name for name in matrices if is_attention_output(name)]  # one layer, used again and again
     if layers != "auto":
         chosen = [name for name in inside if any(fnmatchcase(name, glob) for glob in layers)]
         if not chosen:

@@ -1,17 +1,20 @@
 """One compressed expert of a bundle, as a model like any other: base plus factors, rebuilt as it is read.
 
 models: {sst2: {source: out/library, select: sst2}}       in a recipe of any method; passthrough writes it out
+
+An expert that was a classifier of transformers is one again: its own head, names, config and tokenizer come with it.
 """
 
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mergetool.bundle.manifest import Manifest, read_manifest
+from mergetool.bundle.manifest import ClassHead, Manifest, Task, read_manifest
 from mergetool.bundle.verify import base_folder, check_base, check_files
 from mergetool.errors import SourceError
 from mergetool.tensors.dtypes import torch_dtype
@@ -21,24 +24,41 @@ from mergetool.tensors.source import FileStamp, ModelSource, open_model
 
 
 class ExpertSource(ModelSource):
-    """A task's expert: names, shapes and dtypes of the base."""
+    """A task's expert: names of the base, or of the expert's own class where the bundle keeps its head."""
 
-    def __init__(self, base: ModelSource, manifest: Manifest, factors: Path) -> None:
+    def __init__(self, base: ModelSource, manifest: Manifest, task: Task, folder: Path) -> None:
+        """`folder`: that of the bundle."""
         self._base = base
         self._parameters = manifest.parameters
-        self._factors = factors
+        self._factors = folder / task.factors
+        self._head = head = open_model(folder / task.head.file) if isinstance(task.head, ClassHead) else None
+        self._names: Mapping[str, str] = {name: name for name in base.specs}
         self._last = threading.local()
         self.folder, self.stem = base.folder, base.stem
-        self.specs: Mapping[str, TensorSpec] = base.specs
+        if head is not None:
+            assert isinstance(task.head, ClassHead)
+            layout = manifest.layouts[task.head.layout]
+            self._names = {own: name for own, name in layout.items() if own not in head.specs}
+            self.folder = head.files[0].path.parent
+        renamed = {own: replace(base.specs[name], name=own) for own, name in self._names.items()}
+        self.specs: Mapping[str, TensorSpec] = renamed | ({} if head is None else dict(head.specs))
 
     @property
     def files(self) -> tuple[FileStamp, ...]:
-        return (*self._base.files, FileStamp.of(self._factors))
+        own = () if self._head is None else self._head.files
+        return (*self._base.files, *own, FileStamp.of(self._factors))
 
     def position(self, name: str) -> tuple[int, int]:
-        return self._base.position(name)
+        if name in self._names:
+            return self._base.position(self._names[name])
+        assert self._head is not None
+        return len(self._base.files), self._head.position(name)[1]
 
     def read_bytes(self, name: str, begin: int, buffer: memoryview) -> None:
+        if self._head is not None and name not in self._names:
+            self._head.read_bytes(name, begin, buffer)
+            return
+        name = self._names[name]
         parameter = self._parameters.get(name)
         if parameter is None or parameter.policy == "skip":
             self._base.read_bytes(name, begin, buffer)
@@ -49,7 +69,7 @@ class ExpertSource(ModelSource):
 
     def _rebuilt(self, name: str) -> Tensor:
         """Base + U diag(S) Vh (or the change kept in full), rounded once to the base's dtype."""
-        spec = self.specs[name]
+        spec = self._base.specs[name]
         stored = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
         self._base.read_bytes(name, 0, bytes_of(stored.reshape(-1)))
         values = stored.to(torch.float64)
@@ -67,6 +87,8 @@ class ExpertSource(ModelSource):
 
     def close(self) -> None:
         self._base.close()
+        if self._head is not None:
+            self._head.close()
 
 
 def open_expert(folder: Path, task: str) -> ExpertSource:
@@ -76,5 +98,5 @@ def open_expert(folder: Path, task: str) -> ExpertSource:
         raise SourceError(f"there is no task {task!r}", str(folder), f"its tasks are: {', '.join(manifest.names)}")
     check_files(folder, manifest, hashes=False)
     check_base(folder, manifest, hashes=manifest.base.kind == "reference")
-    file = next(each.factors for each in manifest.tasks if each.name == task)
-    return ExpertSource(open_model(base_folder(folder, manifest)), manifest, folder / file)
+    found = next(each for each in manifest.tasks if each.name == task)
+    return ExpertSource(open_model(base_folder(folder, manifest)), manifest, found, folder)

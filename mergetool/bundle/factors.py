@@ -9,16 +9,19 @@ save that, but C holds the inverses of U's and V's smallest singular values, in 
 float32 the product then cancels to noise.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from mergetool.bundle.manifest import Manifest
+from mergetool.bundle.pieces import Piece, composed
 from mergetool.kernels.spectral import Factors, concatenated, orthogonalised
 
 Group = tuple[int, ...]
@@ -61,12 +64,15 @@ class GroupChanges:
 
     @property
     def num_bytes(self) -> int:
-        vectors = sum(each.numel() * each.element_size() for each in self.vectors.values())
-        return vectors + sum(each.num_bytes for each in self.matrices.values())
+        vectors = sum(each.numel() * each.element_size() for each in [*self.vectors.values()])
+        return vectors + sum(each.num_bytes for each in [*self.matrices.values()])
 
 
 class TaskFactors:
-    """Stored factors of all tasks, and a cache of groups, least recently used out first."""
+    """Stored factors of all tasks, and a cache of groups, least recently used out first. Safe for several threads.
+
+    What is made for a group is made outside the lock: two threads may make the same, and the first one's is kept.
+    """
 
     def __init__(self, manifest: Manifest, folder: Path, dtype: torch.dtype, cache_bytes: int) -> None:
         self.manifest = manifest
@@ -74,11 +80,21 @@ class TaskFactors:
         self._cache_bytes = cache_bytes
         self._stored = [_read(folder / task.factors) for task in manifest.tasks]
         self._groups: OrderedDict[Group, GroupChanges] = OrderedDict()
+        self._composed: dict[str, tuple[tuple[int, ...], tuple[Piece, ...]]] = {}
+        self._lock = threading.Lock()
 
     def to(self, device: torch.device) -> None:
         """Move the factors, and forget what was made from them."""
         self._stored = [{name: value.to(device) for name, value in stored.items()} for stored in self._stored]
         self._groups.clear()
+
+    def compose(self, name: str, shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> None:
+        """Let `name` mean a parameter that is made of several tensors; it is kept in full."""
+        self._composed[name] = shape, pieces
+
+    def policy(self, name: str) -> Literal["svd", "full", "skip"]:
+        """How a tensor's changes are kept."""
+        return "full" if name in self._composed else self.manifest.parameters[name].policy
 
     def of(self, task: int, name: str) -> Factors:
         """A task's factors of a tensor as they are stored (rank 0 where it changed nothing)."""
@@ -92,22 +108,22 @@ class TaskFactors:
 
     def changes(self, group: Group) -> GroupChanges:
         """The cache entry of a group, made the most recent one."""
-        if group not in self._groups:
-            self._groups[group] = GroupChanges()
-        self._groups.move_to_end(group)
-        return self._groups[group]
+        with self._lock:
+            found = self._groups.setdefault(group, GroupChanges())
+            self._groups.move_to_end(group)
+            return found
 
     def trim(self) -> None:
         """Forget the groups that were not used for longest, until the cache is as small as it should be."""
-        while len(self._groups) > 1 and sum(each.num_bytes for each in self._groups.values()) > self._cache_bytes:
-            self._groups.popitem(last=False)
+        with self._lock:
+            while len(self._groups) > 1 and sum(each.num_bytes for each in self._groups.values()) > self._cache_bytes:
+                self._groups.popitem(last=False)
 
     def matrix(self, group: Group, name: str) -> GroupMatrix:
         """A matrix' change for a group, from the cache or made now."""
         known = self.changes(group).matrices
-        if name not in known:
-            known[name] = self._matrix(group, name)
-        return known[name]
+        found = known.get(name)
+        return known.setdefault(name, self._matrix(group, name)) if found is None else found
 
     def _matrix(self, group: Group, name: str) -> GroupMatrix:
         every = concatenated([self.of(task, name).to(torch.float64) for task in group])
@@ -118,19 +134,28 @@ class TaskFactors:
     def vector(self, group: Group, name: str) -> Tensor:
         """The mean change of a tensor that is stored in full."""
         known = self.changes(group).vectors
-        if name not in known:
+        if (found := known.get(name)) is not None:
+            return found
+        if name in self._composed:
+            shape, pieces = self._composed[name]
+            made = composed(shape, pieces, lambda each: self._changed(group, each)).to(self._dtype)
+        else:
             total = torch.zeros(self.manifest.parameters[name].shape, dtype=torch.float32)
             for task in group:
                 total = total.to(self._stored[task][f"{name}.delta"].device) + self._stored[task][f"{name}.delta"]
-            known[name] = (total / len(group)).to(self._dtype)
-        return known[name]
+            made = (total / len(group)).to(self._dtype)
+        return known.setdefault(name, made)
+
+    def _changed(self, group: Group, name: str) -> Tensor | None:
+        """A tensor's change, or None where no expert changed it."""
+        parameter = self.manifest.parameters.get(name)
+        return None if parameter is None or parameter.policy == "skip" else self.dense_change(group, name)
 
     def dense_change(self, group: Group, name: str) -> Tensor:
         """The whole change of any tensor for a group, in its own shape."""
-        parameter = self.manifest.parameters[name]
-        if parameter.policy == "full":
+        if self.policy(name) == "full":
             return self.vector(group, name)
-        return self.matrix(group, name).change().view(parameter.shape)
+        return self.matrix(group, name).change().view(self.manifest.parameters[name].shape)
 
     def bases(self, names: Sequence[str], transposed: Sequence[bool]) -> list[list[Tensor]]:
         """Singular vectors on the side of the inputs, (k, inputs) float32, of every task, for each of the matrices.

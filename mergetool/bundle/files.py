@@ -53,8 +53,15 @@ def copy_model(source: ModelSource, folder: Path) -> None:
     if source.folder is None:
         _copy(weights[0], folder / single_name(weights[0]))
         return
-    config = [source.folder / CONFIG_NAME] if (source.folder / CONFIG_NAME).is_file() else []
-    for path in [*weights, *_index(source.folder, weights), *config, *carried_files(source.folder)]:
+    for path in [*weights, *_index(source.folder, weights)]:
+        _copy(path, folder / path.name)
+    copy_small_files(source.folder, folder)
+
+
+def copy_small_files(source: Path, folder: Path) -> None:
+    """A model's config and tokenizer, byte for byte."""
+    config = [source / CONFIG_NAME] if (source / CONFIG_NAME).is_file() else []
+    for path in [*config, *carried_files(source)]:
         _copy(path, folder / path.name)
 
 

@@ -2,12 +2,14 @@
 
 The base (or the merged model) runs as far as the last matrix that the router reads, and no further. What goes into
 those matrices, pooled over tokens, is compared with the directions that each task's own update of them acts on.
+Several threads may do so at once: modules are listened to all the time, by whoever runs them in the calling thread.
 
 Reference: Crisostomi et al., MASS, https://arxiv.org/abs/2504.05342, section 3.
 """
 
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mergetool.bundle.batch import num_samples
 from mergetool.bundle.build import FIRST_PASS
 from mergetool.bundle.factors import TaskFactors
-from mergetool.bundle.manifest import Router
+from mergetool.bundle.local import make_local, replaced
+from mergetool.bundle.manifest import Pool, Router
 from mergetool.bundle.readout import pool_tokens
 from mergetool.errors import SourceError
 from mergetool.kernels.routing import mean_distance
@@ -33,6 +37,32 @@ class _Stop(Exception):  # noqa: N818  (no error: it ends the pass)
     pass
 
 
+class _Reading:
+    """What one pass has read so far."""
+
+    def __init__(self, num_places: int, inputs: Mapping[str, Tensor], pool: Pool) -> None:
+        self._num_places = num_places
+        self._mask = inputs.get("attention_mask")
+        self._num_samples = num_samples(inputs)
+        self._pool = pool
+        self._pooled: dict[int, tuple[Tensor, Tensor]] = {}  # query, key and value read the same tensor: pool it once
+        self.found: dict[int, Tensor] = {}
+
+    def read(self, place: int, x: Tensor) -> None:
+        """Pool what goes into one of the matrices. Raises _Stop after the last of them."""
+        if place not in self.found:
+            if id(x) not in self._pooled:
+                self._pooled[id(x)] = x, pool_tokens(self._by_sample(x).float(), self._mask, self._pool)
+            self.found[place] = self._pooled[id(x)][1]
+        if len(self.found) == self._num_places:
+            raise _Stop
+
+    def _by_sample(self, x: Tensor) -> Tensor:
+        """(samples, ..., features): windows of one image lie one after the other in some networks."""
+        windows, rest = divmod(len(x), self._num_samples)
+        return x.reshape(self._num_samples, -1, x.shape[-1]) if windows > 1 and rest == 0 else x
+
+
 class FirstPass:
     """What a router reads in a model, and what it compares that with."""
 
@@ -44,12 +74,17 @@ class FirstPass:
         turned = [type(module).__name__ == "Conv1D" for module in self.modules]  # GPT-2's linear layers
         self.bases = factors.bases(router.matrices, turned)
         merged = folder / FIRST_PASS
-        self._weights = load_file(merged) if merged.is_file() else {}
+        self._merged: list[tuple[nn.Module, dict[str, Tensor]]] = []
+        if merged.is_file():
+            self._merged = _replacements(base, load_file(merged))
+        self._local = threading.local()
+        for place, module in enumerate(self.modules):
+            module.register_forward_pre_hook(lambda _, arguments, place=place: self._read(place, arguments[0]))
 
     def to(self, device: torch.device) -> None:
         """Keep everything on `device`, where the model is."""
         self.bases = [[basis.to(device) for basis in bases] for bases in self.bases]
-        self._weights = {name: value.to(device) for name, value in self._weights.items()}
+        self._merged = [(module, {k: v.to(device) for k, v in values.items()}) for module, values in self._merged]
 
     def distances(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """(samples, tasks): the distance of each sample from the span of each task's directions."""
@@ -57,45 +92,44 @@ class FirstPass:
 
     def features(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Pooled inputs (samples, features), float32, of every routing matrix. Stops the pass at the last one."""
-        mask = inputs.get("attention_mask")
-        found: dict[int, Tensor] = {}
-        pooled: dict[int, tuple[Tensor, Tensor]] = {}  # query, key and value read the same tensor: pool it once
-
-        def read(place: int, x: Tensor) -> None:
-            if place not in found:
-                if id(x) not in pooled:
-                    pooled[id(x)] = x, pool_tokens(x.float(), mask, self._router.pool)
-                found[place] = pooled[id(x)][1]
-            if len(found) == len(self.modules):
-                raise _Stop
-
-        hooks = [
-            module.register_forward_pre_hook(lambda _, arguments, place=place: read(place, arguments[0]))
-            for place, module in enumerate(self.modules)
-        ]
+        reading = _Reading(len(self.modules), inputs, self._router.pool)
+        self._local.reading = reading
         try:
-            with self._merged():
+            with self._merged_weights():
                 self._model(**{key: value for key, value in inputs.items() if key not in _UNUSED})
         except _Stop:
             pass
         finally:
-            for hook in hooks:
-                hook.remove()
-        return [found[place] for place in range(len(self.modules))]
+            self._local.reading = None
+        return [reading.found[place] for place in range(len(self.modules))]
+
+    def _read(self, place: int, x: Tensor) -> None:
+        reading = getattr(self._local, "reading", None)
+        if reading is not None:
+            reading.read(place, x)
 
     @contextmanager
-    def _merged(self) -> Iterator[None]:
-        """While inside, the model has the merged weights, if routing features come from those."""
-        originals = []
-        for name, parameter in self._model.named_parameters() if self._weights else ():
-            if (merged := self._weights.get(self._names.get(name, ""))) is not None:
-                originals.append((parameter, parameter.data))
-                parameter.data = merged.to(parameter)
-        try:
+    def _merged_weights(self) -> Iterator[None]:
+        """While inside, the model has the merged weights in this thread, if routing features come from those."""
+        with ExitStack() as stack:
+            for module, values in self._merged:
+                stack.enter_context(replaced(module, values))
             yield
-        finally:
-            for parameter, data in originals:
-                parameter.data = data
+
+
+def _replacements(base: "LoadedBase", merged: Mapping[str, Tensor]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """Merged weights by module and name in it."""
+    found = []
+    for path, module in base.model.named_modules():
+        own = {
+            key: merged[name].to(value.dtype)
+            for key, value in module._parameters.items()
+            if value is not None and (name := base.names.get(f"{path}.{key}".lstrip("."), "")) in merged
+        }
+        if own:
+            make_local(module)
+            found.append((module, own))
+    return found
 
 
 def _modules(base: "LoadedBase", router: Router, folder: Path) -> list[nn.Module]:

@@ -12,12 +12,17 @@ others      (class tokens, tables of positions) one value per sample, where the 
 
 Where that is not possible (weights that all samples share by construction, experts of a mixture, modules of unknown
 kind) a batch is cut into groups, and each passes through the model alone. Weights are never made per sample.
+
+Several threads may do this at once: what a pass is about (its runs, other weights in the place of a module's own)
+belongs to the thread that it is in, and in a thread that makes no such pass the model is what it was.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,8 +30,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (as everybody calls it)
 
 from mergetool.bundle.factors import Group, TaskFactors
+from mergetool.bundle.local import make_local, own_tensor, pending, replaced
+from mergetool.bundle.pieces import Piece
 from mergetool.errors import SourceError
 
+NOTHING: Mapping[str, tuple[Piece, ...]] = MappingProxyType({})
 _SHARED = ("relative_attention_bias",)
 """Modules whose output all samples of a batch share."""
 
@@ -37,6 +45,12 @@ class Runs:
 
     groups: tuple[Group, ...]
     bounds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> "Runs":
+        """The runs of samples whose groups these are, in order, equal ones side by side."""
+        starts = [place for place, group in enumerate(groups) if place == 0 or groups[place - 1] != group]
+        return cls(tuple(groups[start] for start in starts), (*starts, len(groups)))
 
     @property
     def num_samples(self) -> int:
@@ -62,24 +76,101 @@ class Runs:
         return rows.view(len(rows), *[1] * (like.ndim - 2), -1)
 
 
+class SeveralGroups(Exception):  # noqa: N818  (no error: the groups are run one by one then)
+    """A module reads another one's tensor, which has other values for every group of the batch."""
+
+
 class GroupedModel:
     """A model, the factors of its experts, and the way every changed parameter is used."""
 
-    def __init__(self, model: nn.Module, names: Mapping[str, str], factors: TaskFactors) -> None:
-        """`names`: what the model's parameters are called in the checkpoint."""
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Mapping[str, str],
+        factors: TaskFactors,
+        pieces: Mapping[str, tuple[Piece, ...]] = NOTHING,
+        held: Collection[str] | None = None,
+    ) -> None:
+        """`names`: what the model's parameters are called in the checkpoint; `pieces`: what others are made of.
+
+        Raises SourceError where a changed tensor of the checkpoint (or of `held`, the part that it has) is not found.
+        """
         self.factors = factors
-        self._places = _places(model, names, factors)
+        parameters = factors.manifest.parameters
+        changed = {name for name, parameter in parameters.items() if parameter.policy != "skip"}
+        changed &= changed if held is None else set(held)
+        self._places = _places(model, _named(model, names, pieces, factors, changed), factors)
         self.mixable = all(place.mixable for place in self._places)
+        self._passes = _Passes()
+        for place in self._places:
+            make_local(place.module, partial(self._offered, place) if place.forward is not None else None)
 
     @contextmanager
     def using(self, runs: Runs) -> Iterator[None]:
-        """While inside, the model has each group's weights for its run of samples."""
+        """While inside, the model has each group's weights for its run of samples, in this thread."""
         assert len(runs.groups) == 1 or self.mixable
         with ExitStack() as stack:
+            stack.enter_context(self._passes.one(runs, self._install, self._remove))
             for place in self._places:
-                stack.enter_context(place.patched(runs, self.factors))
+                if place.forward is None:
+                    stack.enter_context(replaced(place.module, place.whole(runs, self.factors)))
             yield
         self.factors.trim()
+
+    def _offered(self, place: "_Place", key: str) -> Tensor | None:
+        """What a module finds that reads another one's tensor instead of calling it: that of the one group there is."""
+        runs = self._passes.current
+        if runs is None or key not in place.names:
+            return None
+        return pending(_get(place.module, key), partial(place.of_one_group, key, runs, self.factors))
+
+    def _install(self) -> None:
+        for place in self._places:
+            if place.forward is not None:
+                place.module.forward = partial(self._run, place)
+
+    def _remove(self) -> None:
+        for place in self._places:
+            if place.forward is not None:
+                del place.module.forward
+
+    def _run(self, place: "_Place", *args: Any, **kwargs: Any) -> Any:
+        runs = self._passes.current
+        if runs is None or place.forward is None:  # another thread's pass: this one runs the model as it is
+            return type(place.module).forward(place.module, *args, **kwargs)
+        return place.forward(place, runs, self.factors, *args, **kwargs)
+
+
+class _Passes:
+    """The passes under way: the runs of each thread's own, and how many threads are in one."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._num_threads = 0
+
+    @property
+    def current(self) -> Runs | None:
+        """The runs of the pass that this thread is in."""
+        return getattr(self._local, "runs", None)
+
+    @contextmanager
+    def one(self, runs: Runs, install: Callable[[], None], remove: Callable[[], None]) -> Iterator[None]:
+        """A pass of this thread; `install` before the first of all that overlap, `remove` after the last."""
+        before = self.current
+        with self._lock:
+            if self._num_threads == 0:
+                install()
+            self._num_threads += 1
+        self._local.runs = runs
+        try:
+            yield
+        finally:
+            self._local.runs = before
+            with self._lock:
+                self._num_threads -= 1
+                if self._num_threads == 0:
+                    remove()
 
 
 @dataclass(frozen=True)
@@ -92,17 +183,16 @@ class _Place:
     """How it runs for several groups; None: its parameters are replaced for the whole pass."""
     mixable: bool
 
-    @contextmanager
-    def patched(self, runs: Runs, factors: TaskFactors) -> Iterator[None]:
-        if self.forward is not None:
-            self.module.forward = partial(self.forward, self, runs, factors)
-            try:
-                yield
-            finally:
-                del self.module.forward
-            return
-        with _replaced(self.module, {key: self._whole(key, runs, factors) for key in self.names}):
-            yield
+    def whole(self, runs: Runs, factors: TaskFactors) -> dict[str, Tensor]:
+        """All changed parameters, by their names in the module."""
+        return {key: self._whole(key, runs, factors) for key in self.names}
+
+    def of_one_group(self, key: str, runs: Runs, factors: TaskFactors) -> Tensor:
+        """A whole parameter of the only group. Raises SeveralGroups where there are others."""
+        if len(runs.groups) > 1:
+            raise SeveralGroups
+        original = _get(self.module, key)
+        return original + factors.dense_change(runs.groups[0], self.names[key]).to(original)
 
     def _whole(self, key: str, runs: Runs, factors: TaskFactors) -> Tensor:
         """A parameter of its group, or one per sample along a first axis of size 1."""
@@ -115,7 +205,7 @@ class _Place:
 
     def value(self, key: str, group: Group, factors: TaskFactors) -> Tensor | None:
         """A vector of the group (the model's own where no expert changed it), or None where the module has none."""
-        original = self.module._parameters[key]
+        original = own_tensor(self.module, key)
         if original is None or key not in self.names:
             return original
         return original + factors.vector(group, self.names[key]).to(original)
@@ -123,42 +213,40 @@ class _Place:
 
 def _get(module: nn.Module, key: str) -> Tensor:
     """A parameter or buffer that is there."""
-    found = module._parameters[key] if key in module._parameters else module._buffers[key]
+    found = own_tensor(module, key)
     assert found is not None, key
     return found
 
 
-@contextmanager
-def _replaced(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
-    """Other tensors in the place of a module's parameters or buffers."""
-    tables: dict[str, dict[str, Any]] = {
-        key: module._parameters if key in module._parameters else module._buffers for key in values
-    }
-    before = {key: table[key] for key, table in tables.items()}
-    try:
-        for key, value in values.items():
-            tables[key][key] = value
-        yield
-    finally:
-        for key, value in before.items():
-            tables[key][key] = value
-
-
-def _places(model: nn.Module, stored: Mapping[str, str], factors: TaskFactors) -> list[_Place]:
-    """Every module that holds a changed parameter, and how it can be run."""
-    parameters = factors.manifest.parameters
-    changed = {name for name, parameter in parameters.items() if parameter.policy != "skip"}
-    by_identity: dict[int, str] = {}
+def _named(
+    model: nn.Module,
+    stored: Mapping[str, str],
+    pieces: Mapping[str, tuple[Piece, ...]],
+    factors: TaskFactors,
+    changed: set[str],
+) -> dict[int, str]:
+    """Names of the changed tensors of a model, by identity. Raises SourceError where one of them is not there."""
+    named, found = dict[int, str](), set[str]()
     for name, tensor in _tensors(model):
         if stored.get(name) in changed:
-            by_identity[id(tensor)] = stored[name]
-    if missing := changed - set(by_identity.values()):
+            named[id(tensor)] = stored[name]
+            found.add(stored[name])
+        elif made_of := {piece.name for piece in pieces.get(name, ())} & changed:
+            named[id(tensor)] = f"{type(model).__name__}: {name}"
+            factors.compose(named[id(tensor)], tuple(tensor.shape), pieces[name])
+            found |= made_of
+    if missing := changed - found:
         what = f"the model has no parameter for {len(missing)} changed tensors, first {min(missing)!r}"
         raise SourceError(what, type(model).__name__, "use the transformers version that the base was saved with")
+    return named
+
+
+def _places(model: nn.Module, named: Mapping[int, str], factors: TaskFactors) -> list[_Place]:
+    """Every module that holds a changed parameter, and how it can be run."""
     places = []
     for path, module in model.named_modules():
         own = {**module._parameters, **module._buffers}
-        names = {key: by_identity[id(value)] for key, value in own.items() if id(value) in by_identity}
+        names = {key: named[id(value)] for key, value in own.items() if id(value) in named}
         if names:
             places.append(_place(path, module, names, factors))
     return places
@@ -171,7 +259,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _place(path: str, module: nn.Module, names: dict[str, str], factors: TaskFactors) -> _Place:
     shared = path.rpartition(".")[2] in _SHARED
-    spectral = {key for key, name in names.items() if factors.manifest.parameters[name].policy == "svd"}
+    spectral = {key for key, name in names.items() if factors.policy(name) == "svd"}
     if type(module) is nn.Linear:
         return _Place(module, names, _linear, mixable=True)
     if type(module) is nn.Embedding and not shared:
@@ -192,11 +280,10 @@ def _place(path: str, module: nn.Module, names: dict[str, str], factors: TaskFac
 
 def _linear(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> Tensor:
     module = place.module
-    weight, name = module._parameters["weight"], place.names.get("weight")
-    assert weight is not None
+    weight, name = _get(module, "weight"), place.names.get("weight")
     runs_of_rows = list(runs.slices(x.shape[0]))
     biases = [place.value("bias", group, factors) for group, _ in runs_of_rows]
-    if name is None or factors.manifest.parameters[name].policy == "full":
+    if name is None or factors.policy(name) == "full":
         outputs = [
             F.linear(x[run], _full(weight, name, group, factors), bias)
             for (group, run), bias in zip(runs_of_rows, biases, strict=True)
@@ -228,13 +315,13 @@ def _embedding(place: _Place, runs: Runs, factors: TaskFactors, ids: Tensor) -> 
     assert isinstance(module, nn.Embedding)
     if len(runs.groups) > 1 and ids.shape[0] == 1:  # positions, which all samples share
         ids = ids.expand(runs.num_samples, *ids.shape[1:])
-    rows = F.embedding(ids, module.weight, module.padding_idx)
+    rows = F.embedding(ids, _get(module, "weight"), module.padding_idx)
     changes = [_rows(group, name, ids[run], factors) for group, run in runs.slices(ids.shape[0])]
     return rows + (changes[0] if len(changes) == 1 else torch.cat(changes)).to(rows.dtype)
 
 
 def _rows(group: Group, name: str, ids: Tensor, factors: TaskFactors) -> Tensor:
-    if factors.manifest.parameters[name].policy == "full":
+    if factors.policy(name) == "full":
         return F.embedding(ids, factors.vector(group, name))
     matrix = factors.matrix(group, name)
     return F.embedding(ids, matrix.us) @ matrix.vh
@@ -256,7 +343,7 @@ def _scaled_norm(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> 
     """Norms of any formula that multiply by their weight: run as they are, with one weight per sample."""
     weights = [place.value("weight", group, factors) for group in runs.groups]
     spread = runs.spread([weight for weight in weights if weight is not None], x)
-    with _replaced(place.module, {"weight": spread}):
+    with replaced(place.module, {"weight": spread}):
         out: Tensor = type(place.module).forward(place.module, x)
     return out
 
@@ -268,6 +355,6 @@ def _run_by_run(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> T
             key: _get(place.module, key) + factors.dense_change(group, name).to(_get(place.module, key))
             for key, name in place.names.items()
         }
-        with _replaced(place.module, values):
+        with replaced(place.module, values):
             outputs.append(type(place.module).forward(place.module, x[run]))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -8,8 +8,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mergetool.bundle.manifest import Head, Pool
+from mergetool.bundle.files import TensorWriter, copy_small_files
+from mergetool.bundle.manifest import ClassHead, Head, Pool
+from mergetool.bundle.present import OwnHead
 from mergetool.errors import PlanError, SourceError
+from mergetool.tensors.dtypes import torch_dtype
+from mergetool.tensors.io import bytes_of
+from mergetool.tensors.side_files import read_config
 from mergetool.tensors.writer import write_tensors
 
 _NAMES = ("classifier", "score", "classification_head.out_proj", "classifier.out_proj", "head", "fc")
@@ -68,9 +73,29 @@ def write_head(
     return Head(file=name, num_classes=len(weight), pool=pool, normalize=normalize, labels=labels or _labels(path))
 
 
+def write_class_head(task: str, head: OwnHead, folder: Path, layout: int) -> ClassHead:
+    """Copy what is an expert's own into a bundle, as it is stored, with config and tokenizer."""
+    place = f"heads/{quote(task, safe='')}"
+    specs = [head.source.specs[name] for name in head.names]
+    with TensorWriter(folder, f"{place}/head.safetensors", specs) as writer:
+        for spec in specs:
+            stored = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+            head.source.read_bytes(spec.name, 0, bytes_of(stored.reshape(-1)))
+            writer.put(spec.name, stored)
+    copy_small_files(head.folder, folder / place)
+    labels = () if head.kind == "span" else _labels(head.folder) or ("LABEL_0", "LABEL_1")  # transformers' own default
+    return ClassHead(
+        file=f"{place}/head.safetensors",
+        architecture=head.architecture,
+        kind=head.kind,
+        layout=layout,
+        num_classes=len(labels) or 2,
+        labels=labels,
+        problem=read_config(head.folder).get("problem_type"),
+    )
+
+
 def _labels(path: Path) -> tuple[str, ...]:
     """Class names from `id2label` of the checkpoint's config, if there are any."""
-    from mergetool.tensors.side_files import read_config
-
     names = read_config(path).get("id2label") if path.is_dir() else None
     return tuple(str(names[key]) for key in sorted(names, key=int)) if isinstance(names, dict) else ()

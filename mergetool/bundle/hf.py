@@ -3,17 +3,20 @@
 There are two more: `evaluate.model` opens whole language models, `arch.auto` builds networks to trace them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mergetool.bundle.pieces import Piece, marks, pieces_of, whole_of
 from mergetool.errors import SourceError
-from mergetool.tensors.source import ModelSource, open_model
+from mergetool.tensors.dtypes import of_torch
+from mergetool.tensors.header import TensorSpec
+from mergetool.tensors.source import open_model
 
 try:
     import transformers as transformers  # `auto` needs it too
@@ -32,6 +35,8 @@ class LoadedBase:
 
     model: nn.Module
     names: Mapping[str, str]
+    pieces: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
+    """What parameters are made of that are no single tensor there."""
 
 
 def load_base(folder: Path, dtype: torch.dtype | None, *, encoder: bool) -> LoadedBase:
@@ -44,34 +49,77 @@ def load_base(folder: Path, dtype: torch.dtype | None, *, encoder: bool) -> Load
         raise SourceError(what, str(folder), "install the version that the base was made with")
     with _quiet():
         model = kind.from_pretrained(folder, dtype=dtype or "auto").eval()
-        return LoadedBase(model, _names(model, open_model(folder)))
+        return _loaded(model, open_model(folder).specs)
 
 
-def _names(model: Any, checkpoint: ModelSource) -> dict[str, str]:
-    """Names in the checkpoint by name in the model.
+def class_in(folder: Path, architecture: str) -> tuple[Any, Any]:
+    """A class of transformers, and its config from a folder. Raises SourceError where this transformers lacks it."""
+    kind = getattr(transformers, architecture, None)
+    if kind is None:
+        what = f"transformers {transformers.__version__} has no {architecture}"
+        raise SourceError(what, str(folder), "install the version that the expert was made with")
+    config = kind.config_class.from_pretrained(folder)
+    config.use_cache = False  # nothing here is generated
+    return kind, config
 
-    transformers renames tensors while it loads them, differently in every version. So a checkpoint is loaded in which
-    every entry of a tensor is that tensor's number, and the numbers tell where each one went.
+
+def load_class(kind: Any, config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, where: str) -> LoadedBase:
+    """A model of a class with these tensors, under the names of its checkpoint. Raises SourceError if some lack."""
+    with _quiet():
+        state = dict(tensors)
+        model, told = kind.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        if wrong := sorted(str(each) for each in told["mismatched_keys"]):
+            what = f"tensors of other shapes than its config.json says: {wrong[0]}"
+            raise SourceError(what, where, "save the expert whole, with save_pretrained")
+        if missing := sorted(told["missing_keys"]):
+            what = f"{len(missing)} tensors of {kind.__name__} are neither in the base nor in the expert: {missing[0]}"
+            raise SourceError(what, where, "save the expert whole, with save_pretrained")
+        specs = {name: TensorSpec(name, of_torch(value.dtype), tuple(value.shape)) for name, value in tensors.items()}
+        return _loaded(model.eval(), specs)
+
+
+def empty_model(kind: Any, like: Any, config: Any) -> Any:
+    """A model of a class without any memory, computing as another one of its class does."""
+    with _quiet(), torch.device("meta"):
+        return kind._from_config(config, dtype=like.dtype, attn_implementation=like.config._attn_implementation).eval()
+
+
+def _loaded(model: Any, checkpoint: Mapping[str, TensorSpec]) -> LoadedBase:
+    """A model, and where everything in its checkpoint went.
+
+    transformers renames tensors while it loads them, and joins and divides some, differently in every version. So a
+    checkpoint of marks is loaded, and they tell where each tensor went (see `mergetool.bundle.pieces`).
     """
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     prefix = f"{model.base_model_prefix}."
-    found = {}
-    for name in tensors:
-        same = (each for each in (name, prefix + name, name.removeprefix(prefix)) if each in checkpoint.specs)
+    names = {}
+    for name in _tensors(model):
+        same = (each for each in (name, prefix + name, name.removeprefix(prefix)) if each in checkpoint)
         if stored := next(same, None):
-            found[name] = stored
-    if set(found.values()) == set(checkpoint.specs):
-        return found
-    numbered = list(checkpoint.specs)
-    marked = {name: torch.full(checkpoint.specs[name].shape, float(i)) for i, name in enumerate(numbered)}
+            names[name] = stored
+    if set(names.values()) == set(checkpoint):
+        return LoadedBase(model, names)
+    shapes = {name: spec.shape for name, spec in checkpoint.items()}
+    unknown = [name for name, value in _tensors(model).items() if name not in names and value.numel()]
+    numbers = _probe(model, marks(shapes, 0), unknown)
+    names |= {name: stored for name in unknown if (stored := whole_of(shapes, numbers[name])) is not None}
+    if not (rest := [name for name in unknown if name not in names]):
+        return LoadedBase(model, names)
+    digits = [numbers, *(_probe(model, marks(shapes, digit), rest) for digit in (1, 2))]
+    pieces = {name: pieces_of(shapes, [each[name] for each in digits]) for name in rest}
+    return LoadedBase(model, names, {name: made for name, made in pieces.items() if made})
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+
+
+def _probe(model: Any, marked: dict[str, Tensor], wanted: Sequence[str]) -> dict[str, Tensor]:
+    """Some tensors of a model of this class, loaded from marks."""
     probe = type(model).from_pretrained(None, config=model.config, state_dict=marked, dtype=torch.float32)
-    for name, value in {**dict(probe.named_parameters(remove_duplicate=False)), **dict(probe.named_buffers())}.items():
-        if name not in found and value.numel() and bool((value == value.detach().reshape(-1)[0]).all()):
-            number = float(value.detach().reshape(-1)[0])
-            stored = numbered[int(number)] if number in range(len(numbered)) else None
-            if stored is not None and checkpoint.specs[stored].num_elements == value.numel():
-                found[name] = stored
-    return found
+    found = _tensors(probe)
+    return {name: found[name].detach().float() for name in wanted}
 
 
 @contextmanager
@@ -89,13 +137,15 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder. Raises SourceError where there is none."""
+def load_tokenizer(folder: Path, *others: Path) -> Any:
+    """The tokenizer of a folder, or of another one where this has none that can pad. Raises SourceError without any."""
     fix = "give tensors instead of text, or add the tokenizer's files"
-    if not any((folder / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty one up
+    having = [place for place in (folder, *others) if any((place / name).is_file() for name in _VOCABULARIES)]
+    if not having:  # transformers would make an empty one up
         raise SourceError(f"has no tokenizer (looked for {', '.join(_VOCABULARIES)})", str(folder), fix)
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        found = [transformers.AutoTokenizer.from_pretrained(place) for place in having[:2]]
     except (OSError, ValueError, KeyError) as error:
         what = f"transformers cannot read its tokenizer ({str(error).splitlines()[0][:100]})"
-        raise SourceError(what, str(folder), fix) from None
+        raise SourceError(what, str(having[0]), fix) from None
+    return next((each for each in found if each.pad_token is not None), found[0])

@@ -11,10 +11,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mergetool.arch.heads import HeadKind as HeadKind
 from mergetool.errors import SourceError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""2 has heads that are parts of classes of transformers; a bundle without any is written as 1."""
 
 Pool = Literal["cls", "mean", "last"]
 HeadRule = Literal["joint", "log-softmax", "max", "mean"]
@@ -39,6 +41,21 @@ class Head(_Part):
     labels: tuple[str, ...] = ()
 
 
+class ClassHead(_Part):
+    """What an expert's class of transformers has beside the base's weights: classifier, pooler, all that it needs."""
+
+    file: str
+    """Its tensors, under their names in the expert; beside it lie the expert's config.json and tokenizer."""
+    architecture: str
+    kind: HeadKind
+    layout: int
+    """Which of the manifest's layouts says what the expert calls the base's tensors."""
+    num_classes: int
+    labels: tuple[str, ...] = ()
+    problem: str | None = None
+    """`problem_type` of the config: regression, or several labels at once, where it is not one label of several."""
+
+
 class Task(_Part):
     """One expert."""
 
@@ -47,7 +64,7 @@ class Task(_Part):
     files: Mapping[str, str]
     """SHA-256 of the expert's weight files, by name."""
     factors: str
-    head: Head | None = None
+    head: Head | ClassHead | None = None
 
 
 class Base(_Part):
@@ -89,7 +106,7 @@ class Router(_Part):
 class Manifest(_Part):
     """Everything about a bundle but the numbers."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
     mergetool: str
     kind: Literal["mass", "tsv-compress"]
     base: Base
@@ -98,6 +115,8 @@ class Manifest(_Part):
     parameters: Mapping[str, Parameter]
     router: Router | None = None
     heads: HeadRule = "joint"
+    layouts: tuple[Mapping[str, str], ...] = ()
+    """Names in the base by name in the expert, for experts with heads of their own class."""
     files: Mapping[str, str]
 
     @property
@@ -124,8 +143,8 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, RecursionError):
         raise SourceError("the manifest is not valid JSON", str(path), fix) from None
     version = document.get("format_version") if isinstance(document, dict) else None
-    if version != FORMAT_VERSION:
-        what = f"format version {version!r}, this mergetool reads {FORMAT_VERSION}"
+    if version not in FORMAT_VERSIONS:
+        what = f"format version {version!r}, this mergetool reads {' and '.join(map(str, FORMAT_VERSIONS))}"
         raise SourceError(what, str(path), "use the mergetool that made it, or make it again")
     try:
         return Manifest.model_validate(document)

@@ -6,7 +6,8 @@
 
 First pass: how near is each task? (See `mergetool.bundle.first_pass`.) Second pass: samples that chose the same tasks
 form a group, and one pass runs all groups, each with its own weights (see `mergetool.bundle.grouped`). Then the heads
-of a sample's tasks read its features, and the calibrated best one answers.
+of a sample's tasks read its features (matrices here, classes of transformers in `mergetool.bundle.classes`), and the
+calibrated best one answers.
 
 Reference: Crisostomi et al., MASS, https://arxiv.org/abs/2504.05342, sections 3 and 4.
 """
@@ -21,13 +22,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mergetool.bundle.answer import Answer as Answer
+from mergetool.bundle.answer import Scored, answer
 from mergetool.bundle.batch import check_batch, lengths_in, num_samples, take
 from mergetool.bundle.calibration import read_calibration
+from mergetool.bundle.classes import ClassNetwork, load_networks, stored_dtype
 from mergetool.bundle.factors import Group, TaskFactors
 from mergetool.bundle.first_pass import FirstPass
-from mergetool.bundle.grouped import GroupedModel, Runs
-from mergetool.bundle.manifest import Manifest, read_manifest
-from mergetool.bundle.readout import calibrated, head_scores, pool_tokens
+from mergetool.bundle.grouped import GroupedModel, Runs, SeveralGroups
+from mergetool.bundle.manifest import ClassHead, Head, Manifest, Pool, read_manifest
+from mergetool.bundle.readout import head_scores, pool_tokens
 from mergetool.bundle.verify import base_folder, check_base, check_files
 from mergetool.errors import PlanError
 from mergetool.kernels.routing import coefficients, select
@@ -50,31 +54,29 @@ class Routing:
     """(samples, tasks): distance from the span of the task's directions."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a bundle says about a batch."""
-
-    task: tuple[str, ...]
-    """The task whose head answered, per sample (without heads: the task with the largest coefficient)."""
-    tasks: tuple[tuple[str, ...], ...]
-    coefficients: Tensor
-    logits: Tensor
-    """(samples, most classes): scores of the head that answered, -inf beyond its classes. Language models: theirs."""
-    features: Tensor | None = None
-    """(samples, features): what the head that answered read."""
-
-
 class MassModel(nn.Module):
-    """A routed bundle over a transformers model. Not safe to call from several threads at once."""
+    """A routed bundle over a transformers model. `route`, `forward` and `generate` may be called by several threads."""
 
-    def __init__(self, manifest: Manifest, base: "LoadedBase", factors: TaskFactors, folder: Path) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        base: "LoadedBase",
+        factors: TaskFactors,
+        folder: Path,
+        networks: "Sequence[ClassNetwork]" = (),
+    ) -> None:
+        """`networks`: those of tasks with heads of their own class; `base` is what routes, and what all others read."""
         super().__init__()
         self.manifest = manifest
         self.folder = folder
         self.base = base.model
+        self.networks = nn.ModuleList(networks)
         self._factors = factors
-        self._grouped = GroupedModel(base.model, base.names, factors)
-        self._heads = [None if task.head is None else load_file(folder / task.head.file) for task in manifest.tasks]
+        alone = not any(base.model is network.base for network in networks)
+        self._grouped = GroupedModel(base.model, base.names, factors, base.pieces) if alone else networks[0].grouped
+        self._heads = [
+            load_file(folder / task.head.file) if isinstance(task.head, Head) else None for task in manifest.tasks
+        ]
         self.calibration = read_calibration(folder)
         router = manifest.router
         self.first_pass = None if router is None else FirstPass(base, factors, router, folder)
@@ -85,10 +87,13 @@ class MassModel(nn.Module):
         return self.manifest.names
 
     def tokenizer(self) -> Any:
-        """The base's tokenizer. Raises SourceError where it has none."""
+        """The base's tokenizer, or an expert's where the base has none that can pad. Raises SourceError without any."""
         from mergetool.bundle.hf import load_tokenizer
 
-        return load_tokenizer(base_folder(self.folder, self.manifest))
+        base = base_folder(self.folder, self.manifest)
+        heads = [task.head for task in self.manifest.tasks]
+        others = [(self.folder / head.file).parent for head in heads if isinstance(head, ClassHead)]
+        return load_tokenizer(base, *others)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MassModel":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -138,11 +143,14 @@ class MassModel(nn.Module):
         check_batch(inputs)
         routing = self._routing(tasks, inputs)
         groups = [tuple(self.task_names.index(name) for name in chosen) for chosen in routing.tasks]
-        outputs = self._second_pass(groups, inputs)
-        if not any(self._heads):
+        if all(task.head is None for task in self.manifest.tasks):
+            outputs = self._second_pass(groups, inputs)
             best = [self.task_names[task] for task in routing.coefficients.argmax(-1).tolist()]
             return Answer(tuple(best), routing.tasks, routing.coefficients, outputs)
-        return self._ask_heads(groups, routing, outputs, inputs.get("attention_mask"))
+        scored = self._ask_heads(groups, inputs)
+        for network in self.networks:
+            scored |= network.scores(groups, inputs)  # type: ignore[operator]
+        return answer(self.manifest, routing.tasks, routing.coefficients, scored)
 
     def _routing(self, tasks: Sequence[str] | Literal["route"], inputs: Mapping[str, Tensor]) -> Routing:
         if tasks == "route":
@@ -165,6 +173,13 @@ class MassModel(nn.Module):
 
     def _second_pass(self, groups: Sequence[Group], inputs: Mapping[str, Tensor]) -> Tensor:
         """Last layer (samples, tokens, features) or logits of language models, in the order of the samples."""
+        try:
+            return self._run_groups(groups, inputs)
+        except SeveralGroups:
+            self._grouped.mixable = False
+            return self._run_groups(groups, inputs)
+
+    def _run_groups(self, groups: Sequence[Group], inputs: Mapping[str, Tensor]) -> Tensor:
         num_samples = len(groups)
         order = sorted(range(num_samples), key=lambda sample: groups[sample])
         distinct = sorted(set(groups))
@@ -203,6 +218,9 @@ class MassModel(nn.Module):
         Tensors of the batch and options of transformers' `generate` in, token ids (samples, longest) out, padded on the
         right with the model's padding token.
         """
+        if len(self.networks):
+            fix = "ask for an answer: model(**inputs)"
+            raise PlanError("the experts of this bundle are classifiers, which generate nothing", "generate", fix)
         tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
         options = {key: value for key, value in inputs.items() if key not in tensors}
         check_batch(tensors)
@@ -221,34 +239,25 @@ class MassModel(nn.Module):
 
     # ---------------------------------------------------------------- heads
 
-    def _ask_heads(self, groups: Sequence[Group], routing: Routing, hidden: Tensor, mask: Tensor | None) -> Answer:
-        """Let the heads of every sample's tasks score its features; the best calibrated one answers."""
-        pools = {task.head.pool for task in self.manifest.tasks if task.head is not None}
-        pooled = {pool: pool_tokens(hidden.float(), mask, pool) for pool in pools}
-        num_samples, num_tasks = len(groups), len(self.task_names)
-        width = max(task.head.num_classes for task in self.manifest.tasks if task.head is not None)
-        logits = hidden.new_full((num_samples, num_tasks, width), float("-inf"), dtype=torch.float32)
-        confidence = logits.new_full((num_samples, num_tasks), float("-inf"))
-        for place, task in enumerate(self.manifest.tasks):
-            samples = torch.tensor([i for i, group in enumerate(groups) if place in group], dtype=torch.long)
-            weights = self._heads[place]
-            if len(samples) == 0 or task.head is None or weights is None:
-                continue
-            scores = head_scores(pooled[task.head.pool][samples], task.head, weights)
-            logits[samples, place, : scores.shape[1]] = scores
-            claim = routing.coefficients[samples, place].to(scores)
-            confidence[samples, place] = calibrated(scores, claim, self.manifest.heads)
-        best = confidence.argmax(-1)
-        rows = torch.arange(num_samples)
-        features = torch.stack(
-            [
-                pooled[head.pool][row]
-                for row, task in enumerate(best.tolist())
-                if (head := self.manifest.tasks[task].head)
-            ]
-        )
-        names = tuple(self.task_names[task] for task in best.tolist())
-        return Answer(names, routing.tasks, routing.coefficients, logits[rows, best], features)
+    def _ask_heads(self, groups: Sequence[Group], inputs: Mapping[str, Tensor]) -> dict[int, Scored]:
+        """What matrices say of the samples in whose group their tasks are."""
+        samples = [i for i, group in enumerate(groups) if any(self._heads[task] is not None for task in group)]
+        if not samples:
+            return {}
+        asked = take(inputs, samples)
+        hidden = self._second_pass([groups[sample] for sample in samples], asked).float()
+        pooled: dict[Pool, Tensor] = {}
+        found = {}
+        for place, (task, weights) in enumerate(zip(self.manifest.tasks, self._heads, strict=True)):
+            rows = [row for row, sample in enumerate(samples) if place in groups[sample]]
+            if rows and weights is not None and isinstance(task.head, Head):
+                if (pool := task.head.pool) not in pooled:
+                    pooled[pool] = pool_tokens(hidden, asked.get("attention_mask"), pool)
+                features = pooled[pool][rows]
+                found[place] = Scored(
+                    [samples[row] for row in rows], head_scores(features, task.head, weights), features
+                )
+        return found
 
 
 def load_bundle(
@@ -264,9 +273,13 @@ def load_bundle(
     manifest = read_manifest(folder)
     check_files(folder, manifest, hashes=verify)
     check_base(folder, manifest, hashes=verify)
-    from mergetool.bundle.hf import load_base
+    from mergetool.bundle.hf import LoadedBase, load_base
 
-    encoder = any(task.head is not None for task in manifest.tasks)
-    base = load_base(base_folder(folder, manifest), dtype, encoder=encoder)
-    factors = TaskFactors(manifest, folder, next(base.model.parameters()).dtype, cache_bytes)
-    return MassModel(manifest, base, factors, folder)
+    place = base_folder(folder, manifest)
+    matrices = [task for task in manifest.tasks if isinstance(task.head, Head)]
+    plain = bool(matrices) or all(task.head is None for task in manifest.tasks)
+    base = load_base(place, dtype, encoder=bool(matrices)) if plain else None
+    dtype = next(base.model.parameters()).dtype if base is not None else dtype or stored_dtype(place)
+    factors = TaskFactors(manifest, folder, dtype, cache_bytes)
+    networks = load_networks(manifest, folder, place, factors, dtype)
+    return MassModel(manifest, base or LoadedBase(networks[0].base, networks[0].names), factors, folder, networks)

@@ -12,6 +12,7 @@ from mergetool.bundle.manifest import Features, HeadRule, Mode, Norm, Pool, Stor
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergetool.bundle.present import OwnHead
     from mergetool.kernels.spectral import Rank
     from mergetool.tensors.source import ModelSource
 
@@ -65,7 +66,7 @@ class Experts(Protocol):
     names: tuple[str, ...]
     """Tasks in order; the base is called "base"."""
     sources: "Mapping[str, ModelSource]"
-    heads: Mapping[str, HeadSource]
+    heads: "Mapping[str, HeadSource | OwnHead]"
     shapes: Mapping[str, tuple[int, ...]]
     """Tensors whose changes are kept, with their shapes, in file order."""
 

@@ -19,18 +19,21 @@ def head_scores(features: Tensor, head: Head, weights: Mapping[str, Tensor]) -> 
     return nn.functional.linear(features, weights["weight"], weights["bias"])
 
 
-def calibrated(scores: Tensor, claim: Tensor, rule: HeadRule) -> Tensor:
+def calibrated(scores: Tensor, claim: Tensor, rule: HeadRule, problem: str | None = None) -> Tensor:
     """How sure a head is (samples,), comparable between heads of unequal size.
 
     joint: log of coefficient times probability of the best class, the most likely pair of task and class if
     coefficients are the probabilities of the tasks. log-softmax: without the coefficient. max, mean: of raw scores, for
-    heads on one scale.
+    heads on one scale. A head of several labels at once (`problem`) has the probability of its best set of labels.
     """
     if rule == "max":
         return scores.amax(-1)
     if rule == "mean":
         return scores.mean(-1)
-    sure = scores.log_softmax(-1).amax(-1)
+    if problem == "multi_label_classification":
+        sure = nn.functional.logsigmoid(scores.abs()).sum(-1)
+    else:
+        sure = scores.log_softmax(-1).amax(-1)
     return sure if rule == "log-softmax" else sure + claim.clamp_min(torch.finfo(claim.dtype).tiny).log()
 
 

@@ -4,18 +4,20 @@
     {"text": "an input", "pair": "another"}     two segments
     {"pixel_values": [[[...]]]}                 any inputs of the base model, of one sample
 
+What comes back has a `label`: a class, several classes, a value, a class for every token, or the text of a span.
 Other keys (`id`, `task`, `label`) are handed through to the answers.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergetool.bundle.manifest import Manifest
+from mergetool.bundle.answer import kind_of
+from mergetool.bundle.manifest import ClassHead, Head, Manifest
 from mergetool.bundle.model import Answer, MassModel
 from mergetool.errors import SourceError
 
@@ -50,12 +52,20 @@ def answers(
 ) -> Iterator[dict[str, Any]]:
     """One JSON-able answer per row, in order: tasks, coefficients, whose head answered, and its best class."""
     chosen: Any = "route" if tasks is None else model.check_tasks(tasks)
+    decode = _decoder(model) if all("text" in row for row in rows) else None
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        answer = model(tasks=chosen, **inputs_of(model, batch))
+        inputs = inputs_of(model, batch)
+        answer = model(tasks=chosen, **inputs)
         for place, row in enumerate(batch):
             kept = {key: row[key] for key in _KEPT if key in row}
-            yield {**({"row": kept} if kept else {}), **_answer(model.manifest, answer, place)}
+            yield {**({"row": kept} if kept else {}), **_answer(model.manifest, answer, place, inputs, decode)}
+
+
+def _decoder(model: MassModel) -> Callable[[Tensor], str]:
+    """From token ids to text."""
+    tokenizer = model.tokenizer()
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def inputs_of(model: MassModel, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -78,18 +88,67 @@ def inputs_of(model: MassModel, rows: Sequence[dict[str, Any]]) -> dict[str, Ten
         raise SourceError(what, "input", "give every row the same inputs, of one shape") from None
 
 
-def _answer(manifest: Manifest, answer: Answer, place: int) -> dict[str, Any]:
+def _answer(
+    manifest: Manifest, answer: Answer, place: int, inputs: Mapping[str, Tensor], decode: Callable[[Tensor], str] | None
+) -> dict[str, Any]:
     coefficients = zip(manifest.names, answer.coefficients[place].tolist(), strict=True)
     found: dict[str, Any] = {
         "task": answer.task[place],
         "tasks": list(answer.tasks[place]),
         "coefficients": {name: round(value, 6) for name, value in coefficients},
     }
-    head = next(task.head for task in manifest.tasks if task.name == answer.task[place])
-    if head is not None:
-        scores = answer.logits[place, : head.num_classes]
-        best = int(scores.argmax())
-        found["class"] = best
-        found["label"] = head.labels[best] if head.labels else str(best)
-        found["probability"] = round(float(scores.softmax(-1)[best]), 6)
+    task = manifest.tasks[manifest.names.index(answer.task[place])]
+    if task.head is None:
+        return found
+    scores = answer.logits[place]
+    match kind_of(task):
+        case "sample":
+            return found | _label(task.head, scores if scores.ndim == 1 else scores[0])
+        case "token":
+            return found | _labels_of_tokens(task.head, scores, _mask(inputs, place, len(scores)))
+        case "span":
+            return found | _span(scores, _mask(inputs, place, len(scores)), inputs, place, decode)
+
+
+def _label(head: Head | ClassHead, scores: Tensor) -> dict[str, Any]:
+    """The best class; the value of a regression; all labels of a head that gives several at once."""
+    scores = scores[: head.num_classes]
+    problem = head.problem if isinstance(head, ClassHead) else None
+    if problem == "regression" or (isinstance(head, ClassHead) and len(scores) == 1):
+        values = [round(float(value), 6) for value in scores]
+        return {"value": values[0] if len(values) == 1 else values, "label": ", ".join(map(str, values))}
+    best = int(scores.argmax())
+    names = head.labels or tuple(map(str, range(len(scores))))
+    if problem == "multi_label_classification":
+        chosen = [name for name, score in zip(names, scores.tolist(), strict=True) if score > 0]
+        probability = round(float(scores[best].sigmoid()), 6)
+        return {"labels": chosen, "label": ", ".join(chosen) or "-", "probability": probability}
+    return {"class": best, "label": names[best], "probability": round(float(scores.softmax(-1)[best]), 6)}
+
+
+def _labels_of_tokens(head: Head | ClassHead, scores: Tensor, mask: Tensor) -> dict[str, Any]:
+    best = scores[:, : head.num_classes].argmax(-1)[mask].tolist()
+    names = [head.labels[each] if head.labels else str(each) for each in best]
+    return {"labels": names, "label": " ".join(names)}
+
+
+def _span(
+    scores: Tensor, mask: Tensor, inputs: Mapping[str, Tensor], place: int, decode: Callable[[Tensor], str] | None
+) -> dict[str, Any]:
+    """The best span that does not end before it starts, of tokens that are no padding."""
+    start, end = (scores[:, side].masked_fill(~mask, float("-inf")) for side in (0, 1))
+    together = start[:, None] + end[None, :]
+    ordered = torch.ones_like(together, dtype=torch.bool).triu()
+    first, last = divmod(int(together.masked_fill(~ordered, float("-inf")).argmax()), len(scores))
+    found: dict[str, Any] = {"start": first, "end": last, "label": f"{first}-{last}"}
+    if decode is not None and "input_ids" in inputs:
+        found["text"] = found["label"] = decode(inputs["input_ids"][place, first : last + 1])
     return found
+
+
+def _mask(inputs: Mapping[str, Tensor], place: int, length: int) -> Tensor:
+    """Which of a sample's tokens are no padding."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.ndim != 2 or mask.shape[1] != length:
+        return torch.ones(length, dtype=torch.bool)
+    return mask[place] != 0

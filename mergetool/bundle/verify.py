@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mergetool.bundle.calibration import read_calibration
-from mergetool.bundle.manifest import Manifest, read_manifest
+from mergetool.bundle.manifest import ClassHead, Head, Manifest, read_manifest
 from mergetool.errors import SourceError
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.source import open_model
@@ -106,7 +106,8 @@ def facts_about_bundle(folder: Path) -> dict[str, Any]:
                 "source": task.source,
                 "bytes": factor_bytes[task.name],
                 "classes": None if task.head is None else task.head.num_classes,
-                "pool": None if task.head is None else task.head.pool,
+                "head": _head_facts(task.head),
+                "pool": task.head.pool if isinstance(task.head, Head) else None,
             }
             for task in manifest.tasks
         ],
@@ -116,6 +117,10 @@ def facts_about_bundle(folder: Path) -> dict[str, Any]:
             if parameter.interference is not None
         },
     }
+
+
+def _head_facts(head: Head | ClassHead | None) -> str | None:
+    return head.architecture if isinstance(head, ClassHead) else None if head is None else "matrix"
 
 
 def _router_facts(manifest: Manifest) -> dict[str, Any]:

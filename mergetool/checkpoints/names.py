@@ -38,6 +38,8 @@ _SPELLINGS = tuple(
         (r"(?<=\d)\.output\.dense\.", ".mlp.fc2."),
     )
 )
+_NEUTRAL = frozenset({"model", "language_model", "base_model", "module", "transformer", ""})
+"""Components that tell where in memory a part is hung, not what it is."""
 _Rule = tuple[str, str, frozenset[str]]
 """First part here, first part there (each empty or with its last dot), and the components that follow it."""
 
@@ -74,10 +76,6 @@ def match(names: Shapes, others: Shapes) -> dict[str, str]:
         name: moved if times[moved] == 1 and moved not in taken else bare[name] if bare[name] not in taken else name
         for name, moved in moves.items()
     }
-
-
-_NEUTRAL = frozenset({"model", "language_model", "base_model", "module", "transformer", ""})
-"""Components that tell where in memory a part is hung, not what it is."""
 
 
 def repeated(names: Iterable[str], others: Collection[str], words: Iterable[str] = ()) -> dict[str, str]:
@@ -166,7 +164,7 @@ def _alike(shape: Shape | None, other: Shape | None) -> bool:
 
 def _is_plausible(here: str, there: str, end: str) -> bool:
     """Whether one first part can stand for the other: the same components, or some of them; and no numbers."""
-    some, others = set(here.split(".")), set(there.split("."))
+    some, others = set(here.split(".")) - _NEUTRAL, set(there.split(".")) - _NEUTRAL
     if here and there and "." not in end:
         return False
     return (some <= others or others <= some) and not any(part.isdigit() for part in some | others)

@@ -195,7 +195,7 @@ def _inspect_bundle(folder: Path, *, as_json: bool) -> None:
         return
     tasks, interference = facts.pop("tasks"), facts.pop("interference")
     table(("matrix", "interference"), sorted(interference.items(), key=lambda item: -item[1]))
-    columns = ("name", "classes", "pool", "bytes", "source")
+    columns = ("name", "head", "classes", "pool", "bytes", "source")
     table(("task", *columns[1:]), [["-" if task[key] is None else task[key] for key in columns] for task in tasks])
     table(("", ""), list(facts.items()))
 

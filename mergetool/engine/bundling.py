@@ -17,6 +17,7 @@ from torch import Tensor
 from mergetool.bundle.build import build
 from mergetool.bundle.manifest import Manifest
 from mergetool.bundle.options import Experts, HeadSource
+from mergetool.bundle.present import OwnHead, PresentedSource
 from mergetool.bundle.store import FactorStore
 from mergetool.engine.claim import Claim
 from mergetool.engine.devices import one_thread
@@ -49,13 +50,17 @@ class WholeExperts(WholeModels, Experts):
             for step in merged
             for model, source in zip(step.models, step.sources, strict=True)
         }
-        self.heads: Mapping[str, HeadSource] = {
-            name: HeadSource(self.path(head.weights), head.pool, head.normalize, head.labels)
-            for name, reference in plan.recipe.models.items()
-            if (head := reference.head) is not None
-        }
+        found = {name: self._head(name, plan) for name in self.names}
+        self.heads: Mapping[str, HeadSource | OwnHead] = {name: head for name, head in found.items() if head}
         self.inputs: dict[str, str] = {}
         """SHA-256 of every input file hashed so far, by path."""
+
+    def _head(self, name: str, plan: Plan) -> HeadSource | OwnHead | None:
+        """The head that the recipe names, or that the expert brings."""
+        if (given := plan.recipe.models[name].head) is not None:
+            return HeadSource(self.path(given.weights), given.pool, given.normalize, given.labels)
+        source = plan.sources[name]
+        return source.head if isinstance(source, PresentedSource) else None
 
     @property
     def leads(self) -> bool:

@@ -5,8 +5,12 @@ larger than the matrices they change, however many experts there are), their hea
 features of an input are compared with the directions of each task, and the input is answered by the experts of the
 nearest ones, merged on the fly; nobody has to say which task it belongs to. Nothing is trained and no data are needed.
 
-`mergetool.load_bundle` opens it, `mergetool route` answers rows of a file. Heads are given with the models:
-`{source: ./sst2, head: {weights: ./sst2/head.safetensors, pool: mean}}`; language models have none.
+`mergetool.load_bundle` opens it, `mergetool route` answers rows of a file, by any number of threads. Classifiers as
+transformers saves them (`...ForSequenceClassification`, token, image, audio and video classification, question
+answering) are named as any model, `reviews: ./reviews`: an expert's own head, its pooler, its padding rule and its
+labels are found in its folder and kept whole, and `base` may be with or without a head. A head that was saved apart is
+given with its model: `{source: ./sst2, head: {weights: ./sst2/head.safetensors, pool: mean}}`. Language models have
+none.
 
 Reference: Crisostomi et al., MASS: MoErging through Adaptive Subspace Selection, https://arxiv.org/abs/2504.05342.
 Differs from the paper: the router reads what goes into the output projections of all attention blocks of the base

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mergetool.bundle.present import present
 from mergetool.checkpoints.family import assemble
 from mergetool.errors import at
-from mergetool.methods.base import SearchMethod
+from mergetool.methods.base import BundleMethod, SearchMethod
 from mergetool.planner.draft import Draft
 from mergetool.planner.lookup import Lookup
 from mergetool.planner.model import BASE, Plan, Shard, Step
@@ -44,6 +45,8 @@ def make_plan(
         recipe = candidate_recipe(recipe, recipe.method.space(tuple(recipe.models)).start)
     lookup = lookup or Lookup(recipe.folder)
     opened = dict(sources) if sources is not None else open_models(recipe, lookup)
+    if isinstance(recipe.method, BundleMethod) and BASE in opened:
+        opened = present(opened, [name for name, reference in recipe.models.items() if reference.head is not None])
     if output is None and recipe.output.path is not None:
         output = recipe.path_of(recipe.output.path)
     donor = BASE if BASE in opened else next(iter(recipe.models))

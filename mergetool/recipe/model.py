@@ -73,7 +73,9 @@ class ModelReference(Section):
     select: Annotated[str, Field(min_length=1, strict=True)] | None = Field(
         None, description="the task whose expert is meant, where `source` is a bundle"
     )
-    head: Head | None = Field(None, description="the classifier of this task, for a bundle")
+    head: Head | None = Field(
+        None, description="the classifier of this task, for a bundle, where it is not in the checkpoint of the model"
+    )
 
 
 Reference = Annotated[ModelReference, BeforeValidator(_as_reference, json_schema_input_type=str | dict[str, Any])]

@@ -10,11 +10,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import mergetool
+from mergetool.bundle.build import build
 from mergetool.bundle.factors import TaskFactors
 from mergetool.bundle.manifest import read_manifest
 from mergetool.bundle.readout import calibrated, pool_tokens
+from mergetool.bundle.store import FactorStore
 from mergetool.errors import PlanError, SourceError
-from tests.bundle.tiny import OPTIONS, ROUTER, WIDTH, make_bundle, tiny_inputs, tiny_model
+from tests.bundle.tiny import OPTIONS, ROUTER, WIDTH, FileExperts, make_bundle, tiny_inputs, tiny_model, write_models
 
 FAMILIES = ["bert", "vit", "llama", "t5", "gpt2"]
 
@@ -503,3 +505,29 @@ def test_factors_in_half_precision_answer_nearly_the_same(dtype, folders, tmp_pa
     name = "encoder.layer.0.intermediate.dense.weight"
     assert stored[f"{name}.U"].dtype == getattr(torch, dtype)
     assert stored[f"{name}.S"].dtype == torch.float32
+
+
+def test_a_language_model_with_experts_of_a_mixture_gives_each_sample_its_groups_weights(tmp_path):
+    """transformers joins what lies one by one in the checkpoint."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=40,
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        pad_token_id=0,
+    )
+    paths = write_models(tmp_path / "models", transformers.MixtralForCausalLM(config), scale=0.1)
+    (tmp_path / "bundle").mkdir()
+    build(FileExperts(paths), tmp_path / "bundle", FactorStore(tmp_path / "store"), OPTIONS)
+    inputs = tiny_inputs("llama")
+    found = mergetool.load_bundle(tmp_path / "bundle")(tasks=["a", "c"], **inputs).logits
+    weights = by_hand(tmp_path / "bundle", (0, 2))
+    alone = transformers.MixtralForCausalLM.from_pretrained(
+        None, config=config, state_dict={name: value.float() for name, value in weights.items()}
+    ).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(found, alone(**inputs).logits, rtol=0, atol=1e-4)

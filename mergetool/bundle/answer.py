@@ -1,0 +1,108 @@
+"""From what heads say to an answer: the best of a sample's heads is the one that is surest, on a common scale.
+
+Where all heads answer once a sample, each says how probable its answer is, and the task how much it claims the sample.
+Where some answer for every token, or with a span, their scores are of different things, and the nearest task answers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from mergetool.bundle.manifest import ClassHead, HeadKind, Manifest, Task
+from mergetool.bundle.readout import calibrated
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one head says of some samples."""
+
+    samples: list[int]
+    values: Tensor
+    """(samples, classes); (samples, tokens, classes); (samples, tokens, 2), the start and the end of a span."""
+    features: Tensor | None = None
+    """(samples, features): what the head read, where it is a matrix."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Several parts of a batch as one."""
+        return cls([sample for part in parts for sample in part.samples], torch.cat([part.values for part in parts]))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a bundle says about a batch."""
+
+    task: tuple[str, ...]
+    """The task whose head answered, per sample (without heads: the task with the largest coefficient)."""
+    tasks: tuple[tuple[str, ...], ...]
+    coefficients: Tensor
+    logits: Tensor
+    """(samples, most classes): scores of the head that answered, -inf beyond its classes. Where one answers for every
+    token (samples, tokens, most classes), where one answers questions (samples, tokens, start and end first); a head
+    that answers once a sample then has its scores at the first token. Language models: theirs."""
+    features: Tensor | None = None
+    """(samples, features): what the head that answered read, where heads are matrices."""
+
+    @property
+    def start_logits(self) -> Tensor:
+        """(samples, tokens): where a span starts (question answering)."""
+        return self.logits[..., 0]
+
+    @property
+    def end_logits(self) -> Tensor:
+        """(samples, tokens): where a span ends (question answering)."""
+        return self.logits[..., 1]
+
+
+def kind_of(task: Task) -> HeadKind:
+    """What a task's head answers."""
+    return task.head.kind if isinstance(task.head, ClassHead) else "sample"
+
+
+def answer(
+    manifest: Manifest, tasks: tuple[tuple[str, ...], ...], coefficients: Tensor, scored: dict[int, Scored]
+) -> Answer:
+    """Let the surest head of every sample answer."""
+    confidence = _confidence(manifest, coefficients, scored)
+    best = confidence.argmax(-1).tolist()
+    answering = [said for place, said in scored.items() if place in best]
+    logits = answering[0].values.new_full((len(best), *_shape(manifest, answering)), float("-inf"))
+    features: dict[int, Tensor] = {}
+    for place, said in scored.items():
+        rows = [row for row, sample in enumerate(said.samples) if best[sample] == place]
+        samples = [said.samples[row] for row in rows]
+        values = said.values[rows]
+        if values.ndim < logits.ndim:
+            logits[samples, 0, : values.shape[-1]] = values
+        elif values.ndim == 2:
+            logits[samples, : values.shape[1]] = values
+        else:
+            logits[samples, : values.shape[1], : values.shape[2]] = values
+        if said.features is not None:
+            features |= dict(zip(samples, said.features[rows], strict=True))
+    found = torch.stack([features[sample] for sample in range(len(best))]) if len(features) == len(best) else None
+    return Answer(tuple(manifest.names[task] for task in best), tasks, coefficients, logits, found)
+
+
+def _confidence(manifest: Manifest, coefficients: Tensor, scored: dict[int, Scored]) -> Tensor:
+    """(samples, tasks): how sure every head is, -inf where it was not asked."""
+    alike = all(kind_of(task) == "sample" for task in manifest.tasks)
+    device = next(iter(scored.values())).values.device
+    confidence = torch.full(coefficients.shape, float("-inf"), device=device)
+    for place, said in scored.items():
+        claim = coefficients[said.samples, place].to(said.values)
+        head = manifest.tasks[place].head
+        problem = head.problem if isinstance(head, ClassHead) else None
+        confidence[said.samples, place] = calibrated(said.values, claim, manifest.heads, problem) if alike else claim
+    return confidence
+
+
+def _shape(manifest: Manifest, answering: Sequence[Scored]) -> tuple[int, ...]:
+    """The shape that holds one sample's scores of any head that answers."""
+    heads = [task.head for task in manifest.tasks if task.head is not None]
+    width = max(*(head.num_classes for head in heads), *(said.values.shape[-1] for said in answering))
+    tokens = [said.values.shape[1] for said in answering if said.values.ndim == 3]
+    return (max(tokens), width) if tokens else (width,)
