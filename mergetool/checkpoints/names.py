@@ -163,8 +163,13 @@ def _alike(shape: Shape | None, other: Shape | None) -> bool:
 
 
 def _is_plausible(here: str, there: str, end: str) -> bool:
-    """Whether one first part can stand for the other: the same components, or some of them; and no numbers."""
-    some, others = set(here.split(".")) - _NEUTRAL, set(there.split(".")) - _NEUTRAL
+    """Whether one first part can stand for the other: the same components, or some of them, or none that tell.
+
+    Numbers are never a part of it.
+    """
+    some, others = set(here.split(".")), set(there.split("."))
     if here and there and "." not in end:
         return False
+    if some | others <= _NEUTRAL:
+        return True
     return (some <= others or others <= some) and not any(part.isdigit() for part in some | others)

@@ -26,6 +26,7 @@ def test_equal_names_match_as_they_are():
         ("model.", "model.language_model."),
         ("model.language_model.", "language_model.model."),
         ("transformer.", "base_model.transformer."),
+        ("transformer.", "model."),
     ],
 )
 def test_first_parts_are_learnt(here, there):
