@@ -8,10 +8,10 @@ from typing import Self
 
 from torch import Tensor
 
+from mergetool.checkpoints.side_files import side_files
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.header import Header, TensorSpec, lay_out
 from mergetool.tensors.io import bytes_of, write_error
-from mergetool.tensors.side_files import carried_files
 from mergetool.tensors.source import INDEX_NAME, SINGLE_NAME, ModelSource
 from mergetool.tensors.writer import SlotWriter
 
@@ -46,15 +46,18 @@ class TensorWriter:
 
 
 def copy_model(source: ModelSource, folder: Path) -> None:
-    """A model's weights, index, config and tokenizer, byte for byte."""
+    """A model's weights, index, config and all that belongs to it, byte for byte."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = [stamp.path for stamp in source.files]
     if source.folder is None:
         _copy(weights[0], folder / SINGLE_NAME)
         return
-    beside = [source.folder / name for name in (CONFIG_NAME, INDEX_NAME) if (source.folder / name).is_file()]
-    for path in [*weights, *beside, *carried_files(source.folder)]:
-        _copy(path, folder / path.name)
+    beside = [name for name in (CONFIG_NAME, INDEX_NAME) if (source.folder / name).is_file()]
+    files = {path.name: path for path in weights}
+    files |= {name: source.folder / name for name in [*beside, *side_files(source.folder)]}
+    for name, path in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        _copy(path, folder / name)
 
 
 def _copy(source: Path, target: Path) -> None:

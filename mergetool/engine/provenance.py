@@ -19,9 +19,10 @@ from mergetool.engine.record import Record
 from mergetool.engine.result import Result
 from mergetool.methods.group import Note
 from mergetool.planner import Plan
+from mergetool.planner.beside import files_beside
 from mergetool.planner.outcome import config_of
 from mergetool.tensors.io import sha256_file
-from mergetool.tensors.side_files import CONFIG_NAME, carried_files
+from mergetool.tensors.side_files import CONFIG_NAME
 from mergetool.tensors.source import FileStamp
 from mergetool.tensors.writer import copy_file, write_file
 
@@ -97,12 +98,12 @@ def _write_index(plan: Plan, folder: Path) -> None:
 
 
 def _carry_files(plan: Plan, folder: Path) -> None:
-    """config.json as it is true of the result, tokenizer and generation files."""
+    """config.json as it is true of the result, and all files that belong to it."""
     if config := config_of(plan):
         write_file(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    tokenizer = plan.recipe.tokenizer
-    for path in carried_files(plan.sources[tokenizer.source if tokenizer else plan.donor].folder):
-        copy_file(path, folder / path.name)
+    for name, path in files_beside(plan).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(path, folder / name)
 
 
 def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any]:

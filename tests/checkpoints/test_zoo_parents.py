@@ -68,14 +68,12 @@ def without_tokenizer(folder, source):
     return folder
 
 
-@wrong("files come from the donor only")
 def test_a_base_without_a_tokenizer_leaves_that_to_a_model_or_says_so(zoo, tmp_path):
     base, a, b = llamas(zoo)
     result = mergetool.run(recipe_of(without_tokenizer(tmp_path / "base", base), a, b), output=tmp_path / "out")
     assert (result.path / "tokenizer.json").is_file() or "tokenizer" in " ".join(result.warnings)
 
 
-@wrong("files come from the donor only")
 def test_a_base_that_is_a_bare_file_leaves_config_json_to_a_model_or_says_so(zoo, tmp_path):
     base, a, b = llamas(zoo)
     result = mergetool.run(recipe_of(base / "model.safetensors", a, b), output=tmp_path / "out")
@@ -85,7 +83,6 @@ def test_a_base_that_is_a_bare_file_leaves_config_json_to_a_model_or_says_so(zoo
         hf.LlamaForCausalLM.from_pretrained(result.path)
 
 
-@wrong("that there is no tokenizer is not said")
 def test_a_tokenizer_is_not_taken_from_a_model_that_has_none(zoo, tmp_path):
     base, a, b = llamas(zoo)
     bare = without_tokenizer(tmp_path / "bare", b)
