@@ -18,7 +18,7 @@ from mergetool.errors import MergeError, at
 from mergetool.methods.base import Params, Stats, Survey, TensorGroup, TensorMethod
 from mergetool.methods.group import Note
 from mergetool.planner.model import BASE, SLICE_ELEMENTS, Plan, Step
-from mergetool.tensors.dtypes import DType, torch_dtype
+from mergetool.tensors.dtypes import BY_TORCH_NAME, DType, torch_dtype
 from mergetool.tensors.io import bytes_of
 
 _BYTES_PER_ELEMENT = 8
@@ -28,6 +28,7 @@ _RUN = 1 << 14
 
 
 NOT_FINITE = "holds values that are not finite"
+KEPT_WIDE = "stays in float32 (output.keep_float32)"
 INFINITE = "holds infinite values, as all that it was made from"
 """What is noted of tensors that were let through, so that a later look at them knows."""
 
@@ -89,6 +90,8 @@ class Worker:
 
     def _merge_slices(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
         notes: list[Note] = []
+        if start == 0 and self._is_kept_wide(step):
+            notes.append(KEPT_WIDE)
         for begin, end in self._slices(step, start, stop):
             if begin == end:
                 continue
@@ -102,6 +105,10 @@ class Worker:
             assert merged.shape == group.models[0].shape, f"{step.spec.name}: a method must not change shapes"
             self._put(step, begin, merged, notes)
         return notes
+
+    def _is_kept_wide(self, step: Step) -> bool:
+        asked = self._plan.recipe.output.dtype
+        return asked != "source" and step.spec.dtype.is_float and step.spec.dtype.bits > BY_TORCH_NAME[asked].bits
 
     def replace(self, tensors: Mapping[str, Tensor]) -> None:
         """Write these tensors, checked and cast like merged ones, over what their steps wrote."""

@@ -37,7 +37,9 @@ def config_of(plan: Plan) -> dict[str, Any]:
 
 
 def _main_dtype(plan: Plan) -> str | None:
-    """torch name of the floating-point dtype that most bytes are stored in."""
+    """torch name of the floating-point dtype that was asked for, or that most bytes are stored in."""
+    if plan.recipe.output.dtype != "source":
+        return plan.recipe.output.dtype
     sizes: Counter[str] = Counter()
     for step in plan.steps:
         if step.spec.dtype.is_float:

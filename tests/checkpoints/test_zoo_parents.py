@@ -120,7 +120,6 @@ def test_a_mask_of_minus_infinity_stays_what_it_is(zoo, method, tmp_path):
         assert torch.equal(files.weights(result.path)["model.mask"], mask)
 
 
-@wrong("every float tensor takes output.dtype")
 def test_a_small_float32_island_stays_wide(zoo, tmp_path):
     """Router corrections and the like are kept in float32 on purpose, among weights in bfloat16."""
     island = "model.layers.0.mlp.gate.e_score_correction_bias"
