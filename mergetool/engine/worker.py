@@ -23,6 +23,8 @@ from mergetool.tensors.io import bytes_of
 
 _BYTES_PER_ELEMENT = 8
 _MOST_VIEWS = 1024
+_VARIANCE = "running_var"
+"""What batch norms call the variances that they divide by the roots of."""
 _RUN = 1 << 14
 """Elements of a sample that lie together."""
 
@@ -103,6 +105,8 @@ class Worker:
             with at(f"{step.method.method_name()}: {step.spec.name}"):
                 merged = _merge(step.method, group, step.params, stats)
             assert merged.shape == group.models[0].shape, f"{step.spec.name}: a method must not change shapes"
+            if step.spec.name.endswith(_VARIANCE):
+                _check_variance(step.spec.name, merged)
             self._put(step, begin, merged, notes)
         return notes
 
@@ -281,6 +285,14 @@ class Worker:
                     place = "" if length == 1 else f" at flat index {begin + int(bad.nonzero()[0])}"
                     return f": it is not finite in {'the base' if name == BASE else f'model {name!r}'}{place}"
         return ""
+
+
+def _check_variance(name: str, values: Tensor) -> None:
+    """Raise MergeError for variances below zero: a batch norm takes their roots, and everything becomes NaN."""
+    lowest = float(values.min())
+    if lowest < 0:
+        fix = f"use a smaller scale, or copy them: overrides: [{{match: '*{_VARIANCE}', use: MODEL}}]"
+        raise MergeError(f"a variance of {lowest:.3g}: every answer would be NaN", name, fix)
 
 
 def _runs(step: Step, start: int, stop: int, one_in: int) -> list[tuple[int, int]]:
