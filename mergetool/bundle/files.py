@@ -8,11 +8,11 @@ from typing import Self
 
 from torch import Tensor
 
+from mergetool.checkpoints.side_files import side_files
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.header import Header, TensorSpec, lay_out
 from mergetool.tensors.io import bytes_of, write_error
 from mergetool.tensors.sets import is_index
-from mergetool.tensors.side_files import carried_files
 from mergetool.tensors.source import SINGLE_NAME, ModelSource, weight_map
 from mergetool.tensors.writer import SlotWriter
 
@@ -47,7 +47,7 @@ class TensorWriter:
 
 
 def copy_model(source: ModelSource, folder: Path) -> None:
-    """A model's weights, index, config and tokenizer, byte for byte."""
+    """A model's weights, index, config and all that belongs to it, byte for byte."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = [stamp.path for stamp in source.files]
     if source.folder is None:
@@ -60,9 +60,10 @@ def copy_model(source: ModelSource, folder: Path) -> None:
 
 def copy_small_files(source: Path, folder: Path) -> None:
     """A model's config and tokenizer, byte for byte."""
-    config = [source / CONFIG_NAME] if (source / CONFIG_NAME).is_file() else []
-    for path in [*config, *carried_files(source)]:
-        _copy(path, folder / path.name)
+    config = [CONFIG_NAME] if (source / CONFIG_NAME).is_file() else []
+    for name in [*config, *side_files(source)]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        _copy(source / name, folder / name)
 
 
 def single_name(weights: Path) -> str:

@@ -23,7 +23,7 @@ from mergetool.engine.claim import Claim
 from mergetool.engine.devices import one_thread
 from mergetool.engine.fitting import WholeModels
 from mergetool.engine.processes import Team
-from mergetool.engine.provenance import describe_run
+from mergetool.engine.provenance import describe_run, same_content
 from mergetool.engine.record import Record
 from mergetool.engine.result import Result
 from mergetool.methods.base import BundleMethod
@@ -109,7 +109,7 @@ def run_bundle(
         resumed=resumed,
         num_processes=team.size,
         notes=_notes(manifest, written, folder),
-        warnings=plan.warnings,
+        warnings=(*plan.warnings, *same_content(plan, experts.inputs)),
     )
     describe_run(plan, claim, Record(inputs=experts.inputs), result)
     claim.publish()

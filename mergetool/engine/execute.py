@@ -211,6 +211,8 @@ def _merge(plan: Plan, claim: Claim, costs: Costs, flags: Flags, progress: Progr
         return None
     seconds = claim.journal.done.seconds + time.monotonic() - started
     result = finish(plan, claim, records, seconds)
+    for word in result.warnings[len(plan.warnings) :]:
+        progress.say(f"warning: {word}")
     claim.publish()
     return result
 

@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,12 @@ from mergetool.engine.record import Record
 from mergetool.engine.result import Result
 from mergetool.methods.group import Note
 from mergetool.planner import Plan
+from mergetool.planner.beside import files_beside
+from mergetool.planner.model import BASE
 from mergetool.planner.outcome import config_of
+from mergetool.planner.parents import label
 from mergetool.tensors.io import sha256_file
-from mergetool.tensors.side_files import CONFIG_NAME, carried_files
+from mergetool.tensors.side_files import CONFIG_NAME
 from mergetool.tensors.source import FileStamp
 from mergetool.tensors.writer import copy_file, write_file
 
@@ -32,6 +35,7 @@ def finish(plan: Plan, claim: Claim, records: Sequence[Record], seconds: float) 
     record = Record.of(records)
     _write_index(plan, folder)
     _carry_files(plan, folder)
+    words = (*plan.warnings, *same_content(plan, record.inputs))
     notes = _summary(record.notes)
     result = Result(
         path=claim.output,
@@ -43,10 +47,24 @@ def finish(plan: Plan, claim: Claim, records: Sequence[Record], seconds: float) 
         resumed=claim.journal.resumed,
         num_processes=len(records),
         notes=notes,
-        warnings=plan.warnings,
+        warnings=words,
     )
     describe_run(plan, claim, record, result)
     return result
+
+
+def same_content(plan: Plan, digests: Mapping[str, str]) -> Iterator[str]:
+    """Models whose files hold the same as another's, though they lie elsewhere: what was planned could not tell."""
+    seen: dict[tuple[str, ...], tuple[str, set[Path]]] = {}
+    for model, source in plan.sources.items():
+        content = tuple(sorted(digests.get(str(stamp.path), "") for stamp in source.files))
+        places = {stamp.path.resolve() for stamp in source.files}
+        if not content or "" in content:
+            continue
+        other, others = seen.setdefault(content, (model, places))
+        if other != model and others != places:
+            consequence = "its task vector is zero" if other == BASE else "it counts twice"
+            yield f"model {model!r} holds the same as {label(other)}, byte for byte: {consequence}"
 
 
 def _summary(notes: Mapping[str, Sequence[Note]]) -> dict[str, int]:
@@ -97,12 +115,12 @@ def _write_index(plan: Plan, folder: Path) -> None:
 
 
 def _carry_files(plan: Plan, folder: Path) -> None:
-    """config.json as it is true of the result, tokenizer and generation files."""
+    """config.json as it is true of the result, and all files that belong to it."""
     if config := config_of(plan):
         write_file(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    tokenizer = plan.recipe.tokenizer
-    for path in carried_files(plan.sources[tokenizer.source if tokenizer else plan.donor].folder):
-        copy_file(path, folder / path.name)
+    for name, path in files_beside(plan).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(path, folder / name)
 
 
 def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any]:
@@ -128,7 +146,7 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
         "output": {"dtype": plan.recipe.output.dtype, "files": dict(sorted(record.outputs.items()))},
         "notes": _remarks(record.notes),
         "measured": _measured(record.notes),
-        "warnings": public(plan.warnings, plan.recipe.folder),
+        "warnings": public(result.warnings, plan.recipe.folder),
         "run": {
             "seconds": round(result.seconds, 3),
             "bytes_read": result.bytes_read,

@@ -18,16 +18,19 @@ from mergetool.errors import MergeError, at
 from mergetool.methods.base import Params, Stats, Survey, TensorGroup, TensorMethod
 from mergetool.methods.group import Note
 from mergetool.planner.model import BASE, SLICE_ELEMENTS, Plan, Step
-from mergetool.tensors.dtypes import DType, torch_dtype
+from mergetool.tensors.dtypes import BY_TORCH_NAME, DType, torch_dtype
 from mergetool.tensors.io import bytes_of
 
 _BYTES_PER_ELEMENT = 8
 _MOST_VIEWS = 1024
+_VARIANCE = "running_var"
+"""What batch norms call the variances that they divide by the roots of."""
 _RUN = 1 << 14
 """Elements of a sample that lie together."""
 
 
 NOT_FINITE = "holds values that are not finite"
+KEPT_WIDE = "stays in float32 (output.keep_float32)"
 INFINITE = "holds infinite values, as all that it was made from"
 """What is noted of tensors that were let through, so that a later look at them knows."""
 
@@ -89,6 +92,8 @@ class Worker:
 
     def _merge_slices(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
         notes: list[Note] = []
+        if start == 0 and self._is_kept_wide(step):
+            notes.append(KEPT_WIDE)
         for begin, end in self._slices(step, start, stop):
             if begin == end:
                 continue
@@ -100,8 +105,14 @@ class Worker:
             with at(f"{step.method.method_name()}: {step.spec.name}"):
                 merged = _merge(step.method, group, step.params, stats)
             assert merged.shape == group.models[0].shape, f"{step.spec.name}: a method must not change shapes"
+            if step.spec.name.endswith(_VARIANCE):
+                _check_variance(step.spec.name, merged)
             self._put(step, begin, merged, notes)
         return notes
+
+    def _is_kept_wide(self, step: Step) -> bool:
+        asked = self._plan.recipe.output.dtype
+        return asked != "source" and step.spec.dtype.is_float and step.spec.dtype.bits > BY_TORCH_NAME[asked].bits
 
     def replace(self, tensors: Mapping[str, Tensor]) -> None:
         """Write these tensors, checked and cast like merged ones, over what their steps wrote."""
@@ -274,6 +285,14 @@ class Worker:
                     place = "" if length == 1 else f" at flat index {begin + int(bad.nonzero()[0])}"
                     return f": it is not finite in {'the base' if name == BASE else f'model {name!r}'}{place}"
         return ""
+
+
+def _check_variance(name: str, values: Tensor) -> None:
+    """Raise MergeError for variances below zero: a batch norm takes their roots, and everything becomes NaN."""
+    lowest = float(values.min())
+    if lowest < 0:
+        fix = f"use a smaller scale, or copy them: overrides: [{{match: '*{_VARIANCE}', use: MODEL}}]"
+        raise MergeError(f"a variance of {lowest:.3g}: every answer would be NaN", name, fix)
 
 
 def _runs(step: Step, start: int, stop: int, one_in: int) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mergetool._version import __version__
+from mergetool.checkpoints.side_files import side_files
 from mergetool.engine.memory import Known, merge_all
 from mergetool.engine.worker import Sink, Worker
 from mergetool.errors import EvaluationError
@@ -31,7 +32,7 @@ from mergetool.tensors.digests import remembered_sha256
 from mergetool.tensors.dtypes import DType, torch_dtype
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import bytes_of, sha256_file
-from mergetool.tensors.side_files import CONFIG_NAME, carried_files
+from mergetool.tensors.side_files import CONFIG_NAME
 from mergetool.tensors.source import FileStamp, ModelSource
 
 
@@ -166,7 +167,7 @@ def _content(source: ModelSource, selected: str | None) -> str:
 
 def _network(folder: Path, tokenizer: Path) -> str:
     """What is run beside the weights: config and tokenizer."""
-    files = [folder / CONFIG_NAME, *carried_files(tokenizer)]
+    files = [folder / CONFIG_NAME, *(tokenizer / name for name in side_files(tokenizer))]
     return _sha256([[path.name, sha256_file(path)] for path in files])
 
 

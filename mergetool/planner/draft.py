@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 
 from mergetool.arch.depth import structural_depths
 from mergetool.checkpoints.family import Family
+from mergetool.checkpoints.islands import Islands
 from mergetool.errors import PlanError
 from mergetool.methods.base import BundleMethod, FittedMethod, Method, TensorMethod
 from mergetool.planner.model import BASE, Step
@@ -22,6 +23,7 @@ class Draft:
         self.recipe = recipe
         self.sources = family.sources
         self.twins = family.twins
+        self.islands = {model: Islands(source) for model, source in family.sources.items()}
         self.donor = donor
         self.warnings: list[str] = []
         self.extras: dict[tuple[str, tuple[str, ...]], list[str]] = {}
@@ -123,7 +125,7 @@ class Draft:
         if problem := method.problem(params):
             raise PlanError(problem, f"{method.method_name()}: {name}", "change the numbers for this tensor")
         uses_base = self.uses_base and method.needs_base != "unused"
-        written = TensorSpec(name, self._dtype_out(self.sources[leader].stored_as(name)), spec.shape)
+        written = TensorSpec(name, self._dtype_out(leader, name), spec.shape)
         return Step(
             0,
             written,
@@ -159,12 +161,16 @@ class Draft:
         spec = self.sources[donor].specs.get(name)
         if spec is None:
             raise PlanError(f"override `use: {donor}`: that model has no such tensor", name, "use another model")
-        dtype = self._dtype_out(self.sources[donor].stored_as(name)) if spec.dtype.is_float else spec.dtype
+        dtype = self._dtype_out(donor, name) if spec.dtype.is_float else spec.dtype
         return Step(0, TensorSpec(name, dtype, spec.shape), 0, donor, depth)
 
-    def _dtype_out(self, stored: DType) -> DType:
-        wanted = self.recipe.output.dtype
-        return stored if wanted == "source" else BY_TORCH_NAME[wanted]
+    def _dtype_out(self, model: str, name: str) -> DType:
+        """The storage dtype of a floating-point tensor that is written as `model` has it, or as was asked for."""
+        stored, output = self.sources[model].stored_as(name), self.recipe.output
+        if output.dtype == "source":
+            return stored
+        wanted = BY_TORCH_NAME[output.dtype]
+        return stored if wanted.bits == 16 and output.keep_float32 and name in self.islands[model] else wanted
 
     def _check_alike(self, spec: TensorSpec, leader: str, models: Sequence[str]) -> None:
         for model in models:

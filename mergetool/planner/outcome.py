@@ -8,6 +8,7 @@ from mergetool.checkpoints.ties import is_head
 from mergetool.checkpoints.truth import Parent, Written, layer_counts, true_config, vocabulary_sizes
 from mergetool.checkpoints.vocabulary import disagreement
 from mergetool.errors import PlanError
+from mergetool.planner.beside import config_owner, tokenizer_owner, words_about_files
 from mergetool.planner.model import Plan
 from mergetool.planner.parents import label
 from mergetool.tensors.side_files import read_config
@@ -23,20 +24,22 @@ def config_of(plan: Plan) -> dict[str, Any]:
         )
         for model, source in plan.sources.items()
     }
-    tokenizer = plan.recipe.tokenizer
+    owner, tokenizer = config_owner(plan), tokenizer_owner(plan)
     written = Written(
         shapes={step.spec.name: step.spec.shape for step in plan.steps},
         copied={step.spec.name: step.donor for step in plan.steps if step.method is None},
         untied=plan.untied,
         dtype=_main_dtype(plan),
         one_dtype=plan.recipe.output.dtype != "source",
-        tokenizer=None if tokenizer is None or tokenizer.source == plan.donor else tokenizer.source,
+        tokenizer=None if tokenizer == owner else tokenizer,
     )
-    return true_config(plan.donor, parents, written)
+    return true_config(owner, parents, written)
 
 
 def _main_dtype(plan: Plan) -> str | None:
-    """torch name of the floating-point dtype that most bytes are stored in."""
+    """torch name of the floating-point dtype that was asked for, or that most bytes are stored in."""
+    if plan.recipe.output.dtype != "source":
+        return plan.recipe.output.dtype
     sizes: Counter[str] = Counter()
     for step in plan.steps:
         if step.spec.dtype.is_float:
@@ -64,13 +67,14 @@ def check_vocabulary(plan: Plan) -> None:
 def words_about_result(plan: Plan) -> Iterator[str]:
     """What is unusual about the result."""
     shapes = {step.spec.name: step.spec.shape for step in plan.steps}
+    yield from words_about_files(plan)
     yield from _layers(plan, shapes)
     yield from _tokens(plan, shapes)
 
 
 def _tokens(plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
     """Embeddings that are copied from one model, and a tokenizer of another that means something else by their rows."""
-    owner = plan.recipe.tokenizer.source if plan.recipe.tokenizer else plan.donor
+    owner = tokenizer_owner(plan)
     rows = vocabulary_sizes(shapes)
     for step in plan.steps:
         name = step.spec.name

@@ -32,6 +32,9 @@ def cross_checks(document: Document, kind: type[Method] | None, method: Method |
         source = _in(data, "tokenizer", "source")
         if source is not None:
             yield from _check_use(document, ("tokenizer", "source"), source, models)
+    if _in(data, "output", "keep_float32") is not None and _in(data, "output", "dtype") not in ("bfloat16", "float16"):
+        what = "without an output.dtype of 16 bits nothing is narrowed, so this would have no effect"
+        yield document.error(("output", "keep_float32"), what, "remove `keep_float32`, or write dtype: bfloat16")
     if _in(data, "check", "missing") == "base" and not has_base:
         what = "`base` needs a base, and the recipe has none"
         yield document.error(("check", "missing"), what, "write missing: skip")

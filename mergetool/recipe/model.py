@@ -124,6 +124,12 @@ class Output(Section):
     dtype: Literal["source", "float32", "bfloat16", "float16"] = Field(
         "source", description="storage dtype of floating-point tensors; `source` keeps each tensor's own"
     )
+    keep_float32: bool = Field(
+        True,
+        strict=True,
+        description="under a `dtype` of 16 bits, leave in float32 what models keep so among 16-bit weights "
+        "(corrections of routers, norms), and Mamba's A_log, D and dt_bias",
+    )
     shard_size: Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str)] = Field(
         5 * 10**9, description="largest size of one output file, in bytes or like 5GB"
     )

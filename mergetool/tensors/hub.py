@@ -23,12 +23,19 @@ from mergetool.tensors.foreign import foreign_folder
 from mergetool.tensors.header import Header, header_length, parse_header
 from mergetool.tensors.hub_errors import explained, patient, persistent, unreachable
 from mergetool.tensors.sets import chosen_set, is_index, weight_sets
-from mergetool.tensors.side_files import CARD_NAME, CARRIED, CONFIG_NAME, read_config
+from mergetool.tensors.side_files import (
+    CARD_NAME,
+    CONFIG_NAME,
+    MODULES_NAME,
+    may_be_carried,
+    module_folders,
+    read_config,
+)
 from mergetool.tensors.source import WEIGHT_NAMES, FileStamp, OpenFile, weight_map
 
 _NAME = re.compile(r"(?:hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^\s@]+))?")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-_SMALL = (CONFIG_NAME, CARD_NAME, _ADAPTER_FILES[0])
+_SMALL = (CONFIG_NAME, CARD_NAME, MODULES_NAME, _ADAPTER_FILES[0])
 _OTHER = "name another repository or revision"
 _FIRST_BYTES = 1 << 16
 """What is read of a weight file at first; few headers are longer."""
@@ -231,7 +238,8 @@ class Repository:
         """Files that a merge needs and the cache lacks, with their sizes."""
         if self.place is not None:
             return {}
-        carried = [name for name in self.sizes if any(Path(name).match(glob) for glob in CARRIED) and "/" not in name]
+        modules = module_folders(self.folder)
+        carried = [name for name in self.sizes if may_be_carried(name, modules)]
         wanted = {*self.weight_files(), *carried}
         return {name: self.sizes.get(name, 0) for name in sorted(wanted) if not (self.folder / name).is_file()}
 

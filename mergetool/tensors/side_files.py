@@ -1,6 +1,7 @@
 """The small files of a model folder: config, tokenizer, generation settings. What travels with a merge."""
 
 import json
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,52 @@ from mergetool.tensors.io import read_error
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
-CARRIED = (
-    "params.json",
-    "open_clip_config.json",
-    "generation_config.json",
+MODULES_NAME = "modules.json"
+GENERATION_NAME = "generation_config.json"
+TOKENIZER_GLOBS = (
     "tokenizer*",
+    "*.tokenizer",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*.model",
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "*_processor_config.json",
-    "configuration_*.py",
-    "modeling_*.py",
-    "tokenization_*.py",
+    "vocab*",
+    "*_vocab.json",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "*.codes",
+    "merges*.txt",
+    "tekken*.json",
+    "dict.txt",
+    "normalizer.json",
+    "emoji.json",
+    "byte_maps.json",
+    "word_shape.json",
+    "word_pronunciation.json",
 )
-"""Globs of the files that go with a merge."""
+"""Files of a tokenizer, of whichever kind."""
+TEMPLATE_GLOBS = ("chat_template*", "additional_chat_templates/*.jinja")
+MODEL_GLOBS = (
+    "params.json",
+    "open_clip_config.json",
+    "*preprocessor_config.json",
+    "*processor_config.json",
+    "feature_extractor*.json",
+    "audio_tokenizer_config.json",
+    MODULES_NAME,
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "custom_generate/*",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "COPYING*",
+    "USE_POLICY*",
+)
+"""Processors, sentence-transformers, own ways to generate, and what everybody who passes a model on must add."""
+CODE_GLOBS = ("configuration_*.py", "modeling_*.py", "*process*_*.py", "feature_extraction_*.py")
+TOKENIZER_CODE_GLOBS = ("tokenization_*.py",)
+_CARRIED = (*TOKENIZER_GLOBS, *TEMPLATE_GLOBS, *MODEL_GLOBS, GENERATION_NAME, "*.py")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz", ".gguf", ".pkl")
 _MAX_CONFIG_BYTES = 20_000_000
 _MAX_CARD = 100_000
 
@@ -60,13 +87,30 @@ def read_config(folder: Path | None) -> dict[str, Any]:
     return config
 
 
-def carried_files(folder: Path | None) -> list[Path]:
-    """Tokenizer, generation and processor files of a folder, by name."""
-    if folder is None:
+def matches(name: str, globs: Iterable[str]) -> bool:
+    """Whether a file, named from its model's folder, is one of these; a glob without a slash means that folder only."""
+    if name.endswith(_WEIGHTS):
+        return False
+    return any(name.count("/") == glob.count("/") and fnmatchcase(name, glob) for glob in globs)
+
+
+def may_be_carried(name: str, modules: Collection[str]) -> bool:
+    """Whether a file of this name may go with a merge. `modules` are the folders of sentence-transformers' modules."""
+    return matches(name, _CARRIED) or any(name.startswith(f"{folder}/") for folder in modules)
+
+
+def module_folders(folder: Path) -> list[str]:
+    """The folders that sentence-transformers' modules.json names. Raises SourceError for one that lies elsewhere."""
+    try:
+        modules = json.loads((folder / MODULES_NAME).read_text("utf-8"))
+        paths = [str(module.get("path") or "") for module in modules]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return []
-    return sorted(
-        path for path in folder.iterdir() if path.is_file() and any(fnmatchcase(path.name, glob) for glob in CARRIED)
-    )
+    for path in paths:
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            what = f"names a module at {path!r}, which is not in this folder"
+            raise SourceError(what, str(folder / MODULES_NAME), "get the model from a source you trust")
+    return [Path(path).as_posix() for path in paths if path not in ("", ".")]
 
 
 def licence_of(folder: Path | None) -> str | None:

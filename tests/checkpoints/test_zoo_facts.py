@@ -8,7 +8,6 @@ import transformers as hf
 
 import mergetool
 from tests.checkpoints.recipes import recipe_of
-from tests.checkpoints.wrong import wrong
 from tests.zoo import files, text
 from tests.zoo.advice import assert_said, outcomes
 from tests.zoo.build import build, change_config, config_of, copy_of, tuned
@@ -215,17 +214,6 @@ CARRIED = [
     "custom_generate/generate.py",
 ]
 """Files that belong to the model, whose names transformers (or the code in the folder) asks for."""
-KNOWN_TODAY = {
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "preprocessor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "configuration_mine.py",
-    "modeling_mine.py",
-}
 LEFT = [
     "optimizer.pt",
     "scheduler.pt",
@@ -242,10 +230,7 @@ LEFT = [
 """Files of a training, or of other weights."""
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in KNOWN_TODAY else wrong("this file is left behind")) for name in CARRIED],
-)
+@pytest.mark.parametrize("name", CARRIED)
 def test_a_file_of_the_model_goes_with_the_result(zoo, name, tmp_path):
     base = copy_of(tmp_path / "base", zoo.base("llama"))
     (base / name).parent.mkdir(exist_ok=True)
@@ -280,7 +265,6 @@ def sentence_models(zoo):
     return root / "base", root / "1", root / "2"
 
 
-@wrong("sentence-transformers' modules are left behind")
 def test_a_sentence_model_gives_sentences_the_vectors_of_the_merge(zoo, tmp_path):
     """The encoder is merged; pooling, dense layer and prompts are those of the base (or merged, too)."""
     library = pytest.importorskip("sentence_transformers")

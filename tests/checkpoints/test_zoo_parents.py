@@ -7,7 +7,6 @@ import transformers as hf
 import mergetool
 from mergetool.errors import MergetoolError
 from tests.checkpoints.recipes import recipe_of
-from tests.checkpoints.wrong import wrong
 from tests.zoo import files, text
 from tests.zoo.advice import assert_said, outcomes
 from tests.zoo.build import copy_of, stir
@@ -62,14 +61,12 @@ def without_tokenizer(folder, source):
     return folder
 
 
-@wrong("files come from the donor only")
 def test_a_base_without_a_tokenizer_leaves_that_to_a_model_or_says_so(zoo, tmp_path):
     base, a, b = llamas(zoo)
     result = mergetool.run(recipe_of(without_tokenizer(tmp_path / "base", base), a, b), output=tmp_path / "out")
     assert (result.path / "tokenizer.json").is_file() or "tokenizer" in " ".join(result.warnings)
 
 
-@wrong("files come from the donor only")
 def test_a_base_that_is_a_bare_file_leaves_config_json_to_a_model_or_says_so(zoo, tmp_path):
     base, a, b = llamas(zoo)
     result = mergetool.run(recipe_of(base / "model.safetensors", a, b), output=tmp_path / "out")
@@ -79,7 +76,6 @@ def test_a_base_that_is_a_bare_file_leaves_config_json_to_a_model_or_says_so(zoo
         hf.LlamaForCausalLM.from_pretrained(result.path)
 
 
-@wrong("that there is no tokenizer is not said")
 def test_a_tokenizer_is_not_taken_from_a_model_that_has_none(zoo, tmp_path):
     base, a, b = llamas(zoo)
     bare = without_tokenizer(tmp_path / "bare", b)
@@ -111,7 +107,6 @@ def test_a_mask_of_minus_infinity_stays_what_it_is(zoo, method, tmp_path):
         assert torch.equal(files.weights(result.path)["model.mask"], mask)
 
 
-@wrong("every float tensor takes output.dtype")
 def test_a_small_float32_island_stays_wide(zoo, tmp_path):
     """Router corrections and the like are kept in float32 on purpose, among weights in bfloat16."""
     island = "model.layers.0.mlp.gate.e_score_correction_bias"
@@ -131,7 +126,6 @@ def test_a_small_float32_island_stays_wide(zoo, tmp_path):
     assert {value.dtype for value in written.values()} == {torch.bfloat16}
 
 
-@wrong("nothing is said about a variance below zero")
 def test_a_variance_below_zero_is_not_written_silently(tmp_path):
     """A batch norm with such a variance answers NaN."""
 

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 import mergetool
-from mergetool.errors import RecipeError, SourceError
-from mergetool.tensors.side_files import carried_files, read_config
+from mergetool.checkpoints.side_files import model_files, side_files, tokenizer_files
+from mergetool.engine.verify import verify_output
+from mergetool.errors import PlanError, RecipeError, SourceError
+from mergetool.tensors.side_files import read_config
 from tests.files import tensors, write_model, write_models
 
 CARRIED = [
+    "LICENSE",
     "added_tokens.json",
     "chat_template.jinja",
     "configuration_own.py",
@@ -33,8 +36,35 @@ def test_tokenizer_and_generation_files_travel_and_others_stay(tmp_path):
         (tmp_path / name).write_text("x")
     (tmp_path / "tokenizer_folder").mkdir()
     os.mkfifo(tmp_path / "tokenizer.pipe")
-    assert [path.name for path in carried_files(tmp_path)] == CARRIED
-    assert carried_files(None) == []
+    assert side_files(tmp_path) == CARRIED
+    assert side_files(None) == []
+
+
+def test_code_travels_with_all_that_it_imports(tmp_path):
+    """What `auto_map` names, wherever it stands, what that imports in turn; not code of other repositories, or none."""
+    files = {
+        "config.json": '{"text_config": {"auto_map": {"AutoModel": "net.Net", "AutoConfig": "o/n--theirs.Config"}}}',
+        "tokenizer_config.json": '{"auto_map": {"AutoTokenizer": [null, "words.Fast"]}}',
+        "net.py": "from .parts.rotary import (\n    turn,\n)\nfrom . import shared\nimport torch",
+        "parts/rotary.py": "from ..deep import x",
+        "parts/__init__.py": "",
+        "deep.py": "",
+        "shared.py": "from .shared import itself",
+        "words.py": "from .. import outside",
+        "theirs.py": "",
+        "train.py": "from .net import Net",
+    }
+    (tmp_path / "parts").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert tokenizer_files(tmp_path) == ["tokenizer_config.json", "words.py"]
+    assert model_files(tmp_path) == ["deep.py", "net.py", "parts/rotary.py", "shared.py"]
+
+
+def test_a_module_outside_of_its_folder_is_refused(tmp_path):
+    (tmp_path / "modules.json").write_text('[{"path": "../../home"}]')
+    with pytest.raises(SourceError, match=r"'../../home', which is not in this folder"):
+        side_files(tmp_path)
 
 
 @pytest.fixture
@@ -119,3 +149,67 @@ def test_a_current_folder_whose_name_is_no_unicode_works(tmp_path, monkeypatch):
     assert lock["inputs"]["a"][0]["file"] == "a/model.safetensors"
     with pytest.raises(RecipeError, match="expected Unicode text"):
         mergetool.run({"models": {"a": str(odd / "a")}, "merge": {"method": "linear"}})
+
+
+def lay(folder, **files):
+    """Files by name, `__` for a dot and `___` for a slash."""
+    for name, text in files.items():
+        path = folder / name.replace("___", "/").replace("__", ".")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+
+def test_a_sentence_models_own_weights_are_copied_and_parents_that_differ_there_are_named(recipe, tmp_path):
+    modules = json.dumps([{"path": ""}, {"path": "2_Dense"}])
+    for name in "ab":
+        lay(tmp_path / name, modules__json=modules, config__json="{}", tokenizer__json="{}")
+        lay(tmp_path / name, **{"2_Dense___config__json": "{}", "2_Dense___model__safetensors": name})
+        lay(tmp_path / name, **{"2_Dense___optimizer__pt": name})
+    result = mergetool.run(recipe)
+    assert "2_Dense/model.safetensors of model 'a' and model 'b' differ" in result.warnings[0]
+    assert sorted(path.name for path in (result.path / "2_Dense").iterdir()) == ["config.json", "model.safetensors"]
+    assert (result.path / "2_Dense/model.safetensors").read_text() == "a"
+    assert verify_output(result.path)["files_checked"] == 6
+    (result.path / "2_Dense/model.safetensors").write_text("b")
+    with pytest.raises(SourceError, match="SHA-256"):
+        verify_output(result.path)
+
+
+def test_what_the_first_model_lacks_comes_from_the_next_that_has_it_with_a_word(recipe, tmp_path):
+    lay(tmp_path / "b", tokenizer__model="b", generation_config__json='"b"', config__json='{"x": 1}', NOTICE="b")
+    result = mergetool.run(recipe)
+    assert read_config(result.path) == {"x": 1, "torch_dtype": "bfloat16"}
+    assert (result.path / "tokenizer.model").read_text() == (result.path / "NOTICE").read_text() == "b"
+    assert result.warnings == (
+        "model 'a' has no config.json: the result has that of model 'b'",
+        "model 'a' has no tokenizer: the result has that of model 'b'",
+    )
+
+
+def test_a_tokenizer_of_none_is_refused_and_the_advice_helps(recipe, tmp_path):
+    lay(tmp_path / "a", tokenizer__json='"a"', chat_template__jinja="a", generation_config__json="{}")
+    with pytest.raises(PlanError, match="model 'b' has no tokenizer") as caught:
+        mergetool.run(recipe | {"tokenizer": {"source": "b"}})
+    assert caught.value.fix == "write tokenizer: {source: a}, or leave it out"
+    assert (mergetool.run(recipe | {"tokenizer": {"source": "a"}}).path / "tokenizer.json").is_file()
+
+
+def test_files_of_two_tokenizers_are_not_mixed(recipe, tmp_path):
+    lay(tmp_path / "a", tokenizer__json='"a"', chat_template__jinja="a", generation_config__json="{}")
+    lay(tmp_path / "b", tokenizer__model="b", additional_chat_templates___tool__jinja="b")
+    result = mergetool.run(recipe | {"tokenizer": {"source": "b"}})
+    assert {path.name for path in result.path.iterdir()} >= {"tokenizer.model", "additional_chat_templates"}
+    assert not {path.name for path in result.path.iterdir()} & {"tokenizer.json", "chat_template.jinja"}
+    assert result.warnings == (
+        "model 'b', whose tokenizer it is, has no generation_config.json: the result has none either",
+    )
+
+
+def test_modules_and_processors_that_the_leader_lacks_are_named(recipe, tmp_path):
+    lay(tmp_path / "a", config__json="{}")
+    lay(tmp_path / "b", modules__json="[]", preprocessor_config__json="{}")
+    result = mergetool.run(recipe)
+    assert [word.partition(" has ")[2].partition(",")[0] for word in result.warnings] == [
+        "sentence-transformers' modules (modules.json)",
+        "a processor (preprocessor_config.json)",
+    ]
