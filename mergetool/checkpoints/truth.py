@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergetool.checkpoints.facts import SCALED_BY_TIES
-from mergetool.checkpoints.ties import TIE_KEY, embeddings_of
+from mergetool.checkpoints.sizes import Change, Sized, changed_sizes
+from mergetool.checkpoints.ties import TIE_KEY, embeddings_of, is_head
 from mergetool.checkpoints.vocabulary import special_ids
 
 Config = Mapping[str, Any]
@@ -59,6 +60,7 @@ def true_config(leader: str, parents: Mapping[str, Parent], written: Written) ->
         return config
     before = parents[leader].described
     _set_layers(config, before, written.shapes, parents)
+    _set_sizes(config, leader, parents, written)
     _set_vocabulary(config, before, written.shapes)
     _set_classes(config, leader, parents, written)
     if written.untied and config.get("model_type") not in SCALED_BY_TIES:
@@ -91,6 +93,30 @@ def _set_vocabulary(config: dict[str, Any], before: Mapping[str, Shape], shapes:
 def _set_tokens(config: dict[str, Any], other: Config) -> None:
     """Ids of special tokens, as the model whose tokenizer this is has them."""
     config.update({key: value for key, value in special_ids(other).items() if key in config or value is not None})
+
+
+# -------------------------------------------------------------------- other sizes
+
+
+def _sizes(leader: str, parents: Mapping[str, Parent], written: Written) -> tuple[list[Change], dict[str, str]]:
+    known = {model: Sized(parent.config, parent.described) for model, parent in parents.items()}
+    return changed_sizes(known[leader], {m: each for m, each in known.items() if m != leader}, written.shapes)
+
+
+def _set_sizes(config: dict[str, Any], leader: str, parents: Mapping[str, Parent], written: Written) -> None:
+    """Sizes as the parent has them whose tensors were taken."""
+    for change in _sizes(leader, parents, written)[0]:
+        part, key = change.key
+        (config[part] if part else config)[key] = copy.deepcopy(change.value)
+
+
+def strange_sizes(leader: str, parents: Mapping[str, Parent], written: Written) -> dict[str, str]:
+    """Tensors of another size than the leader's whose size no key of config.json tells, with whose they are."""
+    if not parents[leader].config:
+        return {}
+    found = _sizes(leader, parents, written)[1]
+    counted = {*vocabulary_sizes(written.shapes), *(name for name in found if is_classifier(name) or is_head(name))}
+    return {name: model for name, model in found.items() if name not in counted}
 
 
 # -------------------------------------------------------------------- layers

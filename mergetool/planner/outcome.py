@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mergetool.checkpoints.ties import is_head
-from mergetool.checkpoints.truth import Parent, Written, layer_counts, true_config, vocabulary_sizes
+from mergetool.checkpoints.truth import Parent, Written, layer_counts, strange_sizes, true_config, vocabulary_sizes
 from mergetool.checkpoints.vocabulary import disagreement
 from mergetool.errors import PlanError
 from mergetool.planner.beside import config_owner, tokenizer_owner, words_about_files
@@ -15,7 +15,12 @@ from mergetool.tensors.side_files import read_config
 
 
 def config_of(plan: Plan) -> dict[str, Any]:
-    """The result's config.json; empty where the donor has none."""
+    """The result's config.json; empty where no model has one. Raises PlanError where no config fits what is written."""
+    return true_config(config_owner(plan), *_facts(plan))
+
+
+def _facts(plan: Plan) -> tuple[dict[str, Parent], Written]:
+    """The models, and what will be written of them."""
     parents = {
         model: Parent(
             read_config(source.folder),
@@ -33,7 +38,7 @@ def config_of(plan: Plan) -> dict[str, Any]:
         one_dtype=plan.recipe.output.dtype != "source",
         tokenizer=None if tokenizer == owner else tokenizer,
     )
-    return true_config(owner, parents, written)
+    return parents, written
 
 
 def _main_dtype(plan: Plan) -> str | None:
@@ -68,8 +73,16 @@ def words_about_result(plan: Plan) -> Iterator[str]:
     """What is unusual about the result."""
     shapes = {step.spec.name: step.spec.shape for step in plan.steps}
     yield from words_about_files(plan)
+    yield from _sizes(plan)
     yield from _layers(plan, shapes)
     yield from _tokens(plan, shapes)
+
+
+def _sizes(plan: Plan) -> Iterator[str]:
+    """Tensors of another size than config.json will speak of. Raises PlanError where it cannot tell the truth."""
+    config_of(plan)
+    for name, model in strange_sizes(config_owner(plan), *_facts(plan)).items():
+        yield f"{name} is of another size in {label(model)}, of which config.json says nothing: the result may not open"
 
 
 def _tokens(plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:

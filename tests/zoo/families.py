@@ -111,7 +111,7 @@ def _qwen2_vl(**changes: Any) -> Any:
 
 def _clip(**changes: Any) -> Any:
     text = {**_ENCODER, "projection_dim": 12, "bos_token_id": 1, "eos_token_id": 2}
-    vision = {**_VISION, "projection_dim": 12}
+    vision = {**_VISION, "projection_dim": 12, **changes.pop("vision", {})}
     return hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12, **changes)
 
 
