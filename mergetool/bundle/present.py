@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergetool.arch.heads import HeadKind, head_kind, is_general, is_pooler
+from mergetool.arch.heads import HeadKind, embeds, head_kind, is_general, is_pooler
 from mergetool.bundle.match import counterparts
 from mergetool.errors import PlanError
 from mergetool.tensors.dtypes import DType
@@ -134,7 +134,7 @@ def _without_heads(found: Mapping[str, str], source: ModelSource, *, with_head: 
     return {
         name: own
         for name, own in found.items()
-        if not is_pooler(own) and not (with_head and own.partition(".")[0] != main)
+        if not is_pooler(own) and not (with_head and own.partition(".")[0] != main and not embeds(own))
     }
 
 
