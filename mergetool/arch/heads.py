@@ -20,6 +20,7 @@ _OTHERWISE = frozenset(
 """Classes that search among several spans, choose cells of a table, or answer about images."""
 _GENERAL = re.compile(r"For(CausalLM|ConditionalGeneration|MaskedLM|PreTraining)$|LMHeadModel$|Model$")
 """Language models, and networks without a head: what experts may be without having a head of their own."""
+_EMBEDS = re.compile(r"^\w*(embed|stem|shared|wte|wpe)\w*\.")
 _POOLER = re.compile(r"(^|\.)pooler(\.|$)")
 
 
@@ -33,6 +34,11 @@ def head_kind(architecture: str) -> HeadKind | None:
 def is_general(architecture: str) -> bool:
     """Whether a class is a language model, or a network without a head."""
     return _GENERAL.search(architecture) is not None
+
+
+def embeds(name: str) -> bool:
+    """Whether a tensor lies in a part that a network begins with, beside its layers."""
+    return _EMBEDS.match(name) is not None
 
 
 def is_pooler(name: str) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergetool.arch.heads import HeadKind, head_kind, is_general, is_pooler
+from mergetool.arch.heads import HeadKind, embeds, head_kind, is_general, is_pooler
 from mergetool.checkpoints.names import match
 from mergetool.checkpoints.view import View
 from mergetool.errors import PlanError
@@ -108,7 +108,7 @@ def _without_heads(found: Mapping[str, str], source: ModelSource, *, with_head: 
     return {
         name: own
         for name, own in found.items()
-        if not is_pooler(own) and not (with_head and own.partition(".")[0] != main)
+        if not is_pooler(own) and not (with_head and own.partition(".")[0] != main and not embeds(own))
     }
 
 

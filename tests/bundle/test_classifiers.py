@@ -74,6 +74,7 @@ LINEAR = {
     "linear_value_head_dim": 8,
 }
 LEFT = text_inputs(side="left")
+WAVES = audio_inputs()
 CASES = [
     Case("BertForSequenceClassification", "BertModel"),
     Case("BertForSequenceClassification", "BertForMaskedLM"),  # without a pooler
@@ -132,11 +133,19 @@ def test_an_expert_answers_in_the_bundle_as_it_does_alone(case, tmp_path):
 # Other bases, other kinds
 
 
-def test_a_base_that_is_a_classifier_itself_shares_no_head(tmp_path):
-    case = Case("RobertaForSequenceClassification", "RobertaForSequenceClassification")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("RobertaForSequenceClassification", "RobertaForSequenceClassification"),
+        Case("LlamaForSequenceClassification", "LlamaForSequenceClassification"),
+        Case("WhisperForAudioClassification", "WhisperForAudioClassification", WAVES, {"max_source_positions": 50}),
+    ],
+    ids=str,
+)
+def test_a_base_that_is_a_classifier_itself_shares_no_head(case, tmp_path):
     paths = case.save(tmp_path, a=2, b=2)
     model = opened(paths, tmp_path / "out")
-    assert not any(name.startswith("classifier") for name in model.manifest.parameters)
+    assert not any(name.split(".")[0] in ("classifier", "score", "projector") for name in model.manifest.parameters)
     for task in "ab":
         torch.testing.assert_close(model(tasks=[task], **case.inputs).logits, case.alone(paths[task]).logits)
 

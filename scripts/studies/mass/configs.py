@@ -4,6 +4,14 @@ from typing import Any
 
 _TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
+    "zamba": {
+        "layers_block_type": ["mamba", "hybrid"],
+        "num_hidden_layers": 2,
+        "mamba_d_state": 8,
+        "use_mamba_kernels": False,
+        "n_mamba_heads": 2,
+        "mamba_dt_rank": 4,
+    },
     "axk1": {
         "topk_group": 1,
         "n_group": 1,
@@ -243,3 +251,8 @@ IMAGE_SIZES = {
 """Sides of images, where not 16."""
 BASES = {"perceiver": "PerceiverForMaskedLM", "t5gemma": "T5GemmaModel"}
 """Classes of bases that are not what AutoModel makes."""
+
+LEFT_OUT = frozenset(
+    ("qwen3_5", "qwen3_asr", "modernvbert", "ultravbert", "t5gemma2", "shieldgemma2", "cvt", "efficientnet", "siglip2")
+)
+"""Model types whose small configs are not made here: several towers, or lists that must fit together."""
