@@ -134,6 +134,29 @@ def layer_counts(names: Iterable[str]) -> dict[str, int]:
     return found
 
 
+TEXT_LAYERS = re.compile(
+    r"((model|transformer|language_model|text_model|encoder|decoder|bert|roberta|electra|vit|deit|gpt_neox)\.)*"
+    r"(layers|layer|h|block)"
+)
+"""Towers whose number of layers a config states."""
+
+
+def _counts_layers(key: str) -> bool:
+    return key == "depth" or ("layer" in key and not re.search("lstm|residual|conv|_size|_id", key))
+
+
+def layer_numbers(config: Config) -> set[int]:
+    """Every number of layers that a config may speak of: its own, its parts', and with what predicts further tokens."""
+    counts: set[int] = set()
+    for part in (config, *(each for each in config.values() if isinstance(each, dict))):
+        own = {value for key, value in part.items() if type(value) is int and _counts_layers(key)}
+        extra = [part[key] for key in part if "nextn" in key or "mtp" in key]
+        own |= {count + more for count in own for more in extra if type(more) is int}
+        own |= {len(value) for value in part.values() if isinstance(value, list)} if own else set()
+        counts |= own
+    return counts
+
+
 def _set_layers(
     config: dict[str, Any], before: Mapping[str, Shape], shapes: Mapping[str, Shape], parents: Mapping[str, Parent]
 ) -> None:

@@ -170,19 +170,25 @@ def inspect(
 @app.command()
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A merged checkpoint (or any model).")],
+    load: Annotated[bool, typer.Option("--load", help="Open it with transformers, too, and run one step.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a result against its lock, and scan its weights for values that are not finite."""
+    """Check a result against its lock and its config.json, and scan its weights for values that are not finite."""
     from mergetool.bundle import is_bundle
 
     if is_bundle(path):
         from mergetool.bundle.verify import verify_bundle
 
         report = verify_bundle(path)
+        if load:
+            from mergetool.bundle.model import load_bundle
+
+            load_bundle(path, verify=False)
+            report["summary"] += "; opens as a bundle"
     else:
         from mergetool.engine.verify import verify_output
 
-        report = verify_output(path)
+        report = verify_output(path, load=load)
     _print(report if as_json else f"{path}: {report['summary']}", as_json=as_json)
 
 

@@ -6,34 +6,58 @@ from typing import Any
 
 import torch
 
+from mergetool.checkpoints.agreement import disagreements_with_files
 from mergetool.engine.claim import LOCK_NAME
+from mergetool.engine.opening import open_and_run
+from mergetool.engine.worker import INFINITE, NOT_FINITE
 from mergetool.errors import SourceError
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.io import bytes_of, sha256_file
+from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import FileStamp, ModelSource, open_model
 
 _CHUNK = 1 << 24
 
 
-def verify_output(path: Path) -> dict[str, Any]:
-    """Re-hash against `mergetool.json` (if there is one) and scan. Raises SourceError for the first kind of damage."""
+def verify_output(path: Path, *, load: bool = False) -> dict[str, Any]:
+    """Re-hash against `mergetool.json` (if there is one), hold config.json against the tensors, and scan them.
+
+    With `load`, transformers opens it and runs one step. Raises SourceError for the first kind of damage.
+    """
     source = open_model(path)
     lock_path = path / LOCK_NAME
     checked = _check_lock(lock_path) if lock_path.is_file() else None
-    broken = [name for name in source.specs if not _is_finite(source, name)]
+    _check_config(source, path)
+    known = _let_through(lock_path) if lock_path.is_file() else frozenset()
+    broken = [name for name in source.specs if name not in known and not _is_finite(source, name)]
     if broken:
         raise SourceError(
             f"{len(broken)} tensors hold values that are not finite: {', '.join(broken[:5])}",
             str(path),
             "merge again from sound inputs",
         )
+    opened = f"; {open_and_run(path)}" if load else ""
     files = "no lock, so no digests to compare" if checked is None else f"{checked} files match the lock"
     return {
         "path": str(path),
         "files_checked": checked,
         "tensors": len(source.specs),
-        "summary": f"{files}; {len(source.specs)} tensors are finite",
+        "summary": f"{files}; {len(source.specs)} tensors are finite{opened}",
     }
+
+
+def _check_config(source: ModelSource, path: Path) -> None:
+    """Raise SourceError where config.json or the tokenizer speak of other tensors than those that are here."""
+    found = list(disagreements_with_files(source, read_config(source.folder)))
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise SourceError(f"{found[0]}{more}", str(path), "correct config.json, or merge again")
+
+
+def _let_through(lock_path: Path) -> frozenset[str]:
+    """Tensors that a run was told to write, or had to copy, although not all of their values are finite."""
+    notes = json.loads(lock_path.read_text("utf-8")).get("notes") or {}
+    return frozenset(name for name, texts in notes.items() if {NOT_FINITE, INFINITE} & set(texts))
 
 
 def _check_lock(lock_path: Path) -> int:

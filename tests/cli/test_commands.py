@@ -33,7 +33,7 @@ FLAGS = {
     "validate": {"recipe", "--online", "--set", "--json"},
     "plan": {"recipe", "--set", "--workers", "--memory", "--json"},
     "inspect": {"reference", "--json"},
-    "verify": {"path", "--json"},
+    "verify": {"path", "--load", "--json"},
     "methods": {"name", "--json"},
     "schema": set(),
     "import": {"recipe", "-o", "--output"},
