@@ -267,9 +267,9 @@ class Worker:
         )
 
     def _shared_infinities(self, step: Step, start: int, length: int) -> Tensor:
-        """The infinities that all inputs share, as masks do (they are no numbers to be merged), and 0 elsewhere."""
+        """The infinities that several inputs share, as masks do (they are no numbers to merge), and 0 elsewhere."""
         first, *others = (self._read(name, step, start, (length,), ("shared", name)) for name in step.reads)
-        shared = torch.isinf(first)
+        shared = torch.isinf(first) if others else torch.zeros_like(first, dtype=torch.bool)
         for values in others:
             shared &= values == first
         return torch.where(shared, first, torch.zeros((), dtype=first.dtype, device=first.device))

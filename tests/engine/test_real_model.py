@@ -113,7 +113,7 @@ def test_several_files_open_as_one(models, tmp_path):
     )
 
 
-def test_the_tokenizer_comes_from_the_base_and_other_files_stay_behind(models, minilm, tmp_path):
+def test_tokenizer_and_modules_come_from_the_base_and_other_files_stay_behind(models, minilm, tmp_path):
     out = merged(models, tmp_path / "out", {"method": "ties"})
     ours, original = (AutoTokenizer.from_pretrained(path) for path in (out, minilm))
     assert ours(TEXTS) == original(TEXTS)
@@ -121,13 +121,17 @@ def test_the_tokenizer_comes_from_the_base_and_other_files_stay_behind(models, m
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
         assert (out / name).read_bytes() == (minilm / name).read_bytes()
     assert sorted(path.name for path in out.iterdir()) == [
+        "1_Pooling",
         "README.md",
         "config.json",
+        "config_sentence_transformers.json",
         "mergetool.json",
         "model.safetensors",
+        "modules.json",
+        "sentence_bert_config.json",
         "special_tokens_map.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "vocab.txt",
     ]
-    assert verify_output(out)["files_checked"] == 7
+    assert verify_output(out)["files_checked"] == 11
