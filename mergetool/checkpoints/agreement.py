@@ -119,7 +119,7 @@ def _heads(config: Config, shapes: Mapping[str, Shape]) -> Iterator[str]:
     other = [
         name for name, shape in shapes.items() if name not in rows and len(shape) == 2 and shape[0] in rows.values()
     ]
-    if not other and config.get("model_type") not in SCALED_BY_TIES:
+    if not other and config.get("model_type") not in (*SCALED_BY_TIES, *_MORE_ROWS):
         yield f"{TIE_KEY} is false, but there is no head beside {next(iter(rows))}"
 
 
