@@ -28,14 +28,14 @@ def _table() -> dict[str, Any]:
     return found | {"untied": frozenset(found["untied"].split())}
 
 
-def ties_words(config: Mapping[str, Any]) -> bool:
-    """Whether config.json has the output embeddings be the input embeddings. Without a config nothing is tied."""
+def ties_words(config: Mapping[str, Any]) -> bool | None:
+    """Whether config.json has the output embeddings be the input embeddings; None without a model type to tell."""
     text = config.get("text_config")
     parts = (config, text) if isinstance(text, dict) else (config,)
     told = next((part[TIE_KEY] for part in parts if part.get(TIE_KEY) is not None), None)
     if told is not None:
         return bool(told)
-    return "model_type" in config and config["model_type"] not in _table()["untied"]
+    return config["model_type"] not in _table()["untied"] if "model_type" in config else None
 
 
 def may_be_tied(name: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mergetool.checkpoints.adapters.keys import words
 from mergetool.checkpoints.names import match
+from mergetool.checkpoints.ties import ties_words
 from mergetool.tensors.header import TensorSpec
 
 _NEUTRAL = frozenset({"model", "language_model", "base_model", "module", "_orig_mod", "transformer"})
@@ -59,11 +60,8 @@ class Places:
 
     @property
     def is_tied(self) -> bool | None:
-        """Whether input embeddings and output layer are one tensor; None where config.json does not say."""
-        text = self._config.get("text_config")
-        inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-        found = self._config.get("tie_word_embeddings", inner)
-        return found if isinstance(found, bool) else None
+        """Whether input embeddings and output layer are one tensor; None where nothing says so."""
+        return ties_words(self._config)
 
     def shared(self, module: str, shape: tuple[int, ...]) -> str | None:
         """The stored tensor that `module`, which the file lacks, is tied to."""

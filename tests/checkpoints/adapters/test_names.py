@@ -1,5 +1,6 @@
 """Adapters whose names, classes or vocabularies are not those of the model's file, against peft."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,37 @@ def test_shapes_tell_the_kinds_of_layers_apart_where_no_config_does(tmp_path: Pa
     for flag in (True, False):
         trained.set(fan_in_fan_out=flag)
         assert_merged_as_by_peft(trained)
+
+
+def test_a_head_that_is_tied_by_default_follows_an_adapter_on_the_embeddings(tmp_path):
+    """Configs of transformers 4 do not say what is so by default, and files hold the head again."""
+    torch.manual_seed(0)
+    config = hf.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=12, n_positions=8)
+    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    state = load_file(tmp_path / "base/model.safetensors")
+    save_file(state | {"lm_head.weight": state["transformer.wte.weight"].clone()}, tmp_path / "base/model.safetensors")
+    told = json.loads((tmp_path / "base/config.json").read_text())
+    del told["tie_word_embeddings"]
+    (tmp_path / "base/config.json").write_text(json.dumps(told))
+    with quiet():
+        model = get_peft_model(
+            hf.GPT2LMHeadModel.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["wte"])
+        )
+        for name, value in model.named_parameters():
+            if "lora_embedding" in name:
+                nn.init.normal_(value)
+        model.save_pretrained(tmp_path / "lora")
+    merged = mergetool.run(
+        {
+            "models": {"a": {"source": str(tmp_path / "base"), "adapters": [str(tmp_path / "lora")]}},
+            "merge": {"method": "passthrough"},
+        },
+        output=tmp_path / "out",
+    )
+    result = load_file(merged.path / "model.safetensors")
+    assert torch.equal(result["lm_head.weight"], result["transformer.wte.weight"])
+    ids = torch.arange(6)[None]
+    with quiet():
+        expected = model.merge_and_unload().eval()(ids).logits
+    found = hf.GPT2LMHeadModel.from_pretrained(merged.path).eval()(ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
