@@ -1,6 +1,7 @@
 """Check a finished output: digests against its lock, and every weight for being finite."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ def verify_output(path: Path, *, load: bool = False) -> dict[str, Any]:
     lock_path = path / LOCK_NAME
     checked = _check_lock(lock_path) if lock_path.is_file() else None
     _check_config(source, path)
-    known = _let_through(lock_path) if lock_path.is_file() else frozenset()
-    broken = [name for name in source.specs if name not in known and not _is_finite(source, name)]
+    noted = _notes(lock_path) if lock_path.is_file() else {}
+    broken = [name for name in source.specs if not _is_sound(source, name, noted.get(name, ()))]
     if broken:
         raise SourceError(
             f"{len(broken)} tensors hold values that are not finite: {', '.join(broken[:5])}",
@@ -54,10 +55,10 @@ def _check_config(source: ModelSource, path: Path) -> None:
         raise SourceError(f"{found[0]}{more}", str(path), "correct config.json, or merge again")
 
 
-def _let_through(lock_path: Path) -> frozenset[str]:
-    """Tensors that a run was told to write, or had to copy, although not all of their values are finite."""
-    notes = json.loads(lock_path.read_text("utf-8")).get("notes") or {}
-    return frozenset(name for name, texts in notes.items() if {NOT_FINITE, INFINITE} & set(texts))
+def _notes(lock_path: Path) -> dict[str, list[str]]:
+    """Remarks of the run on single tensors."""
+    found = json.loads(lock_path.read_text("utf-8")).get("notes")
+    return found if isinstance(found, dict) else {}
 
 
 def _check_lock(lock_path: Path) -> int:
@@ -77,16 +78,22 @@ def _check_lock(lock_path: Path) -> int:
     return len(expected)
 
 
-def _is_finite(source: ModelSource, name: str) -> bool:
+def _is_sound(source: ModelSource, name: str, notes: Collection[str]) -> bool:
+    """Whether all values of a tensor are finite, but for what the run was told to write, or found in all models."""
     spec = source.specs[name]
-    if not spec.dtype.is_float:
+    if not spec.dtype.is_float or NOT_FINITE in notes:
         return True
+    wrong = torch.isnan if INFINITE in notes else _is_not_finite
     itemsize = spec.dtype.bits // 8
     for begin in range(0, spec.num_bytes, _CHUNK):
         stored = torch.empty(min(_CHUNK, spec.num_bytes - begin), dtype=torch.uint8)
         source.read_bytes(name, begin, bytes_of(stored))
         assert len(stored) % itemsize == 0
         values = stored.view(torch_dtype(spec.dtype))
-        if not bool(torch.isfinite(values if itemsize > 1 else values.float()).all()):
+        if bool(wrong(values if itemsize > 1 else values.float()).any()):
             return False
     return True
+
+
+def _is_not_finite(values: torch.Tensor) -> torch.Tensor:
+    return ~torch.isfinite(values)

@@ -84,3 +84,17 @@ def test_missing_keys_are_refused_by_load(llama):
     save_file(state, llama / "model.safetensors", {"format": "pt"})
     with pytest.raises(SourceError, match=r"missing keys in LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj\.weight"):
         open_and_run(llama)
+
+
+def test_infinities_that_were_let_through_excuse_no_other_value(llama):
+    name = "model.norm.weight"
+    state = load_file(llama / "model.safetensors")
+    lock = {"output": {"files": {}}, "notes": {name: ["holds infinite values, as all that it was made from"]}}
+    (llama / "mergetool.json").write_text(json.dumps(lock))
+    state[name][0] = float("-inf")
+    save_file(state, llama / "model.safetensors", {"format": "pt"})
+    verify_output(llama)
+    state[name][0] = float("nan")
+    save_file(state, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=f"not finite: {name}"):
+        verify_output(llama)
