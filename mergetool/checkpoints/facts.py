@@ -96,11 +96,12 @@ def _pairs(config: Config, prefix: str) -> Iterator[tuple[str, Any]]:
         yield f"{prefix}rope_scaling", {"rope_type": kind, **rope}
     elif theta is not None:
         yield f"{prefix}rope_scaling", {"rope_type": "default"}
+    inner = parts_of(config)
     for key, value in config.items():
         if key in ("rope_parameters", "rope_scaling", "rope_theta") or _is_ignored(key, config):
             continue
-        if isinstance(value, dict) and key.endswith("_config"):
-            yield from _pairs(value, f"{prefix}{key}.")
+        if key in inner:
+            yield from _pairs(inner[key], f"{prefix}{key}.")
         elif value is not None or key in _NONE_COUNTS:
             yield f"{prefix}{key}", "none" if value is None else value
 
@@ -111,6 +112,11 @@ def _is_ignored(key: str, config: Config) -> bool:
     if key == "sliding_window" and config.get("use_sliding_window") is False:
         return True
     return any(fnmatchcase(key, glob) for glob in (*_IGNORED, *_LAYER_COUNTS))
+
+
+def parts_of(config: Config) -> dict[str, dict[str, Any]]:
+    """The configs inside a config (text, vision ...), by key."""
+    return {key: part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict)}
 
 
 def name_of(config: Config) -> str:

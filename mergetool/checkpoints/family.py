@@ -91,30 +91,37 @@ def _tie(
     Returns names that are one with another in every model, and those that the leader alone thinks are.
     """
     configs = {model: read_config(source.folder) for model, source in sources.items()}
-    leads = set(stored[leader])
-    tying = ties_words(configs[leader])
+    views = {model: View(source, stored[model]) for model, source in sources.items()}
+    leads, tying = set(stored[leader]), ties_words(configs[leader])
     same: dict[str, str] = {}
     renamed: set[tuple[str, str]] = set()
     for name in sorted(tied, key=is_head, reverse=True):
-        twins = {
-            model: _twin(View(source, stored[model]), name, configs[model], whole=whole)
-            for model, source in sources.items()
-        }
-        targets = {twin for model, twin in twins.items() if twin or name in stored[model]}
+        twins = {model: _twin(views[model], name, configs[model], whole=whole) for model in sources}
         torn = _weight_of(name) in stored[leader] and _weight_of(name) not in same  # nothing ties the bias alone
-        if len(targets) == 1 and None not in targets and not (torn and name not in leads):
-            same[name] = str(targets.pop())
+        if (target := _shared(twins, name, stored)) and (name in leads or not torn):
+            same[name] = target
         for model, twin in twins.items():
-            if twin is not None and name not in stored[model] and (name in leads or name not in same):
-                stored[model][name] = stored[model][twin]
+            _name_twice(stored[model], name, twin, leads=name in leads, same=name in same)
             if twin is not None and name in leads and twin not in leads and (tying or not is_head(name)):
                 renamed.add((model, twin))  # the leader stores this tensor under its second name only
-            if name in same and name not in leads:
-                stored[model].pop(name, None)
     for model, twin in renamed:
         del stored[model][twin]
     untied = tuple(name for name in tied if tying and name not in same and is_head(name) and name in stored[leader])
     return {name: target for name, target in same.items() if name in leads and target in leads}, untied
+
+
+def _shared(twins: Mapping[str, str | None], name: str, stored: Names) -> str | None:
+    """The tensor that a name is a second name of in every model that knows it; None if it is not one in all."""
+    targets = {twin for model, twin in twins.items() if twin or name in stored[model]}
+    return targets.pop() if len(targets) == 1 else None
+
+
+def _name_twice(stored: dict[str, str], name: str, twin: str | None, *, leads: bool, same: bool) -> None:
+    """Have a model know a tensor by its second name where the result needs it, and only there."""
+    if twin is not None and name not in stored and (leads or not same):
+        stored[name] = stored[twin]
+    if same and not leads:
+        stored.pop(name, None)
 
 
 def _weight_of(name: str) -> str:

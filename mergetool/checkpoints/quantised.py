@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
+from mergetool.checkpoints.facts import parts_of
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import ModelSource
@@ -20,9 +20,9 @@ _PACKED = ("I8", "U8", "I32", "U32", "I64", "U64", "I16", "U16")
 def how_quantised(source: ModelSource) -> str | None:
     """What says that a model is quantised, for people; None if nothing does."""
     config = read_config(source.folder)
-    for place, section in (("", config), *_parts(config)):
+    for place, section in {"": config, **parts_of(config)}.items():
         if told := next((key for key in _SECTIONS if section.get(key)), None):
-            return f"config.json has {place}{told}"
+            return f"config.json has {place}.{told}" if place else f"config.json has {told}"
     if (name := _companion(source.specs)) is not None:
         return f"{name} belongs to packed weights"
     matrices = [spec for spec in source.specs.values() if _is_matrix(spec)]
@@ -30,10 +30,6 @@ def how_quantised(source: ModelSource) -> str | None:
     if 2 * len(packed) <= len(matrices):
         return None
     return f"{packed[0].name} is {packed[0].dtype.name}, as are {len(packed)} of {len(matrices)} matrices"
-
-
-def _parts(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    return [(f"{key}.", part) for key, part in config.items() if isinstance(part, dict) and key.endswith("_config")]
 
 
 def _companion(specs: Mapping[str, TensorSpec]) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergetool.checkpoints.facts import SCALED_BY_TIES
+from mergetool.checkpoints.facts import SCALED_BY_TIES, parts_of
 from mergetool.checkpoints.sizes import Change, Sized, changed_sizes
 from mergetool.checkpoints.ties import TIE_KEY, embeddings_of, is_head
 from mergetool.checkpoints.vocabulary import special_ids
@@ -231,7 +231,7 @@ def _set_dtype(config: dict[str, Any], dtype: str, *, inside: bool) -> None:
 
 def _parts(config: dict[str, Any], tower: str = "") -> list[dict[str, Any]]:
     """A config and the configs in it; those that a tower's name speaks of first."""
-    inner = {key: part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict)}
+    inner = parts_of(config)
     words = {word for word in re.split(r"[._]", tower) if word}
     words |= {"text"} if "language" in words or not words & {"vision", "audio", "visual"} else set()
     ranked = sorted(inner, key=lambda key: -len(words & set(key.split("_"))))

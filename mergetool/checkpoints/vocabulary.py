@@ -6,6 +6,7 @@ Read are `tokenizer.json` (all its models), `vocab.json` and `vocab.txt` with `a
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,24 @@ _MOST_BYTES = 100_000_000
 
 def tokens_of(folder: Path | None) -> dict[int, str] | None:
     """Tokens by id; None where there is no vocabulary that can be read."""
-    if folder is None:
+    found = next((folder / name for name in FILES[:3] if (folder / name).is_file()), None) if folder else None
+    return None if found is None else _tokens_in(found, _stamp(found))
+
+
+@lru_cache(maxsize=16)
+def _tokens_in(path: Path, _: tuple[int, int]) -> dict[int, str] | None:
+    """Read once, however many plans ask (those of a search); not to be changed."""
+    read = {"tokenizer.json": _of_tokenizer, "vocab.json": _of_json, "vocab.txt": _of_text}[path.name]
+    try:
+        added = {} if read is _of_tokenizer else _of_json(path.with_name("added_tokens.json"))
+        return read(path) | added
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    for name, read in (("tokenizer.json", _of_tokenizer), ("vocab.json", _of_json), ("vocab.txt", _of_text)):
-        if (folder / name).is_file():
-            try:
-                found = read(folder / name)
-                return found | (_of_json(folder / "added_tokens.json") if name != "tokenizer.json" else {})
-            except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                return None
-    return None
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _of_tokenizer(path: Path) -> dict[int, str]:
@@ -55,10 +64,8 @@ def _json(path: Path) -> Any:
 
 def disagreement(one: Path | None, other: Path | None) -> str | None:
     """How the vocabularies of two folders differ in what an id means; None where they agree or nothing can be said."""
-    if one is None or other is None:
-        return None
-    name = next((name for name in FILES if (one / name).is_file() and (other / name).is_file()), None)
-    if name is None or _same_bytes(one / name, other / name):
+    name = _differing(one, other)
+    if name is None:
         return None
     ours, theirs = tokens_of(one), tokens_of(other)
     if ours is None or theirs is None:
@@ -75,19 +82,25 @@ def disagreement(one: Path | None, other: Path | None) -> str | None:
 
 def more_tokens(one: Path | None, other: Path | None) -> list[str]:
     """Tokens of the second folder at ids that mean nothing in the first; none where nothing can be said."""
-    if one is None or other is None:
-        return []
-    name = next((name for name in FILES[:3] if (one / name).is_file() and (other / name).is_file()), None)
-    if name is None or _same_bytes(one / name, other / name):
+    if _differing(one, other) not in FILES[:3]:
         return []
     ours, theirs = tokens_of(one), tokens_of(other)
     return [] if ours is None or theirs is None else [theirs[place] for place in sorted(theirs.keys() - ours.keys())]
 
 
-def _same_bytes(one: Path, other: Path) -> bool:
-    if one.stat().st_size != other.stat().st_size:
-        return False
-    return one.read_bytes() == other.read_bytes()
+def _differing(one: Path | None, other: Path | None) -> str | None:
+    """The most telling file about tokens that both folders have, if they hold different bytes under its name."""
+    if one is None or other is None:
+        return None
+    name = next((name for name in FILES if (one / name).is_file() and (other / name).is_file()), None)
+    if name is None or _same_bytes(one / name, _stamp(one / name), other / name, _stamp(other / name)):
+        return None
+    return name
+
+
+@lru_cache(maxsize=64)
+def _same_bytes(one: Path, stamp: tuple[int, int], other: Path, other_stamp: tuple[int, int]) -> bool:
+    return stamp[0] == other_stamp[0] and one.read_bytes() == other.read_bytes()
 
 
 def chat_template_of(folder: Path | None) -> str | None:

@@ -49,28 +49,35 @@ def make_plan(
         opened = present(opened, [name for name, reference in recipe.models.items() if reference.head is not None])
     if output is None and recipe.output.path is not None:
         output = recipe.path_of(recipe.output.path)
+    plan = _planned(recipe, opened, output, lookup, whole=whole)
+    check_vocabulary(plan)
+    return replace(plan, warnings=(*plan.warnings, *words_about_result(plan)))
+
+
+def _planned(
+    recipe: Recipe, opened: Mapping[str, ModelSource], output: Path | None, lookup: Lookup, *, whole: bool
+) -> Plan:
+    """The plan of opened models, with all that is to be said of them."""
     donor = BASE if BASE in opened else next(iter(recipe.models))
     family = assemble(opened, donor, whole=whole)
     draft = Draft(recipe, family, donor)
     steps = draft.steps()
-    shards = _shards(steps, opened[donor].stem, recipe.output.shard_size)
-    unsplit = _unsplit(shards, opened[donor].stem, recipe.output.shard_size)
+    stem, limit = opened[donor].stem, recipe.output.shard_size
+    shards = _shards(steps, stem, limit)
     words = (*check_shares(recipe, family.sources, steps), *words_about(recipe, family.sources, donor, steps))
-    plan = Plan(
+    return Plan(
         recipe,
         family.sources,
         donor,
         _place(steps, shards),
         tuple(shards),
         output,
-        warnings=(*lookup.warnings, *family.remarks, *draft.warnings, *words, *unsplit),
+        warnings=(*lookup.warnings, *family.remarks, *draft.warnings, *words, *_unsplit(shards, stem, limit)),
         origins=lookup.origins,
         bytes_missing=sum(lookup.missing.values()),
         untied=family.untied,
         others=_other_files(recipe),
     )
-    check_vocabulary(plan)
-    return replace(plan, warnings=(*plan.warnings, *words_about_result(plan)))
 
 
 def _other_files(recipe: Recipe) -> dict[str, FileStamp]:

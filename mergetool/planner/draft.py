@@ -27,6 +27,7 @@ class Draft:
         self.donor = donor
         self.warnings: list[str] = []
         self.extras: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        self.types = {name: read_config(source.folder).get("model_type") for name, source in self.sources.items()}
         self.foreign: dict[str, list[str]] = {}
         self.uses_base = BASE in self.sources
         self.matched = [False] * len(recipe.overrides)
@@ -121,6 +122,19 @@ class Draft:
             return self._copy(name, leader, depth)
         sources = tuple(model if model in holders else BASE for model in models)
         self._check_alike(spec, leader, sources)
+        return self._merge(spec, leader, depth, method, models, sources)
+
+    def _merge(
+        self,
+        spec: TensorSpec,
+        leader: str,
+        depth: float,
+        method: TensorMethod,
+        models: Sequence[str],
+        sources: tuple[str, ...],
+    ) -> Step:
+        """A tensor that a method makes of those that stand in for these models."""
+        name = spec.name
         params = method.params(depth, models)
         if problem := method.problem(params):
             raise PlanError(problem, f"{method.method_name()}: {name}", "change the numbers for this tensor")
@@ -153,8 +167,7 @@ class Draft:
 
     def _is_of_another_network(self, model: str) -> bool:
         """Whether config.json calls a model another type than the donor: what only one has is no part of both."""
-        types = (read_config(self.sources[each].folder).get("model_type") for each in (model, self.donor))
-        mine, theirs = (str(each or "") for each in types)
+        mine, theirs = self.types[model], self.types[self.donor]
         return bool(mine and theirs and mine != theirs)
 
     def _copy(self, name: str, donor: str, depth: float) -> Step:
