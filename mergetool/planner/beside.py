@@ -54,7 +54,10 @@ def generation_owner(plan: Plan) -> str:
 def files_beside(plan: Plan) -> dict[str, Path]:
     """Every file that is copied, by its name in the result."""
     found: dict[str, Path] = {}
-    parts = ((tokenizer_owner(plan), tokenizer_files), (config_owner(plan), model_files))
+    tokens = [tokenizer_owner(plan)]
+    if not has_tokenizer(plan.sources[tokens[0]].folder):  # it may have a template of its own for others' tokens
+        tokens.insert(0, _first(plan, has_tokenizer))
+    parts = (*((owner, tokenizer_files) for owner in tokens), (config_owner(plan), model_files))
     for model, files in parts:
         folder = plan.sources[model].folder
         found |= {name: folder / name for name in files(folder) if folder is not None}
@@ -69,10 +72,7 @@ def words_about_files(plan: Plan) -> Iterator[str]:
     """What comes from elsewhere than from the leader, and what stays behind. Raises PlanError."""
     config, tokenizer = config_owner(plan), tokenizer_owner(plan)
     if plan.recipe.tokenizer is not None and not has_tokenizer(plan.sources[tokenizer].folder):
-        other = _first(plan, has_tokenizer)
-        useful = has_tokenizer(plan.sources[other].folder)
-        fix = f"write tokenizer: {{source: {other}}}, or leave it out" if useful else "leave tokenizer out"
-        raise PlanError(f"{label(tokenizer)} has no tokenizer, and the result is to have its", "tokenizer.source", fix)
+        yield _words_without_tokens(plan, tokenizer)
     if config != plan.donor:
         yield f"{label(plan.donor)} has no {CONFIG_NAME}: the result has that of {label(config)}"
     if plan.recipe.tokenizer is None and tokenizer != plan.donor:
@@ -81,6 +81,21 @@ def words_about_files(plan: Plan) -> Iterator[str]:
         yield f"{label(tokenizer)}, whose tokenizer it is, has no {GENERATION_NAME}: the result has none either"
     yield from _left_behind(plan, config)
     yield from _other_modules(plan, config)
+
+
+def _words_without_tokens(plan: Plan, asked: str) -> str:
+    """What becomes of a tokenizer source that has no vocabulary: a template is taken, of nothing at all nothing.
+
+    Raises PlanError.
+    """
+    other = _first(plan, has_tokenizer)
+    useful = has_tokenizer(plan.sources[other].folder)
+    own = tokenizer_files(plan.sources[asked].folder)
+    if not own:
+        fix = f"write tokenizer: {{source: {other}}}, or leave it out" if useful else "leave tokenizer out"
+        raise PlanError(f"{label(asked)} has no tokenizer, and the result is to have its", "tokenizer.source", fix)
+    rest = f"the tokens are those of {label(other)}" if useful else "the result has no vocabulary"
+    return f"{label(asked)} has {', '.join(own)} and no tokenizer: {rest}"
 
 
 def _left_behind(plan: Plan, owner: str) -> Iterator[str]:

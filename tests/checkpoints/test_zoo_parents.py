@@ -9,7 +9,7 @@ from mergetool.errors import MergetoolError
 from tests.checkpoints.recipes import recipe_of
 from tests.zoo import files, text
 from tests.zoo.advice import assert_said, outcomes
-from tests.zoo.build import copy_of, stir
+from tests.zoo.build import change_config, config_of, copy_of, stir
 
 
 def llamas(zoo):
@@ -81,6 +81,18 @@ def test_a_tokenizer_is_not_taken_from_a_model_that_has_none(zoo, tmp_path):
     bare = without_tokenizer(tmp_path / "bare", b)
     with pytest.raises(MergetoolError, match="tokenizer"):
         mergetool.run(recipe_of(base, a, bare, tokenizer={"source": "b"}), output=tmp_path / "out")
+
+
+def test_a_source_that_has_a_template_only_gives_that_and_the_ids(zoo, tmp_path):
+    base, a, b = llamas(zoo)
+    chat = without_tokenizer(tmp_path / "chat", b)
+    (chat / "chat_template.jinja").write_text("{{ messages }}")
+    change_config(chat, eos_token_id=7)
+    result = mergetool.run(recipe_of(base, a, chat, tokenizer={"source": "b"}), output=tmp_path / "out")
+    assert any("has chat_template.jinja and no tokenizer" in words for words in result.warnings)
+    assert (result.path / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (result.path / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert config_of(result.path)["eos_token_id"] == 7
 
 
 @pytest.mark.parametrize(
