@@ -4,6 +4,7 @@ import json
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
@@ -14,6 +15,26 @@ from mergetool.errors import MergetoolError, RecipeError
 def say(text: str) -> None:
     """A line for people."""
     print(_plain(text), file=sys.stderr)
+
+
+def show_warnings_plainly() -> None:
+    """What our code warns of looks like everything else for people; other packages' warnings stay as they are."""
+    others = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if category.__module__.startswith("mergetool."):
+            say(f"warning: {message}")
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
 
 
 def _plain(text: str) -> str:

@@ -18,8 +18,8 @@ from mergetool.evaluate.model import LiveModel
 from mergetool.evaluate.options import TaskOptions
 from mergetool.evolve.live import Candidates, saved_digest
 from mergetool.tensors.source import open_model
+from mergetool.testing.toys import assert_same_bytes, read
 from tests.evolve.planted import World
-from tests.toys import assert_same_bytes, read
 
 
 @pytest.fixture(scope="module")

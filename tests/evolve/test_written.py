@@ -15,9 +15,9 @@ from mergetool.cli.app import app
 from mergetool.evolve.live import saved_digest
 from mergetool.search.interval import of_difference, of_weighted_difference
 from mergetool.tensors.source import open_model
+from mergetool.testing.toys import assert_same_bytes, read
 from tests.evolve.planted import World
 from tests.evolve.test_run import recipe
-from tests.toys import assert_same_bytes, read
 
 WORLD = World(count=40)
 FEW = {"algorithm": "random", "population": 3, "generations": 1, "rerank": 1}

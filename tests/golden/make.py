@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))  # so that this file runs as a script, too
 import mergetool  # noqa: E402
 from mergetool.methods.base import BundleMethod, TensorMethod  # noqa: E402
 from mergetool.tensors.io import sha256_file  # noqa: E402
-from tests.laws.cases import Case, all_cases, bundle_cases  # noqa: E402
-from tests.toys import SHAPES, read, toy_models, write  # noqa: E402
+from mergetool.testing.cases import Case, all_cases, bundle_cases  # noqa: E402
+from mergetool.testing.toys import SHAPES, read, toy_models, write  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden.json"
 STORED = {"lm_head.weight": torch.bfloat16, "model.embed_tokens.weight": torch.float16}

@@ -15,8 +15,8 @@ from mergetool.methods.tsv_merge import TsvMerge
 from mergetool.planner import make_plan
 from mergetool.recipe import load_recipe
 from mergetool.tensors.source import MemorySource
+from mergetool.testing.cases import Case, all_cases
 from tests.elsewhere import DEVICE, Elsewhere, NoDoubleError, algebra
-from tests.laws.cases import Case, all_cases
 
 CASES = [pytest.param(case, id=f"{case.method} {case.option}".strip()) for case in all_cases() if not case.architecture]
 

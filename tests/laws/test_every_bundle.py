@@ -18,8 +18,8 @@ from mergetool.bundle.manifest import read_manifest
 from mergetool.bundle.verify import facts_about_bundle, verify_bundle
 from mergetool.methods import registry
 from mergetool.methods.base import BundleMethod
-from tests.laws.cases import Case, bundle_cases
-from tests.toys import INTEGERS, assert_near, read, write
+from mergetool.testing.cases import Case, bundle_cases
+from mergetool.testing.toys import INTEGERS, assert_near, read, write
 
 every_case = pytest.mark.parametrize("case", bundle_cases(), ids=lambda case: f"{case.method} {case.option}".strip())
 every_bundle = pytest.mark.parametrize(
