@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ FILES = sorted((ROOT / "mergetool").rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 400, 50
 
 
+@cache
 def trees():
     return {path.relative_to(ROOT): ast.parse(path.read_text("utf-8")) for path in FILES}
 
