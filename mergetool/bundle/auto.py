@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mergetool.bundle.hf import transformers
-from mergetool.bundle.model import load_bundle
+from mergetool.bundle.mass_model import load_bundle
 
 
 class MassConfig(transformers.PretrainedConfig):  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Bundle methods in the engine: the plan's models become a folder of factors, under the same claim as any result.
+"""Bundle methods in the engine: the plan's models become a folder of factors, under the same staging as any result.
 
 A run that is killed and started again finds the factors it had computed: they are kept in the unfinished folder under
 the hash of their task vectors (or, with `cache`, in a folder that several runs share). Several processes share the
@@ -19,16 +19,16 @@ from mergetool.bundle.manifest import Manifest
 from mergetool.bundle.options import Experts, HeadSource
 from mergetool.bundle.present import OwnHead, PresentedSource
 from mergetool.bundle.store import FactorStore
-from mergetool.engine.claim import Claim
 from mergetool.engine.devices import one_thread
-from mergetool.engine.fitting import WholeModels
+from mergetool.engine.fit import WholeModels
 from mergetool.engine.processes import Team
-from mergetool.engine.provenance import describe_run, same_content
-from mergetool.engine.record import Record
-from mergetool.engine.result import Result
 from mergetool.methods.base import BundleMethod
-from mergetool.planner import Plan
-from mergetool.planner.model import BASE
+from mergetool.outputs.lock import describe_run, same_content
+from mergetool.outputs.record import Record
+from mergetool.outputs.result import Result
+from mergetool.outputs.staging import Staging
+from mergetool.planning import Plan
+from mergetool.planning.graph import BASE
 from mergetool.tensors.digests import remembered_sha256
 
 _STORE = ".factors"
@@ -83,15 +83,15 @@ class WholeExperts(WholeModels, Experts):
 
 
 def run_bundle(
-    plan: Plan, claim: Claim, workers: int, *, cache: Path | None, say: Callable[[str], None], team: Team
+    plan: Plan, staging: Staging, workers: int, *, cache: Path | None, say: Callable[[str], None], team: Team
 ) -> Result | None:
     """Build a bundle in the claimed folder and publish it; None in a process that does not lead."""
     started = time.monotonic()
     method = plan.recipe.method
     assert isinstance(method, BundleMethod)
     experts = WholeExperts(plan, say, team)
-    folder = claim.partial
-    resumed = claim.journal.found and any((folder / _STORE).glob("*.safetensors"))
+    folder = staging.partial
+    resumed = staging.journal.found and any((folder / _STORE).glob("*.safetensors"))
     store = team.leader_first(lambda: _emptied(folder, cache, team))
     with one_thread():
         manifest = build(experts, folder, store, method.options(), workers)
@@ -100,7 +100,7 @@ def run_bundle(
     shutil.rmtree(folder / _STORE, ignore_errors=True)
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     result = Result(
-        path=claim.output,
+        path=staging.output,
         seconds=time.monotonic() - started,
         bytes_read=sum(stamp.size for source in plan.sources.values() for stamp in source.files),
         bytes_written=written,
@@ -111,8 +111,8 @@ def run_bundle(
         notes=_notes(manifest, written, folder),
         warnings=(*plan.warnings, *same_content(plan, experts.inputs)),
     )
-    describe_run(plan, claim, Record(inputs=experts.inputs), result)
-    claim.publish()
+    describe_run(plan, staging, Record(inputs=experts.inputs), result)
+    staging.publish()
     return result
 
 

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from mergetool.engine.worker import Worker
 from mergetool.errors import MergeError, MergetoolError
-from mergetool.methods.base import Stats, Survey
+from mergetool.methods.base import StatisticsPass, Stats
 from mergetool.methods.group import Note
-from mergetool.planner import Step
+from mergetool.planning import Step
 
 
 class Fork:
@@ -51,7 +51,7 @@ class Fork:
         """Our end of the pipe."""
         return self._pipe.fileno()
 
-    def survey(self, step: Step, start: int, stop: int, survey: Survey) -> Tensor:
+    def survey(self, step: Step, start: int, stop: int, survey: StatisticsPass) -> Tensor:
         """See `Worker.survey`. Raises MergeError when the process has died."""
         return torch.from_numpy(self._ask("survey", step.index, start, stop, survey))
 

@@ -13,17 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mergetool.engine.crew import Crew
-from mergetool.engine.deal import Share
-from mergetool.engine.front import Front
-from mergetool.engine.journal import Journal
-from mergetool.engine.record import Record, joined_counts
+from mergetool.engine.incremental_hash import IncrementalHash
+from mergetool.engine.partition import Partition
+from mergetool.engine.pool import WorkerPool
 from mergetool.engine.schedule import Job, Schedule
 from mergetool.methods.base import Stats
 from mergetool.methods.group import Note
-from mergetool.planner import Plan, Step
-from mergetool.planner.estimate import available_memory, step_memory
-from mergetool.planner.model import UNIT_ELEMENTS
+from mergetool.outputs.journal import Journal
+from mergetool.outputs.record import Record, joined_counts
+from mergetool.planning import Plan, Step
+from mergetool.planning.cost import available_memory, step_memory
+from mergetool.planning.graph import UNIT_ELEMENTS
 from mergetool.tensors.digests import remembered_sha256
 from mergetool.tensors.source import SafetensorsSource
 from mergetool.tensors.writer import SlotWriter
@@ -31,7 +31,7 @@ from mergetool.tensors.writer import SlotWriter
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergetool.engine.fitting import Fit
+    from mergetool.engine.fit import Fit
 
 _WHOLE_MODEL = None
 """Scope of a survey over all tensors; every other scope is a tensor's name."""
@@ -60,10 +60,10 @@ class Jobs:
     """Makes the jobs of one run and keeps their records. `after` callbacks run one at a time."""
 
     def __init__(
-        self, plan: Plan, writer: SlotWriter, journal: Journal, schedule: Schedule, *, teller: Teller, share: Share
+        self, plan: Plan, writer: SlotWriter, journal: Journal, schedule: Schedule, *, teller: Teller, share: Partition
     ) -> None:
         self._plan = plan
-        self.crew = Crew(plan, writer)
+        self.crew = WorkerPool(plan, writer)
         self._share = share
         self._writer = writer
         self._journal = journal
@@ -85,7 +85,7 @@ class Jobs:
         }
         self._units_left = sum(len(pieces) for pieces in self._todo.values())
         self._fronts = [
-            Front(writer.path(index), shard.header.file_size, len(shard.prefix))
+            IncrementalHash(writer.path(index), shard.header.file_size, len(shard.prefix))
             for index, shard in enumerate(plan.shards)
         ]
         for index, start in self._stops.keys() - self._left:
@@ -107,7 +107,7 @@ class Jobs:
 
     def fit(self, folder: Path) -> None:
         """For a method that looks at the whole models first: do so (or take up what a killed run left)."""
-        from mergetool.engine.fitting import fit
+        from mergetool.engine.fit import fit
 
         self.record.device = self.crew.device
         if self.crew.device != "cpu":
@@ -216,7 +216,9 @@ class Jobs:
         """What the counts come to: those of all processes, where the whole model is surveyed."""
         from mergetool.engine.worker import combined
 
-        counts = scope.partial if name is not _WHOLE_MODEL else joined_counts(self._share.team.exchange(scope.partial))
+        counts = (
+            scope.partial if name is not _WHOLE_MODEL else joined_counts(self._share.team.all_gather(scope.partial))
+        )
         return scope.survey.conclude(combined(scope.survey, (each for each in counts if each is not None)))
 
     def _concluded(self, name: str | None, scope: _Scope, conclusion: Any) -> None:
@@ -296,7 +298,7 @@ class Jobs:
         team = self._share.team
         for shard in range(self._writer.num_files if team.size > 1 else 0):
             self._writer.sync(shard)
-        team.exchange(None)
+        team.all_gather(None)
         team.leader_first(lambda: self._replace() if team.leads else None)
 
     def _replace(self) -> None:

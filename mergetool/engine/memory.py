@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from mergetool.engine.devices import one_thread
-from mergetool.engine.fitting import fit
+from mergetool.engine.fit import fit
 from mergetool.engine.processes import Team
 from mergetool.engine.trust import check_trust
 from mergetool.engine.worker import Sink, Worker, combined
 from mergetool.errors import RecipeError
 from mergetool.methods.base import BundleMethod, SearchMethod
-from mergetool.planner import Plan, Step, make_plan
-from mergetool.planner.model import UNIT_ELEMENTS
-from mergetool.recipe.model import Recipe
+from mergetool.planning import Plan, Step, make_plan
+from mergetool.planning.graph import UNIT_ELEMENTS
+from mergetool.recipe.schema import Recipe
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.source import MemorySource
 
@@ -70,7 +70,7 @@ Known = dict[str, Mapping[str, tuple[float, ...]]]
 
 
 def merge_all(plan: Plan, worker: Worker, known: Known | None = None) -> None:
-    """Survey and merge every step, in plan order. With `known`, what surveys of the same weights found is kept."""
+    """Count and merge every step, in plan order. With `known`, what surveys of the same weights found is kept."""
     with one_thread():
         shared = _surveyed(plan, worker, [step for step in plan.steps if step.surveyed_together], known)
         for step in plan.steps:
@@ -84,7 +84,7 @@ def _surveyed(plan: Plan, worker: Worker, steps: list[Step], known: Known | None
         return _survey(plan, worker, steps)
     method, numbers = steps[0].method, vars(steps[0].params)
     chosen = numbers if method.surveyed is None else {key: numbers[key] for key in method.surveyed}
-    settings = method.model_dump(exclude=set(method.knobs()))
+    settings = method.model_dump(exclude=set(method.schedulables()))
     key = json.dumps([[step.spec.name for step in steps], steps[0].sources, settings, chosen], default=str)
     if key not in known:
         known[key] = _survey(plan, worker, steps)

@@ -15,9 +15,10 @@ from torch import Tensor
 from mergetool.bundle.store import FactorStore
 from mergetool.engine.devices import LEAST_SLICE, free_device, load_linear_algebra, own_stream
 from mergetool.errors import MergeError, at
-from mergetool.methods.base import Params, Stats, Survey, TensorGroup, TensorMethod
+from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup, TensorMethod
 from mergetool.methods.group import Note
-from mergetool.planner.model import BASE, SLICE_ELEMENTS, Plan, Step
+from mergetool.outputs.record import INFINITE, KEPT_WIDE, NOT_FINITE
+from mergetool.planning.graph import BASE, SLICE_ELEMENTS, Plan, Step
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType, torch_dtype
 from mergetool.tensors.io import bytes_of
 
@@ -27,12 +28,6 @@ _VARIANCE = "running_var"
 """What batch norms call the variances that they divide by the roots of."""
 _RUN = 1 << 14
 """Elements of a sample that lie together."""
-
-
-NOT_FINITE = "holds values that are not finite"
-KEPT_WIDE = "stays in float32 (output.keep_float32)"
-INFINITE = "holds infinite values, as all that it was made from"
-"""What is noted of tensors that were let through, so that a later look at them knows."""
 
 
 class Sink(Protocol):
@@ -59,10 +54,10 @@ class Worker:
         self._stored_bytes = bytes_of(self._stored)
         self._buffers: dict[tuple[object, torch.dtype], Tensor] = {}
         self._views: dict[tuple[object, torch.dtype, tuple[int, ...]], Tensor] = {}
-        if any(step.method is not None and step.reach == "tensor" for step in plan.steps):
+        if any(step.method is not None and step.granularity == "tensor" for step in plan.steps):
             load_linear_algebra(device)
 
-    def survey(self, step: Step, start: int, stop: int, survey: Survey) -> Tensor:
+    def survey(self, step: Step, start: int, stop: int, survey: StatisticsPass) -> Tensor:
         """Summed counts of a survey over elements [start, stop) of a step."""
         slices = self._slices(step, start, stop) if survey.one_in == 1 else _runs(step, start, stop, survey.one_in)
         with own_stream(self._device):
@@ -129,7 +124,7 @@ class Worker:
     def _group(self, step: Step, start: int, stop: int, owner: str = "") -> TensorGroup:
         length = stop - start
         shape: tuple[int, ...] = (length,)
-        if step.reach != "element":
+        if step.granularity != "element":
             shape = (length // step.row, *step.spec.shape[1:]) if step.row < step.spec.num_elements else step.spec.shape
         base = self._read(BASE, step, start, shape, (owner, "base")) if step.base else None
         models = [self._read(name, step, start, shape, (owner, place)) for place, name in enumerate(step.sources)]
@@ -227,10 +222,10 @@ class Worker:
         self._sink.write(step.shard, step.spec.name, start * dtype.bits // 8, bytes_of(stored.contiguous()))
 
     def _copy(self, step: Step, start: int, stop: int, notes: list[Note]) -> None:
-        """The donor's tensor as it is: bit for bit, or cast where another storage dtype is asked for."""
-        stored = self._plan.sources[step.donor].specs[step.spec.name].dtype
+        """The template's tensor as it is: bit for bit, or cast where another storage dtype is asked for."""
+        stored = self._plan.sources[step.template].specs[step.spec.name].dtype
         if stored.is_float:
-            values = self._read(step.donor, step, start, (stop - start,), 0)
+            values = self._read(step.template, step, start, (stop - start,), 0)
             if stored != step.spec.dtype:
                 self._put(step, start, values, notes)
                 return
@@ -239,7 +234,7 @@ class Worker:
         begin, end = start * stored.bits // 8, stored.num_bytes(stop)
         for offset in range(begin, end, len(self._stored)):
             chunk = self._stored_bytes[: min(len(self._stored), end - offset)]
-            self._plan.sources[step.donor].read_bytes(step.spec.name, offset, chunk)
+            self._plan.sources[step.template].read_bytes(step.spec.name, offset, chunk)
             self._sink.write(step.shard, step.spec.name, offset, chunk)
 
     def _judge(self, step: Step, start: int, values: Tensor, notes: list[Note], meant: Tensor | None = None) -> None:
@@ -301,7 +296,7 @@ def _runs(step: Step, start: int, stop: int, one_in: int) -> list[tuple[int, int
     return [(begin, min(begin + length, stop)) for begin in range(start, stop, length * one_in)]
 
 
-def combined(survey: Survey, counts: Iterable[Tensor]) -> Tensor:
+def combined(survey: StatisticsPass, counts: Iterable[Tensor]) -> Tensor:
     """All partial counts of a survey, always in the order given: sums of floats depend on it."""
     waiting = iter(counts)
     if survey.joined:

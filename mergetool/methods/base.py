@@ -27,10 +27,10 @@ from mergetool.methods.values import (
     Finite,
     Fraction,
     Gradient,
-    Knob,
     PerModel,
     Positive,
     Rank,
+    Schedulable,
     Scheduled,
     Unit,
     cancel,
@@ -53,7 +53,7 @@ __all__ = [
     "FittedMethod",
     "Fraction",
     "Gradient",
-    "Knob",
+    "Granularity",
     "MatrixFilter",
     "Method",
     "Models",
@@ -61,11 +61,11 @@ __all__ = [
     "PerModel",
     "Positive",
     "Rank",
-    "Reach",
+    "Schedulable",
     "Scheduled",
     "SearchMethod",
+    "StatisticsPass",
     "Stats",
-    "Survey",
     "TensorGroup",
     "TensorMethod",
     "Unit",
@@ -78,7 +78,7 @@ _T = TypeVar("_T")
 Params = SimpleNamespace
 """A method's numbers for one tensor: floats, and tuples (one per model of the group) for per-model fields."""
 
-Reach = Literal["element", "row", "tensor"]
+Granularity = Literal["element", "row", "tensor"]
 """What must not be torn apart: nothing, rows, or the whole tensor."""
 
 Stats = Mapping[str, tuple[float, ...]]
@@ -87,7 +87,7 @@ Stats = Mapping[str, tuple[float, ...]]
 _REGISTRY: dict[str, type["Method"]] = {}
 
 
-class Survey(Protocol):
+class StatisticsPass(Protocol):
     """One reading pass that only counts. Partial counts of slices add up; `conclude` says what to do next."""
 
     one_in: int = 1
@@ -102,7 +102,7 @@ class Survey(Protocol):
         """
         ...
 
-    def conclude(self, total: "Tensor") -> "Survey | Stats":
+    def conclude(self, total: "Tensor") -> "StatisticsPass | Stats":
         """From the summed counts: the next survey, or the finished statistics."""
         ...
 
@@ -148,21 +148,21 @@ class Method(BaseModel):
         return (sys.modules[cls.__module__].__doc__ or "").strip()
 
     @classmethod
-    def knobs(cls) -> dict[str, Knob]:
+    def schedulables(cls) -> dict[str, Schedulable]:
         """The numeric fields that may vary by tensor (and by model)."""
         found = {}
         for key, info in cls.model_fields.items():
             for mark in info.metadata:
-                if isinstance(mark, Knob):
+                if isinstance(mark, Schedulable):
                     found[key] = mark
         return found
 
     def params(self, depth: float, models: Sequence[str]) -> Params:
-        """Every knob as plain numbers for a tensor at `depth` in [0, 1] and these models."""
+        """Every schedulable as plain numbers for a tensor at `depth` in [0, 1] and these models."""
         return Params(
             **{
-                key: resolve(getattr(self, key), depth, models, per_model=knob.per_model)
-                for key, knob in self.knobs().items()
+                key: resolve(getattr(self, key), depth, models, per_model=schedulable.per_model)
+                for key, schedulable in self.schedulables().items()
             }
         )
 
@@ -186,21 +186,21 @@ class Method(BaseModel):
 class TensorMethod(Method):
     """A method that sees each output tensor once, after optional surveys."""
 
-    reach: ClassVar[Reach]
+    granularity: ClassVar[Granularity]
     """What one call must see whole: any slice of flat elements, whole rows, or the whole tensor."""
     buffers: ClassVar[int] = 3
     """Temporaries the size of a slice that `merge` or a survey uses; the memory plan counts them."""
 
     surveyed: ClassVar[tuple[str, ...] | None] = None
-    """Knobs that decide what a survey finds; None: all. A search surveys again only where one of these changed."""
+    """Numbers that decide what a statistics pass finds; None: all. A search counts anew only where one changed."""
 
-    def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:
+    def survey(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
         """The first reading pass this tensor needs before `merge`, or None. `bits` of the compute dtype: 32 or 64."""
         return None
 
-    def reach_in(self, name: str, shape: tuple[int, ...]) -> Reach:
-        """What one call must see whole of this tensor: less than `reach` where a method treats some more simply."""
-        return self.reach
+    def granularity_in(self, name: str, shape: tuple[int, ...]) -> Granularity:
+        """What one call must see whole of this tensor: less than `granularity` where some are treated more simply."""
+        return self.granularity
 
     @property
     def needs_float64(self) -> bool:
@@ -328,7 +328,7 @@ class _Kept(TensorMethod):
     """Stands in a plan for what a bundle does to a tensor: it sees it whole, in every model."""
 
     needs_base: ClassVar = "required"
-    reach: ClassVar = "tensor"
+    granularity: ClassVar = "tensor"
     buffers: ClassVar = 16
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":

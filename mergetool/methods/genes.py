@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
-from mergetool.methods.base import Finite, Knob, Method, TensorMethod, all_methods
+from mergetool.methods.base import Finite, Method, Schedulable, TensorMethod, all_methods
 from mergetool.search.space import Gene, Value
 
 Path = tuple[str | int, ...]
@@ -83,8 +83,8 @@ class Inner:
         return {str(key): _replaced(value, (key,), made) for key, value in self.settings.items()}
 
     def _places(self, models: Sequence[str], groups: int) -> dict[Path, Any]:
-        knobs = self.kind.knobs()
-        return {path: _expand(path, found, knobs, models, groups) for path, found in self.ranges().items()}
+        schedulables = self.kind.schedulables()
+        return {path: _expand(path, found, schedulables, models, groups) for path, found in self.ranges().items()}
 
 
 def _ranges(node: Any, path: Path) -> "list[tuple[Path, Range]]":
@@ -99,14 +99,16 @@ def _ranges(node: Any, path: Path) -> "list[tuple[Path, Range]]":
     return [found for key, value in items for found in _ranges(value, (*path, key))]
 
 
-def _expand(path: Path, found: Range, knobs: Mapping[str, Knob], models: Sequence[str], groups: int) -> Any:
+def _expand(
+    path: Path, found: Range, schedulables: Mapping[str, Schedulable], models: Sequence[str], groups: int
+) -> Any:
     """The genes of a range, nested as the setting will be: a gene, a gradient of genes, or a mapping from models."""
     name = ".".join(map(str, path))
     field_at = 2 if path[0] == "overrides" else 0
-    knob = knobs.get(str(path[field_at])) if len(path) > field_at else None
+    schedulable = schedulables.get(str(path[field_at])) if len(path) > field_at else None
     inside = len(path) > field_at + 1
-    per_model = knob is not None and knob.per_model and not inside and not found.shared
-    layered = knob is not None and "gradient" not in path and found.search is not None
+    per_model = schedulable is not None and schedulable.per_model and not inside and not found.shared
+    layered = schedulable is not None and "gradient" not in path and found.search is not None
     count = found.groups or (groups if layered else 1)
 
     def knots(label: str) -> Any:

@@ -5,7 +5,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mergetool.arch.matrices import MatrixFilter, is_matrix, query_key_value
-from mergetool.methods.base import Field, Finite, Params, PerModel, Reach, Scheduled, Stats, TensorGroup, TensorMethod
+from mergetool.methods.base import (
+    Field,
+    Finite,
+    Granularity,
+    Params,
+    PerModel,
+    Scheduled,
+    Stats,
+    TensorGroup,
+    TensorMethod,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +37,7 @@ class MatrixMethod(TensorMethod):
         description="merge query, key and value projections of a block as one matrix (as models with a fused one do)",
     )
     needs_base: ClassVar = "required"
-    reach: ClassVar = "tensor"
+    granularity: ClassVar = "tensor"
     buffers: ClassVar = 16
 
     @abstractmethod
@@ -39,7 +49,7 @@ class MatrixMethod(TensorMethod):
     def needs_float64(self) -> bool:
         return self.filter != "none"
 
-    def reach_in(self, name: str, shape: tuple[int, ...]) -> Reach:
+    def granularity_in(self, name: str, shape: tuple[int, ...]) -> Granularity:
         return "tensor" if is_matrix(name, shape, self.filter, conv=self.conv) else "element"
 
     def partners(self, name: str) -> tuple[str, ...]:
@@ -51,7 +61,7 @@ class MatrixMethod(TensorMethod):
         if not chosen:
             return group.base
         update = None
-        if self.reach_in(group.name, group.shape) == "tensor":
+        if self.granularity_in(group.name, group.shape) == "tensor":
             update = self._merged_matrix(group, chosen)
         if update is None:
             update = group.scratch(0).zero_()

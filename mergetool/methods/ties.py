@@ -22,8 +22,8 @@ from mergetool.methods.base import (
     Params,
     PerModel,
     Scheduled,
+    StatisticsPass,
     Stats,
-    Survey,
     TensorGroup,
     TensorMethod,
 )
@@ -39,7 +39,7 @@ _LARGE, _TOO_LARGE = 1 << 18, 1 << 26
 
 
 @dataclass(frozen=True)
-class _Thresholds(Survey):
+class _Thresholds(StatisticsPass):
     """One counting pass of the search for every model's threshold."""
 
     searches: "tuple[Search, ...]"
@@ -55,7 +55,7 @@ class _Thresholds(Survey):
                 count.add(delta.abs_())
         return torch.stack([count.histogram() for count in counts])
 
-    def conclude(self, total: "Tensor") -> Survey | Stats:
+    def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
         from mergetool.kernels.select import Found, Search
 
         found = [search.narrow(counts) for search, counts in zip(self.searches, total, strict=True)]
@@ -72,7 +72,7 @@ class _Sample(_Thresholds):
     num_elements: int
     one_in = 16
 
-    def conclude(self, total: "Tensor") -> Survey | Stats:
+    def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
         from mergetool.kernels.select import Bracket
 
         ranks = [search.rank for search in self.searches]
@@ -82,7 +82,7 @@ class _Sample(_Thresholds):
 
 
 @dataclass(frozen=True)
-class _Brackets(Survey):
+class _Brackets(StatisticsPass):
     """One pass that keeps the few entries among which every model's threshold should be."""
 
     brackets: "tuple[Bracket, ...]"
@@ -102,7 +102,7 @@ class _Brackets(Survey):
         tables = [tally.table() for tally in tallies]
         return torch.cat([torch.nn.functional.pad(table, (1, 0), value=i) for i, table in enumerate(tables)])
 
-    def conclude(self, total: "Tensor") -> Survey | Stats:
+    def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
         settled = [bracket.settle(total[total[:, 0] == i, 1:]) for i, bracket in enumerate(self.brackets)]
         found = [each for each in settled if each is not None]
         ranks = [bracket.rank for bracket in self.brackets]
@@ -129,7 +129,7 @@ class Ties(TensorMethod):
     )
     normalize: bool = Field(True, strict=True, description="divide by the weights that agree (mean); false: sum")
     needs_base: ClassVar = "required"
-    reach: ClassVar = "element"
+    granularity: ClassVar = "element"
     buffers: ClassVar = 6
     surveyed: ClassVar = ("density",)
     neutral: ClassVar = {"density": 1.0, "normalize": True}
@@ -139,7 +139,7 @@ class Ties(TensorMethod):
         "tied boundary=random": "draws are keyed by the tensor's name, so two stored copies of a tensor get two draws",
     }
 
-    def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:
+    def survey(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
         from mergetool.kernels.select import Search
 
         if all(density == 1.0 for density in p.density) or num_elements == 0:

@@ -104,9 +104,9 @@ def _check_per_model(
     document: Document, place: Place, kind: type[Method], settings: Mapping[str, Any], models: Collection[str]
 ) -> Iterator[RecipeError]:
     """Mappings from models to numbers must name every model, and no others."""
-    for key, knob in kind.knobs().items():
+    for key, schedulable in kind.schedulables().items():
         value = settings.get(key)
-        if not knob.per_model or not isinstance(value, dict) or "gradient" in value:
+        if not schedulable.per_model or not isinstance(value, dict) or "gradient" in value:
             continue
         for name in value:
             if name not in models:

@@ -20,8 +20,8 @@ from mergetool.recipe.candidate import candidate_data, candidate_documents, uniq
 from mergetool.recipe.checks import cross_checks
 from mergetool.recipe.document import Document, Place, parse_value, read_document
 from mergetool.recipe.mergekit import convert, is_mergekit
-from mergetool.recipe.model import Check, Compute, Output, Override, Recipe, Reference, Tokenizer
 from mergetool.recipe.render import render, suggestion, unknown_key
+from mergetool.recipe.schema import Check, Compute, Output, Override, Recipe, Reference, Tokenizer
 from mergetool.search.space import Value
 
 _Models = Annotated[dict[str, Reference], Field(min_length=1)]

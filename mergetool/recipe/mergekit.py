@@ -29,8 +29,8 @@ from mergetool.methods import registry
 from mergetool.recipe.document import Document, Place, read_document
 from mergetool.recipe.filters import Branch, Case, cases, globs
 from mergetool.recipe.mergekit_parameters import Parameter, Scope, branches_of, check_keys
-from mergetool.recipe.model import expanded
 from mergetool.recipe.render import suggestion
+from mergetool.recipe.schema import expanded
 from mergetool.tensors.side_files import read_config
 
 _TOP_KEYS = ("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source")

@@ -38,7 +38,7 @@ def _facts(kind: type[Method]) -> dict[str, Any]:
 
 def _fields(kind: type[BaseModel], prefix: str = "") -> Iterator[dict[str, Any]]:
     """The fields of a method, those of its sections one by one."""
-    knobs = kind.knobs() if issubclass(kind, Method) else {}
+    schedulables = kind.schedulables() if issubclass(kind, Method) else {}
     for key, info in kind.model_fields.items():
         annotation = info.annotation
         if key == "method":
@@ -49,7 +49,7 @@ def _fields(kind: type[BaseModel], prefix: str = "") -> Iterator[dict[str, Any]]
         plain = "a method" if annotation is TensorMethod else _plain_type(annotation)
         yield {
             "name": prefix + key,
-            "type": _type(knobs[key].per_model) if key in knobs else plain,
+            "type": _type(schedulables[key].per_model) if key in schedulables else plain,
             "default": None if info.default is PydanticUndefined else info.default,
             "help": info.description,
         }

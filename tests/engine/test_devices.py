@@ -8,12 +8,12 @@ import torch
 
 from mergetool.engine import devices
 from mergetool.engine.devices import devices_here, own_device, usable_device
-from mergetool.engine.execute import Flags, run_recipe
+from mergetool.engine.run import Flags, run_recipe
 from mergetool.engine.worker import Worker
 from mergetool.errors import PlanError
 from mergetool.methods.base import TensorMethod
-from mergetool.planner import make_plan
-from mergetool.planner.model import SLICE_ELEMENTS
+from mergetool.planning import make_plan
+from mergetool.planning.graph import SLICE_ELEMENTS
 from mergetool.recipe import load_recipe
 from tests.elsewhere import DEVICE, Elsewhere
 from tests.files import content, tensors, write_model, write_recipe
@@ -25,7 +25,7 @@ class Greedy(TensorMethod):
     """The sum of two models; needs a device with room for more than `room` elements."""
 
     needs_base = "unused"
-    reach = "element"
+    granularity = "element"
     room: int = 0
 
     def merge(self, group, p, stats):

@@ -32,7 +32,7 @@ SMALL = {name: SHAPES[name] for name in ("model.layers.0.mlp.up_proj.weight", "m
 
 def is_exact(case: Case) -> bool:
     """Whether the result must be the same to the bit everywhere."""
-    return issubclass(case.kind, TensorMethod) and case.kind.reach != "tensor"
+    return issubclass(case.kind, TensorMethod) and case.kind.granularity != "tensor"
 
 
 def outcome(case: Case, folder: Path):

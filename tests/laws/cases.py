@@ -76,7 +76,9 @@ class Case:
     def uneven(self) -> "Case":
         """With other numbers than the defaults, and another one for every model wherever that is possible."""
         each = dict(zip(self.names, _VALUES, strict=False))
-        return self.with_settings(**{k: each if knob.per_model else 0.75 for k, knob in self.kind.knobs().items()})
+        return self.with_settings(
+            **{k: each if schedulable.per_model else 0.75 for k, schedulable in self.kind.schedulables().items()}
+        )
 
     def section(self) -> dict[str, Any]:
         """The `merge` section of a recipe."""

@@ -12,7 +12,7 @@ from mergetool.engine.devices import usable_device
 from mergetool.engine.memory import MemorySink, merge_all
 from mergetool.engine.worker import Worker
 from mergetool.methods.tsv_merge import TsvMerge
-from mergetool.planner import make_plan
+from mergetool.planning import make_plan
 from mergetool.recipe import load_recipe
 from mergetool.tensors.source import MemorySource
 from tests.elsewhere import DEVICE, Elsewhere, NoDoubleError, algebra

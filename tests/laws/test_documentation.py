@@ -12,8 +12,8 @@ from mergetool.cli.app import app
 from mergetool.methods import registry
 from mergetool.methods.base import BundleMethod, SearchMethod
 from mergetool.recipe.reference import method_facts
-from tests.evolve.planted import World
 from tests.toys import INTEGERS, MLP, SHAPES, read, toy_models, write
+from tests.tuning.planted import World
 
 METHODS = sorted(registry())
 RECIPES = Path(__file__).parents[2] / "recipes"

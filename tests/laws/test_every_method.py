@@ -36,7 +36,7 @@ import pytest
 import torch
 
 import mergetool.engine
-import mergetool.planner
+import mergetool.planning
 from mergetool import MergeError
 from mergetool.methods import registry
 from mergetool.methods.base import TensorGroup
@@ -75,12 +75,12 @@ def adds_to_a_base(case):
 
 
 def has_scale(case):
-    return adds_to_a_base(case) and "scale" in case.kind.knobs()
+    return adds_to_a_base(case) and "scale" in case.kind.schedulables()
 
 
 def has_weights(case):
-    knob = case.kind.knobs().get("weight")
-    return takes_several(case) and knob is not None and knob.per_model
+    schedulable = case.kind.schedulables().get("weight")
+    return takes_several(case) and schedulable is not None and schedulable.per_model
 
 
 # ---------------------------------------------------------------- identities
@@ -334,7 +334,7 @@ def cut_finely(monkeypatch, slice_elements, unit_elements):
     """The two sizes are constants that several modules import; give all of them other values."""
     modules = [
         import_module(found.name)
-        for package in (mergetool.engine, mergetool.planner)
+        for package in (mergetool.engine, mergetool.planning)
         for found in walk_packages(package.__path__, f"{package.__name__}.")
     ]
     for key, value in (("SLICE_ELEMENTS", slice_elements), ("UNIT_ELEMENTS", unit_elements)):

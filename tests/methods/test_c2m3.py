@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import mergetool
-from mergetool.engine.execute import Silent
+from mergetool.engine.run import Silent
 from mergetool.errors import PlanError, RecipeError, SourceError
 from tests.alignment import nets
 from tests.arch.networks import MLP

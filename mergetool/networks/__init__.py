@@ -1,0 +1,1 @@
+"""The one seam to transformers: classes, empty models, where tensors of a checkpoint go, tokenizers."""

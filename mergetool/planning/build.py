@@ -1,0 +1,136 @@
+"""Make a plan: open the models, match their tensors, resolve every number, lay the output out.
+
+names      the base's tensors (or all models' together, where a method uses no base), in file order
+steps      per tensor: which models take part, copy or merge, numbers at this depth, overrides applied
+shards     steps dealt into files in order, each file with its exact header
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mergetool.bundle.present import present
+from mergetool.checkpoints.family import assemble
+from mergetool.errors import at
+from mergetool.methods.base import BundleMethod, SearchMethod
+from mergetool.planning.draft import Draft
+from mergetool.planning.graph import BASE, Plan, Shard, Step
+from mergetool.planning.outcome import check_vocabulary, words_about_result
+from mergetool.planning.parents import check_shares, refuse_quantised, words_about
+from mergetool.planning.sources import Lookup
+from mergetool.recipe.load import candidate_recipe
+from mergetool.recipe.schema import Recipe
+from mergetool.tensors.header import TensorSpec, lay_out
+from mergetool.tensors.sets import UNSPLIT
+from mergetool.tensors.source import FileStamp, ModelSource
+
+
+def make_plan(
+    recipe: Recipe,
+    output: Path | None = None,
+    sources: Mapping[str, ModelSource] | None = None,
+    lookup: Lookup | None = None,
+    *,
+    whole: bool = False,
+) -> Plan:
+    """Plan a recipe from headers. `sources` stand in for the recipe's models (in memory); `lookup` looks others up.
+
+    Of weights nothing is read but samples of tied tensors that are stored twice; with `whole`, all of those.
+
+    Of a search, the plan of its first candidate: the others differ in numbers only.
+    Raises SourceError or HubError for models that cannot be read, PlanError for models that do not fit together.
+    """
+    if isinstance(recipe.method, SearchMethod):
+        recipe = candidate_recipe(recipe, recipe.method.space(tuple(recipe.models)).start)
+    lookup = lookup or Lookup(recipe.folder)
+    opened = dict(sources) if sources is not None else open_models(recipe, lookup)
+    if isinstance(recipe.method, BundleMethod) and BASE in opened:
+        opened = present(opened, [name for name, reference in recipe.models.items() if reference.head is not None])
+    if output is None and recipe.output.path is not None:
+        output = recipe.path_of(recipe.output.path)
+    plan = _planned(recipe, opened, output, lookup, whole=whole)
+    check_vocabulary(plan)
+    return replace(plan, warnings=(*plan.warnings, *words_about_result(plan)))
+
+
+def _planned(
+    recipe: Recipe, opened: Mapping[str, ModelSource], output: Path | None, lookup: Lookup, *, whole: bool
+) -> Plan:
+    """The plan of opened models, with all that is to be said of them."""
+    template = BASE if BASE in opened else next(iter(recipe.models))
+    family = assemble(opened, template, whole=whole)
+    draft = Draft(recipe, family, template)
+    steps = draft.steps()
+    stem, limit = opened[template].stem, recipe.output.shard_size
+    shards = _shards(steps, stem, limit)
+    words = (*check_shares(recipe, family.sources, steps), *words_about(recipe, family.sources, template, steps))
+    return Plan(
+        recipe,
+        family.sources,
+        template,
+        _place(steps, shards),
+        tuple(shards),
+        output,
+        warnings=(*lookup.warnings, *family.remarks, *draft.warnings, *words, *_unsplit(shards, stem, limit)),
+        origins=lookup.origins,
+        bytes_missing=sum(lookup.missing.values()),
+        untied=family.untied,
+        others=_other_files(recipe),
+    )
+
+
+def _other_files(recipe: Recipe) -> dict[str, FileStamp]:
+    found = {}
+    files = {field: recipe.path_of(path) for field, path in recipe.method.files().items()}
+    if (path := recipe.architecture_file) is not None:
+        files["architecture"] = path
+    for field, path in files.items():
+        with at(field):
+            found[field] = FileStamp.of(path)
+    return found
+
+
+def open_models(recipe: Recipe, lookup: Lookup) -> dict[str, ModelSource]:
+    """Every model of a recipe, the base under `BASE`. Raises SourceError, HubError or PlanError."""
+    opened = {}
+    references = {**({BASE: recipe.base} if recipe.base else {}), **recipe.models}
+    for name, reference in references.items():
+        with at("base" if name == BASE else f"model {name!r}"):
+            opened[name] = lookup.open(name, reference.source, reference.adapters, reference.select)
+            refuse_quantised(opened[name])
+    return opened
+
+
+def _shards(steps: Sequence[Step], stem: str, limit: int) -> list[Shard]:
+    """Files as the template's library calls them; as many as it opens."""
+    groups = list(_deal(steps, sys.maxsize if stem in UNSPLIT else limit))
+    named = [
+        f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{index:05d}-of-{len(groups):05d}.safetensors"
+        for index in range(1, len(groups) + 1)
+    ]
+    return [Shard(name, *lay_out(group, {"format": "pt"})) for name, group in zip(named, groups, strict=True)]
+
+
+def _unsplit(shards: Sequence[Shard], stem: str, limit: int) -> list[str]:
+    if stem not in UNSPLIT or shards[0].header.file_size <= limit:
+        return []
+    return [f"output.shard_size is passed over: {shards[0].name} stays one file, which is all that its library opens"]
+
+
+def _deal(steps: Sequence[Step], limit: int) -> Iterator[list[TensorSpec]]:
+    """Consecutive tensors of at most `limit` bytes together; a larger one gets a file of its own."""
+    group: list[TensorSpec] = []
+    size = 0
+    for step in steps:
+        if group and size + step.spec.num_bytes > limit:
+            yield group
+            group, size = [], 0
+        group.append(step.spec)
+        size += step.spec.num_bytes
+    yield group
+
+
+def _place(steps: Sequence[Step], shards: Sequence[Shard]) -> tuple[Step, ...]:
+    shard_of = {name: index for index, shard in enumerate(shards) for name in shard.header.slots}
+    return tuple(replace(step, index=index, shard=shard_of[step.spec.name]) for index, step in enumerate(steps))
