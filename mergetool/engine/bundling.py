@@ -22,7 +22,7 @@ from mergetool.bundle.store import FactorStore
 from mergetool.engine.devices import one_thread
 from mergetool.engine.fit import WholeModels
 from mergetool.engine.processes import Team
-from mergetool.methods.base import BundleMethod
+from mergetool.methods.base import BundleMethod, expect
 from mergetool.outputs.lock import describe_run, same_content
 from mergetool.outputs.record import Record
 from mergetool.outputs.result import Result
@@ -43,12 +43,13 @@ class WholeExperts(WholeModels, Experts):
         super().__init__(plan, say, team)
         self.names = tuple(plan.recipe.models)
         self.sources = plan.sources
-        merged = [step for step in plan.steps if step.method is not None]
-        self.shapes = {step.spec.name: step.spec.shape for step in merged}
+        merged = [step for step in plan.steps if step.operation.arithmetic]
+        self.shapes = {slot.spec.name: slot.spec.shape for step in merged for slot in step.slots}
         self._stand_ins = {
-            (model, step.spec.name): source
+            (model, slot.spec.name): operand.source
             for step in merged
-            for model, source in zip(step.models, step.sources, strict=True)
+            for model, operand in zip(step.operation.models, step.models, strict=True)
+            for slot in step.slots
         }
         found = {name: self._head(name, plan) for name in self.names}
         self.heads: Mapping[str, HeadSource | OwnHead] = {name: head for name, head in found.items() if head}
@@ -87,8 +88,7 @@ def run_bundle(
 ) -> Result | None:
     """Build a bundle in the claimed folder and publish it; None in a process that does not lead."""
     started = time.monotonic()
-    method = plan.recipe.method
-    assert isinstance(method, BundleMethod)
+    method = expect(plan.recipe.method, BundleMethod)
     experts = WholeExperts(plan, say, team)
     folder = staging.partial
     resumed = staging.journal.found and any((folder / _STORE).glob("*.safetensors"))

@@ -2,18 +2,19 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from mergetool.engine.context import Context
 from mergetool.engine.processes import Team
 from mergetool.errors import MergeError
-from mergetool.methods.base import Fitted, FittedMethod
+from mergetool.methods.base import Fitted, FittedMethod, expect
 from mergetool.planning import Plan
-from mergetool.planning.graph import BASE
+from mergetool.planning.graph import BASE, Stage
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import bytes_of
@@ -46,6 +47,11 @@ class WholeModels:
     def share(self, call: Callable[[_I], _T], items: Sequence[_I]) -> Iterable[_T]:
         """`call` of every item, in order: shared with the other processes, or else as the results are asked for."""
         return map(call, items) if self.team.size == 1 else self.team.share(call, items)
+
+    @property
+    def method(self) -> FittedMethod:
+        """The recipe's method, which looks at the models."""
+        return expect(self._plan.recipe.method, FittedMethod)
 
     @property
     def compute(self) -> torch.dtype:
@@ -111,41 +117,49 @@ class MergedModel(Mapping[str, Tensor]):
         return len(self._source.specs)
 
 
-@dataclass(frozen=True)
 class Fit:
-    """A plan with every model seen through its fit, and what the fit knows about the merged model."""
+    """The stage that looks at whole models. After it, every operand is read in the common space.
 
-    plan: Plan
-    models: WholeModels | None = None
-    fitted: Fitted | None = None
+    The sink's folder, if it has one, keeps what was found, and may hold that of a killed run.
+    """
 
-    @property
-    def finishes(self) -> bool:
-        """Whether tensors are replaced once everything is merged."""
-        method = self.plan.recipe.method
-        return isinstance(method, FittedMethod) and method.finishes()
+    def __init__(self, run: Context, stage: Stage) -> None:
+        self._run = run
 
-    def finish(self, source: ModelSource, folder: Path | None) -> Mapping[str, Tensor]:
-        """The tensors to replace in the merged model, which `source` holds."""
-        method = self.plan.recipe.method
-        assert isinstance(method, FittedMethod)
-        assert self.models is not None
-        assert self.fitted is not None
-        merged = MergedModel(source, self.models.compute)
-        return method.finish(self.models, self.fitted, merged, folder)
+    def work(self) -> None:
+        run, team = self._run, self._run.team
+        with run.pool.resting(team.local_size):
+            models = WholeModels(run.plan, run.teller.say, team)
+            method, folder = models.method, run.sink.folder
+            fitted = method.load(models, folder) if folder is not None else None
+            if not all(team.all_gather(fitted is not None)):  # nobody looks any more
+                fitted = method.fit(models)
+                if folder is not None and team.leads:
+                    fitted.save(folder)
+        assert fitted is not None
+        run.fitted = models, fitted
+        run.show({name: FittedSource(source, fitted, name) for name, source in run.plan.sources.items()})
 
 
-def fit(plan: Plan, folder: Path | None, say: Callable[[str], None], team: Team) -> Fit:
-    """The plan with every model seen through its fit. `folder` keeps the fit, and may hold that of a killed run."""
-    method = plan.recipe.method
-    if not isinstance(method, FittedMethod):
-        return Fit(plan)
-    models = WholeModels(plan, say, team)
-    fitted = method.load(models, folder) if folder is not None else None
-    if not all(team.all_gather(fitted is not None)):  # nobody looks any more
-        fitted = method.fit(models)
-        if folder is not None and team.leads:
-            fitted.save(folder)
-    assert fitted is not None
-    sources = {name: FittedSource(source, fitted, name) for name, source in plan.sources.items()}
-    return Fit(replace(plan, sources=sources), models, fitted)
+class Finish:
+    """The stage that replaces tensors of the merged model, when all of it is written."""
+
+    def __init__(self, run: Context, stage: Stage) -> None:
+        self._run = run
+
+    def work(self) -> None:
+        team = self._run.team
+        if team.size > 1:
+            self._run.sink.sync()
+        team.all_gather(None)
+        team.leader_first(lambda: self._replace() if team.leads else None)
+        self._run.hashes.settle()
+
+    def _replace(self) -> None:
+        assert self._run.fitted is not None
+        models, fitted = self._run.fitted
+        with closing(self._run.sink.source()) as source:
+            merged = MergedModel(source, models.compute)
+            found = models.method.finish(models, fitted, merged, self._run.sink.folder)
+            self._run.pool.new().replace(found)
+        self._run.sink.sync()  # who hashes it may be on another machine

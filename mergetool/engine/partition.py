@@ -1,22 +1,21 @@
 """Who of several processes does what of a plan: units of work by what they cost, files to hash by their size."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mergetool.engine.processes import Team
 from mergetool.planning import Plan, Step
-from mergetool.planning.graph import UNIT_ELEMENTS
 
 
 @dataclass(frozen=True)
 class Partition:
     """What one process does of a plan."""
 
-    team: Team
-    units: frozenset[tuple[int, int]] | None
+    team: Team = field(default_factory=Team)
+    units: frozenset[tuple[int, int]] | None = None
     """(step, start) of every unit; None: all of them."""
-    inputs: frozenset[str] | None
-    outputs: frozenset[int] | None
+    inputs: frozenset[str] | None = None
+    outputs: frozenset[int] | None = None
     """Files that it hashes: inputs by path, outputs by number."""
 
     def has(self, step: int, start: int) -> bool:
@@ -32,10 +31,10 @@ class Partition:
 def partition(plan: Plan, team: Team) -> Partition:
     """This process's share. Large pieces first, each to whoever has least; the same in every process.
 
-    A tensor with a survey of its own is not divided: its counts would have to travel.
+    A tensor with a pass of its own is not divided: its counts would have to travel.
     """
     if team.size == 1:
-        return Partition(team, None, None, None)
+        return Partition(team)
     load = [0.0] * team.size
     inputs = {str(stamp.path): float(stamp.size) for stamps in plan.stamps.values() for stamp in stamps}
     outputs = {index: float(shard.header.file_size) for index, shard in enumerate(plan.shards)}
@@ -43,8 +42,8 @@ def partition(plan: Plan, team: Team) -> Partition:
     pieces: dict[tuple[int, int], float] = {}
     whole: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for step in plan.steps:
-        ranges = step.pieces(UNIT_ELEMENTS)
-        groups = [ranges] if _surveyed_alone(step) else [[each] for each in ranges]
+        ranges = step.pieces()
+        groups = [ranges] if _counted_alone(step) else [[each] for each in ranges]
         for group in groups:
             key = (step.index, group[0][0])
             pieces[key] = sum(cost(plan, step, start, stop) for start, stop in group)
@@ -54,10 +53,8 @@ def partition(plan: Plan, team: Team) -> Partition:
     return Partition(team, units, frozenset(given_inputs[team.rank]), frozenset(given_outputs[team.rank]))
 
 
-def _surveyed_alone(step: Step) -> bool:
-    if step.method is None or step.surveyed_together:
-        return False
-    return step.method.survey(step.params, step.spec.num_elements, bits=32) is not None
+def _counted_alone(step: Step) -> bool:
+    return step.operation.counts is not None and not step.operation.counts_model
 
 
 def _dealt(costs: dict[Any, float], load: list[float]) -> list[list[Any]]:
@@ -75,9 +72,8 @@ def _dealt(costs: dict[Any, float], load: list[float]) -> list[list[Any]]:
 def cost(plan: Plan, step: Step, start: int, stop: int) -> float:
     """What a unit costs, in bytes that could be read meanwhile: reading, writing, and for whole matrices the SVDs."""
     count = stop - start
-    size = sum(plan.sources[name].specs[step.spec.name].dtype.num_bytes(count) for name in step.reads)
-    size += step.spec.dtype.num_bytes(count)
-    if step.granularity != "tensor" or len(step.spec.shape) < 2:
+    size = plan.bytes_read(step, count) + step.bytes_written(start, stop)
+    if step.operation.granularity(step.spec) != "tensor" or len(step.spec.shape) < 2:
         return float(size)
     rows = step.spec.shape[0]
     return size + 0.5 * len(step.reads) * count * min(rows, count // max(1, rows))

@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING
 
 from mergetool.engine.devices import one_thread, usable_device
 from mergetool.planning import Plan
-from mergetool.tensors.writer import SlotWriter
 
 if TYPE_CHECKING:
     from mergetool.bundle.store import FactorStore
     from mergetool.engine.fork import Fork
+    from mergetool.engine.sinks import Sink
     from mergetool.engine.worker import Worker
 
 
 class WorkerPool:
     """The workers of one run. `plan` is what new workers go by: a fit gives a new one before the first is asked for."""
 
-    def __init__(self, plan: Plan, writer: SlotWriter) -> None:
+    def __init__(self, plan: Plan, sink: "Sink") -> None:
         self.plan = plan
         self.device = "cpu"
-        self._writer = writer
-        self._store: FactorStore | None = None
+        self._sink = sink
+        self.store: FactorStore | None = None
         self._threads = 1
         self._local = threading.local()
         self._forks: list[Fork] = []
@@ -38,7 +38,7 @@ class WorkerPool:
         from mergetool.bundle.store import FactorStore
 
         self.device = usable_device(device, double=self.plan.needs_float64)
-        self._store = FactorStore(cache) if cache else None
+        self.store = FactorStore(cache) if cache else None
         with one_thread() as self._threads:
             yield
 
@@ -54,9 +54,7 @@ class WorkerPool:
     @property
     def _sliced(self) -> bool:
         """Whether no step needs a tensor whole."""
-        return not any(
-            step.method is not None and (step.whole or step.granularity == "tensor") for step in self.plan.steps
-        )
+        return all(step.granularity != "tensor" for step in self.plan.steps)
 
     def fork(self, count: int, held: int) -> None:
         """Give `count` workers processes of their own, where that pays; they must not hold the file descriptor `held`.
@@ -90,7 +88,7 @@ class WorkerPool:
 
         from mergetool.engine.worker import Worker
 
-        return Worker(self.plan, self._writer, torch.device(self.device), self._store)
+        return Worker(self.plan, self._sink, torch.device(self.device), self.store)
 
     def close(self) -> int:
         """End the processes, when no thread uses them any more. Returns the bytes of memory they had of their own."""

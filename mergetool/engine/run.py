@@ -8,20 +8,25 @@ finish       index, config, tokenizer, card, lock file; then one rename
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from mergetool.engine.jobs import Jobs
+from mergetool.engine.context import Context
+from mergetool.engine.hashing import Hashes
 from mergetool.engine.partition import partition
+from mergetool.engine.pool import WorkerPool
 from mergetool.engine.processes import Team, joined
 from mergetool.engine.schedule import Schedule
+from mergetool.engine.stages import run_stages
 from mergetool.engine.sync import SyncLoop
 from mergetool.engine.trust import check_trust
 from mergetool.errors import MergeError, MergetoolError, OutputError, PlanError, SourceError
-from mergetool.methods.base import BundleMethod
+from mergetool.outputs.journal import Journal
 from mergetool.outputs.lock import finish
 from mergetool.outputs.lock_check import LockCheck
 from mergetool.outputs.push import push_result, push_target
+from mergetool.outputs.record import Record
 from mergetool.outputs.result import Result
 from mergetool.outputs.staging import Staging, done_before
 from mergetool.planning import Plan, make_plan
@@ -114,7 +119,7 @@ def _done_before(plan: Plan, flags: Flags, progress: Progress, team: Team) -> Re
     if not team.all_gather(asked and done_before(plan, plan.output, overwrite=flags.overwrite))[0]:
         return None
     progress.say(f"done already: {plan.output} is what this recipe makes of these inputs (--overwrite makes it again)")
-    return Result(plan.output, 0.0, 0, plan.bytes_out, 0, len(plan.steps), resumed=True)
+    return Result(plan.output, 0.0, 0, plan.bytes_out, 0, len(plan.specs), resumed=True)
 
 
 def _claim_and_run(
@@ -152,7 +157,7 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
     if flags.cache is not None and not recipe.method.uses_factors:
         what = f"{recipe.method.method_name()} computes no factors, so this would have no effect"
         raise PlanError(what, "--cache", "leave it out")
-    if isinstance(recipe.method, BundleMethod) and flags.device not in ("auto", "cpu"):
+    if recipe.method.result == "bundle" and flags.device not in ("auto", "cpu"):
         what = f"{recipe.method.method_name()} computes its factors on the CPU, so this would have no effect"
         raise PlanError(what, "--device", "leave it out")
     costs = estimate(plan, workers=flags.workers, memory=flags.memory, processes=team.local_size)
@@ -176,8 +181,8 @@ def _run_claimed(
             if team.leads:
                 staging.publish()
             progress.say("done already: all was written, only the name of the result was missing")
-            return Result(staging.output, 0.0, 0, plan.bytes_out, 0, len(plan.steps), resumed=True)
-        if isinstance(plan.recipe.method, BundleMethod):
+            return Result(staging.output, 0.0, 0, plan.bytes_out, 0, len(plan.specs), resumed=True)
+        if plan.recipe.method.result == "bundle":
             from mergetool.engine.bundling import run_bundle
 
             return run_bundle(plan, staging, costs.workers, cache=flags.cache, say=progress.say, team=team)
@@ -203,12 +208,11 @@ def _merge(plan: Plan, staging: Staging, costs: Costs, flags: Flags, progress: P
         progress.say(f"resuming: {len(staging.journal.done.units)} units are done already")
     writer = team.leader_first(lambda: _open_writer(plan, staging))
     try:
-        schedule = Schedule(costs.step_memory, costs.workers)
-        jobs = Jobs(plan, writer, staging.journal, schedule, teller=progress, share=partition(plan, team))
-        _work(jobs, schedule, SyncLoop(jobs, schedule, writer, staging, team), staging, costs, flags)
+        run = _context(plan, writer, staging.journal, costs, progress, team)
+        _work(run, costs, flags, staging.journal)
     finally:
         writer.close()
-    records = team.all_gather(jobs.record)
+    records = team.all_gather(run.record)
     if not team.leads:
         return None
     seconds = staging.journal.done.seconds + time.monotonic() - started
@@ -231,26 +235,46 @@ def _open_writer(plan: Plan, staging: Staging) -> SlotWriter:
         raise
 
 
-def _work(jobs: Jobs, schedule: Schedule, pulse: SyncLoop, staging: Staging, costs: Costs, flags: Flags) -> None:
-    jobs.queue_early()
-    threads = [threading.Thread(target=schedule.work, daemon=True) for _ in range(costs.workers)]
+def _context(plan: Plan, writer: SlotWriter, journal: Journal, costs: Costs, progress: Progress, team: Team) -> Context:
+    """What the stages of this run share."""
+    schedule = Schedule(costs.step_memory, costs.workers)
+    mine = partition(plan, team)
+    record = Record(inputs=dict(journal.done.hashes), notes={n: list(notes) for n, notes in journal.done.notes.items()})
+    hashes = Hashes(plan, writer, journal, schedule, record, mine)
+    pool = WorkerPool(plan, writer)
+    run = Context(plan, writer, journal, schedule, pool, mine, progress, record, hashes)
+    run.company = lambda merging: SyncLoop(merging, schedule, writer, journal, team)
+    return run
+
+
+def _work(run: Context, costs: Costs, flags: Flags, journal: Journal) -> None:
+    """All stages, by threads that hash what is known to be needed while the rest gets ready."""
+    run.hashes.begin(run.to_do)
+    threads = [threading.Thread(target=run.schedule.work, daemon=True) for _ in range(costs.workers)]
     for thread in threads:
         thread.start()
     try:
-        with jobs.crew.ready(flags.device, flags.cache):
-            jobs.fit(staging.partial)
-            if flags.fork:
-                jobs.fork(costs.workers)
-            jobs.queue_all()
-            pulse.start()
-            schedule.wait()
+        with run.pool.ready(flags.device, flags.cache):
+            run.record.device = run.pool.device
+            if run.pool.device != "cpu":
+                run.teller.say(f"merging on {run.pool.device}")
+            fork = partial(_fork, run, costs.workers, journal) if flags.fork else lambda: None
+            run_stages(run, fork)
+            run.schedule.close()
+            run.schedule.wait()
     except BaseException as error:
-        schedule.stop(error)
+        run.schedule.stop(error)
         raise
     finally:
         for thread in threads:
             thread.join()
-        jobs.close()
-        pulse.stop()
-    if schedule.error is not None:
-        raise schedule.error
+        run.record.workers_memory = run.pool.close()
+
+
+def _fork(run: Context, count: int, journal: Journal) -> None:
+    """Give workers processes of their own, where there is enough to do.
+
+    Not beside other processes of a team: threads that talk to those are not to be forked.
+    """
+    if run.team.size == 1 and 1 < count < sum(run.to_do.values()):
+        run.pool.fork(count, journal.fileno())

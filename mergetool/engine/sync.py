@@ -2,44 +2,40 @@
 
 import threading
 import time
+from contextlib import AbstractContextManager
 
-from mergetool.engine.jobs import Jobs
+from mergetool.engine.merge import Merge
 from mergetool.engine.processes import Team
 from mergetool.engine.schedule import Schedule
-from mergetool.outputs.staging import Staging
+from mergetool.outputs.journal import Journal
 from mergetool.tensors.writer import SlotWriter
 
 _SYNC_SECONDS = 0.5
 _TALK_SECONDS = 0.1
 
 
-class SyncLoop:
+class SyncLoop(AbstractContextManager[None]):
     """Keeps the disk busy while others compute, and bounds what a power cut can undo."""
 
-    def __init__(self, jobs: Jobs, schedule: Schedule, writer: SlotWriter, staging: Staging, team: Team) -> None:
-        self._jobs = jobs
+    def __init__(self, merging: Merge, schedule: Schedule, writer: SlotWriter, journal: Journal, team: Team) -> None:
+        self._merging = merging
         self._schedule = schedule
         self._writer = writer
-        self._journal = staging.journal
+        self._journal = journal
         self._team = team
-        self._before = staging.journal.done.seconds
+        self._before = journal.done.seconds
         self._started = self._synced = time.monotonic()
         self._marker = 0
         self._told = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
-    def start(self) -> None:
-        """All jobs are queued. Alone, no others can come from outside."""
-        if self._team.size == 1:
-            self._schedule.close()
+    def __enter__(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """The last beat, unless something failed: what was written here, the others must know."""
         self._ended.set()
-        if self._thread.ident is None:
-            return
         self._thread.join()
         if self._schedule.error is None and self._team.size > 1:
             self._tell(sync=not self._team.one_machine)
@@ -55,27 +51,24 @@ class SyncLoop:
                 if due or self._team.one_machine:
                     self._tell(sync=due)
                 news = self._team.poll()
-                self._schedule.record(lambda heard=news: self._jobs.others_merged(heard))  # type: ignore[misc]
-                if self._jobs.complete:
-                    self._schedule.close()
+                self._schedule.record(lambda heard=news: self._merging.others_merged(heard))  # type: ignore[misc]
             except BaseException as error:
                 self._schedule.stop(error)
                 return
 
     def _tell(self, *, sync: bool) -> None:
         """Publish the units of this process; those on other machines may only hear of what is on the disk."""
-        written = len(self._jobs.finished)
+        written = len(self._merging.finished)
         if sync:
             self._sync()
-        self._team.publish(self._jobs.finished[self._told : written])
+        self._team.publish(self._merging.finished[self._told : written])
         self._told = written
 
     def _sync(self) -> None:
         if self._journal.mark() == self._marker:
             return
         marker = self._journal.mark()
-        for shard in range(self._writer.num_files):
-            self._writer.sync(shard)
+        self._writer.sync()
         self._synced = time.monotonic()
         self._journal.synced(marker, self._before + self._synced - self._started)
         self._marker = self._journal.mark()

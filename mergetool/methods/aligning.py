@@ -33,7 +33,7 @@ class AligningMethod(FittedMethod):
     def search(self, models: Models) -> "Aligned":
         """The permutations. Raises PlanError or MergeError."""
 
-    def inner(self) -> TensorMethod:
+    def kernel(self) -> TensorMethod:
         return self.combine
 
     def files(self) -> Mapping[str, str]:

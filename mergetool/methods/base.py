@@ -1,8 +1,9 @@
 """What a merging method is: numbers and options, their documentation, and the arithmetic, in one frozen class.
 
-Three shapes, told apart by how often they see the weights: a `TensorMethod` sees each output tensor once (after
-optional surveys, passes that only count), a `FittedMethod` sees the whole models first, a `SearchMethod` judges many
-candidate merges. A class is abstract or final: concrete methods are never subclassed.
+A method declares its stages, and nobody else asks what shape it has: a `TensorMethod` counts and merges tensor by
+tensor, a `FittedMethod` first looks at the whole models (fit) and may replace tensors in the end (finish), a
+`BundleMethod` takes models apart (factorise), a `SearchMethod` tries many candidates of another method (search). A
+class is abstract or final: concrete methods are never subclassed.
 
 A method lives in one file of this folder and registers itself by being there. At the top it imports this module, what a
 few methods share (`matrix`, `aligning`, `genes`) and descriptions of options; kernels it imports inside the functions
@@ -71,10 +72,12 @@ __all__ = [
     "Unit",
     "all_methods",
     "cancel",
+    "expect",
 ]
 
 _I = TypeVar("_I")
 _T = TypeVar("_T")
+_M = TypeVar("_M", bound="Method")
 Params = SimpleNamespace
 """A method's numbers for one tensor: floats, and tuples (one per model of the group) for per-model fields."""
 
@@ -82,7 +85,7 @@ Granularity = Literal["element", "row", "tensor"]
 """What must not be torn apart: nothing, rows, or the whole tensor."""
 
 Stats = Mapping[str, tuple[float, ...]]
-"""What surveys found out about one tensor (or the whole model): small, exact, and savable as JSON."""
+"""What passes found out about one tensor (or the whole model): small, exact, and savable as JSON."""
 
 _REGISTRY: dict[str, type["Method"]] = {}
 
@@ -103,7 +106,7 @@ class StatisticsPass(Protocol):
         ...
 
     def conclude(self, total: "Tensor") -> "StatisticsPass | Stats":
-        """From the summed counts: the next survey, or the finished statistics."""
+        """From the summed counts: the next pass, or the finished statistics."""
         ...
 
 
@@ -121,6 +124,30 @@ class Method(BaseModel):
     """Laws of `tests/laws` that this method does not obey, each with the reason."""
     neutral: ClassVar[Mapping[str, Any]] = {}
     """Settings under which merging copies of one model gives that model back."""
+    result: ClassVar[Literal["checkpoint", "bundle"]] = "checkpoint"
+    """The kind of output that a run leaves."""
+    uses_architecture: ClassVar[bool] = False
+    """Whether it asks what the axes of tensors mean, and so sees whole models under their own names."""
+    searches: ClassVar[bool] = False
+    """Whether it tries candidates of another method; its settings are then that one's."""
+    varies: ClassVar[bool] = True
+    """Whether its settings may differ from tensor to tensor (overrides)."""
+
+    def stages(self) -> tuple[str, ...]:
+        """What a run does, one after the other."""
+        return ("count", "merge")
+
+    def kernel(self) -> "TensorMethod":
+        """The method that merges tensors: itself, or one inside."""
+        raise TypeError(f"{self.method_name()} has candidates that merge, and merges nothing itself")
+
+    def parts(self) -> Mapping[str, "Method"]:
+        """Methods inside that see the same models: field of the recipe -> method."""
+        return {}
+
+    def fit_memory(self, headers: "Headers", threads: int) -> int:
+        """Bytes that looking at whole models takes at most, roughly. Raises PlanError for models that do not fit."""
+        return 0
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -184,19 +211,25 @@ class Method(BaseModel):
 
 
 class TensorMethod(Method):
-    """A method that sees each output tensor once, after optional surveys."""
+    """A method that sees each output tensor once, after optional statistics passes."""
 
     granularity: ClassVar[Granularity]
     """What one call must see whole: any slice of flat elements, whole rows, or the whole tensor."""
     buffers: ClassVar[int] = 3
-    """Temporaries the size of a slice that `merge` or a survey uses; the memory plan counts them."""
+    """Temporaries the size of a slice that `merge` or a pass uses; the memory plan counts them."""
 
-    surveyed: ClassVar[tuple[str, ...] | None] = None
+    pass_depends_on: ClassVar[tuple[str, ...] | None] = None
     """Numbers that decide what a statistics pass finds; None: all. A search counts anew only where one changed."""
 
-    def survey(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
-        """The first reading pass this tensor needs before `merge`, or None. `bits` of the compute dtype: 32 or 64."""
+    def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
+        """The first reading pass this tensor needs before `merge`, or None. `bits` of the compute dtype: 32 or 64.
+
+        Asked once, while planning; `num_elements` of the tensor, or of all tensors that are counted together.
+        """
         return None
+
+    def kernel(self) -> "TensorMethod":
+        return self
 
     def granularity_in(self, name: str, shape: tuple[int, ...]) -> Granularity:
         """What one call must see whole of this tensor: less than `granularity` where some are treated more simply."""
@@ -211,8 +244,8 @@ class TensorMethod(Method):
         """Other tensors that `merge` reads for this one."""
         return ()
 
-    def survey_scope(self) -> Literal["tensor", "model"]:
-        """Whether a survey looks at each tensor alone or at all tensors of the model together."""
+    def pass_scope(self) -> Literal["tensor", "model"]:
+        """Whether a pass counts over each tensor alone or over all tensors of the model together."""
         return "tensor"
 
     @abstractmethod
@@ -292,15 +325,16 @@ class Fitted(Protocol):
 
 
 class FittedMethod(Method):
-    """A method that sees the whole models first (`fit`); then its inner method merges what the fit made of them."""
+    """A method that sees the whole models first (`fit`); then its kernel merges what the fit made of them."""
 
-    @abstractmethod
-    def inner(self) -> TensorMethod:
-        """The method that merges the fitted tensors."""
+    uses_architecture: ClassVar = True
+    varies: ClassVar = False
 
-    def fit_memory(self, headers: Headers, threads: int) -> int:
-        """Bytes that `fit` and `finish` hold at most, roughly. Raises PlanError for models that cannot be fitted."""
-        return 0
+    def stages(self) -> tuple[str, ...]:
+        return ("fit", "count", "merge", *(("finish",) if self.finishes() else ()))
+
+    def parts(self) -> Mapping[str, Method]:
+        return {"combine": self.kernel()}
 
     @abstractmethod
     def fit(self, models: Models) -> Fitted:
@@ -354,9 +388,13 @@ class BundleMethod(Method):
     )
     needs_base: ClassVar = "required"
     uses_factors: ClassVar = True
+    result: ClassVar = "bundle"
+    varies: ClassVar = False
 
-    def inner(self) -> TensorMethod:
-        """What plans count with."""
+    def stages(self) -> tuple[str, ...]:
+        return ("factorise",)
+
+    def kernel(self) -> TensorMethod:
         return _Kept()
 
     @property
@@ -372,6 +410,12 @@ class BundleMethod(Method):
 class SearchMethod(Method):
     """A method that judges many candidates: settings of another method, with some numbers left open."""
 
+    searches: ClassVar = True
+    varies: ClassVar = False
+
+    def stages(self) -> tuple[str, ...]:
+        return ("search",)
+
     @abstractmethod
     def space(self, models: Sequence[str]) -> "Space":
         """The numbers that are open, for these models."""
@@ -379,6 +423,12 @@ class SearchMethod(Method):
     @abstractmethod
     def candidate(self, values: "Sequence[Value]", models: Sequence[str]) -> dict[str, Any]:
         """The `merge` section of a recipe in which the open numbers have these values."""
+
+
+def expect(method: Method, kind: type[_M]) -> _M:
+    """A method as the shape of which its stages speak. The only place that looks at the class of a method."""
+    assert isinstance(method, kind), f"{method.method_name()} is no {kind.__name__}"
+    return method
 
 
 def all_methods() -> dict[str, type[Method]]:

@@ -68,7 +68,7 @@ class _Dare(TensorMethod):
     needs_base: ClassVar = "required"
     granularity: ClassVar = "element"
     buffers: ClassVar = 6
-    surveyed: ClassVar = ("density",)
+    pass_depends_on: ClassVar = ("density",)
     neutral: ClassVar = {"density": 1.0, "normalize": True}
     exempt: ClassVar = {
         "seed-free": "draws which entries are kept",
@@ -79,7 +79,7 @@ class _Dare(TensorMethod):
     def needs_float64(self) -> bool:
         return self.rescale == "l1"
 
-    def survey(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
+    def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
         return _Norms() if self.rescale == "l1" and any(density < 1.0 for density in p.density) else None
 
     def problem(self, p: Params) -> str | None:

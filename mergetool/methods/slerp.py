@@ -52,14 +52,14 @@ class Slerp(TensorMethod):
     max_models: ClassVar = 2
     granularity: ClassVar = "element"
     buffers: ClassVar = 1
-    surveyed: ClassVar = ()
+    pass_depends_on: ClassVar = ()
     exempt: ClassVar = {"order": "t counts from the first model to the second"}
 
     @property
     def needs_float64(self) -> bool:
         return True
 
-    def survey(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
+    def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
         return _Products()
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":

@@ -131,7 +131,7 @@ class Ties(TensorMethod):
     needs_base: ClassVar = "required"
     granularity: ClassVar = "element"
     buffers: ClassVar = 6
-    surveyed: ClassVar = ("density",)
+    pass_depends_on: ClassVar = ("density",)
     neutral: ClassVar = {"density": 1.0, "normalize": True}
     exempt: ClassVar = {
         "independent scope=model": "one threshold for all tensors together depends on all of them",
@@ -139,7 +139,7 @@ class Ties(TensorMethod):
         "tied boundary=random": "draws are keyed by the tensor's name, so two stored copies of a tensor get two draws",
     }
 
-    def survey(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
+    def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
         from mergetool.kernels.select import Search
 
         if all(density == 1.0 for density in p.density) or num_elements == 0:
@@ -149,7 +149,7 @@ class Ties(TensorMethod):
             return _Sample(searches, num_elements)
         return _Thresholds(searches)
 
-    def survey_scope(self) -> Literal["tensor", "model"]:
+    def pass_scope(self) -> Literal["tensor", "model"]:
         return self.scope
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":

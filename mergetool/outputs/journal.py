@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from glob import escape
@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from mergetool.errors import OutputError
+from mergetool.methods.base import Stats
 from mergetool.methods.group import Note
+from mergetool.planning import Step
 from mergetool.tensors.io import write_error
 
 _OLD_NAMES = ("journal.jsonl", ".journal.*.jsonl")
@@ -33,10 +35,10 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass
 class Done:
-    """What earlier runs finished: units by (step, start), statistics by scope, notes by tensor, seconds spent."""
+    """What earlier runs finished: units by (stage, step, start), statistics by (stage, first step), and so on."""
 
-    units: set[tuple[int, int]] = field(default_factory=set)
-    stats: dict[str | None, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+    units: set[tuple[str, int, int]] = field(default_factory=set)
+    stats: dict[tuple[str, int], Stats] = field(default_factory=dict)
     notes: dict[str, list[Note]] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -98,14 +100,19 @@ class Journal:
         """The file descriptor that holds the lock."""
         return self._fd
 
-    def unit(self, step: int, start: int, name: str, notes: list[Note]) -> None:
+    def unit(self, stage: str, step: Step, start: int, notes: list[Note]) -> None:
         """A unit's bytes are in the page cache."""
         self.worked = True
-        self._write({"unit": [step, start]} | ({"name": name, "notes": notes} if notes else {}))
+        self._write({"unit": [stage, step.index, start]} | ({"name": step.name, "notes": notes} if notes else {}))
 
-    def stats(self, scope: str | None, stats: Mapping[str, tuple[float, ...]]) -> None:
-        """The surveys of a scope are finished."""
-        self._write({"scope": scope, "stats": {key: list(values) for key, values in stats.items()}})
+    def known(self, stage: str, steps: Sequence[Step]) -> Stats | None:
+        """What an earlier run counted over these steps."""
+        return self.done.stats.get((stage, steps[0].index))
+
+    def counted(self, stage: str, steps: Sequence[Step], stats: Stats) -> None:
+        """All passes over these steps are finished."""
+        found = {key: list(values) for key, values in stats.items()}
+        self._write({"counted": [stage, steps[0].index], "stats": found})
 
     def hashed(self, path: str, digest: str) -> None:
         """An input file's SHA-256 is known."""
@@ -230,11 +237,13 @@ def _apply(done: Done, record: dict[str, Any]) -> None:
     if "synced" in record:
         done.seconds = record["seconds"]
     elif "unit" in record:
-        done.units.add((record["unit"][0], record["unit"][1]))
+        stage, step, start = record["unit"]
+        done.units.add((stage, step, start))
         notes = done.notes.setdefault(record.get("name", ""), [])
         found = [note if isinstance(note, str) else (note[0], note[1]) for note in record.get("notes", ())]
         notes += [note for note in found if note not in notes]
-    elif "scope" in record:
-        done.stats[record["scope"]] = {key: tuple(values) for key, values in record["stats"].items()}
+    elif "counted" in record:
+        stage, step = record["counted"]
+        done.stats[stage, step] = {key: tuple(values) for key, values in record["stats"].items()}
     elif "input" in record:
         done.hashes[record["input"]] = record["sha256"]

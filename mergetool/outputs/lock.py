@@ -43,7 +43,7 @@ def finish(plan: Plan, staging: Staging, records: Sequence[Record], seconds: flo
         bytes_read=record.bytes_read,
         bytes_written=plan.bytes_out,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + record.workers_memory,
-        num_tensors=len(plan.steps),
+        num_tensors=len(plan.specs),
         resumed=staging.journal.resumed,
         num_processes=len(records),
         notes=notes,
@@ -108,7 +108,7 @@ def _write_index(plan: Plan, folder: Path) -> None:
     if len(plan.shards) == 1:
         return
     weight_map = {name: shard.name for shard in plan.shards for name in shard.header.slots}
-    total = sum(step.spec.num_bytes for step in plan.steps)
+    total = sum(spec.num_bytes for spec in plan.specs.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     stem = plan.sources[plan.template].stem
     write_file(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
@@ -168,11 +168,10 @@ def _resolved(plan: Plan) -> str:
     """SHA-256 of what becomes of every tensor: method, inputs, and numbers."""
     numbers = [
         [
-            step.spec.name,
-            step.method.method_name() if step.method else "copy",
-            step.template,
-            *step.reads,
-            vars(step.params),
+            [slot.spec.name for slot in step.slots],
+            step.operation.name,
+            [[operand.source, operand.tensor, operand.view.name] for operand in step.operands],
+            dict(step.operation.numbers),
         ]
         for step in plan.steps
     ]

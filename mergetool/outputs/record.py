@@ -29,6 +29,11 @@ class Record:
     workers_memory: int = 0
     """Bytes that processes of workers had of their own."""
 
+    def note(self, name: str, notes: Sequence[Note]) -> None:
+        """Keep what was noted of a tensor, each remark once."""
+        known = self.notes.setdefault(name, []) if notes else []
+        known += [note for note in notes if note not in known]
+
     @classmethod
     def of(cls, records: "Sequence[Record]") -> "Record":
         """What several processes learnt together."""
@@ -39,8 +44,7 @@ class Record:
             found.bytes_read += record.bytes_read
             found.workers_memory += record.workers_memory
             for name, notes in record.notes.items():
-                known = found.notes.setdefault(name, [])
-                known += [note for note in notes if note not in known]
+                found.note(name, notes)
         return found
 
 

@@ -37,6 +37,7 @@ from mergetool.tensors.io import write_error
 from mergetool.tensors.writer import partial_path, sync_folder
 
 LOCK_NAME = "mergetool.json"
+_JOURNAL_FORMAT = 2
 _ELSEWHERE = "choose another place with -o PATH"
 
 
@@ -295,7 +296,7 @@ def plan_key(plan: Plan) -> str:
         for stamp in stamps
     ]
     layout = [[shard.name, hashlib.sha256(shard.prefix).hexdigest()] for shard in plan.shards]
-    versions = [__version__, version("torch")]
+    versions = [_JOURNAL_FORMAT, __version__, version("torch")]
     text = json.dumps([versions, UNIT_ELEMENTS, document, inputs, layout], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

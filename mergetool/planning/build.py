@@ -13,13 +13,13 @@ from pathlib import Path
 from mergetool.bundle.present import present
 from mergetool.checkpoints.family import assemble
 from mergetool.errors import at
-from mergetool.methods.base import BundleMethod, SearchMethod
 from mergetool.planning.draft import Draft
-from mergetool.planning.graph import BASE, Plan, Shard, Step
+from mergetool.planning.graph import BASE, Plan, Shard, Slot, Step, compute_bits
 from mergetool.planning.outcome import check_vocabulary, words_about_result
 from mergetool.planning.parents import check_shares, refuse_quantised, words_about
+from mergetool.planning.passes import with_passes
 from mergetool.planning.sources import Lookup
-from mergetool.recipe.load import candidate_recipe
+from mergetool.recipe.load import first_candidate
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.header import TensorSpec, lay_out
 from mergetool.tensors.sets import UNSPLIT
@@ -41,11 +41,11 @@ def make_plan(
     Of a search, the plan of its first candidate: the others differ in numbers only.
     Raises SourceError or HubError for models that cannot be read, PlanError for models that do not fit together.
     """
-    if isinstance(recipe.method, SearchMethod):
-        recipe = candidate_recipe(recipe, recipe.method.space(tuple(recipe.models)).start)
+    if recipe.method.searches:
+        recipe = first_candidate(recipe)
     lookup = lookup or Lookup(recipe.folder)
     opened = dict(sources) if sources is not None else open_models(recipe, lookup)
-    if isinstance(recipe.method, BundleMethod) and BASE in opened:
+    if recipe.method.result == "bundle" and BASE in opened:
         opened = present(opened, [name for name, reference in recipe.models.items() if reference.head is not None])
     if output is None and recipe.output.path is not None:
         output = recipe.path_of(recipe.output.path)
@@ -61,9 +61,10 @@ def _planned(
     template = BASE if BASE in opened else next(iter(recipe.models))
     family = assemble(opened, template, whole=whole)
     draft = Draft(recipe, family, template)
-    steps = draft.steps()
+    steps = _counted(recipe, family.sources, draft.steps())
+    specs = {slot.spec.name: slot.spec for step in steps for slot in step.slots}
     stem, limit = opened[template].stem, recipe.output.shard_size
-    shards = _shards(steps, stem, limit)
+    shards = _shards([specs[each.name] for each in draft.arrangement.origins if each.name in specs], stem, limit)
     words = (*check_shares(recipe, family.sources, steps), *words_about(recipe, family.sources, template, steps))
     return Plan(
         recipe,
@@ -76,6 +77,7 @@ def _planned(
         origins=lookup.origins,
         bytes_missing=sum(lookup.missing.values()),
         untied=family.untied,
+        layers=draft.arrangement.layers,
         others=_other_files(recipe),
     )
 
@@ -102,9 +104,36 @@ def open_models(recipe: Recipe, lookup: Lookup) -> dict[str, ModelSource]:
     return opened
 
 
-def _shards(steps: Sequence[Step], stem: str, limit: int) -> list[Shard]:
+def _counted(recipe: Recipe, sources: Mapping[str, ModelSource], steps: Sequence[Step]) -> list[Step]:
+    """The steps with their partners and the passes that come first."""
+    stored = (sources[each.source].specs[each.tensor] for step in steps for each in step.operands)
+    return _with_partners(with_passes(steps, compute_bits(recipe, stored)))
+
+
+def _with_partners(steps: Sequence[Step]) -> list[Step]:
+    """Steps that know which others they look at: those that are merged alike, of tensors with rows like theirs."""
+    place = {step.name: index for index, step in enumerate(steps)}
+    return [
+        replace(
+            step,
+            partners={
+                name: place[name]
+                for name in step.operation.partners(step.name)
+                if name in place and _alike(step, steps[place[name]])
+            },
+        )
+        for step in steps
+    ]
+
+
+def _alike(step: Step, other: Step) -> bool:
+    same_rows = len(other.spec.shape) == len(step.spec.shape) and other.spec.shape[1:] == step.spec.shape[1:]
+    return same_rows and other.operation == step.operation and (other.base is None) == (step.base is None)
+
+
+def _shards(specs: Sequence[TensorSpec], stem: str, limit: int) -> list[Shard]:
     """Files as the template's library calls them; as many as it opens."""
-    groups = list(_deal(steps, sys.maxsize if stem in UNSPLIT else limit))
+    groups = list(_filled(specs, sys.maxsize if stem in UNSPLIT else limit))
     named = [
         f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{index:05d}-of-{len(groups):05d}.safetensors"
         for index in range(1, len(groups) + 1)
@@ -118,19 +147,22 @@ def _unsplit(shards: Sequence[Shard], stem: str, limit: int) -> list[str]:
     return [f"output.shard_size is passed over: {shards[0].name} stays one file, which is all that its library opens"]
 
 
-def _deal(steps: Sequence[Step], limit: int) -> Iterator[list[TensorSpec]]:
+def _filled(specs: Sequence[TensorSpec], limit: int) -> Iterator[list[TensorSpec]]:
     """Consecutive tensors of at most `limit` bytes together; a larger one gets a file of its own."""
     group: list[TensorSpec] = []
     size = 0
-    for step in steps:
-        if group and size + step.spec.num_bytes > limit:
+    for spec in specs:
+        if group and size + spec.num_bytes > limit:
             yield group
             group, size = [], 0
-        group.append(step.spec)
-        size += step.spec.num_bytes
+        group.append(spec)
+        size += spec.num_bytes
     yield group
 
 
 def _place(steps: Sequence[Step], shards: Sequence[Shard]) -> tuple[Step, ...]:
     shard_of = {name: index for index, shard in enumerate(shards) for name in shard.header.slots}
-    return tuple(replace(step, index=index, shard=shard_of[step.spec.name]) for index, step in enumerate(steps))
+    return tuple(
+        replace(step, index=index, slots=tuple(Slot(slot.spec, shard_of[slot.spec.name]) for slot in step.slots))
+        for index, step in enumerate(steps)
+    )

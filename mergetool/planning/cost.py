@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergetool.errors import OutputError, PlanError
-from mergetool.methods.base import FittedMethod
 from mergetool.planning.graph import SLICE_ELEMENTS, Plan, Step
 
 RUNTIME_BYTES = 300_000_000
@@ -34,10 +33,11 @@ class Costs:
 def step_memory(plan: Plan, step: Step) -> int:
     """Bytes that a step holds beyond a worker's buffers: whole tensors where a method must see them whole."""
     held = min(step.row, max(1, step.spec.num_elements))
-    if step.method is None or held <= SLICE_ELEMENTS:
+    if held <= SLICE_ELEMENTS:
         return 0
-    copies = len(step.reads) * (2 if step.whole else 1) + step.method.buffers + 1
-    copies *= 1 + len(step.method.partners(step.spec.name))
+    moved = sum(operand.view.granularity != "element" for operand in step.operands)  # stored, and as the view shows it
+    copies = len(step.reads) + moved + step.operation.buffers + 1
+    copies *= 1 + len(step.partners)
     return held * plan.compute_bits // 8 * copies
 
 
@@ -48,7 +48,7 @@ def estimate(plan: Plan, *, workers: int | None, memory: int | None, processes: 
     """
     memory = memory // processes if memory is not None else None
     streams = max((len(step.reads) for step in plan.steps), default=1)
-    temporaries = max((step.method.buffers for step in plan.steps if step.method), default=0)
+    temporaries = max((step.operation.buffers for step in plan.steps), default=0)
     one = SLICE_ELEMENTS * (plan.compute_bits // 8 * (streams + temporaries + 2) + 8)
     whole = sorted((step_memory(plan, step) for step in plan.steps), reverse=True)
     largest = whole[0] if whole else 0
@@ -77,7 +77,7 @@ def _fit_memory(plan: Plan, threads: int, memory: int | None) -> int:
     `threads`: all cores, however few workers there are: none of them computes meanwhile.
     """
     method = plan.recipe.method
-    needed = method.fit_memory(plan.headers, threads) if isinstance(method, FittedMethod) else 0
+    needed = method.fit_memory(plan.headers, threads)
     if memory is not None and needed + RUNTIME_BYTES + _SPARE > memory:
         total = needed + RUNTIME_BYTES + _SPARE
         what = f"{method.method_name()} needs {_gib(total)} to look at whole models, --memory allows {_gib(memory)}"

@@ -10,7 +10,6 @@ estimate is meant to be right within a factor of two.
 
 from dataclasses import dataclass
 
-from mergetool.methods.base import FittedMethod
 from mergetool.planning.graph import Plan, Step
 
 _SVD_PASSES = 12.0
@@ -56,7 +55,7 @@ MACHINES = (
 def expected_seconds(plan: Plan, machine: Machine = THIS) -> float:
     """Seconds that a run of this plan should take on `machine`."""
     inputs = sum(stamp.size for stamps in plan.stamps.values() for stamp in stamps) or plan.bytes_in
-    again = _surveyed_bytes(plan) if inputs > machine.memory else 0
+    again = _counted_bytes(plan) if inputs > machine.memory else 0
     disk = (inputs + again) / machine.disk_read + plan.bytes_out / machine.disk_write
     hashing = (inputs + plan.bytes_out) / machine.hash_rate / machine.cores
     elements = sum(_element_operations(step) for step in plan.steps)
@@ -71,29 +70,25 @@ def expected_seconds(plan: Plan, machine: Machine = THIS) -> float:
 
 def _element_operations(step: Step) -> float:
     """Every stream of a slice is read, widened and used; every temporary is written and read."""
-    temporaries = 0 if step.method is None else step.method.buffers
-    if step.method is not None and step.granularity == "tensor":
-        temporaries = 0
+    whole = step.operation.granularity(step.spec) == "tensor"
+    temporaries = 0 if whole else step.operation.buffers
     return step.spec.num_elements * (len(step.reads) + 1 + temporaries)
 
 
 def _flops(step: Step) -> float:
-    if step.method is None or step.granularity != "tensor" or len(step.spec.shape) < 2:
+    if step.operation.granularity(step.spec) != "tensor" or len(step.spec.shape) < 2:
         return 0.0
     rows = step.spec.shape[0]
     shorter = min(rows, step.spec.num_elements // max(1, rows))
     return _SVD_PASSES * len(step.reads) * step.spec.num_elements * shorter
 
 
-def _surveyed_bytes(plan: Plan) -> int:
-    """Bytes that surveys read before merging reads them again."""
-    total = 0
-    for step in plan.steps:
-        if step.method is not None and step.method.survey(step.params, step.spec.num_elements, bits=32) is not None:
-            total += sum(plan.sources[name].specs[step.spec.name].num_bytes for name in step.reads)
-    return total
+def _counted_bytes(plan: Plan) -> int:
+    """Bytes that statistics passes read before merging reads them again."""
+    counted = (step for step in plan.steps if step.operation.counts is not None)
+    return sum(plan.bytes_read(step, step.spec.num_elements) for step in counted)
 
 
 def is_guess(plan: Plan) -> bool:
     """Whether a fit, whose iterations nobody knows beforehand, comes on top."""
-    return isinstance(plan.recipe.method, FittedMethod)
+    return "fit" in plan.recipe.method.stages()

@@ -1,12 +1,19 @@
-"""What a plan is: steps with their inputs, numbers and slots, output files with exact headers, and estimates."""
+"""What a plan is: stages of steps, and each step fills slots of the output from operands, by an operation.
 
-from collections.abc import Mapping
+operand    (source, tensor, view): where one input of a step comes from
+slot       name, dtype, shape and file of one output tensor
+step       slots <- operation(operands by role, numbers of this depth)
+stage      steps that are worked on together; what a stage finds out is there for later ones
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from mergetool.arch.code import code_of
-from mergetool.methods.base import Granularity, Headers, Params, TensorMethod
+from mergetool.methods.base import Granularity, Headers
+from mergetool.planning.operations import Operation
 from mergetool.planning.sources import Origin
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.header import Header, TensorSpec
@@ -20,74 +27,113 @@ SLICE_ELEMENTS = 1 << 18
 """Elements a worker holds of each model at once for methods that allow it: few enough for the slices of all workers to
 stay in a shared cache, and many enough for the cost of calling operations not to count."""
 UNIT_ELEMENTS = 1 << 22
-"""Elements of one unit of work: what is journalled, dealt out to workers and done again after a kill."""
+"""Elements of one unit of work: what is journalled, given to workers and done again after a kill."""
+
+_COARSENESS: tuple[Granularity, ...] = ("element", "row", "tensor")
+
+
+@dataclass(frozen=True)
+class View:
+    """How an operand shows a tensor of its source, and what of the tensor that takes at once."""
+
+    name: str
+    granularity: Granularity
+
+
+STORED = View("stored", "element")
+ALIGNED = View("aligned", "tensor")
+"""In the space of a fit, which moves entries along every axis."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Where one input of a step comes from."""
+
+    source: str
+    """Key among the plan's sources."""
+    tensor: str
+    """Its name there."""
+    view: View = STORED
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one output tensor."""
+
+    spec: TensorSpec
+    """Name, dtype and shape as written."""
+    shard: int = 0
+    """Number of the file that holds it."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """How one output tensor is made."""
+    """How some output tensors of one shape are made: the same values, once for every name."""
 
     index: int
-    spec: TensorSpec
-    """Name, dtype and shape as written."""
-    shard: int
-    template: str
-    """The model whose tensor is copied, or whose dtype the merged tensor takes."""
+    slots: tuple[Slot, ...]
+    operation: Operation
+    models: tuple[Operand, ...] = ()
+    """What is copied, or merged: one for each of the models, the base's where it stands in for a missing one."""
+    base: Operand | None = None
+    """Set where the method sees the base."""
+    partners: Mapping[str, int] = field(default_factory=dict)
+    """Other steps whose operands are looked at, too: by name of the tensor, their indices."""
+    key: str = ""
+    """The name that keys random draws and factors."""
     depth: float = 0.0
-    method: TensorMethod | None = None
-    """None: the template's tensor is copied."""
-    params: Params = field(default_factory=Params)
-    models: tuple[str, ...] = ()
-    """Names of the models that are merged here."""
-    sources: tuple[str, ...] = ()
-    """Whose tensor stands in for each of `models` (the base's for a missing one under `missing: base`)."""
-    base: bool = False
-    """Whether the method sees the base."""
-    twin: str | None = None
-    """The tensor that this one is a second name of: the same random draws, so the same values."""
-    whole: bool = False
-    """Whether the tensor must be held whole whatever the method's granularity (a fitted method moves its entries)."""
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The first slot's name, dtype and shape: those that messages speak of."""
+        return self.slots[0].spec
+
+    @property
+    def name(self) -> str:
+        return self.slots[0].spec.name
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """Everything read, the base first."""
+        return self.models if self.base is None else (self.base, *self.models)
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Every source read, the base first."""
-        if self.method is None:
-            return (self.template,)
-        return (*((BASE,) if self.base else ()), *self.sources)
+        """The source of every operand."""
+        return tuple(operand.source for operand in self.operands)
 
-    @property
-    def key(self) -> str:
-        """The name that keys random draws and factors."""
-        return self.twin or self.spec.name
-
-    @property
-    def surveyed_together(self) -> bool:
-        """Whether this step takes part in a survey of the whole model."""
-        if self.method is None or self.method.survey_scope() == "tensor":
-            return False
-        return self.method.survey(self.params, self.spec.num_elements, bits=32) is not None
-
-    @property
+    @cached_property
     def granularity(self) -> Granularity:
-        """What the method must see whole of this tensor."""
-        return "element" if self.method is None else self.method.granularity_in(self.spec.name, self.spec.shape)
+        """What of the operands must be there at once, for the operation or for a view of them."""
+        wanted = (self.operation.granularity(self.spec), *(operand.view.granularity for operand in self.operands))
+        return max(wanted, key=_COARSENESS.index)
 
-    @property
+    @cached_property
     def row(self) -> int:
         """Elements that may not be torn apart: one row, one element, or the whole tensor."""
-        if self.whole:
-            return max(1, self.spec.num_elements)
         if self.granularity == "element":
             return 1
         if self.granularity == "row" and len(self.spec.shape) > 1:
             return max(1, self.spec.num_elements // max(1, self.spec.shape[0]))
         return max(1, self.spec.num_elements)
 
-    def pieces(self, size: int) -> list[tuple[int, int]]:
+    def pieces(self, size: int = UNIT_ELEMENTS) -> list[tuple[int, int]]:
         """[start, stop) ranges of about `size` elements, cut between rows."""
         total = self.spec.num_elements
         length = max(self.row, size // self.row * self.row)
         return [(start, min(start + length, total)) for start in range(0, total, length)] or [(0, 0)]
+
+    def bytes_written(self, start: int, stop: int) -> int:
+        """Bytes of elements [start, stop), in all slots."""
+        return sum(slot.spec.dtype.num_bytes(stop - start) for slot in self.slots)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps that are worked on together. Its name says what is done with them; journals know it by that."""
+
+    name: str
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,7 +155,7 @@ class Plan:
     template: str
     """The model whose config, tokenizer and names lead."""
     steps: tuple[Step, ...]
-    """In the order in which the template's files hold them."""
+    """In the order in which the template's files hold their first slots."""
     shards: tuple[Shard, ...]
     output: Path | None
     warnings: tuple[str, ...] = ()
@@ -119,8 +165,36 @@ class Plan:
     """What must be downloaded before anything can be merged."""
     untied: tuple[str, ...] = ()
     """Heads that the template ties to its embeddings, and that are tensors of their own here."""
+    layers: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    """Where a layout takes layers from, by what stands before their number: (model, layer there) for each in order."""
     others: Mapping[str, FileStamp] = field(default_factory=dict)
     """Files beside the models that the method reads, by the recipe's field."""
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """What is done, one stage after the other, as the method says."""
+        counted = tuple(step for step in self.steps if step.operation.counts_model)
+        every = {"count": counted}
+        stages = [Stage(name, every.get(name, self.steps)) for name in self.recipe.method.stages()]
+        return tuple(stage for stage in stages if stage.steps)
+
+    @property
+    def slots(self) -> Iterator[Slot]:
+        """Every output tensor."""
+        return (slot for step in self.steps for slot in step.slots)
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every output tensor by name."""
+        return {slot.spec.name: slot.spec for slot in self.slots}
+
+    def spec(self, operand: Operand) -> TensorSpec:
+        """What an operand is in its source."""
+        return self.sources[operand.source].specs[operand.tensor]
+
+    def bytes_read(self, step: Step, count: int) -> int:
+        """Bytes of `count` elements of all operands of a step."""
+        return sum(self.spec(operand).dtype.num_bytes(count) for operand in step.operands)
 
     @property
     def stamps(self) -> dict[str, tuple[FileStamp, ...]]:
@@ -132,9 +206,9 @@ class Plan:
     def headers(self) -> Headers:
         """The models as a fitted method sees them: every floating-point tensor that all of them hold."""
         shapes = {
-            step.spec.name: step.spec.shape
-            for step in self.steps
-            if step.spec.dtype.is_float and all(step.spec.name in source.specs for source in self.sources.values())
+            name: spec.shape
+            for name, spec in self.specs.items()
+            if spec.dtype.is_float and all(name in source.specs for source in self.sources.values())
         }
         architecture = self.recipe.architecture
         if (path := self.recipe.architecture_file) is not None:
@@ -149,20 +223,25 @@ class Plan:
 
     @property
     def bytes_in(self) -> int:
-        """Bytes that merging reads once (surveys read their inputs again)."""
-        return sum(self.sources[name].specs[step.spec.name].num_bytes for step in self.steps for name in step.reads)
+        """Bytes that merging reads once (statistics passes read their operands again)."""
+        return sum(self.bytes_read(step, step.spec.num_elements) for step in self.steps)
 
     @cached_property
     def compute_bits(self) -> int:
-        """Width of the compute dtype: 64 if the recipe says so or a merged tensor is stored in float64, else 32."""
-        stored = (self.sources[name].specs[step.spec.name].dtype.name for step in self.steps for name in step.reads)
-        return 64 if self.recipe.compute.dtype == "float64" or "F64" in stored else 32
+        """Width of the compute dtype."""
+        stored = (self.spec(operand) for step in self.steps for operand in step.operands)
+        return compute_bits(self.recipe, stored)
 
     @property
     def needs_float64(self) -> bool:
         """Whether something is computed in float64."""
-        return self.compute_bits == 64 or any(step.method and step.method.needs_float64 for step in self.steps)
+        return self.compute_bits == 64 or any(step.operation.needs_float64 for step in self.steps)
 
     @property
     def seed(self) -> int:
         return self.recipe.compute.seed
+
+
+def compute_bits(recipe: Recipe, specs: "Iterator[TensorSpec]") -> int:
+    """Width of the compute dtype: 64 if the recipe says so or a tensor that is read is stored in float64, else 32."""
+    return 64 if recipe.compute.dtype == "float64" or any(spec.dtype.name == "F64" for spec in specs) else 32

@@ -9,7 +9,7 @@ from mergetool.checkpoints.truth import Parent, Written, layer_counts, strange_s
 from mergetool.checkpoints.vocabulary import disagreement
 from mergetool.errors import PlanError
 from mergetool.planning.beside import config_owner, tokenizer_owner, words_about_files
-from mergetool.planning.graph import Plan
+from mergetool.planning.graph import Operand, Plan
 from mergetool.planning.parents import label
 from mergetool.tensors.side_files import read_config
 
@@ -31,8 +31,9 @@ def _facts(plan: Plan) -> tuple[dict[str, Parent], Written]:
     }
     owner, tokenizer = config_owner(plan), tokenizer_owner(plan)
     written = Written(
-        shapes={step.spec.name: step.spec.shape for step in plan.steps},
-        copied={step.spec.name: step.template for step in plan.steps if step.method is None},
+        shapes=_shapes(plan),
+        copied={name: operand.source for name, operand in copies_of(plan).items()},
+        layers=plan.layers,
         untied=plan.untied,
         dtype=_main_dtype(plan),
         one_dtype=plan.recipe.output.dtype != "source",
@@ -41,20 +42,30 @@ def _facts(plan: Plan) -> tuple[dict[str, Parent], Written]:
     return parents, written
 
 
+def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    return {name: spec.shape for name, spec in plan.specs.items()}
+
+
+def copies_of(plan: Plan) -> dict[str, Operand]:
+    """What is copied as it is, by name of the output tensor."""
+    copied = [step for step in plan.steps if not step.operation.arithmetic and step.models]
+    return {slot.spec.name: step.models[0] for step in copied for slot in step.slots}
+
+
 def _main_dtype(plan: Plan) -> str | None:
     """torch name of the floating-point dtype that was asked for, or that most bytes are stored in."""
     if plan.recipe.output.dtype != "source":
         return plan.recipe.output.dtype
     sizes: Counter[str] = Counter()
-    for step in plan.steps:
-        if step.spec.dtype.is_float:
-            sizes[step.spec.dtype.torch_name] += step.spec.num_bytes
+    for slot in plan.slots:
+        if slot.spec.dtype.is_float:
+            sizes[slot.spec.dtype.torch_name] += slot.spec.num_bytes
     return sizes.most_common(1)[0][0] if sizes else None
 
 
 def check_vocabulary(plan: Plan) -> None:
     """Raise PlanError where embeddings and head of the result have another number of rows than each other."""
-    shapes = {step.spec.name: step.spec.shape for step in plan.steps}
+    shapes = _shapes(plan)
     before = {name: spec.shape for name, spec in plan.sources[plan.template].specs.items()}
     rows = vocabulary_sizes(shapes)
     heads = {name: shape[0] for name, shape in shapes.items() if is_head(name) and len(shape) == 2}
@@ -71,7 +82,7 @@ def check_vocabulary(plan: Plan) -> None:
 
 def words_about_result(plan: Plan) -> Iterator[str]:
     """What is unusual about the result."""
-    shapes = {step.spec.name: step.spec.shape for step in plan.steps}
+    shapes = _shapes(plan)
     yield from words_about_files(plan)
     yield from _sizes(plan)
     yield from _layers(plan, shapes)
@@ -89,27 +100,26 @@ def _tokens(plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
     """Embeddings that are copied from one model, and a tokenizer of another that means something else by their rows."""
     owner = tokenizer_owner(plan)
     rows = vocabulary_sizes(shapes)
-    for step in plan.steps:
-        name = step.spec.name
-        if step.method is not None or name not in rows or step.template == owner:
+    for name, operand in copies_of(plan).items():
+        if name not in rows or operand.source == owner:
             continue
         other = plan.sources[owner].specs.get(name)
-        differs = disagreement(plan.sources[owner].folder, plan.sources[step.template].folder)
+        differs = disagreement(plan.sources[owner].folder, plan.sources[operand.source].folder)
         if other is not None and other.shape[0] != rows[name]:
             differs = differs or f"{other.shape[0]} and {rows[name]} rows"
         if differs:
             yield (
-                f"{name} is copied from {label(step.template)}, the tokenizer from {label(owner)}, and they differ "
-                f"({differs}): write tokenizer: {{source: {step.template}}}"
+                f"{name} is copied from {label(operand.source)}, the tokenizer from {label(owner)}, and they differ "
+                f"({differs}): write tokenizer: {{source: {operand.source}}}"
             )
 
 
 def _layers(plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
     old, new = layer_counts(plan.sources[plan.template].specs), layer_counts(shapes)
     for tower, count in new.items():
-        if old.get(tower, count) != count:
-            extra = next(step for step in plan.steps if step.spec.name.startswith(f"{tower}.{count - 1}."))
+        if old.get(tower, count) != count and tower not in plan.layers:
+            extra = next(each for name, each in copies_of(plan).items() if name.startswith(f"{tower}.{count - 1}."))
             yield (
                 f"the result has {count} layers under {tower}, {label(plan.template)} has {old[tower]}: the others are "
-                f"copied from {label(extra.template)}; check.extra: drop leaves them out"
+                f"copied from {label(extra.source)}; check.extra: drop leaves them out"
             )

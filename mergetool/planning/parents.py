@@ -7,6 +7,7 @@ from mergetool.checkpoints.facts import disagreements, name_of
 from mergetool.checkpoints.quantised import file_about_codes, how_quantised, is_raw_float8
 from mergetool.checkpoints.vocabulary import chat_template_of, disagreement, end_tokens, more_tokens
 from mergetool.errors import PlanError
+from mergetool.layouts.base import Origin
 from mergetool.planning.graph import BASE, Step
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.side_files import read_config
@@ -39,8 +40,10 @@ def refuse_quantised(source: ModelSource) -> None:
         )
 
 
-def check_missing(recipe: Recipe, sources: Sources, names: Sequence[str], copied: Callable[[str], bool]) -> None:
-    """Raise PlanError for a model that lacks some of `names`, unless the recipe says what to do about that.
+def check_missing(
+    recipe: Recipe, sources: Sources, origins: Sequence[Origin], copied: Callable[[Origin], bool]
+) -> None:
+    """Raise PlanError for a model that lacks tensors it should have, unless the recipe says what to do about that.
 
     Tensors that an override copies from another model (`copied`) may be missing. What is advised has been thought
     through: where a model has little in common with the others, filling up would only hide that.
@@ -49,15 +52,16 @@ def check_missing(recipe: Recipe, sources: Sources, names: Sequence[str], copied
         return
     leader = BASE if BASE in sources else next(iter(recipe.models))
     for model in recipe.models:
-        missing = [name for name in names if name not in sources[model].specs and not copied(name)]
+        wanted = [each for each in origins if model in each.models]
+        missing = [each.name for each in wanted if model not in each.tensors and not copied(each)]
         if not missing:
             continue
-        shared = [name for name in names if name in sources[model].specs]
+        shared = [each for each in wanted if model in each.tensors]
         other = "base" if leader == BASE else "another model"
-        if 2 * len(shared) < min(len(names), len(sources[model].specs)):  # a part of the network may be all there is
+        if 2 * len(shared) < min(len(wanted), len(sources[model].specs)):  # a part of the network may be all there is
             kinds = _kinds(sources, model, leader)
             fix = "merge models of one network; `mergetool inspect` lists what each of them holds"
-            what = f"model {model!r} has only {len(shared)} of the {len(names)} tensors that {other} has{kinds}"
+            what = f"model {model!r} has only {len(shared)} of the {len(wanted)} tensors that {other} has{kinds}"
             raise PlanError(f"{what}; it lacks {listed(missing)}", f"model {model!r}", fix)
         fix = "set check.missing: base or skip" if leader == BASE else "set check.missing: skip"
         what = f"model {model!r} lacks {len(missing)} tensors that {other} has: {listed(missing)}"
@@ -76,17 +80,17 @@ def check_shares(recipe: Recipe, sources: Sources, steps: Sequence[Step]) -> lis
     Tensors that an override copies were asked for so, and are not counted.
     """
     words = []
-    merged = [step for step in steps if step.method is not None]
+    merged = [step for step in steps if step.operation.arithmetic]
     total = sum(step.spec.num_elements for step in merged)
     for model in recipe.models:
-        part = [step for step in merged if model in step.sources]
+        part = [step for step in merged if model in step.reads]
         size = sum(step.spec.num_elements for step in part)
-        if not any(model in step.reads or step.spec.name in sources[model].specs for step in steps):
+        if not any(model in step.reads or step.name in sources[model].specs for step in steps):
             what = f"model {model!r} contributes to no tensor: it has none of those that are written"
             raise PlanError(what, f"model {model!r}", "remove it, or check that it is the model you meant")
         if part and 2 * size < total:
             what = f"model {model!r} contributes to {len(part)} of {len(merged)} merged tensors only"
-            absent = [step.spec.name for step in merged if model not in step.sources]
+            absent = [step.name for step in merged if model not in step.reads]
             words.append(f"{what} ({size / total:.0%} of the parameters); not to {listed(absent)}")
     return words
 
@@ -96,7 +100,7 @@ def words_about(recipe: Recipe, sources: Sources, leader: str, steps: Sequence[S
     configs = {model: read_config(source.folder) for model, source in sources.items()}
     yield from _same_files(sources)
     for model in recipe.models:
-        if model != leader and any(model in step.sources for step in steps):
+        if model != leader and any(model in step.reads for step in steps if step.operation.arithmetic):
             yield from _facts(model, leader, configs)
             yield from _tokens(recipe, sources, model, leader)
     if recipe.tokenizer is None:
@@ -183,7 +187,7 @@ def _left_behind(
 
 def _large_weights(steps: Sequence[Step]) -> Iterator[str]:
     for step in steps:
-        weights = getattr(step.params, "weight", ())
+        weights = step.operation.numbers.get("weight", ())
         weights = weights if isinstance(weights, tuple) else (weights,)
         large = [value for value in weights if isinstance(value, int | float) and abs(value) > _MAX_WEIGHT]
         if large:

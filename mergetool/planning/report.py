@@ -5,7 +5,7 @@ from typing import Any
 
 from mergetool.planning.cost import Costs
 from mergetool.planning.duration import MACHINES, Machine, expected_seconds, is_guess
-from mergetool.planning.graph import Plan, Step
+from mergetool.planning.graph import Plan, Slot, Step
 
 
 def describe(plan: Plan, costs: Costs) -> dict[str, Any]:
@@ -13,7 +13,7 @@ def describe(plan: Plan, costs: Costs) -> dict[str, Any]:
     return {
         "output": str(plan.output) if plan.output else None,
         "method": plan.recipe.method.method_name(),
-        "steps": [_step(plan, step) for step in plan.steps],
+        "steps": [_step(plan, step, slot) for step in plan.steps for slot in step.slots],
         "shards": [{"name": shard.name, "bytes": shard.header.file_size} for shard in plan.shards],
         "bytes_to_download": plan.bytes_missing,
         "origins": {name: [vars(origin) for origin in origins] for name, origins in plan.origins.items()},
@@ -26,16 +26,16 @@ def describe(plan: Plan, costs: Costs) -> dict[str, Any]:
     }
 
 
-def _step(plan: Plan, step: Step) -> dict[str, Any]:
+def _step(plan: Plan, step: Step, slot: Slot) -> dict[str, Any]:
     return {
-        "name": step.spec.name,
-        "dtype": step.spec.dtype.name,
+        "name": slot.spec.name,
+        "dtype": slot.spec.dtype.name,
         "shape": list(step.spec.shape),
-        "shard": plan.shards[step.shard].name,
-        "method": step.method.method_name() if step.method else "copy",
+        "shard": plan.shards[slot.shard].name,
+        "method": step.operation.name,
         "from": list(step.reads),
         "depth": round(step.depth, 6),
-        "parameters": vars(step.params),
+        "parameters": dict(step.operation.numbers),
     }
 
 
@@ -44,17 +44,17 @@ def summarise(plan: Plan, costs: Costs) -> tuple[tuple[str, ...], list[Sequence[
     heads = ("tensor", "shape", "dtype", "how", "from", "parameters")
     rows: list[Sequence[Any]] = [
         (
-            step.spec.name,
+            step.name,
             "x".join(map(str, step.spec.shape)) or "scalar",
             step.spec.dtype.name,
-            step.method.method_name() if step.method else "copy",
+            step.operation.name,
             ", ".join(step.reads),
-            ", ".join(f"{key}={_short(value)}" for key, value in vars(step.params).items()),
+            ", ".join(f"{key}={_short(value)}" for key, value in step.operation.numbers.items()),
         )
         for step in plan.steps
     ]
     facts: list[Sequence[Any]] = [
-        ("tensors", len(plan.steps)),
+        ("tensors", len(plan.specs)),
         ("bytes to download first", plan.bytes_missing),
         ("bytes read", costs.bytes_in),
         ("bytes written", costs.bytes_out),

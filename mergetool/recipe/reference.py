@@ -9,7 +9,7 @@ from pydantic_core import PydanticUndefined
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
 from mergetool.methods.base import Method, TensorMethod
-from mergetool.recipe.load import SECTIONS, override_class
+from mergetool.recipe.load import override_class, sections
 from mergetool.recipe.render import suggestion
 
 
@@ -72,7 +72,7 @@ def _plain_type(annotation: Any) -> str:
 def recipe_schema() -> dict[str, Any]:
     """JSON schema of a recipe file: sections, and for `merge` one alternative per method, chosen by `method`."""
     definitions: dict[str, Any] = {}
-    properties = {key: _schema(kind, definitions) for key, kind in SECTIONS.items()}
+    properties = {key: _schema(kind, definitions) for key, kind in sections().items()}
     properties["merge"] = {"oneOf": [_merge_schema(kind, definitions) for kind in registry().values()]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -12,6 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from mergetool.arch.code import code_of
 from mergetool.evaluate.options import TaskOptions
+from mergetool.layouts.base import Layout
+from mergetool.layouts.same import Same
 from mergetool.methods.base import Method
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B?)", re.IGNORECASE)
@@ -170,6 +172,10 @@ class Recipe:
     """The `--set` arguments that were applied."""
     evaluate: tuple[TaskOptions, ...] = ()
     """Tasks that the result is scored on."""
+    layout: Layout = field(default_factory=Same)
+    """Which tensors of the models each output tensor comes from."""
+    layout_overrides: tuple[Override, ...] = ()
+    """Overrides that the layout's sections hold; where they apply, the layout says."""
 
     @property
     def architecture_file(self) -> Path | None:

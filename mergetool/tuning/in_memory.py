@@ -17,19 +17,20 @@ from torch import Tensor
 
 from mergetool._version import __version__
 from mergetool.checkpoints.side_files import side_files
-from mergetool.engine.memory import Known, merge_all
-from mergetool.engine.worker import Sink, Worker
+from mergetool.engine.logs import MemoryLog
+from mergetool.engine.memory import merge_into
+from mergetool.engine.sinks import LiveSink
 from mergetool.errors import EvaluationError
 from mergetool.evaluate.language_model import LanguageModel
 from mergetool.methods.base import SearchMethod
-from mergetool.planning import Plan, Step, make_plan
+from mergetool.planning import Plan, make_plan
 from mergetool.planning.graph import BASE
 from mergetool.recipe import load_recipe
 from mergetool.recipe.load import candidate_recipe
 from mergetool.recipe.schema import Recipe
 from mergetool.search.space import Value
 from mergetool.tensors.digests import remembered_sha256
-from mergetool.tensors.dtypes import DType, torch_dtype
+from mergetool.tensors.dtypes import DType
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import bytes_of, sha256_file
 from mergetool.tensors.side_files import CONFIG_NAME
@@ -65,23 +66,6 @@ class ResidentSource(ModelSource):
         torch.frombuffer(buffer, dtype=torch.uint8).copy_(self._bytes[name][begin : begin + len(buffer)])
 
 
-class _LiveSink(Sink):
-    """Writes finished slices into live tensors, and remembers what it wrote as a digest if it shall."""
-
-    def __init__(self, slots: Mapping[str, Tensor], steps: Sequence[Step]) -> None:
-        self._flat = {name: tensor.view(-1) for name, tensor in slots.items()}
-        self._dtypes = {step.spec.name: torch_dtype(step.spec.dtype) for step in steps}
-        self.digests: dict[str, hashlib._Hash] | None = None
-
-    def write(self, shard: int, name: str, begin: int, data: memoryview) -> None:
-        if self.digests is not None:
-            self.digests.setdefault(name, hashlib.sha256()).update(data)
-        if len(data) and name in self._flat:
-            values = torch.frombuffer(data, dtype=self._dtypes[name])
-            start = begin // values.element_size()
-            self._flat[name][start : start + len(values)].copy_(values)
-
-
 class Candidates:
     """Merges candidates of a search recipe into a live model."""
 
@@ -101,9 +85,9 @@ class Candidates:
             device=device,
             batch_size=batch_size,
         )
-        self._slots = self.live.slots([step.spec.name for step in plan.steps])
+        self._slots = self.live.slots(list(plan.specs))
         self._device = torch.device(device)
-        self._surveys: Known = {}
+        self._log = MemoryLog()
         self.inputs = {name: _content(source, self._selected(name)) for name, source in self._sources.items()}
         """SHA-256 of what the base and every model hold, in the recipe's order."""
         self.made_with = _versions() | {"device": self._device.type, "dtype": str(self.live.model.dtype)}
@@ -152,12 +136,9 @@ class Candidates:
         self._put(make_plan(recipe, sources={label: self._sources[name]}), digest=False)
 
     def _put(self, plan: Plan, *, digest: bool) -> str | None:
-        sink = _LiveSink(self._slots, plan.steps)
-        sink.digests = {} if digest else None
-        merge_all(plan, Worker(plan, sink, self._device), self._surveys)
-        if sink.digests is None:
-            return None
-        return total_digest({name: found.hexdigest() for name, found in sink.digests.items()})
+        sink = LiveSink(self._slots, plan, digest=digest)
+        merge_into(plan, sink, str(self._device), self._log)
+        return None if sink.digests is None else total_digest(sink.digests)
 
 
 def _content(source: ModelSource, selected: str | None) -> str:

@@ -56,7 +56,9 @@ def test_a_device_without_memory_gets_smaller_slices_and_says_so(recipe):
     a, b = tensors(0, SHAPES), tensors(1, SHAPES)
     step = next(step for step in plan.steps if step.spec.name == "w")
     room = SLICE_ELEMENTS // 4
-    notes = worker.merge(replace(step, method=Greedy(room=room)), 0, step.spec.num_elements, {})
+    notes = worker.perform(
+        replace(step, operation=replace(step.operation, method=Greedy(room=room))), 0, step.spec.num_elements, {}
+    )
     assert notes == [f"the device has too little memory: slices of {n} elements" for n in (2 * room, room)]
     assert bytes(slots.bytes["w"]) == (a["w"] + b["w"]).numpy().tobytes()
 

@@ -61,7 +61,7 @@ def test_whole_numbers_are_copied_from_the_base(here):
     for name in ("base", "a", "b"):
         changed(here, name, 0, position_ids=torch.arange(8))
     step = steps_of(planned(TIES))["position_ids"]
-    assert (step.method, step.reads, step.spec.dtype.name) == (None, ("base",), "I64")
+    assert (step.operation.name, step.reads, step.spec.dtype.name) == ("copy", ("base",), "I64")
 
 
 def test_tensors_are_visited_in_the_order_of_the_base_file(toys):
@@ -92,8 +92,8 @@ def test_empty_tensors_and_scalars_are_planned(here):
     for name in ("base", "a"):
         write_model(here / name, {"empty": torch.zeros(0, 3), "scalar": torch.tensor(1.0)})
     steps = steps_of(planned(TIES, models="a"))
-    assert steps["empty"].method is None
-    assert steps["scalar"].method is not None
+    assert steps["empty"].operation.name == "copy"
+    assert steps["scalar"].operation.name == "ties"
 
 
 def test_models_without_tensors_are_refused(here):
@@ -167,17 +167,17 @@ def test_missing_tensors_are_refused(lacking):
 
 def test_the_base_stands_in_for_missing_tensors(lacking):
     step = steps_of(planned(TIES, check={"missing": "base"}))["lm_head.weight"]
-    assert (step.models, step.sources) == (("a", "b"), ("a", "base"))
+    assert (step.operation.models, step.reads) == (("a", "b"), ("base", "a", "base"))
 
 
 def test_models_that_lack_a_tensor_are_left_out_of_it(lacking):
     merge = {**TIES, "density": {"a": 0.1, "b": 0.2}}
     steps = steps_of(planned(merge, check={"missing": "skip"}))
-    assert steps["lm_head.weight"].models == ("a",)
-    assert steps["lm_head.weight"].params.density == (0.1,)
-    assert steps["model.layers.0.mlp.weight"].params.density == (0.1, 0.2)
+    assert steps["lm_head.weight"].operation.models == ("a",)
+    assert steps["lm_head.weight"].operation.params.density == (0.1,)
+    assert steps["model.layers.0.mlp.weight"].operation.params.density == (0.1, 0.2)
     alone = steps_of(planned({"method": "slerp"}, base=None, check={"missing": "skip"}))["lm_head.weight"]
-    assert (alone.method, alone.reads) == (None, ("a",))
+    assert (alone.operation.name, alone.reads) == ("copy", ("a",))
 
 
 def test_an_override_that_copies_makes_up_for_missing_tensors(lacking):
@@ -218,20 +218,20 @@ def test_gradients_follow_depth(here):
     write_models(here, ("a", "b"), shapes=shapes)
     weight = {"a": {"gradient": [1.0, 0.0]}, "b": {"gradient": [0.0, 4.0, 1.0]}}
     steps = steps_of(planned({**LINEAR, "weight": weight}, base=None))
-    assert [steps[f"model.layers.{layer}.w"].params.weight for layer in range(5)] == [
+    assert [steps[f"model.layers.{layer}.w"].operation.params.weight for layer in range(5)] == [
         (1.0, 0.0),
         (0.75, 2.0),
         (0.5, 4.0),
         (0.25, 2.5),
         (0.0, 1.0),
     ]
-    assert steps["head"].params.weight == (1.0, 0.0)
+    assert steps["head"].operation.params.weight == (1.0, 0.0)
 
 
 def test_the_first_override_that_matches_wins(toys):
     overrides = [{"match": "*.0.*", "density": 0.1}, {"match": "*norm*", "density": 0.2, "weight": 3}]
     steps = steps_of(planned({**TIES, "density": 0.5, "overrides": overrides}))
-    found = {name: (step.params.density[0], step.params.weight[0]) for name, step in steps.items()}
+    found = {name: (step.operation.params.density[0], step.operation.params.weight[0]) for name, step in steps.items()}
     assert found == {
         "lm_head.weight": (0.5, 1.0),
         "model.embed_tokens.weight": (0.5, 1.0),
@@ -304,8 +304,8 @@ def test_tensors_are_dealt_into_files_of_the_size_asked_for(toys):
     for shard in plan.shards:
         sizes = [slot.spec.num_bytes for slot in shard.header.slots.values()]
         assert sum(sizes) <= 600
-    assert [plan.shards[step.shard].name for step in plan.steps] == sorted(
-        plan.shards[step.shard].name for step in plan.steps
+    assert [plan.shards[slot.shard].name for slot in plan.slots] == sorted(
+        plan.shards[slot.shard].name for slot in plan.slots
     )
 
 
