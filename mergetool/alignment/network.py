@@ -18,7 +18,7 @@ from mergetool.arch.code import call
 from mergetool.errors import PlanError, SourceError
 
 if TYPE_CHECKING:
-    from mergetool.methods.base import Models
+    from mergetool.methods.families.fitted import Models
 
 BATCH = 100
 

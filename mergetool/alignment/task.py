@@ -24,7 +24,8 @@ from mergetool.kernels.spaces import Layout
 from mergetool.tensors.io import bytes_of
 
 if TYPE_CHECKING:
-    from mergetool.methods.base import Headers, Models
+    from mergetool.methods.base import Headers
+    from mergetool.methods.families.fitted import Models
 
 KEPT_BYTES = 2 << 30
 """Models that together need no more than this (as float32) are held in memory while they are aligned."""

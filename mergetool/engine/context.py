@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mergetool.engine.fit import WholeModels
     from mergetool.engine.merge import Merge
     from mergetool.engine.sinks import Sink
-    from mergetool.methods.base import Fitted
+    from mergetool.methods.families.fitted import Fitted
 
 
 class Teller(Protocol):

@@ -12,7 +12,8 @@ from torch import Tensor
 from mergetool.engine.context import Context
 from mergetool.engine.processes import Team
 from mergetool.errors import MergeError
-from mergetool.methods.base import Fitted, FittedMethod, expect
+from mergetool.methods.base import expect
+from mergetool.methods.families.fitted import Fitted, FittedMethod
 from mergetool.planning import Plan
 from mergetool.planning.graph import BASE, Stage
 from mergetool.tensors.dtypes import torch_dtype

@@ -52,7 +52,7 @@ class Hashes(NoHashes):
         self._settled = all(stage.name != "finish" for stage in plan.stages)
         self._outputs = [
             IncrementalHash(writer.path(index), shard.header.file_size, len(shard.prefix))
-            for index, shard in enumerate(plan.shards)
+            for index, shard in enumerate(plan.shards[: writer.num_files])
         ]
 
     def begin(self, to_do: Mapping[int, int]) -> None:

@@ -23,8 +23,8 @@ from mergetool.engine.sync import SyncLoop
 from mergetool.engine.trust import check_trust
 from mergetool.errors import MergeError, MergetoolError, OutputError, PlanError, SourceError
 from mergetool.outputs.journal import Journal
-from mergetool.outputs.lock import finish
 from mergetool.outputs.lock_check import LockCheck
+from mergetool.outputs.output import finish, output_of
 from mergetool.outputs.push import push_result, push_target
 from mergetool.outputs.record import Record
 from mergetool.outputs.result import Result
@@ -119,7 +119,7 @@ def _done_before(plan: Plan, flags: Flags, progress: Progress, team: Team) -> Re
     if not team.all_gather(asked and done_before(plan, plan.output, overwrite=flags.overwrite))[0]:
         return None
     progress.say(f"done already: {plan.output} is what this recipe makes of these inputs (--overwrite makes it again)")
-    return Result(plan.output, 0.0, 0, plan.bytes_out, 0, len(plan.specs), resumed=True)
+    return Result(plan.output, 0.0, 0, plan.bytes_out, 0, plan.num_tensors, resumed=True)
 
 
 def _claim_and_run(
@@ -181,11 +181,7 @@ def _run_claimed(
             if team.leads:
                 staging.publish()
             progress.say("done already: all was written, only the name of the result was missing")
-            return Result(staging.output, 0.0, 0, plan.bytes_out, 0, len(plan.specs), resumed=True)
-        if plan.recipe.method.result == "bundle":
-            from mergetool.engine.bundling import run_bundle
-
-            return run_bundle(plan, staging, costs.workers, cache=flags.cache, say=progress.say, team=team)
+            return Result(staging.output, 0.0, 0, plan.bytes_out, 0, plan.num_tensors, resumed=True)
         return _merge(plan, staging, costs, flags, progress, team)
     except Exception as found:
         error = team.agree(found)  # and the others have stopped
@@ -228,7 +224,7 @@ def _open_writer(plan: Plan, staging: Staging) -> SlotWriter:
     try:
         if not staging.journal.resumed:
             check_disk(plan, staging.output)
-        return SlotWriter(staging.partial, plan.shards)
+        return SlotWriter(staging.partial, output_of(plan).slot_files(plan))
     except OutputError:
         if not staging.journal.resumed:
             staging.discard()
@@ -254,7 +250,8 @@ def _work(run: Context, costs: Costs, flags: Flags, journal: Journal) -> None:
     for thread in threads:
         thread.start()
     try:
-        with run.pool.ready(flags.device, flags.cache):
+        device = "cpu" if run.plan.recipe.method.result == "bundle" else flags.device
+        with run.pool.ready(device, flags.cache):
             run.record.device = run.pool.device
             if run.pool.device != "cpu":
                 run.teller.say(f"merging on {run.pool.device}")

@@ -36,7 +36,7 @@ class Schedule:
     def __init__(self, memory: int = 0, num_threads: int = 0) -> None:
         """`memory` for all running jobs, in bytes. Without threads, whoever waits does the work."""
         self._memory = memory
-        self._num_threads = num_threads
+        self.num_threads = num_threads
         self._used = 0
         self._running = 0
         self._hashing = 0
@@ -81,7 +81,7 @@ class Schedule:
 
         (An interrupted `Thread.join` takes its thread for ended, so nobody waits for threads instead.)
         """
-        while self._num_threads == 0 and self.error is None and not done():
+        while self.num_threads == 0 and self.error is None and not done():
             self._work_once()
         with self._changed:
             while self.error is None and not done():
@@ -134,7 +134,7 @@ class Schedule:
     def _next(self) -> Job | None:
         computing = self._running - self._hashing
         fits = bool(self._ready) and (computing == 0 or self._used + self._ready[0].memory <= self._memory)
-        if self._to_hash and (not fits or 2 * self._hashing < self._num_threads):
+        if self._to_hash and (not fits or 2 * self._hashing < self.num_threads):
             return self._to_hash.popleft()
         return self._ready.popleft() if fits else None
 

@@ -32,4 +32,8 @@ def _kind(stage: Stage) -> Callable[[Context, Stage], Stages]:
         from mergetool.engine.fit import Finish, Fit
 
         return Fit if stage.name == "fit" else Finish
+    if stage.name == "factorise":
+        from mergetool.engine.factorise import Factorise
+
+        return Factorise
     return Count if stage.name == "count" else Merge

@@ -6,16 +6,15 @@ tensor, a `FittedMethod` first looks at the whole models (fit) and may replace t
 class is abstract or final: concrete methods are never subclassed.
 
 A method lives in one file of this folder and registers itself by being there. At the top it imports this module, what a
-few methods share (`matrix`, `aligning`, `genes`) and descriptions of options; kernels it imports inside the functions
+few methods share (`families`) and descriptions of options; kernels it imports inside the functions
 that need them, so that a recipe is checked without torch; other methods never (import-linter holds that). Its module
 docstring is its documentation and must have a `Reference:` and a `Differs from the paper:` paragraph.
 """
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -41,30 +40,23 @@ from mergetool.methods.values import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergetool.bundle.options import Options
-    from mergetool.search.space import Space, Value
 
 __all__ = [
     "RANK",
     "AnyTensorMethod",
-    "BundleMethod",
     "Field",
     "Finite",
-    "Fitted",
-    "FittedMethod",
     "Fraction",
     "Gradient",
     "Granularity",
     "MatrixFilter",
     "Method",
-    "Models",
     "Params",
     "PerModel",
     "Positive",
     "Rank",
     "Schedulable",
     "Scheduled",
-    "SearchMethod",
     "StatisticsPass",
     "Stats",
     "TensorGroup",
@@ -108,6 +100,16 @@ class StatisticsPass(Protocol):
     def conclude(self, total: "Tensor") -> "StatisticsPass | Stats":
         """From the summed counts: the next pass, or the finished statistics."""
         ...
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What is known of whole models before a weight is read: as in `Models`."""
+
+    names: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    config: Mapping[str, Any]
+    architecture: str | None
 
 
 class Method(BaseModel):
@@ -271,158 +273,6 @@ AnyTensorMethod = Annotated[
     WithJsonSchema({"type": "object", "properties": {"method": {"type": "string"}}, "required": ["method"]}),
 ]
 """A field of a method that holds another method: written as a mapping, like the `merge` section of a recipe."""
-
-
-@dataclass(frozen=True)
-class Headers:
-    """What is known of whole models before a weight is read: as in `Models`."""
-
-    names: tuple[str, ...]
-    shapes: Mapping[str, tuple[int, ...]]
-    config: Mapping[str, Any]
-    architecture: str | None
-
-
-class Models(Protocol):
-    """The whole models, as `FittedMethod.fit` sees them: any tensor of any model, whenever it is wanted."""
-
-    names: tuple[str, ...]
-    """Models in the recipe's order; the base, if there is one, under "base" and last."""
-    shapes: Mapping[str, tuple[int, ...]]
-    """Every floating-point tensor that all models hold, by name, in file order."""
-    config: Mapping[str, Any]
-    """config.json of the first model, or empty."""
-    architecture: str | None
-    """The recipe's `architecture`: a family, a spec file (absolute path), or None."""
-
-    def read(self, model: str, name: str) -> "Tensor":
-        """One tensor, whole, in compute dtype, on the CPU; a fresh copy."""
-        ...
-
-    def path(self, text: str) -> Path:
-        """A path written in the recipe, made absolute."""
-        ...
-
-    def say(self, text: str) -> None:
-        """A line of progress for people."""
-        ...
-
-    def share(self, call: Callable[[_I], _T], items: Sequence[_I]) -> Iterable[_T]:
-        """`call` of every item, in order. Several processes share the work; one alone does it as results are drawn."""
-        ...
-
-
-class Fitted(Protocol):
-    """What a fit found out: small, savable, and able to show every model's tensors in the common space."""
-
-    def apply(self, model: str, name: str, tensor: "Tensor") -> "Tensor":
-        """Tensor `name` of `model`, moved to the common space: same shape and dtype."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write artefact and report beside the merged weights. A killed run loads them instead of fitting again."""
-        ...
-
-
-class FittedMethod(Method):
-    """A method that sees the whole models first (`fit`); then its kernel merges what the fit made of them."""
-
-    uses_architecture: ClassVar = True
-    varies: ClassVar = False
-
-    def stages(self) -> tuple[str, ...]:
-        return ("fit", "count", "merge", *(("finish",) if self.finishes() else ()))
-
-    def parts(self) -> Mapping[str, Method]:
-        return {"combine": self.kernel()}
-
-    @abstractmethod
-    def fit(self, models: Models) -> Fitted:
-        """Look at the whole models. Raises PlanError or MergeError."""
-
-    @abstractmethod
-    def load(self, models: Models, folder: Path) -> Fitted | None:
-        """The fit that `save` wrote into this folder, or None where there is none."""
-
-    def finishes(self) -> bool:
-        """Whether `finish` has something to do once everything is merged."""
-        return False
-
-    def finish(
-        self, models: Models, fitted: Fitted, merged: "Mapping[str, Tensor]", folder: Path | None
-    ) -> "Mapping[str, Tensor]":
-        """Tensors of the merged model to replace (same shapes), in compute dtype. Raises PlanError or SourceError.
-
-        A killed run asks again when some tensors are replaced already: what is found must first be kept in `folder`.
-        """
-        return {}
-
-
-class _Kept(TensorMethod):
-    """Stands in a plan for what a bundle does to a tensor: it sees it whole, in every model."""
-
-    needs_base: ClassVar = "required"
-    granularity: ClassVar = "tensor"
-    buffers: ClassVar = 16
-
-    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
-        raise NotImplementedError
-
-
-class BundleMethod(Method):
-    """A method whose result is a folder that serves many tasks (`mergetool.bundle`), not a checkpoint."""
-
-    rank: Rank = Field("auto", description=RANK)
-    factors: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of stored factors")
-    size: Annotated[Finite, Field(gt=0)] | None = Field(
-        None,
-        description="most that the factors of all experts may take, as a share of the base's bytes; directions that "
-        "hold the least energy are left out beyond it (default: 0.59 with `rank: auto`, else no bound)",
-    )
-    base: Literal["copy", "reference"] = Field("copy", description="copy the base, or only refer to it")
-    filter: MatrixFilter = Field(
-        "fusionbench", description="which two-dimensional tensors are kept as factors; all others are kept in full"
-    )
-    conv: Literal["mean", "matricize"] = Field(
-        "matricize", description="keep tensors of more axes in full, or as factors of (out, everything else)"
-    )
-    needs_base: ClassVar = "required"
-    uses_factors: ClassVar = True
-    result: ClassVar = "bundle"
-    varies: ClassVar = False
-
-    def stages(self) -> tuple[str, ...]:
-        return ("factorise",)
-
-    def kernel(self) -> TensorMethod:
-        return _Kept()
-
-    @property
-    def most(self) -> float | None:
-        """The bound on the size of factors."""
-        return 0.59 if self.size is None and self.rank == "auto" else self.size
-
-    @abstractmethod
-    def options(self) -> "Options":
-        """What is kept of the models, and how the bundle is used."""
-
-
-class SearchMethod(Method):
-    """A method that judges many candidates: settings of another method, with some numbers left open."""
-
-    searches: ClassVar = True
-    varies: ClassVar = False
-
-    def stages(self) -> tuple[str, ...]:
-        return ("search",)
-
-    @abstractmethod
-    def space(self, models: Sequence[str]) -> "Space":
-        """The numbers that are open, for these models."""
-
-    @abstractmethod
-    def candidate(self, values: "Sequence[Value]", models: Sequence[str]) -> dict[str, Any]:
-        """The `merge` section of a recipe in which the open numbers have these values."""
 
 
 def expect(method: Method, kind: type[_M]) -> _M:

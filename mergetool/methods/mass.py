@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from mergetool.bundle.manifest import Features, HeadRule, Mode, Norm, Pool
-from mergetool.methods.base import BundleMethod, Field, Finite, Unit
+from mergetool.methods.base import Field, Finite, Unit
+from mergetool.methods.families.bundle import BundleMethod
 
 if TYPE_CHECKING:
     from mergetool.bundle.options import Options

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from mergetool.evaluate.options import TaskOptions
-from mergetool.methods.base import Field, Finite, SearchMethod
-from mergetool.methods.genes import InnerMethod
+from mergetool.methods.base import Field, Finite
+from mergetool.methods.families.genes import InnerMethod
+from mergetool.methods.families.search import SearchMethod
 
 if TYPE_CHECKING:
     from mergetool.search.space import Space, Value

@@ -1,9 +1,8 @@
-"""The last files of a run: index, config, tokenizer, the model card, and the lock that says how all this came about."""
+"""The lock, which says how a result came about, and what is told of it."""
 
 import hashlib
 import json
 import platform
-import resource
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,38 +18,11 @@ from mergetool.outputs.redaction import redacted
 from mergetool.outputs.result import Result
 from mergetool.outputs.staging import LOCK_NAME, Staging
 from mergetool.planning import Plan
-from mergetool.planning.beside import files_beside
 from mergetool.planning.graph import BASE
-from mergetool.planning.outcome import config_of
 from mergetool.planning.parents import label
 from mergetool.tensors.io import sha256_file
-from mergetool.tensors.side_files import CONFIG_NAME
 from mergetool.tensors.source import FileStamp
-from mergetool.tensors.writer import copy_file, write_file
-
-
-def finish(plan: Plan, staging: Staging, records: Sequence[Record], seconds: float) -> Result:
-    """Write everything but the weights into the partial folder; the lock comes last."""
-    folder = staging.partial
-    record = Record.of(records)
-    _write_index(plan, folder)
-    _carry_files(plan, folder)
-    words = (*plan.warnings, *same_content(plan, record.inputs))
-    notes = _summary(record.notes)
-    result = Result(
-        path=staging.output,
-        seconds=seconds,
-        bytes_read=record.bytes_read,
-        bytes_written=plan.bytes_out,
-        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + record.workers_memory,
-        num_tensors=len(plan.specs),
-        resumed=staging.journal.resumed,
-        num_processes=len(records),
-        notes=notes,
-        warnings=words,
-    )
-    describe_run(plan, staging, record, result)
-    return result
+from mergetool.tensors.writer import write_file
 
 
 def same_content(plan: Plan, digests: Mapping[str, str]) -> Iterator[str]:
@@ -67,7 +39,7 @@ def same_content(plan: Plan, digests: Mapping[str, str]) -> Iterator[str]:
             yield f"model {model!r} holds the same as {label(other)}, byte for byte: {consequence}"
 
 
-def _summary(notes: Mapping[str, Sequence[Note]]) -> dict[str, int]:
+def summary(notes: Mapping[str, Sequence[Note]]) -> dict[str, int]:
     """How many tensors each remark is about; of numbers that were measured, mean and largest."""
     measured, remarks = _measured(notes), _remarks(notes)
     counts = Counter(note for texts in remarks.values() for note in texts)
@@ -102,25 +74,6 @@ def describe_run(plan: Plan, staging: Staging, record: Record, result: Result) -
     others = sorted(name for name in found if name not in weights)
     lock["output"]["files"] |= {name: sha256_file(folder / name) for name in others}
     write_file(folder / LOCK_NAME, json.dumps(lock, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write_index(plan: Plan, folder: Path) -> None:
-    if len(plan.shards) == 1:
-        return
-    weight_map = {name: shard.name for shard in plan.shards for name in shard.header.slots}
-    total = sum(spec.num_bytes for spec in plan.specs.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    stem = plan.sources[plan.template].stem
-    write_file(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-
-def _carry_files(plan: Plan, folder: Path) -> None:
-    """config.json as it is true of the result, and all files that belong to it."""
-    if config := config_of(plan):
-        write_file(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    for name, path in files_beside(plan).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        copy_file(path, folder / name)
 
 
 def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from mergetool._version import __version__
 from mergetool.bundle import is_bundle
 from mergetool.errors import HubError, SourceError
-from mergetool.methods.base import BundleMethod
+from mergetool.methods.families.bundle import BundleMethod
 from mergetool.outputs.staging import LOCK_NAME
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.hub_upload import Pushed, Target, check_target, push_folder

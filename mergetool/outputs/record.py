@@ -26,6 +26,8 @@ class Record:
     bytes_read: int = 0
     device: str = "cpu"
     """Where the arithmetic was done, of the first process."""
+    resumed: bool = False
+    """Whether something that an earlier run had made was taken up, beside units of merging."""
     workers_memory: int = 0
     """Bytes that processes of workers had of their own."""
 
@@ -42,6 +44,7 @@ class Record:
             found.inputs |= record.inputs
             found.outputs |= record.outputs
             found.bytes_read += record.bytes_read
+            found.resumed |= record.resumed
             found.workers_memory += record.workers_memory
             for name, notes in record.notes.items():
                 found.note(name, notes)

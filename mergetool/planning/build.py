@@ -51,7 +51,12 @@ def make_plan(
         output = recipe.path_of(recipe.output.path)
     plan = _planned(recipe, opened, output, lookup, whole=whole)
     check_vocabulary(plan)
-    return replace(plan, warnings=(*plan.warnings, *words_about_result(plan)))
+    plan = replace(plan, warnings=(*plan.warnings, *words_about_result(plan)))
+    if recipe.method.result != "bundle":
+        return plan
+    from mergetool.planning.bundles import as_bundle
+
+    return as_bundle(plan)
 
 
 def _planned(

@@ -68,7 +68,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Step:
-    """How some output tensors of one shape are made: the same values, once for every name."""
+    """How some output tensors are made: one, or the same values under several names, or several parts of one."""
 
     index: int
     slots: tuple[Slot, ...]
@@ -79,18 +79,20 @@ class Step:
     """Set where the method sees the base."""
     partners: Mapping[str, int] = field(default_factory=dict)
     """Other steps whose operands are looked at, too: by name of the tensor, their indices."""
+    work: TensorSpec | None = None
+    """What is worked on, where no slot has its shape."""
     key: str = ""
     """The name that keys random draws and factors."""
     depth: float = 0.0
 
     @property
     def spec(self) -> TensorSpec:
-        """The first slot's name, dtype and shape: those that messages speak of."""
-        return self.slots[0].spec
+        """Name, dtype and shape of what is worked on, and what messages speak of: mostly the first slot's."""
+        return self.work or self.slots[0].spec
 
     @property
     def name(self) -> str:
-        return self.slots[0].spec.name
+        return self.spec.name
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -117,10 +119,10 @@ class Step:
             return max(1, self.spec.num_elements // max(1, self.spec.shape[0]))
         return max(1, self.spec.num_elements)
 
-    def pieces(self, size: int = UNIT_ELEMENTS) -> list[tuple[int, int]]:
-        """[start, stop) ranges of about `size` elements, cut between rows."""
+    def pieces(self) -> list[tuple[int, int]]:
+        """[start, stop) of every unit of work, cut between rows."""
         total = self.spec.num_elements
-        length = max(self.row, size // self.row * self.row)
+        length = max(self.row, UNIT_ELEMENTS // self.row * self.row)
         return [(start, min(start + length, total)) for start in range(0, total, length)] or [(0, 0)]
 
     def bytes_written(self, start: int, stop: int) -> int:
@@ -146,6 +148,16 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class PlannedFile:
+    """A file that a run will write, with its size in bytes."""
+
+    name: str
+    size: int
+    at_most: bool = False
+    """Whether it may get smaller: that is only known when weights are read."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything `run` needs; made from headers alone."""
 
@@ -167,6 +179,10 @@ class Plan:
     """Heads that the template ties to its embeddings, and that are tensors of their own here."""
     layers: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     """Where a layout takes layers from, by what stands before their number: (model, layer there) for each in order."""
+    beside: tuple[PlannedFile, ...] = ()
+    """Large files that belong to the output and hold no slots."""
+    bytes_at_most: int | None = None
+    """What all files take together, where files may get smaller."""
     others: Mapping[str, FileStamp] = field(default_factory=dict)
     """Files beside the models that the method reads, by the recipe's field."""
 
@@ -187,6 +203,11 @@ class Plan:
     def specs(self) -> dict[str, TensorSpec]:
         """Every output tensor by name."""
         return {slot.spec.name: slot.spec for slot in self.slots}
+
+    @property
+    def num_tensors(self) -> int:
+        """Tensors that are made: those of the output, or those that are taken apart for it."""
+        return sum(1 if step.work else len(step.slots) for step in self.steps)
 
     def spec(self, operand: Operand) -> TensorSpec:
         """What an operand is in its source."""
@@ -218,8 +239,15 @@ class Plan:
         return Headers(names, shapes, read_config(self.sources[self.template].folder), architecture)
 
     @property
+    def files(self) -> tuple[PlannedFile, ...]:
+        """Every large file of the output."""
+        open_ended = self.bytes_at_most is not None
+        return (*(PlannedFile(each.name, each.header.file_size, open_ended) for each in self.shards), *self.beside)
+
+    @property
     def bytes_out(self) -> int:
-        return sum(shard.header.file_size for shard in self.shards)
+        """Bytes that are written, at most."""
+        return sum(file.size for file in self.files) if self.bytes_at_most is None else self.bytes_at_most
 
     @property
     def bytes_in(self) -> int:

@@ -4,7 +4,7 @@ An operation says what people and the planner ask of it (name, numbers, buffers,
 bench which of its few moves to make. How a move is made is the engine's matter.
 """
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -63,16 +63,15 @@ class Operation(ABC):
         """With the pass that it needs over so many elements, at this width of the compute dtype."""
         return self
 
-    @abstractmethod
     def perform(self, bench: Bench, step: "Step", start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         """Make elements [start, stop) of the step."""
+        raise TypeError(f"{self.name}: models are taken apart as a whole, not slice by slice")
 
 
 class _Plain(Operation):
     """No method has a part in it."""
 
     method = None
-    models = ()
     counts = None
 
 
@@ -81,6 +80,7 @@ class Copy(_Plain):
     """The only operand as it is, or cast where another storage dtype is asked for."""
 
     name = "copy"
+    models = ()
 
     def perform(self, bench: Bench, step: "Step", start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.copy(step, start, stop, notes)
@@ -92,6 +92,7 @@ class Initialise(_Plain):
 
     value: float = 0.0
     name = "initialise"
+    models = ()
 
     @property
     def numbers(self) -> Mapping[str, Any]:
@@ -99,6 +100,27 @@ class Initialise(_Plain):
 
     def perform(self, bench: Bench, step: "Step", start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.fill(step, start, stop, notes, self.value)
+
+
+@dataclass(frozen=True)
+class Factorise(_Plain):
+    """Leading singular vectors of every model's task vector, or the task vectors in full (`rank` 0)."""
+
+    models: tuple[str, ...]
+    rank: int
+    arithmetic = True
+    buffers = 16
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "factors" if self.rank else "in full"
+
+    @property
+    def numbers(self) -> Mapping[str, Any]:
+        return {"rank": self.rank} if self.rank else {}
+
+    def granularity(self, spec: TensorSpec) -> Granularity:
+        return "tensor"
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,8 @@ def _layers(plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
     old, new = layer_counts(plan.sources[plan.template].specs), layer_counts(shapes)
     for tower, count in new.items():
         if old.get(tower, count) != count and tower not in plan.layers:
-            extra = next(each for name, each in copies_of(plan).items() if name.startswith(f"{tower}.{count - 1}."))
+            last = next(step for step in plan.steps if step.name.startswith(f"{tower}.{count - 1}."))
             yield (
                 f"the result has {count} layers under {tower}, {label(plan.template)} has {old[tower]}: the others are "
-                f"copied from {label(extra.source)}; check.extra: drop leaves them out"
+                f"copied from {label(last.models[0].source)}; check.extra: drop leaves them out"
             )

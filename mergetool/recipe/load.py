@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, create_model
 
-from mergetool import layouts
 from mergetool.errors import RecipeError
 from mergetool.evaluate.options import TaskOptions
+from mergetool.layouts import registry as layouts
 from mergetool.layouts.base import Layout
 from mergetool.layouts.same import Same
 from mergetool.methods import registry
-from mergetool.methods.base import Method, SearchMethod
+from mergetool.methods.base import Method
+from mergetool.methods.families.search import SearchMethod
 from mergetool.recipe.candidate import candidate_data, candidate_documents, unique
 from mergetool.recipe.checks import check_override, cross_checks
 from mergetool.recipe.document import Document, Place, parse_value, read_document
@@ -45,7 +46,7 @@ _FIXED: dict[str, Any] = {
 def sections() -> dict[str, Any]:
     """Every section of a recipe but `merge`, with its type: those that any recipe has, and those of layouts."""
     found = dict(_FIXED)
-    for layout in layouts.registry().values():
+    for layout in layouts().values():
         found |= {
             key: Annotated[info.rebuild_annotation(), Field(description=info.description)]
             for key, info in layout.model_fields.items()
@@ -246,7 +247,7 @@ def layout_of(
     document: Document, given: Mapping[str, Any], kind: type[Method] | None, problems: list[RecipeError]
 ) -> tuple[Layout, tuple[Override, ...]]:
     """The layout whose sections a recipe has, and the overrides in them."""
-    for first, layout in layouts.registry().items():
+    for first, layout in layouts().items():
         written = layout.model_fields.keys() & document.data.keys()
         if not written:
             continue

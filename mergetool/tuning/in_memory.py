@@ -22,7 +22,7 @@ from mergetool.engine.memory import merge_into
 from mergetool.engine.sinks import LiveSink
 from mergetool.errors import EvaluationError
 from mergetool.evaluate.language_model import LanguageModel
-from mergetool.methods.base import SearchMethod
+from mergetool.methods.families.search import SearchMethod
 from mergetool.planning import Plan, make_plan
 from mergetool.planning.graph import BASE
 from mergetool.recipe import load_recipe

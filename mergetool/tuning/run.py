@@ -11,7 +11,7 @@ from mergetool.engine.devices import device_for_networks
 from mergetool.engine.processes import joined, leads
 from mergetool.engine.run import Silent
 from mergetool.errors import MergeError, OutputError
-from mergetool.methods.base import SearchMethod
+from mergetool.methods.families.search import SearchMethod
 from mergetool.outputs.journal import journal_path
 from mergetool.outputs.push import push_target
 from mergetool.outputs.staging import check_output

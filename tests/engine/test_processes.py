@@ -13,7 +13,6 @@ import torch
 from mergetool.engine.partition import cost, partition
 from mergetool.engine.processes import Team
 from mergetool.planning import make_plan
-from mergetool.planning.graph import UNIT_ELEMENTS
 from mergetool.recipe import load_recipe
 from tests.files import content, tensors, write_models, write_recipe
 from tests.forks import Forks, free_port
@@ -211,9 +210,7 @@ def test_every_unit_and_every_file_is_dealt_once_and_the_shares_are_alike(models
         plan = make_plan(load_recipe(recipe_of(models, name, output={"path": "x", "shard_size": "3MB"})))
         shares = [partition(plan, member(rank, size)) for rank in range(size)]
         costs = {
-            (step.index, start): cost(plan, step, start, stop)
-            for step in plan.steps
-            for start, stop in step.pieces(UNIT_ELEMENTS)
+            (step.index, start): cost(plan, step, start, stop) for step in plan.steps for start, stop in step.pieces()
         }
         assert all(sum(share.has(*unit) for share in shares) == 1 for unit in costs)
         paths = [str(stamp.path) for stamps in plan.stamps.values() for stamp in stamps]
@@ -221,8 +218,6 @@ def test_every_unit_and_every_file_is_dealt_once_and_the_shares_are_alike(models
         assert all(sum(share.hashes_output(shard) for share in shares) == 1 for shard in range(len(plan.shards)))
         for step in plan.steps:  # a survey of one tensor stays in one process
             holders = {
-                rank
-                for rank, share in enumerate(shares)
-                if any(share.has(step.index, s) for s, _ in step.pieces(UNIT_ELEMENTS))
+                rank for rank, share in enumerate(shares) if any(share.has(step.index, s) for s, _ in step.pieces())
             }
             assert len(holders) == 1 or name != "ties"

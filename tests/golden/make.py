@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # so that this file runs as a script, too
 
 import mergetool  # noqa: E402
-from mergetool.methods.base import BundleMethod, TensorMethod  # noqa: E402
+from mergetool.methods.base import TensorMethod  # noqa: E402
+from mergetool.methods.families.bundle import BundleMethod  # noqa: E402
 from mergetool.tensors.io import sha256_file  # noqa: E402
 from tests.laws.cases import Case, all_cases, bundle_cases  # noqa: E402
 from tests.toys import SHAPES, read, toy_models, write  # noqa: E402

@@ -19,7 +19,9 @@ from pydantic import BaseModel, ValidationError
 
 import mergetool
 from mergetool.methods import registry
-from mergetool.methods.base import BundleMethod, FittedMethod, Method, TensorMethod
+from mergetool.methods.base import Method, TensorMethod
+from mergetool.methods.families.bundle import BundleMethod
+from mergetool.methods.families.fitted import FittedMethod
 from tests.toys import MLP, toy_base, toy_deltas, toy_models
 
 LAWS: dict[str, str] = {}

@@ -10,7 +10,8 @@ import mergetool
 from mergetool.bundle.manifest import read_manifest
 from mergetool.cli.app import app
 from mergetool.methods import registry
-from mergetool.methods.base import BundleMethod, SearchMethod
+from mergetool.methods.families.bundle import BundleMethod
+from mergetool.methods.families.search import SearchMethod
 from mergetool.recipe.reference import method_facts
 from tests.toys import INTEGERS, MLP, SHAPES, read, toy_models, write
 from tests.tuning.planted import World

@@ -339,7 +339,7 @@ def cut_finely(monkeypatch, slice_elements, unit_elements):
     ]
     for key, value in (("SLICE_ELEMENTS", slice_elements), ("UNIT_ELEMENTS", unit_elements)):
         holders = [module for module in modules if hasattr(module, key)]
-        assert len(holders) > 2
+        assert holders
         for module in holders:
             monkeypatch.setattr(module, key, value)
 

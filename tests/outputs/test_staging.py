@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -266,7 +267,7 @@ def test_a_second_run_is_kept_out_until_the_result_has_its_name(recipe, tmp_path
 def test_a_journal_is_locked_until_it_is_removed_and_then_begun_anew(tmp_path):
     partial = tmp_path / "out.partial"
     journal = Journal(partial, "key", resume=True)
-    journal.unit(0, 0, "w", [])
+    journal.unit("merge", SimpleNamespace(index=0, name="w"), 0, [])
     with pytest.raises(OutputError, match="another run"):
         Journal(partial, "key", resume=True)
     remove_journals(partial)

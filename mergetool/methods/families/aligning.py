@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mergetool.alignment.options import REPAIR_HELP, Repair
 from mergetool.arch.code import code_of
-from mergetool.methods.base import AnyTensorMethod, Field, Fitted, FittedMethod, Headers, Models, TensorMethod
+from mergetool.methods.base import AnyTensorMethod, Field, Headers, TensorMethod
+from mergetool.methods.families.fitted import Fitted, FittedMethod, Models
 
 if TYPE_CHECKING:
     from torch import Tensor
