@@ -87,6 +87,16 @@ def test_optional_packages_are_imported_late():
     assert early == []
 
 
+def test_transformers_has_one_seam():
+    importing = [
+        str(path)
+        for path, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom) and "transformers" in roots(node)
+    ]
+    assert importing == ["mergetool/networks/library.py"]
+
+
 def roots(node):
     """The top-level packages that an import statement names."""
     if isinstance(node, ast.ImportFrom):

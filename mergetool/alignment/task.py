@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mergetool.arch.bind import architectures
-from mergetool.arch.match import resolve
 from mergetool.arch.spec import ArchSpec, check_shapes
 from mergetool.errors import PlanError
 from mergetool.kernels.frank_wolfe import HELD
 from mergetool.kernels.matching import Problem, waiting_scores
 from mergetool.kernels.pieces import cut, face_size, families
 from mergetool.kernels.spaces import Layout
+from mergetool.networks.trace import prove_for_config, resolve
 from mergetool.tensors.io import bytes_of
 
 if TYPE_CHECKING:
@@ -133,8 +133,6 @@ def _prove(spec: ArchSpec, models: "Models") -> float | None:
     if not architectures(models.config):
         models.say("the architecture file was checked by shapes alone: no config.json tells a network to try it on")
         return None
-    from mergetool.arch.auto import prove_for_config
-
     return prove_for_config(spec, models.shapes, models.config)
 
 

@@ -35,9 +35,9 @@ def families() -> dict[str, Family]:
 def resolve(architecture: str | None, shapes: Shapes, config: Mapping[str, Any] | None = None) -> ArchSpec:
     """The spec of a checkpoint with these shapes.
 
-    `architecture`: a family, the path of an architecture file, "auto" (build and trace the network that config.json
-    names), FILE.py:FUNCTION (trace the one that the function returns; runs that code), or None: the family that
-    config.json or the names tell.
+    `architecture`: a family, the path of an architecture file, FILE.py:FUNCTION (trace the network that the function
+    returns; runs that code), or None: the family that config.json or the names tell. For "auto", which needs
+    transformers, ask `mergetool.networks.trace`.
     Raises PlanError if nothing fits, naming the tensor and the axis where it is the shapes that do not.
     """
     config = config or {}
@@ -51,11 +51,6 @@ def resolve(architecture: str | None, shapes: Shapes, config: Mapping[str, Any] 
                 "architecture file",
             )
         return _build(name, families()[name], shapes, config)
-    if architecture == "auto":
-        # The only way in that needs torch.
-        from mergetool.arch.auto import derive_from_config
-
-        return derive_from_config(shapes, config)
     if code := code_of(architecture):
         return derive_from_code(Path(code[0]), code[1], shapes)
     if architecture in families():

@@ -21,8 +21,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mergetool.bundle.manifest import Manifest
-from mergetool.bundle.pieces import Piece, composed
 from mergetool.kernels.spectral import Factors, concatenated, orthogonalised
+from mergetool.networks.places import Piece, composed
 
 Group = tuple[int, ...]
 """Numbers of tasks, sorted."""

@@ -31,8 +31,8 @@ from torch.nn import functional as F  # noqa: N812  (as everybody calls it)
 
 from mergetool.bundle.factors import Group, TaskFactors
 from mergetool.bundle.local import make_local, own_tensor, pending, replaced
-from mergetool.bundle.pieces import Piece
 from mergetool.errors import SourceError
+from mergetool.networks.places import Piece
 
 NOTHING: Mapping[str, tuple[Piece, ...]] = MappingProxyType({})
 _SHARED = ("relative_attention_bias",)

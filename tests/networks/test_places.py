@@ -2,7 +2,7 @@
 
 import torch
 
-from mergetool.bundle.pieces import composed, marks, pieces_of, whole_of
+from mergetool.networks.places import composed, marks, pieces_of, whole_of
 
 SHAPES = {"a": (3, 4), "b": (3, 4), "qkv": (6, 2)}
 
