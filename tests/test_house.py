@@ -38,6 +38,15 @@ def test_functions_stay_short():
     assert long == {}
 
 
+def test_no_two_classes_have_one_name():
+    places = {}
+    for path, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(f"{path}:{node.lineno}")
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
 def test_only_the_command_line_prints():
     printing = [
         f"{path}:{node.lineno}"

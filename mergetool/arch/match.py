@@ -18,8 +18,8 @@ from mergetool.arch.build import build
 from mergetool.arch.chain import build_chain
 from mergetool.arch.code import code_of, derive_from_code
 from mergetool.arch.depth import structural_depths
-from mergetool.arch.language import Family, read_family
-from mergetool.arch.spec import ArchSpec, TensorSpec, check_structure
+from mergetool.arch.language import ArchFamily, read_family
+from mergetool.arch.spec import ArchSpec, TensorAxes, check_structure
 from mergetool.errors import PlanError
 from mergetool.kernels.spaces import Factor
 
@@ -27,7 +27,7 @@ _DATA = Path(str(files("mergetool.arch") / "data"))
 
 
 @cache
-def families() -> dict[str, Family]:
+def families() -> dict[str, ArchFamily]:
     """The families that come with the tool, by name."""
     return {path.stem: read_family(path, _locate) for path in sorted(_DATA.glob("*.yaml"))}
 
@@ -97,13 +97,13 @@ def structural(shapes: Shapes) -> ArchSpec:
     """Names and shapes only: every axis fixed, depth told by the integers in the names."""
     depths = structural_depths(shapes)
     tensors = {
-        name: TensorSpec(tuple(shape), tuple(((Factor(size),),) for size in shape), False, depths[name])
+        name: TensorAxes(tuple(shape), tuple(((Factor(size),),) for size in shape), False, depths[name])
         for name, shape in sorted(shapes.items())
     }
     return ArchSpec("structural", {}, tensors)
 
 
-def _build(name: str, family: Family, shapes: Shapes, config: Mapping[str, Any]) -> ArchSpec:
+def _build(name: str, family: ArchFamily, shapes: Shapes, config: Mapping[str, Any]) -> ArchSpec:
     spec = build_chain(name, family.chain, shapes) if family.chain else build(name, family, shapes, config)
     check_structure(spec)
     return spec

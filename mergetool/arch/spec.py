@@ -29,7 +29,7 @@ from mergetool.kernels.spaces import (
 
 
 @dataclass(frozen=True)
-class TensorSpec:
+class TensorAxes:
     """One tensor: its shape and the layout of each axis (`()` for a scalar).
 
     `matched=False`: moved like the others, but left out when models are compared: running statistics, and the second
@@ -52,7 +52,7 @@ class ArchSpec:
 
     family: str
     spaces: Mapping[str, Space]
-    tensors: Mapping[str, TensorSpec]
+    tensors: Mapping[str, TensorAxes]
     tied: tuple[tuple[str, ...], ...] = ()
 
     @property

@@ -69,12 +69,12 @@ class ClassNetwork(nn.Module):
         self.names = {name: layout[own] for name, own in loaded.places.names.items() if own in layout}
         own = {name: stored for name, stored in loaded.places.names.items() if stored in owns[0].tensors}
         shared = shared_parts(loaded.model, own)
-        pieces = {
+        fragments = {
             name: tuple(replace(each, name=layout[each.name]) for each in made)
-            for name, made in loaded.places.pieces.items()
+            for name, made in loaded.places.fragments.items()
             if all(each.name in layout for each in made)
         }
-        self.grouped = GroupedModel(loaded.model, self.names, factors, pieces, set(layout.values()))
+        self.grouped = GroupedModel(loaded.model, self.names, factors, fragments, set(layout.values()))
         self._recorder = Recorder(loaded.model, shared, [name for name, stored in own.items() if stored not in layout])
         self._player = Player()
         self.readers = nn.ModuleDict({str(each.task): _reader(each, loaded, shared, self._player) for each in owns})

@@ -74,7 +74,9 @@ class MassModel(nn.Module):
         self._factors = factors
         alone = not any(base.model is network.base for network in networks)
         places = base.places
-        self._grouped = GroupedModel(base.model, places.names, factors, places.pieces) if alone else networks[0].grouped
+        self._grouped = (
+            GroupedModel(base.model, places.names, factors, places.fragments) if alone else networks[0].grouped
+        )
         self._heads = [
             load_file(folder / task.head.file) if isinstance(task.head, Head) else None for task in manifest.tasks
         ]
@@ -275,7 +277,7 @@ def load_bundle(
     check_files(folder, manifest, hashes=verify)
     check_base(folder, manifest, hashes=verify)
     from mergetool.networks.build import LoadedModel, load_base
-    from mergetool.networks.places import Places
+    from mergetool.networks.places import TensorMap
 
     place = base_folder(folder, manifest)
     matrices = [task for task in manifest.tasks if isinstance(task.head, Head)]
@@ -284,5 +286,5 @@ def load_bundle(
     dtype = next(base.model.parameters()).dtype if base is not None else dtype or stored_dtype(place)
     factors = TaskFactors(manifest, folder, dtype, cache_bytes)
     networks = load_networks(manifest, folder, place, factors, dtype)
-    base = base or LoadedModel(networks[0].base, Places(networks[0].names))
+    base = base or LoadedModel(networks[0].base, TensorMap(networks[0].names))
     return MassModel(manifest, base, factors, folder, networks)

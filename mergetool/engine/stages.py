@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from mergetool.engine.context import Context
-from mergetool.engine.count import Count
-from mergetool.engine.merge import Merge
+from mergetool.engine.count import CountStage
+from mergetool.engine.merge import MergeStage
 from mergetool.planning.graph import Stage
 
 
@@ -32,4 +32,4 @@ def _kind(stage: Stage) -> Callable[[Context, Stage], Stages]:
         from mergetool.engine.fit import Finish, Fit
 
         return Fit if stage.name == "fit" else Finish
-    return Count if stage.name == "count" else Merge
+    return CountStage if stage.name == "count" else MergeStage

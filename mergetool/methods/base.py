@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergetool.bundle.options import Options
-    from mergetool.search.space import Space, Value
+    from mergetool.search.space import SearchSpace, Value
 
 __all__ = [
     "RANK",
@@ -417,7 +417,7 @@ class SearchMethod(Method):
         return ("search",)
 
     @abstractmethod
-    def space(self, models: Sequence[str]) -> "Space":
+    def space(self, models: Sequence[str]) -> "SearchSpace":
         """The numbers that are open, for these models."""
 
     @abstractmethod

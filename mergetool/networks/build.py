@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mergetool.errors import EvaluationError, SourceError
 from mergetool.networks.library import class_of, first_line, library, quiet
-from mergetool.networks.places import Places, places_of
+from mergetool.networks.places import TensorMap, places_of
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import open_model
 
@@ -22,7 +22,7 @@ class LoadedModel:
     """A model, and where the tensors of its checkpoint lie in it."""
 
     model: nn.Module
-    places: Places
+    places: TensorMap
 
 
 def load_base(folder: Path, dtype: torch.dtype | None, *, encoder: bool) -> LoadedModel:

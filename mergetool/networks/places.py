@@ -25,7 +25,7 @@ _FIRST = 7.25
 
 
 @dataclass(frozen=True)
-class Piece:
+class Fragment:
     """A box of a parameter, and the entries of a tensor of the checkpoint that it holds."""
 
     box: tuple[tuple[int, int], ...]
@@ -48,11 +48,11 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Places:
+class TensorMap:
     """What a model's parameters and buffers are called in a checkpoint."""
 
     names: Mapping[str, str]
-    pieces: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
+    fragments: Mapping[str, tuple[Fragment, ...]] = field(default_factory=dict)
     """What parameters are made of that are no single tensor there."""
 
     def views(self, name: str, tensor: Tensor, shapes: Shapes) -> dict[str, Tensor]:
@@ -62,13 +62,13 @@ class Places:
         """
         if name in self.names:
             return {self.names[name]: tensor}
-        pieces = self.pieces.get(name, ())
-        views = {piece.name: piece.of(tensor) for piece in pieces if piece.order is None}
+        fragments = self.fragments.get(name, ())
+        views = {fragment.name: fragment.of(tensor) for fragment in fragments if fragment.order is None}
         whole = all(view.is_contiguous() and view.numel() == prod(shapes[own]) for own, view in views.items())
-        return views if whole and len(views) == len(pieces) else {}
+        return views if whole and len(views) == len(fragments) else {}
 
 
-def places_of(model: Any, shapes: Shapes) -> Places:
+def places_of(model: Any, shapes: Shapes) -> TensorMap:
     """Where everything in a checkpoint of these shapes went in a model.
 
     Names that are the same, but for the prefix of a bare model, are believed. Only if that leaves tensors of the
@@ -76,15 +76,15 @@ def places_of(model: Any, shapes: Shapes) -> Places:
     """
     own, names = tensors_of(model), _of_one_name(model, shapes)
     if set(names.values()) == set(shapes):
-        return Places(names)
+        return TensorMap(names)
     unknown = [name for name, value in own.items() if name not in names and value.numel()]
     numbers = _marked(model, shapes, 0, unknown)
     names |= {name: stored for name in unknown if (stored := whole_of(shapes, numbers[name])) is not None}
     if not (rest := [name for name in unknown if name not in names]):
-        return Places(names)
+        return TensorMap(names)
     digits = [numbers, *(_marked(model, shapes, digit, rest) for digit in (1, 2))]
-    pieces = {name: pieces_of(shapes, [each[name] for each in digits]) for name in rest}
-    return Places(names, {name: made for name, made in pieces.items() if made})
+    fragments = {name: fragments_of(shapes, [each[name] for each in digits]) for name in rest}
+    return TensorMap(names, {name: made for name, made in fragments.items() if made})
 
 
 def _of_one_name(model: Any, shapes: Shapes) -> dict[str, str]:
@@ -137,7 +137,7 @@ def whole_of(shapes: Shapes, numbers: Tensor) -> str | None:
     return name if prod(shapes[name]) == numbers.numel() else None
 
 
-def pieces_of(shapes: Shapes, digits: Sequence[Tensor]) -> tuple[Piece, ...]:
+def fragments_of(shapes: Shapes, digits: Sequence[Tensor]) -> tuple[Fragment, ...]:
     """What a parameter is made of, told from all marks in it; empty where it is not made of whole boxes."""
     names, numbers = list(shapes), digits[0] - _FIRST
     if not bool(((numbers >= 0) & (numbers < len(names)) & (numbers == numbers.round())).all()):
@@ -152,15 +152,15 @@ def pieces_of(shapes: Shapes, digits: Sequence[Tensor]) -> tuple[Piece, ...]:
             return ()
         start = int(held[0])
         in_order = torch.equal(held, torch.arange(start, start + len(held)))
-        found.append(Piece(box, names[int(number)], start if in_order else 0, None if in_order else held))
+        found.append(Fragment(box, names[int(number)], start if in_order else 0, None if in_order else held))
     return tuple(found)
 
 
-def composed(shape: tuple[int, ...], pieces: tuple[Piece, ...], read: Callable[[str], Tensor | None]) -> Tensor:
-    """A parameter from its pieces; zeros where `read` has nothing."""
+def composed(shape: tuple[int, ...], fragments: tuple[Fragment, ...], read: Callable[[str], Tensor | None]) -> Tensor:
+    """A parameter from its fragments; zeros where `read` has nothing."""
     target: Tensor | None = None
-    for piece in pieces:
-        if (source := read(piece.name)) is not None:
+    for fragment in fragments:
+        if (source := read(fragment.name)) is not None:
             target = source.new_zeros(shape) if target is None else target
-            piece.put(target, source)
+            fragment.put(target, source)
     return torch.zeros(shape) if target is None else target
