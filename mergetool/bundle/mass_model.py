@@ -37,7 +37,7 @@ from mergetool.errors import PlanError
 from mergetool.kernels.routing import coefficients, select
 
 if TYPE_CHECKING:
-    from mergetool.bundle.hf import LoadedBase
+    from mergetool.networks.build import LoadedModel
 
 CACHE_BYTES = 1 << 30
 
@@ -60,7 +60,7 @@ class MassModel(nn.Module):
     def __init__(
         self,
         manifest: Manifest,
-        base: "LoadedBase",
+        base: "LoadedModel",
         factors: TaskFactors,
         folder: Path,
         networks: "Sequence[ClassNetwork]" = (),
@@ -73,7 +73,10 @@ class MassModel(nn.Module):
         self.networks = nn.ModuleList(networks)
         self._factors = factors
         alone = not any(base.model is network.base for network in networks)
-        self._grouped = GroupedModel(base.model, base.names, factors, base.pieces) if alone else networks[0].grouped
+        places = base.places
+        self._grouped = (
+            GroupedModel(base.model, places.names, factors, places.fragments) if alone else networks[0].grouped
+        )
         self._heads = [
             load_file(folder / task.head.file) if isinstance(task.head, Head) else None for task in manifest.tasks
         ]
@@ -88,7 +91,7 @@ class MassModel(nn.Module):
 
     def tokenizer(self) -> Any:
         """The base's tokenizer, or an expert's where the base has none that can pad. Raises SourceError without any."""
-        from mergetool.bundle.hf import load_tokenizer
+        from mergetool.networks.tokenizer import load_tokenizer
 
         base = base_folder(self.folder, self.manifest)
         heads = [task.head for task in self.manifest.tasks]
@@ -273,7 +276,8 @@ def load_bundle(
     manifest = read_manifest(folder)
     check_files(folder, manifest, hashes=verify)
     check_base(folder, manifest, hashes=verify)
-    from mergetool.bundle.hf import LoadedBase, load_base
+    from mergetool.networks.build import LoadedModel, load_base
+    from mergetool.networks.places import TensorMap
 
     place = base_folder(folder, manifest)
     matrices = [task for task in manifest.tasks if isinstance(task.head, Head)]
@@ -282,4 +286,5 @@ def load_bundle(
     dtype = next(base.model.parameters()).dtype if base is not None else dtype or stored_dtype(place)
     factors = TaskFactors(manifest, folder, dtype, cache_bytes)
     networks = load_networks(manifest, folder, place, factors, dtype)
-    return MassModel(manifest, base or LoadedBase(networks[0].base, networks[0].names), factors, folder, networks)
+    base = base or LoadedModel(networks[0].base, TensorMap(networks[0].names))
+    return MassModel(manifest, base, factors, folder, networks)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergetool.checkpoints.facts import SCALED_BY_TIES, parts_of
-from mergetool.checkpoints.sizes import Change, Sized, changed_sizes
+from mergetool.checkpoints.sizes import SizeChange, Sized, changed_sizes
 from mergetool.checkpoints.ties import TIE_KEY, embeddings_of, is_head
 from mergetool.checkpoints.vocabulary import special_ids
 
@@ -100,7 +100,7 @@ def _set_tokens(config: dict[str, Any], other: Config) -> None:
 # -------------------------------------------------------------------- other sizes
 
 
-def _sizes(leader: str, parents: Mapping[str, Parent], written: Written) -> tuple[list[Change], dict[str, str]]:
+def _sizes(leader: str, parents: Mapping[str, Parent], written: Written) -> tuple[list[SizeChange], dict[str, str]]:
     known = {model: Sized(parent.config, parent.described) for model, parent in parents.items()}
     return changed_sizes(known[leader], {m: each for m, each in known.items() if m != leader}, written.shapes)
 

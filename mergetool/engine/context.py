@@ -20,7 +20,7 @@ from mergetool.tensors.source import ModelSource
 
 if TYPE_CHECKING:
     from mergetool.engine.fit import WholeModels
-    from mergetool.engine.merge import Merge
+    from mergetool.engine.merge import MergeStage
     from mergetool.engine.sinks import Sink
     from mergetool.methods.families.fitted import Fitted
 
@@ -48,7 +48,7 @@ class Context:
     hashes: NoHashes = field(default_factory=NoHashes)
     counted: Stats | None = None
     """What a count over the whole model has found."""
-    company: "Callable[[Merge], AbstractContextManager[None]]" = lambda _: nullcontext()
+    company: "Callable[[MergeStage], AbstractContextManager[None]]" = lambda _: nullcontext()
     """What goes on while units are merged."""
     fitted: "tuple[WholeModels, Fitted] | None" = None
     """The whole models, and what a fit has found about them."""

@@ -92,7 +92,7 @@ class Counting:
             self._queue(conclusion, first=True)
 
 
-class Count:
+class CountStage:
     """The stage that counts over the whole model."""
 
     def __init__(self, run: Context, stage: Stage) -> None:

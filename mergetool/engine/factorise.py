@@ -77,7 +77,7 @@ class WholeExperts(WholeModels, Experts):
         return found
 
 
-class Factorise:
+class FactoriseStage:
     """The stage that takes models apart and writes a bundle into the sink's folder."""
 
     def __init__(self, run: Context, stage: Stage) -> None:

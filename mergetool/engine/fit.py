@@ -118,7 +118,7 @@ class MergedModel(Mapping[str, Tensor]):
         return len(self._source.specs)
 
 
-class Fit:
+class FitStage:
     """The stage that looks at whole models. After it, every operand is read in the common space.
 
     The sink's folder, if it has one, keeps what was found, and may hold that of a killed run.
@@ -142,7 +142,7 @@ class Fit:
         run.show({name: FittedSource(source, fitted, name) for name, source in run.plan.sources.items()})
 
 
-class Finish:
+class FinishStage:
     """The stage that replaces tensors of the merged model, when all of it is written."""
 
     def __init__(self, run: Context, stage: Stage) -> None:

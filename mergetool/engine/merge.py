@@ -14,7 +14,7 @@ Unit = tuple[int, int]
 """(index of a step, first element)."""
 
 
-class Merge:
+class MergeStage:
     """Which units are to be made, by this process and by all; and what follows from each that is done."""
 
     def __init__(self, run: Context, stage: Stage) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from mergetool.engine.context import Context
-from mergetool.engine.count import Count
-from mergetool.engine.merge import Merge
+from mergetool.engine.count import CountStage
+from mergetool.engine.merge import MergeStage
 from mergetool.planning.graph import Stage
 
 
@@ -29,11 +29,11 @@ def run_stages(run: Context, shown: Callable[[], None] = lambda: None) -> None:
 def _kind(stage: Stage) -> Callable[[Context, Stage], Stages]:
     """Who works on a stage of this name. What needs torch is imported only where it is needed."""
     if stage.name in ("fit", "finish"):
-        from mergetool.engine.fit import Finish, Fit
+        from mergetool.engine.fit import FinishStage, FitStage
 
-        return Fit if stage.name == "fit" else Finish
+        return FitStage if stage.name == "fit" else FinishStage
     if stage.name == "factorise":
-        from mergetool.engine.factorise import Factorise
+        from mergetool.engine.factorise import FactoriseStage
 
-        return Factorise
-    return Count if stage.name == "count" else Merge
+        return FactoriseStage
+    return CountStage if stage.name == "count" else MergeStage

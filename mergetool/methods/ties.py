@@ -31,7 +31,7 @@ from mergetool.methods.base import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergetool.kernels.select import Bracket, Found, Search
+    from mergetool.kernels.select import Bracket, RankedMagnitude, RankSearch
 
 
 _LARGE, _TOO_LARGE = 1 << 18, 1 << 26
@@ -42,7 +42,7 @@ _LARGE, _TOO_LARGE = 1 << 18, 1 << 26
 class _Thresholds(StatisticsPass):
     """One counting pass of the search for every model's threshold."""
 
-    searches: "tuple[Search, ...]"
+    searches: "tuple[RankSearch, ...]"
 
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
         import torch
@@ -56,12 +56,12 @@ class _Thresholds(StatisticsPass):
         return torch.stack([count.histogram() for count in counts])
 
     def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
-        from mergetool.kernels.select import Found, Search
+        from mergetool.kernels.select import RankedMagnitude, RankSearch
 
         found = [search.narrow(counts) for search, counts in zip(self.searches, total, strict=True)]
-        if unfinished := tuple(each for each in found if isinstance(each, Search)):
+        if unfinished := tuple(each for each in found if isinstance(each, RankSearch)):
             return _Thresholds(unfinished)
-        ended = [each for each in found if isinstance(each, Found)]
+        ended = [each for each in found if isinstance(each, RankedMagnitude)]
         return _stats([search.rank for search in self.searches], ended)
 
 
@@ -86,7 +86,7 @@ class _Brackets(StatisticsPass):
     """One pass that keeps the few entries among which every model's threshold should be."""
 
     brackets: "tuple[Bracket, ...]"
-    searches: "tuple[Search, ...]"
+    searches: "tuple[RankSearch, ...]"
     """What to do if it is not."""
     joined = True
 
@@ -109,7 +109,7 @@ class _Brackets(StatisticsPass):
         return _stats(ranks, found) if len(found) == len(settled) else _Thresholds(self.searches)
 
 
-def _stats(ranks: list[int], found: "list[Found]") -> Stats:
+def _stats(ranks: list[int], found: "list[RankedMagnitude]") -> Stats:
     return {
         "threshold": tuple(each.magnitude for each in found),
         "share": tuple((rank - each.above) / each.equal for rank, each in zip(ranks, found, strict=True)),
@@ -140,11 +140,11 @@ class Ties(TensorMethod):
     }
 
     def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
-        from mergetool.kernels.select import Search
+        from mergetool.kernels.select import RankSearch
 
         if all(density == 1.0 for density in p.density) or num_elements == 0:
             return None
-        searches = tuple(Search.begin(max(1, int(density * num_elements)), bits) for density in p.density)
+        searches = tuple(RankSearch.begin(max(1, int(density * num_elements)), bits) for density in p.density)
         if bits == 32 and _LARGE <= num_elements <= _TOO_LARGE:
             return _Sample(searches, num_elements)
         return _Thresholds(searches)

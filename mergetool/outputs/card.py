@@ -7,7 +7,7 @@ from typing import Any
 from mergetool._version import __version__
 from mergetool.outputs.redaction import redacted
 from mergetool.planning import Plan
-from mergetool.planning.sources import Origin, pinned_document
+from mergetool.planning.sources import Provenance, pinned_document
 
 
 def card(plan: Plan) -> str:
@@ -46,18 +46,18 @@ def _front(plan: Plan) -> Mapping[str, Any]:
     return front | {"tags": ["merge", "mergetool"]}
 
 
-def _everything(plan: Plan) -> Mapping[str, tuple[Origin, ...]]:
+def _everything(plan: Plan) -> Mapping[str, tuple[Provenance, ...]]:
     references = {**({"base": plan.recipe.base} if plan.recipe.base else {}), **plan.recipe.models}
-    return {name: plan.origins.get(name, (Origin(reference.source),)) for name, reference in references.items()}
+    return {name: plan.origins.get(name, (Provenance(reference.source),)) for name, reference in references.items()}
 
 
-def _row(name: str, origins: tuple[Origin, ...], folder: Path) -> str:
+def _row(name: str, origins: tuple[Provenance, ...], folder: Path) -> str:
     places = " + ".join(_place(origin, folder) for origin in origins)
     licences = " + ".join(origin.licence or "unknown" for origin in origins)
     return f"| {name} | {places} | {licences} |"
 
 
-def _place(origin: Origin, folder: Path) -> str:
+def _place(origin: Provenance, folder: Path) -> str:
     if origin.repo is None or origin.commit is None:
         return f"`{redacted(origin.reference, folder)}`"
     return f"[{origin.repo}](https://huggingface.co/{origin.repo}/tree/{origin.commit})"

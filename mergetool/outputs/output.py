@@ -14,7 +14,7 @@ from mergetool.planning import Plan
 from mergetool.planning.graph import Shard
 
 
-class Output(Protocol):
+class OutputKind(Protocol):
     """One kind of output; a module of this room."""
 
     def slot_files(self, plan: Plan) -> Sequence[Shard]:
@@ -30,9 +30,9 @@ class Output(Protocol):
         ...
 
 
-def output_of(plan: Plan) -> Output:
+def output_of(plan: Plan) -> OutputKind:
     """The kind of output that a plan asks for."""
-    module: Output = import_module(f"mergetool.outputs.{plan.recipe.method.result}")
+    module: OutputKind = import_module(f"mergetool.outputs.{plan.recipe.method.result}")
     return module
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from mergetool.arch.code import code_of
 from mergetool.methods.base import Granularity, Headers
 from mergetool.planning.operations import Operation
-from mergetool.planning.sources import Origin
+from mergetool.planning.sources import Provenance
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.header import Header, TensorSpec
 from mergetool.tensors.side_files import read_config
@@ -171,7 +171,7 @@ class Plan:
     shards: tuple[Shard, ...]
     output: Path | None
     warnings: tuple[str, ...] = ()
-    origins: Mapping[str, tuple[Origin, ...]] = field(default_factory=dict)
+    origins: Mapping[str, tuple[Provenance, ...]] = field(default_factory=dict)
     """Where every model and its adapters came from."""
     bytes_missing: int = 0
     """What must be downloaded before anything can be merged."""

@@ -19,7 +19,7 @@ from mergetool.tensors.source import ModelSource, OpenFile, open_model
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """Where a model or an adapter came from."""
 
     reference: str
@@ -36,7 +36,7 @@ class Place:
     """A reference that was looked up."""
 
     path: Path
-    origin: Origin
+    origin: Provenance
     elsewhere: Mapping[Path, OpenFile] = field(default_factory=dict)
     """Headers of files that are not here yet."""
 
@@ -49,7 +49,7 @@ class Lookup:
         self._found: dict[tuple[str, bool], Repository] = {}
         self.warnings: list[str] = []
         self.pins: dict[str, str] = {}
-        self.origins: dict[str, tuple[Origin, ...]] = {}
+        self.origins: dict[str, tuple[Provenance, ...]] = {}
         """Of every model that was opened, by name: the model itself, then its adapters."""
 
     def open(self, name: str, source: str, adapters: tuple[str, ...] = (), select: str | None = None) -> ModelSource:
@@ -72,9 +72,9 @@ class Lookup:
         path = (self._folder / expanded(text)).absolute()
         name = self._hub_name(text) if is_on_hub(self._folder, text) else None
         if name is None:
-            return Place(path, Origin(text, licence_of(path if path.is_dir() else path.parent)))
+            return Place(path, Provenance(text, licence_of(path if path.is_dir() else path.parent)))
         repository = self._repository(name, text, adapter=adapter)
-        origin = Origin(text, licence_of(repository.folder), repository.name, repository.commit)
+        origin = Provenance(text, licence_of(repository.folder), repository.name, repository.commit)
         if whole or _is_pickled(repository):  # no header tells what is in it
             return Place(repository.fetch(whole=whole), origin)
         return Place(repository.folder, origin, repository.headers())
@@ -132,7 +132,7 @@ class Lookup:
                 repository.fetch()
 
 
-def _made_for_another(name: str, model: Origin, made_for: str | None) -> list[str]:
+def _made_for_another(name: str, model: Provenance, made_for: str | None) -> list[str]:
     """A warning where an adapter was trained on another repository; paths of other machines say nothing."""
     trained, asked = hub_name(made_for or ""), hub_name(model.reference)
     names = {model.repo.lower(), asked.repo.lower() if asked else ""} if model.repo else set()

@@ -54,7 +54,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Head(Section):
+class HeadReference(Section):
     """A task's classifier, for a bundle."""
 
     weights: Annotated[str, Field(min_length=1, strict=True)] = Field(
@@ -75,7 +75,7 @@ class ModelReference(Section):
     select: Annotated[str, Field(min_length=1, strict=True)] | None = Field(
         None, description="the task whose expert is meant, where `source` is a bundle"
     )
-    head: Head | None = Field(
+    head: HeadReference | None = Field(
         None, description="the classifier of this task, for a bundle, where it is not in the checkpoint of the model"
     )
 

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from mergetool.errors import EvaluationError
 from mergetool.evaluate.items import Score
-from mergetool.methods.merge3 import Estimator as Options
+from mergetool.methods.merge3 import EstimatorOptions
 from mergetool.search import subset as subsets
 from mergetool.search.engines import sobol_points
-from mergetool.search.estimate import Check, Estimate, Estimator, cross_check, uses_irt, with_fit
+from mergetool.search.estimate import CrossCheck, Estimate, Estimator, cross_check, uses_irt, with_fit
 from mergetool.search.irt import IrtFit, choose_dimensions, fit
-from mergetool.search.space import Space
+from mergetool.search.space import SearchSpace
 from mergetool.tuning.scorer import Scorer, Subject
 from mergetool.tuning.splits import Splits
 
@@ -35,7 +35,7 @@ class Prepared:
     """Items to ask, ascending."""
     estimator: Estimator
     signal: Signal
-    check: Check | None = None
+    check: CrossCheck | None = None
     num_dimensions: int = 0
 
     def __call__(self, scores: dict[int, Score]) -> Estimate:
@@ -50,7 +50,7 @@ def signals(scores: Sequence[Score], signal: Signal) -> Floats:
 class Extract:
     """Everything that happens before the first generation."""
 
-    def __init__(self, options: Options, space: Space, judge: Scorer, pools: Splits, seed: int) -> None:
+    def __init__(self, options: EstimatorOptions, space: SearchSpace, judge: Scorer, pools: Splits, seed: int) -> None:
         self._options, self._space, self._judge, self._pools, self._seed = options, space, judge, pools, seed
         self.calibration: list[Subject] = []
         """Who answered all search items, in order: base, models, start, random merges."""

@@ -85,7 +85,7 @@ class Candidates:
             device=device,
             batch_size=batch_size,
         )
-        self._slots = self.live.slots(list(plan.specs))
+        self._slots = self.live.slots({name: spec.shape for name, spec in plan.specs.items()})
         self._device = torch.device(device)
         self._log = MemoryLog()
         self.inputs = {name: _content(source, self._selected(name)) for name, source in self._sources.items()}

@@ -17,7 +17,7 @@ from mergetool.methods.merge3 import Merge3
 from mergetool.search.engines import make_engine
 from mergetool.search.estimate import Estimate
 from mergetool.search.pareto import front
-from mergetool.search.space import Point, Space, Value
+from mergetool.search.space import Point, SearchSpace, Value
 from mergetool.tuning.calibration import Extract, Prepared
 from mergetool.tuning.scorer import REPORT, Scorer, Subject
 from mergetool.tuning.splits import Splits
@@ -59,7 +59,7 @@ class Loop:
     """One search. Deterministic in the recipe, the seed and the answers."""
 
     def __init__(
-        self, method: Merge3, space: Space, judge: Scorer, pools: Splits, seed: int, say: Callable[[str], None]
+        self, method: Merge3, space: SearchSpace, judge: Scorer, pools: Splits, seed: int, say: Callable[[str], None]
     ) -> None:
         self._method, self._space, self._judge, self._pools, self._seed = method, space, judge, pools, seed
         self._say = say

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mergetool.evaluate.items import Score
 from mergetool.search.interval import of_weighted_difference
-from mergetool.search.space import Space
+from mergetool.search.space import SearchSpace
 from mergetool.tuning.loop import History, Trial, Values
 from mergetool.tuning.scorer import REPORT, Scorer, Subject
 from mergetool.tuning.splits import Splits
@@ -16,7 +16,9 @@ from mergetool.tuning.splits import Splits
 PARENT_NAME = "parent.yaml"
 
 
-def facts_of(history: History, judge: Scorer, pools: Splits, space: Space, weights: Sequence[float]) -> dict[str, Any]:
+def facts_of(
+    history: History, judge: Scorer, pools: Splits, space: SearchSpace, weights: Sequence[float]
+) -> dict[str, Any]:
     """Everything about a finished search, JSON-able. Scores are lists with one number per task."""
     assert history.winner is not None
     mean = _Mean(weights)

@@ -22,7 +22,7 @@ from mergetool.tensors.source import open_model
 from mergetool.tensors.writer import partial_path
 
 if TYPE_CHECKING:
-    from mergetool.tuning.session import Found
+    from mergetool.tuning.session import Winner
 
 
 def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None) -> Result:
@@ -70,7 +70,7 @@ def _evaluated(recipe: Recipe, flags: Flags, result: Result) -> Result:
     return replace(result, notes={**result.notes, **dict.fromkeys(told, 1)})
 
 
-def _winner(recipe: Recipe, found: "Found", flags: Flags) -> tuple[Recipe, Flags]:
+def _winner(recipe: Recipe, found: "Winner", flags: Flags) -> tuple[Recipe, Flags]:
     """The recipe that merges what was found, and the flags for it."""
     merge = candidate_recipe(recipe, found.values)
     return merge, replace(flags, cache=flags.cache if merge.method.uses_factors else None)

@@ -38,7 +38,7 @@ _OPTIMISERS = ("numpy", "scipy", "cmaes", "pymoo")
 
 
 @dataclass(frozen=True)
-class Found:
+class Winner:
     """What a search found."""
 
     values: Values
@@ -50,7 +50,7 @@ class Found:
     """For people, and for the lock of what is merged."""
 
 
-def search(recipe: Recipe, folder: Path, flags: Flags, progress: Progress, team: Team) -> Found:
+def search(recipe: Recipe, folder: Path, flags: Flags, progress: Progress, team: Team) -> Winner:
     """Search, and write what was found into a folder."""
     method = recipe.method
     assert isinstance(method, Merge3)
@@ -80,7 +80,7 @@ def search(recipe: Recipe, folder: Path, flags: Flags, progress: Progress, team:
         cache.close()
     notes = (*_notes(facts, folder), *_about_spent(judge.spent, folder))
     told, lost = verdict(facts, shlex.quote(str(folder / PARENT_NAME)))
-    return Found(history.winner, judge.digest(history.winner), notes, (told,) if lost else ())
+    return Winner(history.winner, judge.digest(history.winner), notes, (told,) if lost else ())
 
 
 def _header(recipe: Recipe, candidates: Candidates, tasks: Sequence[TaskItems], pools: Splits) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mergetool.methods.base import Method
 
 if TYPE_CHECKING:
-    from mergetool.search.space import Space, Value
+    from mergetool.search.space import SearchSpace, Value
 
 
 class SearchMethod(Method):
@@ -20,7 +20,7 @@ class SearchMethod(Method):
         return ("search",)
 
     @abstractmethod
-    def space(self, models: Sequence[str]) -> "Space":
+    def space(self, models: Sequence[str]) -> "SearchSpace":
         """The numbers that are open, for these models."""
 
     @abstractmethod

@@ -7,8 +7,9 @@ import pytest
 import transformers
 from safetensors import safe_open
 
-from mergetool.arch.match import resolve
+from mergetool.arch import match
 from mergetool.errors import PlanError
+from mergetool.networks.trace import resolve
 from tests.arch.networks import TINY, randomised, transformer
 from tests.arch.test_trace import places
 
@@ -28,7 +29,7 @@ def test_the_derived_spec_of_a_file_is_the_one_written_by_hand(name, tmp_path):
     shapes, config = saved(model, tmp_path)
     spec = resolve("auto", shapes, config)
     assert set(spec.tensors) == set(shapes)
-    assert places(spec) == places(resolve(None, shapes, config))
+    assert places(spec) == places(match.resolve(None, shapes, config))
 
 
 def test_a_family_without_a_file_is_derived(tmp_path):
@@ -52,7 +53,7 @@ def test_images_of_any_size_are_traced_at_a_size_of_ours(tmp_path):
 
 def test_what_cannot_be_built_is_refused(tmp_path, monkeypatch):
     with pytest.raises(PlanError, match=r"there is no config\.json"):
-        resolve("auto", {"w": (2, 2)})
+        resolve("auto", {"w": (2, 2)}, {})
     with pytest.raises(PlanError, match=r"config\.json names no network that transformers knows"):
         resolve("auto", {"w": (2, 2)}, {"architectures": ["MartianForCausalLM"]})
     config = {**TINY, "max_position_embeddings": 16, "architectures": ["BertModel"], "model_type": "bert"}
@@ -63,4 +64,4 @@ def test_what_cannot_be_built_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(PlanError, match="transformers, which is not installed") as caught:
         resolve("auto", {}, config)
-    assert caught.value.fix == "pip install transformers"
+    assert caught.value.fix == "pip install 'mergetool[eval]'"
