@@ -24,8 +24,8 @@ from mergetool.errors import (
 if TYPE_CHECKING:
     from mergetool.api import load_bundle, load_recipe, merge_state_dicts, plan, run
     from mergetool.arch.derived import Architecture, derive_architecture
-    from mergetool.engine.result import Result
     from mergetool.methods.base import Method
+    from mergetool.outputs.result import Result
 
 __all__ = [
     "Architecture",
@@ -51,7 +51,7 @@ __all__ = [
 _LAZY = {
     "Architecture": "mergetool.arch.derived",
     "Method": "mergetool.methods.base",
-    "Result": "mergetool.engine.result",
+    "Result": "mergetool.outputs.result",
     "derive_architecture": "mergetool.arch.derived",
     "load_bundle": "mergetool.api",
     "load_recipe": "mergetool.api",

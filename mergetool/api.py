@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergetool.engine import Flags, Progress, Result
-from mergetool.evolve.run import run_recipe
-from mergetool.planner import Plan, make_plan
+from mergetool.planning import Plan, make_plan
 from mergetool.recipe import Recipe
 from mergetool.recipe import load_recipe as load_recipe
+from mergetool.tuning.run import run_recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergetool.bundle.model import MassModel
+    from mergetool.bundle.mass_model import MassModel
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
@@ -41,7 +41,7 @@ def load_bundle(path: str | Path, **options: Any) -> "MassModel":
     `options`: dtype (of the base and of the arithmetic), verify (compare every file with its SHA-256; default true),
     cache_bytes (what may be kept of groups of tasks between calls). Raises SourceError for a damaged bundle.
     """
-    from mergetool.bundle.model import load_bundle as load
+    from mergetool.bundle.mass_model import load_bundle as load
 
     return load(path, **options)
 

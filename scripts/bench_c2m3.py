@@ -29,8 +29,8 @@ from scipy.optimize import fminbound, linear_sum_assignment
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mergetool.arch.match import resolve
-from mergetool.kernels.frank_wolfe import Settings, align
-from mergetool.kernels.matching import Problem
+from mergetool.kernels.frank_wolfe import AlignmentSettings, align
+from mergetool.kernels.matching import MatchingProblem
 from mergetool.kernels.permute import Element
 
 WIDTHS = (64, 512, 512, 512, 10)
@@ -68,9 +68,9 @@ def trained_mlps(num_models: int) -> list[dict[str, torch.Tensor]]:
     return states
 
 
-def problem_of(states: list[dict[str, torch.Tensor]]) -> Problem:
+def problem_of(states: list[dict[str, torch.Tensor]]) -> MatchingProblem:
     spec = resolve("mlp", {name: tuple(x.shape) for name, x in states[0].items()})
-    return Problem.of(spec.spaces, spec.layouts(), models=states)
+    return MatchingProblem.of(spec.spaces, spec.layouts(), models=states)
 
 
 def time_models() -> None:
@@ -83,7 +83,7 @@ def time_models() -> None:
 
 def ours(states: list[dict[str, torch.Tensor]], iterations: int = 5, tolerance: float = 0.0) -> tuple[float, float]:
     """CPU and wall seconds of one iteration, on average."""
-    settings = Settings(starts=1, polish=False, iterations=iterations, tolerance=tolerance)
+    settings = AlignmentSettings(starts=1, polish=False, iterations=iterations, tolerance=tolerance)
     problem = problem_of(states)
     with Clock() as clock:
         found = align(problem, settings)

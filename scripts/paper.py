@@ -1,6 +1,6 @@
 """Merges that do not fit here, on paper: bytes, peak memory and expected time from plans alone.
 
-    python scripts/paper.py             eight models of 8B and two of 70B, on every machine of planner/duration.py
+    python scripts/paper.py             eight models of 8B and two of 70B, on every machine of planning/duration.py
     python scripts/paper.py --measure   the same figures beside what runs take here (two cores; some minutes)
 
 Plans are made from shapes without data (tensors on torch's `meta` device): nothing is read or written.
@@ -21,9 +21,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mergetool.planner import make_plan  # noqa: E402
-from mergetool.planner.duration import MACHINES, expected_seconds  # noqa: E402
-from mergetool.planner.estimate import estimate  # noqa: E402
+from mergetool.planning import make_plan  # noqa: E402
+from mergetool.planning.cost import estimate  # noqa: E402
+from mergetool.planning.duration import MACHINES, expected_seconds  # noqa: E402
 from mergetool.recipe import load_recipe  # noqa: E402
 from mergetool.tensors.source import MemorySource  # noqa: E402
 from tests.files import tensors, write_model, write_recipe  # noqa: E402

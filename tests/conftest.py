@@ -16,7 +16,7 @@ for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "H
     os.environ.setdefault(name, "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mergetool-tests-")
 
-FAST = ("kernels", "laws", "methods", "plan", "planner", "recipe", "search", "tensors", "test_house", "test_documents")
+FAST = ("kernels", "laws", "methods", "planning", "recipe", "search", "tensors", "test_house", "test_documents")
 """What `scripts/test --fast` runs: places whose tests start no process, train nothing and build no network."""
 LONG = {
     "methods/test_c2m3",

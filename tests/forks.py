@@ -19,8 +19,8 @@ from tests.held import JOURNALLED
 
 _SERVER = """
 import json, os, signal, sys
-import mergetool.cli.app, mergetool.cli.show, mergetool.engine, mergetool.planner, mergetool.engine.worker
-import mergetool.engine.fitting, torch.distributed, tests.held
+import mergetool.cli.app, mergetool.cli.show, mergetool.engine, mergetool.planning, mergetool.engine.worker
+import mergetool.engine.fit, torch.distributed, tests.held
 
 def kill_at(left, place):
     def hook(event, arguments):

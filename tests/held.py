@@ -10,7 +10,7 @@ import threading
 from importlib import import_module
 
 HELD = "import tests.held; tests.held.main()"
-JOURNALLED = "mergetool.engine.journal:Journal.unit"
+JOURNALLED = "mergetool.outputs.journal:Journal.unit"
 """Called when a unit is done."""
 
 

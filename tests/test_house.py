@@ -40,6 +40,15 @@ def test_functions_stay_short():
     assert long == {}
 
 
+def test_no_two_classes_have_one_name():
+    places = {}
+    for path, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(f"{path}:{node.lineno}")
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
 def test_only_the_command_line_prints():
     printing = [
         f"{path}:{node.lineno}"
@@ -87,6 +96,16 @@ def test_optional_packages_are_imported_late():
         if isinstance(node, ast.Import | ast.ImportFrom) and roots(node) & optional
     ]
     assert early == []
+
+
+def test_transformers_has_one_seam():
+    importing = [
+        str(path)
+        for path, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom) and "transformers" in roots(node)
+    ]
+    assert importing == ["mergetool/networks/library.py"]
 
 
 def roots(node):

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from mergetool.alignment.repair import Batch
-from mergetool.arch.auto import network_of
 from mergetool.arch.code import call
 from mergetool.errors import PlanError, SourceError
+from mergetool.networks.trace import network_of
 
 if TYPE_CHECKING:
-    from mergetool.methods.base import Models
+    from mergetool.methods.families.fitted import Models
 
 BATCH = 100
 

@@ -9,13 +9,13 @@ Weighting = Literal["none", "per-tensor"]
 WEIGHTING_HELP = "`per-tensor`: every tensor counts alike; `none`: large tensors (embeddings) count more"
 
 
-class Section(BaseModel):
+class _Strict(BaseModel):
     """One mapping of the recipe: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Align(Section):
+class Align(_Strict):
     """How C2M3 searches for the permutations."""
 
     mode: Literal["joint", "block"] = Field("joint", description="all models move together, or one at a time")
@@ -38,7 +38,7 @@ class Align(Section):
         return self
 
 
-class Repair(Section):
+class Repair(_Strict):
     """Whether and how the merged network gets its parents' activations back."""
 
     mode: Literal["none", "bn-stats", "full"] = Field(

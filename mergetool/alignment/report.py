@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergetool.alignment.task import Task
-from mergetool.kernels.frank_wolfe import Step
+from mergetool.alignment.task import AlignmentTask
+from mergetool.kernels.frank_wolfe import Iteration
 from mergetool.kernels.matching import objective
 from mergetool.kernels.permute import Element
 from mergetool.kernels.weight_matching import hard_point
 
 
 def report_of(
-    task: Task, method: str, elements: Mapping[str, Element], history: Sequence[Step | float]
+    task: AlignmentTask, method: str, elements: Mapping[str, Element], history: Sequence[Iteration | float]
 ) -> dict[str, Any]:
     """A JSON-able report: objective, its history, the share of coordinates moved, distances before and after.
 
@@ -26,8 +26,8 @@ def report_of(
     before, after = (objective(task.problem, hard_point(task.problem, each)) for each in (identity, home))
     digits = 8 - math.frexp(max(abs(before), abs(after)))[1] * 3 // 10  # about nine that count
 
-    def shown(row: Step | float) -> object:
-        if not isinstance(row, Step):
+    def shown(row: Iteration | float) -> object:
+        if not isinstance(row, Iteration):
             return round(row, digits)
         return {"objective": round(row.objective, digits), "gap": round(row.gap, digits), "step": round(row.length, 6)}
 
@@ -55,7 +55,7 @@ def _moved(element: Element) -> dict[str, float]:
     return shares
 
 
-def _distances(task: Task, home: Sequence[Element]) -> list[list[float]]:
+def _distances(task: AlignmentTask, home: Sequence[Element]) -> list[list[float]]:
     """Between every two models: |W_i - W_j| / sqrt(|W_i| |W_j|) over all matched tensors."""
     num_models = len(home)
     products = torch.zeros(num_models, num_models, dtype=torch.float64)
@@ -69,7 +69,7 @@ def _distances(task: Task, home: Sequence[Element]) -> list[list[float]]:
     return [[round(float(value), 6) for value in row] for row in (squared / scale).sqrt()]
 
 
-def _residual(task: Task, home: Sequence[Element]) -> float:
+def _residual(task: AlignmentTask, home: Sequence[Element]) -> float:
     """The largest difference in any tensor of a model that was carried to the universe and back."""
     back = [element.inverse() for element in home]
     return max(

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mergetool.arch.bind import architectures
-from mergetool.arch.match import resolve
 from mergetool.arch.spec import ArchSpec, check_shapes
 from mergetool.errors import PlanError
 from mergetool.kernels.frank_wolfe import HELD
-from mergetool.kernels.matching import Problem, waiting_scores
+from mergetool.kernels.matching import MatchingProblem, waiting_scores
 from mergetool.kernels.pieces import cut, face_size, families
 from mergetool.kernels.spaces import Layout
+from mergetool.networks.trace import prove_for_config, resolve
 from mergetool.tensors.io import bytes_of
 
 if TYPE_CHECKING:
-    from mergetool.methods.base import Headers, Models
+    from mergetool.methods.base import Headers
+    from mergetool.methods.families.fitted import Models
 
 KEPT_BYTES = 2 << 30
 """Models that together need no more than this (as float32) are held in memory while they are aligned."""
@@ -38,12 +39,12 @@ may not fit into: glibc raises its threshold up to here. How much is lost to gap
 
 
 @dataclass(frozen=True)
-class Task:
+class AlignmentTask:
     """Models to align, in the order of their contents: `problem.models[i]` is the model called `names[i]`."""
 
     spec: ArchSpec
     names: tuple[str, ...]
-    problem: Problem
+    problem: MatchingProblem
     proof: float | None = None
     """Largest relative change of the network's outputs under the spec, where it is a file of the user's own."""
 
@@ -90,8 +91,8 @@ def spec_of(models: "Models | Headers") -> ArchSpec:
     return spec
 
 
-def task_of(models: "Models", *, weighting: str = "none") -> Task:
-    """The task that the models of a run pose. `weighting`: "none" or "per-tensor" (see `Problem.of`).
+def task_of(models: "Models", *, weighting: str = "none") -> AlignmentTask:
+    """The task that the models of a run pose. `weighting`: "none" or "per-tensor" (see `MatchingProblem.of`).
 
     Raises PlanError for an unknown architecture, for models that do not fit it, and for a file of the user's own that
     would change what the network computes.
@@ -103,8 +104,8 @@ def task_of(models: "Models", *, weighting: str = "none") -> Task:
     weights = {name: Weights(models, name, layouts, keep=size <= KEPT_BYTES) for name in models.names}
     names = tuple(sorted(weights, key=lambda name: _content(weights[name])))
     ordered = [weights[name] for name in names]
-    problem = Problem.of(spec.spaces, layouts, models=ordered, per_tensor=weighting == "per-tensor")
-    return Task(spec, names, problem, proof)
+    problem = MatchingProblem.of(spec.spaces, layouts, models=ordered, per_tensor=weighting == "per-tensor")
+    return AlignmentTask(spec, names, problem, proof)
 
 
 def search_bytes(spec: ArchSpec, num_models: int, threads: int) -> int:
@@ -133,8 +134,6 @@ def _prove(spec: ArchSpec, models: "Models") -> float | None:
     if not architectures(models.config):
         models.say("the architecture file was checked by shapes alone: no config.json tells a network to try it on")
         return None
-    from mergetool.arch.auto import prove_for_config
-
     return prove_for_config(spec, models.shapes, models.config)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergetool.arch.language import Axis, Family, SpaceRule, Term, fill, parse_axes, pattern
+from mergetool.arch.language import ArchFamily, Axis, SpaceRule, Term, fill, parse_axes, pattern
 from mergetool.errors import PlanError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -37,7 +37,7 @@ class Instance:
         return fill(self.rule.within, self.holes) if self.rule.within else None
 
 
-def covers(family: Family, shapes: Shapes) -> bool:
+def covers(family: ArchFamily, shapes: Shapes) -> bool:
     """Whether the family requires something, finds it all, and describes every tensor that has an axis."""
     if not family.requires:
         return False
@@ -48,7 +48,7 @@ def covers(family: Family, shapes: Shapes) -> bool:
     return not any(shape and _find(family, name) is None for name, shape in shapes.items())
 
 
-def bind(family_name: str, family: Family, name: str, shape: tuple[int, ...]) -> Bound:
+def bind(family_name: str, family: ArchFamily, name: str, shape: tuple[int, ...]) -> Bound:
     """The tensor with the axes that its entry gives it. Raises PlanError if there is none, or their number differs."""
     found = _find(family, name)
     if found is None and shape:
@@ -69,7 +69,7 @@ def bind(family_name: str, family: Family, name: str, shape: tuple[int, ...]) ->
     return Bound(name, shape, tuple(_filled(axis, holes) for axis in axes), matched)
 
 
-def instances_of(family: Family, bound: list[Bound]) -> dict[str, Instance]:
+def instances_of(family: ArchFamily, bound: list[Bound]) -> dict[str, Instance]:
     """Every space that occurs, in the order of the file, then of its numbers."""
     found: dict[str, Instance] = {}
     terms = (term for tensor in bound for axis in tensor.axes for segment in axis for term in segment)
@@ -86,7 +86,7 @@ def instances_of(family: Family, bound: list[Bound]) -> dict[str, Instance]:
     return dict(sorted(found.items(), key=lambda item: (item[1].order, tuple(item[1].holes.values()), item[0])))
 
 
-def instance_of(family: Family, name: str) -> Instance | None:
+def instance_of(family: ArchFamily, name: str) -> Instance | None:
     """The space of this name, if the family declares it."""
     for order, (template, rule) in enumerate(family.spaces.items()):
         holes = holes_of(template, name)
@@ -108,7 +108,7 @@ def architectures(config: Mapping[str, Any]) -> list[str]:
     return [name for name in named if isinstance(name, str)]
 
 
-def variant_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+def variant_sizes(family: ArchFamily, config: Mapping[str, Any]) -> dict[str, int]:
     """What the family knows of a network of this name that config.json does not say."""
     for glob, sizes in family.variants.items():
         if any(fnmatch.fnmatchcase(name, glob) for name in architectures(config)):
@@ -116,12 +116,12 @@ def variant_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     return {}
 
 
-def any_prefix(family: Family) -> str:
+def any_prefix(family: ArchFamily) -> str:
     """A regular expression for whatever may stand before a name."""
     return "(?:" + "|".join(re.escape(prefix) for prefix in family.prefixes) + ")"
 
 
-def _find(family: Family, name: str) -> tuple[str, dict[str, int], bool] | None:
+def _find(family: ArchFamily, name: str) -> tuple[str, dict[str, int], bool] | None:
     """The layouts written for a tensor, the holes of its template, and whether it is matched."""
     for templates, matched in ((family.tensors, True), (family.buffers, False)):
         for template, axes in templates.items():

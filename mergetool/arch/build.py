@@ -26,14 +26,14 @@ from mergetool.arch.bind import (
     variant_sizes,
 )
 from mergetool.arch.depth import block_depths
-from mergetool.arch.language import Family, Identity, Term, fill, pattern
+from mergetool.arch.language import ArchFamily, Identity, Term, fill, pattern
 from mergetool.arch.sizes import Sizes
-from mergetool.arch.spec import ArchSpec, TensorSpec, check
+from mergetool.arch.spec import ArchSpec, TensorAxes, check
 from mergetool.errors import PlanError, at
 from mergetool.kernels.spaces import Factor, Layout, Segment, Space
 
 
-def build(name: str, family: Family, shapes: Shapes, config: Mapping[str, Any]) -> ArchSpec:
+def build(name: str, family: ArchFamily, shapes: Shapes, config: Mapping[str, Any]) -> ArchSpec:
     """The spec of a checkpoint with these shapes and this config.json (`{}` if there is none).
 
     Raises PlanError for a tensor that the family does not describe, a size that nothing tells, and any axis that
@@ -54,7 +54,7 @@ def build(name: str, family: Family, shapes: Shapes, config: Mapping[str, Any]) 
     depths = block_depths(shapes, [re.compile(any_prefix(family) + pattern(b).pattern) for b in family.layers])
     tied, aliases = _tied(family, shapes, config)
     tensors = {
-        tensor.name: TensorSpec(
+        tensor.name: TensorAxes(
             tensor.shape,
             tuple(_layout(tensor, axis, sizes, factors) for axis in range(len(tensor.shape))),
             matched=tensor.matched and tensor.name not in aliases,
@@ -66,7 +66,10 @@ def build(name: str, family: Family, shapes: Shapes, config: Mapping[str, Any]) 
 
 
 def _joined(
-    family: Family, instances: dict[str, Instance], sizes: dict[str, int], applies: Callable[[Identity, Holes], bool]
+    family: ArchFamily,
+    instances: dict[str, Instance],
+    sizes: dict[str, int],
+    applies: Callable[[Identity, Holes], bool],
 ) -> dict[str, Layout]:
     """For every space the layout that stands for it: itself, another it is the same as, or that one padded.
 
@@ -107,7 +110,7 @@ def _widened(
     return (*layouts.get(f"{space}.front", ()), *layouts[target], *layouts.get(f"{space}.back", ()))
 
 
-def _present(family: Family, templates: list[str], holes: Holes, shapes: Shapes) -> bool:
+def _present(family: ArchFamily, templates: list[str], holes: Holes, shapes: Shapes) -> bool:
     """Whether one of the tensors is there."""
     names = [fill(template, holes) for template in templates]
     return any(prefix + name in shapes for name in names for prefix in family.prefixes)
@@ -152,7 +155,9 @@ def _written_out(segment: tuple[Term, ...], rest: int, layouts: Mapping[str, Lay
     return expanded
 
 
-def _tied(family: Family, shapes: Shapes, config: Mapping[str, Any]) -> tuple[tuple[tuple[str, ...], ...], set[str]]:
+def _tied(
+    family: ArchFamily, shapes: Shapes, config: Mapping[str, Any]
+) -> tuple[tuple[tuple[str, ...], ...], set[str]]:
     """Groups of stored names that are one tensor, and those of them that need no matching of their own."""
     tied: list[tuple[str, ...]] = []
     for tie in family.tied:

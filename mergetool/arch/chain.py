@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
-from mergetool.arch.spec import ArchSpec, TensorSpec, check
+from mergetool.arch.spec import ArchSpec, TensorAxes, check
 from mergetool.errors import PlanError
 from mergetool.kernels.spaces import Factor, Layout, Space
 
@@ -36,11 +36,11 @@ def build_chain(name: str, kinds: Iterable[str], shapes: Shapes) -> ArchSpec:
     tensors = {w: _weight(order, k, shapes) for k, w in enumerate(order)}
     for tensor, shape in shapes.items():
         if not shape:
-            tensors[tensor] = TensorSpec((), (), matched=False)
+            tensors[tensor] = TensorAxes((), (), matched=False)
         elif tensor not in tensors:
             layer = _owner(name, tensor, order, shapes)
             matched = tensor.rsplit(".", 1)[-1] not in _RUNNING
-            tensors[tensor] = TensorSpec(tuple(shape), (_units(order, layer, shapes),), matched, (layer, len(order)))
+            tensors[tensor] = TensorAxes(tuple(shape), (_units(order, layer, shapes),), matched, (layer, len(order)))
     return check(ArchSpec(name, spaces, dict(sorted(tensors.items()))))
 
 
@@ -49,7 +49,7 @@ def _units(order: list[str], layer: int, shapes: Shapes) -> Layout:
     return ((Factor(size, f"hidden.{layer}" if layer < len(order) - 1 else None),),)
 
 
-def _weight(order: list[str], layer: int, shapes: Shapes) -> TensorSpec:
+def _weight(order: list[str], layer: int, shapes: Shapes) -> TensorAxes:
     shape = tuple(shapes[order[layer]])
     columns: Layout = ((Factor(shape[1]),),)
     if layer:
@@ -57,7 +57,7 @@ def _weight(order: list[str], layer: int, shapes: Shapes) -> TensorSpec:
         pixels = (Factor(shape[1] // units),) if shape[1] > units else ()
         columns = ((Factor(units, f"hidden.{layer - 1}"), *pixels),)
     kernel = tuple(((Factor(size),),) for size in shape[2:])
-    return TensorSpec(shape, (_units(order, layer, shapes), columns, *kernel), depth=(layer, len(order)))
+    return TensorAxes(shape, (_units(order, layer, shapes), columns, *kernel), depth=(layer, len(order)))
 
 
 def _order(name: str, weights: list[str], shapes: Shapes) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergetool.arch.bind import Shapes
-from mergetool.arch.spec import ArchSpec
+from mergetool.arch.spec import ArchSpec, renamed
 from mergetool.errors import PlanError
 
 if TYPE_CHECKING:
@@ -53,7 +53,6 @@ def derive_from_code(path: Path, function: str, shapes: Shapes) -> ArchSpec:
 
     Raises PlanError if the function fails, or its network has not the tensors of the checkpoint.
     """
-    from mergetool.arch.auto import renamed
     from mergetool.arch.trace import derive
 
     where = f"architecture: {path.name}:{function}"

@@ -13,7 +13,7 @@ the space x but without its signs.
 
 `spaces` declares every name used: its symmetry (permutation, signed, flip, fixed), the outer space it lies `within`,
 and, where shapes alone cannot tell, its `size`: a number or arithmetic on keys of config.json; of a list, the first
-whose keys are all known. `sizes` gives or overrides such keys. The other sections are told in `Family`.
+whose keys are all known. `sizes` gives or overrides such keys. The other sections are told in `ArchFamily`.
 
 A whole file, for two linear layers around one hidden layer:
 
@@ -89,7 +89,7 @@ class Match(_Strict):
     architectures: list[str] = []
 
 
-class Family(_Strict):
+class ArchFamily(_Strict):
     """One architecture file.
 
     `extends`: a family or file to start from; mappings are joined, what is said here wins.
@@ -238,14 +238,14 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def read_family(path: Path, find: Callable[[str, Path], Path]) -> Family:
+def read_family(path: Path, find: Callable[[str, Path], Path]) -> ArchFamily:
     """Read an architecture file, and what it extends (`find(name, path)` locates that file).
 
     Raises PlanError naming the file and the entry.
     """
     content = _read(path, find, ())
     try:
-        family = Family.model_validate(content)
+        family = ArchFamily.model_validate(content)
         for name, axes in {**family.tensors, **family.buffers}.items():
             _check_names(family, name, parse_axes(axes))
     except ValidationError as error:
@@ -281,7 +281,7 @@ def _both_maps(first: Mapping[str, Any], second: Mapping[str, Any], key: str) ->
     return isinstance(first.get(key), dict) and isinstance(second.get(key), dict)
 
 
-def _check_names(family: Family, name: str, axes: Sequence[Axis]) -> None:
+def _check_names(family: ArchFamily, name: str, axes: Sequence[Axis]) -> None:
     declared = [pattern(template) for template in family.spaces]
     holes = dict.fromkeys(pattern(name).groupindex, 7)
     for term in (term for axis in axes for segment in axis for term in segment if term.space is not None):

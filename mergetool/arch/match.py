@@ -18,8 +18,8 @@ from mergetool.arch.build import build
 from mergetool.arch.chain import build_chain
 from mergetool.arch.code import code_of, derive_from_code
 from mergetool.arch.depth import structural_depths
-from mergetool.arch.language import Family, read_family
-from mergetool.arch.spec import ArchSpec, TensorSpec, check_structure
+from mergetool.arch.language import ArchFamily, read_family
+from mergetool.arch.spec import ArchSpec, TensorAxes, check_structure
 from mergetool.errors import PlanError
 from mergetool.kernels.spaces import Factor
 
@@ -27,7 +27,7 @@ _DATA = Path(str(files("mergetool.arch") / "data"))
 
 
 @cache
-def families() -> dict[str, Family]:
+def families() -> dict[str, ArchFamily]:
     """The families that come with the tool, by name."""
     return {path.stem: read_family(path, _locate) for path in sorted(_DATA.glob("*.yaml"))}
 
@@ -35,9 +35,9 @@ def families() -> dict[str, Family]:
 def resolve(architecture: str | None, shapes: Shapes, config: Mapping[str, Any] | None = None) -> ArchSpec:
     """The spec of a checkpoint with these shapes.
 
-    `architecture`: a family, the path of an architecture file, "auto" (build and trace the network that config.json
-    names), FILE.py:FUNCTION (trace the one that the function returns; runs that code), or None: the family that
-    config.json or the names tell.
+    `architecture`: a family, the path of an architecture file, FILE.py:FUNCTION (trace the network that the function
+    returns; runs that code), or None: the family that config.json or the names tell. For "auto", which needs
+    transformers, ask `mergetool.networks.trace`.
     Raises PlanError if nothing fits, naming the tensor and the axis where it is the shapes that do not.
     """
     config = config or {}
@@ -51,11 +51,6 @@ def resolve(architecture: str | None, shapes: Shapes, config: Mapping[str, Any] 
                 "architecture file",
             )
         return _build(name, families()[name], shapes, config)
-    if architecture == "auto":
-        # The only way in that needs torch.
-        from mergetool.arch.auto import derive_from_config
-
-        return derive_from_config(shapes, config)
     if code := code_of(architecture):
         return derive_from_code(Path(code[0]), code[1], shapes)
     if architecture in families():
@@ -102,13 +97,13 @@ def structural(shapes: Shapes) -> ArchSpec:
     """Names and shapes only: every axis fixed, depth told by the integers in the names."""
     depths = structural_depths(shapes)
     tensors = {
-        name: TensorSpec(tuple(shape), tuple(((Factor(size),),) for size in shape), False, depths[name])
+        name: TensorAxes(tuple(shape), tuple(((Factor(size),),) for size in shape), False, depths[name])
         for name, shape in sorted(shapes.items())
     }
     return ArchSpec("structural", {}, tensors)
 
 
-def _build(name: str, family: Family, shapes: Shapes, config: Mapping[str, Any]) -> ArchSpec:
+def _build(name: str, family: ArchFamily, shapes: Shapes, config: Mapping[str, Any]) -> ArchSpec:
     spec = build_chain(name, family.chain, shapes) if family.chain else build(name, family, shapes, config)
     check_structure(spec)
     return spec

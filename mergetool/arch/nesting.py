@@ -26,7 +26,7 @@ from mergetool.arch.atoms import (
 )
 from mergetool.arch.call import Value
 from mergetool.arch.depth import structural_depths
-from mergetool.arch.spec import ArchSpec, TensorSpec, check
+from mergetool.arch.spec import ArchSpec, TensorAxes, check
 from mergetool.kernels.spaces import Factor, Layout, Space
 
 
@@ -50,7 +50,7 @@ def spec_of(weights: Mapping[str, Tensor], parameters: Mapping[int, Value], valu
         same.setdefault(id(tensor), []).append(name)
     depths = structural_depths(weights)
     tensors = {
-        name: TensorSpec(
+        name: TensorAxes(
             tuple(tensor.shape),
             tuple(_layout(axis, names) for axis in axes[name]),
             matched=isinstance(tensor, nn.Parameter) and same[id(tensor)][0] == name,

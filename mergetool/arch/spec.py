@@ -13,7 +13,7 @@ mathematics is told; here they get the names of tensors.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from mergetool.errors import PlanError
 from mergetool.kernels.spaces import (
@@ -29,7 +29,7 @@ from mergetool.kernels.spaces import (
 
 
 @dataclass(frozen=True)
-class TensorSpec:
+class TensorAxes:
     """One tensor: its shape and the layout of each axis (`()` for a scalar).
 
     `matched=False`: moved like the others, but left out when models are compared: running statistics, and the second
@@ -52,7 +52,7 @@ class ArchSpec:
 
     family: str
     spaces: Mapping[str, Space]
-    tensors: Mapping[str, TensorSpec]
+    tensors: Mapping[str, TensorAxes]
     tied: tuple[tuple[str, ...], ...] = ()
 
     @property
@@ -95,6 +95,17 @@ class ArchSpec:
     def _moves(self, layout: Layout) -> bool:
         named = (factor.space for segment in layout for factor in segment if factor.space is not None)
         return any(self.spaces[name].symmetry != "fixed" for name in named)
+
+
+def renamed(spec: ArchSpec, names: Mapping[str, str]) -> ArchSpec:
+    """The spec of a file: its names, and of several names of one tensor those that it stores."""
+    in_file = {names[name]: tensor for name, tensor in spec.tensors.items() if name in names}
+    tied = []
+    for group in spec.tied:
+        stored = tuple(dict.fromkeys(names[name] for name in group if name in names))
+        in_file |= {name: replace(in_file[name], matched=k == 0) for k, name in enumerate(stored)}
+        tied += [stored] if len(stored) > 1 else []
+    return replace(spec, tensors=in_file, tied=tuple(tied))
 
 
 def check(spec: ArchSpec) -> ArchSpec:

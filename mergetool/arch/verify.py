@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mergetool.arch.apply import transform
-from mergetool.arch.spec import ArchSpec, TensorSpec
+from mergetool.arch.spec import ArchSpec, TensorAxes
 from mergetool.errors import PlanError
 from mergetool.kernels.permute import Element
 from mergetool.kernels.spaces import Factor, Group, Layout, ancestors
@@ -196,7 +196,7 @@ def _suspects(
 
 
 def _changes(
-    spec: ArchSpec, tensor: TensorSpec, axis: int, layout: Layout, names: set[str]
+    spec: ArchSpec, tensor: TensorAxes, axis: int, layout: Layout, names: set[str]
 ) -> Iterator[tuple[str, tuple[Layout, ...]]]:
     """Ways to alter one axis: leave a space out, drop or apply its signs, or put it on an axis that is fixed."""
 

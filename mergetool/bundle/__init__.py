@@ -3,12 +3,10 @@
     manifest  what a bundle holds            build    from experts to a folder
     store     factors, computed once         verify   is it what it says
     factors   groups of tasks                grouped  one pass, every sample with its group's weights
-    model     load_bundle -> MassModel       hf       the seam to transformers
-    local     weights that one thread sees    classes  experts that are classes of transformers
-    present   what is an expert's own        replay   their code, run on what the shared network said
-    match     names of base and expert       answer   whose head answers
-    pieces    what transformers joins and divides
-    expert    one compressed expert as a model that any method can read
+    model     load_bundle -> MassModel       local    weights that one thread sees
+    classes   experts that are classes of    replay   their code, run on what the shared network said
+              transformers                   answer   whose head answers
+    present   what is an expert's own        expert   one compressed expert as a model that any method can read
 
 Usable by itself: nothing here knows of recipes, plans or runs.
 """

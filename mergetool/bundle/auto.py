@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 
-from mergetool.bundle.hf import transformers
-from mergetool.bundle.model import load_bundle
+from mergetool.bundle.mass_model import load_bundle
+from mergetool.networks.library import library
+
+_TRANSFORMERS = library("running a bundle", "bundle")
+_CONFIG: Any = _TRANSFORMERS.PretrainedConfig
+_MODEL: Any = _TRANSFORMERS.PreTrainedModel
 
 
-class MassConfig(transformers.PretrainedConfig):  # type: ignore[no-untyped-call]
+class MassConfig(_CONFIG):  # type: ignore[misc]
     """config.json of a bundle: the base's config inside."""
 
     model_type = "mass"
@@ -26,16 +30,16 @@ class MassConfig(transformers.PretrainedConfig):  # type: ignore[no-untyped-call
         self.base_config = base_config or {}
 
 
-class AutoMassModel(transformers.PreTrainedModel):  # type: ignore[no-untyped-call]
+class AutoMassModel(_MODEL):  # type: ignore[misc]
     """What AutoModel finds under the model type "mass". `from_pretrained` gives a `mergetool.bundle.MassModel`."""
 
     config_class = MassConfig
 
     @classmethod
-    def from_pretrained(cls, path: Any, *_: Any, dtype: Any = None, **__: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(cls, path: Any, *_: Any, dtype: Any = None, **__: Any) -> Any:
         """Open a bundle folder; as `mergetool.load_bundle`."""
         return load_bundle(Path(path), dtype=dtype if isinstance(dtype, torch.dtype) else None)
 
 
-transformers.AutoConfig.register("mass", MassConfig, exist_ok=True)
-transformers.AutoModel.register(MassConfig, AutoMassModel, exist_ok=True)
+_TRANSFORMERS.AutoConfig.register("mass", MassConfig, exist_ok=True)
+_TRANSFORMERS.AutoModel.register(MassConfig, AutoMassModel, exist_ok=True)

@@ -14,15 +14,14 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
-from urllib.parse import quote
 
 import torch
 from torch import Tensor
 
 from mergetool._version import __version__
 from mergetool.arch.depth import structural_depths
-from mergetool.arch.matrices import is_attention_output, is_matrix
-from mergetool.bundle.files import CONFIG_NAME, TensorWriter, copy_model, single_name
+from mergetool.arch.matrices import is_attention_output
+from mergetool.bundle.files import CONFIG_NAME, TensorWriter, copy_files, factors_path, model_files, single_name
 from mergetool.bundle.heads import write_class_head, write_head
 from mergetool.bundle.manifest import (
     MANIFEST_NAME,
@@ -35,6 +34,7 @@ from mergetool.bundle.manifest import (
     Task,
 )
 from mergetool.bundle.options import Experts, HeadSource, Options
+from mergetool.bundle.ranks import columns, factor_specs, full_spec, is_worthwhile, most_directions
 from mergetool.bundle.store import FactorStore
 from mergetool.errors import MergeError, PlanError
 from mergetool.kernels.routing import cosines, without_duplicates
@@ -44,10 +44,9 @@ from mergetool.kernels.spectral import (
     interference,
     kept,
     orthogonalised,
-    rank_limit,
     ranks_within,
 )
-from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME, torch_dtype
+from mergetool.tensors.dtypes import BY_TORCH_NAME, torch_dtype
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.side_files import read_config
@@ -108,7 +107,7 @@ class _Work:
     def cost(self, name: str) -> int:
         """About what the factors of a tensor cost."""
         shape = self.experts.shapes[name]
-        return math.prod(shape) * (1 + self._most(name, shape))
+        return math.prod(shape) * (1 + most_directions(name, shape, self.options, len(self.experts.names)))
 
     def factor(self, name: str) -> tuple[Parameter, list[Tensor]]:
         """Decide how a tensor is kept, and put its factors into the store. Also all tasks' singular values."""
@@ -116,11 +115,11 @@ class _Work:
         deltas = self._deltas(name)
         if not any(bool(delta.any()) for delta in deltas):
             return Parameter(policy="skip", shape=shape), []
-        most = self._most(name, shape)
+        most = most_directions(name, shape, self.options, len(self.experts.names))
         if most == 0:
             return Parameter(policy="full", shape=shape), []
         factors = [kept(self.store.factors(delta.flatten(1), most), self.options.rank) for delta in deltas]
-        if not self._worthwhile(shape, max(each.rank for each in factors)):
+        if not is_worthwhile(shape, max(each.rank for each in factors), self.options):
             return Parameter(policy="full", shape=shape), []
         parameter = Parameter(
             policy="svd",
@@ -141,7 +140,7 @@ class _Work:
         base = sum(spec.num_bytes for spec in self.experts.sources["base"].specs.values())
         full = [torch.Size(each.shape).numel() for each in parameters.values() if each.policy == "full"]
         budget = int(self.options.size * base) - width * sum(full) * len(self.experts.names)
-        costs = [width * (parameters[name].shape[0] + _columns(parameters[name].shape)) + 4 for name, _ in spectra]
+        costs = [width * (parameters[name].shape[0] + columns(parameters[name].shape)) + 4 for name, _ in spectra]
         ranks: dict[str, list[int]] = {}
         for (name, _), rank in zip(spectra, ranks_within([s for _, s in spectra], costs, budget), strict=True):
             ranks.setdefault(name, []).append(rank)
@@ -158,20 +157,6 @@ class _Work:
             deltas.append(delta)
         return deltas
 
-    def _most(self, name: str, shape: tuple[int, ...]) -> int:
-        """Directions kept of one task; 0 where it is no matrix, or as factors neither smaller nor fit for routing."""
-        if not is_matrix(name, shape, self.options.filter, conv=self.options.conv):
-            return 0
-        size = min(shape[0], _columns(shape))
-        most = rank_limit(self.options.rank, size, len(self.experts.names))
-        return most if isinstance(self.options.rank, Mapping) or self._worthwhile(shape, most) else 0
-
-    def _worthwhile(self, shape: tuple[int, ...], rank: int) -> bool:
-        """Whether factors of this rank are smaller than the matrix, or fit for routing."""
-        rows, columns = shape[0], _columns(shape)
-        smaller = rank * (rows + columns + 1) < rows * columns
-        return smaller or (self.options.kind == "mass" and rank < min(rows, columns))
-
     def _stored(self, name: str, parameters: Mapping[str, Parameter]) -> list[Factors]:
         """Every task's factors of a tensor, from the store, rounded as they are written."""
         most = max(*parameters[name].ranks, 1)
@@ -185,18 +170,13 @@ class _Work:
     def write_factors(self, task: str, parameters: Mapping[str, Parameter]) -> str:
         """Write one task's file; its path in the bundle."""
         place = self.experts.names.index(task)
-        specs, dtype = [], BY_TORCH_NAME[self.options.dtype]
+        specs: list[TensorSpec] = []
         for name, parameter in parameters.items():
             if parameter.policy == "svd" and (rank := parameter.ranks[place]):
-                rows, columns = parameter.shape[0], _columns(parameter.shape)
-                specs += [
-                    TensorSpec(f"{name}.U", dtype, (rows, rank)),
-                    TensorSpec(f"{name}.Vh", dtype, (rank, columns)),
-                ]
-                specs += [TensorSpec(f"{name}.S", BY_NAME["F32"], (rank,))]
+                specs += factor_specs(name, parameter.shape, rank, self.options)
             elif parameter.policy == "full":
-                specs += [TensorSpec(f"{name}.delta", dtype, parameter.shape)]
-        path = f"factors/{quote(task, safe='')}.safetensors"
+                specs += [full_spec(name, parameter.shape, self.options)]
+        path = factors_path(task)
         with TensorWriter(self.folder, path, specs) as writer:
             for name, parameter in parameters.items():
                 if parameter.policy == "skip" or (parameter.policy == "svd" and not parameter.ranks[place]):
@@ -295,7 +275,7 @@ class _Work:
             files = source.files
             place = source.folder or files[0].path
             return Base(kind="reference", path=str(place.absolute()), files=digests)
-        copy_model(source, self.folder / "base")
+        copy_files(model_files(source), self.folder / "base")
         if source.folder is None:
             digests = {single_name(source.files[0].path): digest for digest in digests.values()}
         return Base(kind="copy", path="base", files=digests)
@@ -342,10 +322,6 @@ def bundle_config(base: Mapping[str, object]) -> dict[str, object]:
         "auto_map": {"AutoConfig": "modeling_mass.MassConfig", "AutoModel": "modeling_mass.AutoMassModel"},
         "base_config": dict(base),
     }
-
-
-def _columns(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape[1:]).numel()
 
 
 def _torch(name: str) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch
 
 from mergetool.bundle.calibration import CALIBRATION_NAME, Calibration
 from mergetool.bundle.manifest import MANIFEST_NAME
-from mergetool.bundle.model import MassModel
+from mergetool.bundle.mass_model import MassModel
 from mergetool.bundle.rows import inputs_of
 from mergetool.errors import SourceError
 from mergetool.kernels.routing import fit_offsets

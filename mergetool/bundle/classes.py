@@ -29,7 +29,7 @@ from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import ModelSource, open_model
 
 if TYPE_CHECKING:
-    from mergetool.bundle.hf import LoadedBase
+    from mergetool.networks.build import LoadedModel
 
 _UNUSED = ("labels", "start_positions", "end_positions", "next_sentence_label")
 """Inputs for training."""
@@ -61,21 +61,21 @@ class ClassNetwork(nn.Module):
     """One network, and the tasks that read it."""
 
     def __init__(
-        self, loaded: "LoadedBase", layout: Mapping[str, str], owns: Sequence[_Own], factors: TaskFactors
+        self, loaded: "LoadedModel", layout: Mapping[str, str], owns: Sequence[_Own], factors: TaskFactors
     ) -> None:
         """`layout`: names in the base by name in the expert."""
         super().__init__()
         self.base = loaded.model
-        self.names = {name: layout[own] for name, own in loaded.names.items() if own in layout}
-        own = [name for name, stored in loaded.names.items() if stored in owns[0].tensors]
+        self.names = {name: layout[own] for name, own in loaded.places.names.items() if own in layout}
+        own = {name: stored for name, stored in loaded.places.names.items() if stored in owns[0].tensors}
         shared = shared_parts(loaded.model, own)
-        pieces = {
+        fragments = {
             name: tuple(replace(each, name=layout[each.name]) for each in made)
-            for name, made in loaded.pieces.items()
+            for name, made in loaded.places.fragments.items()
             if all(each.name in layout for each in made)
         }
-        self.grouped = GroupedModel(loaded.model, self.names, factors, pieces, set(layout.values()))
-        self._recorder = Recorder(loaded.model, shared, [name for name in own if loaded.names[name] not in layout])
+        self.grouped = GroupedModel(loaded.model, self.names, factors, fragments, set(layout.values()))
+        self._recorder = Recorder(loaded.model, shared, [name for name, stored in own.items() if stored not in layout])
         self._player = Player()
         self.readers = nn.ModuleDict({str(each.task): _reader(each, loaded, shared, self._player) for each in owns})
         self._kinds: dict[int, HeadKind] = {each.task: each.head.kind for each in owns}
@@ -146,13 +146,13 @@ def _network(
     shared: dict[str, nn.Parameter],
 ) -> ClassNetwork:
     """The network of some tasks. What `shared` holds of the base already is taken from there."""
-    from mergetool.bundle.hf import class_in, load_class
+    from mergetool.networks.build import class_in, load_class
 
     layout = manifest.layouts[owns[0].head.layout]
     kind, config = class_in(owns[0].folder, owns[0].head.architecture)
     tensors = {own: _read(base, name) for own, name in layout.items()}
     loaded = load_class(kind, config, {**tensors, **owns[0].tensors}, dtype, str(owns[0].folder))
-    names = {name: layout[own] for name, own in loaded.names.items() if own in layout}
+    names = {name: layout[own] for name, own in loaded.places.names.items() if own in layout}
     for path, module in loaded.model.named_modules():
         for key, value in module._parameters.items():
             if value is not None and (name := names.get(f"{path}.{key}".lstrip("."))) is not None:
@@ -160,9 +160,9 @@ def _network(
     return ClassNetwork(loaded, layout, owns, factors)
 
 
-def _reader(own: _Own, network: "LoadedBase", shared: Sequence[str], player: Player) -> nn.Module:
+def _reader(own: _Own, network: "LoadedModel", shared: Sequence[str], player: Player) -> nn.Module:
     """A task's class with its own tensors, in which all other parts play back."""
-    from mergetool.bundle.hf import class_in, empty_model
+    from mergetool.networks.build import class_in, empty_model
 
     kind, config = class_in(own.folder, own.head.architecture)
     model: nn.Module = empty_model(kind, network.model, config)
@@ -171,14 +171,14 @@ def _reader(own: _Own, network: "LoadedBase", shared: Sequence[str], player: Pla
     for path, module in model.named_modules():
         for key in [key for key, value in module._parameters.items() if value is not None]:
             name = f"{path}.{key}".lstrip(".")
-            stored = own.tensors.get(network.names.get(name, ""))
+            stored = own.tensors.get(network.places.names.get(name, ""))
             if stored is None:
                 raise SourceError(f"the head lacks {name}", str(own.folder), "make the bundle again")
             like = network.model.get_parameter(name)
             module._parameters[key] = nn.Parameter(stored.to(like), requires_grad=False)
         for key in [key for key, value in module._buffers.items() if value is not None]:
             name = f"{path}.{key}".lstrip(".")
-            stored = own.tensors.get(network.names.get(name, ""), network.model.get_buffer(name))
+            stored = own.tensors.get(network.places.names.get(name, ""), network.model.get_buffer(name))
             module._buffers[key] = stored
     return model
 

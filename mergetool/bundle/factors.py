@@ -21,8 +21,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mergetool.bundle.manifest import Manifest
-from mergetool.bundle.pieces import Piece, composed
 from mergetool.kernels.spectral import Factors, concatenated, orthogonalised
+from mergetool.networks.places import Fragment, composed
 
 Group = tuple[int, ...]
 """Numbers of tasks, sorted."""
@@ -80,7 +80,7 @@ class TaskFactors:
         self._cache_bytes = cache_bytes
         self._stored = [_read(folder / task.factors) for task in manifest.tasks]
         self._groups: OrderedDict[Group, GroupChanges] = OrderedDict()
-        self._composed: dict[str, tuple[tuple[int, ...], tuple[Piece, ...]]] = {}
+        self._composed: dict[str, tuple[tuple[int, ...], tuple[Fragment, ...]]] = {}
         self._lock = threading.Lock()
 
     def to(self, device: torch.device) -> None:
@@ -88,9 +88,9 @@ class TaskFactors:
         self._stored = [{name: value.to(device) for name, value in stored.items()} for stored in self._stored]
         self._groups.clear()
 
-    def compose(self, name: str, shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> None:
+    def compose(self, name: str, shape: tuple[int, ...], fragments: tuple[Fragment, ...]) -> None:
         """Let `name` mean a parameter that is made of several tensors; it is kept in full."""
-        self._composed[name] = shape, pieces
+        self._composed[name] = shape, fragments
 
     def policy(self, name: str) -> Literal["svd", "full", "skip"]:
         """How a tensor's changes are kept."""
@@ -137,8 +137,8 @@ class TaskFactors:
         if (found := known.get(name)) is not None:
             return found
         if name in self._composed:
-            shape, pieces = self._composed[name]
-            made = composed(shape, pieces, lambda each: self._changed(group, each)).to(self._dtype)
+            shape, fragments = self._composed[name]
+            made = composed(shape, fragments, lambda each: self._changed(group, each)).to(self._dtype)
         else:
             total = torch.zeros(self.manifest.parameters[name].shape, dtype=torch.float32)
             for task in group:

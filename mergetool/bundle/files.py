@@ -1,10 +1,11 @@
 """Files of a bundle: tensors laid out first and filled one by one, and models copied byte for byte."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+from urllib.parse import quote
 
 from torch import Tensor
 
@@ -46,24 +47,31 @@ class TensorWriter:
         self._slots.write(0, name, 0, bytes_of(stored.reshape(-1)))
 
 
-def copy_model(source: ModelSource, folder: Path) -> None:
-    """A model's weights, index, config and all that belongs to it, byte for byte."""
-    folder.mkdir(parents=True, exist_ok=True)
+def factors_path(task: str) -> str:
+    """Where a bundle keeps the factors of a task."""
+    return f"factors/{quote(task, safe='')}.safetensors"
+
+
+def model_files(source: ModelSource) -> dict[str, Path]:
+    """A model's weights, index, config and all that belongs to it, by name in a copy."""
     weights = [stamp.path for stamp in source.files]
     if source.folder is None:
-        _copy(weights[0], folder / single_name(weights[0]))
-        return
-    for path in [*weights, *_index(source.folder, weights)]:
-        _copy(path, folder / path.name)
-    copy_small_files(source.folder, folder)
+        return {single_name(weights[0]): weights[0]}
+    found = {path.name: path for path in [*weights, *_index(source.folder, weights)]}
+    return found | small_files(source.folder)
 
 
-def copy_small_files(source: Path, folder: Path) -> None:
-    """A model's config and tokenizer, byte for byte."""
-    config = [CONFIG_NAME] if (source / CONFIG_NAME).is_file() else []
-    for name in [*config, *side_files(source)]:
+def small_files(folder: Path) -> dict[str, Path]:
+    """A model's config and tokenizer, by name."""
+    config = [CONFIG_NAME] if (folder / CONFIG_NAME).is_file() else []
+    return {name: folder / name for name in [*config, *side_files(folder)]}
+
+
+def copy_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Byte for byte, under these names. Raises OutputError."""
+    for name, path in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        _copy(source / name, folder / name)
+        _copy(path, folder / name)
 
 
 def single_name(weights: Path) -> str:

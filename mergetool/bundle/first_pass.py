@@ -27,7 +27,7 @@ from mergetool.errors import SourceError
 from mergetool.kernels.routing import mean_distance
 
 if TYPE_CHECKING:
-    from mergetool.bundle.hf import LoadedBase
+    from mergetool.networks.build import LoadedModel
 
 _UNUSED = ("labels", "past_key_values", "use_cache")
 """Inputs that only the outputs need, which a first pass never gets to."""
@@ -66,9 +66,9 @@ class _Reading:
 class FirstPass:
     """What a router reads in a model, and what it compares that with."""
 
-    def __init__(self, base: "LoadedBase", factors: TaskFactors, router: Router, folder: Path) -> None:
+    def __init__(self, base: "LoadedModel", factors: TaskFactors, router: Router, folder: Path) -> None:
         self._model = base.model
-        self._names = base.names
+        self._names = base.places.names
         self._router = router
         self.modules = _modules(base, router, folder)
         turned = [type(module).__name__ == "Conv1D" for module in self.modules]  # GPT-2's linear layers
@@ -117,14 +117,14 @@ class FirstPass:
             yield
 
 
-def _replacements(base: "LoadedBase", merged: Mapping[str, Tensor]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+def _replacements(base: "LoadedModel", merged: Mapping[str, Tensor]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
     """Merged weights by module and name in it."""
     found = []
     for path, module in base.model.named_modules():
         own = {
             key: merged[name].to(value.dtype)
             for key, value in module._parameters.items()
-            if value is not None and (name := base.names.get(f"{path}.{key}".lstrip("."), "")) in merged
+            if value is not None and (name := base.places.names.get(f"{path}.{key}".lstrip("."), "")) in merged
         }
         if own:
             make_local(module)
@@ -132,11 +132,11 @@ def _replacements(base: "LoadedBase", merged: Mapping[str, Tensor]) -> list[tupl
     return found
 
 
-def _modules(base: "LoadedBase", router: Router, folder: Path) -> list[nn.Module]:
+def _modules(base: "LoadedModel", router: Router, folder: Path) -> list[nn.Module]:
     """The modules whose weights are the routing matrices, in their order."""
     known, found = set(router.matrices), dict[str, nn.Module]()
     for path, module in base.model.named_modules():
-        if (name := base.names.get(f"{path}.weight")) in known and name is not None:
+        if (name := base.places.names.get(f"{path}.weight")) in known and name is not None:
             found[name] = module
     if missing := known - found.keys():
         what = f"the model has no module with weight {min(missing)!r}, which routing reads"

@@ -31,10 +31,10 @@ from torch.nn import functional as F  # noqa: N812  (as everybody calls it)
 
 from mergetool.bundle.factors import Group, TaskFactors
 from mergetool.bundle.local import make_local, own_tensor, pending, replaced
-from mergetool.bundle.pieces import Piece
 from mergetool.errors import SourceError
+from mergetool.networks.places import Fragment
 
-NOTHING: Mapping[str, tuple[Piece, ...]] = MappingProxyType({})
+NOTHING: Mapping[str, tuple[Fragment, ...]] = MappingProxyType({})
 _SHARED = ("relative_attention_bias",)
 """Modules whose output all samples of a batch share."""
 
@@ -88,10 +88,10 @@ class GroupedModel:
         model: nn.Module,
         names: Mapping[str, str],
         factors: TaskFactors,
-        pieces: Mapping[str, tuple[Piece, ...]] = NOTHING,
+        fragments: Mapping[str, tuple[Fragment, ...]] = NOTHING,
         held: Collection[str] | None = None,
     ) -> None:
-        """`names`: what the model's parameters are called in the checkpoint; `pieces`: what others are made of.
+        """`names`: what the model's parameters are called in the checkpoint; `fragments`: what others are made of.
 
         Raises SourceError where a changed tensor of the checkpoint (or of `held`, the part that it has) is not found.
         """
@@ -99,7 +99,7 @@ class GroupedModel:
         parameters = factors.manifest.parameters
         changed = {name for name, parameter in parameters.items() if parameter.policy != "skip"}
         changed &= changed if held is None else set(held)
-        self._places = _places(model, _named(model, names, pieces, factors, changed), factors)
+        self._places = _places(model, _named(model, names, fragments, factors, changed), factors)
         self.mixable = all(place.mixable for place in self._places)
         self._passes = _Passes()
         for place in self._places:
@@ -221,7 +221,7 @@ def _get(module: nn.Module, key: str) -> Tensor:
 def _named(
     model: nn.Module,
     stored: Mapping[str, str],
-    pieces: Mapping[str, tuple[Piece, ...]],
+    fragments: Mapping[str, tuple[Fragment, ...]],
     factors: TaskFactors,
     changed: set[str],
 ) -> dict[int, str]:
@@ -231,9 +231,9 @@ def _named(
         if stored.get(name) in changed:
             named[id(tensor)] = stored[name]
             found.add(stored[name])
-        elif made_of := {piece.name for piece in pieces.get(name, ())} & changed:
+        elif made_of := {fragment.name for fragment in fragments.get(name, ())} & changed:
             named[id(tensor)] = f"{type(model).__name__}: {name}"
-            factors.compose(named[id(tensor)], tuple(tensor.shape), pieces[name])
+            factors.compose(named[id(tensor)], tuple(tensor.shape), fragments[name])
             found |= made_of
     if missing := changed - found:
         what = f"the model has no parameter for {len(missing)} changed tensors, first {min(missing)!r}"

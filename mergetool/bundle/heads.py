@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mergetool.bundle.files import TensorWriter, copy_small_files
+from mergetool.bundle.files import TensorWriter, copy_files, small_files
 from mergetool.bundle.manifest import ClassHead, Head, Pool
 from mergetool.bundle.present import OwnHead
 from mergetool.errors import PlanError, SourceError
@@ -82,7 +82,7 @@ def write_class_head(task: str, head: OwnHead, folder: Path, layout: int) -> Cla
             stored = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
             head.source.read_bytes(spec.name, 0, bytes_of(stored.reshape(-1)))
             writer.put(spec.name, stored)
-    copy_small_files(head.folder, folder / place)
+    copy_files(small_files(head.folder), folder / place)
     labels = () if head.kind == "span" else _labels(head.folder) or ("LABEL_0", "LABEL_1")  # transformers' own default
     return ClassHead(
         file=f"{place}/head.safetensors",

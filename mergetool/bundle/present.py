@@ -15,7 +15,7 @@ from typing import Any
 
 from mergetool.arch.heads import HeadKind, embeds, head_kind, is_general, is_pooler
 from mergetool.checkpoints.names import match
-from mergetool.checkpoints.view import View
+from mergetool.checkpoints.view import RenamedModel
 from mergetool.errors import PlanError
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import ModelSource
@@ -44,7 +44,7 @@ class OwnHead:
         return self.source.folder
 
 
-class PresentedSource(View):
+class PresentedSource(RenamedModel):
     """A model seen under the base's names, and no more of it than these."""
 
     def __init__(self, source: ModelSource, names: Mapping[str, str], head: OwnHead | None = None) -> None:

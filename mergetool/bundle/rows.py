@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mergetool.bundle.answer import kind_of
 from mergetool.bundle.manifest import ClassHead, Head, Manifest
-from mergetool.bundle.model import Answer, MassModel
+from mergetool.bundle.mass_model import Answer, MassModel
 from mergetool.errors import SourceError
 
 _KEPT = ("id", "task", "label")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mergetool.checkpoints.view import View
+from mergetool.checkpoints.view import RenamedModel
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.source import ModelSource
 
@@ -28,7 +28,7 @@ class _Part:
     length: int
 
 
-class _Regrouped(View):
+class _Regrouped(RenamedModel):
     """A model of which some tensors are cut from, or put together of, stored ones."""
 
     def __init__(self, model: ModelSource, specs: Mapping[str, TensorSpec], parts: Mapping[str, list[_Part]]) -> None:

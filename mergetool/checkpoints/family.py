@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from mergetool.checkpoints.experts import in_layout_of
 from mergetool.checkpoints.names import Shapes, match, repeated, unwrapped
 from mergetool.checkpoints.ties import holds_the_same, is_head, may_be_tied, ties_words, twin_of
-from mergetool.checkpoints.view import View
+from mergetool.checkpoints.view import RenamedModel
 from mergetool.errors import SourceError
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import ModelSource
@@ -69,7 +69,7 @@ def _views(sources: Mapping[str, ModelSource], stored: Mapping[str, Mapping[str,
     return {
         model: source
         if all(name == own for name, own in stored[model].items()) and len(stored[model]) == len(source.specs)
-        else View(source, stored[model])
+        else RenamedModel(source, stored[model])
         for model, source in sources.items()
     }
 
@@ -91,7 +91,7 @@ def _tie(
     Returns names that are one with another in every model, and those that the leader alone thinks are.
     """
     configs = {model: read_config(source.folder) for model, source in sources.items()}
-    views = {model: View(source, stored[model]) for model, source in sources.items()}
+    views = {model: RenamedModel(source, stored[model]) for model, source in sources.items()}
     leads, tying = set(stored[leader]), ties_words(configs[leader])
     same: dict[str, str] = {}
     renamed: set[tuple[str, str]] = set()
@@ -143,7 +143,7 @@ def _drop_repeated(source: ModelSource, model: str, stored: dict[str, str], know
         del stored[name]
 
 
-def _twin(view: View, name: str, config: Mapping[str, object], *, whole: bool) -> str | None:
+def _twin(view: RenamedModel, name: str, config: Mapping[str, object], *, whole: bool) -> str | None:
     """The tensor that a name of this model is a second name of, if the file does not say otherwise."""
     target = twin_of(name, view.specs, config)
     if target is not None and name in view.specs and not holds_the_same(view, name, target, whole=whole):

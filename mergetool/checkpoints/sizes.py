@@ -43,7 +43,7 @@ class Sized:
 
 
 @dataclass(frozen=True)
-class Change:
+class SizeChange:
     """A size that the result has from another parent than its config."""
 
     key: Key
@@ -58,12 +58,12 @@ class Change:
 
 def changed_sizes(
     leader: Sized, parents: Mapping[str, Sized], written: Mapping[str, Shape]
-) -> tuple[list[Change], dict[str, str]]:
+) -> tuple[list[SizeChange], dict[str, str]]:
     """What a config must say differently, and tensors of another size that no key explains, with whose they are.
 
     Raises PlanError where some of the tensors that follow a key have one size, and some another.
     """
-    changes: dict[Key, Change] = {}
+    changes: dict[Key, SizeChange] = {}
     strange: dict[str, str] = {}
     told: set[str] = set()
     for model, parent in parents.items():
@@ -74,7 +74,7 @@ def changed_sizes(
         told |= {name for name in taken if explained.get(name)}
         strange |= {name: model for name in taken if name not in strange}
         for key in dict.fromkeys(key for name in taken for key in explained.get(name, ())):
-            _note(changes, Change(key, _values(parent.config)[key], model))
+            _note(changes, SizeChange(key, _values(parent.config)[key], model))
             left = [name for name, keys in explained.items() if key in keys and name in written and name not in taken]
             if left:
                 raise _torn(changes[key], _values(leader.config)[key], taken[0], left)
@@ -85,7 +85,7 @@ def _changed(leader: Sized, written: Mapping[str, Shape]) -> list[str]:
     return [name for name, shape in written.items() if leader.shapes.get(name, shape) != shape]
 
 
-def _note(changes: dict[Key, Change], change: Change) -> None:
+def _note(changes: dict[Key, SizeChange], change: SizeChange) -> None:
     known = changes.setdefault(change.key, change)
     if known.value != change.value:
         raise PlanError(
@@ -96,7 +96,7 @@ def _note(changes: dict[Key, Change], change: Change) -> None:
         )
 
 
-def _torn(change: Change, old: Any, name: str, left: list[str]) -> PlanError:
+def _torn(change: SizeChange, old: Any, name: str, left: list[str]) -> PlanError:
     globs = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", each) for each in left)
     overrides = ", ".join(f"{{match: {glob!r}, use: {change.parent}}}" for glob in globs)
     what = f"{name} is as large as {change.value} asks for, of model {change.parent!r}, and {left[0]} as {old} does"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergetool.checkpoints.facts import SCALED_BY_TIES, parts_of
-from mergetool.checkpoints.sizes import Change, Sized, changed_sizes
+from mergetool.checkpoints.sizes import SizeChange, Sized, changed_sizes
 from mergetool.checkpoints.ties import TIE_KEY, embeddings_of, is_head
 from mergetool.checkpoints.vocabulary import special_ids
 
@@ -49,6 +49,8 @@ class Written:
     """torch's name of the storage dtype of most weights."""
     one_dtype: bool = False
     """Whether that dtype was asked for, and so holds for every part."""
+    layers: Mapping[str, Sequence[tuple[str, int]]] = field(default_factory=dict)
+    """Where layers were taken from, by what stands before their number: (model, layer there) for each in order."""
     tokenizer: str | None = None
     """The model whose tokenizer goes with the result, if not the leader's."""
 
@@ -59,7 +61,7 @@ def true_config(leader: str, parents: Mapping[str, Parent], written: Written) ->
     if not config:
         return config
     before = parents[leader].described
-    _set_layers(config, before, written.shapes, parents)
+    _set_layers(config, before, written, parents)
     _set_sizes(config, leader, parents, written)
     _set_vocabulary(config, before, written.shapes)
     _set_classes(config, leader, parents, written)
@@ -98,7 +100,7 @@ def _set_tokens(config: dict[str, Any], other: Config) -> None:
 # -------------------------------------------------------------------- other sizes
 
 
-def _sizes(leader: str, parents: Mapping[str, Parent], written: Written) -> tuple[list[Change], dict[str, str]]:
+def _sizes(leader: str, parents: Mapping[str, Parent], written: Written) -> tuple[list[SizeChange], dict[str, str]]:
     known = {model: Sized(parent.config, parent.described) for model, parent in parents.items()}
     return changed_sizes(known[leader], {m: each for m, each in known.items() if m != leader}, written.shapes)
 
@@ -158,11 +160,12 @@ def layer_numbers(config: Config) -> set[int]:
 
 
 def _set_layers(
-    config: dict[str, Any], before: Mapping[str, Shape], shapes: Mapping[str, Shape], parents: Mapping[str, Parent]
+    config: dict[str, Any], before: Mapping[str, Shape], written: Written, parents: Mapping[str, Parent]
 ) -> None:
-    old, new = layer_counts(before), layer_counts(shapes)
+    old, new = layer_counts(before), layer_counts(written.shapes)
     for tower, count in new.items():
-        if old.get(tower, count) == count:
+        taken = written.layers.get(tower)
+        if old.get(tower, count) == count and (taken is None or tower not in old):
             continue
         part, key = _place_of_layers(config, tower, old[tower])
         if key is None:
@@ -170,7 +173,7 @@ def _set_layers(
         part[key] = count
         for name, values in list(part.items()):
             if isinstance(values, list) and len(values) == old[tower]:
-                part[name] = _list_of(name, count, values, parents)
+                part[name] = _taken(name, taken, parents) if taken else _list_of(name, count, values, parents)
 
 
 def _place_of_layers(config: dict[str, Any], tower: str, count: int) -> tuple[dict[str, Any], str | None]:
@@ -179,6 +182,15 @@ def _place_of_layers(config: dict[str, Any], tower: str, count: int) -> tuple[di
     keys = (*own, *_LAYERS)
     found = [(part, key) for part in _parts(config, tower) for key in keys if part.get(key) == count]
     return found[0] if found else (config, None)
+
+
+def _taken(name: str, layers: Sequence[tuple[str, int]], parents: Mapping[str, Parent]) -> list[Any]:
+    """A list with one entry a layer: each as the model has it that the layer was taken from."""
+    lists = {
+        model: next(part[name] for part in _parts(dict(parents[model].config)) if isinstance(part.get(name), list))
+        for model, _ in layers
+    }
+    return [lists[model][layer] for model, layer in layers]
 
 
 def _list_of(name: str, count: int, values: list[Any], parents: Mapping[str, Parent]) -> list[Any]:

@@ -8,7 +8,7 @@ from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.source import FileStamp, ModelSource
 
 
-class View(ModelSource):
+class RenamedModel(ModelSource):
     """`model` under the names that are the keys of `stored`; several of them may be one tensor."""
 
     def __init__(self, model: ModelSource, stored: Mapping[str, str]) -> None:

@@ -70,9 +70,9 @@ def _is_heard() -> bool:
     """Whether this process speaks for all that a launcher has started."""
     if "MASTER_ADDR" not in os.environ:
         return True
-    from mergetool.engine.processes import speaks
+    from mergetool.engine.processes import reports_errors
 
-    return speaks()
+    return reports_errors()
 
 
 def _run() -> int:

@@ -68,8 +68,8 @@ def run(
     """Merge models as a recipe says. Resumes by itself after a kill."""
     from mergetool.engine import Flags
     from mergetool.engine.processes import leads
-    from mergetool.evolve.run import run_recipe
     from mergetool.recipe import load_recipe
+    from mergetool.tuning.run import run_recipe
 
     flags = Flags(
         output,
@@ -110,7 +110,7 @@ def validate(
 
     checked = load_recipe(recipe, settings or ())
     if online:
-        from mergetool.planner import make_plan
+        from mergetool.planning import make_plan
 
         for warning in make_plan(checked).warnings:
             say(f"warning: {warning}")
@@ -127,9 +127,9 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what a run would do, from headers alone: tensors, numbers, bytes, memory."""
-    from mergetool.planner import make_plan
-    from mergetool.planner.estimate import estimate
-    from mergetool.planner.report import describe, summarise
+    from mergetool.planning import make_plan
+    from mergetool.planning.cost import estimate
+    from mergetool.planning.report import describe, summarise
     from mergetool.recipe import load_recipe
 
     made = make_plan(load_recipe(recipe, settings or ()))
@@ -153,7 +153,7 @@ def inspect(
 ) -> None:
     """Look at a checkpoint's headers: tensors, dtypes, shards, tied weights, health."""
     from mergetool.bundle import is_bundle
-    from mergetool.planner.inspect import facts_about
+    from mergetool.planning.inspect import facts_about
 
     if is_bundle(Path(reference)):
         _inspect_bundle(Path(reference), as_json=as_json)
@@ -181,12 +181,12 @@ def verify(
 
         report = verify_bundle(path)
         if load:
-            from mergetool.bundle.model import load_bundle
+            from mergetool.bundle.mass_model import load_bundle
 
             load_bundle(path, verify=False)
             report["summary"] += "; opens as a bundle"
     else:
-        from mergetool.engine.verify import verify_output
+        from mergetool.outputs.verify import verify_output
 
         report = verify_output(path, load=load)
     _print(report if as_json else f"{path}: {report['summary']}", as_json=as_json)
@@ -216,7 +216,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Push a result to the Hub: what changed since the last push, in one commit."""
-    from mergetool.engine.push import push as push_folder
+    from mergetool.outputs.push import push as push_folder
     from mergetool.tensors.hub_upload import Target
 
     pushed = push_folder(path, Target(repo, private, create, pull_request))
@@ -238,7 +238,7 @@ def calibrate(
     """Correct a bundle's router with a few rows whose tasks are known."""
     from mergetool.bundle.calibrate import calibrate as fit
     from mergetool.bundle.calibration import CALIBRATION_NAME
-    from mergetool.bundle.model import load_bundle
+    from mergetool.bundle.mass_model import load_bundle
     from mergetool.bundle.rows import read_rows
 
     given = read_rows(rows)
@@ -255,7 +255,7 @@ def route(
     as_json: AsJson = False,
 ) -> None:
     """Answer rows with a bundle: which tasks they belong to, and what the right head says."""
-    from mergetool.bundle.model import load_bundle
+    from mergetool.bundle.mass_model import load_bundle
     from mergetool.bundle.rows import answers, read_rows
 
     given = read_rows(rows)
@@ -346,7 +346,7 @@ def import_recipe(
 
 
 def _size(text: str | None) -> int | None:
-    from mergetool.recipe.model import parse_size
+    from mergetool.recipe.schema import parse_size
 
     if text is None:
         return None

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from mergetool.engine.worker import Worker
 from mergetool.errors import MergeError, MergetoolError
-from mergetool.methods.base import Stats, Survey
+from mergetool.methods.base import StatisticsPass, Stats
 from mergetool.methods.group import Note
-from mergetool.planner import Step
+from mergetool.planning import Step
 
 
 class Fork:
@@ -51,13 +51,13 @@ class Fork:
         """Our end of the pipe."""
         return self._pipe.fileno()
 
-    def survey(self, step: Step, start: int, stop: int, survey: Survey) -> Tensor:
-        """See `Worker.survey`. Raises MergeError when the process has died."""
-        return torch.from_numpy(self._ask("survey", step.index, start, stop, survey))
+    def count(self, step: Step, start: int, stop: int, counts: StatisticsPass) -> Tensor:
+        """See `Worker.count`. Raises MergeError when the process has died."""
+        return torch.from_numpy(self._ask("count", step.index, start, stop, counts))
 
-    def merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
-        """See `Worker.merge`. Raises MergeError when the process has died."""
-        notes: list[Note] = self._ask("merge", step.index, start, stop, stats)
+    def perform(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
+        """See `Worker.perform`. Raises MergeError when the process has died."""
+        notes: list[Note] = self._ask("perform", step.index, start, stop, stats)
         return notes
 
     def close(self) -> int:
@@ -105,9 +105,9 @@ def _answer(
 ) -> bytes:
     """The pickled answer to one request, and the error if there was one."""
     try:
-        if kind == "survey":
-            return pickle.dumps((worker.survey(steps[step], start, stop, extra).numpy(), None))
-        return pickle.dumps((worker.merge(steps[step], start, stop, extra), None))
+        if kind == "count":
+            return pickle.dumps((worker.count(steps[step], start, stop, extra).numpy(), None))
+        return pickle.dumps((worker.perform(steps[step], start, stop, extra), None))
     except MergetoolError as error:
         return pickle.dumps((None, error))
     except BaseException:

@@ -50,7 +50,7 @@ class Team:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def exchange(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The values that all processes give, in order. Raises the error of any process that gives none."""
         return [value]
 
@@ -58,9 +58,9 @@ class Team:
         """Everybody's own result of `call`; the others call when the leader has come back."""
         if self.leads:
             result = call()
-            self.exchange(None)
+            self.all_gather(None)
             return result
-        self.exchange(None)
+        self.all_gather(None)
         return call()
 
     def share(self, call: Callable[[_I], _T], items: Sequence[_I], threads: int = 1) -> list[_T]:
@@ -80,7 +80,7 @@ class Team:
             with ThreadPoolExecutor(threads) as pool:
                 for done in [pool.submit(work) for _ in range(threads)]:
                     done.result()
-        every = {place: result for share in self.exchange(found) for place, result in share.items()}
+        every = {place: result for share in self.all_gather(found) for place, result in share.items()}
         return [every[place] for place in range(len(items))]
 
     def _turns(self, count: int) -> Callable[[], int | None]:
@@ -101,7 +101,7 @@ class Team:
     def publish(self, units: Sequence[tuple[int, int]]) -> None:
         """Tell the others that these units are written."""
 
-    def news(self) -> list[tuple[int, int]]:
+    def poll(self) -> list[tuple[int, int]]:
         """Units that others have written since the last call. Raises Stopped when one of them has failed."""
         return []
 
@@ -141,7 +141,7 @@ class Processes(Team):
         self._watches = [threading.Thread(target=self._watch, args=(rank,), daemon=True) for rank in self._seen]
         for watch in self._watches:
             watch.start()
-        _places.extend(self.exchange((socket.gethostname(), os.getpid())))
+        _places.extend(self.all_gather((socket.gethostname(), os.getpid())))
 
     def _watch(self, rank: int) -> None:
         """Wait for another process to say goodbye. One that dies says nothing, and its connection breaks."""
@@ -167,7 +167,7 @@ class Processes(Team):
         except RuntimeError:  # somebody has just died, and nobody needs it any more
             return
 
-    def exchange(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         answers = self._gather((None, value))
         if failed := next((failure for failure, _ in answers if failure is not None), None):
             _told.append(failed)
@@ -235,7 +235,7 @@ class Processes(Team):
             self._store.set(f"{self.rank}/{self._sent}", json.dumps(units))
             self._sent += 1
 
-    def news(self) -> list[tuple[int, int]]:
+    def poll(self) -> list[tuple[int, int]]:
         self._check()
         found: list[tuple[int, int]] = []
         for rank in self._seen:
@@ -283,7 +283,7 @@ def leads() -> bool:
     return not launched() or int(os.environ["RANK"]) == 0
 
 
-def speaks() -> bool:
+def reports_errors() -> bool:
     """Whether people hear of an error from this process: from the leader, or else the first that is left here."""
     if leads() or _told:
         return leads()

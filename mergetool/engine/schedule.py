@@ -33,9 +33,10 @@ class Job:
 class Schedule:
     """A blocking queue of jobs. `after` callbacks may add jobs; the first error stops everything."""
 
-    def __init__(self, memory: int, num_threads: int) -> None:
+    def __init__(self, memory: int = 0, num_threads: int = 0) -> None:
+        """`memory` for all running jobs, in bytes. Without threads, whoever waits does the work."""
         self._memory = memory
-        self._num_threads = num_threads
+        self.num_threads = num_threads
         self._used = 0
         self._running = 0
         self._hashing = 0
@@ -61,6 +62,7 @@ class Schedule:
         """Have something recorded that no job of this process did: `call` is serialised with the `after`s."""
         with self._changed:
             call()
+            self._changed.notify_all()
 
     def close(self) -> None:
         """No more jobs from outside: once the queue is empty and nothing runs, threads may go home."""
@@ -74,26 +76,44 @@ class Schedule:
             self.error = self.error or error
             self._changed.notify_all()
 
-    def wait(self) -> None:
-        """Wait until all is done, or something failed. (An interrupted `Thread.join` takes its thread for ended.)"""
+    def wait_for(self, done: Callable[[], bool]) -> None:
+        """Wait until something is so. Raises the first error of any job.
+
+        (An interrupted `Thread.join` takes its thread for ended, so nobody waits for threads instead.)
+        """
+        while self.num_threads == 0 and self.error is None and not done():
+            self._work_once()
         with self._changed:
-            while self.error is None and not self._finished:
+            while self.error is None and not done():
                 self._changed.wait()
+        if self.error is not None:
+            raise self.error
+
+    def wait(self) -> None:
+        """Wait until all is done. Raises the first error of any job."""
+        self.wait_for(lambda: self._finished)
 
     def work(self) -> None:
         """One thread's life: take jobs until there are none left or something failed."""
-        while (taken := self._take()) is not None:
-            job, hint = taken
-            try:
-                if hint is not None:
-                    hint()
-                result = job.run()
-                with self._changed:
-                    job.after(result)
-            except BaseException as error:  # whatever it is, the main thread must hear of it
-                self.stop(error)
-            finally:
-                self._give_back(job)
+        while self._work_once():
+            pass
+
+    def _work_once(self) -> bool:
+        taken = self._take()
+        if taken is None:
+            return False
+        job, hint = taken
+        try:
+            if hint is not None:
+                hint()
+            result = job.run()
+            with self._changed:
+                job.after(result)
+        except BaseException as error:  # whatever it is, the main thread must hear of it
+            self.stop(error)
+        finally:
+            self._give_back(job)
+        return True
 
     @property
     def _finished(self) -> bool:
@@ -114,7 +134,7 @@ class Schedule:
     def _next(self) -> Job | None:
         computing = self._running - self._hashing
         fits = bool(self._ready) and (computing == 0 or self._used + self._ready[0].memory <= self._memory)
-        if self._to_hash and (not fits or 2 * self._hashing < self._num_threads):
+        if self._to_hash and (not fits or 2 * self._hashing < self.num_threads):
             return self._to_hash.popleft()
         return self._ready.popleft() if fits else None
 

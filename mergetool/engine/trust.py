@@ -6,7 +6,7 @@ to execute. Without the user's word in the command, a run with such a field is r
 
 from mergetool.arch.code import code_of
 from mergetool.errors import RecipeError
-from mergetool.recipe.model import Recipe
+from mergetool.recipe.schema import Recipe
 
 
 def check_trust(recipe: Recipe, *, trusted: bool) -> None:

@@ -6,18 +6,22 @@ is still in the processor's cache, which is where the speed comes from. Memory i
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mergetool.bundle.store import FactorStore
 from mergetool.engine.devices import LEAST_SLICE, free_device, load_linear_algebra, own_stream
+from mergetool.engine.sinks import Sink
 from mergetool.errors import MergeError, at
-from mergetool.methods.base import Params, Stats, Survey, TensorGroup, TensorMethod
+from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup, TensorMethod
 from mergetool.methods.group import Note
-from mergetool.planner.model import BASE, SLICE_ELEMENTS, Plan, Step
+from mergetool.outputs.record import INFINITE, KEPT_WIDE, NOT_FINITE
+from mergetool.planning.graph import SLICE_ELEMENTS, Operand, Plan, Step
+from mergetool.planning.operations import Bench, Merge
+from mergetool.planning.parents import label
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType, torch_dtype
 from mergetool.tensors.io import bytes_of
 
@@ -29,22 +33,8 @@ _RUN = 1 << 14
 """Elements of a sample that lie together."""
 
 
-NOT_FINITE = "holds values that are not finite"
-KEPT_WIDE = "stays in float32 (output.keep_float32)"
-INFINITE = "holds infinite values, as all that it was made from"
-"""What is noted of tensors that were let through, so that a later look at them knows."""
-
-
-class Sink(Protocol):
-    """Where finished slices go."""
-
-    def write(self, shard: int, name: str, begin: int, data: memoryview) -> None:
-        """Put `data` at byte `begin` of tensor `name`."""
-        ...
-
-
-class Worker:
-    """Surveys and merges units. Used by one thread at a time."""
+class Worker(Bench):
+    """Counts over units and makes them. Used by one thread at a time."""
 
     def __init__(self, plan: Plan, sink: Sink, device: torch.device, store: FactorStore | None = None) -> None:
         self._plan = plan
@@ -59,56 +49,61 @@ class Worker:
         self._stored_bytes = bytes_of(self._stored)
         self._buffers: dict[tuple[object, torch.dtype], Tensor] = {}
         self._views: dict[tuple[object, torch.dtype, tuple[int, ...]], Tensor] = {}
-        if any(step.method is not None and step.reach == "tensor" for step in plan.steps):
+        if any(step.operation.granularity(step.spec) == "tensor" for step in plan.steps):
             load_linear_algebra(device)
 
-    def survey(self, step: Step, start: int, stop: int, survey: Survey) -> Tensor:
-        """Summed counts of a survey over elements [start, stop) of a step."""
-        slices = self._slices(step, start, stop) if survey.one_in == 1 else _runs(step, start, stop, survey.one_in)
+    def count(self, step: Step, start: int, stop: int, counts: StatisticsPass) -> Tensor:
+        """Summed counts of a pass over elements [start, stop) of a step."""
+        slices = self._slices(step, start, stop) if counts.one_in == 1 else _runs(step, start, stop, counts.one_in)
+        params = Params(**step.operation.numbers)
         with own_stream(self._device):
-            return survey.observe((self._group(step, begin, end) for begin, end in slices), step.params)
+            return counts.observe((self._group(step, begin, end) for begin, end in slices), params)
 
-    def merge(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
-        """Merge and write elements [start, stop) of a step; returns the method's notes.
+    def perform(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
+        """Make and write elements [start, stop) of a step; returns what is to be noted about them.
 
-        A device that has no memory left gets smaller slices; what cannot be sliced further is merged on the CPU.
+        A device that has no memory left gets smaller slices; what cannot be sliced further is made on the CPU.
         """
         if self._on_cpu is not None and step.row > self._length:
-            return self._on_cpu.merge(step, start, stop, stats)
+            return self._on_cpu.perform(step, start, stop, stats)
         try:
             with own_stream(self._device):
-                return self._merge_slices(step, start, stop, stats)
+                return self._perform_slices(step, start, stop, stats)
         except torch.cuda.OutOfMemoryError:
             free_device(self._device)
             if step.row <= self._length // 2 and self._length > LEAST_SLICE:
                 self._length //= 2
                 note = f"the device has too little memory: slices of {self._length} elements"
-                return [note, *self.merge(step, start, stop, stats)]
+                return [note, *self.perform(step, start, stop, stats)]
             self._on_cpu = self._on_cpu or Worker(self._plan, self._sink, torch.device("cpu"), self._store)
             return [
                 "the device has too little memory: merged on the CPU",
-                *self._on_cpu.merge(step, start, stop, stats),
+                *self._on_cpu.perform(step, start, stop, stats),
             ]
 
-    def _merge_slices(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
+    def _perform_slices(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
         notes: list[Note] = []
         if start == 0 and self._is_kept_wide(step):
             notes.append(KEPT_WIDE)
         for begin, end in self._slices(step, start, stop):
-            if begin == end:
-                continue
-            if step.method is None:
-                self._copy(step, begin, end, notes)
-                continue
-            group = self._group(step, begin, end)
-            group.notes = notes
-            with at(f"{step.method.method_name()}: {step.spec.name}"):
-                merged = _merge(step.method, group, step.params, stats)
-            assert merged.shape == group.models[0].shape, f"{step.spec.name}: a method must not change shapes"
-            if step.spec.name.endswith(_VARIANCE):
-                _check_variance(step.spec.name, merged)
-            self._put(step, begin, merged, notes)
+            if begin < end:
+                step.operation.perform(self, step, begin, end, notes, stats)
         return notes
+
+    def merge(self, step: Step, start: int, stop: int, notes: list[Note], operation: Merge, stats: Stats) -> None:
+        """Have a method merge a slice."""
+        group = self._group(step, start, stop)
+        group.notes = notes
+        with at(f"{operation.name}: {step.name}"):
+            merged = _merge(operation.method, group, operation.params, stats)
+        assert merged.shape == group.models[0].shape, f"{step.name}: a method must not change shapes"
+        if step.name.endswith(_VARIANCE):
+            _check_variance(step.name, merged)
+        self._put(step, start, merged, notes)
+
+    def fill(self, step: Step, start: int, stop: int, notes: list[Note], value: float) -> None:
+        """Write a constant."""
+        self._put(step, start, torch.full((stop - start,), value, dtype=self._compute, device=self._device), notes)
 
     def _is_kept_wide(self, step: Step) -> bool:
         asked = self._plan.recipe.output.dtype
@@ -116,9 +111,10 @@ class Worker:
 
     def replace(self, tensors: Mapping[str, Tensor]) -> None:
         """Write these tensors, checked and cast like merged ones, over what their steps wrote."""
-        steps = {step.spec.name: step for step in self._plan.steps}
+        places = {slot.spec.name: (step, slot) for step in self._plan.steps for slot in step.slots}
         for name, tensor in tensors.items():
-            self._put(steps[name], 0, tensor.to(self._device), [])
+            step, slot = places[name]
+            self._put(replace(step, slots=(slot,)), 0, tensor.to(self._device), [])
 
     def _slices(self, step: Step, start: int, stop: int) -> list[tuple[int, int]]:
         if step.row >= stop - start:
@@ -129,14 +125,14 @@ class Worker:
     def _group(self, step: Step, start: int, stop: int, owner: str = "") -> TensorGroup:
         length = stop - start
         shape: tuple[int, ...] = (length,)
-        if step.reach != "element":
+        if step.operation.granularity(step.spec) != "element":
             shape = (length // step.row, *step.spec.shape[1:]) if step.row < step.spec.num_elements else step.spec.shape
-        base = self._read(BASE, step, start, shape, (owner, "base")) if step.base else None
-        models = [self._read(name, step, start, shape, (owner, place)) for place, name in enumerate(step.sources)]
+        base = None if step.base is None else self._read(step.base, start, shape, (owner, "base"))
+        models = [self._read(each, start, shape, (owner, place)) for place, each in enumerate(step.models)]
         return TensorGroup(
             name=step.key,
             shape=step.spec.shape,
-            names=step.models,
+            names=step.operation.models,
             base=base,
             models=models,
             start=start,
@@ -148,20 +144,10 @@ class Worker:
 
     def _other(self, step: Step, name: str) -> TensorGroup | None:
         """A whole tensor that a step's method asks for, in buffers of its own."""
-        other = next((each for each in self._plan.steps if each.spec.name == name), None)
-        if (
-            other is None
-            or len(other.spec.shape) != len(step.spec.shape)
-            or other.spec.shape[1:] != step.spec.shape[1:]
-        ):
+        if name not in step.partners:
             return None
-        same = (other.method, other.params, other.models, other.base) == (
-            step.method,
-            step.params,
-            step.models,
-            step.base,
-        )
-        return self._group(other, 0, other.spec.num_elements, name) if same else None
+        other = self._plan.steps[step.partners[name]]
+        return self._group(other, 0, other.spec.num_elements, name)
 
     def _scratch(self, shape: tuple[int, ...]) -> Callable[[int, torch.dtype], Tensor]:
         return lambda place, dtype: self._buffer(("scratch", place), shape, dtype)
@@ -183,11 +169,11 @@ class Worker:
             view = self._views[place, dtype, shape] = self._buffers[place, dtype][:length].view(shape)
         return view
 
-    def _read(self, source: str, step: Step, start: int, shape: tuple[int, ...], place: object) -> Tensor:
-        """Elements from `start` on of a source's tensor, in this shape and compute dtype, in this place's buffer."""
-        name, length = step.spec.name, math.prod(shape)
+    def _read(self, operand: Operand, start: int, shape: tuple[int, ...], place: object) -> Tensor:
+        """Elements from `start` on of an operand, in this shape and compute dtype, in this place's buffer."""
+        name, length = operand.tensor, math.prod(shape)
         values = self._buffer(place, shape, self._compute)
-        model = self._plan.sources[source]
+        model = self._plan.sources[operand.source]
         dtype = model.specs[name].dtype
         itemsize = dtype.bits // 8
         if torch_dtype(dtype) == self._compute and values.device.type == "cpu":
@@ -224,13 +210,14 @@ class Worker:
         if stored.device.type != "cpu":
             room = self._stored_as(stored.dtype, len(stored)) if len(stored) <= SLICE_ELEMENTS else None
             stored = stored.cpu() if room is None else room.copy_(stored)
-        self._sink.write(step.shard, step.spec.name, start * dtype.bits // 8, bytes_of(stored.contiguous()))
+        self._write(step, start * dtype.bits // 8, bytes_of(stored.contiguous()))
 
-    def _copy(self, step: Step, start: int, stop: int, notes: list[Note]) -> None:
-        """The donor's tensor as it is: bit for bit, or cast where another storage dtype is asked for."""
-        stored = self._plan.sources[step.donor].specs[step.spec.name].dtype
+    def copy(self, step: Step, start: int, stop: int, notes: list[Note]) -> None:
+        """An operand as it is: bit for bit, or cast where another storage dtype is asked for."""
+        (operand,) = step.models
+        stored = self._plan.spec(operand).dtype
         if stored.is_float:
-            values = self._read(step.donor, step, start, (stop - start,), 0)
+            values = self._read(operand, start, (stop - start,), 0)
             if stored != step.spec.dtype:
                 self._put(step, start, values, notes)
                 return
@@ -239,8 +226,13 @@ class Worker:
         begin, end = start * stored.bits // 8, stored.num_bytes(stop)
         for offset in range(begin, end, len(self._stored)):
             chunk = self._stored_bytes[: min(len(self._stored), end - offset)]
-            self._plan.sources[step.donor].read_bytes(step.spec.name, offset, chunk)
-            self._sink.write(step.shard, step.spec.name, offset, chunk)
+            self._plan.sources[operand.source].read_bytes(operand.tensor, offset, chunk)
+            self._write(step, offset, chunk)
+
+    def _write(self, step: Step, begin: int, data: memoryview) -> None:
+        """Into every slot of a step."""
+        for slot in step.slots:
+            self._sink.write(slot.shard, slot.spec.name, begin, data)
 
     def _judge(self, step: Step, start: int, values: Tensor, notes: list[Note], meant: Tensor | None = None) -> None:
         """Count what would not be finite once stored, and stop or note it, as the recipe says; not what is `meant`."""
@@ -268,7 +260,8 @@ class Worker:
 
     def _shared_infinities(self, step: Step, start: int, length: int) -> Tensor:
         """The infinities that several inputs share, as masks do (they are no numbers to merge), and 0 elsewhere."""
-        first, *others = (self._read(name, step, start, (length,), ("shared", name)) for name in step.reads)
+        read = (self._read(each, start, (length,), ("shared", place)) for place, each in enumerate(step.operands))
+        first, *others = read
         shared = torch.isinf(first) if others else torch.zeros_like(first, dtype=torch.bool)
         for values in others:
             shared &= values == first
@@ -279,11 +272,11 @@ class Worker:
         total = step.spec.num_elements
         slices = ((begin, min(SLICE_ELEMENTS, total - begin)) for begin in range(0, total, SLICE_ELEMENTS))
         for begin, length in ((index, 1), *slices):
-            for name in step.reads:
-                bad = ~torch.isfinite(self._read(name, step, begin, (length,), "culprit"))
+            for operand in step.operands:
+                bad = ~torch.isfinite(self._read(operand, begin, (length,), "culprit"))
                 if bool(bad.any()):
                     place = "" if length == 1 else f" at flat index {begin + int(bad.nonzero()[0])}"
-                    return f": it is not finite in {'the base' if name == BASE else f'model {name!r}'}{place}"
+                    return f": it is not finite in {label(operand.source)}{place}"
         return ""
 
 
@@ -301,10 +294,10 @@ def _runs(step: Step, start: int, stop: int, one_in: int) -> list[tuple[int, int
     return [(begin, min(begin + length, stop)) for begin in range(start, stop, length * one_in)]
 
 
-def combined(survey: Survey, counts: Iterable[Tensor]) -> Tensor:
-    """All partial counts of a survey, always in the order given: sums of floats depend on it."""
-    waiting = iter(counts)
-    if survey.joined:
+def combined(counts: StatisticsPass, parts: Iterable[Tensor]) -> Tensor:
+    """All partial counts of a pass, always in the order given: sums of floats depend on it."""
+    waiting = iter(parts)
+    if counts.joined:
         return torch.cat(list(waiting))
     total = next(waiting)
     for other in waiting:

@@ -13,7 +13,7 @@ from mergetool.errors import EvaluationError, at
 from mergetool.evaluate.cache import ResponseCache
 from mergetool.evaluate.harness import load_task
 from mergetool.evaluate.items import TaskItems
-from mergetool.evaluate.model import LiveModel
+from mergetool.evaluate.language_model import LanguageModel
 from mergetool.evaluate.options import TaskOptions
 from mergetool.search.interval import of_difference, of_mean
 
@@ -72,7 +72,7 @@ def _scores(
 ) -> dict[str, tuple[str, NDArray[np.float64]]]:
     """(metric, one score per item) by task."""
     with at(str(path)):
-        live = LiveModel(path, device=device, batch_size=batch_size)
+        live = LanguageModel(path, device=device, batch_size=batch_size)
         found = {}
         for options, task in tasks.items():
             items = TaskItems(options, task, live.lm)
@@ -86,7 +86,7 @@ def _scores(
     return found
 
 
-def _identity(path: Path, live: LiveModel) -> str:
+def _identity(path: Path, live: LanguageModel) -> str:
     """What the model is: its files as they lie there, and what it runs on."""
     stats = [(file.name, file.stat()) for file in sorted(path.iterdir()) if file.is_file()]
     facts = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

@@ -14,8 +14,8 @@ from typing import Any
 
 from mergetool.errors import EvaluationError
 from mergetool.evaluate.options import TaskOptions
+from mergetool.networks.library import INSTALL
 
-INSTALL = 'pip install "mergetool[eval]"'
 _FEWSHOT_SEED = 1234
 _CODE = re.compile(r"!function|^\s*[\"']?class[\"']?\s*:", re.MULTILINE)
 

@@ -29,7 +29,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergetool.kernels.assignment import Choice
-from mergetool.kernels.matching import Curve, Point, Problem, View, Views, curve, gradients, objective, views
+from mergetool.kernels.matching import (
+    Curve,
+    MatchingProblem,
+    PieceView,
+    Point,
+    Views,
+    curve,
+    gradients,
+    objective,
+    views,
+)
 from mergetool.kernels.permute import Element
 from mergetool.kernels.soft import Soft
 from mergetool.kernels.weight_matching import Request, as_choice, ascend, hard_point, replaced, solve
@@ -41,7 +51,7 @@ HELD = 1 << 28  # bytes of all models up to which their images are held, not mad
 
 
 @dataclass(frozen=True)
-class Settings:
+class AlignmentSettings:
     """How to search.
 
     `init`: "identity", or "barycenter" (the mean of the group; the anchor stays at the identity). `anchor`: the model
@@ -61,7 +71,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Step:
+class Iteration:
     """One iteration: the objective after it, the gap before it, and its length (in block mode: of the last model).
 
     Of a start by hard moves alone: one sweep over all models, and what it gained.
@@ -82,10 +92,12 @@ class Alignment:
     elements: tuple[Element, ...]
     objective: float
     rounded: float
-    history: tuple[Step, ...]
+    history: tuple[Iteration, ...]
 
 
-def align(problem: Problem, settings: Settings, share: Callable[..., Iterable[Any]] = map) -> Alignment:
+def align(
+    problem: MatchingProblem, settings: AlignmentSettings, share: Callable[..., Iterable[Any]] = map
+) -> Alignment:
     """Align the models of `problem`. Deterministic. Raises ValueError for fewer than two models.
 
     `share` is `map`, or does what it does with the work of several starts shared between processes.
@@ -140,7 +152,7 @@ def _power(bernstein: NDArray[np.float64]) -> NDArray[np.float64]:
     return result
 
 
-def _plans(settings: Settings, num_models: int) -> Iterator[Settings]:
+def _plans(settings: AlignmentSettings, num_models: int) -> Iterator[AlignmentSettings]:
     """The starts, each as settings of its own."""
     plans = [settings]
     if settings.polish:
@@ -153,7 +165,7 @@ def _plans(settings: Settings, num_models: int) -> Iterator[Settings]:
     return islice(dict.fromkeys(plans), settings.starts)
 
 
-def _run(problem: Problem, plan: Settings, reference: int) -> tuple[Alignment, bool]:
+def _run(problem: MatchingProblem, plan: AlignmentSettings, reference: int) -> tuple[Alignment, bool]:
     """One start. Also says whether it began at a vertex that nothing improves."""
     num_models = len(problem.models)
     anchor = plan.anchor or 0
@@ -170,20 +182,20 @@ def _run(problem: Problem, plan: Settings, reference: int) -> tuple[Alignment, b
     if plan.polish and not stationary:
         point, sweeps = ascend(problem, point, movers if num_models == 2 else range(num_models))
         reached = sweeps[-1]
-        history = history or tuple(Step(after, after - before, 1.0) for before, after in pairwise(sweeps))
+        history = history or tuple(Iteration(after, after - before, 1.0) for before, after in pairwise(sweeps))
     elements = in_universe_of([soft.elements[0] for soft in point], reference)
     return Alignment(elements, reached, rounded, history), stationary and len(history) == 1
 
 
 def _iterate(
-    problem: Problem, point: Point, blocks: Sequence[Sequence[int]], plan: Settings
-) -> tuple[Point, tuple[Step, ...], bool]:
+    problem: MatchingProblem, point: Point, blocks: Sequence[Sequence[int]], plan: AlignmentSettings
+) -> tuple[Point, tuple[Iteration, ...], bool]:
     """Frank-Wolfe until the gap closes, progress stalls, or the iterations are used up.
 
     Returns the last point, the history, and whether the point is a vertex from which no single move gains.
     """
-    value, history, stalled, stationary = objective(problem, point), list[Step](), 0, False
-    held = [View(problem, k, point) for k in range(len(problem.pieces))] if problem.size <= HELD else None
+    value, history, stalled, stationary = objective(problem, point), list[Iteration](), 0, False
+    held = [PieceView(problem, k, point) for k in range(len(problem.pieces))] if problem.size <= HELD else None
     while len(history) < plan.iterations and stalled < PATIENCE:
         before, gap, length, stationary = value, 0.0, 0.0, True
         for movers in blocks:
@@ -199,14 +211,14 @@ def _iterate(
             point = tuple(s if s is t else s.toward(t, length) for s, t in zip(point, target, strict=True))
             if held:
                 held = [view.toward(point, target, movers, length) for view in held]
-        history.append(Step(value, gap, length))
+        history.append(Iteration(value, gap, length))
         stalled = stalled + 1 if value - before <= STALLED * abs(value) else 0
         if gap <= plan.tolerance * abs(value):
             break
     return point, tuple(history), stationary
 
 
-def _best_vertex(problem: Problem, point: Point, movers: Sequence[int], seen: Views) -> Point:
+def _best_vertex(problem: MatchingProblem, point: Point, movers: Sequence[int], seen: Views) -> Point:
     """The vertex of the hull that the gradient at `point` favours, for the models `movers`; the others stay."""
     latest = [soft.elements[-1] if soft.elements else Element.identity(problem.spaces) for soft in point]
     incumbents = [as_choice(element) for element in latest]
@@ -220,7 +232,7 @@ def _best_vertex(problem: Problem, point: Point, movers: Sequence[int], seen: Vi
     return _at_answers(problem, point, latest, solve(problem, requests()))
 
 
-def _round(problem: Problem, point: Point) -> Point:
+def _round(problem: MatchingProblem, point: Point) -> Point:
     """The vertices nearest to the soft elements of `point`."""
     latest = [soft.elements[-1] for soft in point]
 
@@ -235,7 +247,9 @@ def _round(problem: Problem, point: Point) -> Point:
     return _at_answers(problem, point, latest, solve(problem, requests()))
 
 
-def _at_answers(problem: Problem, point: Point, elements: Sequence[Element], answers: Mapping[int, Choice]) -> Point:
+def _at_answers(
+    problem: MatchingProblem, point: Point, elements: Sequence[Element], answers: Mapping[int, Choice]
+) -> Point:
     """The point with the answered models at their vertices; answers are keyed by family * models + model."""
     moved = dict(enumerate(elements))
     for key, choice in answers.items():

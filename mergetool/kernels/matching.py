@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergetool.kernels.pieces import Face, Family, Piece, cut, face_size, families
+from mergetool.kernels.pieces import Face, FaceFamily, Piece, cut, face_size, families
 from mergetool.kernels.soft import Soft, act
 from mergetool.kernels.spaces import Layout, Space
 
@@ -39,7 +39,7 @@ Curve: TypeAlias = NDArray[np.float64]  # (5,) Bernstein coefficients of degree 
 
 
 @dataclass(frozen=True)
-class Problem:
+class MatchingProblem:
     """n models of one architecture to be aligned.
 
     `models`: n mappings from tensor names to tensors; they may read lazily, each tensor is asked for when needed.
@@ -49,7 +49,7 @@ class Problem:
     spaces: Mapping[str, Space]
     models: Sequence[Mapping[str, Tensor]]
     pieces: tuple[Piece, ...]
-    families: tuple[Family, ...]
+    families: tuple[FaceFamily, ...]
     scales: tuple[float, ...]
     faces: tuple[Face, ...]
 
@@ -61,7 +61,7 @@ class Problem:
         *,
         models: Sequence[Mapping[str, Tensor]],
         per_tensor: bool = False,
-    ) -> "Problem":
+    ) -> "MatchingProblem":
         """Align `models` over the tensors in `layouts` (one layout per axis).
 
         `per_tensor`: every tensor counts alike, by 1 / (mean over models of its squared norm); without it large
@@ -99,14 +99,14 @@ def _scale(models: Sequence[Mapping[str, Tensor]], name: str) -> float:
     return len(squared) / sum(squared) if sum(squared) > 0 else 0.0
 
 
-class View:
+class PieceView:
     """A piece of all models at a point: rows acted on, columns acted on, and both, each (models, rows, columns, rest).
 
     Each is made when it is first asked for.
     """
 
     def __init__(
-        self, problem: Problem, number: int, point: Sequence[Soft], known: Mapping[str, Tensor] | None = None
+        self, problem: MatchingProblem, number: int, point: Sequence[Soft], known: Mapping[str, Tensor] | None = None
     ) -> None:
         self.problem = problem
         self.number = number
@@ -136,7 +136,7 @@ class View:
     def _act(self, face: Face, x: Tensor, axis: int) -> Tensor:
         return act(self.problem.spaces, self.point, face, x, axis)
 
-    def toward(self, point: Point, end: Sequence[Soft], movers: Sequence[int], step: float) -> "View":
+    def toward(self, point: Point, end: Sequence[Soft], movers: Sequence[int], step: float) -> "PieceView":
         """The view at `point`, which is a share `step` of the way to `end` for `movers`: by sums of hard images."""
         path = _Path(self, end, movers)
         here, mixed, there = path.bends
@@ -146,13 +146,13 @@ class View:
             moved["columns"] = torch.lerp(path.columns, path.far_columns, step)
         if len(movers) < len(point):
             moved = {name: getattr(self, name).index_copy(0, path.places, x) for name, x in moved.items()}
-        return View(self.problem, self.number, point, {"weights": self.weights, **moved})
+        return PieceView(self.problem, self.number, point, {"weights": self.weights, **moved})
 
 
 class _Path:
     """A piece of `movers` from a view to the elements `end`."""
 
-    def __init__(self, view: View, end: Sequence[Soft], movers: Sequence[int]) -> None:
+    def __init__(self, view: PieceView, end: Sequence[Soft], movers: Sequence[int]) -> None:
         spaces, faces = view.problem.spaces, view.faces
         self.places = torch.tensor(list(movers))
         weights, self.rows, self.columns, self.here = (
@@ -168,19 +168,19 @@ class _Path:
             self.bends = (self.here, mixed.div_(2), act(spaces, softs, faces[1], self.far_rows, 2))
 
 
-Views: TypeAlias = Callable[[int], View]  # from the number of a piece
+Views: TypeAlias = Callable[[int], PieceView]  # from the number of a piece
 
 
-def views(problem: Problem, point: Point) -> Views:
+def views(problem: MatchingProblem, point: Point) -> Views:
     """All pieces at a point, made anew each time they are asked for."""
-    return lambda number: View(problem, number, point)
+    return lambda number: PieceView(problem, number, point)
 
 
-def objective(problem: Problem, point: Point) -> float:
+def objective(problem: MatchingProblem, point: Point) -> float:
     """F at a point."""
     total = 0.0
     for number, scale in enumerate(problem.scales):
-        image = View(problem, number, point).image
+        image = PieceView(problem, number, point).image
         rows = image.shape[1]
         own, together = _inner(image[None], rows * len(point)), _inner(image.sum(dim=0)[None], rows)
         total += scale * 0.5 * float(together[0, 0] - own[0, 0])
@@ -188,7 +188,7 @@ def objective(problem: Problem, point: Point) -> float:
 
 
 def gradients(
-    problem: Problem, point: Point, movers: Sequence[int], seen: Views | None = None
+    problem: MatchingProblem, point: Point, movers: Sequence[int], seen: Views | None = None
 ) -> Iterator[tuple[int, dict[Face, Tensor]]]:
     """dF/dQ of the models `movers`, family by family: its number, and for each of its faces (movers, universe, model).
 
@@ -213,7 +213,7 @@ def gradients(
                 totals[f] = {}
 
 
-def waiting_scores(pieces: Sequence[Piece], linked: Sequence[Family]) -> int:
+def waiting_scores(pieces: Sequence[Piece], linked: Sequence[FaceFamily]) -> int:
     """Numbers that `gradients` holds at most for one model: the scores of families begun and not yet complete."""
     sizes = [{pieces[number].faces[side] for number, side in family.places} for family in linked]
     spans = [[number for number, _ in family.places] for family in linked]
@@ -227,7 +227,9 @@ def waiting_scores(pieces: Sequence[Piece], linked: Sequence[Family]) -> int:
     )
 
 
-def curve(problem: Problem, start: Point, end: Point, *, movers: Sequence[int], seen: Views | None = None) -> Curve:
+def curve(
+    problem: MatchingProblem, start: Point, end: Point, *, movers: Sequence[int], seen: Views | None = None
+) -> Curve:
     """F along the segment from `start` to `end`, on which only the models `movers` move.
 
     Bernstein coefficients of degree 4, less the constant that the models that stay contribute among themselves.
@@ -240,7 +242,7 @@ def curve(problem: Problem, start: Point, end: Point, *, movers: Sequence[int], 
     return total
 
 
-def _piece_curve(view: View, end: Point, movers: list[int]) -> Curve:
+def _piece_curve(view: PieceView, end: Point, movers: list[int]) -> Curve:
     bends = torch.stack(_Path(view, end, movers).bends)  # (3, movers, rows, columns, rest)
     stay = [i for i in range(len(end)) if i not in movers]
     total, rows = bends.sum(dim=1), bends.shape[2]

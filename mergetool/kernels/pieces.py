@@ -55,7 +55,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Family:
+class FaceFamily:
     """Faces that move together, and where they occur: `places` are (number of the piece, 0 rows | 1 columns)."""
 
     spaces: tuple[str, ...]
@@ -80,11 +80,11 @@ def cut(spaces: Mapping[str, Space], layouts: Mapping[str, Sequence[Layout]]) ->
     )
 
 
-def families(spaces: Mapping[str, Space], pieces: Sequence[Piece]) -> tuple[Family, ...]:
+def families(spaces: Mapping[str, Space], pieces: Sequence[Piece]) -> tuple[FaceFamily, ...]:
     """The families of these pieces, in the order of their first space."""
     faces = {face for piece in pieces for face in piece.faces}
     linked = [{factor.space for factor in face if factor.space is not None} for face in faces]
-    found: list[Family] = []
+    found: list[FaceFamily] = []
     for name in spaces:
         if any(name in family.spaces for family in found) or not any(name in link for link in linked):
             continue
@@ -95,7 +95,7 @@ def families(spaces: Mapping[str, Space], pieces: Sequence[Piece]) -> tuple[Fami
             for side, face in enumerate(piece.faces)
             if face[0].space in members
         )
-        found.append(Family(tuple(space for space in spaces if space in members), places))
+        found.append(FaceFamily(tuple(space for space in spaces if space in members), places))
     return tuple(found)
 
 

@@ -25,7 +25,7 @@ _MOST_IN_BRACKET = 1 / 8
 
 
 @dataclass(frozen=True)
-class Found:
+class RankedMagnitude:
     """The magnitude searched for, how many are larger, and how many are equal to it."""
 
     magnitude: float
@@ -34,7 +34,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Search:
+class RankSearch:
     """The search for the `rank`-th largest magnitude (1 is the largest) of one vector, `shift` bits from its end.
 
     Magnitudes whose bits above `shift + 16` equal `prefix` are still in question; `above` others are larger.
@@ -48,7 +48,7 @@ class Search:
     above: int = 0
 
     @classmethod
-    def begin(cls, rank: int, bits: int) -> "Search":
+    def begin(cls, rank: int, bits: int) -> "RankSearch":
         """Search from the top bits; `bits` is 32 or 64, the width of the floats."""
         return cls(rank, bits, bits - _DIGIT)
 
@@ -68,7 +68,7 @@ class Search:
         low = self.prefix << (self.shift + _DIGIT)
         return _offsets(words, low, _BINS << self.shift) >> self.shift
 
-    def narrow(self, histogram: Tensor) -> "Search | Found":
+    def narrow(self, histogram: Tensor) -> "RankSearch | RankedMagnitude":
         """The next pass, or the result, from the summed histogram."""
         larger = histogram.flip(0).cumsum(0)  # larger[j]: how many lie in the j + 1 highest bins
         place = int(torch.searchsorted(larger, self.rank - self.above))
@@ -76,16 +76,16 @@ class Search:
         above = self.above + (int(larger[place - 1]) if place else 0)
         prefix = (self.prefix << _DIGIT) | digit
         if self.shift:
-            return Search(self.rank, self.bits, self.shift - _DIGIT, prefix, above)
+            return RankSearch(self.rank, self.bits, self.shift - _DIGIT, prefix, above)
         word = torch.tensor([prefix], dtype=torch.int32 if self.bits == 32 else torch.int64)
         value = float(word.view(torch.float32 if self.bits == 32 else torch.float64))
-        return Found(value, above, int(histogram[digit]))
+        return RankedMagnitude(value, above, int(histogram[digit]))
 
 
 class Count:
     """The histogram of one pass over one vector, slice by slice."""
 
-    def __init__(self, search: Search) -> None:
+    def __init__(self, search: RankSearch) -> None:
         self._search = search
         self._total = torch.zeros(search.num_bins, dtype=torch.int64)
         self._kept: list[Tensor] = []
@@ -126,7 +126,7 @@ class Bracket:
             return None
         return cls(rank, len(sample) - 1 - last << _DIGIT, len(sample) - first << _DIGIT)
 
-    def settle(self, table: Tensor) -> Found | None:
+    def settle(self, table: Tensor) -> RankedMagnitude | None:
         """The magnitude searched for, from the tallies of all slices, one below the other; None if it lies outside."""
         values, inverse = torch.unique(table[:, 0], return_inverse=True)
         counts = torch.zeros(len(values), dtype=torch.int64).index_add_(0, inverse, table[:, 1].long())
@@ -135,7 +135,9 @@ class Bracket:
         if not 0 < place < len(values):
             return None
         value = values[len(values) - 1 - place]
-        return Found(float(value.view(torch.float32)), int(larger[place - 1]), int(larger[place] - larger[place - 1]))
+        return RankedMagnitude(
+            float(value.view(torch.float32)), int(larger[place - 1]), int(larger[place] - larger[place - 1])
+        )
 
 
 class Tally:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mergetool.kernels.assignment import Array, Choice, best_element
-from mergetool.kernels.matching import Point, Problem, View, objective
+from mergetool.kernels.matching import MatchingProblem, PieceView, Point, objective
 from mergetool.kernels.permute import Element
 from mergetool.kernels.pieces import Face
 from mergetool.kernels.soft import Soft, act_hard
@@ -37,7 +37,7 @@ Request: TypeAlias = tuple[int, dict[Face, Array], Choice]  # key, scores, incum
 
 
 def match_to_reference(
-    problem: Problem, reference: int, share: Callable[..., Iterable[Element]] = map
+    problem: MatchingProblem, reference: int, share: Callable[..., Iterable[Element]] = map
 ) -> tuple[Element, ...]:
     """Pairwise git-rebasin: every model matched to model `reference` alone, from the identity.
 
@@ -55,7 +55,7 @@ def match_to_reference(
     return (*matched[:reference], identity, *matched[reference:])
 
 
-def merge_many(problem: Problem) -> tuple[tuple[Element, ...], tuple[float, ...]]:
+def merge_many(problem: MatchingProblem) -> tuple[tuple[Element, ...], tuple[float, ...]]:
     """MergeMany: each model in turn matched to the sum of the others, from the identity, until nothing moves.
 
     Returns elements that map model coordinates to universe coordinates, and the objective before and after every sweep.
@@ -65,12 +65,12 @@ def merge_many(problem: Problem) -> tuple[tuple[Element, ...], tuple[float, ...]
     return tuple(soft.elements[0] for soft in point), history
 
 
-def hard_point(problem: Problem, elements: Sequence[Element]) -> Point:
+def hard_point(problem: MatchingProblem, elements: Sequence[Element]) -> Point:
     """The point at one element per model."""
     return tuple(Soft.at(element, problem.faces) for element in elements)
 
 
-def ascend(problem: Problem, point: Point, movers: Sequence[int]) -> tuple[Point, tuple[float, ...]]:
+def ascend(problem: MatchingProblem, point: Point, movers: Sequence[int]) -> tuple[Point, tuple[float, ...]]:
     """Match each of `movers` in turn to the sum of the others until nothing moves.
 
     `point` must be hard. Returns the point reached and the objective before and after every sweep.
@@ -85,7 +85,7 @@ def ascend(problem: Problem, point: Point, movers: Sequence[int]) -> tuple[Point
     return tuple(climb.point), tuple(history)
 
 
-def solve(problem: Problem, requests: Iterable[Request]) -> dict[int, Choice]:
+def solve(problem: MatchingProblem, requests: Iterable[Request]) -> dict[int, Choice]:
     """Answer assignment problems, large ones in a thread pool (scipy's solver releases the interpreter lock).
 
     Requests are drawn only as threads become free, so that few gradients are held at once.
@@ -128,11 +128,11 @@ class _Climb:
     The sum (as large as one model) is what makes a move cheap: it involves the tensors of one model alone.
     """
 
-    def __init__(self, problem: Problem, point: Point, worth: float) -> None:
+    def __init__(self, problem: MatchingProblem, point: Point, worth: float) -> None:
         self.problem = problem
         self.point = list(point)
         self.worth = worth
-        self.sums = [View(problem, number, point).image.sum(dim=0) for number in range(len(problem.pieces))]
+        self.sums = [PieceView(problem, number, point).image.sum(dim=0) for number in range(len(problem.pieces))]
         self.settled: set[tuple[int, int]] = set()  # (model, family)
 
     def match(self, i: int) -> float:
@@ -194,7 +194,7 @@ class _Climb:
         return x
 
 
-def _independent(problem: Problem, numbers: Sequence[int]) -> list[int]:
+def _independent(problem: MatchingProblem, numbers: Sequence[int]) -> list[int]:
     """As many of these families as share no piece, first come first served."""
     batch: list[int] = []
     for f in numbers:
@@ -203,7 +203,7 @@ def _independent(problem: Problem, numbers: Sequence[int]) -> list[int]:
     return batch
 
 
-def _neighbours(problem: Problem, f: int) -> set[int]:
+def _neighbours(problem: MatchingProblem, f: int) -> set[int]:
     """The families whose gradient depends on family f: those on the other axis of its pieces."""
     sides = {(number, 1 - side) for number, side in problem.families[f].places}
     return {g for g, family in enumerate(problem.families) if sides.intersection(family.places)}

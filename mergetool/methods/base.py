@@ -1,20 +1,20 @@
 """What a merging method is: numbers and options, their documentation, and the arithmetic, in one frozen class.
 
-Three shapes, told apart by how often they see the weights: a `TensorMethod` sees each output tensor once (after
-optional surveys, passes that only count), a `FittedMethod` sees the whole models first, a `SearchMethod` judges many
-candidate merges. A class is abstract or final: concrete methods are never subclassed.
+A method declares its stages, and nobody else asks what shape it has: a `TensorMethod` counts and merges tensor by
+tensor, a `FittedMethod` first looks at the whole models (fit) and may replace tensors in the end (finish), a
+`BundleMethod` takes models apart (factorise), a `SearchMethod` tries many candidates of another method (search). A
+class is abstract or final: concrete methods are never subclassed.
 
 A method lives in one file of this folder and registers itself by being there. At the top it imports this module, what a
-few methods share (`matrix`, `aligning`, `genes`) and descriptions of options; kernels it imports inside the functions
+few methods share (`families`) and descriptions of options; kernels it imports inside the functions
 that need them, so that a recipe is checked without torch; other methods never (import-linter holds that). Its module
 docstring is its documentation and must have a `Reference:` and a `Differs from the paper:` paragraph.
 """
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -27,10 +27,10 @@ from mergetool.methods.values import (
     Finite,
     Fraction,
     Gradient,
-    Knob,
     PerModel,
     Positive,
     Rank,
+    Schedulable,
     Scheduled,
     Unit,
     cancel,
@@ -40,54 +40,49 @@ from mergetool.methods.values import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergetool.bundle.options import Options
-    from mergetool.search.space import Space, Value
 
 __all__ = [
     "RANK",
     "AnyTensorMethod",
-    "BundleMethod",
     "Field",
     "Finite",
-    "Fitted",
-    "FittedMethod",
     "Fraction",
     "Gradient",
-    "Knob",
+    "Granularity",
     "MatrixFilter",
     "Method",
-    "Models",
     "Params",
     "PerModel",
     "Positive",
     "Rank",
-    "Reach",
+    "Schedulable",
     "Scheduled",
-    "SearchMethod",
+    "StatisticsPass",
     "Stats",
-    "Survey",
     "TensorGroup",
     "TensorMethod",
     "Unit",
     "all_methods",
     "cancel",
+    "expect",
 ]
 
 _I = TypeVar("_I")
 _T = TypeVar("_T")
+_M = TypeVar("_M", bound="Method")
 Params = SimpleNamespace
 """A method's numbers for one tensor: floats, and tuples (one per model of the group) for per-model fields."""
 
-Reach = Literal["element", "row", "tensor"]
+Granularity = Literal["element", "row", "tensor"]
 """What must not be torn apart: nothing, rows, or the whole tensor."""
 
 Stats = Mapping[str, tuple[float, ...]]
-"""What surveys found out about one tensor (or the whole model): small, exact, and savable as JSON."""
+"""What passes found out about one tensor (or the whole model): small, exact, and savable as JSON."""
 
 _REGISTRY: dict[str, type["Method"]] = {}
 
 
-class Survey(Protocol):
+class StatisticsPass(Protocol):
     """One reading pass that only counts. Partial counts of slices add up; `conclude` says what to do next."""
 
     one_in: int = 1
@@ -102,9 +97,19 @@ class Survey(Protocol):
         """
         ...
 
-    def conclude(self, total: "Tensor") -> "Survey | Stats":
-        """From the summed counts: the next survey, or the finished statistics."""
+    def conclude(self, total: "Tensor") -> "StatisticsPass | Stats":
+        """From the summed counts: the next pass, or the finished statistics."""
         ...
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What is known of whole models before a weight is read: as in `Models`."""
+
+    names: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    config: Mapping[str, Any]
+    architecture: str | None
 
 
 class Method(BaseModel):
@@ -121,6 +126,30 @@ class Method(BaseModel):
     """Laws (`mergetool.testing`) that this method does not obey, each with the reason."""
     neutral: ClassVar[Mapping[str, Any]] = {}
     """Settings under which merging copies of one model gives that model back."""
+    result: ClassVar[Literal["checkpoint", "bundle"]] = "checkpoint"
+    """The kind of output that a run leaves."""
+    uses_architecture: ClassVar[bool] = False
+    """Whether it asks what the axes of tensors mean, and so sees whole models under their own names."""
+    searches: ClassVar[bool] = False
+    """Whether it tries candidates of another method; its settings are then that one's."""
+    varies: ClassVar[bool] = True
+    """Whether its settings may differ from tensor to tensor (overrides)."""
+
+    def stages(self) -> tuple[str, ...]:
+        """What a run does, one after the other."""
+        return ("count", "merge")
+
+    def kernel(self) -> "TensorMethod":
+        """The method that merges tensors: itself, or one inside."""
+        raise TypeError(f"{self.method_name()} has candidates that merge, and merges nothing itself")
+
+    def parts(self) -> Mapping[str, "Method"]:
+        """Methods inside that see the same models: field of the recipe -> method."""
+        return {}
+
+    def fit_memory(self, headers: "Headers", threads: int) -> int:
+        """Bytes that looking at whole models takes at most, roughly. Raises PlanError for models that do not fit."""
+        return 0
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -149,21 +178,21 @@ class Method(BaseModel):
         return (sys.modules[cls.__module__].__doc__ or cls.__doc__ or cls.__name__).strip()
 
     @classmethod
-    def knobs(cls) -> dict[str, Knob]:
+    def schedulables(cls) -> dict[str, Schedulable]:
         """The numeric fields that may vary by tensor (and by model)."""
         found = {}
         for key, info in cls.model_fields.items():
             for mark in info.metadata:
-                if isinstance(mark, Knob):
+                if isinstance(mark, Schedulable):
                     found[key] = mark
         return found
 
     def params(self, depth: float, models: Sequence[str]) -> Params:
-        """Every knob as plain numbers for a tensor at `depth` in [0, 1] and these models."""
+        """Every schedulable as plain numbers for a tensor at `depth` in [0, 1] and these models."""
         return Params(
             **{
-                key: resolve(getattr(self, key), depth, models, per_model=knob.per_model)
-                for key, knob in self.knobs().items()
+                key: resolve(getattr(self, key), depth, models, per_model=schedulable.per_model)
+                for key, schedulable in self.schedulables().items()
             }
         )
 
@@ -185,23 +214,29 @@ class Method(BaseModel):
 
 
 class TensorMethod(Method):
-    """A method that sees each output tensor once, after optional surveys."""
+    """A method that sees each output tensor once, after optional statistics passes."""
 
-    reach: ClassVar[Reach]
+    granularity: ClassVar[Granularity]
     """What one call must see whole: any slice of flat elements, whole rows, or the whole tensor."""
     buffers: ClassVar[int] = 3
-    """Temporaries the size of a slice that `merge` or a survey uses; the memory plan counts them."""
+    """Temporaries the size of a slice that `merge` or a pass uses; the memory plan counts them."""
 
-    surveyed: ClassVar[tuple[str, ...] | None] = None
-    """Knobs that decide what a survey finds; None: all. A search surveys again only where one of these changed."""
+    pass_depends_on: ClassVar[tuple[str, ...] | None] = None
+    """Numbers that decide what a statistics pass finds; None: all. A search counts anew only where one changed."""
 
-    def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:
-        """The first reading pass this tensor needs before `merge`, or None. `bits` of the compute dtype: 32 or 64."""
+    def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
+        """The first reading pass this tensor needs before `merge`, or None. `bits` of the compute dtype: 32 or 64.
+
+        Asked once, while planning; `num_elements` of the tensor, or of all tensors that are counted together.
+        """
         return None
 
-    def reach_in(self, name: str, shape: tuple[int, ...]) -> Reach:
-        """What one call must see whole of this tensor: less than `reach` where a method treats some more simply."""
-        return self.reach
+    def kernel(self) -> "TensorMethod":
+        return self
+
+    def granularity_in(self, name: str, shape: tuple[int, ...]) -> Granularity:
+        """What one call must see whole of this tensor: less than `granularity` where some are treated more simply."""
+        return self.granularity
 
     @property
     def needs_float64(self) -> bool:
@@ -212,8 +247,8 @@ class TensorMethod(Method):
         """Other tensors that `merge` reads for this one."""
         return ()
 
-    def survey_scope(self) -> Literal["tensor", "model"]:
-        """Whether a survey looks at each tensor alone or at all tensors of the model together."""
+    def pass_scope(self) -> Literal["tensor", "model"]:
+        """Whether a pass counts over each tensor alone or over all tensors of the model together."""
         return "tensor"
 
     @abstractmethod
@@ -241,145 +276,10 @@ AnyTensorMethod = Annotated[
 """A field of a method that holds another method: written as a mapping, like the `merge` section of a recipe."""
 
 
-@dataclass(frozen=True)
-class Headers:
-    """What is known of whole models before a weight is read: as in `Models`."""
-
-    names: tuple[str, ...]
-    shapes: Mapping[str, tuple[int, ...]]
-    config: Mapping[str, Any]
-    architecture: str | None
-
-
-class Models(Protocol):
-    """The whole models, as `FittedMethod.fit` sees them: any tensor of any model, whenever it is wanted."""
-
-    names: tuple[str, ...]
-    """Models in the recipe's order; the base, if there is one, under "base" and last."""
-    shapes: Mapping[str, tuple[int, ...]]
-    """Every floating-point tensor that all models hold, by name, in file order."""
-    config: Mapping[str, Any]
-    """config.json of the first model, or empty."""
-    architecture: str | None
-    """The recipe's `architecture`: a family, a spec file (absolute path), or None."""
-
-    def read(self, model: str, name: str) -> "Tensor":
-        """One tensor, whole, in compute dtype, on the CPU; a fresh copy."""
-        ...
-
-    def path(self, text: str) -> Path:
-        """A path written in the recipe, made absolute."""
-        ...
-
-    def say(self, text: str) -> None:
-        """A line of progress for people."""
-        ...
-
-    def share(self, call: Callable[[_I], _T], items: Sequence[_I]) -> Iterable[_T]:
-        """`call` of every item, in order. Several processes share the work; one alone does it as results are drawn."""
-        ...
-
-
-class Fitted(Protocol):
-    """What a fit found out: small, savable, and able to show every model's tensors in the common space."""
-
-    def apply(self, model: str, name: str, tensor: "Tensor") -> "Tensor":
-        """Tensor `name` of `model`, moved to the common space: same shape and dtype."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write artefact and report beside the merged weights. A killed run loads them instead of fitting again."""
-        ...
-
-
-class FittedMethod(Method):
-    """A method that sees the whole models first (`fit`); then its inner method merges what the fit made of them."""
-
-    @abstractmethod
-    def inner(self) -> TensorMethod:
-        """The method that merges the fitted tensors."""
-
-    def fit_memory(self, headers: Headers, threads: int) -> int:
-        """Bytes that `fit` and `finish` hold at most, roughly. Raises PlanError for models that cannot be fitted."""
-        return 0
-
-    @abstractmethod
-    def fit(self, models: Models) -> Fitted:
-        """Look at the whole models. Raises PlanError or MergeError."""
-
-    @abstractmethod
-    def load(self, models: Models, folder: Path) -> Fitted | None:
-        """The fit that `save` wrote into this folder, or None where there is none."""
-
-    def finishes(self) -> bool:
-        """Whether `finish` has something to do once everything is merged."""
-        return False
-
-    def finish(
-        self, models: Models, fitted: Fitted, merged: "Mapping[str, Tensor]", folder: Path | None
-    ) -> "Mapping[str, Tensor]":
-        """Tensors of the merged model to replace (same shapes), in compute dtype. Raises PlanError or SourceError.
-
-        A killed run asks again when some tensors are replaced already: what is found must first be kept in `folder`.
-        """
-        return {}
-
-
-class _Kept(TensorMethod):
-    """Stands in a plan for what a bundle does to a tensor: it sees it whole, in every model."""
-
-    needs_base: ClassVar = "required"
-    reach: ClassVar = "tensor"
-    buffers: ClassVar = 16
-
-    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
-        raise NotImplementedError
-
-
-class BundleMethod(Method):
-    """A method whose result is a folder that serves many tasks (`mergetool.bundle`), not a checkpoint."""
-
-    rank: Rank = Field("auto", description=RANK)
-    factors: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of stored factors")
-    size: Annotated[Finite, Field(gt=0)] | None = Field(
-        None,
-        description="most that the factors of all experts may take, as a share of the base's bytes; directions that "
-        "hold the least energy are left out beyond it (default: 0.59 with `rank: auto`, else no bound)",
-    )
-    base: Literal["copy", "reference"] = Field("copy", description="copy the base, or only refer to it")
-    filter: MatrixFilter = Field(
-        "fusionbench", description="which two-dimensional tensors are kept as factors; all others are kept in full"
-    )
-    conv: Literal["mean", "matricize"] = Field(
-        "matricize", description="keep tensors of more axes in full, or as factors of (out, everything else)"
-    )
-    needs_base: ClassVar = "required"
-    uses_factors: ClassVar = True
-
-    def inner(self) -> TensorMethod:
-        """What plans count with."""
-        return _Kept()
-
-    @property
-    def most(self) -> float | None:
-        """The bound on the size of factors."""
-        return 0.59 if self.size is None and self.rank == "auto" else self.size
-
-    @abstractmethod
-    def options(self) -> "Options":
-        """What is kept of the models, and how the bundle is used."""
-
-
-class SearchMethod(Method):
-    """A method that judges many candidates: settings of another method, with some numbers left open."""
-
-    @abstractmethod
-    def space(self, models: Sequence[str]) -> "Space":
-        """The numbers that are open, for these models."""
-
-    @abstractmethod
-    def candidate(self, values: "Sequence[Value]", models: Sequence[str]) -> dict[str, Any]:
-        """The `merge` section of a recipe in which the open numbers have these values."""
+def expect(method: Method, kind: type[_M]) -> _M:
+    """A method as the shape of which its stages speak. The only place that looks at the class of a method."""
+    assert isinstance(method, kind), f"{method.method_name()} is no {kind.__name__}"
+    return method
 
 
 def all_methods() -> dict[str, type[Method]]:

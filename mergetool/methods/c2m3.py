@@ -21,12 +21,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mergetool.alignment.options import Align
-from mergetool.methods.aligning import AligningMethod
-from mergetool.methods.base import Field, Models
+from mergetool.methods.base import Field
+from mergetool.methods.families.aligning import AligningMethod
+from mergetool.methods.families.fitted import Models
 
 if TYPE_CHECKING:
     from mergetool.alignment.fitted import Aligned
-    from mergetool.alignment.task import Task
+    from mergetool.alignment.task import AlignmentTask
     from mergetool.kernels.frank_wolfe import Alignment
 
 
@@ -65,11 +66,11 @@ class C2M3(AligningMethod):
             models.say(f"aligned {len(task.names)} models: {len(found.history)} steps, objective {found.objective:.6g}")
         return Aligned(task.spec, elements, report)
 
-    def _search(self, task: "Task", models: Models) -> "Alignment":
-        from mergetool.kernels.frank_wolfe import Settings, align
+    def _search(self, task: "AlignmentTask", models: Models) -> "Alignment":
+        from mergetool.kernels.frank_wolfe import AlignmentSettings, align
 
         asked = self.align
-        settings = Settings(
+        settings = AlignmentSettings(
             mode=asked.mode,
             init=asked.init,
             anchor=None if asked.anchor is None else task.place(asked.anchor, "merge.align.anchor"),

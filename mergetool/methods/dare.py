@@ -23,8 +23,8 @@ from mergetool.methods.base import (
     Params,
     PerModel,
     Scheduled,
+    StatisticsPass,
     Stats,
-    Survey,
     TensorGroup,
     TensorMethod,
     cancel,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Norms(Survey):
+class _Norms(StatisticsPass):
     """L1 norm of every task vector, before and after dropping, in float64."""
 
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
@@ -66,9 +66,9 @@ class _Dare(TensorMethod):
     )
     normalize: bool = Field(False, strict=True, description="divide by the sum of the weights")
     needs_base: ClassVar = "required"
-    reach: ClassVar = "element"
+    granularity: ClassVar = "element"
     buffers: ClassVar = 6
-    surveyed: ClassVar = ("density",)
+    pass_depends_on: ClassVar = ("density",)
     neutral: ClassVar = {"density": 1.0, "normalize": True}
     exempt: ClassVar = {
         "seed-free": "draws which entries are kept",
@@ -79,7 +79,7 @@ class _Dare(TensorMethod):
     def needs_float64(self) -> bool:
         return self.rescale == "l1"
 
-    def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:
+    def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
         return _Norms() if self.rescale == "l1" and any(density < 1.0 for density in p.density) else None
 
     def problem(self, p: Params) -> str | None:

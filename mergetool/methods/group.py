@@ -20,8 +20,8 @@ Note = str | tuple[str, float]
 class TensorGroup:
     """One tensor (or a slice of it) of every model, in compute dtype, as a method sees it.
 
-    `base` and each of `models` have the same shape: 1-D slices for reach "element", (rows, ...) for reach "row", the
-    whole tensor for reach "tensor". The tensors belong to the call: a method may overwrite them through `deltas`.
+    `base` and each of `models` have the same shape: 1-D slices for granularity "element", (rows, ...)
+    for "row", the whole tensor for "tensor". They belong to the call: a method may overwrite them through `deltas`.
     """
 
     name: str

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mergetool.methods.base import TensorGroup
-from mergetool.methods.matrix import MatrixMethod
+from mergetool.methods.families.matrix import MatrixMethod
 
 if TYPE_CHECKING:
     from torch import Tensor

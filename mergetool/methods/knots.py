@@ -44,7 +44,7 @@ class Knots(TensorMethod):
         "llm", description="which two-dimensional tensors are treated as matrices; others keep their own basis"
     )
     needs_base: ClassVar = "required"
-    reach: ClassVar = "tensor"
+    granularity: ClassVar = "tensor"
     buffers: ClassVar = 20
     neutral: ClassVar = {"density": 1.0}
 

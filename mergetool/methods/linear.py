@@ -23,7 +23,7 @@ class Linear(TensorMethod):
     weight: PerModel[Finite] = Field(1.0, description="weight of each model")
     normalize: bool = Field(True, strict=True, description="divide by the sum of the weights")
     needs_base: ClassVar = "unused"
-    reach: ClassVar = "element"
+    granularity: ClassVar = "element"
     buffers: ClassVar = 0
     neutral: ClassVar = {"normalize": True}
 

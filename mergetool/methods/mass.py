@@ -28,13 +28,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from mergetool.bundle.manifest import Features, HeadRule, Mode, Norm, Pool
-from mergetool.methods.base import BundleMethod, Field, Finite, Unit
+from mergetool.methods.base import Field, Finite, Unit
+from mergetool.methods.families.bundle import BundleMethod
 
 if TYPE_CHECKING:
     from mergetool.bundle.options import Options
 
 
-class Router(BaseModel):
+class RouterSettings(BaseModel):
     """How tasks are chosen for an input."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,7 +69,7 @@ class Router(BaseModel):
         return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
-    def _has_an_effect(self) -> "Router":
+    def _has_an_effect(self) -> "RouterSettings":
         if self.redundancy is not None and self.features == "base":
             raise ValueError("without `features: merged` nothing is merged, so this would have no effect")
         return self
@@ -78,7 +79,7 @@ class Mass(BundleMethod):
     """A bundle: base, factors, heads, router"""
 
     method: Literal["mass"] = "mass"
-    router: Router = Field(Router(), description="how tasks are chosen for an input")
+    router: RouterSettings = Field(RouterSettings(), description="how tasks are chosen for an input")
     heads: HeadRule = Field(
         "joint",
         description="whose head answers: best probability (joint: times coefficient), or best or mean raw score",

@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from mergetool.evaluate.options import TaskOptions
-from mergetool.methods.base import Field, Finite, SearchMethod
-from mergetool.methods.genes import InnerMethod
+from mergetool.methods.base import Field, Finite
+from mergetool.methods.families.genes import InnerMethod
+from mergetool.methods.families.search import SearchMethod
 
 if TYPE_CHECKING:
-    from mergetool.search.space import Space, Value
+    from mergetool.search.space import SearchSpace, Value
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 
@@ -42,7 +43,7 @@ def _tuples(value: Any) -> Any:
     return {key: _as_tuple(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
-class Search(BaseModel):
+class SearchOptions(BaseModel):
     """How candidates are found."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,7 +61,7 @@ class Search(BaseModel):
     batch_size: Count = Field(32, description="sequences that the model runs at once")
 
 
-class Estimator(BaseModel):
+class EstimatorOptions(BaseModel):
     """How a candidate's score on all search items is told from a few."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -115,14 +116,14 @@ class Merge3(SearchMethod):
     tasks: Annotated[tuple[TaskOptions, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = Field(
         description="tasks of lm-eval that judge the candidates"
     )
-    search: Search = Field(Search(), description="how candidates are found")
-    estimator: Estimator = Field(Estimator(), description="how few items tell a candidate's score")
+    search: SearchOptions = Field(SearchOptions(), description="how candidates are found")
+    estimator: EstimatorOptions = Field(EstimatorOptions(), description="how few items tell a candidate's score")
     needs_base: ClassVar = "optional"
 
-    def space(self, models: Sequence[str]) -> "Space":
-        from mergetool.search.space import Space
+    def space(self, models: Sequence[str]) -> "SearchSpace":
+        from mergetool.search.space import SearchSpace
 
-        return Space(self.inner.genes(models, self.search.groups))
+        return SearchSpace(self.inner.genes(models, self.search.groups))
 
     def candidate(self, values: "Sequence[Value]", models: Sequence[str]) -> dict[str, Any]:
         return self.inner.filled(values, models, self.search.groups)

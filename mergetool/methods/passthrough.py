@@ -22,7 +22,7 @@ class Passthrough(TensorMethod):
     scale: Scheduled[Finite] = Field(1.0, description="factor on every value")
     needs_base: ClassVar = "unused"
     max_models: ClassVar = 1
-    reach: ClassVar = "element"
+    granularity: ClassVar = "element"
     buffers: ClassVar = 0
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":

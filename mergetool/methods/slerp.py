@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.methods.base import Field, Params, Scheduled, Stats, Survey, TensorGroup, TensorMethod, Unit
+from mergetool.methods.base import Field, Params, Scheduled, StatisticsPass, Stats, TensorGroup, TensorMethod, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ _PARALLEL = 0.9995
 
 
 @dataclass(frozen=True)
-class _Products(Survey):
+class _Products(StatisticsPass):
     """Inner products of the two vectors: <a,a>, <b,b>, <a,b>, in float64."""
 
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
@@ -50,16 +50,16 @@ class Slerp(TensorMethod):
     needs_base: ClassVar = "unused"
     min_models: ClassVar = 2
     max_models: ClassVar = 2
-    reach: ClassVar = "element"
+    granularity: ClassVar = "element"
     buffers: ClassVar = 1
-    surveyed: ClassVar = ()
+    pass_depends_on: ClassVar = ()
     exempt: ClassVar = {"order": "t counts from the first model to the second"}
 
     @property
     def needs_float64(self) -> bool:
         return True
 
-    def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:
+    def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
         return _Products()
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":

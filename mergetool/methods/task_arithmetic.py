@@ -24,7 +24,7 @@ class TaskArithmetic(TensorMethod):
     scale: Scheduled[Finite] = Field(1.0, description="factor on the sum of task vectors (lambda in the paper)")
     normalize: bool = Field(False, strict=True, description="divide by the sum of the weights")
     needs_base: ClassVar = "required"
-    reach: ClassVar = "element"
+    granularity: ClassVar = "element"
     buffers: ClassVar = 1
     neutral: ClassVar = {"normalize": True}
 

@@ -22,8 +22,8 @@ from mergetool.methods.base import (
     Params,
     PerModel,
     Scheduled,
+    StatisticsPass,
     Stats,
-    Survey,
     TensorGroup,
     TensorMethod,
 )
@@ -31,7 +31,7 @@ from mergetool.methods.base import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergetool.kernels.select import Bracket, Found, Search
+    from mergetool.kernels.select import Bracket, RankedMagnitude, RankSearch
 
 
 _LARGE, _TOO_LARGE = 1 << 18, 1 << 26
@@ -39,10 +39,10 @@ _LARGE, _TOO_LARGE = 1 << 18, 1 << 26
 
 
 @dataclass(frozen=True)
-class _Thresholds(Survey):
+class _Thresholds(StatisticsPass):
     """One counting pass of the search for every model's threshold."""
 
-    searches: "tuple[Search, ...]"
+    searches: "tuple[RankSearch, ...]"
 
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
         import torch
@@ -55,13 +55,13 @@ class _Thresholds(Survey):
                 count.add(delta.abs_())
         return torch.stack([count.histogram() for count in counts])
 
-    def conclude(self, total: "Tensor") -> Survey | Stats:
-        from mergetool.kernels.select import Found, Search
+    def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
+        from mergetool.kernels.select import RankedMagnitude, RankSearch
 
         found = [search.narrow(counts) for search, counts in zip(self.searches, total, strict=True)]
-        if unfinished := tuple(each for each in found if isinstance(each, Search)):
+        if unfinished := tuple(each for each in found if isinstance(each, RankSearch)):
             return _Thresholds(unfinished)
-        ended = [each for each in found if isinstance(each, Found)]
+        ended = [each for each in found if isinstance(each, RankedMagnitude)]
         return _stats([search.rank for search in self.searches], ended)
 
 
@@ -72,7 +72,7 @@ class _Sample(_Thresholds):
     num_elements: int
     one_in = 16
 
-    def conclude(self, total: "Tensor") -> Survey | Stats:
+    def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
         from mergetool.kernels.select import Bracket
 
         ranks = [search.rank for search in self.searches]
@@ -82,11 +82,11 @@ class _Sample(_Thresholds):
 
 
 @dataclass(frozen=True)
-class _Brackets(Survey):
+class _Brackets(StatisticsPass):
     """One pass that keeps the few entries among which every model's threshold should be."""
 
     brackets: "tuple[Bracket, ...]"
-    searches: "tuple[Search, ...]"
+    searches: "tuple[RankSearch, ...]"
     """What to do if it is not."""
     joined = True
 
@@ -102,14 +102,14 @@ class _Brackets(Survey):
         tables = [tally.table() for tally in tallies]
         return torch.cat([torch.nn.functional.pad(table, (1, 0), value=i) for i, table in enumerate(tables)])
 
-    def conclude(self, total: "Tensor") -> Survey | Stats:
+    def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
         settled = [bracket.settle(total[total[:, 0] == i, 1:]) for i, bracket in enumerate(self.brackets)]
         found = [each for each in settled if each is not None]
         ranks = [bracket.rank for bracket in self.brackets]
         return _stats(ranks, found) if len(found) == len(settled) else _Thresholds(self.searches)
 
 
-def _stats(ranks: list[int], found: "list[Found]") -> Stats:
+def _stats(ranks: list[int], found: "list[RankedMagnitude]") -> Stats:
     return {
         "threshold": tuple(each.magnitude for each in found),
         "share": tuple((rank - each.above) / each.equal for rank, each in zip(ranks, found, strict=True)),
@@ -129,9 +129,9 @@ class Ties(TensorMethod):
     )
     normalize: bool = Field(True, strict=True, description="divide by the weights that agree (mean); false: sum")
     needs_base: ClassVar = "required"
-    reach: ClassVar = "element"
+    granularity: ClassVar = "element"
     buffers: ClassVar = 6
-    surveyed: ClassVar = ("density",)
+    pass_depends_on: ClassVar = ("density",)
     neutral: ClassVar = {"density": 1.0, "normalize": True}
     exempt: ClassVar = {
         "independent scope=model": "one threshold for all tensors together depends on all of them",
@@ -139,17 +139,17 @@ class Ties(TensorMethod):
         "tied boundary=random": "draws are keyed by the tensor's name, so two stored copies of a tensor get two draws",
     }
 
-    def survey(self, p: Params, num_elements: int, bits: int) -> Survey | None:
-        from mergetool.kernels.select import Search
+    def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
+        from mergetool.kernels.select import RankSearch
 
         if all(density == 1.0 for density in p.density) or num_elements == 0:
             return None
-        searches = tuple(Search.begin(max(1, int(density * num_elements)), bits) for density in p.density)
+        searches = tuple(RankSearch.begin(max(1, int(density * num_elements)), bits) for density in p.density)
         if bits == 32 and _LARGE <= num_elements <= _TOO_LARGE:
             return _Sample(searches, num_elements)
         return _Thresholds(searches)
 
-    def survey_scope(self) -> Literal["tensor", "model"]:
+    def pass_scope(self) -> Literal["tensor", "model"]:
         return self.scope
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":

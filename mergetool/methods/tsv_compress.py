@@ -14,7 +14,7 @@ is kept in full; convolutions are compressed, too.
 
 from typing import TYPE_CHECKING, Literal
 
-from mergetool.methods.base import BundleMethod
+from mergetool.methods.families.bundle import BundleMethod
 
 if TYPE_CHECKING:
     from mergetool.bundle.options import Options

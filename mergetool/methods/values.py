@@ -56,7 +56,7 @@ class Gradient(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Knob:
+class Schedulable:
     """Marks a field as a number that may vary by tensor; `per_model` ones also by model."""
 
     per_model: bool
@@ -70,10 +70,10 @@ def _kind(value: Any) -> str:
 
 _Number = Annotated[T, Tag("(number)")]
 _Gradient = Annotated[Gradient[T], Tag("(gradient)")]
-Scheduled = Annotated[_Number[T] | _Gradient[T], Discriminator(_kind), Knob(per_model=False)]
+Scheduled = Annotated[_Number[T] | _Gradient[T], Discriminator(_kind), Schedulable(per_model=False)]
 _Plain = Annotated[_Number[T] | _Gradient[T], Discriminator(_kind)]
 _Mapping = Annotated[dict[str, _Plain[T]], Tag("(per model)")]
-PerModel = Annotated[_Number[T] | _Gradient[T] | _Mapping[T], Discriminator(_kind), Knob(per_model=True)]
+PerModel = Annotated[_Number[T] | _Gradient[T] | _Mapping[T], Discriminator(_kind), Schedulable(per_model=True)]
 
 
 def at_depth(value: "float | Gradient[float]", depth: float) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergetool.errors import RecipeError
-from mergetool.methods.base import SearchMethod
+from mergetool.methods.families.search import SearchMethod
 from mergetool.recipe.document import Document, Place
 from mergetool.search.space import Gene, Value
 

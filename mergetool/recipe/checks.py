@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mergetool.errors import RecipeError
-from mergetool.methods.base import BundleMethod, FittedMethod, Method, SearchMethod
+from mergetool.methods.base import Method
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.render import suggestion
 
@@ -27,8 +27,8 @@ def cross_checks(document: Document, kind: type[Method] | None, method: Method |
             yield from _check_overrides(document, kind, models)
         for field, name in () if method is None else method.model_names().items():
             yield from _check_use(document, tuple(field.split(".")), name, models)
-        if isinstance(method, FittedMethod):
-            yield from _check_inner(document, models, method.inner(), has_base)
+        for field, part in () if method is None else method.parts().items():
+            yield from _check_part(document, models, field, part, has_base)
         source = _in(data, "tokenizer", "source")
         if source is not None:
             yield from _check_use(document, ("tokenizer", "source"), source, models)
@@ -55,7 +55,7 @@ def _check_names(document: Document, models: Collection[str]) -> Iterator[Recipe
 
 
 def _check_heads(document: Document, models: Mapping[str, Any], method: type[Method]) -> Iterator[RecipeError]:
-    if issubclass(method, BundleMethod):
+    if method.result == "bundle":
         return
     for name, reference in models.items():
         if isinstance(reference, dict) and "head" in reference:
@@ -70,7 +70,7 @@ def _check_base(document: Document, kind: type[Method], has_base: bool) -> Itera
     if kind.needs_base == "unused" and has_base:
         fix = "remove `base`, or list it under `models` to merge it too"
         yield document.error(("base",), f"{name} does not use a base, so this would have no effect", fix)
-    if "architecture" in document.data and not issubclass(kind, FittedMethod):
+    if "architecture" in document.data and not kind.uses_architecture:
         what = f"{name} does not look at the architecture, so this would have no effect"
         yield document.error(("architecture",), what, "remove `architecture`")
 
@@ -86,27 +86,29 @@ def _check_count(document: Document, models: Collection[str], kind: type[Method]
         yield document.error(("models",), what, "remove some, or choose another method (mergetool methods)")
 
 
-def _check_inner(document: Document, models: Collection[str], inner: Method, has_base: bool) -> Iterator[RecipeError]:
-    """The method inside a fitted one works on the same models."""
+def _check_part(
+    document: Document, models: Collection[str], field: str, inner: Method, has_base: bool
+) -> Iterator[RecipeError]:
+    """A method inside another one works on the same models."""
     name = inner.method_name()
     if inner.needs_base == "required" and not has_base:
         what = f"{name} needs a common ancestor, and models to be aligned have none"
-        yield document.error(("merge", "combine"), what, "choose a method without a base: mergetool methods")
+        yield document.error(("merge", field), what, "choose a method without a base: mergetool methods")
     if inner.max_models is not None and len(models) > inner.max_models:
         what = f"{name} takes at most {inner.max_models} models, not {len(models)}"
-        yield document.error(("merge", "combine"), what, "remove some, or choose another method (mergetool methods)")
-    written = document.data["merge"].get("combine")
+        yield document.error(("merge", field), what, "remove some, or choose another method (mergetool methods)")
+    written = document.data["merge"].get(field)
     if isinstance(written, dict):
-        yield from _check_per_model(document, ("merge", "combine"), type(inner), written, models)
+        yield from _check_per_model(document, ("merge", field), type(inner), written, models)
 
 
 def _check_per_model(
     document: Document, place: Place, kind: type[Method], settings: Mapping[str, Any], models: Collection[str]
 ) -> Iterator[RecipeError]:
     """Mappings from models to numbers must name every model, and no others."""
-    for key, knob in kind.knobs().items():
+    for key, schedulable in kind.schedulables().items():
         value = settings.get(key)
-        if not knob.per_model or not isinstance(value, dict) or "gradient" in value:
+        if not schedulable.per_model or not isinstance(value, dict) or "gradient" in value:
             continue
         for name in value:
             if name not in models:
@@ -119,21 +121,26 @@ def _check_per_model(
 
 def _check_overrides(document: Document, kind: type[Method], models: Collection[str]) -> Iterator[RecipeError]:
     overrides = document.data["merge"].get("overrides")
-    if overrides is not None and issubclass(kind, SearchMethod):
+    if overrides is not None and kind.searches:
         yield document.error(("merge", "overrides"), "overrides are settings of the inner method", "move them to inner")
     for index, override in enumerate(overrides if isinstance(overrides, list) else ()):
-        if not isinstance(override, dict):
-            continue
-        place: Place = ("merge", "overrides", index)
-        settings = {key: value for key, value in override.items() if key not in ("match", "use")}
-        if "use" in override:
-            yield from _check_use(document, (*place, "use"), override["use"], models)
-            if settings:
-                what = f"`use` copies tensors, so {', '.join(settings)} would have no effect"
-                yield document.error(place, what, "keep `use`, or the settings")
-        elif not settings:
-            yield document.error(place, "this override changes nothing", "add `use: MODEL` or a setting")
-        yield from _check_per_model(document, place, kind, settings, models)
+        if isinstance(override, dict):
+            yield from check_override(document, kind, ("merge", "overrides", index), override, models)
+
+
+def check_override(
+    document: Document, kind: type[Method], place: Place, override: Mapping[str, Any], models: Collection[str]
+) -> Iterator[RecipeError]:
+    """Whether one override has an effect, and names models that there are."""
+    settings = {key: value for key, value in override.items() if key not in ("match", "use")}
+    if "use" in override:
+        yield from _check_use(document, (*place, "use"), override["use"], models)
+        if settings:
+            what = f"`use` copies tensors, so {', '.join(settings)} would have no effect"
+            yield document.error(place, what, "keep `use`, or the settings")
+    elif not settings:
+        yield document.error(place, "this override changes nothing", "add `use: MODEL` or a setting")
+    yield from _check_per_model(document, place, kind, settings, models)
 
 
 def _check_use(document: Document, place: Place, name: Any, models: Collection[str]) -> Iterator[RecipeError]:

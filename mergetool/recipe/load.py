@@ -14,18 +14,22 @@ from pydantic import Field, TypeAdapter, ValidationError, create_model
 
 from mergetool.errors import RecipeError
 from mergetool.evaluate.options import TaskOptions
+from mergetool.layouts import registry as layouts
+from mergetool.layouts.base import Layout
+from mergetool.layouts.same import Same
 from mergetool.methods import registry
-from mergetool.methods.base import BundleMethod, FittedMethod, Method, SearchMethod
+from mergetool.methods.base import Method
+from mergetool.methods.families.search import SearchMethod
 from mergetool.recipe.candidate import candidate_data, candidate_documents, unique
-from mergetool.recipe.checks import cross_checks
+from mergetool.recipe.checks import check_override, cross_checks
 from mergetool.recipe.document import Document, Place, parse_value, read_document
 from mergetool.recipe.mergekit import convert, is_mergekit
-from mergetool.recipe.model import Check, Compute, Output, Override, Recipe, Reference, Tokenizer
 from mergetool.recipe.render import render, suggestion, unknown_key
+from mergetool.recipe.schema import Check, Compute, Output, Override, Recipe, Reference, Tokenizer
 from mergetool.search.space import Value
 
 _Models = Annotated[dict[str, Reference], Field(min_length=1)]
-SECTIONS: dict[str, Any] = {
+_FIXED: dict[str, Any] = {
     "version": Literal[1],
     "base": Reference,
     "models": _Models,
@@ -36,6 +40,18 @@ SECTIONS: dict[str, Any] = {
     "output": Output,
     "evaluate": Annotated[tuple[TaskOptions, ...], Field(min_length=1)],
 }
+
+
+@cache
+def sections() -> dict[str, Any]:
+    """Every section of a recipe but `merge`, with its type: those that any recipe has, and those of layouts."""
+    found = dict(_FIXED)
+    for layout in layouts().values():
+        found |= {
+            key: Annotated[info.rebuild_annotation(), Field(description=info.description)]
+            for key, info in layout.model_fields.items()
+        }
+    return found
 
 
 def load_recipe(source: "str | Path | Mapping[str, Any]", settings: Sequence[str] = ()) -> Recipe:
@@ -62,6 +78,12 @@ def candidate_recipe(recipe: Recipe, values: Sequence[Value]) -> Recipe:
     section = recipe.method.candidate(values, tuple(recipe.models))
     made = load_recipe(candidate_data(recipe.document, section))
     return replace(made, folder=recipe.folder, name=recipe.name, settings=recipe.settings)
+
+
+def first_candidate(recipe: Recipe) -> Recipe:
+    """The plain recipe where a search starts."""
+    assert isinstance(recipe.method, SearchMethod)
+    return candidate_recipe(recipe, recipe.method.space(tuple(recipe.models)).start)
 
 
 def _plain(value: Any) -> Any:
@@ -121,14 +143,14 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
     if not isinstance(data, dict):
         raise document.error((), "a recipe is a mapping with `models` and `merge`", "see: mergetool schema")
     problems: list[RecipeError] = []
-    sections = {}
-    for key, kind in SECTIONS.items():
+    given = {}
+    for key, kind in sections().items():
         if key in data:
             try:
-                sections[key] = TypeAdapter(kind).validate_python(data[key])
+                given[key] = TypeAdapter(kind).validate_python(data[key])
             except ValidationError as error:
                 problems += render(document, (key,), error, kind)
-    known = [*SECTIONS, "merge"]
+    known = [*sections(), "merge"]
     problems += [_misplaced(document, key) or unknown_key(document, (key,), known) for key in data if key not in known]
     problems += [
         document.error((), f"required key {key!r} is missing", f"add {key}:")
@@ -136,33 +158,36 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
         if key not in data
     ]
     kind, method, overrides = _merge_section(document, problems) if "merge" in data else (None, None, ())
+    layout, own = layout_of(document, given, kind, problems)
     problems += cross_checks(document, kind, method)
     if isinstance(method, SearchMethod) and not problems:
         problems += _check_candidates(document, method)
     if problems or method is None:
         raise RecipeError.of(problems)
     return Recipe(
-        base=sections.get("base"),
-        models=sections["models"],
-        architecture=sections.get("architecture"),
+        base=given.get("base"),
+        models=given["models"],
+        architecture=given.get("architecture"),
         method=method,
         overrides=overrides,
-        compute=sections.get("compute", Compute()),
-        check=sections.get("check", Check()),
-        tokenizer=sections.get("tokenizer"),
-        output=sections.get("output", Output()),
+        compute=given.get("compute", Compute()),
+        check=given.get("check", Check()),
+        tokenizer=given.get("tokenizer"),
+        output=given.get("output", Output()),
         folder=document.folder.absolute(),
         name=document.name,
         document=data,
         settings=settings,
-        evaluate=sections.get("evaluate", ()),
+        evaluate=given.get("evaluate", ()),
+        layout=layout,
+        layout_overrides=own,
     )
 
 
 def _misplaced(document: Document, key: Any) -> RecipeError | None:
     """The error for a key that belongs into one of the sections, such as `dtype` of `output`."""
     for name in ("output", "compute", "check"):
-        section = SECTIONS[name]
+        section = _FIXED[name]
         if key in section.model_fields and key != "path":
             fix = f"write it inside `{name}`: {name}: {{{key}: ...}}"
             return document.error((key,), f"unknown key {key!r} at the top of a recipe", fix)
@@ -218,12 +243,50 @@ def _method_class(document: Document, data: dict[str, Any], problems: list[Recip
     return None
 
 
+def layout_of(
+    document: Document, given: Mapping[str, Any], kind: type[Method] | None, problems: list[RecipeError]
+) -> tuple[Layout, tuple[Override, ...]]:
+    """The layout whose sections a recipe has, and the overrides in them."""
+    for first, layout in layouts().items():
+        written = layout.model_fields.keys() & document.data.keys()
+        if not written:
+            continue
+        if first not in written:
+            what = f"{', '.join(sorted(written))} goes with `{first}`, which is missing"
+            problems.append(document.error((sorted(written)[0],), what, f"add {first}:, or remove it"))
+        elif written <= given.keys() and kind is not None:
+            return _checked_layout(document, layout.model_construct(**{k: given[k] for k in written}), kind, problems)
+    return Same(), ()
+
+
+def _checked_layout(
+    document: Document, layout: Layout, kind: type[Method], problems: list[RecipeError]
+) -> tuple[Layout, tuple[Override, ...]]:
+    section = next(iter(type(layout).model_fields))
+    if kind.uses_architecture or kind.searches or kind.result != "checkpoint":
+        what = f"{kind.method_name()} looks at whole models, so `{section}` cannot take them apart"
+        problems.append(document.error((section,), what, "choose another method (mergetool methods)"))
+        return layout, ()
+    models = document.data.get("models")
+    if isinstance(models, dict):
+        wrong = layout.problems(tuple(models), "base" in document.data)
+        problems += [document.error(each.place, each.what, each.fix) for each in wrong]
+    own: list[Override] = []
+    for place, data in layout.overrides():
+        problems += check_override(document, kind, place, data, models or {})
+        try:
+            own.append(override_class(kind).model_validate(data))
+        except ValidationError as error:
+            problems += render(document, place, error, override_class(kind))
+    return layout, tuple(own)
+
+
 @cache
 def override_class(method: type[Method]) -> type[Override]:
     """The override model of a method: a glob, `use`, and its own fields (those of a fit or a bundle do not vary)."""
     fields: dict[str, Any] = {
         key: (info.rebuild_annotation(), Field(None, description=info.description))
         for key, info in method.model_fields.items()
-        if key != "method" and not issubclass(method, FittedMethod | BundleMethod | SearchMethod)
+        if key != "method" and method.varies
     }
     return create_model(f"{method.__name__}Override", __base__=Override, **fields)

@@ -28,9 +28,9 @@ from mergetool.errors import RecipeError
 from mergetool.methods import registry
 from mergetool.recipe.document import Document, Place, read_document
 from mergetool.recipe.filters import Branch, Case, cases, globs
-from mergetool.recipe.mergekit_parameters import Parameter, Scope, branches_of, check_keys
-from mergetool.recipe.model import expanded
+from mergetool.recipe.mergekit_parameters import MergekitParameter, Scope, branches_of, check_keys
 from mergetool.recipe.render import suggestion
+from mergetool.recipe.schema import expanded
 from mergetool.tensors.side_files import read_config
 
 _TOP_KEYS = ("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source")
@@ -44,25 +44,25 @@ class _Counterpart:
     method: str
     base: Literal["ancestor", "member"]
     """What `base_model` is: the common ancestor of the models, or one of them (the first)."""
-    parameters: Mapping[str, Parameter]
+    parameters: Mapping[str, MergekitParameter]
     without_effect: tuple[str, ...] = ()
     """Parameters that mergekit accepts and that change no number."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Our fields for what mergekit always does."""
 
 
-_WEIGHT = {"weight": Parameter("weight", per_model=True)}
-_DENSITY = {"density": Parameter("density", 1.0, per_model=True)}
-_LAMBDA = {"lambda": Parameter("scale", 1.0)}
-_AVERAGED = {"normalize": Parameter("normalize", True)}
-_RESCALED = {"rescale": Parameter("rescale", True, words={True: "l1", False: "none"})}
-_SUMMED = {"normalize": Parameter("normalize", False)}
+_WEIGHT = {"weight": MergekitParameter("weight", per_model=True)}
+_DENSITY = {"density": MergekitParameter("density", 1.0, per_model=True)}
+_LAMBDA = {"lambda": MergekitParameter("scale", 1.0)}
+_AVERAGED = {"normalize": MergekitParameter("normalize", True)}
+_RESCALED = {"rescale": MergekitParameter("rescale", True, words={True: "l1", False: "none"})}
+_SUMMED = {"normalize": MergekitParameter("normalize", False)}
 _DARE = _WEIGHT | _DENSITY | _SUMMED | _RESCALED | _LAMBDA
 
 _METHODS = {
     "linear": _Counterpart("linear", "member", _WEIGHT | _AVERAGED),
-    "passthrough": _Counterpart("passthrough", "member", {"scale": Parameter("scale", 1.0, per_model=True)}),
-    "slerp": _Counterpart("slerp", "member", {"t": Parameter("t")}),
+    "passthrough": _Counterpart("passthrough", "member", {"scale": MergekitParameter("scale", 1.0, per_model=True)}),
+    "slerp": _Counterpart("slerp", "member", {"t": MergekitParameter("t")}),
     "task_arithmetic": _Counterpart(
         "task-arithmetic", "ancestor", _WEIGHT | _SUMMED | _LAMBDA, ("density", "rescale", "int8_mask")
     ),

@@ -18,7 +18,7 @@ REQUIRED: Any = object()
 
 
 @dataclass(frozen=True)
-class Parameter:
+class MergekitParameter:
     """A parameter of a mergekit method: our field, mergekit's default, and whether each model has its own."""
 
     field: str
@@ -39,7 +39,7 @@ class Scope:
     place: Place
 
 
-def branches_of(document: Document, key: str, parameter: Parameter, scopes: Sequence[Scope]) -> list[Branch]:
+def branches_of(document: Document, key: str, parameter: MergekitParameter, scopes: Sequence[Scope]) -> list[Branch]:
     """The lines of a parameter, nearest scope first, down to the first that holds for every name.
 
     Raises RecipeError where a setting cannot be read, or is missing though mergekit requires it.

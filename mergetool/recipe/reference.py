@@ -9,7 +9,7 @@ from pydantic_core import PydanticUndefined
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
 from mergetool.methods.base import Method, TensorMethod
-from mergetool.recipe.load import SECTIONS, override_class
+from mergetool.recipe.load import override_class, sections
 from mergetool.recipe.render import suggestion
 
 
@@ -38,7 +38,7 @@ def _facts(kind: type[Method]) -> dict[str, Any]:
 
 def _fields(kind: type[BaseModel], prefix: str = "") -> Iterator[dict[str, Any]]:
     """The fields of a method, those of its sections one by one."""
-    knobs = kind.knobs() if issubclass(kind, Method) else {}
+    schedulables = kind.schedulables() if issubclass(kind, Method) else {}
     for key, info in kind.model_fields.items():
         annotation = info.annotation
         if key == "method":
@@ -49,7 +49,7 @@ def _fields(kind: type[BaseModel], prefix: str = "") -> Iterator[dict[str, Any]]
         plain = "a method" if annotation is TensorMethod else _plain_type(annotation)
         yield {
             "name": prefix + key,
-            "type": _type(knobs[key].per_model) if key in knobs else plain,
+            "type": _type(schedulables[key].per_model) if key in schedulables else plain,
             "default": None if info.default is PydanticUndefined else info.default,
             "help": info.description,
         }
@@ -72,7 +72,7 @@ def _plain_type(annotation: Any) -> str:
 def recipe_schema() -> dict[str, Any]:
     """JSON schema of a recipe file: sections, and for `merge` one alternative per method, chosen by `method`."""
     definitions: dict[str, Any] = {}
-    properties = {key: _schema(kind, definitions) for key, kind in SECTIONS.items()}
+    properties = {key: _schema(kind, definitions) for key, kind in sections().items()}
     properties["merge"] = {"oneOf": [_merge_schema(kind, definitions) for kind in registry().values()]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

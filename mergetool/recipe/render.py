@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 from mergetool.errors import RecipeError
 from mergetool.methods.base import Method
 from mergetool.recipe.document import Document, Place
-from mergetool.recipe.model import ModelReference
+from mergetool.recipe.schema import ModelReference
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -45,12 +45,12 @@ def _for_a_list(document: Document, kind: Any, detail: ErrorDetails) -> str | No
     values, loc = detail["input"], detail["loc"]
     if not (isinstance(values, list) and isinstance(kind, type) and issubclass(kind, Method)):
         return None
-    knob = kind.knobs().get(str(loc[0]))
-    if knob is None or len(values) < 2 or not all(type(value) in (int, float) for value in values):
+    schedulable = kind.schedulables().get(str(loc[0]))
+    if schedulable is None or len(values) < 2 or not all(type(value) in (int, float) for value in values):
         return None
     along = f"write {{gradient: {values}}} for values along depth"
     models = list(document.data.get("models") or ())
-    if not knob.per_model or len(models) != len(values) or any(name in loc for name in models):
+    if not schedulable.per_model or len(models) != len(values) or any(name in loc for name in models):
         return along
     each = ", ".join(f"{name}: {value}" for name, value in zip(models, values, strict=True))
     return f"{along}, or {{{each}}} for one value a model"

@@ -117,7 +117,7 @@ def with_fit(estimator: Estimator, found: IrtFit, parents: Sequence[int], base: 
 
 
 @dataclass(frozen=True)
-class Check:
+class CrossCheck:
     """How estimators did on models held out of the fit."""
 
     kind: Kind
@@ -137,7 +137,7 @@ def cross_check(
     base: int | None,
     num_dimensions: int,
     rng: np.random.Generator,
-) -> Check:
+) -> CrossCheck:
     """Try the estimator on calibration models (M, N) that its fit did not see, and settle the blend.
 
     Parents and base are in every fit (their abilities span those of merges). Where item response theory does not beat
@@ -146,7 +146,7 @@ def cross_check(
     fixed = [*parents, *([base] if base is not None else [])]
     others = np.array([row for row in range(len(answers)) if row not in fixed], dtype=np.intp)
     if not uses_irt(estimator.kind) or len(others) < 4:
-        return Check(estimator.kind, 0.5, {}, {})
+        return CrossCheck(estimator.kind, 0.5, {}, {})
     pure: Kind = "mp-irt" if "mp" in estimator.kind else "p-irt"
     truth, by_weight, by_irt = [], [], []
     for held in np.array_split(rng.permutation(others), min(_FOLDS, len(others))):
@@ -164,7 +164,7 @@ def cross_check(
     errors = {name: float(np.abs(found - true).mean()) for name, found in estimates.items()}
     ranks = {name: rank_correlation(found, true) for name, found in estimates.items()}
     wins = errors[estimator.kind] < 0.95 * errors["weighted"] and (ranks[estimator.kind] >= ranks["weighted"] - 0.03)
-    return Check(estimator.kind if wins else "weighted", blend, errors, ranks)
+    return CrossCheck(estimator.kind if wins else "weighted", blend, errors, ranks)
 
 
 def blend_of(weighted: Floats, irt: Floats) -> float:

@@ -64,7 +64,7 @@ class Gene:
 
 
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """All genes of a search."""
 
     genes: tuple[Gene, ...]

@@ -42,7 +42,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Slot:
+class FilePlace:
     """A tensor's place in a file: `begin` is an absolute byte offset."""
 
     spec: TensorSpec
@@ -53,7 +53,7 @@ class Slot:
 class Header:
     """A checked header: every tensor's slot, the file's metadata and the size the whole file must have."""
 
-    slots: Mapping[str, Slot]
+    slots: Mapping[str, FilePlace]
     metadata: Mapping[str, str]
     file_size: int
 
@@ -93,7 +93,7 @@ def parse_header(data: bytes, file_size: int, where: str) -> Header:
         if begin != end:
             kind = "overlap" if begin < end else "hole"
             raise SourceError(f"data_offsets begin at {begin}, expected {end} ({kind})", f"{where}: {spec.name}", _FIX)
-        slots[spec.name] = Slot(spec, start + begin)
+        slots[spec.name] = FilePlace(spec, start + begin)
         end = stop
     if start + end != file_size:
         raise SourceError(f"tensors end at byte {start + end}, the file has {file_size} bytes", where, _FIX)
@@ -200,5 +200,5 @@ def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[b
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    slots = {spec.name: Slot(spec, start + begin) for spec, begin in zip(ordered, begins, strict=True)}
+    slots = {spec.name: FilePlace(spec, start + begin) for spec, begin in zip(ordered, begins, strict=True)}
     return len(text).to_bytes(8, "little") + text, Header(slots, metadata, start + end)

@@ -16,6 +16,7 @@ from mergetool.errors import OutputError
 from mergetool.tensors.dtypes import of_torch
 from mergetool.tensors.header import Header, TensorSpec, lay_out
 from mergetool.tensors.io import bytes_of, write_error, write_exact
+from mergetool.tensors.source import SafetensorsSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,12 +80,17 @@ class SlotWriter:
         """The unfinished file."""
         return self.folder / self._layouts[shard].name
 
-    def sync(self, shard: int) -> None:
-        """Wait until everything written to a file is on the disk. Raises OutputError."""
-        try:
-            os.fdatasync(self._fds[shard])
-        except OSError as error:
-            raise write_error(error, str(self.path(shard))) from error
+    def sync(self, shard: int | None = None) -> None:
+        """Wait until everything written to a file (or to all) is on the disk. Raises OutputError."""
+        for index in range(self.num_files) if shard is None else (shard,):
+            try:
+                os.fdatasync(self._fds[index])
+            except OSError as error:
+                raise write_error(error, str(self.path(index))) from error
+
+    def source(self) -> SafetensorsSource:
+        """What was written, for reading."""
+        return SafetensorsSource([self.path(index) for index in range(self.num_files)], None)
 
     def close(self) -> None:
         """Close all files."""

@@ -18,7 +18,9 @@ from pydantic import BaseModel, ValidationError
 
 from mergetool.api import merge_state_dicts
 from mergetool.methods import registry
-from mergetool.methods.base import BundleMethod, FittedMethod, Method, TensorMethod
+from mergetool.methods.base import Method, TensorMethod
+from mergetool.methods.families.bundle import BundleMethod
+from mergetool.methods.families.fitted import FittedMethod
 from mergetool.testing.toys import MLP, State, toy_base, toy_deltas, toy_models
 
 _VALUES = (0.5, 0.25, 1.0)
@@ -75,7 +77,9 @@ class Case:
     def uneven(self) -> "Case":
         """With other numbers than the defaults, and another one for every model wherever that is possible."""
         each = dict(zip(self.names, _VALUES, strict=False))
-        return self.with_settings(**{k: each if knob.per_model else 0.75 for k, knob in self.kind.knobs().items()})
+        return self.with_settings(
+            **{k: each if schedulable.per_model else 0.75 for k, schedulable in self.kind.schedulables().items()}
+        )
 
     def section(self) -> dict[str, Any]:
         """The `merge` section of a recipe."""

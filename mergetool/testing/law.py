@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mergetool.methods.base import FittedMethod, Method, TensorMethod
+from mergetool.methods.base import Method, TensorMethod
+from mergetool.methods.families.fitted import FittedMethod
 from mergetool.testing.cases import Case, cases
 
 Check = Callable[[Case], None]

@@ -45,7 +45,7 @@ def cut_finely(slice_elements: int, unit_elements: int) -> Iterator[None]:
     with ExitStack() as stack:
         for key, value in (("SLICE_ELEMENTS", slice_elements), ("UNIT_ELEMENTS", unit_elements)):
             holders = [module for module in modules if hasattr(module, key)]
-            assert len(holders) > 2, key
+            assert holders, key
             for module in holders:
                 stack.enter_context(replaced(module, key, value))
         yield

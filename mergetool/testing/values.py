@@ -30,12 +30,12 @@ def _adds_to_a_base(case: Case) -> bool:
 
 
 def _has_scale(case: Case) -> bool:
-    return _adds_to_a_base(case) and "scale" in case.kind.knobs()
+    return _adds_to_a_base(case) and "scale" in case.kind.schedulables()
 
 
 def _has_weights(case: Case) -> bool:
-    knob = case.kind.knobs().get("weight")
-    return _takes_several(case) and knob is not None and knob.per_model
+    schedulable = case.kind.schedulables().get("weight")
+    return _takes_several(case) and schedulable is not None and schedulable.per_model
 
 
 # ---------------------------------------------------------------- identities

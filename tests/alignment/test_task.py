@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from mergetool.errors import PlanError
-from mergetool.planner import make_plan
-from mergetool.planner.estimate import estimate
+from mergetool.planning import make_plan
+from mergetool.planning.cost import estimate
 from mergetool.recipe import load_recipe
 from tests.alignment import nets
 

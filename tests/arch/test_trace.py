@@ -258,7 +258,7 @@ def test_a_group_that_fails_the_proof_is_fixed_and_said_so(caplog):
     module, inputs = MLP(), normal(3, 6)
     nn.init.zeros_(module.layers[3].bias)
     spec = traced(module, inputs)
-    # Claim that the classes' biases may be permuted too, which does not show as long as they are 0.
+    # Staging that the classes' biases may be permuted too, which does not show as long as they are 0.
     bias = replace(spec.tensors["layers.3.bias"], axes=(((Factor(4, "classes"),),),))
     wrong = replace(
         spec,
@@ -279,7 +279,7 @@ def test_channels_that_do_not_nest_are_permuted_as_a_whole(caplog):
     gain = spec.tensors["gain"]
     shared = gain.axes[0][0][0].space
     heads = next(space.name for space in spec.spaces.values() if space.size == 3)
-    # Claim that the gain need not follow, so that queries and keys could be shuffled head by head.
+    # Staging that the gain need not follow, so that queries and keys could be shuffled head by head.
     wrong = replace(
         spec,
         spaces={**spec.spaces, shared: replace(spec.spaces[shared], within=heads)},

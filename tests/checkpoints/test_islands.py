@@ -8,8 +8,8 @@ import transformers as hf
 from safetensors import safe_open
 
 import mergetool
-from mergetool.engine.worker import KEPT_WIDE
 from mergetool.errors import RecipeError
+from mergetool.outputs.record import KEPT_WIDE
 from mergetool.recipe import load_recipe
 from tests.checkpoints.recipes import recipe_of
 from tests.files import write_model

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mergetool.engine.opening import open_and_run
-from mergetool.engine.verify import verify_output
+from mergetool.outputs.opening import open_and_run
+from mergetool.outputs.verify import verify_output
 from tests.zoo.families import FAMILIES
 
 

@@ -110,7 +110,7 @@ from mergetool.methods.base import TensorMethod
 class Broken(TensorMethod):
     method: Literal["broken"] = "broken"
     needs_base: ClassVar = "unused"
-    reach: ClassVar = "element"
+    granularity: ClassVar = "element"
 
     def merge(self, group, p, stats):
         raise ZeroDivisionError("of my own")

@@ -8,12 +8,12 @@ import torch
 
 from mergetool.engine import devices
 from mergetool.engine.devices import devices_here, own_device, usable_device
-from mergetool.engine.execute import Flags, run_recipe
+from mergetool.engine.run import Flags, run_recipe
 from mergetool.engine.worker import Worker
 from mergetool.errors import PlanError
 from mergetool.methods.base import TensorMethod
-from mergetool.planner import make_plan
-from mergetool.planner.model import SLICE_ELEMENTS
+from mergetool.planning import make_plan
+from mergetool.planning.graph import SLICE_ELEMENTS
 from mergetool.recipe import load_recipe
 from tests.elsewhere import DEVICE, Elsewhere
 from tests.files import content, tensors, write_model, write_recipe
@@ -25,7 +25,7 @@ class Greedy(TensorMethod):
     """The sum of two models; needs a device with room for more than `room` elements."""
 
     needs_base = "unused"
-    reach = "element"
+    granularity = "element"
     room: int = 0
 
     def merge(self, group, p, stats):
@@ -56,7 +56,9 @@ def test_a_device_without_memory_gets_smaller_slices_and_says_so(recipe):
     a, b = tensors(0, SHAPES), tensors(1, SHAPES)
     step = next(step for step in plan.steps if step.spec.name == "w")
     room = SLICE_ELEMENTS // 4
-    notes = worker.merge(replace(step, method=Greedy(room=room)), 0, step.spec.num_elements, {})
+    notes = worker.perform(
+        replace(step, operation=replace(step.operation, method=Greedy(room=room))), 0, step.spec.num_elements, {}
+    )
     assert notes == [f"the device has too little memory: slices of {n} elements" for n in (2 * room, room)]
     assert bytes(slots.bytes["w"]) == (a["w"] + b["w"]).numpy().tobytes()
 

@@ -175,10 +175,10 @@ main()
 class Odd:
     """A worker whose every answer is a surprise."""
 
-    def survey(self, *request):
+    def count(self, *request):
         return torch.tensor(request[1:3])
 
-    def merge(self, step, start, stop, stats):
+    def perform(self, step, start, stop, stats):
         if start == 0:
             raise MergeError("what", "where", "fix")
         raise ZeroDivisionError("a bug")
@@ -187,10 +187,10 @@ class Odd:
 def test_errors_keep_their_parts_and_bugs_their_traceback():
     step = type("Step", (), {"index": 4})()
     fork = Fork(Odd(), {4: step}, [])
-    assert fork.survey(step, 2, 3, None).tolist() == [2, 3]
+    assert fork.count(step, 2, 3, None).tolist() == [2, 3]
     with pytest.raises(MergeError) as caught:
-        fork.merge(step, 0, 1, {})
+        fork.perform(step, 0, 1, {})
     assert (caught.value.what, caught.value.where, caught.value.fix) == ("what", "where", "fix")
     with pytest.raises(RuntimeError, match=r"(?s)in a worker process.*ZeroDivisionError: a bug"):
-        fork.merge(step, 1, 2, {})
+        fork.perform(step, 1, 2, {})
     assert 1 << 16 < fork.close() < 1 << 40

@@ -189,7 +189,7 @@ def test_a_full_disk_is_noticed_before_any_work(models, small_disk, tmp_path):
 def test_a_disk_that_fills_up_meanwhile_is_told_and_resumed_from(
     models, small_disk, undisturbed, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("mergetool.engine.execute.check_disk", lambda plan, output: None)
+    monkeypatch.setattr("mergetool.engine.run.check_disk", lambda plan, output: None)
     recipe = recipe_for(tmp_path, models)
     with pytest.raises(OutputError, match="no space left"):
         mergetool.run(recipe, output=small_disk / "out")

@@ -11,10 +11,10 @@ import mergetool
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.writer import write_tensors
 from tests.bundle.test_runs import models, recipe  # noqa: F401  (a fixture)
-from tests.evolve import test_run as searches
-from tests.evolve.planted import World
 from tests.files import write_models, write_recipe
 from tests.methods import test_repair as repairs
+from tests.tuning import test_run as searches
+from tests.tuning.planted import World
 
 
 def modes(*places):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import mergetool
-from mergetool.engine.execute import Flags, run_recipe
+from mergetool.engine.run import Flags, run_recipe
 from mergetool.errors import MergeError
 from mergetool.recipe import load_recipe
 from tests.files import Watch, tensors, write_model, write_models

@@ -10,10 +10,9 @@ import time
 import pytest
 import torch
 
-from mergetool.engine.deal import cost, deal
+from mergetool.engine.partition import cost, partition
 from mergetool.engine.processes import Team
-from mergetool.planner import make_plan
-from mergetool.planner.model import UNIT_ELEMENTS
+from mergetool.planning import make_plan
 from mergetool.recipe import load_recipe
 from tests.files import content, tensors, write_models, write_recipe
 from tests.forks import Forks, free_port
@@ -112,7 +111,7 @@ for rank in range(2):
                     found = team.share(work, range(40), threads)
                     assert [square for square, _ in found] == [n * n for n in range(40)]
                     assert {taken for _, taken in found} == {0, 1}
-                assert len({repr(each) for each in team.exchange(found)}) == 1
+                assert len({repr(each) for each in team.all_gather(found)}) == 1
             os._exit(0)
         except MergeError as error:
             os._exit(5 if "item 13 is bad" in str(error) else 1)
@@ -158,7 +157,7 @@ def test_an_error_of_any_process_is_told_once_and_stops_all(forks, tmp_path):
     write_models(tmp_path, shapes=shapes)
     recipe = recipe_of(tmp_path, "linear")
     plan = make_plan(load_recipe(recipe), tmp_path / "out")
-    theirs = next(iter(deal(plan, member(1, 2)).units))[0]
+    theirs = next(iter(partition(plan, member(1, 2)).units))[0]
     state = tensors(1, shapes)
     state[plan.steps[theirs].spec.name][3, 3] = float("nan")
     write_models(tmp_path, names=("base",), shapes=shapes)
@@ -209,11 +208,9 @@ def member(rank, size):
 def test_every_unit_and_every_file_is_dealt_once_and_the_shares_are_alike(models, size):
     for name in MERGES:
         plan = make_plan(load_recipe(recipe_of(models, name, output={"path": "x", "shard_size": "3MB"})))
-        shares = [deal(plan, member(rank, size)) for rank in range(size)]
+        shares = [partition(plan, member(rank, size)) for rank in range(size)]
         costs = {
-            (step.index, start): cost(plan, step, start, stop)
-            for step in plan.steps
-            for start, stop in step.pieces(UNIT_ELEMENTS)
+            (step.index, start): cost(plan, step, start, stop) for step in plan.steps for start, stop in step.pieces()
         }
         assert all(sum(share.has(*unit) for share in shares) == 1 for unit in costs)
         paths = [str(stamp.path) for stamps in plan.stamps.values() for stamp in stamps]
@@ -221,8 +218,6 @@ def test_every_unit_and_every_file_is_dealt_once_and_the_shares_are_alike(models
         assert all(sum(share.hashes_output(shard) for share in shares) == 1 for shard in range(len(plan.shards)))
         for step in plan.steps:  # a survey of one tensor stays in one process
             holders = {
-                rank
-                for rank, share in enumerate(shares)
-                if any(share.has(step.index, s) for s, _ in step.pieces(UNIT_ELEMENTS))
+                rank for rank, share in enumerate(shares) if any(share.has(step.index, s) for s, _ in step.pieces())
             }
             assert len(holders) == 1 or name != "ties"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import mergetool
-from mergetool.engine.verify import verify_output
+from mergetool.outputs.verify import verify_output
 
 TEXTS = ["A model of models.", "Ein Modell aus Modellen, größer als 7!"]
 

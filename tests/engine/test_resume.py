@@ -7,9 +7,9 @@ import shutil
 import pytest
 
 import mergetool
-from mergetool.engine import journal as journals
-from mergetool.engine.verify import verify_output
 from mergetool.errors import OutputError
+from mergetool.outputs import journal as journals
+from mergetool.outputs.verify import verify_output
 from tests.files import StoppedError, Watch, content, stop_after, tensors, write_model, write_models
 
 TIES = {"method": "ties", "density": 0.5}

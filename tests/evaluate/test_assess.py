@@ -12,7 +12,7 @@ from mergetool.cli.app import app
 from mergetool.evaluate.assess import assess
 from mergetool.evaluate.options import TaskOptions
 from mergetool.search.interval import of_difference, of_mean
-from tests.evolve.planted import World
+from tests.tuning.planted import World
 
 WORLD = World()
 

@@ -9,9 +9,9 @@ import torch
 from mergetool import EvaluationError
 from mergetool.evaluate.harness import load_task, quiet
 from mergetool.evaluate.items import TaskItems
-from mergetool.evaluate.model import LiveModel
+from mergetool.evaluate.language_model import LanguageModel
 from mergetool.evaluate.options import TaskOptions
-from tests.evolve.planted import World, write_task
+from tests.tuning.planted import World, write_task
 
 SHOTS = "training_split: test\nfewshot_split: test\nnum_fewshot: 2\n"
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def live(folder):
-    return LiveModel(folder / "models" / "left", batch_size=8)
+    return LanguageModel(folder / "models" / "left", batch_size=8)
 
 
 def items(folder, live, name, include="tasks", **options):
@@ -111,7 +111,7 @@ def test_what_does_not_exist_is_named(folder, live, options, what):
 
 
 def test_a_model_that_answers_with_nan_is_an_error_that_names_the_item(folder):
-    broken = LiveModel(folder / "models" / "right", batch_size=8)
+    broken = LanguageModel(folder / "models" / "right", batch_size=8)
     broken.model.lm_head.weight.data[2] = float("nan")
     with pytest.raises(EvaluationError, match="NaN"):
         items(folder, broken, "lefts").score(broken.lm, [5])
@@ -121,7 +121,7 @@ def test_a_folder_without_tokenizer_is_refused(folder, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(folder / "models" / "left" / name)
     with pytest.raises(EvaluationError, match="holds no tokenizer"):
-        LiveModel(tmp_path, batch_size=1)
+        LanguageModel(tmp_path, batch_size=1)
 
 
 def test_code_that_a_task_names_is_run_only_if_trusted(folder, tmp_path):

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # so that this file runs as a script, too
 
 import mergetool  # noqa: E402
-from mergetool.methods.base import BundleMethod, TensorMethod  # noqa: E402
+from mergetool.methods.base import TensorMethod  # noqa: E402
+from mergetool.methods.families.bundle import BundleMethod  # noqa: E402
 from mergetool.tensors.io import sha256_file  # noqa: E402
 from mergetool.testing.cases import Case, all_cases, bundle_cases  # noqa: E402
 from mergetool.testing.toys import SHAPES, read, toy_models, write  # noqa: E402
@@ -32,7 +33,7 @@ SMALL = {name: SHAPES[name] for name in ("model.layers.0.mlp.up_proj.weight", "m
 
 def is_exact(case: Case) -> bool:
     """Whether the result must be the same to the bit everywhere."""
-    return issubclass(case.kind, TensorMethod) and case.kind.reach != "tensor"
+    return issubclass(case.kind, TensorMethod) and case.kind.granularity != "tensor"
 
 
 def outcome(case: Case, folder: Path):

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from mergetool.kernels.frank_wolfe import Settings, align, best_step, in_universe_of, value_at
+from mergetool.kernels.frank_wolfe import AlignmentSettings, align, best_step, in_universe_of, value_at
 from mergetool.kernels.matching import objective
 from mergetool.kernels.permute import Element
 from mergetool.kernels.weight_matching import hard_point, merge_many
 from tests.kernels import toys
 
-ONE_START = Settings(starts=1)
+ONE_START = AlignmentSettings(starts=1)
 
 
 def inverses(elements):
@@ -30,7 +30,7 @@ CASES = [(name, n, noise) for name in toys.NETWORKS for n in (2, 3, 5) for noise
 def test_planted_elements_are_found_exactly(name, num_models, noise):
     toy = toys.NETWORKS[name]()
     universe, models, elements = toys.planted(toy, num_models, 0, noise=noise)
-    result = align(toys.problem(toy, models), Settings())
+    result = align(toys.problem(toy, models), AlignmentSettings())
     assert same(result.elements, in_universe_of(inverses(elements), 0))
     if noise == 0:
         for aligned in toys.to_universe(toy, models, result.elements):
@@ -40,7 +40,7 @@ def test_planted_elements_are_found_exactly(name, num_models, noise):
 def test_planted_elements_are_found_from_float32():
     toy = toys.vit()
     _, models, elements = toys.planted(toy, 3, 1, noise=0.1, dtype=torch.float32)
-    result = align(toys.problem(toy, models), Settings())
+    result = align(toys.problem(toy, models), AlignmentSettings())
     assert same(result.elements, in_universe_of(inverses(elements), 0))
 
 
@@ -52,7 +52,7 @@ def test_every_mode_and_init_ends_at_least_as_high_as_the_identity(mode, init):
     problem = toys.problem(toy, models)
     identity = hard_point(problem, [Element.identity(toy[0])] * 4)
     for polish in (True, False):
-        result = align(problem, Settings(mode=mode, init=init, polish=polish, starts=1))
+        result = align(problem, AlignmentSettings(mode=mode, init=init, polish=polish, starts=1))
         assert result.objective >= objective(problem, identity)
         assert result.objective == pytest.approx(objective(problem, hard_point(problem, inverses(result.elements))))
 
@@ -63,7 +63,7 @@ def test_the_objective_never_falls_the_gap_is_never_negative_and_polish_never_lo
     toy = toys.NETWORKS[name]()
     models = [toys.weights(toy[1], seed) for seed in range(3)]
     problem = toys.problem(toy, models)
-    result = align(problem, Settings(mode=mode, starts=1))
+    result = align(problem, AlignmentSettings(mode=mode, starts=1))
     start = objective(problem, hard_point(problem, [Element.identity(toy[0])] * 3))
     reached = [start, *(step.objective for step in result.history)]
     assert all(later >= earlier - 1e-9 * abs(earlier) for earlier, later in pairwise(reached))
@@ -78,7 +78,7 @@ def test_the_objective_never_falls_the_gap_is_never_negative_and_polish_never_lo
 def test_images_that_are_held_and_updated_equal_images_made_anew(name, mode, init, monkeypatch):
     toy = toys.NETWORKS[name]()
     problem = toys.problem(toy, [toys.weights(toy[1], seed) for seed in range(4)])
-    settings = Settings(mode=mode, init=init, starts=1)
+    settings = AlignmentSettings(mode=mode, init=init, starts=1)
     held = align(problem, settings)
     monkeypatch.setattr("mergetool.kernels.frank_wolfe.HELD", 0)
     anew = align(problem, settings)
@@ -89,7 +89,7 @@ def test_images_that_are_held_and_updated_equal_images_made_anew(name, mode, ini
 def test_more_starts_are_never_worse():
     toy = toys.mlp(4, 7, 7, 3)
     problem = toys.problem(toy, [toys.weights(toy[1], i) for i in range(3)])
-    values = [align(problem, Settings(starts=starts)).objective for starts in (1, 2, 5)]
+    values = [align(problem, AlignmentSettings(starts=starts)).objective for starts in (1, 2, 5)]
     assert values == sorted(values)
 
 
@@ -99,7 +99,7 @@ def test_the_result_is_never_below_that_of_hard_moves_alone(name):
     for seed in range(3):
         problem = toys.problem(toy, [toys.weights(toy[1], 10 * seed + i) for i in range(4)])
         _, sweeps = merge_many(problem)
-        result = align(problem, Settings())
+        result = align(problem, AlignmentSettings())
         assert result.objective >= sweeps[-1] * (1 - 1e-12)
         assert [step.objective for step in result.history] == sorted(step.objective for step in result.history)
 
@@ -120,7 +120,7 @@ def test_perturbed_copies_of_one_network_stay_as_they_are_after_one_look(name):
     universe = toys.weights(toy[1], 0)
     noise = [toys.weights(toy[1], seed) for seed in range(1, 4)]
     models = [{k: universe[k] + 0.05 * own[k] for k in universe} for own in noise]
-    result = align(toys.problem(toy, models), Settings(starts=5))
+    result = align(toys.problem(toy, models), AlignmentSettings(starts=5))
     assert same(result.elements, [Element.identity(toy[0])] * 3)
     assert len(result.history) == 1
 
@@ -130,7 +130,7 @@ def test_the_order_of_the_models_does_not_matter_to_the_joint_mode():
     models = [toys.weights(toy[1], seed) for seed in range(3)]
     values = []
     for order in permutations(range(3)):
-        result = align(toys.problem(toy, [models[i] for i in order]), Settings(starts=1, polish=False))
+        result = align(toys.problem(toy, [models[i] for i in order]), AlignmentSettings(starts=1, polish=False))
         values.append(result.objective)
     assert values == pytest.approx([values[0]] * 6, rel=1e-9)
 
@@ -140,8 +140,8 @@ def test_a_model_in_another_order_gives_the_same_aligned_weights():
     _, models, _ = toys.planted(toy, 3, 2, noise=0.1)
     other = Element.random(toy[0], torch.Generator().manual_seed(9))
     moved = [models[0], {k: other.apply(x, toy[1][k]) for k, x in models[1].items()}, models[2]]
-    ours = toys.to_universe(toy, models, align(toys.problem(toy, models), Settings()).elements)
-    theirs = toys.to_universe(toy, moved, align(toys.problem(toy, moved), Settings()).elements)
+    ours = toys.to_universe(toy, models, align(toys.problem(toy, models), AlignmentSettings()).elements)
+    theirs = toys.to_universe(toy, moved, align(toys.problem(toy, moved), AlignmentSettings()).elements)
     assert all(torch.equal(a[k], b[k]) for a, b in zip(ours, theirs, strict=True) for k in a)
 
 
@@ -150,7 +150,7 @@ def test_the_universe_is_in_the_order_of_the_anchor_and_nothing_else_depends_on_
     toy = toys.mlp(6, 9, 8, 4)
     models = [toys.weights(toy[1], seed) for seed in range(3)]
     problem = toys.problem(toy, models)
-    first, here = align(problem, ONE_START), align(problem, Settings(starts=1, anchor=anchor))
+    first, here = align(problem, ONE_START), align(problem, AlignmentSettings(starts=1, anchor=anchor))
     assert here.elements[anchor].equals(Element.identity(toy[0]))
     assert here.objective == first.objective
     for i in range(3):
@@ -184,7 +184,7 @@ def test_dead_and_duplicated_neurons_are_settled_the_same_way_every_time():
             part = model[name] if rows else model[name].T
             part[3:6] = 0  # dead
             part[8] = part[7]  # duplicated
-    first, again = (align(toys.problem(toy, models), Settings()) for _ in range(2))
+    first, again = (align(toys.problem(toy, models), AlignmentSettings()) for _ in range(2))
     assert same(first.elements, again.elements)
     assert first.history == again.history
 
@@ -192,7 +192,7 @@ def test_dead_and_duplicated_neurons_are_settled_the_same_way_every_time():
 def test_threads_change_nothing():
     toy = toys.mlp(6, 140, 130, 3)
     models = [toys.weights(toy[1], seed) for seed in range(3)]
-    settings = Settings(starts=1, iterations=2, polish=False)
+    settings = AlignmentSettings(starts=1, iterations=2, polish=False)
     alone = align(toys.problem(toy, models), settings)
     torch.set_num_threads(2)
     try:
@@ -204,7 +204,7 @@ def test_threads_change_nothing():
 def test_one_model_is_too_few():
     toy = toys.mlp(3, 4, 2)
     with pytest.raises(ValueError, match="two models or more, got 1"):
-        align(toys.problem(toy, [toys.weights(toy[1], 0)]), Settings())
+        align(toys.problem(toy, [toys.weights(toy[1], 0)]), AlignmentSettings())
 
 
 def test_the_best_step_beats_a_fine_grid():

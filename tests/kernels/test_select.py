@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergetool.kernels.select import Bracket, Count, Found, Search, Tally, places_of
+from mergetool.kernels.select import Bracket, Count, RankedMagnitude, RankSearch, Tally, places_of
 from mergetool.testing.toys import uniform
 
 KINDS = {32: (torch.float32, np.float32), 64: (torch.float64, np.float64)}
@@ -16,8 +16,8 @@ KINDS = {32: (torch.float32, np.float32), 64: (torch.float64, np.float64)}
 
 def select(slices, rank, bits):
     """Run all passes over slices of |x|; returns the result and the number of passes."""
-    search, passes = Search.begin(rank, bits), 0
-    while isinstance(search, Search):
+    search, passes = RankSearch.begin(rank, bits), 0
+    while isinstance(search, RankSearch):
         count = Count(search)
         for part in slices:
             count.add(part)
@@ -29,7 +29,7 @@ def sorted_out(x, rank):
     """The same by sorting: the magnitude, how many are larger, how many are equal."""
     ordered = x.abs().flatten().sort(descending=True).values
     value = ordered[rank - 1]
-    return Found(float(value), int((ordered > value).sum()), int((ordered == value).sum()))
+    return RankedMagnitude(float(value), int((ordered > value).sum()), int((ordered == value).sum()))
 
 
 def check(x, ranks=None):
@@ -72,11 +72,11 @@ def test_zeros_of_both_signs_denormals_and_huge_values_have_their_places(bits):
 
 
 def test_vectors_of_zeros_have_threshold_zero():
-    assert select([torch.zeros(10)], 3, 32)[0] == Found(0.0, 0, 10)
+    assert select([torch.zeros(10)], 3, 32)[0] == RankedMagnitude(0.0, 0, 10)
 
 
 def test_infinity_is_the_largest_magnitude():
-    assert select([torch.tensor([1.0, math.inf, 2.0])], 1, 32)[0] == Found(math.inf, 0, 1)
+    assert select([torch.tensor([1.0, math.inf, 2.0])], 1, 32)[0] == RankedMagnitude(math.inf, 0, 1)
 
 
 @pytest.mark.parametrize("bits", [32, 64])
@@ -89,8 +89,8 @@ def test_slices_add_up(bits, length):
 
 def test_histograms_of_two_places_add_up_to_that_of_both():
     x = uniform((1_000,), "values").abs()
-    search = Search.begin(100, 32)
-    while isinstance(search, Search):
+    search = RankSearch.begin(100, 32)
+    while isinstance(search, RankSearch):
         parts = []
         for part in (x[:300], x[300:], x[:0]):
             parts.append(Count(search))
@@ -107,7 +107,7 @@ def test_the_values_counted_are_not_changed():
 
 
 def bracket_of(sample, rank, total):
-    count = Count(Search.begin(rank, 32))
+    count = Count(RankSearch.begin(rank, 32))
     count.add(sample.abs())
     return Bracket.around(rank, total, count.histogram())
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from mergetool.kernels.matching import Problem
+from mergetool.kernels.matching import MatchingProblem
 from mergetool.kernels.permute import Element
 from mergetool.kernels.spaces import Factor, Space, length
 
@@ -130,7 +130,7 @@ def planted(toy, num_models, seed, *, noise=0.0, dtype=torch.float64):
 
 
 def problem(toy, models, **options):
-    return Problem.of(*toy, models=models, **options)
+    return MatchingProblem.of(*toy, models=models, **options)
 
 
 def to_universe(toy, models, elements):

@@ -9,10 +9,12 @@ import torch
 from mergetool.bundle.store import FactorStore
 from mergetool.engine import devices
 from mergetool.engine.devices import usable_device
-from mergetool.engine.memory import MemorySink, merge_all
-from mergetool.engine.worker import Worker
+from mergetool.engine.memory import here
+from mergetool.engine.pool import WorkerPool
+from mergetool.engine.sinks import MemorySink
+from mergetool.engine.stages import run_stages
 from mergetool.methods.tsv_merge import TsvMerge
-from mergetool.planner import make_plan
+from mergetool.planning import make_plan
 from mergetool.recipe import load_recipe
 from mergetool.tensors.source import MemorySource
 from mergetool.testing.cases import Case, all_cases
@@ -31,7 +33,9 @@ def merged(case, device, store=None):
     given = {"base": base, **models} if case.has_base else models
     plan = make_plan(recipe_of(case), sources={name: MemorySource(state, name) for name, state in given.items()})
     sink = MemorySink(plan)
-    merge_all(plan, Worker(plan, sink, torch.device(device), store))
+    pool = WorkerPool(plan, sink)
+    pool.device, pool.store = str(device), store
+    run_stages(here(plan, sink, pool))
     return sink.tensors
 
 

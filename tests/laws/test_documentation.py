@@ -10,10 +10,11 @@ import mergetool
 from mergetool.bundle.manifest import read_manifest
 from mergetool.cli.app import app
 from mergetool.methods import registry
-from mergetool.methods.base import BundleMethod, SearchMethod
+from mergetool.methods.families.bundle import BundleMethod
+from mergetool.methods.families.search import SearchMethod
 from mergetool.recipe.reference import method_facts
 from mergetool.testing.toys import INTEGERS, MLP, SHAPES, read, toy_models, write
-from tests.evolve.planted import World
+from tests.tuning.planted import World
 
 METHODS = sorted(registry())
 RECIPES = Path(__file__).parents[2] / "recipes"

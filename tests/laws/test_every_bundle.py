@@ -17,7 +17,7 @@ from mergetool import MergeError
 from mergetool.bundle.manifest import read_manifest
 from mergetool.bundle.verify import facts_about_bundle, verify_bundle
 from mergetool.methods import registry
-from mergetool.methods.base import BundleMethod
+from mergetool.methods.families.bundle import BundleMethod
 from mergetool.testing.cases import Case, bundle_cases
 from mergetool.testing.toys import INTEGERS, assert_near, read, write
 

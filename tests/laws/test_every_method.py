@@ -3,7 +3,8 @@
 import pytest
 
 from mergetool.methods import registry
-from mergetool.methods.base import FittedMethod, TensorMethod
+from mergetool.methods.base import TensorMethod
+from mergetool.methods.families.fitted import FittedMethod
 from mergetool.testing import LAWS, cases, laws
 
 test_every_method_obeys = laws(*(kind for kind in registry().values() if issubclass(kind, TensorMethod | FittedMethod)))

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import mergetool
-from mergetool.engine.execute import Silent
+from mergetool.engine.run import Silent
 from mergetool.errors import PlanError, RecipeError, SourceError
 from mergetool.testing.toys import assert_near, assert_same_bytes
 from tests.alignment import nets

@@ -200,7 +200,7 @@ def main_code(*arguments):
 
 def test_code_and_data_are_in_the_lock_and_a_change_of_them_starts_over(folder, monkeypatch):
     path = recipe(folder, unrelated(), MLP_REPAIR)
-    monkeypatch.setattr("mergetool.engine.provenance.describe_run", lambda *_: 1 / 0)
+    monkeypatch.setattr("mergetool.outputs.output.describe_run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(path)
     monkeypatch.undo()

@@ -334,7 +334,7 @@ def test_a_projection_that_is_taken_from_elsewhere_is_no_part_of_the_fused_matri
 
 def test_only_matrices_must_be_held_whole():
     method = TsvMerge()
-    assert method.reach_in("model.layers.0.mlp.up_proj.weight", (9, 8)) == "tensor"
-    assert method.reach_in("model.embed_tokens.weight", (9, 8)) == "element"
-    assert method.reach_in("conv.weight", (9, 8, 3, 3)) == "element"
-    assert TsvMerge(conv="matricize").reach_in("conv.weight", (9, 8, 3, 3)) == "tensor"
+    assert method.granularity_in("model.layers.0.mlp.up_proj.weight", (9, 8)) == "tensor"
+    assert method.granularity_in("model.embed_tokens.weight", (9, 8)) == "element"
+    assert method.granularity_in("conv.weight", (9, 8, 3, 3)) == "element"
+    assert TsvMerge(conv="matricize").granularity_in("conv.weight", (9, 8, 3, 3)) == "tensor"

@@ -96,7 +96,7 @@ def test_a_row_without_its_field_is_told_the_field(rows):
 def test_a_task_of_ones_own_is_told_to_name_its_folder(tmp_path):
     from mergetool.evaluate.harness import load_task
     from mergetool.evaluate.options import TaskOptions
-    from tests.evolve.planted import World, write_task
+    from tests.tuning.planted import World, write_task
 
     write_task(tmp_path / "tasks", "sums_of_mine", range(4), World(count=4).gold)
     with pytest.raises(EvaluationError, match="there is no task 'sums_of_mine'") as caught:
@@ -112,7 +112,7 @@ def test_a_folder_that_is_missing_is_told_before_a_hub_that_cannot_be_reached(tm
     def unreachable(*_, **__):
         raise HubError("the Hub cannot be reached (ConnectError)", "models/a", "check the network")
 
-    monkeypatch.setattr("mergetool.planner.lookup.find", unreachable)
+    monkeypatch.setattr("mergetool.planning.sources.find", unreachable)
     monkeypatch.chdir(tmp_path)
     asked = {"models": {"a": "models/a", "b": "models/a"}, "merge": {"method": "linear"}}
     with pytest.raises(HubError) as caught:

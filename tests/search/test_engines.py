@@ -7,7 +7,7 @@ import pytest
 
 from mergetool.search.engines import make_engine, sobol_points
 from mergetool.search.pareto import front, hypervolume
-from mergetool.search.space import Gene, Space
+from mergetool.search.space import Gene, SearchSpace
 
 ALGORITHMS = ("random", "sobol", "cma-es", "ga", "nsga2")
 BEST = np.array([0.7, 0.2, 0.55])
@@ -71,7 +71,7 @@ def test_points_stay_in_the_cube_and_seeds_come_first(algorithm):
 
 @pytest.mark.parametrize("algorithm", ["ga", "nsga2"])
 def test_values_stay_on_their_grid_in_all_generations_and_no_generation_asks_twice(algorithm):
-    space = Space(tuple(Gene(name, 0.0, 1.0, step=0.1) for name in "xyz"))
+    space = SearchSpace(tuple(Gene(name, 0.0, 1.0, step=0.1) for name in "xyz"))
     points, _ = run(algorithm, snap=space.snap, budget=100)
     assert all(space.snap(point) == point for point in points)
     for start in range(0, 100, 20):

@@ -1,6 +1,6 @@
 import pytest
 
-from mergetool.search.space import Gene, Space
+from mergetool.search.space import Gene, SearchSpace
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,6 @@ def test_nothing_outside_the_cube_leads_outside_the_bounds():
 
 
 def test_points_that_mean_the_same_have_one_representative():
-    space = Space((Gene("x", 0.0, 1.0, step=0.5), Gene("y", choices=(True, False))))
+    space = SearchSpace((Gene("x", 0.0, 1.0, step=0.5), Gene("y", choices=(True, False))))
     assert space.snap((0.1, 0.2)) == space.snap((0.3, 0.4))
     assert space.start == (0.5, True)

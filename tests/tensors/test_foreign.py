@@ -16,7 +16,7 @@ import torch.distributed.checkpoint
 from safetensors.torch import save_file
 
 from mergetool.errors import SourceError
-from mergetool.planner.inspect import facts_about
+from mergetool.planning.inspect import facts_about
 from mergetool.tensors.source import open_model
 from tests.files import tensors, write_model
 from tests.tensors.test_source import everything, refused, stored

@@ -12,7 +12,7 @@ import torch
 
 import mergetool
 from mergetool.errors import SourceError
-from mergetool.planner.inspect import facts_about
+from mergetool.planning.inspect import facts_about
 from mergetool.tensors.source import open_model
 from tests.files import tensors, write_recipe
 from tests.tensors.test_source import everything, refused, stored

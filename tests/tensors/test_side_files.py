@@ -8,8 +8,8 @@ import torch
 
 import mergetool
 from mergetool.checkpoints.side_files import model_files, side_files, tokenizer_files
-from mergetool.engine.verify import verify_output
 from mergetool.errors import PlanError, RecipeError, SourceError
+from mergetool.outputs.verify import verify_output
 from mergetool.tensors.side_files import read_config
 from tests.files import tensors, write_model, write_models
 

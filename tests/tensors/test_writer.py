@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save
 
 from mergetool.errors import OutputError
-from mergetool.planner.model import Shard
+from mergetool.planning.graph import Shard
 from mergetool.tensors.dtypes import of_torch
 from mergetool.tensors.header import TensorSpec, lay_out
 from mergetool.tensors.writer import SlotWriter, write_file

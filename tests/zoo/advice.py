@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 import mergetool
-from mergetool.engine.result import Result
 from mergetool.errors import MergetoolError
+from mergetool.outputs.result import Result
 
 _MOST_STEPS = 6
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
 
 import mergetool
-from mergetool.bundle.model import MassModel
+from mergetool.bundle.mass_model import MassModel
 from mergetool.bundle.verify import facts_about_bundle
 from mergetool.kernels.routing import mean_distance
 from scripts.demo.tasks import Task

@@ -83,7 +83,7 @@ def _front(searches: dict[str, Any]) -> str:
             for m in facts["front"]
         ]
         heads = ["member", *(f"{task}, search" for task in tasks), *(f"{task}, report" for task in tasks)]
-        text += f"\n### Front of {name}\n\n" + _rows(heads, rows)
+        text += f"\n### IncrementalHash of {name}\n\n" + _rows(heads, rows)
     return text
 
 

@@ -1,0 +1,290 @@
+"""A bundle as a model: every input is answered by the experts that it belongs to, without being told which.
+
+    model = mergetool.load_bundle("out/bundle")
+    answer = model(**tokenizer(texts, padding=True, return_tensors="pt"))
+    answer.task, answer.logits, answer.tasks, answer.coefficients         # one each per sample
+
+First pass: how near is each task? (See `mergetool.bundle.first_pass`.) Second pass: samples that chose the same tasks
+form a group, and one pass runs all groups, each with its own weights (see `mergetool.bundle.grouped`). Then the heads
+of a sample's tasks read its features (matrices here, classes of transformers in `mergetool.bundle.classes`), and the
+calibrated best one answers.
+
+Reference: Crisostomi et al., MASS, https://arxiv.org/abs/2504.05342, sections 3 and 4.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mergetool.bundle.answer import Answer as Answer
+from mergetool.bundle.answer import Scored, answer
+from mergetool.bundle.batch import check_batch, lengths_in, num_samples, take
+from mergetool.bundle.calibration import read_calibration
+from mergetool.bundle.classes import ClassNetwork, load_networks, stored_dtype
+from mergetool.bundle.factors import Group, TaskFactors
+from mergetool.bundle.first_pass import FirstPass
+from mergetool.bundle.grouped import GroupedModel, Runs, SeveralGroups
+from mergetool.bundle.manifest import ClassHead, Head, Manifest, Pool, read_manifest
+from mergetool.bundle.readout import head_scores, pool_tokens
+from mergetool.bundle.verify import base_folder, check_base, check_files
+from mergetool.errors import PlanError
+from mergetool.kernels.routing import coefficients, select
+
+if TYPE_CHECKING:
+    from mergetool.networks.build import LoadedModel
+
+CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where each sample belongs."""
+
+    tasks: tuple[tuple[str, ...], ...]
+    """Tasks chosen for every sample, in the bundle's order."""
+    coefficients: Tensor
+    """(samples, tasks): how much every task claims the sample; rows sum to 1."""
+    distances: Tensor
+    """(samples, tasks): distance from the span of the task's directions."""
+
+
+class MassModel(nn.Module):
+    """A routed bundle over a transformers model. `route`, `forward` and `generate` may be called by several threads."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        base: "LoadedModel",
+        factors: TaskFactors,
+        folder: Path,
+        networks: "Sequence[ClassNetwork]" = (),
+    ) -> None:
+        """`networks`: those of tasks with heads of their own class; `base` is what routes, and what all others read."""
+        super().__init__()
+        self.manifest = manifest
+        self.folder = folder
+        self.base = base.model
+        self.networks = nn.ModuleList(networks)
+        self._factors = factors
+        alone = not any(base.model is network.base for network in networks)
+        places = base.places
+        self._grouped = (
+            GroupedModel(base.model, places.names, factors, places.fragments) if alone else networks[0].grouped
+        )
+        self._heads = [
+            load_file(folder / task.head.file) if isinstance(task.head, Head) else None for task in manifest.tasks
+        ]
+        self.calibration = read_calibration(folder)
+        router = manifest.router
+        self.first_pass = None if router is None else FirstPass(base, factors, router, folder)
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """All tasks, in order."""
+        return self.manifest.names
+
+    def tokenizer(self) -> Any:
+        """The base's tokenizer, or an expert's where the base has none that can pad. Raises SourceError without any."""
+        from mergetool.networks.tokenizer import load_tokenizer
+
+        base = base_folder(self.folder, self.manifest)
+        heads = [task.head for task in self.manifest.tasks]
+        others = [(self.folder / head.file).parent for head in heads if isinstance(head, ClassHead)]
+        return load_tokenizer(base, *others)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MassModel":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = next(self.base.parameters()).device
+        self._factors.to(device)
+        self._heads = [
+            None if head is None else {name: value.to(device) for name, value in head.items()} for head in self._heads
+        ]
+        if self.first_pass is not None:
+            self.first_pass.to(device)
+        return self
+
+    # ---------------------------------------------------------------- first pass
+
+    @torch.inference_mode()
+    def route(self, **inputs: Tensor) -> Routing:
+        """Where each sample of a batch belongs. `inputs` are those of the base model.
+
+        Raises PlanError for a bundle without a router, SourceError for an empty batch.
+        """
+        check_batch(inputs)
+        router = self.manifest.router
+        if router is None or self.first_pass is None:
+            what = "this bundle has no router (it was made by tsv-compress)"
+            raise PlanError(what, str(self.folder), f"say which: tasks=[{self.task_names[0]!r}]")
+        if len(self.task_names) == 1:
+            ones = torch.ones(num_samples(inputs), 1)
+            return Routing((self.task_names,) * len(ones), ones, torch.zeros_like(ones))
+        distances = self.first_pass.distances(inputs)
+        temperature = router.temperature
+        if self.calibration is not None:
+            distances = distances - distances.new_tensor(self.calibration.offsets)
+            temperature *= self.calibration.temperature
+        weights = coefficients(distances, router.mode, temperature)
+        chosen = select(weights, router.threshold, router.top_k)
+        names = tuple(tuple(self.task_names[task] for task in tasks) for tasks in chosen)
+        return Routing(names, weights, distances)
+
+    # ---------------------------------------------------------------- second pass
+
+    @torch.inference_mode()
+    def forward(self, tasks: Sequence[str] | Literal["route"] = "route", **inputs: Tensor) -> Answer:
+        """Answer a batch. `inputs` are those of the base model; `tasks` forces all samples to these tasks.
+
+        Raises PlanError for a task that does not exist, SourceError for an empty batch.
+        """
+        check_batch(inputs)
+        routing = self._routing(tasks, inputs)
+        groups = [tuple(self.task_names.index(name) for name in chosen) for chosen in routing.tasks]
+        if all(task.head is None for task in self.manifest.tasks):
+            outputs = self._second_pass(groups, inputs)
+            best = [self.task_names[task] for task in routing.coefficients.argmax(-1).tolist()]
+            return Answer(tuple(best), routing.tasks, routing.coefficients, outputs)
+        scored = self._ask_heads(groups, inputs)
+        for network in self.networks:
+            scored |= network.scores(groups, inputs)  # type: ignore[operator]
+        return answer(self.manifest, routing.tasks, routing.coefficients, scored)
+
+    def _routing(self, tasks: Sequence[str] | Literal["route"], inputs: Mapping[str, Tensor]) -> Routing:
+        if tasks == "route":
+            return self.route(**inputs)
+        names = self.check_tasks(tasks)
+        count = num_samples(inputs)
+        weights = torch.zeros(count, len(self.task_names))
+        weights[:, [self.task_names.index(name) for name in names]] = 1 / len(names)
+        return Routing((names,) * count, weights, torch.zeros_like(weights))
+
+    def check_tasks(self, tasks: Sequence[str]) -> tuple[str, ...]:
+        """The given tasks in the bundle's order. Raises PlanError for one that does not exist."""
+        known = f"the tasks are: {', '.join(self.task_names)}"
+        if isinstance(tasks, str) or not tasks:
+            raise PlanError(f"tasks is {tasks!r}, expected a list of names", "tasks", known)
+        for name in tasks:
+            if name not in self.task_names:
+                raise PlanError(f"there is no task {name!r}", "tasks", known)
+        return tuple(name for name in self.task_names if name in tasks)
+
+    def _second_pass(self, groups: Sequence[Group], inputs: Mapping[str, Tensor]) -> Tensor:
+        """Last layer (samples, tokens, features) or logits of language models, in the order of the samples."""
+        try:
+            return self._run_groups(groups, inputs)
+        except SeveralGroups:
+            self._grouped.mixable = False
+            return self._run_groups(groups, inputs)
+
+    def _run_groups(self, groups: Sequence[Group], inputs: Mapping[str, Tensor]) -> Tensor:
+        num_samples = len(groups)
+        order = sorted(range(num_samples), key=lambda sample: groups[sample])
+        distinct = sorted(set(groups))
+        counts = [sum(group == each for group in groups) for each in distinct]
+        bounds = [sum(counts[:place]) for place in range(len(counts) + 1)]
+        batch = take(inputs, order)
+        ends = list(pairwise(bounds))
+        lengths = lengths_in(batch, ends) if any(self._heads) else None
+        if len(distinct) == 1 or (self._grouped.mixable and lengths is None):
+            found = self._pass(Runs(tuple(distinct), tuple(bounds)), batch)
+        else:
+            parts = []
+            for place, (start, stop) in enumerate(ends):
+                part = take(batch, list(range(start, stop)))
+                if lengths is not None:
+                    part = {key: value[:, : lengths[place]] for key, value in part.items()}
+                parts.append(self._pass(Runs((distinct[place],), (0, stop - start)), part))
+            if lengths is not None:
+                width = inputs["attention_mask"].shape[1]
+                parts = [nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in parts]
+            found = torch.cat(parts)
+        back = torch.empty(num_samples, dtype=torch.long)
+        back[torch.tensor(order)] = torch.arange(num_samples)
+        return found[back.to(found.device)]
+
+    def _pass(self, runs: Runs, inputs: Mapping[str, Any]) -> Tensor:
+        with self._grouped.using(runs):
+            output = self.base(**inputs)
+        found: Tensor = output.last_hidden_state if any(self._heads) or "logits" not in output else output.logits
+        return found
+
+    @torch.inference_mode()
+    def generate(self, tasks: Sequence[str] | Literal["route"] = "route", **inputs: Any) -> Tensor:
+        """Continue prompts: routed once on the prompt, then each group generates with its own weights.
+
+        Tensors of the batch and options of transformers' `generate` in, token ids (samples, longest) out, padded on the
+        right with the model's padding token.
+        """
+        if len(self.networks):
+            fix = "ask for an answer: model(**inputs)"
+            raise PlanError("the experts of this bundle are classifiers, which generate nothing", "generate", fix)
+        tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
+        options = {key: value for key, value in inputs.items() if key not in tensors}
+        check_batch(tensors)
+        routing = self._routing(tasks, tensors)
+        groups = [tuple(self.task_names.index(name) for name in chosen) for chosen in routing.tasks]
+        rows: dict[int, Tensor] = {}
+        for group in sorted(set(groups)):
+            chosen = [sample for sample, each in enumerate(groups) if each == group]
+            with self._grouped.using(Runs((group,), (0, len(chosen)))):
+                generated = self.base.generate(**take(tensors, chosen), **options)  # type: ignore[operator]
+            rows |= dict(zip(chosen, generated, strict=True))
+        config: Any = self.base.generation_config
+        pad = next((p for p in (config.pad_token_id, config.eos_token_id) if isinstance(p, int)), 0)
+        ordered = [rows[sample] for sample in range(len(groups))]
+        return nn.utils.rnn.pad_sequence(ordered, batch_first=True, padding_value=pad)
+
+    # ---------------------------------------------------------------- heads
+
+    def _ask_heads(self, groups: Sequence[Group], inputs: Mapping[str, Tensor]) -> dict[int, Scored]:
+        """What matrices say of the samples in whose group their tasks are."""
+        samples = [i for i, group in enumerate(groups) if any(self._heads[task] is not None for task in group)]
+        if not samples:
+            return {}
+        asked = take(inputs, samples)
+        hidden = self._second_pass([groups[sample] for sample in samples], asked).float()
+        pooled: dict[Pool, Tensor] = {}
+        found = {}
+        for place, (task, weights) in enumerate(zip(self.manifest.tasks, self._heads, strict=True)):
+            rows = [row for row, sample in enumerate(samples) if place in groups[sample]]
+            if rows and weights is not None and isinstance(task.head, Head):
+                if (pool := task.head.pool) not in pooled:
+                    pooled[pool] = pool_tokens(hidden, asked.get("attention_mask"), pool)
+                features = pooled[pool][rows]
+                found[place] = Scored(
+                    [samples[row] for row in rows], head_scores(features, task.head, weights), features
+                )
+        return found
+
+
+def load_bundle(
+    path: str | Path, *, dtype: torch.dtype | None = None, verify: bool = True, cache_bytes: int = CACHE_BYTES
+) -> MassModel:
+    """Open a bundle.
+
+    `dtype` is that of the base and of arithmetic with the factors (default: as the base is stored). `verify` compares
+    every file with its SHA-256 in the manifest. `cache_bytes` bounds what is kept of groups of tasks between calls.
+    Raises SourceError for a bundle that is damaged, incomplete, or whose base is another model.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, hashes=verify)
+    check_base(folder, manifest, hashes=verify)
+    from mergetool.networks.build import LoadedModel, load_base
+    from mergetool.networks.places import TensorMap
+
+    place = base_folder(folder, manifest)
+    matrices = [task for task in manifest.tasks if isinstance(task.head, Head)]
+    plain = bool(matrices) or all(task.head is None for task in manifest.tasks)
+    base = load_base(place, dtype, encoder=bool(matrices)) if plain else None
+    dtype = next(base.model.parameters()).dtype if base is not None else dtype or stored_dtype(place)
+    factors = TaskFactors(manifest, folder, dtype, cache_bytes)
+    networks = load_networks(manifest, folder, place, factors, dtype)
+    base = base or LoadedModel(networks[0].base, TensorMap(networks[0].names))
+    return MassModel(manifest, base, factors, folder, networks)

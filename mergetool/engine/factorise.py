@@ -1,0 +1,112 @@
+"""Bundle methods in the engine: the plan's models become a folder of factors, under the same staging as any result.
+
+A run that is killed and started again finds the factors it had computed: they are kept in the unfinished folder under
+the hash of their task vectors (or, with `cache`, in a folder that several runs share). Several processes share the
+factors and the files that hold them; the leader does the rest.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+from mergetool.bundle.build import build
+from mergetool.bundle.manifest import Parameter
+from mergetool.bundle.options import Experts, HeadSource
+from mergetool.bundle.present import OwnHead, PresentedSource
+from mergetool.bundle.store import FactorStore
+from mergetool.engine.context import Context
+from mergetool.engine.fit import WholeModels
+from mergetool.methods.base import expect
+from mergetool.methods.families.bundle import BundleMethod
+from mergetool.methods.group import Note
+from mergetool.planning import Plan
+from mergetool.planning.graph import BASE, Stage
+from mergetool.tensors.digests import remembered_sha256
+
+_STORE = ".factors"
+_I = TypeVar("_I")
+_T = TypeVar("_T")
+
+
+class WholeExperts(WholeModels, Experts):
+    """The opened models of a plan, as a bundle's build sees them."""
+
+    def __init__(self, run: Context) -> None:
+        plan = run.plan
+        super().__init__(plan, run.teller.say, run.team)
+        self.names = tuple(plan.recipe.models)
+        self.sources = plan.sources
+        merged = [step for step in plan.steps if step.operation.arithmetic]
+        self.shapes = {step.name: step.spec.shape for step in merged}
+        self._stand_ins = {
+            (model, step.name): operand.source
+            for step in merged
+            for model, operand in zip(step.operation.models, step.models, strict=True)
+        }
+        found = {name: self._head(name, plan) for name in self.names}
+        self.heads: Mapping[str, HeadSource | OwnHead] = {name: head for name, head in found.items() if head}
+        self._inputs = run.record.inputs
+
+    def _head(self, name: str, plan: Plan) -> HeadSource | OwnHead | None:
+        """The head that the recipe names, or that the expert brings."""
+        if (given := plan.recipe.models[name].head) is not None:
+            return HeadSource(self.path(given.weights), given.pool, given.normalize, given.labels)
+        source = plan.sources[name]
+        return source.head if isinstance(source, PresentedSource) else None
+
+    @property
+    def leads(self) -> bool:
+        return self.team.leads
+
+    def share(self, call: Callable[[_I], _T], items: Sequence[_I], num_threads: int = 1) -> list[_T]:
+        return self.team.share(call, items, num_threads)
+
+    def read(self, model: str, name: str) -> Tensor:
+        return super().read(self._stand_ins.get((model, name), BASE), name)
+
+    def digests(self, model: str) -> Mapping[str, str]:
+        found = {}
+        for stamp in self.sources[model].files:
+            path = str(stamp.path)
+            if path not in self._inputs:
+                self._inputs[path] = remembered_sha256(stamp.path)
+            found[stamp.path.name] = self._inputs[path]
+        return found
+
+
+class FactoriseStage:
+    """The stage that takes models apart and writes a bundle into the sink's folder."""
+
+    def __init__(self, run: Context, stage: Stage) -> None:
+        self._run = run
+
+    def work(self) -> None:
+        run, folder = self._run, self._run.sink.folder
+        assert folder is not None
+        method = expect(run.plan.recipe.method, BundleMethod)
+        experts = WholeExperts(run)
+        run.record.resumed = any((folder / _STORE).glob("*.safetensors"))
+        run.record.bytes_read = sum(stamp.size for source in run.plan.sources.values() for stamp in source.files)
+        store = run.team.leader_first(lambda: self._emptied(folder))
+        manifest = build(experts, folder, store, method.options(), run.schedule.num_threads)
+        if manifest is None:
+            return
+        shutil.rmtree(folder / _STORE, ignore_errors=True)
+        for name, parameter in manifest.parameters.items():
+            run.record.note(name, _notes(parameter))
+
+    def _emptied(self, folder: Path) -> FactorStore:
+        """The store of factors; what else an earlier try wrote into `folder` goes."""
+        for path in [path for path in folder.iterdir() if path.name != _STORE] if self._run.team.leads else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return self._run.pool.store or FactorStore(folder / _STORE)
+
+
+def _notes(parameter: Parameter) -> list[Note]:
+    """What became of a tensor."""
+    kept = {"svd": "kept as factors", "full": "kept in full", "skip": "unchanged in every expert"}[parameter.policy]
+    measured = parameter.interference
+    return [kept] if measured is None else [kept, ("interference between tasks", measured)]

@@ -1,0 +1,56 @@
+"""What a run remembers of what is done: a journal on the disk, or only what passes have found."""
+
+import json
+from collections.abc import Sequence
+from typing import Protocol
+
+from mergetool.methods.base import Stats
+from mergetool.methods.group import Note
+from mergetool.outputs.journal import Done
+from mergetool.planning import Step
+
+
+class Log(Protocol):
+    """Where stages look what is done already, and say what they have done. `Journal` is one."""
+
+    done: Done
+
+    def unit(self, stage: str, step: Step, start: int, notes: list[Note]) -> None:
+        """A unit is written."""
+        ...
+
+    def known(self, stage: str, steps: Sequence[Step]) -> Stats | None:
+        """What all passes over these steps have found, if they were counted before."""
+        ...
+
+    def counted(self, stage: str, steps: Sequence[Step], stats: Stats) -> None:
+        """All passes over these steps are finished."""
+        ...
+
+
+class MemoryLog(Log):
+    """Remembers what was counted, under all that it depends on but the weights: for merges of the same models."""
+
+    def __init__(self) -> None:
+        self.done = Done()
+        self._known: dict[str, Stats] = {}
+
+    def unit(self, stage: str, step: Step, start: int, notes: list[Note]) -> None:
+        pass
+
+    def known(self, stage: str, steps: Sequence[Step]) -> Stats | None:
+        return self._known.get(_settings(steps))
+
+    def counted(self, stage: str, steps: Sequence[Step], stats: Stats) -> None:
+        self._known[_settings(steps)] = stats
+
+
+def _settings(steps: Sequence[Step]) -> str:
+    """Tensors, models, and the settings that decide what the passes find."""
+    operation = steps[0].operation
+    method = operation.method
+    assert method is not None
+    names = operation.numbers.keys() if method.pass_depends_on is None else method.pass_depends_on
+    chosen = {name: operation.numbers[name] for name in names}
+    settings = method.model_dump(exclude=set(method.schedulables()))
+    return json.dumps([[step.name for step in steps], steps[0].reads, settings, chosen], default=str)

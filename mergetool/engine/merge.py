@@ -1,0 +1,107 @@
+"""The stage that makes every output tensor: steps count first if their method asks for it, then units are merged."""
+
+from collections.abc import Iterable
+from functools import partial
+
+from mergetool.engine.context import Context
+from mergetool.engine.count import Counting
+from mergetool.methods.base import Stats
+from mergetool.methods.group import Note
+from mergetool.planning import Step
+from mergetool.planning.graph import Stage
+
+Unit = tuple[int, int]
+"""(index of a step, first element)."""
+
+
+class MergeStage:
+    """Which units are to be made, by this process and by all; and what follows from each that is done."""
+
+    def __init__(self, run: Context, stage: Stage) -> None:
+        self._run = run
+        self._stage = stage
+        self._stops = {(step.index, start): stop for step in stage.steps for start, stop in step.pieces()}
+        done = {(step, start) for name, step, start in run.log.done.units if name == stage.name}
+        self._left = self._stops.keys() - done  # units that no process has written yet
+        self._steps = {step.index: step for step in stage.steps}
+        self.finished: list[Unit] = []
+        """Units that this process has written, in order."""
+
+    def mine(self, step: Step) -> list[tuple[int, int]]:
+        """[start, stop) of the units of a step that are left to this process."""
+        return [
+            (start, stop)
+            for start, stop in step.pieces()
+            if (step.index, start) in self._left and self._run.mine.has(step.index, start)
+        ]
+
+    @property
+    def num_mine(self) -> int:
+        return sum(len(self.mine(step)) for step in self._stage.steps)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every unit is written, whoever has written it."""
+        return not self._left
+
+    def work(self) -> None:
+        """Queue everything that is still to do, in plan order, and wait until all of it is done."""
+        self._run.teller.start(self._run.plan.bytes_out, "merging")
+        self._run.teller.advance(sum(self._size(unit) for unit in self._stops.keys() - self._left))
+        self._run.schedule.record(self._queue_all)
+        with self._run.company(self):
+            self._run.schedule.wait_for(lambda: self.complete)
+
+    def _queue_all(self) -> None:
+        for index, start in self._stops.keys() - self._left:
+            self._run.hashes.written(self._steps[index], start, self._stops[index, start])
+        for step in self._stage.steps:
+            if not self.mine(step):
+                continue
+            if step.operation.counts is None:
+                self._queue(step, {}, first=False)
+            elif step.operation.counts_model:
+                assert self._run.counted is not None
+                self._queue(step, self._run.counted, first=False)
+            else:
+                then = partial(self._queue, step, first=True)
+                Counting(self._run, self._stage.name, [step], then, everywhere=False).begin()
+
+    def _queue(self, step: Step, stats: Stats, *, first: bool) -> None:
+        jobs = [
+            self._run.job(
+                step,
+                start,
+                stop,
+                partial(self._perform, step, start, stop, stats),
+                partial(self._performed, step, start, stop),
+            )
+            for start, stop in self.mine(step)
+        ]
+        self._run.schedule.add(jobs, first=first)
+
+    def _perform(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
+        notes = self._run.pool.mine().perform(step, start, stop, stats)
+        self._run.log.unit(self._stage.name, step, start, notes)
+        return notes
+
+    def _performed(self, step: Step, start: int, stop: int, notes: list[Note]) -> None:
+        self._run.record.bytes_read += self._run.plan.bytes_read(step, stop - start)
+        self._run.record.note(step.name, notes)
+        self.finished.append((step.index, start))
+        self._written((step.index, start))
+        self._run.hashes.read(step)
+
+    def others_merged(self, units: Iterable[Unit]) -> None:
+        """Other processes have written these units."""
+        for unit in units:
+            self._written(unit)
+
+    def _written(self, unit: Unit) -> None:
+        if unit in self._left:
+            self._left.discard(unit)
+            self._run.teller.advance(self._size(unit))
+            self._run.hashes.written(self._steps[unit[0]], unit[1], self._stops[unit])
+
+    def _size(self, unit: Unit) -> int:
+        return self._steps[unit[0]].bytes_written(unit[1], self._stops[unit])

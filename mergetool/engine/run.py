@@ -1,0 +1,277 @@
+"""Run a plan: from opened sources to a finished folder, in a way that can be killed at any moment.
+
+staging        lock NAME.partial.journal, create NAME.partial, reserve the output files
+work         threads take jobs: hash inputs, survey, merge, sync and hash finished files
+finish       index, config, tokenizer, card, lock file; then one rename
+"""
+
+import threading
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from mergetool.engine.context import Context
+from mergetool.engine.hashing import Hashes
+from mergetool.engine.partition import partition
+from mergetool.engine.pool import WorkerPool
+from mergetool.engine.processes import Team, joined
+from mergetool.engine.schedule import Schedule
+from mergetool.engine.stages import run_stages
+from mergetool.engine.sync import SyncLoop
+from mergetool.engine.trust import check_trust
+from mergetool.errors import MergeError, MergetoolError, OutputError, PlanError, SourceError
+from mergetool.outputs.journal import Journal
+from mergetool.outputs.lock_check import LockCheck
+from mergetool.outputs.output import finish, output_of
+from mergetool.outputs.push import push_result, push_target
+from mergetool.outputs.record import Record
+from mergetool.outputs.result import Result
+from mergetool.outputs.staging import Staging, done_before
+from mergetool.planning import Plan, make_plan
+from mergetool.planning.cost import Costs, check_disk, estimate
+from mergetool.planning.sources import Lookup
+from mergetool.recipe.schema import Recipe
+from mergetool.tensors.writer import SlotWriter
+
+
+class Progress(Protocol):
+    """What a run tells while it works. Calls come from several threads, one at a time."""
+
+    def start(self, total_bytes: int, label: str) -> None: ...
+    def advance(self, num_bytes: int) -> None: ...
+    def say(self, text: str) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Silent:
+    """No progress at all."""
+
+    def start(self, total_bytes: int, label: str) -> None:
+        pass
+
+    def advance(self, num_bytes: int) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Where and how a run runs; nothing here changes the result."""
+
+    output: Path | None = None
+    device: str = "auto"
+    workers: int | None = None
+    memory: int | None = None
+    overwrite: bool = False
+    resume: bool = True
+    cache: Path | None = None
+    """Where factors of task vectors are kept between runs."""
+    fork: bool = False
+    """Let workers live in processes of their own where that is faster; for programs without threads of their own."""
+    trust_code: bool = False
+    """Whether Python code that the recipe names may be run."""
+    push: bool | None = None
+    """Whether to push to `output.hub`; None: if the recipe has one."""
+    locked: bool = False
+    """Whether recipe and inputs must be what an earlier lock says."""
+
+
+def run_recipe(
+    recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None, remarks: tuple[str, ...] = ()
+) -> Result:
+    """Plan and run a recipe. Raises any MergetoolError; the output is then incomplete and not under its name.
+
+    `remarks` are warnings of whoever made the recipe; they stand in the lock, too.
+    Where a launcher has started several processes, they share the work, and all of them return the result.
+    """
+    flags, progress = flags or Flags(), progress or Silent()
+    check_trust(recipe, trusted=flags.trust_code)
+    with joined() as team:
+        return _run(recipe, flags, progress if team.leads else Silent(), team, remarks)
+
+
+def _run(recipe: Recipe, flags: Flags, progress: Progress, team: Team, remarks: tuple[str, ...]) -> Result:
+    target = push_target(recipe, flags.push) if team.leads else None
+    plan, costs, digests = team.leader_first(lambda: _prepare(recipe, flags, progress, team))
+    for remark in remarks:
+        progress.say(f"warning: {remark}")
+    plan = replace(plan, warnings=(*plan.warnings, *remarks))
+    result = _done_before(plan, flags, progress, team)
+    if result is None:
+        result = _claim_and_run(plan, costs, digests, flags, progress, team)
+    if result is not None and target is not None:
+        result = replace(result, pushed=push_result(result.path, target))
+    found: Result = team.all_gather(result)[0]
+    return found
+
+
+def _done_before(plan: Plan, flags: Flags, progress: Progress, team: Team) -> Result | None:
+    """The result of an earlier run of the same command that could not say that it was done."""
+    assert plan.output is not None
+    asked = team.leads and flags.resume
+    if not team.all_gather(asked and done_before(plan, plan.output, overwrite=flags.overwrite))[0]:
+        return None
+    progress.say(f"done already: {plan.output} is what this recipe makes of these inputs (--overwrite makes it again)")
+    return Result(plan.output, 0.0, 0, plan.bytes_out, 0, plan.num_tensors, resumed=True)
+
+
+def _claim_and_run(
+    plan: Plan, costs: Costs, digests: dict[str, str], flags: Flags, progress: Progress, team: Team
+) -> Result | None:
+    staging = team.leader_first(lambda: _claim(plan, flags, team))
+    try:
+        staging.journal.include(team.all_gather(staging.journal.done))
+        staging.journal.done.hashes.update(digests)
+        return _run_claimed(plan, staging, costs, flags, progress, team)
+    finally:
+        progress.stop()
+        staging.release()
+        for source in plan.sources.values():
+            source.close()
+
+
+def _claim(plan: Plan, flags: Flags, team: Team) -> Staging:
+    assert plan.output is not None
+    if not team.leads:
+        return Staging.joined(plan, plan.output, team.rank)
+    return Staging(plan, plan.output, overwrite=flags.overwrite, resume=flags.resume)
+
+
+def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tuple[Plan, Costs, dict[str, str]]:
+    """The plan, and every file that it needs here. What is wrong is found from headers, before any download.
+
+    Also SHA-256 of the input files that are known already, by path.
+    """
+    lookup = Lookup(recipe.folder)
+    output = flags.output.absolute() if flags.output else None
+    plan = make_plan(recipe, output, lookup=lookup, whole=True)
+    if plan.output is None:
+        raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
+    if flags.cache is not None and not recipe.method.uses_factors:
+        what = f"{recipe.method.method_name()} computes no factors, so this would have no effect"
+        raise PlanError(what, "--cache", "leave it out")
+    if recipe.method.result == "bundle" and flags.device not in ("auto", "cpu"):
+        what = f"{recipe.method.method_name()} computes its factors on the CPU, so this would have no effect"
+        raise PlanError(what, "--device", "leave it out")
+    costs = estimate(plan, workers=flags.workers, memory=flags.memory, processes=team.local_size)
+    for warning in plan.warnings:
+        progress.say(f"warning: {warning}")
+    locked = LockCheck(plan) if flags.locked and team.leads else None
+    if locked is not None:
+        locked.check_headers(plan)
+    if plan.bytes_missing:
+        lookup.fetch(progress.say)
+        plan = make_plan(recipe, output, lookup=lookup, whole=True)
+    return plan, costs, {} if locked is None else locked.check_contents(plan, progress.say)
+
+
+def _run_claimed(
+    plan: Plan, staging: Staging, costs: Costs, flags: Flags, progress: Progress, team: Team
+) -> Result | None:
+    """The result; None where this process does not lead."""
+    try:
+        if team.all_gather(staging.finished)[0]:  # killed between the last byte and the rename
+            if team.leads:
+                staging.publish()
+            progress.say("done already: all was written, only the name of the result was missing")
+            return Result(staging.output, 0.0, 0, plan.bytes_out, 0, plan.num_tensors, resumed=True)
+        return _merge(plan, staging, costs, flags, progress, team)
+    except Exception as found:
+        error = team.agree(found)  # and the others have stopped
+        if team.leads and _is_vain(error, staging):
+            staging.discard()
+        raise error from found.__cause__
+
+
+def _is_vain(error: BaseException, staging: Staging) -> bool:
+    """Whether nothing of what was done is worth resuming."""
+    if not isinstance(error, MergetoolError):
+        return False
+    refused = isinstance(error, PlanError | SourceError) and not staging.journal.worked
+    return refused or isinstance(error, MergeError) or bool(staging.changed_inputs())
+
+
+def _merge(plan: Plan, staging: Staging, costs: Costs, flags: Flags, progress: Progress, team: Team) -> Result | None:
+    started = time.monotonic()
+    if staging.journal.resumed:
+        progress.say(f"resuming: {len(staging.journal.done.units)} units are done already")
+    writer = team.leader_first(lambda: _open_writer(plan, staging))
+    try:
+        run = _context(plan, writer, staging.journal, costs, progress, team)
+        _work(run, costs, flags, staging.journal)
+    finally:
+        writer.close()
+    records = team.all_gather(run.record)
+    if not team.leads:
+        return None
+    seconds = staging.journal.done.seconds + time.monotonic() - started
+    result = finish(plan, staging, records, seconds)
+    for word in result.warnings[len(plan.warnings) :]:
+        progress.say(f"warning: {word}")
+    staging.publish()
+    return result
+
+
+def _open_writer(plan: Plan, staging: Staging) -> SlotWriter:
+    """The output files at their final size. A disk that is too small for them is left as it was."""
+    try:
+        if not staging.journal.resumed:
+            check_disk(plan, staging.output)
+        return SlotWriter(staging.partial, output_of(plan).slot_files(plan))
+    except OutputError:
+        if not staging.journal.resumed:
+            staging.discard()
+        raise
+
+
+def _context(plan: Plan, writer: SlotWriter, journal: Journal, costs: Costs, progress: Progress, team: Team) -> Context:
+    """What the stages of this run share."""
+    schedule = Schedule(costs.step_memory, costs.workers)
+    mine = partition(plan, team)
+    record = Record(inputs=dict(journal.done.hashes), notes={n: list(notes) for n, notes in journal.done.notes.items()})
+    hashes = Hashes(plan, writer, journal, schedule, record, mine)
+    pool = WorkerPool(plan, writer)
+    run = Context(plan, writer, journal, schedule, pool, mine, progress, record, hashes)
+    run.company = lambda merging: SyncLoop(merging, schedule, writer, journal, team)
+    return run
+
+
+def _work(run: Context, costs: Costs, flags: Flags, journal: Journal) -> None:
+    """All stages, by threads that hash what is known to be needed while the rest gets ready."""
+    run.hashes.begin(run.to_do)
+    threads = [threading.Thread(target=run.schedule.work, daemon=True) for _ in range(costs.workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        device = "cpu" if run.plan.recipe.method.result == "bundle" else flags.device
+        with run.pool.ready(device, flags.cache):
+            run.record.device = run.pool.device
+            if run.pool.device != "cpu":
+                run.teller.say(f"merging on {run.pool.device}")
+            fork = partial(_fork, run, costs.workers, journal) if flags.fork else lambda: None
+            run_stages(run, fork)
+            run.schedule.close()
+            run.schedule.wait()
+    except BaseException as error:
+        run.schedule.stop(error)
+        raise
+    finally:
+        for thread in threads:
+            thread.join()
+        run.record.workers_memory = run.pool.close()
+
+
+def _fork(run: Context, count: int, journal: Journal) -> None:
+    """Give workers processes of their own, where there is enough to do.
+
+    Not beside other processes of a team: threads that talk to those are not to be forked.
+    """
+    if run.team.size == 1 and 1 < count < sum(run.to_do.values()):
+        run.pool.fork(count, journal.fileno())

@@ -1,0 +1,58 @@
+"""A language model held in memory to be evaluated again and again, while its weights change under it.
+
+The model is built once from a folder; `slots` are its live tensors by their names in the checkpoint, to be overwritten
+in place (tied tensors share memory, so writing one writes both).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from mergetool.errors import EvaluationError
+from mergetool.evaluate.harness import wrapped
+from mergetool.networks.build import load_language_model
+from mergetool.networks.places import Shapes, places_of
+from mergetool.networks.tokenizer import load_tokenizer
+
+
+class LanguageModel:
+    """A model and its tokenizer, wrapped for lm-eval as `lm`. Raises EvaluationError for what cannot be evaluated."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tokenizer: Path | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        batch_size: int = 32,
+    ) -> None:
+        self.folder = folder
+        self.tokenizer_folder = tokenizer or folder
+        self.model = load_language_model(folder, dtype).to(device).eval()
+        fix = "save its tokenizer there, or name another model's: tokenizer: {source: NAME}"
+        self.tokenizer = load_tokenizer(self.tokenizer_folder, kind=EvaluationError, fix=fix)
+        self.lm = wrapped(self.model, self.tokenizer, batch_size)
+
+    def slots(self, shapes: Shapes) -> Mapping[str, Tensor]:
+        """Live tensors by checkpoint name; of tied ones the first, which is what transformers reads, too.
+
+        Raises EvaluationError where the model has no place for a tensor, or the checkpoint leaves one of its unfilled.
+        """
+        places, found = places_of(self.model, shapes), dict[str, Tensor]()
+        state, filled = self.model.state_dict(), set[int]()
+        for name, tensor in state.items():
+            if tensor.data_ptr() not in filled and (views := places.views(name, tensor, shapes)):
+                found |= views
+                filled.add(tensor.data_ptr())
+        left = [name for name, tensor in state.items() if tensor.data_ptr() not in filled]
+        unknown = [name for name in shapes if name not in {*found, *places.names.values()}]
+        if unknown or left:
+            raise EvaluationError(
+                f"the checkpoint's tensors are not those of {type(self.model).__name__}: it lacks "
+                f"{', '.join(left[:3]) or 'none'}, the model knows no {', '.join(unknown[:3]) or 'others'}",
+                str(self.folder),
+                "save the model again with transformers (from_pretrained, then save_pretrained)",
+            )
+        return found

@@ -1,0 +1,83 @@
+"""What a layout is: from the headers of the models to the output's tensors, and where each of them comes from.
+
+A layout lives in one file of this folder and registers itself by being there. Its fields are sections of a recipe
+(`slices`, `outside`); the recipe checker validates them, and planning asks for the arrangement. Methods know nothing of
+layouts: they see groups of tensors, whatever these are called in the models.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from mergetool.tensors.source import ModelSource
+
+Sources = Mapping[str, ModelSource]
+"""The opened models of a recipe, and the base under "base"."""
+
+_REGISTRY: dict[str, type["Layout"]] = {}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One output tensor: its name, and what it is called in each source that has it."""
+
+    name: str
+    tensors: Mapping[str, str]
+    models: tuple[str, ...]
+    """The models that should have it, in the recipe's order."""
+    extra: bool = False
+    """Whether the base lacks it, which leads."""
+    copy_of: str | None = None
+    """The source whose tensor it is as it stands, whatever the method."""
+    settings: tuple[int, ...] = ()
+    """Numbers of the layout's own overrides that hold here, the first one first, before those of the recipe."""
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """All output tensors in the order in which they are written."""
+
+    origins: Sequence[Origin]
+    layers: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    """Where layers were taken from, by what stands before their number: (model, layer there) for each in order.
+
+    Only for those that are not the leader's own in their own order: config.json follows it."""
+
+
+class Problem(NamedTuple):
+    """Something wrong with a layout's sections: where in the recipe, what, and how to mend it."""
+
+    place: tuple[str | int, ...]
+    what: str
+    fix: str
+
+
+class Layout(BaseModel):
+    """Common to all layouts: strict frozen sections."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        if cls.model_fields:
+            _REGISTRY[next(iter(cls.model_fields))] = cls
+
+    @abstractmethod
+    def arrange(self, sources: Sources, leader: str, models: Sequence[str]) -> Arrangement:
+        """Where every output tensor comes from, by headers alone. Raises PlanError."""
+
+    def problems(self, models: Sequence[str], has_base: bool) -> Iterator[Problem]:
+        """What is wrong with the sections, seen together with the names of the models."""
+        return iter(())
+
+    def overrides(self) -> Iterator[tuple[tuple[str | int, ...], Mapping[str, Any]]]:
+        """Overrides that the sections hold, with their places in the recipe."""
+        return iter(())
+
+
+def all_layouts() -> dict[str, type[Layout]]:
+    """Every registered layout by its first section."""
+    return dict(sorted(_REGISTRY.items()))

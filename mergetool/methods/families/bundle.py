@@ -1,0 +1,61 @@
+"""Methods whose result is a folder that serves many tasks."""
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from mergetool.arch.matrices import MatrixFilter
+from mergetool.methods.base import RANK, Field, Finite, Method, Params, Rank, Stats, TensorGroup, TensorMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergetool.bundle.options import Options
+
+
+class _Kept(TensorMethod):
+    """Stands in a plan for what a bundle does to a tensor: it sees it whole, in every model."""
+
+    needs_base: ClassVar = "required"
+    granularity: ClassVar = "tensor"
+    buffers: ClassVar = 16
+
+    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+        raise NotImplementedError
+
+
+class BundleMethod(Method):
+    """A method whose result is a folder that serves many tasks (`mergetool.bundle`), not a checkpoint."""
+
+    rank: Rank = Field("auto", description=RANK)
+    factors: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of stored factors")
+    size: Annotated[Finite, Field(gt=0)] | None = Field(
+        None,
+        description="most that the factors of all experts may take, as a share of the base's bytes; directions that "
+        "hold the least energy are left out beyond it (default: 0.59 with `rank: auto`, else no bound)",
+    )
+    base: Literal["copy", "reference"] = Field("copy", description="copy the base, or only refer to it")
+    filter: MatrixFilter = Field(
+        "fusionbench", description="which two-dimensional tensors are kept as factors; all others are kept in full"
+    )
+    conv: Literal["mean", "matricize"] = Field(
+        "matricize", description="keep tensors of more axes in full, or as factors of (out, everything else)"
+    )
+    needs_base: ClassVar = "required"
+    uses_factors: ClassVar = True
+    result: ClassVar = "bundle"
+    varies: ClassVar = False
+
+    def stages(self) -> tuple[str, ...]:
+        return ("factorise",)
+
+    def kernel(self) -> TensorMethod:
+        return _Kept()
+
+    @property
+    def most(self) -> float | None:
+        """The bound on the size of factors."""
+        return 0.59 if self.size is None and self.rank == "auto" else self.size
+
+    @abstractmethod
+    def options(self) -> "Options":
+        """What is kept of the models, and how the bundle is used."""

@@ -1,0 +1,23 @@
+"""A bundle: base, factors of every expert, heads, router and manifest, all written by the stage that makes factors."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mergetool.planning import Plan
+from mergetool.planning.graph import Shard
+
+
+def slot_files(plan: Plan) -> Sequence[Shard]:
+    """None: how large the files get is known when the factors are."""
+    return ()
+
+
+def write_beside(plan: Plan, folder: Path) -> None:
+    """The manifest knows the hash of every file, so nothing more may come."""
+
+
+def notes(plan: Plan, folder: Path) -> Mapping[str, int]:
+    """What the factors take of the whole."""
+    factors = sum((folder / shard.name).stat().st_size for shard in plan.shards)
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {f"factors of all experts: {factors / 1e6:.1f} MB of {written / 1e6:.1f} MB": 1}

@@ -1,0 +1,72 @@
+"""The model card: what the Hub reads (front matter) and what people read (what was merged, and how to do it again)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergetool._version import __version__
+from mergetool.outputs.redaction import redacted
+from mergetool.planning import Plan
+from mergetool.planning.sources import Provenance, pinned_document
+
+
+def card(plan: Plan) -> str:
+    """Text of README.md. References to the Hub are pinned to the commits that were merged."""
+    import yaml
+
+    pins = {o.reference: f"{o.repo}@{o.commit}" for origins in plan.origins.values() for o in origins if o.repo}
+    document = redacted(pinned_document(plan.recipe.document, pins), plan.recipe.folder)
+    recipe = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    front = yaml.safe_dump(_front(plan), sort_keys=False, allow_unicode=True)
+    rows = "\n".join(_row(name, origins, plan.recipe.folder) for name, origins in _everything(plan).items())
+    name = plan.recipe.method.method_name()
+    return (
+        f"---\n{front}---\n\n"
+        f"# {plan.output.name if plan.output else 'merged model'}\n\n"
+        f"A merge of {len(plan.recipe.models)} models by `{name}`, made with mergetool {__version__}.\n\n"
+        f"| model | source | licence |\n|---|---|---|\n{rows}\n\n"
+        f"{_about_licences(plan)}"
+        f"## Recipe\n\n```yaml\n{recipe}```\n\n"
+        f"To make this model again: save the recipe as `recipe.yaml`, and run `mergetool run recipe.yaml` (version "
+        f"{__version__}). `mergetool.json` holds the SHA-256 of every input and output: beside the recipe, it makes "
+        "`mergetool run recipe.yaml --locked` refuse any other input; `mergetool verify` checks a result against it.\n"
+    )
+
+
+def _front(plan: Plan) -> Mapping[str, Any]:
+    origins = [origin for found in plan.origins.values() for origin in found]
+    repos = list(dict.fromkeys(origin.repo for origin in origins if origin.repo))
+    licences = {origin.licence for origin in origins}
+    front: dict[str, Any] = {}
+    if licences and None not in licences:
+        same = len(licences) == 1
+        front |= {"license": licences.pop()} if same else {"license": "other", "license_name": "several"}
+    if repos:
+        front |= {"base_model": repos, "base_model_relation": "merge"}
+    return front | {"tags": ["merge", "mergetool"]}
+
+
+def _everything(plan: Plan) -> Mapping[str, tuple[Provenance, ...]]:
+    references = {**({"base": plan.recipe.base} if plan.recipe.base else {}), **plan.recipe.models}
+    return {name: plan.origins.get(name, (Provenance(reference.source),)) for name, reference in references.items()}
+
+
+def _row(name: str, origins: tuple[Provenance, ...], folder: Path) -> str:
+    places = " + ".join(_place(origin, folder) for origin in origins)
+    licences = " + ".join(origin.licence or "unknown" for origin in origins)
+    return f"| {name} | {places} | {licences} |"
+
+
+def _place(origin: Provenance, folder: Path) -> str:
+    if origin.repo is None or origin.commit is None:
+        return f"`{redacted(origin.reference, folder)}`"
+    return f"[{origin.repo}](https://huggingface.co/{origin.repo}/tree/{origin.commit})"
+
+
+def _about_licences(plan: Plan) -> str:
+    licences = {origin.licence for origins in plan.origins.values() for origin in origins}
+    if None in licences:
+        return "Not every model card claims a licence: find out before you pass this model on.\n\n"
+    if len(licences) > 1:
+        return "The licences differ: this model may be used only as all of them allow.\n\n"
+    return ""

@@ -1,0 +1,58 @@
+"""What a finished run leaves, one file for each kind, and the last steps that all kinds share."""
+
+import resource
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol
+
+from mergetool.outputs.lock import describe_run, same_content, summary
+from mergetool.outputs.record import Record
+from mergetool.outputs.result import Result
+from mergetool.outputs.staging import Staging
+from mergetool.planning import Plan
+from mergetool.planning.graph import Shard
+
+
+class OutputKind(Protocol):
+    """One kind of output; a module of this room."""
+
+    def slot_files(self, plan: Plan) -> Sequence[Shard]:
+        """The files whose slots stages fill; they get their size before any work."""
+        ...
+
+    def write_beside(self, plan: Plan, folder: Path) -> None:
+        """Everything but the weights, the card and the lock."""
+        ...
+
+    def notes(self, plan: Plan, folder: Path) -> Mapping[str, int]:
+        """Remarks about the whole output, for people: how many tensors each is about."""
+        ...
+
+
+def output_of(plan: Plan) -> OutputKind:
+    """The kind of output that a plan asks for."""
+    module: OutputKind = import_module(f"mergetool.outputs.{plan.recipe.method.result}")
+    return module
+
+
+def finish(plan: Plan, staging: Staging, records: Sequence[Record], seconds: float) -> Result:
+    """Write everything but the weights into the unfinished folder; the lock comes last."""
+    folder, output = staging.partial, output_of(plan)
+    record = Record.of(records)
+    output.write_beside(plan, folder)
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    result = Result(
+        path=staging.output,
+        seconds=seconds,
+        bytes_read=record.bytes_read,
+        bytes_written=plan.bytes_out if plan.bytes_at_most is None else written,
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + record.workers_memory,
+        num_tensors=plan.num_tensors,
+        resumed=staging.journal.resumed or record.resumed,
+        num_processes=len(records),
+        notes={**output.notes(plan, folder), **summary(record.notes)},
+        warnings=(*plan.warnings, *same_content(plan, record.inputs)),
+    )
+    describe_run(plan, staging, record, result)
+    return result

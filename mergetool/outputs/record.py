@@ -1,0 +1,62 @@
+"""What a run learns while it works, and how what several processes learnt is put together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mergetool.methods.group import Note
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+NOT_FINITE = "holds values that are not finite"
+KEPT_WIDE = "stays in float32 (output.keep_float32)"
+INFINITE = "holds infinite values, as all that it was made from"
+"""What is noted of tensors that were let through, so that a later look at them knows."""
+
+
+@dataclass
+class Record:
+    """What a run learnt: digests of files, remarks on tensors, bytes read for merging (surveys included)."""
+
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, list[Note]] = field(default_factory=dict)
+    bytes_read: int = 0
+    device: str = "cpu"
+    """Where the arithmetic was done, of the first process."""
+    resumed: bool = False
+    """Whether something that an earlier run had made was taken up, beside units of merging."""
+    workers_memory: int = 0
+    """Bytes that processes of workers had of their own."""
+
+    def note(self, name: str, notes: Sequence[Note]) -> None:
+        """Keep what was noted of a tensor, each remark once."""
+        known = self.notes.setdefault(name, []) if notes else []
+        known += [note for note in notes if note not in known]
+
+    @classmethod
+    def of(cls, records: "Sequence[Record]") -> "Record":
+        """What several processes learnt together."""
+        found = cls(device=records[0].device)
+        for record in records:
+            found.inputs |= record.inputs
+            found.outputs |= record.outputs
+            found.bytes_read += record.bytes_read
+            found.resumed |= record.resumed
+            found.workers_memory += record.workers_memory
+            for name, notes in record.notes.items():
+                found.note(name, notes)
+        return found
+
+
+def joined_counts(counts: "list[list[Tensor | None]]") -> "list[Tensor | None]":
+    """The counts of several processes, piece by piece."""
+    found = counts[0]
+    for others in counts[1:]:
+        for place, other in enumerate(others):
+            if other is not None:
+                known = found[place]
+                found[place] = other if known is None else known.add_(other)
+    return found

@@ -1,0 +1,99 @@
+"""Check a finished output: digests against its lock, and every weight for being finite."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergetool.checkpoints.agreement import disagreements_with_files
+from mergetool.errors import SourceError
+from mergetool.outputs.opening import open_and_run
+from mergetool.outputs.record import INFINITE, NOT_FINITE
+from mergetool.outputs.staging import LOCK_NAME
+from mergetool.tensors.dtypes import torch_dtype
+from mergetool.tensors.io import bytes_of, sha256_file
+from mergetool.tensors.side_files import read_config
+from mergetool.tensors.source import FileStamp, ModelSource, open_model
+
+_CHUNK = 1 << 24
+
+
+def verify_output(path: Path, *, load: bool = False) -> dict[str, Any]:
+    """Re-hash against `mergetool.json` (if there is one), hold config.json against the tensors, and scan them.
+
+    With `load`, transformers opens it and runs one step. Raises SourceError for the first kind of damage.
+    """
+    source = open_model(path)
+    lock_path = path / LOCK_NAME
+    checked = _check_lock(lock_path) if lock_path.is_file() else None
+    _check_config(source, path)
+    noted = _notes(lock_path) if lock_path.is_file() else {}
+    broken = [name for name in source.specs if not _is_sound(source, name, noted.get(name, ()))]
+    if broken:
+        raise SourceError(
+            f"{len(broken)} tensors hold values that are not finite: {', '.join(broken[:5])}",
+            str(path),
+            "merge again from sound inputs",
+        )
+    opened = f"; {open_and_run(path)}" if load else ""
+    files = "no lock, so no digests to compare" if checked is None else f"{checked} files match the lock"
+    return {
+        "path": str(path),
+        "files_checked": checked,
+        "tensors": len(source.specs),
+        "summary": f"{files}; {len(source.specs)} tensors are finite{opened}",
+    }
+
+
+def _check_config(source: ModelSource, path: Path) -> None:
+    """Raise SourceError where config.json or the tokenizer speak of other tensors than those that are here."""
+    found = list(disagreements_with_files(source, read_config(source.folder)))
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise SourceError(f"{found[0]}{more}", str(path), "correct config.json, or merge again")
+
+
+def _notes(lock_path: Path) -> dict[str, list[str]]:
+    """Remarks of the run on single tensors."""
+    found = json.loads(lock_path.read_text("utf-8")).get("notes")
+    return found if isinstance(found, dict) else {}
+
+
+def _check_lock(lock_path: Path) -> int:
+    try:
+        files = json.loads(lock_path.read_text("utf-8"))["output"]["files"]
+        expected = {str(name): str(digest) for name, digest in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise SourceError("the lock cannot be read", str(lock_path), "merge again") from None
+    for name, digest in expected.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise SourceError(f"the lock names {name!r}, which is not in this folder", str(lock_path), "merge again")
+        FileStamp.of(lock_path.parent / name)  # refuses what is no file
+        found = sha256_file(lock_path.parent / name)
+        if found != digest:
+            what = f"SHA-256 is {found[:12]}..., the lock says {digest[:12]}..."
+            raise SourceError(what, str(lock_path.parent / name), "the file was changed or damaged; merge again")
+    return len(expected)
+
+
+def _is_sound(source: ModelSource, name: str, notes: Collection[str]) -> bool:
+    """Whether all values of a tensor are finite, but for what the run was told to write, or found in all models."""
+    spec = source.specs[name]
+    if not spec.dtype.is_float or NOT_FINITE in notes:
+        return True
+    wrong = torch.isnan if INFINITE in notes else _is_not_finite
+    itemsize = spec.dtype.bits // 8
+    for begin in range(0, spec.num_bytes, _CHUNK):
+        stored = torch.empty(min(_CHUNK, spec.num_bytes - begin), dtype=torch.uint8)
+        source.read_bytes(name, begin, bytes_of(stored))
+        assert len(stored) % itemsize == 0
+        values = stored.view(torch_dtype(spec.dtype))
+        if bool(wrong(values if itemsize > 1 else values.float()).any()):
+            return False
+    return True
+
+
+def _is_not_finite(values: torch.Tensor) -> torch.Tensor:
+    return ~torch.isfinite(values)

@@ -1,0 +1,173 @@
+"""Make a plan: open the models, match their tensors, resolve every number, lay the output out.
+
+names      the base's tensors (or all models' together, where a method uses no base), in file order
+steps      per tensor: which models take part, copy or merge, numbers at this depth, overrides applied
+shards     steps dealt into files in order, each file with its exact header
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mergetool.bundle.present import present
+from mergetool.checkpoints.family import assemble
+from mergetool.errors import at
+from mergetool.planning.draft import Draft
+from mergetool.planning.graph import BASE, Plan, Shard, Slot, Step, compute_bits
+from mergetool.planning.outcome import check_vocabulary, words_about_result
+from mergetool.planning.parents import check_shares, refuse_quantised, words_about
+from mergetool.planning.passes import with_passes
+from mergetool.planning.sources import Lookup
+from mergetool.recipe.load import first_candidate
+from mergetool.recipe.schema import Recipe
+from mergetool.tensors.header import TensorSpec, lay_out
+from mergetool.tensors.sets import UNSPLIT
+from mergetool.tensors.source import FileStamp, ModelSource
+
+
+def make_plan(
+    recipe: Recipe,
+    output: Path | None = None,
+    sources: Mapping[str, ModelSource] | None = None,
+    lookup: Lookup | None = None,
+    *,
+    whole: bool = False,
+) -> Plan:
+    """Plan a recipe from headers. `sources` stand in for the recipe's models (in memory); `lookup` looks others up.
+
+    Of weights nothing is read but samples of tied tensors that are stored twice; with `whole`, all of those.
+
+    Of a search, the plan of its first candidate: the others differ in numbers only.
+    Raises SourceError or HubError for models that cannot be read, PlanError for models that do not fit together.
+    """
+    if recipe.method.searches:
+        recipe = first_candidate(recipe)
+    lookup = lookup or Lookup(recipe.folder)
+    opened = dict(sources) if sources is not None else open_models(recipe, lookup)
+    if recipe.method.result == "bundle" and BASE in opened:
+        opened = present(opened, [name for name, reference in recipe.models.items() if reference.head is not None])
+    if output is None and recipe.output.path is not None:
+        output = recipe.path_of(recipe.output.path)
+    plan = _planned(recipe, opened, output, lookup, whole=whole)
+    check_vocabulary(plan)
+    plan = replace(plan, warnings=(*plan.warnings, *words_about_result(plan)))
+    if recipe.method.result != "bundle":
+        return plan
+    from mergetool.planning.bundles import as_bundle
+
+    return as_bundle(plan)
+
+
+def _planned(
+    recipe: Recipe, opened: Mapping[str, ModelSource], output: Path | None, lookup: Lookup, *, whole: bool
+) -> Plan:
+    """The plan of opened models, with all that is to be said of them."""
+    template = BASE if BASE in opened else next(iter(recipe.models))
+    family = assemble(opened, template, whole=whole)
+    draft = Draft(recipe, family, template)
+    steps = _counted(recipe, family.sources, draft.steps())
+    specs = {slot.spec.name: slot.spec for step in steps for slot in step.slots}
+    stem, limit = opened[template].stem, recipe.output.shard_size
+    shards = _shards([specs[each.name] for each in draft.arrangement.origins if each.name in specs], stem, limit)
+    words = (*check_shares(recipe, family.sources, steps), *words_about(recipe, family.sources, template, steps))
+    return Plan(
+        recipe,
+        family.sources,
+        template,
+        _place(steps, shards),
+        tuple(shards),
+        output,
+        warnings=(*lookup.warnings, *family.remarks, *draft.warnings, *words, *_unsplit(shards, stem, limit)),
+        origins=lookup.origins,
+        bytes_missing=sum(lookup.missing.values()),
+        untied=family.untied,
+        layers=draft.arrangement.layers,
+        others=_other_files(recipe),
+    )
+
+
+def _other_files(recipe: Recipe) -> dict[str, FileStamp]:
+    found = {}
+    files = {field: recipe.path_of(path) for field, path in recipe.method.files().items()}
+    if (path := recipe.architecture_file) is not None:
+        files["architecture"] = path
+    for field, path in files.items():
+        with at(field):
+            found[field] = FileStamp.of(path)
+    return found
+
+
+def open_models(recipe: Recipe, lookup: Lookup) -> dict[str, ModelSource]:
+    """Every model of a recipe, the base under `BASE`. Raises SourceError, HubError or PlanError."""
+    opened = {}
+    references = {**({BASE: recipe.base} if recipe.base else {}), **recipe.models}
+    for name, reference in references.items():
+        with at("base" if name == BASE else f"model {name!r}"):
+            opened[name] = lookup.open(name, reference.source, reference.adapters, reference.select)
+            refuse_quantised(opened[name])
+    return opened
+
+
+def _counted(recipe: Recipe, sources: Mapping[str, ModelSource], steps: Sequence[Step]) -> list[Step]:
+    """The steps with their partners and the passes that come first."""
+    stored = (sources[each.source].specs[each.tensor] for step in steps for each in step.operands)
+    return _with_partners(with_passes(steps, compute_bits(recipe, stored)))
+
+
+def _with_partners(steps: Sequence[Step]) -> list[Step]:
+    """Steps that know which others they look at: those that are merged alike, of tensors with rows like theirs."""
+    place = {step.name: index for index, step in enumerate(steps)}
+    return [
+        replace(
+            step,
+            partners={
+                name: place[name]
+                for name in step.operation.partners(step.name)
+                if name in place and _alike(step, steps[place[name]])
+            },
+        )
+        for step in steps
+    ]
+
+
+def _alike(step: Step, other: Step) -> bool:
+    same_rows = len(other.spec.shape) == len(step.spec.shape) and other.spec.shape[1:] == step.spec.shape[1:]
+    return same_rows and other.operation == step.operation and (other.base is None) == (step.base is None)
+
+
+def _shards(specs: Sequence[TensorSpec], stem: str, limit: int) -> list[Shard]:
+    """Files as the template's library calls them; as many as it opens."""
+    groups = list(_filled(specs, sys.maxsize if stem in UNSPLIT else limit))
+    named = [
+        f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{index:05d}-of-{len(groups):05d}.safetensors"
+        for index in range(1, len(groups) + 1)
+    ]
+    return [Shard(name, *lay_out(group, {"format": "pt"})) for name, group in zip(named, groups, strict=True)]
+
+
+def _unsplit(shards: Sequence[Shard], stem: str, limit: int) -> list[str]:
+    if stem not in UNSPLIT or shards[0].header.file_size <= limit:
+        return []
+    return [f"output.shard_size is passed over: {shards[0].name} stays one file, which is all that its library opens"]
+
+
+def _filled(specs: Sequence[TensorSpec], limit: int) -> Iterator[list[TensorSpec]]:
+    """Consecutive tensors of at most `limit` bytes together; a larger one gets a file of its own."""
+    group: list[TensorSpec] = []
+    size = 0
+    for spec in specs:
+        if group and size + spec.num_bytes > limit:
+            yield group
+            group, size = [], 0
+        group.append(spec)
+        size += spec.num_bytes
+    yield group
+
+
+def _place(steps: Sequence[Step], shards: Sequence[Shard]) -> tuple[Step, ...]:
+    shard_of = {name: index for index, shard in enumerate(shards) for name in shard.header.slots}
+    return tuple(
+        replace(step, index=index, slots=tuple(Slot(slot.spec, shard_of[slot.spec.name]) for slot in step.slots))
+        for index, step in enumerate(steps)
+    )

@@ -1,0 +1,115 @@
+"""What a run will cost: workers, peak memory, disk. From the plan alone, so that it can be refused before it starts."""
+
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergetool.errors import OutputError, PlanError
+from mergetool.planning.graph import SLICE_ELEMENTS, Plan, Step
+
+RUNTIME_BYTES = 300_000_000
+"""Python and torch themselves, measured on Linux with a CPU build of torch."""
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_SPARE = 64_000_000
+"""Headers, journal, thread stacks, fragmentation."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Figures for people and for the scheduler, in bytes."""
+
+    workers: int
+    peak_memory: int
+    worker_memory: int
+    """Buffers that one worker keeps."""
+    step_memory: int
+    """What all tensors that must be held whole may take together."""
+    bytes_in: int
+    bytes_out: int
+
+
+def step_memory(plan: Plan, step: Step) -> int:
+    """Bytes that a step holds beyond a worker's buffers: whole tensors where a method must see them whole."""
+    held = min(step.row, max(1, step.spec.num_elements))
+    if held <= SLICE_ELEMENTS:
+        return 0
+    moved = sum(operand.view.granularity != "element" for operand in step.operands)  # stored, and as the view shows it
+    copies = len(step.reads) + moved + step.operation.buffers + 1
+    copies *= 1 + len(step.partners)
+    return held * plan.compute_bits // 8 * copies
+
+
+def estimate(plan: Plan, *, workers: int | None, memory: int | None, processes: int = 1) -> Costs:
+    """Settle workers and memory of one process. Raises PlanError when even one worker needs more than `memory`.
+
+    `memory` (and the machine's, and its cores) are shared by as many `processes` as run on this machine.
+    """
+    memory = memory // processes if memory is not None else None
+    streams = max((len(step.reads) for step in plan.steps), default=1)
+    temporaries = max((step.operation.buffers for step in plan.steps), default=0)
+    one = SLICE_ELEMENTS * (plan.compute_bits // 8 * (streams + temporaries + 2) + 8)
+    whole = sorted((step_memory(plan, step) for step in plan.steps), reverse=True)
+    largest = whole[0] if whole else 0
+    fixed = RUNTIME_BYTES + _SPARE
+    budget = memory if memory is not None else int(0.8 * available_memory()) // processes
+    cores = len(os.sched_getaffinity(0))
+    count = workers or max(1, min(cores, 32) // processes)
+    count = max(1, min(count, (budget - fixed - largest) // one if budget > fixed + largest else 1))
+    if memory is not None and fixed + one + largest > memory:
+        worst = max(plan.steps, key=lambda step: step_memory(plan, step))
+        raise PlanError(
+            f"needs {_gib(fixed + one + largest)} of memory, --memory allows {_gib(memory)}"
+            + (f" ({worst.spec.name} must be held whole: {_gib(largest)})" if largest else ""),
+            "plan",
+            f"raise it: --memory {-(-(fixed + one + largest) // 2**30)}GiB",
+        )
+    step_budget = max(largest, budget - fixed - count * one)
+    together = min(step_budget, sum(whole[:count]))
+    peak = fixed + max(count * one + together, _fit_memory(plan, cores, memory))
+    return Costs(count, peak, one, step_budget, plan.bytes_in, plan.bytes_out)
+
+
+def _fit_memory(plan: Plan, threads: int, memory: int | None) -> int:
+    """What looking at the whole models takes, before they are merged. Raises PlanError when `memory` is less.
+
+    `threads`: all cores, however few workers there are: none of them computes meanwhile.
+    """
+    method = plan.recipe.method
+    needed = method.fit_memory(plan.headers, threads)
+    if memory is not None and needed + RUNTIME_BYTES + _SPARE > memory:
+        total = needed + RUNTIME_BYTES + _SPARE
+        what = f"{method.method_name()} needs {_gib(total)} to look at whole models, --memory allows {_gib(memory)}"
+        raise PlanError(what, "plan", f"raise it: --memory {-(-total // 2**30)}GiB")
+    return needed
+
+
+def check_disk(plan: Plan, output: Path) -> None:
+    """Raise OutputError when the output cannot fit on its disk."""
+    place = output.parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < plan.bytes_out:
+        raise OutputError(
+            f"needs {plan.bytes_out:,} bytes, {free:,} are free on that disk",
+            str(output),
+            "free some space, or choose another place with -o PATH",
+        )
+
+
+def available_memory() -> int:
+    """Bytes of memory that could be used now without swapping, on this machine and in this container."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        available = min(available, int(_CONTAINER_LIMIT.read_text()))
+    return available
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,239 @@
+"""The steps of a plan: for every output tensor, which models take part, copy or merge, and the numbers at its depth."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from mergetool.arch.depth import structural_depths
+from mergetool.checkpoints.family import Family
+from mergetool.checkpoints.islands import Islands
+from mergetool.errors import PlanError
+from mergetool.layouts.base import Arrangement, Origin
+from mergetool.methods.base import Method, TensorMethod
+from mergetool.planning.graph import ALIGNED, BASE, STORED, Operand, Slot, Step
+from mergetool.planning.operations import Copy, Merge
+from mergetool.planning.parents import check_missing, label, listed
+from mergetool.recipe.schema import Override, Recipe
+from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
+from mergetool.tensors.header import TensorSpec
+from mergetool.tensors.side_files import read_config
+
+
+class Draft:
+    """One planning run: the state that deciding about every tensor needs."""
+
+    def __init__(self, recipe: Recipe, family: Family, template: str) -> None:
+        self.recipe = recipe
+        self.sources = family.sources
+        self.twins = family.twins
+        self.islands = {model: Islands(source) for model, source in family.sources.items()}
+        self.template = template
+        self.warnings: list[str] = []
+        self.extras: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        self.types = {name: read_config(source.folder).get("model_type") for name, source in self.sources.items()}
+        self.foreign: dict[str, list[str]] = {}
+        self.uses_base = BASE in self.sources
+        self.overrides = (*recipe.layout_overrides, *recipe.overrides)
+        self.matched = [False] * len(self.overrides)
+        self.view = ALIGNED if "fit" in recipe.method.stages() else STORED
+        self.method = recipe.method.kernel()
+        self.overridden = [_overridden(recipe.method, override).kernel() for override in self.overrides]
+        self.arrangement: Arrangement = recipe.layout.arrange(self.sources, template, tuple(recipe.models))
+
+    def steps(self) -> list[Step]:
+        """The steps in the order of the arrangement; indices and files are not settled yet."""
+        origins = self.arrangement.origins
+        self._check_extra(origins)
+        check_missing(self.recipe, self.sources, [each for each in origins if not each.extra], self._uses)
+        layers = structural_depths([each.name for each in origins])
+        steps = [step for each in origins if (step := self._step(each, _depth(layers[each.name]))) is not None]
+        if not steps:
+            raise PlanError("the models hold no tensors to merge", "plan", "check the paths of the models")
+        self._warn()
+        return _joined(steps)
+
+    def _warn(self) -> None:
+        self.warnings += [
+            f"{len(names)} tensors of model {model!r} are left out, since the base is another network that lacks them: "
+            f"{listed(names)}; check.extra: keep copies them"
+            for model, names in self.foreign.items()
+        ]
+        self.warnings += [
+            f"{len(names)} tensors that the base lacks are copied from model {first!r}, though "
+            f"{', '.join(map(repr, others))} have them, too: {listed(names)}; an override `use` takes another's"
+            for (first, others), names in self.extras.items()
+            if others
+        ]
+        self.warnings += [
+            f"override {override.match!r} matches no tensor{self._hint(override.match)}"
+            for override, matched in zip(self.overrides, self.matched, strict=True)
+            if not matched
+        ]
+
+    def _hint(self, match: str) -> str:
+        """What to match instead, where an override means a second name of a tensor."""
+        meant = next((name for name in self.twins if fnmatchcase(name, match)), None)
+        return "" if meant is None else f" but {meant}, which is {self.twins[meant]} under another name: match that"
+
+    def _check_extra(self, origins: Sequence[Origin]) -> None:
+        extra = next((each for each in origins if each.extra), None)
+        if extra is not None and self.recipe.check.extra == "error":
+            what = f"tensor {extra.name!r} is in model {next(iter(extra.tensors))!r} but not in the base"
+            raise PlanError(what, "plan", "set check.extra: keep")
+
+    def _override(self, origin: Origin) -> int | None:
+        """The place of the first override that fits a tensor. A second name of a tensor is treated as that tensor."""
+        name = self.twins.get(origin.name, origin.name)
+        own = len(self.recipe.layout_overrides)
+        own_first: tuple[int, ...] = (*origin.settings, *range(own, len(self.overrides)))
+        for index in own_first:
+            if fnmatchcase(name, self.overrides[index].match):
+                return index
+        return None
+
+    def _uses(self, origin: Origin) -> bool:
+        index = self._override(origin)
+        return index is not None and self.overrides[index].use is not None
+
+    def _step(self, origin: Origin, depth: float) -> Step | None:
+        index = self._override(origin)
+        override = None if index is None else self.overrides[index]
+        if index is not None:
+            self.matched[index] = True
+        if override is not None and override.use is not None:
+            return self._copy(origin, override.use, depth)
+        if origin.copy_of is not None:
+            return self._copy(origin, origin.copy_of, depth)
+        holders = [model for model in origin.models if model in origin.tensors]
+        if origin.extra:
+            return self._extra(origin, holders, depth)
+        leader = self.template if self.template in origin.tensors else holders[0]
+        spec = self._spec(origin, leader)
+        if not spec.dtype.is_float:
+            self._check_none_is_float(origin, leader, holders)
+        if not spec.dtype.is_float or spec.num_elements == 0:
+            return self._copy(origin, leader, depth)
+        models = [model for model in origin.models if model in holders or self.recipe.check.missing == "base"]
+        method = self.method if index is None else self.overridden[index]
+        if len(models) < method.min_models:
+            return self._copy(origin, leader, depth)
+        return self._merge(origin, leader, depth, method, models)
+
+    def _merge(self, origin: Origin, leader: str, depth: float, method: TensorMethod, models: Sequence[str]) -> Step:
+        """A tensor that a method makes of those that stand in for these models."""
+        sources = [model if model in origin.tensors else BASE for model in models]
+        self._check_alike(origin, leader, sources)
+        params = method.params(depth, models)
+        if problem := method.problem(params):
+            raise PlanError(problem, f"{method.method_name()}: {origin.name}", "change the numbers for this tensor")
+        uses_base = self.uses_base and method.needs_base != "unused"
+        written = replace(self._spec(origin, leader), name=origin.name, dtype=self._dtype_out(leader, origin))
+        return Step(
+            0,
+            (Slot(written),),
+            Merge(method, params, tuple(models)),
+            tuple(self._operand(origin, source) for source in sources),
+            self._operand(origin, BASE) if uses_base else None,
+            key=self.twins.get(origin.name, origin.name),
+            depth=depth,
+        )
+
+    def _extra(self, origin: Origin, holders: Sequence[str], depth: float) -> Step | None:
+        """A tensor that the base lacks."""
+        if self.recipe.check.extra != "keep":
+            return None
+        if "extra" not in self.recipe.check.model_fields_set and self._is_of_another_network(holders[0]):
+            self.foreign.setdefault(holders[0], []).append(origin.name)
+            return None
+        self.extras.setdefault((holders[0], tuple(holders[1:])), []).append(origin.name)
+        return self._copy(origin, holders[0], depth)
+
+    def _is_of_another_network(self, model: str) -> bool:
+        """Whether config.json calls a model another type than the template: what only one has is no part of both."""
+        mine, theirs = self.types[model], self.types[self.template]
+        return bool(mine and theirs and mine != theirs)
+
+    def _copy(self, origin: Origin, source: str, depth: float) -> Step:
+        if source not in origin.tensors:
+            what = f"override `use: {source}`: that model has no such tensor"
+            raise PlanError(what, origin.name, "use another model")
+        spec = self._spec(origin, source)
+        dtype = self._dtype_out(source, origin) if spec.dtype.is_float else spec.dtype
+        slot = Slot(TensorSpec(origin.name, dtype, spec.shape))
+        return Step(
+            0,
+            (slot,),
+            Copy(),
+            (self._operand(origin, source),),
+            key=self.twins.get(origin.name, origin.name),
+            depth=depth,
+        )
+
+    def _spec(self, origin: Origin, source: str) -> TensorSpec:
+        return self.sources[source].specs[origin.tensors[source]]
+
+    def _operand(self, origin: Origin, source: str) -> Operand:
+        return Operand(source, origin.tensors[source], self.view)
+
+    def _dtype_out(self, model: str, origin: Origin) -> DType:
+        """The storage dtype of a floating-point tensor that is written as `model` has it, or as was asked for."""
+        name = origin.tensors[model]
+        stored, output = self.sources[model].stored_as(name), self.recipe.output
+        if output.dtype == "source":
+            return stored
+        wanted = BY_TORCH_NAME[output.dtype]
+        return stored if wanted.bits == 16 and output.keep_float32 and name in self.islands[model] else wanted
+
+    def _check_alike(self, origin: Origin, leader: str, models: Sequence[str]) -> None:
+        spec = self._spec(origin, leader)
+        for model in models:
+            other = self._spec(origin, model)
+            fix = f"copy it: overrides: [{{match: {origin.name!r}, use: {leader}}}]"
+            if other.shape != spec.shape:
+                what = f"shape {list(other.shape)} in {label(model)}, {list(spec.shape)} in {label(leader)}"
+                raise PlanError(what, origin.name, f"merge models of one size, or {fix}")
+            if not other.dtype.is_float:
+                what = f"dtype {other.dtype.name} in {label(model)}, {spec.dtype.name} in {label(leader)}"
+                raise PlanError(what, origin.name, fix)
+
+    def _check_none_is_float(self, origin: Origin, leader: str, models: Sequence[str]) -> None:
+        """Whole numbers are copied, but not where another model has learnt values in their place."""
+        spec = self._spec(origin, leader)
+        for model in models:
+            other = self._spec(origin, model)
+            if other.dtype.is_float:
+                raise PlanError(
+                    f"dtype {spec.dtype.name} in {label(leader)}, {other.dtype.name} in {label(model)}",
+                    origin.name,
+                    f"copy it: overrides: [{{match: {origin.name!r}, use: {model}}}]",
+                )
+
+
+def _depth(layer: tuple[int, int] | None) -> float:
+    """Depth in [0, 1]; tensors outside the layers sit with the first layer (an override can say otherwise)."""
+    return layer[0] / (layer[1] - 1) if layer is not None and layer[1] > 1 else 0.0
+
+
+def _overridden(method: Method, override: Override) -> Method:
+    return method.model_copy(update=override.settings())
+
+
+def _joined(steps: Sequence[Step]) -> list[Step]:
+    """Second names of a tensor as slots of the step that makes it: it is read and merged once."""
+    found: list[Step] = []
+    first: dict[str, int] = {}
+    for step in steps:
+        place = first.setdefault(step.key, len(found))
+        if place < len(found) and _same_values(found[place], step):
+            found[place] = replace(found[place], slots=(*found[place].slots, *step.slots))
+        else:
+            found.append(step)
+    return found
+
+
+def _same_values(one: Step, other: Step) -> bool:
+    return (
+        (one.operation, one.reads, one.depth) == (other.operation, other.reads, other.depth)
+        and one.spec.shape == other.spec.shape
+        and one.spec.dtype == other.spec.dtype
+    )

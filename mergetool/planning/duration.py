@@ -1,0 +1,94 @@
+"""How long a run should take on a given machine: the longest of what the disk, the cores and the devices have to do.
+
+    disk      every input byte read once (again for a survey where it does not fit in memory), every output byte written
+    cores     arithmetic of slices, SHA-256 of inputs and outputs; SVDs of whole matrices by their cubic count
+    devices   slices copied over the bus; arithmetic that is then as good as free, and the SVDs
+
+The rates of "this machine" were fitted to runs here; those of others are what their makers say, taken by half. An
+estimate is meant to be right within a factor of two.
+"""
+
+from dataclasses import dataclass
+
+from mergetool.planning.graph import Plan, Step
+
+_SVD_PASSES = 12.0
+"""Multiply-adds of a decomposition, in units of rows x columns x the shorter side."""
+_STARTUP = 1.0
+"""Seconds for starting Python and torch, and for the last files."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates, in bytes, element operations or floating-point operations a second."""
+
+    name: str
+    nodes: int = 1
+    cores: int = 2
+    """Of all nodes together, as far as workers use them."""
+    devices: int = 0
+    disk_read: float = 2.0e9
+    disk_write: float = 1.0e9
+    """Of all nodes together: a shared file system is one disk."""
+    element_rate: float = 0.6e9
+    """Element operations (one element of one stream) of a core."""
+    hash_rate: float = 1.6e9
+    core_flops: float = 2.5e10
+    bus: float = 2.5e10
+    """Bytes a second to one device."""
+    device_flops: float = 5.0e12
+    """Of one device in float32, for decompositions."""
+    memory: float = 8e9
+    """For the page cache: what fits is not read twice."""
+
+
+THIS = Machine("this kind of machine: two cores, one disk")
+MACHINES = (
+    THIS,
+    Machine("one disk, 16 cores", cores=16, disk_read=3e9, disk_write=1.5e9, memory=64e9),
+    Machine("one H200", cores=16, devices=1, disk_read=5e9, disk_write=3e9, memory=128e9),
+    Machine("eight GPUs", cores=96, devices=8, disk_read=1e10, disk_write=5e9, memory=1e12),
+    Machine("four nodes of eight GPUs", 4, cores=384, devices=32, disk_read=2e10, disk_write=1e10, memory=4e12),
+)
+
+
+def expected_seconds(plan: Plan, machine: Machine = THIS) -> float:
+    """Seconds that a run of this plan should take on `machine`."""
+    inputs = sum(stamp.size for stamps in plan.stamps.values() for stamp in stamps) or plan.bytes_in
+    again = _counted_bytes(plan) if inputs > machine.memory else 0
+    disk = (inputs + again) / machine.disk_read + plan.bytes_out / machine.disk_write
+    hashing = (inputs + plan.bytes_out) / machine.hash_rate / machine.cores
+    elements = sum(_element_operations(step) for step in plan.steps)
+    flops = sum(_flops(step) for step in plan.steps)
+    if machine.devices:
+        moved = 4 * sum(step.spec.num_elements * (len(step.reads) + 1) for step in plan.steps)
+        compute = (moved / machine.bus + flops / machine.device_flops) / machine.devices
+    else:
+        compute = (elements / machine.element_rate + flops / machine.core_flops) / machine.cores
+    return _STARTUP + max(disk, compute + hashing)
+
+
+def _element_operations(step: Step) -> float:
+    """Every stream of a slice is read, widened and used; every temporary is written and read."""
+    whole = step.operation.granularity(step.spec) == "tensor"
+    temporaries = 0 if whole else step.operation.buffers
+    return step.spec.num_elements * (len(step.reads) + 1 + temporaries)
+
+
+def _flops(step: Step) -> float:
+    if step.operation.granularity(step.spec) != "tensor" or len(step.spec.shape) < 2:
+        return 0.0
+    rows = step.spec.shape[0]
+    shorter = min(rows, step.spec.num_elements // max(1, rows))
+    return _SVD_PASSES * len(step.reads) * step.spec.num_elements * shorter
+
+
+def _counted_bytes(plan: Plan) -> int:
+    """Bytes that statistics passes read before merging reads them again."""
+    counted = (step for step in plan.steps if step.operation.counts is not None)
+    return sum(plan.bytes_read(step, step.spec.num_elements) for step in counted)
+
+
+def is_guess(plan: Plan) -> bool:
+    """Whether a fit, whose iterations nobody knows beforehand, comes on top."""
+    return "fit" in plan.recipe.method.stages()

@@ -1,0 +1,275 @@
+"""What a plan is: stages of steps, and each step fills slots of the output from operands, by an operation.
+
+operand    (source, tensor, view): where one input of a step comes from
+slot       name, dtype, shape and file of one output tensor
+step       slots <- operation(operands by role, numbers of this depth)
+stage      steps that are worked on together; what a stage finds out is there for later ones
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from mergetool.arch.code import code_of
+from mergetool.methods.base import Granularity, Headers
+from mergetool.planning.operations import Operation
+from mergetool.planning.sources import Provenance
+from mergetool.recipe.schema import Recipe
+from mergetool.tensors.header import Header, TensorSpec
+from mergetool.tensors.side_files import read_config
+from mergetool.tensors.source import FileStamp, ModelSource
+
+BASE = "base"
+"""Key of the base among a plan's sources (no model may have this name)."""
+
+SLICE_ELEMENTS = 1 << 18
+"""Elements a worker holds of each model at once for methods that allow it: few enough for the slices of all workers to
+stay in a shared cache, and many enough for the cost of calling operations not to count."""
+UNIT_ELEMENTS = 1 << 22
+"""Elements of one unit of work: what is journalled, given to workers and done again after a kill."""
+
+_COARSENESS: tuple[Granularity, ...] = ("element", "row", "tensor")
+
+
+@dataclass(frozen=True)
+class View:
+    """How an operand shows a tensor of its source, and what of the tensor that takes at once."""
+
+    name: str
+    granularity: Granularity
+
+
+STORED = View("stored", "element")
+ALIGNED = View("aligned", "tensor")
+"""In the space of a fit, which moves entries along every axis."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Where one input of a step comes from."""
+
+    source: str
+    """Key among the plan's sources."""
+    tensor: str
+    """Its name there."""
+    view: View = STORED
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one output tensor."""
+
+    spec: TensorSpec
+    """Name, dtype and shape as written."""
+    shard: int = 0
+    """Number of the file that holds it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How some output tensors are made: one, or the same values under several names, or several parts of one."""
+
+    index: int
+    slots: tuple[Slot, ...]
+    operation: Operation
+    models: tuple[Operand, ...] = ()
+    """What is copied, or merged: one for each of the models, the base's where it stands in for a missing one."""
+    base: Operand | None = None
+    """Set where the method sees the base."""
+    partners: Mapping[str, int] = field(default_factory=dict)
+    """Other steps whose operands are looked at, too: by name of the tensor, their indices."""
+    work: TensorSpec | None = None
+    """What is worked on, where no slot has its shape."""
+    key: str = ""
+    """The name that keys random draws and factors."""
+    depth: float = 0.0
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Name, dtype and shape of what is worked on, and what messages speak of: mostly the first slot's."""
+        return self.work or self.slots[0].spec
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """Everything read, the base first."""
+        return self.models if self.base is None else (self.base, *self.models)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The source of every operand."""
+        return tuple(operand.source for operand in self.operands)
+
+    @cached_property
+    def granularity(self) -> Granularity:
+        """What of the operands must be there at once, for the operation or for a view of them."""
+        wanted = (self.operation.granularity(self.spec), *(operand.view.granularity for operand in self.operands))
+        return max(wanted, key=_COARSENESS.index)
+
+    @cached_property
+    def row(self) -> int:
+        """Elements that may not be torn apart: one row, one element, or the whole tensor."""
+        if self.granularity == "element":
+            return 1
+        if self.granularity == "row" and len(self.spec.shape) > 1:
+            return max(1, self.spec.num_elements // max(1, self.spec.shape[0]))
+        return max(1, self.spec.num_elements)
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """[start, stop) of every unit of work, cut between rows."""
+        total = self.spec.num_elements
+        length = max(self.row, UNIT_ELEMENTS // self.row * self.row)
+        return [(start, min(start + length, total)) for start in range(0, total, length)] or [(0, 0)]
+
+    def bytes_written(self, start: int, stop: int) -> int:
+        """Bytes of elements [start, stop), in all slots."""
+        return sum(slot.spec.dtype.num_bytes(stop - start) for slot in self.slots)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps that are worked on together. Its name says what is done with them; journals know it by that."""
+
+    name: str
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its name, its first bytes, and where every tensor goes."""
+
+    name: str
+    prefix: bytes
+    header: Header
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file that a run will write, with its size in bytes."""
+
+    name: str
+    size: int
+    at_most: bool = False
+    """Whether it may get smaller: that is only known when weights are read."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `run` needs; made from headers alone."""
+
+    recipe: Recipe
+    sources: Mapping[str, ModelSource]
+    """Opened models by name; the base under `BASE`."""
+    template: str
+    """The model whose config, tokenizer and names lead."""
+    steps: tuple[Step, ...]
+    """In the order in which the template's files hold their first slots."""
+    shards: tuple[Shard, ...]
+    output: Path | None
+    warnings: tuple[str, ...] = ()
+    origins: Mapping[str, tuple[Provenance, ...]] = field(default_factory=dict)
+    """Where every model and its adapters came from."""
+    bytes_missing: int = 0
+    """What must be downloaded before anything can be merged."""
+    untied: tuple[str, ...] = ()
+    """Heads that the template ties to its embeddings, and that are tensors of their own here."""
+    layers: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    """Where a layout takes layers from, by what stands before their number: (model, layer there) for each in order."""
+    beside: tuple[PlannedFile, ...] = ()
+    """Large files that belong to the output and hold no slots."""
+    bytes_at_most: int | None = None
+    """What all files take together, where files may get smaller."""
+    others: Mapping[str, FileStamp] = field(default_factory=dict)
+    """Files beside the models that the method reads, by the recipe's field."""
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """What is done, one stage after the other, as the method says."""
+        counted = tuple(step for step in self.steps if step.operation.counts_model)
+        every = {"count": counted}
+        stages = [Stage(name, every.get(name, self.steps)) for name in self.recipe.method.stages()]
+        return tuple(stage for stage in stages if stage.steps)
+
+    @property
+    def slots(self) -> Iterator[Slot]:
+        """Every output tensor."""
+        return (slot for step in self.steps for slot in step.slots)
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every output tensor by name."""
+        return {slot.spec.name: slot.spec for slot in self.slots}
+
+    @property
+    def num_tensors(self) -> int:
+        """Tensors that are made: those of the output, or those that are taken apart for it."""
+        return sum(1 if step.work else len(step.slots) for step in self.steps)
+
+    def spec(self, operand: Operand) -> TensorSpec:
+        """What an operand is in its source."""
+        return self.sources[operand.source].specs[operand.tensor]
+
+    def bytes_read(self, step: Step, count: int) -> int:
+        """Bytes of `count` elements of all operands of a step."""
+        return sum(self.spec(operand).dtype.num_bytes(count) for operand in step.operands)
+
+    @property
+    def stamps(self) -> dict[str, tuple[FileStamp, ...]]:
+        """All input files: of the models by name, and the others."""
+        models = {name: source.files for name, source in self.sources.items()}
+        return models | {field: (stamp,) for field, stamp in self.others.items()}
+
+    @property
+    def headers(self) -> Headers:
+        """The models as a fitted method sees them: every floating-point tensor that all of them hold."""
+        shapes = {
+            name: spec.shape
+            for name, spec in self.specs.items()
+            if spec.dtype.is_float and all(name in source.specs for source in self.sources.values())
+        }
+        architecture = self.recipe.architecture
+        if (path := self.recipe.architecture_file) is not None:
+            _, function = code_of(architecture or "") or ("", "")
+            architecture = f"{path}:{function}" if function else str(path)
+        names = (*self.recipe.models, *((BASE,) if BASE in self.sources else ()))
+        return Headers(names, shapes, read_config(self.sources[self.template].folder), architecture)
+
+    @property
+    def files(self) -> tuple[PlannedFile, ...]:
+        """Every large file of the output."""
+        open_ended = self.bytes_at_most is not None
+        return (*(PlannedFile(each.name, each.header.file_size, open_ended) for each in self.shards), *self.beside)
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes that are written, at most."""
+        return sum(file.size for file in self.files) if self.bytes_at_most is None else self.bytes_at_most
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes that merging reads once (statistics passes read their operands again)."""
+        return sum(self.bytes_read(step, step.spec.num_elements) for step in self.steps)
+
+    @cached_property
+    def compute_bits(self) -> int:
+        """Width of the compute dtype."""
+        stored = (self.spec(operand) for step in self.steps for operand in step.operands)
+        return compute_bits(self.recipe, stored)
+
+    @property
+    def needs_float64(self) -> bool:
+        """Whether something is computed in float64."""
+        return self.compute_bits == 64 or any(step.operation.needs_float64 for step in self.steps)
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.compute.seed
+
+
+def compute_bits(recipe: Recipe, specs: "Iterator[TensorSpec]") -> int:
+    """Width of the compute dtype: 64 if the recipe says so or a tensor that is read is stored in float64, else 32."""
+    return 64 if recipe.compute.dtype == "float64" or any(spec.dtype.name == "F64" for spec in specs) else 32

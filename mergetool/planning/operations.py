@@ -1,0 +1,166 @@
+"""What a step does with its operands: copy one, fill with a constant, or merge them by a method.
+
+An operation says what people and the planner ask of it (name, numbers, buffers, what must be seen whole), and tells a
+bench which of its few moves to make. How a move is made is the engine's matter.
+"""
+
+from abc import ABC
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mergetool.methods.base import Granularity, Params, StatisticsPass, Stats, TensorMethod
+from mergetool.tensors.header import TensorSpec
+
+if TYPE_CHECKING:
+    from mergetool.methods.group import Note
+    from mergetool.planning.graph import Step
+
+
+class Bench(Protocol):
+    """Who carries out the moves, for elements [start, stop) of a step. What is to be noted goes to `notes`."""
+
+    def copy(self, step: "Step", start: int, stop: int, notes: "list[Note]") -> None: ...
+    def fill(self, step: "Step", start: int, stop: int, notes: "list[Note]", value: float) -> None: ...
+    def merge(
+        self, step: "Step", start: int, stop: int, notes: "list[Note]", operation: "Merge", stats: Stats
+    ) -> None: ...
+
+
+class Operation(ABC):
+    """How the slots of a step come from its operands."""
+
+    name: str
+    """What people call it."""
+    method: TensorMethod | None
+    """Whose arithmetic it is."""
+    models: tuple[str, ...]
+    """Names of the models that are merged, in the order of the step's operands (a base may stand in for one)."""
+    counts: StatisticsPass | None
+    """The pass over the operands that comes first."""
+    counts_model: bool = False
+    """Whether that pass counts over the whole model, together with the other steps of which this is so."""
+    buffers: int = 0
+    """Temporaries the size of a slice."""
+    arithmetic: bool = False
+    """Whether values of several operands meet."""
+    needs_float64: bool = False
+
+    @property
+    def numbers(self) -> Mapping[str, Any]:
+        """The numbers that it goes by here."""
+        return {}
+
+    def granularity(self, spec: TensorSpec) -> Granularity:
+        """What of a tensor it must see whole."""
+        return "element"
+
+    def partners(self, name: str) -> tuple[str, ...]:
+        """Other output tensors whose operands are looked at for the tensor of this name."""
+        return ()
+
+    def counting(self, num_elements: int, bits: int) -> "Operation":
+        """With the pass that it needs over so many elements, at this width of the compute dtype."""
+        return self
+
+    def perform(self, bench: Bench, step: "Step", start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
+        """Make elements [start, stop) of the step."""
+        raise TypeError(f"{self.name}: models are taken apart as a whole, not slice by slice")
+
+
+class _Plain(Operation):
+    """No method has a part in it."""
+
+    method = None
+    counts = None
+
+
+@dataclass(frozen=True)
+class Copy(_Plain):
+    """The only operand as it is, or cast where another storage dtype is asked for."""
+
+    name = "copy"
+    models = ()
+
+    def perform(self, bench: Bench, step: "Step", start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
+        bench.copy(step, start, stop, notes)
+
+
+@dataclass(frozen=True)
+class Initialise(_Plain):
+    """A constant, where no model has anything to give."""
+
+    value: float = 0.0
+    name = "initialise"
+    models = ()
+
+    @property
+    def numbers(self) -> Mapping[str, Any]:
+        return {"value": self.value}
+
+    def perform(self, bench: Bench, step: "Step", start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
+        bench.fill(step, start, stop, notes, self.value)
+
+
+@dataclass(frozen=True)
+class Factorise(_Plain):
+    """Leading singular vectors of every model's task vector, or the task vectors in full (`rank` 0)."""
+
+    models: tuple[str, ...]
+    rank: int
+    arithmetic = True
+    buffers = 16
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "factors" if self.rank else "in full"
+
+    @property
+    def numbers(self) -> Mapping[str, Any]:
+        return {"rank": self.rank} if self.rank else {}
+
+    def granularity(self, spec: TensorSpec) -> Granularity:
+        return "tensor"
+
+
+@dataclass(frozen=True)
+class Merge(Operation):
+    """A method with its numbers at this depth."""
+
+    method: TensorMethod
+    params: Params
+    models: tuple[str, ...]
+    counts: StatisticsPass | None = None
+    arithmetic = True
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.method.method_name() or ""
+
+    @property
+    def buffers(self) -> int:  # type: ignore[override]
+        return self.method.buffers
+
+    @property
+    def counts_model(self) -> bool:  # type: ignore[override]
+        return self.counts is not None and self.method.pass_scope() == "model"
+
+    @property
+    def needs_float64(self) -> bool:  # type: ignore[override]
+        return self.method.needs_float64
+
+    @property
+    def numbers(self) -> Mapping[str, Any]:
+        return vars(self.params)
+
+    def granularity(self, spec: TensorSpec) -> Granularity:
+        return self.method.granularity_in(spec.name, spec.shape)
+
+    def partners(self, name: str) -> tuple[str, ...]:
+        return self.method.partners(name)
+
+    def counting(self, num_elements: int, bits: int) -> Operation:
+        return replace(self, counts=self.method.statistics_pass(self.params, num_elements, bits))
+
+    def perform(self, bench: Bench, step: "Step", start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
+        bench.merge(step, start, stop, notes, self, stats)

@@ -1,0 +1,193 @@
+"""Where the models of a recipe lie: a folder or file here, or a repository on the Hub.
+
+What is there as a path is meant as a path; else `org/name` and `org/name@revision` are looked up on the Hub, once for
+each plan. A plan needs headers only, which are read from a distance; a run fetches the files and plans again.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mergetool.bundle import is_bundle
+from mergetool.checkpoints.adapters import AdapterSource
+from mergetool.errors import HubError, SourceError
+from mergetool.recipe.schema import ModelReference, Recipe, expanded
+from mergetool.tensors.hub import HubName, Repository, find, hub_name
+from mergetool.tensors.side_files import licence_of
+from mergetool.tensors.source import ModelSource, OpenFile, open_model
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a model or an adapter came from."""
+
+    reference: str
+    """As the recipe says it."""
+    licence: str | None = None
+    """What its model card claims."""
+    repo: str | None = None
+    commit: str | None = None
+    """Of a repository on the Hub."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A reference that was looked up."""
+
+    path: Path
+    origin: Provenance
+    elsewhere: Mapping[Path, OpenFile] = field(default_factory=dict)
+    """Headers of files that are not here yet."""
+
+
+class Lookup:
+    """Looks references up. Paths are relative to `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._found: dict[tuple[str, bool], Repository] = {}
+        self.warnings: list[str] = []
+        self.pins: dict[str, str] = {}
+        self.origins: dict[str, tuple[Provenance, ...]] = {}
+        """Of every model that was opened, by name: the model itself, then its adapters."""
+
+    def open(self, name: str, source: str, adapters: tuple[str, ...] = (), select: str | None = None) -> ModelSource:
+        """Open a model with its adapters, or one expert of a bundle. Raises SourceError or HubError."""
+        place = self._place(source, whole=select is not None)
+        origins = [place.origin]
+        model = _open(place, select)
+        for adapter in adapters:
+            added = self._place(adapter, adapter=True)
+            model = AdapterSource(model, added.path, added.elsewhere)
+            self.warnings += [f"{name}: {text}" for text in model.warnings]
+            self.warnings += _made_for_another(name, place.origin, model.made_for)
+            origins.append(added.origin)
+        self.origins[name] = tuple(origins)
+        told = [f"{name}: {remark}" for remark in model.remarks]
+        self.warnings += [text for text in told if text not in self.warnings]
+        return model
+
+    def _place(self, text: str, *, adapter: bool = False, whole: bool = False) -> Place:
+        path = (self._folder / expanded(text)).absolute()
+        name = self._hub_name(text) if is_on_hub(self._folder, text) else None
+        if name is None:
+            return Place(path, Provenance(text, licence_of(path if path.is_dir() else path.parent)))
+        repository = self._repository(name, text, adapter=adapter)
+        origin = Provenance(text, licence_of(repository.folder), repository.name, repository.commit)
+        if whole or _is_pickled(repository):  # no header tells what is in it
+            return Place(repository.fetch(whole=whole), origin)
+        return Place(repository.folder, origin, repository.headers())
+
+    def _hub_name(self, text: str) -> HubName | None:
+        """The Hub id that is meant, unless it looks more like a mistyped path."""
+        name = hub_name(text)
+        if name is None or text.startswith("hf://") or name.revision is not None:
+            return name
+        if (self._folder / name.repo).parent.is_dir():
+            what = "no such file or folder"
+            fix = f"check the path; if the model on the Hub is meant, write hf://{text}"
+            raise SourceError(what, str((self._folder / name.repo).absolute()), fix)
+        return name
+
+    def _repository(self, name: HubName, text: str, *, adapter: bool) -> Repository:
+        key = (str(name), adapter)
+        if key not in self._found:
+            try:
+                repository = find(name, adapter=adapter)
+            except HubError as error:
+                if not text.startswith("hf://"):
+                    place = (self._folder / text).absolute()
+                    error.what = f"there is no folder {place}; and as a model on the Hub: {error.what}"
+                    error.fix = f"check the path: a folder of this name would have to be {place}; else {error.fix}"
+                raise
+            self._found[key] = repository
+            if repository.name != name.repo:
+                self.warnings.append(f"{name.repo} is called {repository.name} now: write that")
+        return self._found[key]
+
+    def pin(self, text: str, *, adapter: bool) -> str:
+        """A reference that will mean the same tomorrow: a repository at its commit, a path as it is."""
+        name = self._hub_name(text) if is_on_hub(self._folder, text) else None
+        if name is None:
+            return text
+        repository = self._repository(name, text, adapter=adapter)
+        self.pins[text] = f"{repository.name}@{repository.commit}"
+        return self.pins[text]
+
+    @property
+    def missing(self) -> dict[str, int]:
+        """Files that are still to be fetched, with their sizes."""
+        return {
+            f"{repository}/{name}": size
+            for repository in self._found.values()
+            for name, size in repository.missing.items()
+        }
+
+    def fetch(self, say: Callable[[str], None]) -> None:
+        """Download what is missing. Raises HubError or OutputError."""
+        for repository in self._found.values():
+            if missing := repository.missing:
+                say(f"fetching {repository}: {len(missing)} files, {sum(missing.values()) / 1e9:.2f} GB")
+                repository.fetch()
+
+
+def _made_for_another(name: str, model: Provenance, made_for: str | None) -> list[str]:
+    """A warning where an adapter was trained on another repository; paths of other machines say nothing."""
+    trained, asked = hub_name(made_for or ""), hub_name(model.reference)
+    names = {model.repo.lower(), asked.repo.lower() if asked else ""} if model.repo else set()
+    if trained is None or not names or trained.repo.lower() in names:
+        return []
+    return [f"{name}: its adapter was trained on {trained.repo}, and is applied to {model.repo}"]
+
+
+def is_on_hub(folder: Path, text: str) -> bool:
+    """Whether a reference, seen from `folder`, can mean a repository: it has the form of one, and no file is there."""
+    try:
+        return hub_name(text) is not None and not (folder / expanded(text)).exists()
+    except OSError:  # too long for a path
+        return False
+
+
+def pinned(recipe: Recipe) -> Recipe:
+    """The recipe with every repository on the Hub at the commit that its branch has now. Raises HubError."""
+    lookup = Lookup(recipe.folder)
+
+    def pin(reference: ModelReference) -> ModelReference:
+        source = lookup.pin(reference.source, adapter=False)
+        adapters = tuple(lookup.pin(adapter, adapter=True) for adapter in reference.adapters)
+        return reference.model_copy(update={"source": source, "adapters": adapters})
+
+    models = {name: pin(reference) for name, reference in recipe.models.items()}
+    base = pin(recipe.base) if recipe.base else None
+    return replace(recipe, base=base, models=models, document=pinned_document(recipe.document, lookup.pins))
+
+
+def pinned_document(document: Mapping[str, Any], pins: Mapping[str, str]) -> dict[str, Any]:
+    """A recipe's data in which every reference that is a key of `pins` is replaced."""
+
+    def pin(value: Any) -> Any:
+        if isinstance(value, str):
+            return pins.get(value, value)
+        made = {**value, "source": pins.get(value["source"], value["source"])}
+        return made | (
+            {"adapters": [pins.get(text, text) for text in value["adapters"]]} if "adapters" in value else {}
+        )
+
+    base = {"base": pin(document["base"])} if "base" in document else {}
+    return {**document, **base, "models": {name: pin(value) for name, value in document["models"].items()}}
+
+
+def _is_pickled(repository: Repository) -> bool:
+    return not all(name.endswith(".safetensors") for name in repository.weight_files())
+
+
+def _open(place: Place, select: str | None) -> ModelSource:
+    if select is not None:
+        from mergetool.bundle.expert import open_expert
+
+        return open_expert(place.path, select)
+    if is_bundle(place.path):
+        fix = "say which: {source: PATH, select: TASK}"
+        raise SourceError("this is a bundle of several experts", str(place.path), fix)
+    return open_model(place.path, place.elsewhere)

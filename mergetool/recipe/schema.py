@@ -1,0 +1,191 @@
+"""The sections of a recipe, as strict models: unknown keys, wrong types and bad names are errors."""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from mergetool.arch.code import code_of
+from mergetool.evaluate.options import TaskOptions
+from mergetool.layouts.base import Layout
+from mergetool.layouts.same import Same
+from mergetool.methods.base import Method
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B?)", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_size(value: Any) -> int:
+    """Bytes of `5GB`, `1.5GiB`, `800MB` or a plain number. Raises ValueError saying what is expected."""
+    if type(value) is int and value > 0:
+        return value
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("expected a size such as 5GB, 500MB or 2GiB")
+    unit = match.group(2).lower().removesuffix("b")
+    factor = _BINARY_UNITS[unit[0]] if unit.endswith("i") and len(unit) == 2 else _UNITS.get(unit, 0)
+    size = float(match.group(1)) * factor
+    if factor == 0 or not 1 <= size < math.inf:
+        raise ValueError("expected a size such as 5GB, 500MB or 2GiB")
+    return int(size)
+
+
+def expanded(text: str) -> Path:
+    """A path with `~` replaced; left as it is where there is no such user."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  (pathlib's raises for an unknown user)
+
+
+PathText = Annotated[str, Field(min_length=1, strict=True, pattern=r"^[^\x00]+$")]
+
+
+def _as_reference(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+class Section(BaseModel):
+    """One mapping of the recipe: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HeadReference(Section):
+    """A task's classifier, for a bundle."""
+
+    weights: Annotated[str, Field(min_length=1, strict=True)] = Field(
+        description="a .safetensors file with `weight` and `bias`, or a model folder with a classifier inside"
+    )
+    pool: Literal["cls", "mean", "last"] = Field("mean", description="which token the head reads, or the mean of all")
+    normalize: bool = Field(False, strict=True, description="divide what the head reads by its length first")
+    labels: tuple[str, ...] = Field((), description="names of the classes")
+
+
+class ModelReference(Section):
+    """Where a model is: a folder, a .safetensors file, or a model id."""
+
+    source: PathText = Field(description="folder or .safetensors file")
+    adapters: tuple[PathText, ...] = Field(
+        (), description="folders of LoRA adapters, applied in this order while reading"
+    )
+    select: Annotated[str, Field(min_length=1, strict=True)] | None = Field(
+        None, description="the task whose expert is meant, where `source` is a bundle"
+    )
+    head: HeadReference | None = Field(
+        None, description="the classifier of this task, for a bundle, where it is not in the checkpoint of the model"
+    )
+
+
+Reference = Annotated[ModelReference, BeforeValidator(_as_reference, json_schema_input_type=str | dict[str, Any])]
+
+
+class Compute(Section):
+    """How the arithmetic is done. Changes here change the result."""
+
+    dtype: Literal["float32", "float64"] = Field("float32", description="dtype of sums, norms and thresholds")
+    seed: int = Field(0, ge=0, lt=2**63, strict=True, description="seed of every random draw")
+
+
+class Check(Section):
+    """What to do when models do not hold the same tensors, or a result is not finite."""
+
+    missing: Literal["error", "base", "skip"] = Field(
+        "error", description="a model lacks a tensor: stop, use the base's, or merge without that model"
+    )
+    extra: Literal["keep", "drop", "error"] = Field(
+        "keep", description="a model has a tensor that the base lacks: copy it over, leave it out, or stop"
+    )
+    non_finite: Literal["error", "keep"] = Field("error", description="NaN or infinity in a result: stop, or write it")
+
+
+class Tokenizer(Section):
+    """Whose tokenizer and generation files go with the result."""
+
+    source: Annotated[str, Field(strict=True)] = Field(description="`base` or the name of a model")
+
+
+class HubOutput(Section):
+    """The repository on the Hub to which the result is pushed."""
+
+    repo: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")] = Field(
+        description="ORG/NAME"
+    )
+    private: bool = Field(False, strict=True, description="make it as a private repository; refuse one that is public")
+    create: bool = Field(False, strict=True, description="make the repository if there is none; `private` does, too")
+    pull_request: bool = Field(False, strict=True, description="open a pull request instead of a commit")
+
+
+class Output(Section):
+    """Where the result goes and how it is stored."""
+
+    path: PathText | None = Field(None, description="folder to write")
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = Field(
+        "source", description="storage dtype of floating-point tensors; `source` keeps each tensor's own"
+    )
+    keep_float32: bool = Field(
+        True,
+        strict=True,
+        description="under a `dtype` of 16 bits, leave in float32 what models keep so among 16-bit weights "
+        "(corrections of routers, norms), and Mamba's A_log, D and dt_bias",
+    )
+    shard_size: Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str)] = Field(
+        5 * 10**9, description="largest size of one output file, in bytes or like 5GB"
+    )
+    hub: HubOutput | None = Field(None, description="push the result there, once it is complete")
+
+
+class Override(Section):
+    """Other settings for the tensors whose names match a glob. Concrete classes add the method's fields."""
+
+    match: Annotated[str, Field(min_length=1, strict=True)] = Field(description="glob on tensor names")
+    use: Annotated[str, Field(strict=True)] | None = Field(None, description="copy from `base` or this model instead")
+
+    def settings(self) -> dict[str, Any]:
+        """The method fields set here."""
+        return {key: getattr(self, key) for key in self.model_fields_set - {"match", "use"}}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `document` is what was asked, as plain data, with defaults left out."""
+
+    base: ModelReference | None
+    models: Mapping[str, ModelReference]
+    architecture: str | None
+    """A family, a spec file, FILE.py:FUNCTION, `auto`, or None: as config.json and the tensors' names tell."""
+    method: Method
+    overrides: tuple[Override, ...]
+    compute: Compute
+    check: Check
+    tokenizer: Tokenizer | None
+    output: Output
+    folder: Path
+    """What relative paths are relative to."""
+    name: str = "recipe"
+    """What messages call this recipe: its path, or `recipe` for one made in Python."""
+    document: Mapping[str, Any] = field(default_factory=dict)
+    settings: tuple[str, ...] = ()
+    """The `--set` arguments that were applied."""
+    evaluate: tuple[TaskOptions, ...] = ()
+    """Tasks that the result is scored on."""
+    layout: Layout = field(default_factory=Same)
+    """Which tensors of the models each output tensor comes from."""
+    layout_overrides: tuple[Override, ...] = ()
+    """Overrides that the layout's sections hold; where they apply, the layout says."""
+
+    @property
+    def architecture_file(self) -> Path | None:
+        """The file that `architecture` names, a description or Python code; None for a family."""
+        if self.architecture is None:
+            return None
+        code = code_of(self.architecture)
+        path = self.path_of(code[0] if code else self.architecture)
+        return path if code or path.is_file() else None
+
+    def path_of(self, text: str) -> Path:
+        """A path written in the recipe, made absolute by the recipe's folder."""
+        return (self.folder / expanded(text)).absolute()

@@ -1,0 +1,109 @@
+"""Run any recipe: a search first, where it asks for one, then the merge that it found."""
+
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergetool.engine import Flags, Progress, Result
+from mergetool.engine import run_recipe as run_plain
+from mergetool.engine.devices import device_for_networks
+from mergetool.engine.processes import joined, leads
+from mergetool.engine.run import Silent
+from mergetool.errors import MergeError, OutputError
+from mergetool.methods.families.search import SearchMethod
+from mergetool.outputs.journal import journal_path
+from mergetool.outputs.push import push_target
+from mergetool.outputs.staging import check_output
+from mergetool.planning.sources import pinned
+from mergetool.recipe.load import candidate_recipe
+from mergetool.recipe.schema import Recipe
+from mergetool.tensors.source import open_model
+from mergetool.tensors.writer import partial_path
+
+if TYPE_CHECKING:
+    from mergetool.tuning.session import Winner
+
+
+def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None) -> Result:
+    """Plan and run a recipe of any method. Raises any MergetoolError."""
+    flags, progress = flags or Flags(), progress or Silent()
+    if not isinstance(recipe.method, SearchMethod):
+        return _evaluated(recipe, flags, run_plain(recipe, flags, progress))
+    from mergetool.tuning.session import search
+
+    with joined() as team:
+        output = _output(recipe, flags)
+        flags = replace(flags, device=device_for_networks(flags.device))  # what is searched there is merged there
+        if team.leads:
+            push_target(recipe, flags.push)  # that it cannot be pushed is better known now than after the search
+        asked = team.leader_first(lambda: pinned(recipe))  # what is searched is merged, however long it takes
+        found = search(asked, search_folder(output), flags, progress if team.leads else Silent(), team)
+        merged = run_plain(*_winner(asked, found, replace(flags, output=output)), progress, found.warnings)
+        if team.leads:
+            _check_saved(merged.path, found.digest)
+        team.all_gather(None)
+        merged = replace(merged, notes={**dict.fromkeys(found.notes, 1), **merged.notes})
+    return _evaluated(asked, flags, merged)
+
+
+def search_folder(output: Path) -> Path:
+    """Where a search is kept: beside its result."""
+    return output.with_name(f"{output.name}.search")
+
+
+def _evaluated(recipe: Recipe, flags: Flags, result: Result) -> Result:
+    """The result with its scores among the notes, where the recipe names tasks."""
+    if not recipe.evaluate or not leads():
+        return result
+    from mergetool.evaluate.assess import assess
+
+    facts = assess(
+        result.path,
+        recipe.evaluate,
+        folder=recipe.folder,
+        device=device_for_networks(flags.device),
+        cache=flags.cache,
+        trust_code=flags.trust_code,
+    )
+    told = (f"{f['task']}: {f['metric']} {f['score']:.4f} ({f['low']:.4f} to {f['high']:.4f})" for f in facts["tasks"])
+    return replace(result, notes={**result.notes, **dict.fromkeys(told, 1)})
+
+
+def _winner(recipe: Recipe, found: "Winner", flags: Flags) -> tuple[Recipe, Flags]:
+    """The recipe that merges what was found, and the flags for it."""
+    merge = candidate_recipe(recipe, found.values)
+    return merge, replace(flags, cache=flags.cache if merge.method.uses_factors else None)
+
+
+def _check_saved(path: Path, digest: str | None) -> None:
+    """What was saved must be what was scored."""
+    from mergetool.tuning.in_memory import saved_digest
+
+    source = open_model(path)
+    if digest is not None and saved_digest(source) != digest:
+        what = "the weights that were saved are not those that were scored"
+        raise MergeError(what, str(path), "run the search on the device that merges: --device cpu")
+    source.close()
+
+
+def _output(recipe: Recipe, flags: Flags) -> Path:
+    output = flags.output.absolute() if flags.output else None
+    if output is None and recipe.output.path is not None:
+        output = recipe.path_of(recipe.output.path)
+    if output is None:
+        raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
+    with suppress(OSError):  # a name too long
+        if flags.resume and journal_path(partial_path(output)).is_file():  # the merge of what was found was killed
+            return output
+    _check_output(output, flags)
+    return output
+
+
+def _check_output(output: Path, flags: Flags) -> None:
+    try:
+        check_output(output, overwrite=flags.overwrite)
+    except OutputError as error:
+        if search_folder(output).is_dir() and "--overwrite" in error.fix:
+            error.fix += " (answers that the search keeps are not asked again)"
+        raise

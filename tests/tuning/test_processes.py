@@ -1,0 +1,125 @@
+"""Searches that are killed, and searches by several processes: the same journal, the same winner."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+
+import mergetool
+from tests.forks import free_port
+from tests.tuning.planted import World
+from tests.tuning.test_run import ESTIMATED, journal, recipe
+
+FORK = multiprocessing.get_context("fork")
+"""Children that need not import everything again."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    World().write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def asked(folder):
+    return recipe(folder, search={"algorithm": "cma-es"}, estimator=ESTIMATED)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(asked, tmp_path_factory):
+    """The folder of a search that ran through."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    mergetool.run(asked, output=folder / "out")
+    return folder / "out.search"
+
+
+def findings(folder):
+    """What a search found and what it cost, without its times."""
+    return {key: value for key, value in json.loads((folder / "report.json").read_text()).items() if key != "seconds"}
+
+
+def test_a_search_killed_at_five_random_moments_ends_as_if_it_had_run_through(asked, undisturbed, tmp_path):
+    rng = random.Random(0)
+    total = len(journal(undisturbed))
+    lines = tmp_path / "out.search" / "search.jsonl"
+    for moment in sorted(rng.sample(range(1, total), 5)):
+        child = FORK.Process(target=mergetool.run, args=(asked,), kwargs={"output": tmp_path / "out"})
+        child.start()
+        while child.is_alive() and (not lines.exists() or lines.read_bytes().count(b"\n") < moment):
+            time.sleep(0.001)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        with lines.open("ab") as file:
+            file.write(b'{"question":["torn')
+    assert not (tmp_path / "out").exists()
+    mergetool.run(asked, output=tmp_path / "out")
+    assert journal(tmp_path / "out.search") == journal(undisturbed)
+    assert findings(tmp_path / "out.search") == findings(undisturbed)
+
+
+def member(rank, size, port, asked, output):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    mergetool.run(asked, output=output)
+
+
+def test_two_processes_search_as_one(asked, undisturbed, tmp_path):
+    port = free_port()
+    members = [FORK.Process(target=member, args=(rank, 2, port, asked, tmp_path / "out")) for rank in range(2)]
+    for process in members:
+        process.start()
+    for process in members:
+        process.join(120)
+    assert [process.exitcode for process in members] == [0, 0]
+    assert journal(tmp_path / "out.search") == journal(undisturbed)
+    assert findings(tmp_path / "out.search") == findings(undisturbed)
+
+
+def test_answers_are_shared_between_runs_through_a_cache(asked, undisturbed, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    mergetool.run(asked, output=tmp_path / "first", cache=cache)
+
+    def nobody(*_):
+        raise AssertionError("the model was asked")
+
+    monkeypatch.setattr("mergetool.evaluate.items._answer", nobody)
+    mergetool.run(asked, output=tmp_path / "second", cache=cache)
+    assert journal(tmp_path / "first.search") == journal(tmp_path / "second.search") == journal(undisturbed)
+
+
+def test_a_second_search_of_the_same_output_is_kept_out(asked, undisturbed):
+    from mergetool.tuning.journal import SearchJournal
+
+    header = json.loads((undisturbed / "search.jsonl").read_text().splitlines()[0])
+    held = SearchJournal(undisturbed, header, resume=True)
+    with pytest.raises(mergetool.OutputError, match="another search"):
+        mergetool.run(asked, output=undisturbed.parent / "out", overwrite=True)
+    held.close()
+
+
+def test_an_extended_search_that_is_killed_loses_nothing(folder, tmp_path):
+    def longer(generations):
+        return recipe(folder, search={"generations": generations, "population": 3, "rerank": 1})
+
+    lines = tmp_path / "out.search" / "search.jsonl"
+    mergetool.run(longer(1), output=tmp_path / "out")
+    before = lines.read_bytes()
+    child = FORK.Process(
+        target=mergetool.run, args=(longer(4),), kwargs={"output": tmp_path / "out", "overwrite": True}
+    )
+    child.start()
+    while child.is_alive() and lines.read_bytes().count(b"\n") < before.count(b"\n") + 4:
+        time.sleep(0.001)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    killed = lines.read_bytes()
+    mergetool.run(longer(4), output=tmp_path / "out", overwrite=True)
+    mergetool.run(longer(4), output=tmp_path / "fresh")
+    assert killed.startswith(before)
+    assert lines.read_bytes().startswith(killed[: killed.rfind(b"\n") + 1])
+    assert findings(tmp_path / "out.search") == findings(tmp_path / "fresh.search")

@@ -1,0 +1,225 @@
+"""Searches over planted models, end to end."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+import mergetool
+import mergetool.evaluate.items as items_module
+from mergetool import EvaluationError, PlanError
+from mergetool.evaluate.harness import load_task
+from mergetool.evaluate.items import TaskItems
+from mergetool.evaluate.language_model import LanguageModel
+from mergetool.evaluate.options import TaskOptions
+from mergetool.tensors.source import open_model
+from mergetool.testing.toys import assert_same_bytes, read
+from mergetool.tuning.in_memory import Candidates, saved_digest
+from tests.tuning.planted import World
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    World().write(folder)
+    return folder
+
+
+def recipe(folder, *, inner=None, search=None, **merge):
+    return {
+        "base": str(folder / "models" / "base"),
+        "models": {name: str(folder / "models" / name) for name in World.names},
+        "merge": {
+            "method": "merge3",
+            "inner": inner or {"method": "task-arithmetic", "weight": {"search": [0.0, 2.0]}},
+            "tasks": [{"name": name, "include": str(folder / "tasks")} for name in World.tasks],
+            "search": {"algorithm": "random", "population": 6, "generations": 3, **(search or {})},
+            "estimator": {"kind": "full"},
+            **merge,
+        },
+    }
+
+
+def test_the_winner_beats_parents_and_average_and_its_plain_recipe_makes_the_same_bytes(folder, tmp_path):
+    result = mergetool.run(recipe(folder), output=tmp_path / "out")
+    report = json.loads((tmp_path / "out.search" / "report.json").read_text())
+    compared = {row["name"]: row["report_mean"] for row in report["compared"]}
+    assert compared.keys() == {"base", "left", "right", "start of the search"}
+    assert report["winner"]["report_mean"] > max(compared.values())
+    correct = World().correct(report["winner"]["values"])
+    assert np.mean(report["winner"]["search"] + report["winner"]["report"]) == pytest.approx(correct.mean())
+    again = mergetool.run(tmp_path / "out.search" / "recipe.yaml", output=tmp_path / "again")
+    assert_same_bytes(read(result.path), read(again.path))
+    files = [(path / "model.safetensors").read_bytes() for path in (result.path, again.path)]
+    assert files[0] == files[1]
+
+
+def journal(folder):
+    """The lines of a search's journal, without what differs from run to run."""
+    lines = [json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+ESTIMATED = {"items": 15, "calibration": 4, "guard": False}
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        {"method": "linear", "weight": {"search": [0.1, 2.0]}, "normalize": False},
+        {"method": "slerp", "t": {"search": [0, 1]}},
+        {"method": "ties", "density": {"search": [0.1, 0.9]}, "scale": {"search": [0.5, 2.0]}, "boundary": "random"},
+        {"method": "dare-ties", "density": {"search": [0.1, 0.9]}, "weight": {"search": [0.5, 2.0]}},
+    ],
+    ids=lambda inner: inner["method"],
+)
+def test_what_is_scored_is_what_is_saved(folder, tmp_path, inner):
+    asked = recipe(folder, inner=inner, search={"population": 3, "generations": 1, "rerank": 1})
+    asked["merge"]["estimator"] = {"kind": "mean", "subset": "random", "items": 5}
+    if inner["method"] in ("linear", "slerp"):
+        del asked["base"]
+    result = mergetool.run(asked, output=tmp_path / "out")  # raises if the digests differ
+    assert any("digest" in line for line in journal(tmp_path / "out.search"))
+    fresh = LanguageModel(result.path, batch_size=32)
+    last = next(line for line in journal(tmp_path / "out.search") if line.get("question", [""])[0] == "report")
+    for task, items in last["question"][2].items():
+        options = TaskOptions(name=task, include=str(folder / "tasks"))
+        again = TaskItems(options, load_task(options, tmp_path), fresh.lm).score(fresh.lm, items)
+        assert [again[item].value for item in items] == last["scores"][task][0]
+
+
+@pytest.mark.parametrize("algorithm", ["cma-es", "nsga2"])
+def test_every_request_is_counted_and_none_is_made_twice(folder, tmp_path, monkeypatch, algorithm):
+    made = []
+    answer = items_module._answer
+    monkeypatch.setattr(
+        items_module, "_answer", lambda lm, requests: (made.append(len(requests)), answer(lm, requests))
+    )
+    asked = recipe(folder, search={"algorithm": algorithm, "rerank": 2}, estimator=ESTIMATED)
+    mergetool.run(asked, output=tmp_path / "out")
+    lines = [line["question"] for line in journal(tmp_path / "out.search") if "question" in line]
+    asked_of = [(str(who), task, item) for _, who, ids in lines for task, items in ids.items() for item in items]
+    assert len(asked_of) == len(set(asked_of))
+    assert sum(made) == 2 * len(asked_of)
+    report = json.loads((tmp_path / "out.search" / "report.json").read_text())
+    spent = report["spent"]["items"]
+    assert sum(spent.values()) == len(asked_of)
+    pool, subset = 60, 30
+    assert spent["calibration"] == (3 + 1 + 4) * pool
+    candidates = {str(who) for stage, who, _ in lines if stage == "search"}
+    assert spent["search"] == len(candidates) * subset
+    made.clear()
+    mergetool.run(asked, output=tmp_path / "out", overwrite=True)
+    assert made == []
+
+
+def test_a_seed_settles_the_journal(folder, tmp_path):
+    asked = recipe(folder, search={"algorithm": "ga"}, estimator=ESTIMATED)
+    for name in ("first", "again"):
+        mergetool.run(asked, output=tmp_path / name)
+    mergetool.run(asked | {"compute": {"seed": 1}}, output=tmp_path / "other")
+    first, again, other = (journal(tmp_path / f"{name}.search") for name in ("first", "again", "other"))
+    assert first == again
+    assert [line["question"][1] for line in other[1:]] != [line["question"][1] for line in first[1:]]
+
+
+def test_a_candidate_that_fails_is_noted_and_the_search_goes_on(folder, tmp_path, monkeypatch):
+    put = Candidates.put
+
+    def sometimes(self, values, **options):
+        if values[0] > 1.0:
+            raise RuntimeError("out of memory")
+        return put(self, values, **options)
+
+    monkeypatch.setattr(Candidates, "put", sometimes)
+    result = mergetool.run(recipe(folder, search={"algorithm": "cma-es"}, estimator=ESTIMATED), output=tmp_path / "out")
+    failures = [line for line in journal(tmp_path / "out.search") if "failure" in line]
+    assert failures
+    assert {line["failure"] for line in failures} == {"out of memory"}
+    assert json.loads((tmp_path / "out.search" / "report.json").read_text())["winner"]["values"][0] <= 1.0
+    assert result.path.is_dir()
+
+
+def test_if_everything_fails_the_error_says_why(folder, tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Candidates, "put", never)
+    with pytest.raises(EvaluationError, match="all 6 candidates failed: out of memory"):
+        mergetool.run(recipe(folder, search={"generations": 1}, estimator={"kind": "full"}), output=tmp_path / "out")
+    assert len(journal(tmp_path / "out.search")) == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"estimator": {"kind": "mean", "items": 31}}, "30 search items, fewer than the 31"),
+        ({"tasks": [{"name": "leftz", "include": "tasks"}]}, "no task 'leftz'"),
+        ({"tasks": [{"name": "lefts", "include": "tasks", "metric": "f1"}]}, "no metric 'f1'"),
+        ({"search": {"report": 0.99}}, "too few to keep 99%"),
+        ({"estimator": {"kind": "mean", "ids": {"lefts": [0, 1, 2, 3, 4, 5]}}}, "not search items|no ids"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_and_nothing_is_written(folder, tmp_path, change, what):
+    asked = recipe(folder)
+    for key, value in change.items():
+        asked["merge"][key] = value if key == "tasks" else asked["merge"].get(key, {}) | value
+    for task in asked["merge"]["tasks"]:
+        task["include"] = str(folder / "tasks")
+    with pytest.raises(EvaluationError, match=what):
+        mergetool.run(asked, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_cannot_be_used_is_refused_before_the_search(folder, tmp_path):
+    with pytest.raises(PlanError, match="device 'nonsense' cannot be used"):
+        mergetool.run(recipe(folder), output=tmp_path / "out", device="nonsense")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_objectives_give_a_front_of_which_any_member_can_be_written(folder, tmp_path):
+    asked = recipe(folder, search={"algorithm": "nsga2", "generations": 6, "rerank": 4}, estimator=ESTIMATED)
+    mergetool.run(asked, output=tmp_path / "out")
+    report = json.loads((tmp_path / "out.search" / "report.json").read_text())
+    scores = [member["search"] for member in report["front"]]
+    assert len(scores) >= 2
+    for one in scores:
+        assert not any(all(x >= y for x, y in zip(o, one, strict=True)) and o != one for o in scores)
+    written = mergetool.run(tmp_path / "out.search" / "front" / "01.yaml", output=tmp_path / "second").path
+    assert saved_digest(open_model(written)) == report["front"][1]["digest"]
+    page = (tmp_path / "out.search" / "report.html").read_text()
+    assert page.count("<svg") == 4
+    for told in ("Pareto front", "front/01.yaml", f"{report['winner']['report_mean']:.3f}"):
+        assert told in page
+
+
+NO_NETWORK = """
+import os, socket, sys
+
+def refuse(*args, **kwargs):
+    os.write(2, f"a connection was tried: {args}".encode())
+    os._exit(9)
+
+class Refused(socket.socket):
+    connect = connect_ex = sendto = refuse
+
+socket.socket = Refused
+socket.create_connection = socket.getaddrinfo = refuse
+import mergetool
+mergetool.run(sys.argv[1], output=sys.argv[2])
+"""
+
+
+def test_no_connection_is_tried_where_everything_is_local(folder, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder, search={"generations": 1})))
+    clean = {key: value for key, value in os.environ.items() if not key.endswith("_OFFLINE")}
+    command = [sys.executable, "-c", NO_NETWORK, "recipe.yaml", "out"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=clean | {"HF_HOME": str(tmp_path / "home")}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
