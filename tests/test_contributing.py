@@ -73,7 +73,7 @@ def test_a_plug_in_that_breaks_a_law_is_told_which_and_how(plugin):
     assert "midrange breaks the law 'order': The order of the models does not matter" in shown
     assert re.search(r"values differ by more than 1e-05; the first, at \d+, is \S+, expected \S+", shown)
     (fix,) = re.findall(r"fix: mend Midrange; or, if it is meant, say so there: (.*)", shown)[-1:]
-    excused = first.replace("    reach: ", f"    {fix}\n    reach: ")
+    excused = first.replace("    granularity: ", f"    {fix}\n    granularity: ")
     (plugin / "midrange.py").write_text(excused)
     assert "1 passed, 1 xfailed" in re.sub(r", \d+ deselected", "", call(*command, cwd=plugin, path=plugin))
     (plugin / "midrange.py").write_text(excused.replace('"order"', '"repeatable"').replace("group.models[-1]", ends))

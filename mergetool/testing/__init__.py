@@ -14,7 +14,7 @@
 """
 
 from mergetool.testing import values, work
-from mergetool.testing.cases import Case, cases
+from mergetool.testing.cases import MethodCase, cases
 from mergetool.testing.law import LAWS, Law, laws
 
-__all__ = ["LAWS", "Case", "Law", "cases", "laws", "values", "work"]
+__all__ = ["LAWS", "Law", "MethodCase", "cases", "laws", "values", "work"]

@@ -28,7 +28,7 @@ _VALUES = (0.5, 0.25, 1.0)
 
 
 @dataclass(frozen=True)
-class Case:
+class MethodCase:
     """A method under some settings."""
 
     kind: type[Method]
@@ -68,13 +68,13 @@ class Case:
         """(base, task vectors by name), exact."""
         return toy_base(), {name: toy_deltas(name) for name in self.names}
 
-    def with_settings(self, **more: Any) -> "Case":
-        return Case(self.kind, self.option, {**self.settings, **more})
+    def with_settings(self, **more: Any) -> "MethodCase":
+        return MethodCase(self.kind, self.option, {**self.settings, **more})
 
-    def neutral(self) -> "Case":
+    def neutral(self) -> "MethodCase":
         return self.with_settings(**self.kind.neutral)
 
-    def uneven(self) -> "Case":
+    def uneven(self) -> "MethodCase":
         """With other numbers than the defaults, and another one for every model wherever that is possible."""
         each = dict(zip(self.names, _VALUES, strict=False))
         return self.with_settings(
@@ -103,24 +103,24 @@ def choices(kind: type[BaseModel]) -> Iterator[tuple[str, Any, Any]]:
             yield from ((f"{key}.{k}", value, {key: setting}) for k, value, setting in choices(section))
 
 
-def cases(kind: type[Method]) -> Iterator[Case]:
+def cases(kind: type[Method]) -> Iterator[MethodCase]:
     """The defaults, then one case for every other choice that needs no second setting beside it."""
-    yield Case(kind)
+    yield MethodCase(kind)
     for key, value, setting in choices(kind):
         try:
             kind.model_validate(setting)
         except ValidationError:
             continue
-        yield Case(kind, f"{key}={value if isinstance(value, str) else json.dumps(value)}", setting)
+        yield MethodCase(kind, f"{key}={value if isinstance(value, str) else json.dumps(value)}", setting)
 
 
-def all_cases() -> Iterator[Case]:
+def all_cases() -> Iterator[MethodCase]:
     """Cases of all methods whose result is a checkpoint."""
     for kind in registry().values():
         if issubclass(kind, TensorMethod | FittedMethod):
             yield from cases(kind)
 
 
-def bundle_cases() -> list[Case]:
+def bundle_cases() -> list[MethodCase]:
     """Cases of all methods whose result is a bundle."""
     return [case for kind in registry().values() if issubclass(kind, BundleMethod) for case in cases(kind)]

@@ -11,12 +11,12 @@ from typing import Any
 
 import mergetool.engine as engine
 from mergetool.api import run as run_recipe
-from mergetool.testing.cases import Case
+from mergetool.testing.cases import MethodCase
 from mergetool.testing.toys import INTEGERS, State, read, write
 
 
 def run(
-    case: Case, *, exact: bool, slices: tuple[int, int] | None = None, shard_size: int | str = "5GB", **flags: Any
+    case: MethodCase, *, exact: bool, slices: tuple[int, int] | None = None, shard_size: int | str = "5GB", **flags: Any
 ) -> tuple[State, int]:
     """Merge the case's toy models on the disk; what was written, and in how many files."""
     with TemporaryDirectory() as place, ExitStack() as stack:

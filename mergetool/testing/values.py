@@ -3,37 +3,37 @@
 import torch
 
 from mergetool.errors import MergeError
-from mergetool.testing.cases import Case
+from mergetool.testing.cases import MethodCase
 from mergetool.testing.law import law
 from mergetool.testing.toys import INTEGERS, State, assert_near, assert_same_bytes, minus, plus, times
 
 
-def _is_unlike_neutral(case: Case) -> bool:
+def _is_unlike_neutral(case: MethodCase) -> bool:
     """Whether the neutral settings leave this case's own option alone (else it is the default case once more)."""
     return not case.settings.keys() & case.kind.neutral.keys()
 
 
-def _takes_one(case: Case) -> bool:
+def _takes_one(case: MethodCase) -> bool:
     return case.kind.min_models <= 1 and _is_unlike_neutral(case)
 
 
-def _takes_several(case: Case) -> bool:
+def _takes_several(case: MethodCase) -> bool:
     return len(case.names) > 1
 
 
-def _takes_copies(case: Case) -> bool:
+def _takes_copies(case: MethodCase) -> bool:
     return _takes_several(case) and _is_unlike_neutral(case)
 
 
-def _adds_to_a_base(case: Case) -> bool:
+def _adds_to_a_base(case: MethodCase) -> bool:
     return case.kind.needs_base == "required"
 
 
-def _has_scale(case: Case) -> bool:
+def _has_scale(case: MethodCase) -> bool:
     return _adds_to_a_base(case) and "scale" in case.kind.schedulables()
 
 
-def _has_weights(case: Case) -> bool:
+def _has_weights(case: MethodCase) -> bool:
     schedulable = case.kind.schedulables().get("weight")
     return _takes_several(case) and schedulable is not None and schedulable.per_model
 
@@ -42,14 +42,14 @@ def _has_weights(case: Case) -> bool:
 
 
 @law("single", _takes_one)
-def a_merge_of_one_model_is_that_model(case: Case) -> None:
+def a_merge_of_one_model_is_that_model(case: MethodCase) -> None:
     """A merge of one model is that model, at the method's neutral settings."""
     base, models = case.toys("a")
     assert_near(case.neutral().merge(base, models), models["a"])
 
 
 @law("copies", _takes_copies, fitted=True)
-def a_merge_of_copies_of_one_model_is_that_model(case: Case) -> None:
+def a_merge_of_copies_of_one_model_is_that_model(case: MethodCase) -> None:
     """A merge of copies of one model is that model, at the method's neutral settings."""
     base, models = case.toys("a")
     for names in ("ab", "abc"):
@@ -58,7 +58,7 @@ def a_merge_of_copies_of_one_model_is_that_model(case: Case) -> None:
 
 
 @law("order", _takes_several, fitted=True)
-def the_order_of_the_models_does_not_matter(case: Case) -> None:
+def the_order_of_the_models_does_not_matter(case: MethodCase) -> None:
     """The order of the models does not matter (their settings go with them)."""
     base, models = case.toys()
     case = case.uneven()
@@ -68,7 +68,7 @@ def the_order_of_the_models_does_not_matter(case: Case) -> None:
 
 
 @law("zero-weight", _has_weights)
-def a_model_of_weight_zero_might_as_well_not_be_there(case: Case) -> None:
+def a_model_of_weight_zero_might_as_well_not_be_there(case: MethodCase) -> None:
     """A model of weight 0 might as well not be there."""
     base, models = case.toys()
     kept = dict(list(models.items())[:-1])
@@ -78,21 +78,21 @@ def a_model_of_weight_zero_might_as_well_not_be_there(case: Case) -> None:
 
 
 @law("scale-zero", _has_scale)
-def at_scale_zero_nothing_is_added_to_the_base(case: Case) -> None:
+def at_scale_zero_nothing_is_added_to_the_base(case: MethodCase) -> None:
     """At scale 0 nothing is added to the base."""
     base, models = case.toys()
     assert_near(case.with_settings(scale=0.0).merge(base, models), base, tolerance=0.0)
 
 
 @law("zero-deltas", _adds_to_a_base)
-def models_that_equal_the_base_give_the_base(case: Case) -> None:
+def models_that_equal_the_base_give_the_base(case: MethodCase) -> None:
     """Models that equal the base give the base, to the bit."""
     base, _ = case.toys(exact=False)
     assert_same_bytes(case.merge(base, dict.fromkeys(case.names, base)), base)
 
 
 @law("zeros", fitted=True)
-def tensors_of_zeros_give_zeros(case: Case) -> None:
+def tensors_of_zeros_give_zeros(case: MethodCase) -> None:
     """Tensors of zeros give zeros: nothing divides by a norm or a count that is zero."""
     zeros = times(case.toys()[0], 0.0)
     assert_near(case.merge(zeros, dict.fromkeys(case.names, zeros)), zeros, tolerance=0.0)
@@ -102,7 +102,7 @@ def tensors_of_zeros_give_zeros(case: Case) -> None:
 
 
 @law("scaling", _adds_to_a_base)
-def task_vectors_twice_as_long_give_a_change_twice_as_large(case: Case) -> None:
+def task_vectors_twice_as_long_give_a_change_twice_as_large(case: MethodCase) -> None:
     """Task vectors twice as long give a change twice as large."""
     base, deltas = case.toy_parts()
     once = case.merge(base, {name: plus(base, delta) for name, delta in deltas.items()})
@@ -111,7 +111,7 @@ def task_vectors_twice_as_long_give_a_change_twice_as_large(case: Case) -> None:
 
 
 @law("sign-flip", _adds_to_a_base)
-def task_vectors_turned_round_turn_the_change_round(case: Case) -> None:
+def task_vectors_turned_round_turn_the_change_round(case: MethodCase) -> None:
     """Task vectors turned round turn the change round."""
     base, deltas = case.toy_parts()
     there = case.merge(base, {name: plus(base, delta) for name, delta in deltas.items()})
@@ -120,7 +120,7 @@ def task_vectors_turned_round_turn_the_change_round(case: Case) -> None:
 
 
 @law("shift", _adds_to_a_base)
-def a_constant_added_to_everything_is_added_to_the_result(case: Case) -> None:
+def a_constant_added_to_everything_is_added_to_the_result(case: MethodCase) -> None:
     """A constant added to the base and to all models is added to the result."""
     base, models = case.toys()
     ones = {name: torch.ones_like(value) for name, value in base.items()}
@@ -129,7 +129,7 @@ def a_constant_added_to_everything_is_added_to_the_result(case: Case) -> None:
 
 
 @law("units", fitted=True)
-def everything_doubled_doubles_the_result(case: Case) -> None:
+def everything_doubled_doubles_the_result(case: MethodCase) -> None:
     """Everything doubled doubles the result: no threshold or guard has a size of its own."""
     base, models = case.toys()
     for factor in (2.0, 2.0**-20, 2.0**20):
@@ -141,7 +141,7 @@ def everything_doubled_doubles_the_result(case: Case) -> None:
 
 
 @law("form", fitted=True)
-def names_shapes_and_dtypes_are_those_of_the_base(case: Case) -> None:
+def names_shapes_and_dtypes_are_those_of_the_base(case: MethodCase) -> None:
     """Names, shapes and dtypes are those of the base (or the first model); all values are finite."""
     base, models = case.toys(exact=False)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -154,7 +154,7 @@ def names_shapes_and_dtypes_are_those_of_the_base(case: Case) -> None:
 
 
 @law("float64", _is_unlike_neutral, fitted=True)
-def models_stored_in_float64_are_merged_in_float64(case: Case) -> None:
+def models_stored_in_float64_are_merged_in_float64(case: MethodCase) -> None:
     """Models stored in float64 are merged in float64: nothing on the way is rounded to float32."""
     base, models = case.toys("a")
     third = {name: value.double() / 3 for name, value in models["a"].items()}
@@ -164,7 +164,7 @@ def models_stored_in_float64_are_merged_in_float64(case: Case) -> None:
 
 
 @law("precision", fitted=True)
-def merging_in_float32_and_in_float64_agree(case: Case) -> None:
+def merging_in_float32_and_in_float64_agree(case: MethodCase) -> None:
     """Merging in float32 and in float64 agree, up to rounding."""
     base, models = case.toys()
     case = case.uneven()
@@ -172,7 +172,7 @@ def merging_in_float32_and_in_float64_agree(case: Case) -> None:
 
 
 @law("inputs", fitted=True)
-def what_was_passed_is_not_changed(case: Case) -> None:
+def what_was_passed_is_not_changed(case: MethodCase) -> None:
     """What was passed is not changed, and how it lies in memory does not matter."""
     base, models = case.toys()
     states = [base, *models.values()]
@@ -187,7 +187,7 @@ def what_was_passed_is_not_changed(case: Case) -> None:
 
 
 @law("integers", fitted=True)
-def tensors_of_integers_and_booleans_are_copied(case: Case) -> None:
+def tensors_of_integers_and_booleans_are_copied(case: MethodCase) -> None:
     """Tensors of integers and booleans are copied from the base (or the first model)."""
     base, models = case.toys()
     other = {"position_ids": INTEGERS["position_ids"] + 5, "causal": ~INTEGERS["causal"]}
@@ -198,7 +198,7 @@ def tensors_of_integers_and_booleans_are_copied(case: Case) -> None:
 
 
 @law("non-finite", fitted=True)
-def a_value_that_is_not_finite_is_never_lost(case: Case) -> None:
+def a_value_that_is_not_finite_is_never_lost(case: MethodCase) -> None:
     """A value that is not finite is never lost: the merge stops and says whose it is."""
     for value in (float("nan"), float("-inf")):
         for culprit in case.names:
@@ -210,7 +210,7 @@ def a_value_that_is_not_finite_is_never_lost(case: Case) -> None:
             assert f"model '{culprit}'" in said, f"{value} in model {culprit!r}: the error does not name it: {said}"
 
 
-def _error(case: Case, base: State, models: dict[str, State]) -> str:
+def _error(case: MethodCase, base: State, models: dict[str, State]) -> str:
     try:
         case.merge(base, models)
     except MergeError as error:

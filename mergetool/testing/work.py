@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from mergetool.methods.base import TensorGroup, TensorMethod
-from mergetool.testing.cases import Case
+from mergetool.testing.cases import MethodCase
 from mergetool.testing.law import law
 from mergetool.testing.runs import replaced, run
 from mergetool.testing.toys import INTEGERS, assert_near, assert_same_bytes
 
 
 @law("independent")
-def a_tensors_result_does_not_depend_on_what_else_is_merged(case: Case) -> None:
+def a_tensors_result_does_not_depend_on_what_else_is_merged(case: MethodCase) -> None:
     """A tensor's result does not depend on what else is merged."""
     base, models = case.toys()
     together = case.merge(base, models)
@@ -21,7 +21,7 @@ def a_tensors_result_does_not_depend_on_what_else_is_merged(case: Case) -> None:
 
 
 @law("tied")
-def tensors_that_are_equal_in_every_model_are_equal_in_the_result(case: Case) -> None:
+def tensors_that_are_equal_in_every_model_are_equal_in_the_result(case: MethodCase) -> None:
     """Tensors that are equal in every model (tied weights stored twice) are equal in the result."""
     base, models = case.toys()
     name, twin = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"
@@ -31,14 +31,14 @@ def tensors_that_are_equal_in_every_model_are_equal_in_the_result(case: Case) ->
 
 
 @law("seed-free", fitted=True)
-def the_seed_does_not_matter(case: Case) -> None:
+def the_seed_does_not_matter(case: MethodCase) -> None:
     """The seed does not matter; a method that is exempt draws at random, and another seed must show."""
     base, models = case.toys()
     assert_same_bytes(case.merge(base, models, seed=1), case.merge(base, models, seed=2))
 
 
 @law("repeatable", fitted=True)
-def the_same_seed_gives_the_same_bits(case: Case) -> None:
+def the_same_seed_gives_the_same_bits(case: MethodCase) -> None:
     """The same seed gives the same bits, whatever was drawn before."""
     base, models = case.toys(exact=False)
     expected = case.merge(base, models, seed=7)
@@ -48,7 +48,7 @@ def the_same_seed_gives_the_same_bits(case: Case) -> None:
 
 
 @law("slices", fitted=True)
-def how_finely_tensors_are_cut_does_not_matter(case: Case) -> None:
+def how_finely_tensors_are_cut_does_not_matter(case: MethodCase) -> None:
     """How finely tensors are cut into slices and units of work does not matter, to the bit."""
     expected, _ = run(case, exact=True)
     for slices in ((5, 10), (16, 48)):
@@ -56,7 +56,7 @@ def how_finely_tensors_are_cut_does_not_matter(case: Case) -> None:
 
 
 @law("workers", fitted=True)
-def neither_the_number_of_workers_nor_the_sharding_matters(case: Case) -> None:
+def neither_the_number_of_workers_nor_the_sharding_matters(case: MethodCase) -> None:
     """Neither the number of workers nor the sharding of the output matters, to the bit."""
     expected, num_files = run(case, exact=False, slices=(8, 16), workers=1)
     assert num_files == 1, f"{num_files} files"
@@ -67,7 +67,7 @@ def neither_the_number_of_workers_nor_the_sharding_matters(case: Case) -> None:
 
 
 @law("memory", fitted=True)
-def merging_in_memory_and_from_files_give_the_same_bits(case: Case) -> None:
+def merging_in_memory_and_from_files_give_the_same_bits(case: MethodCase) -> None:
     """Merging in memory and from files give the same bits."""
     base, models = case.toys(exact=False)
     found, _ = run(case, exact=False)
@@ -76,7 +76,7 @@ def merging_in_memory_and_from_files_give_the_same_bits(case: Case) -> None:
 
 
 @law("buffers")
-def no_more_scratch_space_is_used_than_is_counted(case: Case) -> None:
+def no_more_scratch_space_is_used_than_is_counted(case: MethodCase) -> None:
     """No more scratch space is used than the memory plan counts."""
     assert issubclass(case.kind, TensorMethod)
     used = set()
@@ -92,7 +92,7 @@ def no_more_scratch_space_is_used_than_is_counted(case: Case) -> None:
 
 
 @law("device", fitted=True)
-def an_accelerator_gives_what_the_cpu_gives(case: Case) -> None:
+def an_accelerator_gives_what_the_cpu_gives(case: MethodCase) -> None:
     """An accelerator gives what the CPU gives, up to rounding: the same draws, the same thresholds."""
     if not torch.cuda.is_available():
         import pytest
