@@ -1,6 +1,7 @@
 """Rules of the house that no linter knows."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -121,3 +122,10 @@ def test_no_module_takes_anything_from_the_package_root():
         path: [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)] for path, tree in trees().items()
     }
     assert [str(path) for path, nodes in imports.items() if any(node.module == "mergetool" for node in nodes)] == []
+
+
+def test_scripts_need_nothing_of_the_tests():
+    """Tests try scripts out; if scripts used tests, neither could be moved alone."""
+    paths = [path for path in (ROOT / "scripts").rglob("*") if path.is_file() and path.suffix in ("", ".py")]
+    importing = [str(path) for path in paths if re.search(r"^\s*(from|import) tests\b", path.read_text("utf-8"), re.M)]
+    assert importing == []
