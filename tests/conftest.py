@@ -36,6 +36,7 @@ LONG = {
 """Files among them that take long all the same."""
 LONG_TESTS = {
     "test_large_tensors_are_trimmed_exactly_whatever_a_sample_of_them_shows",
+    "test_a_section_that_the_page_about_recipes_leaves_out_is_told",
     "test_importing_the_package_imports_no_torch",
     "test_junk_anywhere_in_a_recipe_is_a_recipe_error_or_fine",
 }

@@ -1,10 +1,15 @@
 """What README and docs/ say can be followed: links lead somewhere, recipes are valid, the first page is short."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import mergetool
@@ -85,3 +90,36 @@ def test_the_workflow_tries_every_python_and_the_torch_that_are_promised():
     assert any(each["torch"].startswith(lowest) for each in matrix["include"])
     for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
         yaml.safe_load(path.read_text("utf-8"))
+
+
+def test_a_gradient_is_what_the_page_about_recipes_says():
+    """Nine layers, three values: layer 4 has the second; what is outside the layers has the first, or an override's."""
+    names = [f"model.layers.{layer}.mlp.weight" for layer in range(9)]
+    names += ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    ones = dict.fromkeys(names, torch.ones(1))
+    section = {
+        "method": "passthrough",
+        "scale": {"gradient": [1.0, 2.0, 4.0]},
+        "overrides": [{"match": "lm_head.*", "scale": 5.0}],
+    }
+    merged = {name: float(value) for name, value in mergetool.merge_state_dicts(section, {"a": ones}).items()}
+    assert [merged[name] for name in names] == [1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 1.0, 1.0, 5.0]
+
+
+def test_a_section_that_the_page_about_recipes_leaves_out_is_told(tmp_path):
+    for name in ("docs", "recipes", "scripts"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    page = tmp_path / "docs" / "recipe.md"
+    written = page.read_text("utf-8")
+
+    def check():
+        command = [sys.executable, "scripts/docs", "--check"]
+        path = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True, timeout=120)
+
+    assert check().returncode == 0
+    page.write_text(written.replace("<!-- end of compute -->", ""), "utf-8")
+    assert "docs/recipe.md says nothing of compute" in check().stderr
+    page.write_text(written.replace("seed of every random draw", "a number"), "utf-8")
+    assert "out of date: docs/recipe.md\n  fix: scripts/docs --write" in check().stderr

@@ -1,7 +1,8 @@
 """The documentation of recipes and methods, from the same classes that check them."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from pydantic import BaseModel, TypeAdapter
 from pydantic_core import PydanticUndefined
@@ -11,6 +12,7 @@ from mergetool.methods import registry
 from mergetool.methods.base import Method, TensorMethod
 from mergetool.recipe.load import override_class, sections
 from mergetool.recipe.render import suggestion
+from mergetool.recipe.schema import Override
 
 
 def method_facts(name: str | None = None) -> list[dict[str, Any]]:
@@ -36,6 +38,20 @@ def _facts(kind: type[Method]) -> dict[str, Any]:
     }
 
 
+def section_facts() -> dict[str, list[dict[str, Any]]]:
+    """The fields of every section of a recipe that has some, and of an override; `models` has those of `base`."""
+    kinds = {key: _model_of(annotation) for key, annotation in sections().items() if key != "models"}
+    kinds["overrides"] = Override
+    return {key: list(_fields(kind)) for key, kind in kinds.items() if kind is not None}
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The class that a section, or each entry of one, is checked by; None for plain values."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _model_of(part)) is not None), None)
+
+
 def _fields(kind: type[BaseModel], prefix: str = "") -> Iterator[dict[str, Any]]:
     """The fields of a method, those of its sections one by one."""
     schedulables = kind.schedulables() if issubclass(kind, Method) else {}
@@ -43,16 +59,26 @@ def _fields(kind: type[BaseModel], prefix: str = "") -> Iterator[dict[str, Any]]
         annotation = info.annotation
         if key == "method":
             continue
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and not issubclass(annotation, Method):
-            yield from _fields(annotation, f"{prefix}{key}.")
+        section = _section_of(annotation)
+        if section is not None:
+            yield from _fields(section, f"{prefix}{key}.")
             continue
         plain = "a method" if annotation is TensorMethod else _plain_type(annotation)
         yield {
             "name": prefix + key,
             "type": _type(schedulables[key].per_model) if key in schedulables else plain,
             "default": None if info.default is PydanticUndefined else info.default,
+            "required": info.is_required(),
             "help": info.description,
         }
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The class of a field that is a mapping with fields of its own, perhaps left out."""
+    kinds = [kind for kind in (get_args(annotation) or (annotation,)) if kind is not NoneType]
+    if len(kinds) != 1 or not isinstance(kinds[0], type) or not issubclass(kinds[0], BaseModel):
+        return None
+    return None if issubclass(kinds[0], Method) else kinds[0]
 
 
 def _type(per_model: bool) -> str:
@@ -61,12 +87,16 @@ def _type(per_model: bool) -> str:
 
 def _plain_type(annotation: Any) -> str:
     schema = TypeAdapter(annotation).json_schema()
-    if "enum" in schema:
-        return " | ".join(map(str, schema["enum"]))
     options = schema.get("anyOf", [schema])
-    return " | ".join(
-        " | ".join(map(str, o["enum"])) if "enum" in o else str(o.get("const", o.get("type"))) for o in options
-    )
+    return " | ".join(word for option in options if (word := _word(option)) != "null")
+
+
+def _word(option: Mapping[str, Any]) -> str:
+    """What a value of this JSON schema is called in YAML."""
+    if "enum" in option:
+        return " | ".join(map(str, option["enum"]))
+    word = str(option.get("const", option.get("type")))
+    return {"array": "list", "object": "mapping"}.get(word, word)
 
 
 def recipe_schema() -> dict[str, Any]:

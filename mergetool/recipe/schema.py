@@ -66,11 +66,13 @@ class HeadReference(Section):
 
 
 class ModelReference(Section):
-    """Where a model is: a folder, a .safetensors file, or a model id."""
+    """Where a model is: a folder, a file of weights, or a model on the Hub."""
 
-    source: PathText = Field(description="folder or .safetensors file")
+    source: PathText = Field(
+        description="a folder, a file of weights, or a model on the Hub (`org/name@revision`); a bundle with `select`"
+    )
     adapters: tuple[PathText, ...] = Field(
-        (), description="folders of LoRA adapters, applied in this order while reading"
+        (), description="PEFT adapters (folders or Hub ids), merged into the model in this order while it is read"
     )
     select: Annotated[str, Field(min_length=1, strict=True)] | None = Field(
         None, description="the task whose expert is meant, where `source` is a bundle"
@@ -94,12 +96,14 @@ class Check(Section):
     """What to do when models do not hold the same tensors, or a result is not finite."""
 
     missing: Literal["error", "base", "skip"] = Field(
-        "error", description="a model lacks a tensor: stop, use the base's, or merge without that model"
+        "error", description="where a model lacks a tensor: stop, use the base's, or merge it without that model"
     )
     extra: Literal["keep", "drop", "error"] = Field(
-        "keep", description="a model has a tensor that the base lacks: copy it over, leave it out, or stop"
+        "keep", description="where a model has a tensor that the base lacks: copy it over, leave it out, or stop"
     )
-    non_finite: Literal["error", "keep"] = Field("error", description="NaN or infinity in a result: stop, or write it")
+    non_finite: Literal["error", "keep"] = Field(
+        "error", description="where a result is NaN or infinite: stop, or write it"
+    )
 
 
 class Tokenizer(Section):
@@ -112,7 +116,7 @@ class HubOutput(Section):
     """The repository on the Hub to which the result is pushed."""
 
     repo: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")] = Field(
-        description="ORG/NAME"
+        description="the repository, ORG/NAME"
     )
     private: bool = Field(False, strict=True, description="make it as a private repository; refuse one that is public")
     create: bool = Field(False, strict=True, description="make the repository if there is none; `private` does, too")
@@ -122,7 +126,7 @@ class HubOutput(Section):
 class Output(Section):
     """Where the result goes and how it is stored."""
 
-    path: PathText | None = Field(None, description="folder to write")
+    path: PathText | None = Field(None, description="folder to write; `-o PATH` in the command goes first")
     dtype: Literal["source", "float32", "bfloat16", "float16"] = Field(
         "source", description="storage dtype of floating-point tensors; `source` keeps each tensor's own"
     )
@@ -141,8 +145,12 @@ class Output(Section):
 class Override(Section):
     """Other settings for the tensors whose names match a glob. Concrete classes add the method's fields."""
 
-    match: Annotated[str, Field(min_length=1, strict=True)] = Field(description="glob on tensor names")
-    use: Annotated[str, Field(strict=True)] | None = Field(None, description="copy from `base` or this model instead")
+    match: Annotated[str, Field(min_length=1, strict=True)] = Field(
+        description="glob on names of output tensors: `*` is any text (dots, too), `?` one character, `[ab]` a or b"
+    )
+    use: Annotated[str, Field(strict=True)] | None = Field(
+        None, description="copy these tensors from `base` or this model, as they are"
+    )
 
     def settings(self) -> dict[str, Any]:
         """The method fields set here."""
