@@ -30,6 +30,7 @@ from mergetool.outputs.staging import Staging
 from mergetool.planning import Plan
 from mergetool.planning.graph import BASE
 from mergetool.tensors.digests import remembered_sha256
+from mergetool.units import filesize
 
 _STORE = ".factors"
 _I = TypeVar("_I")
@@ -126,10 +127,7 @@ def _emptied(folder: Path, cache: Path | None, team: Team) -> FactorStore:
 def _notes(manifest: Manifest, written: int, folder: Path) -> dict[str, int]:
     """Remarks for people: what became of the tensors, and what it all weighs."""
     policies = [parameter.policy for parameter in manifest.parameters.values()]
-    measured = [p.interference for p in manifest.parameters.values() if p.interference is not None]
     factors = sum((folder / task.factors).stat().st_size for task in manifest.tasks)
-    notes = {f"factors of all experts: {factors / 1e6:.1f} MB of {written / 1e6:.1f} MB": 1}
+    notes = {f"factors of all experts: {filesize(factors)} of {filesize(written)}": 1}
     notes |= {"kept as factors": policies.count("svd"), "kept in full": policies.count("full")}
-    if measured:
-        notes[f"interference between tasks, mean over matrices: {sum(measured) / len(measured):.3f}"] = 1
     return {note: count for note, count in notes.items() if count}
