@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergetool._version import __version__
-from mergetool.cli.show import ProgressBar, say, show_methods, table
+from mergetool.cli.commands import Quiet, Verbose, command, set_manner
+from mergetool.cli.progress import ProgressBar
+from mergetool.cli.show import manner, say, say_of_more, show_methods, table
 from mergetool.errors import RecipeError
+from mergetool.units import filesize, timespan
 
 if TYPE_CHECKING:
     from mergetool.tensors.hub_upload import Pushed
@@ -22,7 +25,7 @@ app = typer.Typer(
     help="Merge neural networks in weight space.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
@@ -43,11 +46,13 @@ def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    pass
+    set_manner(quiet=quiet, verbose=verbose)
 
 
-@app.command()
+@command(app, "mergetool run recipe.yaml -o merged --set merge.density=0.3")
 def run(
     recipe: RecipeFile,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of output.path.")] = None,
@@ -84,19 +89,22 @@ def run(
         push=push,
         locked=locked,
     )
-    with ProgressBar() as progress:
-        result = run_recipe(load_recipe(recipe, settings or ()), flags, progress)
+    with ProgressBar(quiet=manner.quiet) as progress:
+        asked = load_recipe(recipe, settings or ())
+        progress.say(f"{asked.method.method_name()} of {', '.join(asked.models)}")
+        result = run_recipe(asked, flags, progress)
     if not leads():
         return
+    say_of_more()
     for note, count in result.notes.items():
         say(f"note: {note} ({count} tensors)" if count > 1 else f"note: {note}")
-    say(f"{result.num_tensors} tensors, {result.bytes_written / 1e9:.2f} GB in {result.seconds:.1f} s")
+    say(f"{result.num_tensors} tensors, {filesize(result.bytes_written)} in {timespan(result.seconds)}")
     if result.pushed is not None:
         _say_pushed(result.pushed)
     _print(result.as_dict() if as_json else result.path, as_json=as_json)
 
 
-@app.command()
+@command(app, "mergetool validate recipe.yaml --online")
 def validate(
     recipe: RecipeFile,
     online: Annotated[
@@ -118,7 +126,7 @@ def validate(
     _print(answer if as_json else f"{recipe}: valid", as_json=as_json)
 
 
-@app.command()
+@command(app, "mergetool plan recipe.yaml --memory 8GiB")
 def plan(
     recipe: RecipeFile,
     settings: Settings = None,
@@ -144,7 +152,7 @@ def plan(
     table(("", ""), facts)
 
 
-@app.command()
+@command(app, "mergetool inspect org/model@main")
 def inspect(
     reference: Annotated[
         str, typer.Argument(metavar="REF", help="A folder, a .safetensors file, or org/name@revision.")
@@ -167,7 +175,7 @@ def inspect(
     table(("", ""), list(facts.items()))
 
 
-@app.command()
+@command(app, "mergetool verify merged --load")
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A merged checkpoint (or any model).")],
     load: Annotated[bool, typer.Option("--load", help="Open it with transformers, too, and run one step.")] = False,
@@ -200,13 +208,13 @@ def _inspect_bundle(folder: Path, *, as_json: bool) -> None:
         _print(facts, as_json=True)
         return
     tasks, interference = facts.pop("tasks"), facts.pop("interference")
-    table(("matrix", "interference"), sorted(interference.items(), key=lambda item: -item[1]))
+    table(("matrix", "interference (0: none)"), sorted(interference.items(), key=lambda item: -item[1]))
     columns = ("name", "head", "classes", "pool", "bytes", "source")
     table(("task", *columns[1:]), [["-" if task[key] is None else task[key] for key in columns] for task in tasks])
     table(("", ""), list(facts.items()))
 
 
-@app.command()
+@command(app, "mergetool push merged org/merged --private")
 def push(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A finished result.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the Hub.")],
@@ -229,7 +237,7 @@ def _say_pushed(pushed: "Pushed") -> None:
     say(f"{pushed.repo}: {done}{f', {len(pushed.deleted)} deleted' if pushed.deleted else ''}")
 
 
-@app.command()
+@command(app, "mergetool calibrate bundle --input rows.jsonl")
 def calibrate(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by the method mass.")],
     rows: Annotated[Path, typer.Option("--input", metavar="FILE", help="JSON Lines as for route, each with its task.")],
@@ -246,7 +254,7 @@ def calibrate(
     _print(found.model_dump() if as_json else bundle / CALIBRATION_NAME, as_json=as_json)
 
 
-@app.command()
+@command(app, "mergetool route bundle --input rows.jsonl --task maths")
 def route(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by the method mass or tsv-compress.")],
     rows: Annotated[Path, typer.Option("--input", metavar="FILE", help='JSON Lines: {"text": ...} or model inputs.')],
@@ -268,7 +276,7 @@ def route(
     table(heads, [[answer.get(key, "-") for key in heads] for answer in found])
 
 
-@app.command()
+@command(app, "mergetool evaluate merged --tasks arc_easy,piqa --parent models/math")
 def evaluate(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A model folder with its tokenizer.")],
     tasks: Annotated[list[str], typer.Option(metavar="NAME", help="A task of lm-eval (repeat, or a,b,c).")],
@@ -305,7 +313,7 @@ def evaluate(
     table(heads, [[facts[head] for head in heads] for facts in found["tasks"]])
 
 
-@app.command()
+@command(app, "mergetool methods ties")
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="A method, for its full documentation.")] = None,
     as_json: AsJson = False,
@@ -320,7 +328,7 @@ def methods(
         show_methods(facts, in_full=name is not None)
 
 
-@app.command()
+@command(app, "mergetool schema > recipe.schema.json")
 def schema() -> None:
     """Print the JSON schema of recipes, for editors and other tools."""
     from mergetool.recipe.reference import recipe_schema
@@ -328,7 +336,7 @@ def schema() -> None:
     _print(recipe_schema(), as_json=True)
 
 
-@app.command("import")
+@command(app, "mergetool import mergekit.yaml -o recipe.yaml", "import")
 def import_recipe(
     recipe: Annotated[Path, typer.Argument(metavar="MERGEKIT_YAML", help="A mergekit recipe.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of stdout.")] = None,

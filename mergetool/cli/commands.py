@@ -1,0 +1,50 @@
+"""What all commands have in common: -h, -q and -v, and an example in the help."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from mergetool.cli.show import manner
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but the result and errors.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more: every step, every warning and note.")]
+
+
+def set_manner(*, quiet: bool = False, verbose: bool = False) -> None:
+    """What the program is told before the command's name."""
+    manner.quiet, manner.verbose, manner.warnings = quiet, verbose, 0
+
+
+def command(app: typer.Typer, example: str, name: str | None = None) -> Callable[[Command], Command]:
+    """Register a function as a command; `example` is a line that can be typed."""
+
+    def register(function: Command) -> Command:
+        app.command(name, epilog=f"Example: {example}")(_with_manners(function))
+        return function
+
+    return register
+
+
+def _with_manners(function: Callable[..., None]) -> Callable[..., None]:
+    """The same function with the options that every command has."""
+
+    @wraps(function)
+    def called(*, quiet: bool, verbose: bool, **arguments: Any) -> None:
+        manner.quiet |= quiet
+        manner.verbose |= verbose
+        function(**arguments)
+
+    more = {"quiet": Quiet, "verbose": Verbose}
+    own = inspect.signature(function)
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for name, kind in more.items()
+    ]
+    called.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # type: ignore[attr-defined]
+    called.__annotations__ = {**function.__annotations__, **more}
+    return called
