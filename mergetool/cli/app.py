@@ -132,24 +132,30 @@ def plan(
     settings: Settings = None,
     workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads to plan for.")] = None,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory to plan for, e.g. 8GiB.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every tensor in a row of its own.")] = False,
+    machines: Annotated[bool, typer.Option("--machines", help="Expected times on other machines, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run would do, from headers alone: tensors, numbers, bytes, memory."""
+    """Show what a run would do, from headers alone: amounts, memory and time, then what becomes of the tensors."""
+    from mergetool.methods.base import SearchMethod
     from mergetool.planning import make_plan
     from mergetool.planning.cost import estimate
-    from mergetool.planning.report import describe, summarise
+    from mergetool.planning.report import HEADS, describe, rows, totals
     from mergetool.recipe import load_recipe
 
-    made = make_plan(load_recipe(recipe, settings or ()))
+    asked = load_recipe(recipe, settings or ())
+    search = asked.method if isinstance(asked.method, SearchMethod) else None
+    made = make_plan(asked)
     costs = estimate(made, workers=workers, memory=_size(memory))
     for warning in made.warnings:
         say(f"warning: {warning}")
+    say_of_more()
     if as_json:
-        _print(describe(made, costs), as_json=True)
+        _print(describe(made, costs, search), as_json=True)
         return
-    heads, rows, facts = summarise(made, costs)
-    table(heads, rows)
-    table(("", ""), facts)
+    table(("", ""), totals(made, costs, machines=machines, search=search))
+    print()
+    table(HEADS, rows(made, full=full or manner.verbose))
 
 
 @command(app, "mergetool inspect org/model@main")

@@ -8,13 +8,16 @@ The rates of "this machine" were fitted to runs here; those of others are what t
 estimate is meant to be right within a factor of two.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mergetool.methods.base import FittedMethod
+from mergetool.planning.cost import available_memory
 from mergetool.planning.graph import Plan, Step
 
 _SVD_PASSES = 12.0
 """Multiply-adds of a decomposition, in units of rows x columns x the shorter side."""
+_TOKENS = 200
+"""Of one item of a task, with all its choices."""
 _STARTUP = 1.0
 """Seconds for starting Python and torch, and for the last files."""
 
@@ -51,6 +54,11 @@ MACHINES = (
     Machine("eight GPUs", cores=96, devices=8, disk_read=1e10, disk_write=5e9, memory=1e12),
     Machine("four nodes of eight GPUs", 4, cores=384, devices=32, disk_read=2e10, disk_write=1e10, memory=4e12),
 )
+
+
+def this_machine(workers: int) -> Machine:
+    """The machine that this runs on, as far as so many workers use it."""
+    return replace(THIS, name="here", cores=workers, memory=available_memory())
 
 
 def expected_seconds(plan: Plan, machine: Machine = THIS) -> float:
@@ -92,6 +100,12 @@ def _surveyed_bytes(plan: Plan) -> int:
         if step.method is not None and step.method.survey(step.params, step.spec.num_elements, bits=32) is not None:
             total += sum(plan.sources[name].specs[step.spec.name].num_bytes for name in step.reads)
     return total
+
+
+def answer_seconds(plan: Plan, machine: Machine) -> float:
+    """Seconds in which the merged model should answer one item of a task, on the cores alone."""
+    parameters = sum(step.spec.num_elements for step in plan.steps)
+    return 2.0 * parameters * _TOKENS / machine.core_flops / machine.cores
 
 
 def is_guess(plan: Plan) -> bool:

@@ -32,7 +32,7 @@ FLAGS = {
         "--json",
     },
     "validate": {"recipe", "--online", "--set", "--json"},
-    "plan": {"recipe", "--set", "--workers", "--memory", "--json"},
+    "plan": {"recipe", "--set", "--workers", "--memory", "--full", "--machines", "--json"},
     "inspect": {"reference", "--json"},
     "verify": {"path", "--load", "--json"},
     "methods": {"name", "--json"},
@@ -146,7 +146,8 @@ def test_plan_and_inspect_tell_what_is_there(call, recipe, tmp_path):
     assert plan["bytes_in"] == 2 * sum(value.nbytes for value in tensors(0).values())
     facts = json.loads(call("inspect", tmp_path / "a", "--json")[1])
     assert (facts["num_tensors"], facts["remarks"]) == (6, ["no config.json"])
-    assert "model.layers.1.mlp.weight" in call("plan", recipe)[1]
+    assert "model.layers.{0..1}.mlp.weight" in call("plan", recipe)[1]
+    assert "model.layers.1.mlp.weight" in call("plan", recipe, "--full")[1]
     assert "model.layers.1.mlp.weight" in call("inspect", tmp_path / "a")[1]
 
 
