@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergetool._version import __version__
-from mergetool.cli.commands import Quiet, Verbose, command, set_manner
+from mergetool.cli.commands import Quiet, Verbose, command, method_names, set_manner
 from mergetool.cli.progress import ProgressBar
 from mergetool.cli.show import manner, say, say_of_more, show_methods, table
-from mergetool.errors import RecipeError
+from mergetool.errors import OutputError, RecipeError
 from mergetool.units import filesize, timespan
 
 if TYPE_CHECKING:
@@ -321,7 +321,10 @@ def evaluate(
 
 @command(app, "mergetool methods ties")
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A method, for its full documentation.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="A method, for its full documentation.", autocompletion=method_names),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the merging methods, or explain one."""
@@ -332,6 +335,19 @@ def methods(
         _print(facts, as_json=True)
     else:
         show_methods(facts, in_full=name is not None)
+
+
+@command(app, "mergetool init ties -o recipe.yaml")
+def init(
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="See: mergetool methods.", autocompletion=method_names)
+    ],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of stdout.")] = None,
+) -> None:
+    """Write a recipe to begin with: all that a method can be told, with defaults and meanings."""
+    from mergetool.recipe.starter import starter
+
+    _deliver(starter(method), output)
 
 
 @command(app, "mergetool schema > recipe.schema.json")
@@ -349,14 +365,21 @@ def import_recipe(
 ) -> None:
     """Convert a mergekit recipe to one of ours (`run` takes it as it is, too)."""
     from mergetool.recipe.mergekit import converted_text
+
+    _deliver(converted_text(recipe, output.parent if output else Path()), output)
+
+
+def _deliver(text: str, output: Path | None) -> None:
+    """A recipe on stdout, or in a new file."""
     from mergetool.tensors.writer import write_file
 
-    text = converted_text(recipe, output.parent if output else Path())
     if output is None:
         print(text, end="")
-    else:
-        write_file(output, text)
-        print(output)
+        return
+    if output.exists():
+        raise OutputError("exists already", str(output), "remove it, or choose another name: -o OTHER.yaml")
+    write_file(output, text)
+    print(output)
 
 
 def _size(text: str | None) -> int | None:

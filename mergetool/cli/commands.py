@@ -48,3 +48,10 @@ def _with_manners(function: Callable[..., None]) -> Callable[..., None]:
     called.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # type: ignore[attr-defined]
     called.__annotations__ = {**function.__annotations__, **more}
     return called
+
+
+def method_names(incomplete: str) -> list[str]:
+    """Methods whose names begin so, for a shell that completes them."""
+    from mergetool.methods import registry
+
+    return [name for name in registry() if name.startswith(incomplete)]

@@ -51,6 +51,8 @@ def _fields(kind: type[BaseModel], prefix: str = "") -> Iterator[dict[str, Any]]
             "name": prefix + key,
             "type": _type(schedulables[key].per_model) if key in schedulables else plain,
             "default": None if info.default is PydanticUndefined else info.default,
+            "required": info.is_required(),
+            "example": info.examples[0] if info.examples else None,
             "help": info.description,
         }
 

@@ -36,6 +36,7 @@ FLAGS = {
     "inspect": {"reference", "--json"},
     "verify": {"path", "--load", "--json"},
     "methods": {"name", "--json"},
+    "init": {"method", "-o", "--output"},
     "schema": set(),
     "import": {"recipe", "-o", "--output"},
     "push": {"path", "repo", "--private", "--create", "--pull-request", "--json"},
