@@ -353,7 +353,7 @@ def init(
 @command(app, "mergetool schema > recipe.schema.json")
 def schema() -> None:
     """Print the JSON schema of recipes, for editors and other tools."""
-    from mergetool.recipe.reference import recipe_schema
+    from mergetool.recipe.json_schema import recipe_schema
 
     _print(recipe_schema(), as_json=True)
 
