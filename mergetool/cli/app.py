@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergetool._version import __version__
-from mergetool.cli.commands import Quiet, Verbose, command, method_names, set_manner
+from mergetool.cli.commands import Quiet, Verbose, command, existing, method_names, set_manner
 from mergetool.cli.progress import ProgressBar
 from mergetool.cli.show import manner, say, say_of_more, show_methods, table
 from mergetool.errors import OutputError, RecipeError
@@ -233,7 +233,7 @@ def push(
     from mergetool.outputs.push import push as push_folder
     from mergetool.tensors.hub_upload import Target
 
-    pushed = push_folder(path, Target(repo, private, create, pull_request))
+    pushed = push_folder(existing(path), Target(repo, private, create, pull_request))
     _say_pushed(pushed)
     _print(pushed.as_dict() if as_json else pushed.url, as_json=as_json)
 
@@ -256,7 +256,7 @@ def calibrate(
     from mergetool.bundle.rows import read_rows
 
     given = read_rows(rows)
-    found = fit(load_bundle(bundle), given)
+    found = fit(load_bundle(existing(bundle)), given)
     _print(found.model_dump() if as_json else bundle / CALIBRATION_NAME, as_json=as_json)
 
 
@@ -273,7 +273,7 @@ def route(
     from mergetool.bundle.rows import answers, read_rows
 
     given = read_rows(rows)
-    found = answers(load_bundle(bundle), given, tasks=task, batch_size=batch_size)
+    found = answers(load_bundle(existing(bundle)), given, tasks=task, batch_size=batch_size)
     if as_json:
         for answer in found:
             print(json.dumps(answer, ensure_ascii=False), flush=True)
@@ -303,9 +303,9 @@ def evaluate(
     names = [name for part in tasks for name in part.split(",") if name]
     chosen = [TaskOptions(name=name, include=include, metric=metric) for name in names]
     found = assess(
-        path,
+        existing(path),
         chosen,
-        parents=parent or (),
+        parents=[existing(each) for each in parent or ()],
         device=device_for_networks(device),
         batch_size=batch_size,
         cache=cache,

@@ -3,11 +3,13 @@
 import inspect
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from mergetool.cli.show import manner
+from mergetool.errors import SourceError
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -48,6 +50,13 @@ def _with_manners(function: Callable[..., None]) -> Callable[..., None]:
     called.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # type: ignore[attr-defined]
     called.__annotations__ = {**function.__annotations__, **more}
     return called
+
+
+def existing(path: Path) -> Path:
+    """A folder that a command is given. Raises SourceError where there is none, before anything slow is done."""
+    if not path.exists():
+        raise SourceError("there is no such folder", str(path.absolute()), "check the path")
+    return path
 
 
 def method_names(incomplete: str) -> list[str]:

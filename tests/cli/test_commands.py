@@ -266,3 +266,8 @@ def torchless(*arguments):
     """Exit code of a Python in which importing torch fails."""
     ban = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('mergetool', run_name='__main__')"
     return subprocess.run([sys.executable, "-c", ban, *arguments], capture_output=True, timeout=120).returncode
+
+
+def test_colours_and_bars_are_imported_when_there_is_something_to_show():
+    code = "import sys, mergetool.cli.app; sys.exit(any(name.partition('.')[0] == 'rich' for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
