@@ -18,7 +18,7 @@ from mergetool.layouts import registry as layouts
 from mergetool.layouts.base import Layout
 from mergetool.layouts.same import Same
 from mergetool.methods import registry
-from mergetool.methods.base import Method
+from mergetool.methods.base import Method, expect
 from mergetool.methods.families.search import SearchMethod
 from mergetool.recipe.candidate import candidate_data, candidate_documents, unique
 from mergetool.recipe.checks import check_override, cross_checks
@@ -74,16 +74,14 @@ def load_recipe(source: "str | Path | Mapping[str, Any]", settings: Sequence[str
 
 def candidate_recipe(recipe: Recipe, values: Sequence[Value]) -> Recipe:
     """The plain recipe of one candidate. Raises RecipeError where these numbers cannot go together."""
-    assert isinstance(recipe.method, SearchMethod)
-    section = recipe.method.candidate(values, tuple(recipe.models))
+    section = expect(recipe.method, SearchMethod).candidate(values, tuple(recipe.models))
     made = load_recipe(candidate_data(recipe.document, section))
     return replace(made, folder=recipe.folder, name=recipe.name, settings=recipe.settings)
 
 
 def first_candidate(recipe: Recipe) -> Recipe:
     """The plain recipe where a search starts."""
-    assert isinstance(recipe.method, SearchMethod)
-    return candidate_recipe(recipe, recipe.method.space(tuple(recipe.models)).start)
+    return candidate_recipe(recipe, expect(recipe.method, SearchMethod).space(tuple(recipe.models)).start)
 
 
 def _plain(value: Any) -> Any:
@@ -160,8 +158,8 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
     kind, method, overrides = _merge_section(document, problems) if "merge" in data else (None, None, ())
     layout, own = layout_of(document, given, kind, problems)
     problems += cross_checks(document, kind, method)
-    if isinstance(method, SearchMethod) and not problems:
-        problems += _check_candidates(document, method)
+    if method is not None and method.searches and not problems:
+        problems += _check_candidates(document, expect(method, SearchMethod))
     if problems or method is None:
         raise RecipeError.of(problems)
     return Recipe(

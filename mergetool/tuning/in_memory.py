@@ -22,6 +22,7 @@ from mergetool.engine.memory import merge_into
 from mergetool.engine.sinks import LiveSink
 from mergetool.errors import EvaluationError
 from mergetool.evaluate.language_model import LanguageModel
+from mergetool.methods.base import expect
 from mergetool.methods.families.search import SearchMethod
 from mergetool.planning import Plan, make_plan
 from mergetool.planning.graph import BASE
@@ -105,8 +106,7 @@ class Candidates:
         if isinstance(subject, str):
             facts += [self.inputs[name] for name in self._parts(subject)]
         else:
-            assert isinstance(recipe.method, SearchMethod)
-            merge = recipe.method.candidate(tuple(subject), tuple(recipe.models))
+            merge = expect(recipe.method, SearchMethod).candidate(tuple(subject), tuple(recipe.models))
             facts += [list(self.inputs.items()), merge, recipe.compute.model_dump(), recipe.check.model_dump()]
         return _sha256(facts)
 

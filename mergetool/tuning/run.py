@@ -11,7 +11,6 @@ from mergetool.engine.devices import device_for_networks
 from mergetool.engine.processes import joined, leads
 from mergetool.engine.run import Silent
 from mergetool.errors import MergeError, OutputError
-from mergetool.methods.families.search import SearchMethod
 from mergetool.outputs.journal import journal_path
 from mergetool.outputs.push import push_target
 from mergetool.outputs.staging import check_output
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None) -> Result:
     """Plan and run a recipe of any method. Raises any MergetoolError."""
     flags, progress = flags or Flags(), progress or Silent()
-    if not isinstance(recipe.method, SearchMethod):
+    if not recipe.method.searches:
         return _evaluated(recipe, flags, run_plain(recipe, flags, progress))
     from mergetool.tuning.session import search
 

@@ -5,7 +5,7 @@ An item is asked of a subject once: what is known already is not asked again, wh
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,10 +70,11 @@ class Scorer:
         *,
         team: Team,
         cache: ResponseCache,
+        count: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._candidates = candidates
         self.tasks = {task.name: task for task in tasks}
-        self._journal, self._team, self._cache = journal, team, cache
+        self._journal, self._team, self._cache, self._count = journal, team, cache, count
         self._known: dict[Subject, Known] = {}
         self.spent = Spent()
 
@@ -172,6 +173,7 @@ class Scorer:
         if items:
             self.spent.items[stage] = self.spent.items.get(stage, 0) + len(items)
             self.spent.requests += self.tasks[task].num_requests(items)
+            self._count(len(items))
 
     def _spend_seconds(self, seconds: Sequence[float]) -> None:
         self.spent.merge_seconds += seconds[0]

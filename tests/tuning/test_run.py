@@ -18,6 +18,7 @@ from mergetool.evaluate.language_model import LanguageModel
 from mergetool.evaluate.options import TaskOptions
 from mergetool.tensors.source import open_model
 from mergetool.tuning.in_memory import Candidates, saved_digest
+from tests.files import Watch
 from tests.toys import assert_same_bytes, read
 from tests.tuning.planted import World
 
@@ -56,6 +57,31 @@ def test_the_winner_beats_parents_and_average_and_its_plain_recipe_makes_the_sam
     assert_same_bytes(read(result.path), read(again.path))
     files = [(path / "model.safetensors").read_bytes() for path in (result.path, again.path)]
     assert files[0] == files[1]
+
+
+class Told(Watch):
+    """Keeps the stages that a run went through, with what was to be done and what was done in each."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = []
+
+    def start(self, total, label, unit="B"):
+        self.stages.append([label, unit, total, 0])
+
+    def advance(self, count):
+        self.stages[-1][-1] += count
+
+
+@pytest.mark.parametrize("estimator", [{"kind": "full"}, {"items": 15, "calibration": 4, "guard": False}])
+def test_a_search_shows_at_once_and_all_along_how_far_it_is(folder, tmp_path, estimator):
+    progress = Told()
+    mergetool.run(recipe(folder, estimator=estimator), output=tmp_path / "out", progress=progress)
+    (opening, searching, merging) = progress.stages
+    assert (opening[0], merging[0]) == ("opening models and tasks", "merging")
+    label, unit, total, done = searching
+    assert (label, unit) == ("searching", "items")
+    assert total / 2 < done <= total
 
 
 def journal(folder):

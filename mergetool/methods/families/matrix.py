@@ -52,6 +52,10 @@ class MatrixMethod(TensorMethod):
     def granularity_in(self, name: str, shape: tuple[int, ...]) -> Granularity:
         return "tensor" if is_matrix(name, shape, self.filter, conv=self.conv) else "element"
 
+    def treatment(self, name: str, shape: tuple[int, ...]) -> str:
+        """What this tensor is treated with, in a word: only matrices get what the method is called by."""
+        return str(self.method_name()) if self.granularity_in(name, shape) == "tensor" else "average"
+
     def partners(self, name: str) -> tuple[str, ...]:
         return tuple(other for other in query_key_value(name) if other != name) if self.fuse == "qkv" else ()
 
