@@ -124,6 +124,9 @@ class Draft:
         sources = [model if model in origin.tensors else BASE for model in models]
         self._check_alike(origin, leader, sources)
         params = method.params(depth, models)
+        if method.max_models is not None and len(models) > method.max_models:
+            what = f"{method.method_name()} takes at most {method.max_models} models, and here are {', '.join(models)}"
+            raise PlanError(what, origin.name, "leave some out, or choose another method (mergetool methods)")
         if problem := method.problem(params):
             raise PlanError(problem, f"{method.method_name()}: {origin.name}", "change the numbers for this tensor")
         uses_base = self.uses_base and method.needs_base != "unused"

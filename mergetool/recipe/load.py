@@ -157,7 +157,7 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
     ]
     kind, method, overrides = _merge_section(document, problems) if "merge" in data else (None, None, ())
     layout, own = layout_of(document, given, kind, problems)
-    problems += cross_checks(document, kind, method)
+    problems += cross_checks(document, kind, method, layout)
     if method is not None and method.searches and not problems:
         problems += _check_candidates(document, expect(method, SearchMethod))
     if problems or method is None:
