@@ -13,7 +13,7 @@ import typer
 from mergetool._version import __version__
 from mergetool.cli.answers import deliver, inspect_bundle, print_answer, say_pushed, say_result, say_steps
 from mergetool.cli.commands import Quiet, Verbose, command, existing, is_follower, method_names, set_manner
-from mergetool.cli.progress import ProgressBar
+from mergetool.cli.progress import ProgressBar, waiting
 from mergetool.cli.show import manner, say, say_of_more, show_methods, table
 from mergetool.errors import RecipeError
 
@@ -196,7 +196,8 @@ def verify(
     else:
         from mergetool.outputs.verify import verify_output
 
-        report = verify_output(path, load=load)
+        with waiting("verifying"):
+            report = verify_output(path, load=load)
     print_answer(report if as_json else f"{path}: {report['summary']}", as_json=as_json)
 
 
@@ -213,7 +214,8 @@ def push(
     from mergetool.outputs.push import push as push_folder
     from mergetool.tensors.hub_upload import Target
 
-    pushed = push_folder(existing(path), Target(repo, private, create, pull_request))
+    with waiting("pushing"):
+        pushed = push_folder(existing(path), Target(repo, private, create, pull_request))
     say_pushed(pushed)
     print_answer(pushed.as_dict() if as_json else pushed.url, as_json=as_json)
 
@@ -231,7 +233,8 @@ def calibrate(
     from mergetool.bundle.rows import read_rows
 
     given = read_rows(rows)
-    found = fit(load_bundle(existing(bundle)), given)
+    with waiting("calibrating"):
+        found = fit(load_bundle(existing(bundle)), given)
     print_answer(found.model_dump() if as_json else bundle / CALIBRATION_NAME, as_json=as_json)
 
 
@@ -277,15 +280,16 @@ def evaluate(
 
     names = [name for part in tasks for name in part.split(",") if name]
     chosen = [TaskOptions(name=name, include=include, metric=metric) for name in names]
-    found = assess(
-        existing(path),
-        chosen,
-        parents=[existing(each) for each in parent or ()],
-        device=device_for_networks(device),
-        batch_size=batch_size,
-        cache=cache,
-        trust_code=trust_code,
-    )
+    with waiting("scoring"):
+        found = assess(
+            existing(path),
+            chosen,
+            parents=[existing(each) for each in parent or ()],
+            device=device_for_networks(device),
+            batch_size=batch_size,
+            cache=cache,
+            trust_code=trust_code,
+        )
     if as_json:
         print_answer(found, as_json=True)
         return

@@ -72,6 +72,7 @@ def totals(plan: Plan, costs: Costs, *, machines: bool = False, search: SearchMe
     counts = Counter(treatment(plan, step) for step in plan.steps)
     told = ", ".join(f"{count:,} {how}" for how, count in counts.most_common())
     files = f"{len(plan.shards)} files" if len(plan.shards) > 1 else plan.shards[0].name
+    result = "" if search is None else ", for the result"
     here = this_machine(costs.workers)
     places = [here, *(MACHINES if machines else ())]
     return [
@@ -80,7 +81,7 @@ def totals(plan: Plan, costs: Costs, *, machines: bool = False, search: SearchMe
         ("to read", filesize(costs.bytes_in)),
         ("to write", f"{filesize(costs.bytes_out)} in {files}"),
         ("memory, at most", f"{memsize(costs.peak_memory)} with {costs.workers} workers"),
-        *((f"expected time, {machine.name}", _duration(plan, machine)) for machine in places),
+        *((f"expected time, {machine.name}", f"{_duration(plan, machine)}{result}") for machine in places),
         *(_search(plan, search, here) if search is not None else ()),
         ("output", str(plan.output) if plan.output else "give -o PATH"),
     ]
