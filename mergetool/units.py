@@ -12,7 +12,9 @@ def memsize(count: float) -> str:
 
 
 def timespan(seconds: float) -> str:
-    """0.4 s, 25 s, 3 min, 2.5 h."""
+    """40 ms, 0.4 s, 25 s, 3 min, 2.5 h."""
+    if seconds < 0.095:
+        return f"{seconds * 1000:.0f} ms"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 99.5:

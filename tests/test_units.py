@@ -30,7 +30,15 @@ def test_bytes_of_memory(count, told):
 
 @pytest.mark.parametrize(
     ("seconds", "told"),
-    [(0.04, "0.0 s"), (2.34, "2.3 s"), (25.4, "25 s"), (99.6, "2 min"), (300, "5 min"), (9000, "2.5 h")],
+    [
+        (0.04, "40 ms"),
+        (0.096, "0.1 s"),
+        (2.34, "2.3 s"),
+        (25.4, "25 s"),
+        (99.6, "2 min"),
+        (300, "5 min"),
+        (9000, "2.5 h"),
+    ],
 )
 def test_durations(seconds, told):
     assert timespan(seconds) == told

@@ -6,19 +6,16 @@ stdout carries the result (a path, a table, or JSON with --json); stderr carries
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mergetool._version import __version__
-from mergetool.cli.commands import Quiet, Verbose, command, existing, method_names, set_manner
-from mergetool.cli.progress import ProgressBar
+from mergetool.cli.answers import deliver, inspect_bundle, print_answer, say_pushed, say_result, say_steps
+from mergetool.cli.commands import Quiet, Verbose, command, existing, is_follower, method_names, set_manner
+from mergetool.cli.progress import ProgressBar, waiting
 from mergetool.cli.show import manner, say, say_of_more, show_methods, table
-from mergetool.errors import OutputError, RecipeError
-from mergetool.units import filesize, timespan
-
-if TYPE_CHECKING:
-    from mergetool.tensors.hub_upload import Pushed
+from mergetool.errors import RecipeError
 
 app = typer.Typer(
     name="mergetool",
@@ -71,37 +68,34 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Merge models as a recipe says. Resumes by itself after a kill."""
-    from mergetool.engine import Flags
-    from mergetool.engine.processes import leads
     from mergetool.recipe import load_recipe
-    from mergetool.tuning.run import run_recipe
 
-    flags = Flags(
-        output,
-        device,
-        workers,
-        _size(memory),
-        overwrite=overwrite,
-        resume=not no_resume,
-        cache=cache,
-        fork=sys.platform == "linux",
-        trust_code=trust_code,
-        push=push,
-        locked=locked,
-    )
+    manner.quiet |= is_follower()
     with ProgressBar(quiet=manner.quiet) as progress:
         asked = load_recipe(recipe, settings or ())
         progress.say(f"{asked.method.method_name()} of {', '.join(asked.models)}")
+        if manner.verbose:
+            say_steps(asked)
+        from mergetool.engine import Flags  # torch comes with it: not before the first word
+        from mergetool.tuning.run import run_recipe
+
+        flags = Flags(
+            output,
+            device,
+            workers,
+            _size(memory),
+            overwrite=overwrite,
+            resume=not no_resume,
+            cache=cache,
+            fork=sys.platform == "linux",
+            trust_code=trust_code,
+            push=push,
+            locked=locked,
+        )
         result = run_recipe(asked, flags, progress)
-    if not leads():
-        return
-    say_of_more()
-    for note, count in result.notes.items():
-        say(f"note: {note} ({count} tensors)" if count > 1 else f"note: {note}")
-    say(f"{result.num_tensors} tensors, {filesize(result.bytes_written)} in {timespan(result.seconds)}")
-    if result.pushed is not None:
-        _say_pushed(result.pushed)
-    _print(result.as_dict() if as_json else result.path, as_json=as_json)
+    if not is_follower():
+        say_result(result)
+        print_answer(result.as_dict() if as_json else result.path, as_json=as_json)
 
 
 @command(app, "mergetool validate recipe.yaml --online")
@@ -123,7 +117,7 @@ def validate(
         for warning in make_plan(checked).warnings:
             say(f"warning: {warning}")
     answer = {"valid": True, "method": checked.method.method_name(), "models": list(checked.models)}
-    _print(answer if as_json else f"{recipe}: valid", as_json=as_json)
+    print_answer(answer if as_json else f"{recipe}: valid", as_json=as_json)
 
 
 @command(app, "mergetool plan recipe.yaml --memory 8GiB")
@@ -150,7 +144,7 @@ def plan(
         say(f"warning: {warning}")
     say_of_more()
     if as_json:
-        _print(describe(made, costs, search), as_json=True)
+        print_answer(describe(made, costs, search), as_json=True)
         return
     table(("", ""), totals(made, costs, machines=machines, search=search))
     print()
@@ -169,11 +163,11 @@ def inspect(
     from mergetool.planning.inspect import facts_about
 
     if is_bundle(Path(reference)):
-        _inspect_bundle(Path(reference), as_json=as_json)
+        inspect_bundle(Path(reference), as_json=as_json)
         return
     facts = facts_about(reference)
     if as_json:
-        _print(facts, as_json=True)
+        print_answer(facts, as_json=True)
         return
     tensors = facts.pop("tensors")
     table(("tensor", "dtype", "shape", "bytes"), [(t["name"], t["dtype"], t["shape"], t["bytes"]) for t in tensors])
@@ -201,22 +195,9 @@ def verify(
     else:
         from mergetool.outputs.verify import verify_output
 
-        report = verify_output(path, load=load)
-    _print(report if as_json else f"{path}: {report['summary']}", as_json=as_json)
-
-
-def _inspect_bundle(folder: Path, *, as_json: bool) -> None:
-    from mergetool.bundle.verify import facts_about_bundle
-
-    facts = facts_about_bundle(folder)
-    if as_json:
-        _print(facts, as_json=True)
-        return
-    tasks, interference = facts.pop("tasks"), facts.pop("interference")
-    table(("matrix", "interference (0: none)"), sorted(interference.items(), key=lambda item: -item[1]))
-    columns = ("name", "head", "classes", "pool", "bytes", "source")
-    table(("task", *columns[1:]), [["-" if task[key] is None else task[key] for key in columns] for task in tasks])
-    table(("", ""), list(facts.items()))
+        with waiting("verifying"):
+            report = verify_output(path, load=load)
+    print_answer(report if as_json else f"{path}: {report['summary']}", as_json=as_json)
 
 
 @command(app, "mergetool push merged org/merged --private")
@@ -232,14 +213,10 @@ def push(
     from mergetool.outputs.push import push as push_folder
     from mergetool.tensors.hub_upload import Target
 
-    pushed = push_folder(existing(path), Target(repo, private, create, pull_request))
-    _say_pushed(pushed)
-    _print(pushed.as_dict() if as_json else pushed.url, as_json=as_json)
-
-
-def _say_pushed(pushed: "Pushed") -> None:
-    done = f"{len(pushed.uploaded)} files uploaded, {pushed.unchanged} unchanged"
-    say(f"{pushed.repo}: {done}{f', {len(pushed.deleted)} deleted' if pushed.deleted else ''}")
+    with waiting("pushing"):
+        pushed = push_folder(existing(path), Target(repo, private, create, pull_request))
+    say_pushed(pushed)
+    print_answer(pushed.as_dict() if as_json else pushed.url, as_json=as_json)
 
 
 @command(app, "mergetool calibrate bundle --input rows.jsonl")
@@ -255,8 +232,9 @@ def calibrate(
     from mergetool.bundle.rows import read_rows
 
     given = read_rows(rows)
-    found = fit(load_bundle(existing(bundle)), given)
-    _print(found.model_dump() if as_json else bundle / CALIBRATION_NAME, as_json=as_json)
+    with waiting("calibrating"):
+        found = fit(load_bundle(existing(bundle)), given)
+    print_answer(found.model_dump() if as_json else bundle / CALIBRATION_NAME, as_json=as_json)
 
 
 @command(app, "mergetool route bundle --input rows.jsonl --task maths")
@@ -301,17 +279,18 @@ def evaluate(
 
     names = [name for part in tasks for name in part.split(",") if name]
     chosen = [TaskOptions(name=name, include=include, metric=metric) for name in names]
-    found = assess(
-        existing(path),
-        chosen,
-        parents=[existing(each) for each in parent or ()],
-        device=device_for_networks(device),
-        batch_size=batch_size,
-        cache=cache,
-        trust_code=trust_code,
-    )
+    with waiting("scoring"):
+        found = assess(
+            existing(path),
+            chosen,
+            parents=[existing(each) for each in parent or ()],
+            device=device_for_networks(device),
+            batch_size=batch_size,
+            cache=cache,
+            trust_code=trust_code,
+        )
     if as_json:
-        _print(found, as_json=True)
+        print_answer(found, as_json=True)
         return
     heads = ["task", "metric", "items", "score", "low", "high"]
     heads += ["best_parent", "retention", "difference_low", "difference_high"] if parent else []
@@ -331,7 +310,7 @@ def methods(
 
     facts = method_facts(name)
     if as_json:
-        _print(facts, as_json=True)
+        print_answer(facts, as_json=True)
     else:
         show_methods(facts, in_full=name is not None)
 
@@ -346,7 +325,7 @@ def init(
     """Write a recipe to begin with: all that a method can be told, with defaults and meanings."""
     from mergetool.recipe.starter import starter
 
-    _deliver(starter(method), output)
+    deliver(starter(method), output)
 
 
 @command(app, "mergetool schema > recipe.schema.json")
@@ -354,7 +333,7 @@ def schema() -> None:
     """Print the JSON schema of recipes, for editors and other tools."""
     from mergetool.recipe.json_schema import recipe_schema
 
-    _print(recipe_schema(), as_json=True)
+    print_answer(recipe_schema(), as_json=True)
 
 
 @command(app, "mergetool import mergekit.yaml -o recipe.yaml", "import")
@@ -365,20 +344,7 @@ def import_recipe(
     """Convert a mergekit recipe to one of ours (`run` takes it as it is, too)."""
     from mergetool.recipe.mergekit import converted_text
 
-    _deliver(converted_text(recipe, output.parent if output else Path()), output)
-
-
-def _deliver(text: str, output: Path | None) -> None:
-    """A recipe on stdout, or in a new file."""
-    from mergetool.tensors.writer import write_file
-
-    if output is None:
-        print(text, end="")
-        return
-    if output.exists():
-        raise OutputError("exists already", str(output), "remove it, or choose another name: -o OTHER.yaml")
-    write_file(output, text)
-    print(output)
+    deliver(converted_text(recipe, output.parent if output else Path()), output)
 
 
 def _size(text: str | None) -> int | None:
@@ -390,7 +356,3 @@ def _size(text: str | None) -> int | None:
         return parse_size(int(text) if text.isdecimal() else text)
     except ValueError as error:
         raise RecipeError(str(error), "--memory", "write e.g. --memory 8GiB") from None
-
-
-def _print(answer: Any, *, as_json: bool) -> None:
-    print(json.dumps(answer, indent=2, ensure_ascii=False, default=str) if as_json else answer)

@@ -1,6 +1,7 @@
 """What all commands have in common: -h, -q and -v, and an example in the help."""
 
 import inspect
+import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -50,6 +51,11 @@ def _with_manners(function: Callable[..., None]) -> Callable[..., None]:
     called.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # type: ignore[attr-defined]
     called.__annotations__ = {**function.__annotations__, **more}
     return called
+
+
+def is_follower() -> bool:
+    """Whether a launcher has started this process beside one that speaks for all; told without importing torch."""
+    return "MASTER_ADDR" in os.environ and os.environ.get("RANK", "0") not in ("", "0")
 
 
 def existing(path: Path) -> Path:

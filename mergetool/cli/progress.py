@@ -2,10 +2,12 @@
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from mergetool.cli.show import console, plain, say
+from mergetool.cli.show import console, manner, plain, say
 from mergetool.units import filesize, timespan
 
 if TYPE_CHECKING:
@@ -120,3 +122,11 @@ class ProgressBar:
     def _line(self) -> None:
         if not self._quiet:
             say(f"{self._label}: {self}", self._console)
+
+
+@contextmanager
+def waiting(label: str) -> Iterator[None]:
+    """Show life while something lasts of which nobody knows how long it takes."""
+    with ProgressBar(quiet=manner.quiet) as progress:
+        progress.start(0, label)
+        yield

@@ -129,8 +129,8 @@ def _rich_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     from rich.text import Text
 
     made = Table(box=None, show_header=any(heads), header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for head in heads:
-        made.add_column(head, overflow="fold")
+    for place, head in enumerate(heads):
+        made.add_column(head, overflow="fold", no_wrap=place == 0)  # names are to be copied
     for line in cells:
         made.add_row(*map(Text, line))
     console(sys.stdout).print(made)

@@ -74,6 +74,7 @@ def totals(plan: Plan, costs: Costs, *, machines: bool = False, search: Method |
     told = ", ".join(f"{count:,} {how}" for how, count in counts.most_common())
     files = f"{len(plan.files)} files" if len(plan.files) > 1 else plan.files[0].name
     at_most = "" if plan.bytes_at_most is None else "at most "
+    result = "" if search is None else ", for the result"
     here = this_machine(costs.workers)
     places = [here, *(MACHINES if machines else ())]
     return [
@@ -82,7 +83,7 @@ def totals(plan: Plan, costs: Costs, *, machines: bool = False, search: Method |
         ("to read", filesize(costs.bytes_in)),
         ("to write", f"{at_most}{filesize(costs.bytes_out)} in {files}"),
         ("memory, at most", f"{memsize(costs.peak_memory)} with {costs.workers} workers"),
-        *((f"expected time, {machine.name}", _duration(plan, machine)) for machine in places),
+        *((f"expected time, {machine.name}", f"{_duration(plan, machine)}{result}") for machine in places),
         *(_search(plan, search, here) if search is not None else ()),
         ("output", str(plan.output) if plan.output else "give -o PATH"),
     ]

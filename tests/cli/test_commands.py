@@ -103,6 +103,8 @@ def test_of_many_warnings_the_first_are_said_and_all_of_them_with_v(call, recipe
     assert "4 more warnings: -v says them all" in err
     _, _, err = call("run", tmp_path / "many.yaml", "-o", tmp_path / "two", "-v")
     assert err.count("warning: override") == 14
+    assert "step: model.layers.1.mlp.weight 8x8 F32: linear of a, b (weight=1)\n" in err
+    assert "step: " not in call("run", recipe)[2]
 
 
 EVERYWHERE = {"-q", "--quiet", "-v", "--verbose"}

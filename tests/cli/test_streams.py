@@ -218,6 +218,18 @@ def test_a_terminal_without_colours_and_one_that_is_dumb(here):
         assert allowed or "\x1b" not in drawn
 
 
+def test_a_table_on_a_terminal_has_bold_heads_and_whole_names(here):
+    ours, theirs = pty.openpty()
+    running = process("plan", "r.yaml", stdout=theirs, env=os.environ | {"COLUMNS": "70"})
+    os.close(theirs)
+    drawn = read_all(ours)
+    os.close(ours)
+    running.communicate()
+    assert re.search(r"\x1b\[1mtensor", drawn)
+    assert "model.layers.{0..1}.norm.weight" in drawn
+    assert b"\x1b" not in process("plan", "r.yaml").communicate()[0]
+
+
 def test_an_error_is_red_on_a_terminal_only(here):
     ours, theirs = pty.openpty()
     running = process("validate", "gone.yaml", stderr=theirs)
