@@ -15,7 +15,7 @@ from mergetool.outputs.journal import journal_path
 from mergetool.outputs.push import push_target
 from mergetool.outputs.staging import check_output
 from mergetool.planning.sources import pinned
-from mergetool.recipe.load import candidate_recipe
+from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.source import open_model
 from mergetool.tensors.writer import partial_path

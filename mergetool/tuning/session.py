@@ -20,7 +20,7 @@ from mergetool.planning.build import open_models
 from mergetool.planning.graph import BASE
 from mergetool.planning.search import SearchSize
 from mergetool.planning.sources import Lookup
-from mergetool.recipe.load import candidate_recipe
+from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.source import ModelSource
 from mergetool.tensors.writer import write_file
