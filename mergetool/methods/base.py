@@ -146,6 +146,10 @@ class Method(BaseModel):
         """The method that merges tensors: itself, or one inside."""
         raise TypeError(f"{self.method_name()} has candidates that merge, and merges nothing itself")
 
+    def tried(self, models: Sequence[str]) -> Sequence[dict[str, Any]]:
+        """`merge` sections of other recipes that a run of this one will try: what is wrong with them is wrong here."""
+        return ()
+
     def parts(self) -> Mapping[str, "Method"]:
         """Methods inside that see the same models: field of the recipe -> method."""
         return {}

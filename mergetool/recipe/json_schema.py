@@ -8,7 +8,8 @@ from pydantic import TypeAdapter
 from mergetool.methods import registry
 from mergetool.methods.base import Method, TensorMethod
 from mergetool.methods.families.genes import Inner, Range
-from mergetool.recipe.load import override_class, sections
+from mergetool.recipe.load import sections
+from mergetool.recipe.section import override_class
 
 _METHOD, _SEARCHED, _SETTING = "TensorMethod", "SearchedMethod", "SearchedSetting"
 

@@ -20,7 +20,7 @@ from mergetool.planning.build import open_models
 from mergetool.planning.graph import BASE
 from mergetool.planning.search import SearchSize
 from mergetool.planning.sources import Lookup
-from mergetool.recipe.load import candidate_recipe
+from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.source import ModelSource
 from mergetool.tensors.writer import write_file
@@ -59,7 +59,7 @@ def search(recipe: Recipe, folder: Path, flags: Flags, progress: Progress, team:
     sources = _fetched(recipe, progress)
     candidates = Candidates(recipe, sources, flags.device, method.search.batch_size)
     loaded = [load_task(task, recipe.folder, trust_code=flags.trust_code) for task in method.tasks]
-    tasks = [TaskItems(*found, candidates.live.lm) for found in zip(method.tasks, loaded, strict=True)]
+    tasks = [TaskItems(*pair, candidates.live.lm) for pair in zip(method.tasks, loaded, strict=True)]
     pools = split(tasks, method.search.report, recipe.compute.seed)
     journal = _open_journal(folder, _header(recipe, candidates, tasks, pools), flags, team)
     for told in _about_kept(journal):

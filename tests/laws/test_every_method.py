@@ -378,9 +378,9 @@ def test_no_more_scratch_space_is_used_than_is_counted(case, monkeypatch):
     used = set()
     scratch = TensorGroup.scratch
 
-    def counted(group, place, dtype=None):
-        used.add((place, dtype or group.models[0].dtype))
-        return scratch(group, place, dtype)
+    def counted(group, name, dtype=None):
+        used.add((name, dtype or group.models[0].dtype))
+        return scratch(group, name, dtype)
 
     monkeypatch.setattr(TensorGroup, "scratch", counted)
     case.uneven().merge(*case.toys())

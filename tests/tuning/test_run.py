@@ -100,6 +100,11 @@ ESTIMATED = {"items": 15, "calibration": 4, "guard": False}
         {"method": "slerp", "t": {"search": [0, 1]}},
         {"method": "ties", "density": {"search": [0.1, 0.9]}, "scale": {"search": [0.5, 2.0]}, "boundary": "random"},
         {"method": "dare-ties", "density": {"search": [0.1, 0.9]}, "weight": {"search": [0.5, 2.0]}},
+        {
+            "method": "task-arithmetic",
+            "weight": {"search": [0.0, 2.0]},
+            "overrides": [{"match": "lm_head.*", "use": {"choices": ["left", "right"]}}],
+        },
     ],
     ids=lambda inner: inner["method"],
 )

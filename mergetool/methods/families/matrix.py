@@ -68,7 +68,7 @@ class MatrixMethod(TensorMethod):
         if self.granularity_in(group.name, group.shape) == "tensor":
             update = self._merged_matrix(group, chosen)
         if update is None:
-            update = group.scratch(0).zero_()
+            update = group.scratch("update").zero_()
             for index, weight in chosen:
                 update.add_(group.deltas[index], alpha=weight / len(chosen))
         return group.base.add_(update.to(group.base.dtype).view_as(group.base), alpha=p.scale)
