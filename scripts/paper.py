@@ -26,7 +26,7 @@ from mergetool.planning.cost import estimate  # noqa: E402
 from mergetool.planning.duration import MACHINES, expected_seconds  # noqa: E402
 from mergetool.recipe import load_recipe  # noqa: E402
 from mergetool.tensors.source import MemorySource  # noqa: E402
-from tests.files import tensors, write_model, write_recipe  # noqa: E402
+from mergetool.testing.toys import uniform, write  # noqa: E402
 
 
 def llama(width: int, inner: int, layers: int, groups: int) -> dict[str, torch.Tensor]:
@@ -72,16 +72,15 @@ def measured() -> None:
     print("| merge | expected s | measured s | ratio |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        for seed, name in enumerate(("base", "a", "b", "c")):
-            write_model(folder / name, tensors(seed, shapes, torch.bfloat16))
+        write(folder, {name: drawn(name, shapes) for name in ("base", "a", "b", "c")})
         small = {f"model.layers.{layer}.mlp.weight": (768, 768) for layer in range(16)}
-        for seed, name in enumerate(("sbase", "sa", "sb", "sc")):
-            write_model(folder / name, tensors(seed, small, torch.bfloat16))
+        write(folder, {name: drawn(name, small) for name in ("sbase", "sa", "sb", "sc")})
         for method in ("linear", "task-arithmetic", "dare-ties", "ties", "tsv-merge"):
             before = "s" if method == "tsv-merge" else ""
             base = {} if method == "linear" else {"base": f"{before}base"}
             models = {name: f"{before}{name}" for name in "abc"}
-            recipe = write_recipe(folder / "r.yaml", **base, models=models, merge={"method": method})
+            recipe = folder / "r.yaml"
+            recipe.write_text(json.dumps({**base, "models": models, "merge": {"method": method}}))
             expected = expected_seconds(make_plan(load_recipe(recipe)))
             command = [sys.executable, "-m", "mergetool", "run", str(recipe), "-o", str(folder / "out"), "--json"]
             begun = time.monotonic()
@@ -90,6 +89,10 @@ def measured() -> None:
             assert json.loads(done.stdout)["path"], done.stderr
             shutil.rmtree(folder / "out")
             print(f"| {method} | {expected:.1f} | {seconds:.1f} | {expected / seconds:.2f} |", flush=True)
+
+
+def drawn(name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    return {key: uniform(shape, name, key).bfloat16() for key, shape in shapes.items()}
 
 
 def _environment(folder: Path) -> dict[str, str]:

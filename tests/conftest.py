@@ -5,8 +5,62 @@ What mergetool remembers between runs lies in a folder of this test run.
 
 import os
 import tempfile
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
 
 os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE"):
     os.environ.setdefault(name, "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mergetool-tests-")
+
+FAST = ("kernels", "laws", "methods", "planning", "recipe", "search", "tensors", "test_house", "test_documents")
+"""What `scripts/test --fast` runs: places whose tests start no process, train nothing and build no network."""
+LONG = {
+    "methods/test_c2m3",
+    "methods/test_repair",
+    "kernels/test_frank_wolfe",
+    "recipe/test_advice",
+    "recipe/test_filters",
+    "search/test_engines",
+    "search/test_estimate",
+    "search/test_irt",
+    "tensors/test_foreign",
+    "tensors/test_pickled",
+    "laws/test_devices",
+    "laws/test_documentation",
+    "laws/test_every_bundle",
+}
+"""Files among them that take long all the same."""
+LONG_TESTS = {
+    "test_large_tensors_are_trimmed_exactly_whatever_a_sample_of_them_shows",
+    "test_importing_the_package_imports_no_torch",
+    "test_junk_anywhere_in_a_recipe_is_a_recipe_error_or_fine",
+}
+REAL_RUNS = {"slices", "workers", "memory", "device"}
+"""Laws that run from files to files; the others are tried with each method's defaults only."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_fast(item):
+            item.add_marker(pytest.mark.fast)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files that could not be chosen are not even imported."""
+    if config.option.markexpr != "fast" or collection_path in (TESTS, TESTS.parent):
+        return None
+    place = collection_path.relative_to(TESTS).with_suffix("")
+    return True if place.parts[0] not in FAST or str(place) in LONG else None
+
+
+def is_fast(item: pytest.Item) -> bool:
+    """Whether a test belongs into the lane for every save."""
+    place = str(item.path.relative_to(TESTS).with_suffix(""))
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    if "law" in given and (given["law"].name in REAL_RUNS or given["case"].option):
+        return False
+    return place.partition("/")[0] in FAST and place not in LONG and getattr(item, "originalname", "") not in LONG_TESTS

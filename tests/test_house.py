@@ -1,8 +1,10 @@
 """Rules of the house that no linter knows."""
 
 import ast
+import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ FILES = sorted((ROOT / "mergetool").rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 400, 50
 
 
+@cache
 def trees():
     return {path.relative_to(ROOT): ast.parse(path.read_text("utf-8")) for path in FILES}
 
@@ -120,3 +123,10 @@ def test_no_module_takes_anything_from_the_package_root():
         path: [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)] for path, tree in trees().items()
     }
     assert [str(path) for path, nodes in imports.items() if any(node.module == "mergetool" for node in nodes)] == []
+
+
+def test_scripts_need_nothing_of_the_tests():
+    """Tests try scripts out; if scripts used tests, neither could be moved alone."""
+    paths = [path for path in (ROOT / "scripts").rglob("*") if path.is_file() and path.suffix in ("", ".py")]
+    importing = [str(path) for path in paths if re.search(r"^\s*(from|import) tests\b", path.read_text("utf-8"), re.M)]
+    assert importing == []

@@ -84,9 +84,10 @@ def _is_heard() -> bool:
 def _run() -> int:
     """Run a command; its exit code."""
     from mergetool.cli.app import app
-    from mergetool.cli.show import explain, explain_bug, explain_usage, interrupted
+    from mergetool.cli.show import explain, explain_bug, explain_usage, interrupted, show_warnings_plainly
     from mergetool.errors import MergetoolError
 
+    show_warnings_plainly()
     as_json = "--json" in sys.argv
     try:
         ended: Any = app(standalone_mode=False)

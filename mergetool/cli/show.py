@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
@@ -64,6 +65,26 @@ def _say(head: str, style: str, rest: str, where: "Console | None" = None) -> No
     from rich.text import Text
 
     (where or console()).print(Text.assemble((head, style), plain(rest)), soft_wrap=True)
+
+
+def show_warnings_plainly() -> None:
+    """What our code warns of looks like everything else for people; other packages' warnings stay as they are."""
+    others = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if category.__module__.startswith("mergetool."):
+            say(f"warning: {message}")
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
 
 
 def plain(text: str) -> str:

@@ -124,7 +124,7 @@ class Method(BaseModel):
     uses_factors: ClassVar[bool] = False
     """Whether it computes factors of task vectors, which can be kept between runs."""
     exempt: ClassVar[Mapping[str, str]] = {}
-    """Laws of `tests/laws` that this method does not obey, each with the reason."""
+    """Laws (`mergetool.testing`) that this method does not obey, each with the reason."""
     neutral: ClassVar[Mapping[str, Any]] = {}
     """Settings under which merging copies of one model gives that model back."""
     result: ClassVar[Literal["checkpoint", "bundle"]] = "checkpoint"
@@ -165,8 +165,9 @@ class Method(BaseModel):
             return
         if any(parent in _REGISTRY.values() for parent in cls.__mro__[1:]):
             raise TypeError(f"{cls.__name__}: a concrete method is final and cannot be subclassed")
-        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
-            raise TypeError(f"two methods are called {name!r}")
+        other = _REGISTRY.get(name)
+        if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"two methods are called {name!r}: those of {other.__module__} and {cls.__module__}")
         for key, info in cls.model_fields.items():
             if key != "method" and not info.description:
                 raise TypeError(f"{cls.__name__}.{key} has no description")
@@ -180,8 +181,8 @@ class Method(BaseModel):
 
     @classmethod
     def documentation(cls) -> str:
-        """The module docstring: what the method does, its reference, and where it differs."""
-        return (sys.modules[cls.__module__].__doc__ or "").strip()
+        """The module docstring (else that of the class): what it does, its reference, and where it differs."""
+        return (sys.modules[cls.__module__].__doc__ or cls.__doc__ or cls.__name__).strip()
 
     @classmethod
     def schedulables(cls) -> dict[str, Schedulable]:

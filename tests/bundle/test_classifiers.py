@@ -16,7 +16,7 @@ from mergetool.bundle.manifest import ClassHead, read_manifest
 from mergetool.checkpoints.names import match
 from mergetool.cli.app import app
 from mergetool.errors import PlanError, SourceError
-from tests.bundle.classifiers import (
+from mergetool.testing.classifiers import (
     audio_inputs,
     expert_answer,
     image_inputs,

@@ -13,7 +13,7 @@ import transformers
 
 import mergetool
 from mergetool.bundle.local import make_local, pending, replaced
-from tests.bundle.classifiers import save_experts, text_inputs, tiny_config
+from mergetool.testing.classifiers import save_experts, text_inputs, tiny_config
 from tests.bundle.tiny import OPTIONS, ROUTER, make_bundle, tiny_inputs
 
 NUM_THREADS = 8

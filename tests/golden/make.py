@@ -21,8 +21,8 @@ import mergetool  # noqa: E402
 from mergetool.methods.base import TensorMethod  # noqa: E402
 from mergetool.methods.families.bundle import BundleMethod  # noqa: E402
 from mergetool.tensors.io import sha256_file  # noqa: E402
-from tests.laws.cases import Case, all_cases, bundle_cases  # noqa: E402
-from tests.toys import SHAPES, read, toy_models, write  # noqa: E402
+from mergetool.testing.cases import MethodCase, all_cases, bundle_cases  # noqa: E402
+from mergetool.testing.toys import SHAPES, read, toy_models, write  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden.json"
 STORED = {"lm_head.weight": torch.bfloat16, "model.embed_tokens.weight": torch.float16}
@@ -31,12 +31,12 @@ SMALL = {name: SHAPES[name] for name in ("model.layers.0.mlp.up_proj.weight", "m
 """The tensors whose numbers are kept."""
 
 
-def is_exact(case: Case) -> bool:
+def is_exact(case: MethodCase) -> bool:
     """Whether the result must be the same to the bit everywhere."""
     return issubclass(case.kind, TensorMethod) and case.kind.granularity != "tensor"
 
 
-def outcome(case: Case, folder: Path):
+def outcome(case: MethodCase, folder: Path):
     """What is kept of a merge: the digest of its file, or its numbers."""
     base, models = case.toys(exact=False)
     if not is_exact(case) and not case.architecture:
@@ -66,12 +66,12 @@ def _stored(state):
     return {name: value.to(STORED.get(name, torch.float32)) for name, value in state.items()}
 
 
-def every_case() -> list[Case]:
+def every_case() -> list[MethodCase]:
     """All that a golden merge is kept of."""
     return [*all_cases(), *bundle_cases()]
 
 
-def name_of(case: Case) -> str:
+def name_of(case: MethodCase) -> str:
     return f"{case.method} {case.option}".strip()
 
 

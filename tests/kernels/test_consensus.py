@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergetool.kernels.consensus import agreeing_sum_, keep_largest_
-from tests.toys import uniform
+from mergetool.testing.toys import uniform
 
 FLOATS = (torch.float32, torch.float64)
 

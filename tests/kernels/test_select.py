@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergetool.kernels.select import Bracket, Count, RankedMagnitude, RankSearch, Tally, places_of
-from tests.toys import uniform
+from mergetool.testing.toys import uniform
 
 KINDS = {32: (torch.float32, np.float32), 64: (torch.float64, np.float64)}
 

@@ -17,8 +17,8 @@ from mergetool.methods.tsv_merge import TsvMerge
 from mergetool.planning import make_plan
 from mergetool.recipe import load_recipe
 from mergetool.tensors.source import MemorySource
+from mergetool.testing.cases import MethodCase, all_cases
 from tests.elsewhere import DEVICE, Elsewhere, NoDoubleError, algebra
-from tests.laws.cases import Case, all_cases
 
 CASES = [pytest.param(case, id=f"{case.method} {case.option}".strip()) for case in all_cases() if not case.architecture]
 
@@ -64,7 +64,7 @@ def test_a_method_says_whether_it_needs_float64(case):
 
 
 def test_threads_that_begin_linear_algebra_at_once_do_not_load_it_twice(monkeypatch):
-    case, together = Case(TsvMerge), Barrier(4)
+    case, together = MethodCase(TsvMerge), Barrier(4)
 
     def work(_):
         together.wait()
@@ -103,7 +103,7 @@ def test_the_stand_in_takes_what_a_gpu_takes():
 
 
 def test_kept_factors_go_to_the_device_and_come_back(tmp_path):
-    case, expected = Case(TsvMerge), merged(Case(TsvMerge), "cpu")
+    case, expected = MethodCase(TsvMerge), merged(MethodCase(TsvMerge), "cpu")
     for _ in ("made", "found"):
         with Elsewhere():
             there = merged(case, DEVICE, FactorStore(tmp_path))

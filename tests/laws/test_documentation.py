@@ -13,7 +13,7 @@ from mergetool.methods import registry
 from mergetool.methods.families.bundle import BundleMethod
 from mergetool.methods.families.search import SearchMethod
 from mergetool.recipe.reference import method_facts
-from tests.toys import INTEGERS, MLP, SHAPES, read, toy_models, write
+from mergetool.testing.toys import INTEGERS, MLP, SHAPES, read, toy_models, write
 from tests.tuning.planted import World
 
 METHODS = sorted(registry())

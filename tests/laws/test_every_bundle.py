@@ -18,18 +18,20 @@ from mergetool.bundle.manifest import read_manifest
 from mergetool.bundle.verify import facts_about_bundle, verify_bundle
 from mergetool.methods import registry
 from mergetool.methods.families.bundle import BundleMethod
-from tests.laws.cases import Case, bundle_cases
-from tests.toys import INTEGERS, assert_near, read, write
+from mergetool.testing.cases import MethodCase, bundle_cases
+from mergetool.testing.toys import INTEGERS, assert_near, read, write
 
 every_case = pytest.mark.parametrize("case", bundle_cases(), ids=lambda case: f"{case.method} {case.option}".strip())
 every_bundle = pytest.mark.parametrize(
-    "case", [Case(kind) for kind in registry().values() if issubclass(kind, BundleMethod)], ids=lambda case: case.method
+    "case",
+    [MethodCase(kind) for kind in registry().values() if issubclass(kind, BundleMethod)],
+    ids=lambda case: case.method,
 )
 
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
-    base, models = Case(BundleMethod).toys(exact=False)
+    base, models = MethodCase(BundleMethod).toys(exact=False)
     states = {name: state | INTEGERS for name, state in {"base": base, **models}.items()}
     return states, write(tmp_path_factory.mktemp("toys"), states)
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 import mergetool
 from mergetool.engine.run import Silent
 from mergetool.errors import PlanError, RecipeError, SourceError
+from mergetool.testing.toys import assert_near, assert_same_bytes
 from tests.alignment import nets
 from tests.arch.networks import MLP
-from tests.toys import assert_near, assert_same_bytes
 
 
 def merge(models, architecture="mlp", method="c2m3", **parameters):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mergetool import PlanError, merge_state_dicts
+from mergetool.testing.toys import assert_near, assert_same_bytes, plus, toy_base, toy_deltas, toy_models, uniform
 from tests.methods.test_ties import elect_and_merge
-from tests.toys import assert_near, assert_same_bytes, plus, toy_base, toy_deltas, toy_models, uniform
 
 SIZE = 100_000
 

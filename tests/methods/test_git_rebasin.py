@@ -4,8 +4,8 @@ import pytest
 
 import mergetool
 from mergetool.errors import RecipeError
+from mergetool.testing.toys import assert_near
 from tests.alignment import nets
-from tests.toys import assert_near
 
 
 def merge(models, method="git-rebasin", **parameters):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mergetool import PlanError, merge_state_dicts
-from tests.toys import assert_near, assert_same_bytes, minus, plus, times, toy_base, toy_deltas, toy_models
+from mergetool.testing.toys import assert_near, assert_same_bytes, minus, plus, times, toy_base, toy_deltas, toy_models
 
 
 def averaged(models, weights, *, normalize=True):

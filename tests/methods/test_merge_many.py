@@ -3,8 +3,8 @@
 import torch
 
 import mergetool
+from mergetool.testing.toys import assert_near
 from tests.alignment import nets
-from tests.toys import assert_near
 
 
 def merge(models, **parameters):

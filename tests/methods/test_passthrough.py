@@ -5,7 +5,7 @@ import torch
 
 import mergetool
 from mergetool import RecipeError, merge_state_dicts
-from tests.toys import INTEGERS, assert_same_bytes, read, times, toy_models, write
+from mergetool.testing.toys import INTEGERS, assert_same_bytes, read, times, toy_models, write
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import mergetool
 from mergetool.errors import PlanError, RecipeError, SourceError
+from mergetool.testing.toys import assert_same_bytes
 from tests.alignment import nets
-from tests.toys import assert_same_bytes
 
 BUILD = """
 from tests.arch.networks import MLP, ResNetCifar

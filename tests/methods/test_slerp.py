@@ -8,7 +8,7 @@ import torch
 
 import mergetool
 from mergetool import RecipeError, merge_state_dicts
-from tests.toys import assert_near, assert_same_bytes, read, toy_models, uniform, write
+from mergetool.testing.toys import assert_near, assert_same_bytes, read, toy_models, uniform, write
 
 
 def slerp(a, b, t):

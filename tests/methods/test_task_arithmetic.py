@@ -3,7 +3,7 @@
 import pytest
 
 from mergetool import PlanError, RecipeError, merge_state_dicts
-from tests.toys import assert_near, assert_same_bytes, minus, plus, times, toy_base, toy_deltas, toy_models
+from mergetool.testing.toys import assert_near, assert_same_bytes, minus, plus, times, toy_base, toy_deltas, toy_models
 
 NAME = "task-arithmetic"
 

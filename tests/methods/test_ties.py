@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergetool import merge_state_dicts
-from tests.toys import assert_near, assert_same_bytes, minus, plus, times, toy_base, toy_deltas, toy_models, uniform
+from mergetool.testing.toys import (
+    assert_near,
+    assert_same_bytes,
+    minus,
+    plus,
+    times,
+    toy_base,
+    toy_deltas,
+    toy_models,
+    uniform,
+)
 
 A, B = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
 

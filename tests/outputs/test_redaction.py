@@ -12,8 +12,8 @@ from mergetool.outputs.redaction import redacted
 from mergetool.outputs.verify import verify_output
 from mergetool.recipe import load_recipe
 from mergetool.tensors.hub_upload import Target
+from mergetool.testing.toys import MLP
 from tests.files import tensors, write_model, write_recipe
-from tests.toys import MLP
 
 MATRICES = {f"model.layers.{layer}.mlp.weight": (12, 9) for layer in range(2)} | {"model.norm.weight": (9,)}
 

@@ -8,7 +8,7 @@ from mergetool.planning.numbers import keeps_operands, with_numbers
 from mergetool.recipe import load_recipe
 from mergetool.recipe.candidate import candidate_recipe, settings_of
 from mergetool.tensors.source import MemorySource
-from tests.toys import INTEGERS, toy_models
+from mergetool.testing.toys import INTEGERS, toy_models
 
 NARROW = {"search": [0.1, 0.9]}
 GATED = [{"match": "*.mlp.*", "weight": {"search": [0.0, 2.0], "groups": 2}}, {"match": "lm_head.*", "use": "a"}]

@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto
 
 import mergetool
-from scripts.studies.mass.configs import BASES, CONFIGS, IMAGE_SIZES, LEFT_OUT
-from tests.bundle.classifiers import (
+from mergetool.testing.classifiers import (
     audio_inputs,
     expert_answer,
     image_inputs,
@@ -30,6 +29,7 @@ from tests.bundle.classifiers import (
     text_inputs,
     tiny_config,
 )
+from scripts.studies.mass.configs import BASES, CONFIGS, IMAGE_SIZES, LEFT_OUT
 
 MAPPINGS = {
     "sequence": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,

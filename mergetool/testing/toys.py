@@ -1,4 +1,4 @@
-"""Toy models for tests: shaped like a small transformer plus every odd tensor, drawn without torch's random numbers.
+"""Toy models: shaped like a small transformer plus every odd tensor, drawn without torch's random numbers.
 
 Values come from raw words of PCG64, which numpy promises never to change. `exact` toys lie on a coarse binary grid:
 differences, doublings and short sums of them are exact in float32, and many magnitudes are equal (as with 16-bit
@@ -6,14 +6,19 @@ models).
 """
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-SHAPES = {
+State = dict[str, torch.Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
+
+SHAPES: Shapes = {
     "model.embed_tokens.weight": (11, 6),
     "model.layers.0.self_attn.q_proj.weight": (6, 6),
     "model.layers.0.mlp.up_proj.weight": (9, 6),
@@ -29,12 +34,12 @@ SHAPES = {
     "adapter.empty.weight": (0, 6),
     "lm_head.weight": (11, 6),
 }
-MLP = {"fc1.weight": (7, 5), "fc1.bias": (7,), "fc2.weight": (3, 7), "fc2.bias": (3,)}
+MLP: Shapes = {"fc1.weight": (7, 5), "fc1.bias": (7,), "fc2.weight": (3, 7), "fc2.bias": (3,)}
 """A network whose neurons can be permuted."""
 INTEGERS = {"position_ids": torch.arange(8).reshape(1, 8), "causal": torch.tensor([True, False, True])}
 
 
-def words(count: int, *names: object) -> np.ndarray:
+def words(count: int, *names: object) -> "np.ndarray[Any, np.dtype[np.uint64]]":
     """Random 64-bit words that depend on nothing but the names."""
     digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return np.asarray(np.random.PCG64(int.from_bytes(digest[:8], "little")).random_raw(count), dtype=np.uint64)
@@ -52,42 +57,44 @@ def whole(shape: tuple[int, ...], largest: int, *names: object) -> torch.Tensor:
     return torch.from_numpy(drawn.astype(np.float32)).reshape(shape)
 
 
-def toy_base(seed=0, *, exact=True, shapes=SHAPES):
+def toy_base(seed: object = 0, *, exact: bool = True, shapes: Shapes = SHAPES) -> State:
     """A base model: multiples of 1/64 if `exact`, else any float32 numbers."""
     if exact:
         return {name: whole(shape, 128, seed, "base", name) / 64 for name, shape in shapes.items()}
     return {name: uniform(shape, seed, "base", name) for name, shape in shapes.items()}
 
 
-def toy_deltas(model, seed=0, *, exact=True, shapes=SHAPES):
+def toy_deltas(model: str, seed: object = 0, *, exact: bool = True, shapes: Shapes = SHAPES) -> State:
     """A task vector a few percent the size of the base; multiples of 1/256 if `exact`, one in 41 of them zero."""
     if exact:
         return {name: whole(shape, 20, seed, model, name) / 256 for name, shape in shapes.items()}
     return {name: uniform(shape, seed, model, name) / 16 for name, shape in shapes.items()}
 
 
-def toy_models(names="abc", seed=0, *, exact=True, shapes=SHAPES):
+def toy_models(
+    names: Iterable[str] = "abc", seed: object = 0, *, exact: bool = True, shapes: Shapes = SHAPES
+) -> tuple[State, dict[str, State]]:
     """(base, models by name): the base plus a task vector each."""
     base = toy_base(seed, exact=exact, shapes=shapes)
     return base, {name: plus(base, toy_deltas(name, seed, exact=exact, shapes=shapes)) for name in names}
 
 
-def plus(state, other, factor=1.0):
+def plus(state: State, other: State, factor: float = 1.0) -> State:
     """`state + factor * other`, tensor by tensor."""
     return {name: value + factor * other[name] for name, value in state.items()}
 
 
-def minus(state, other):
+def minus(state: State, other: State) -> State:
     """`state - other`, tensor by tensor."""
     return plus(state, other, -1.0)
 
 
-def times(state, factor):
+def times(state: State, factor: float) -> State:
     """`factor * state`, tensor by tensor."""
     return {name: value * factor for name, value in state.items()}
 
 
-def write(folder: Path, states) -> dict[str, Path]:
+def write(folder: Path, states: Mapping[str, State]) -> dict[str, Path]:
     """Save state dicts as model folders; the paths by name."""
     paths = {name: folder / name for name in states}
     for name, state in states.items():
@@ -101,19 +108,44 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
 
 
-def assert_same_bytes(found, expected):
+def assert_same_bytes(found: State, expected: State) -> None:
     """Same names, dtypes, shapes and bits."""
-    assert found.keys() == expected.keys()
+    _assert_same_names(found, expected)
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        assert found[name].shape == value.shape, name
-        assert found[name].reshape(-1).view(torch.uint8).equal(value.reshape(-1).view(torch.uint8)), name
+        _assert_same(f"{name}: dtype", found[name].dtype, value.dtype)
+        _assert_same(f"{name}: shape", tuple(found[name].shape), tuple(value.shape))
+        if not _bytes_of(found[name]).equal(_bytes_of(value)):
+            raise AssertionError(f"{name}: {_differences(found[name], value, 0.0) or 'the bytes differ'}")
 
 
-def assert_near(found, expected, tolerance=1e-5):
+def assert_near(found: State, expected: State, tolerance: float = 1e-5) -> None:
     """Same names and shapes, and values that differ by at most `tolerance`."""
-    assert found.keys() == expected.keys()
+    _assert_same_names(found, expected)
     for name, value in expected.items():
-        torch.testing.assert_close(
-            found[name].double(), value.double(), rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        _assert_same(f"{name}: shape", tuple(found[name].shape), tuple(value.shape))
+        if difference := _differences(found[name], value, tolerance):
+            raise AssertionError(f"{name}: {difference}")
+
+
+def _assert_same_names(found: State, expected: State) -> None:
+    _assert_same("tensors", sorted(found), sorted(expected))
+
+
+def _assert_same(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise AssertionError(f"{what}: {found}, expected {expected}")
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _differences(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:
+    """How many values are further apart than `tolerance` (or no numbers), and the first two; else nothing."""
+    left, right = found.double().reshape(-1), expected.double().reshape(-1)
+    (places,) = (~((left == right) | ((left - right).abs() <= tolerance))).nonzero(as_tuple=True)
+    if not len(places):
+        return ""
+    first = int(places[0])
+    apart = f"{len(places)} of {len(left)} values differ by more than {tolerance:g}"
+    return f"{apart}; the first, at {first}, is {left[first]:.9g}, expected {right[first]:.9g}"

@@ -51,6 +51,7 @@ def text_inputs(num_samples: int = 5, *, seed: int = 1, side: str = "right", end
 
 
 def image_inputs(num_samples: int = 5, size: int = 16) -> dict[str, Tensor]:
+    """Square images."""
     generator = torch.Generator().manual_seed(1)
     return {"pixel_values": torch.randn(num_samples, 3, size, size, generator=generator)}
 

@@ -1,43 +1,42 @@
 """What the laws are tried on: every registered method with its defaults, and once more for each choice of an option.
 
-A law is a test whose parameter is one such case. Cases come from the registry and from the fields of the classes, so a
-new method or option is under the laws without anything being written here. What a method does not obey, it says itself:
+A law is tried on each of these cases. They come from the fields of the classes, so a new method or option is under the
+laws without anything being written here. What a method does not obey, it says itself:
 
     exempt: ClassVar = {"order": "t counts from the first model to the second"}          under all its options
     exempt: ClassVar = {"independent scope=model": "the threshold is the whole model's"}  under this one
 
-An exempt method must really break the law (a strict xfail): an exemption that is not needed is an error.
+An exempt method must really break the law: an exemption that is not needed is an error.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
-import pytest
 from pydantic import BaseModel, ValidationError
 
-import mergetool
+from mergetool.api import merge_state_dicts
 from mergetool.methods import registry
 from mergetool.methods.base import Method, TensorMethod
 from mergetool.methods.families.bundle import BundleMethod
 from mergetool.methods.families.fitted import FittedMethod
-from tests.toys import MLP, toy_base, toy_deltas, toy_models
-
-LAWS: dict[str, str] = {}
-"""Every law by name, with its claim."""
+from mergetool.testing.toys import MLP, State, toy_base, toy_deltas, toy_models
 
 _VALUES = (0.5, 0.25, 1.0)
 """For settings that differ by model: sums and products stay exact, and all lie in (0, 1]."""
 
 
 @dataclass(frozen=True)
-class Case:
+class MethodCase:
     """A method under some settings."""
 
     kind: type[Method]
     option: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.option}".strip()
 
     @property
     def method(self) -> str:
@@ -53,11 +52,11 @@ class Case:
         return "abc"[: self.kind.max_models or 3]
 
     @property
-    def architecture(self) -> dict[str, str]:
+    def architecture(self) -> dict[str, Any]:
         """What a recipe says about the architecture: something where a method looks at whole models."""
         return {"architecture": "mlp"} if issubclass(self.kind, FittedMethod) else {}
 
-    def toys(self, names=None, *, exact=True):
+    def toys(self, names: str | None = None, *, exact: bool = True) -> tuple[State, dict[str, State]]:
         """(base, models by name) for this method: fine-tunes of the base, or networks trained apart."""
         names = names or self.names
         if not self.architecture:
@@ -65,17 +64,17 @@ class Case:
         models = {name: toy_base(f"apart {name}", exact=exact, shapes=MLP) for name in names}
         return toy_base(exact=exact, shapes=MLP), models
 
-    def toy_parts(self):
+    def toy_parts(self) -> tuple[State, dict[str, State]]:
         """(base, task vectors by name), exact."""
         return toy_base(), {name: toy_deltas(name) for name in self.names}
 
-    def with_settings(self, **more: Any) -> "Case":
-        return Case(self.kind, self.option, {**self.settings, **more})
+    def with_settings(self, **more: Any) -> "MethodCase":
+        return MethodCase(self.kind, self.option, {**self.settings, **more})
 
-    def neutral(self) -> "Case":
+    def neutral(self) -> "MethodCase":
         return self.with_settings(**self.kind.neutral)
 
-    def uneven(self) -> "Case":
+    def uneven(self) -> "MethodCase":
         """With other numbers than the defaults, and another one for every model wherever that is possible."""
         each = dict(zip(self.names, _VALUES, strict=False))
         return self.with_settings(
@@ -86,10 +85,10 @@ class Case:
         """The `merge` section of a recipe."""
         return {"method": self.method, **self.settings}
 
-    def merge(self, base, models, **compute):
+    def merge(self, base: State, models: Mapping[str, State], **compute: Any) -> State:
         """Merge state dicts (`seed` and `dtype` go to the computation)."""
         given = base if self.has_base else None
-        return mergetool.merge_state_dicts(self.section(), models, given, **self.architecture, **compute)
+        return merge_state_dicts(self.section(), models, given, **self.architecture, **compute)
 
 
 def choices(kind: type[BaseModel]) -> Iterator[tuple[str, Any, Any]]:
@@ -99,49 +98,29 @@ def choices(kind: type[BaseModel]) -> Iterator[tuple[str, Any, Any]]:
         if info.annotation is bool:
             values = (False, True)
         yield from ((key, value, {key: value}) for value in values if key != "method" and value != info.default)
-        kind_of_section = info.annotation if isinstance(info.annotation, type) else object
-        if issubclass(kind_of_section, BaseModel) and not issubclass(kind_of_section, Method):
-            yield from ((f"{key}.{k}", value, {key: setting}) for k, value, setting in choices(kind_of_section))
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel) and not issubclass(section, Method):
+            yield from ((f"{key}.{k}", value, {key: setting}) for k, value, setting in choices(section))
 
 
-def cases(kind: type[Method]) -> Iterator[Case]:
+def cases(kind: type[Method]) -> Iterator[MethodCase]:
     """The defaults, then one case for every other choice that needs no second setting beside it."""
-    yield Case(kind)
+    yield MethodCase(kind)
     for key, value, setting in choices(kind):
         try:
             kind.model_validate(setting)
         except ValidationError:
             continue
-        yield Case(kind, f"{key}={value if isinstance(value, str) else json.dumps(value)}", setting)
+        yield MethodCase(kind, f"{key}={value if isinstance(value, str) else json.dumps(value)}", setting)
 
 
-def all_cases() -> Iterator[Case]:
+def all_cases() -> Iterator[MethodCase]:
     """Cases of all methods whose result is a checkpoint."""
     for kind in registry().values():
         if issubclass(kind, TensorMethod | FittedMethod):
             yield from cases(kind)
 
 
-def bundle_cases() -> list[Case]:
+def bundle_cases() -> list[MethodCase]:
     """Cases of all methods whose result is a bundle."""
     return [case for kind in registry().values() if issubclass(kind, BundleMethod) for case in cases(kind)]
-
-
-def law(name: str, applies: Callable[[Case], bool] = lambda case: True, *, fitted: bool = False):
-    """Make a test a law: parametrised over all cases to which it applies; its docstring is its claim.
-
-    `fitted` laws are for methods that see whole models first, too.
-    """
-
-    def decorate(test):
-        LAWS[name] = " ".join(test.__doc__.split())
-        chosen = (case for case in all_cases() if fitted or not case.architecture)
-        return pytest.mark.parametrize("case", [_param(name, case) for case in chosen if applies(case)])(test)
-
-    return decorate
-
-
-def _param(name: str, case: Case):
-    reason = case.kind.exempt.get(name) or case.kind.exempt.get(f"{name} {case.option}")
-    marks = [pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError)] if reason else []
-    return pytest.param(case, id=f"{case.method} {case.option}".strip(), marks=marks)

@@ -1,0 +1,85 @@
+"""What a law is, and how pytest tries it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from mergetool.methods.base import Method, TensorMethod
+from mergetool.methods.families.fitted import FittedMethod
+from mergetool.testing.cases import MethodCase, cases
+
+Check = Callable[[MethodCase], None]
+
+LAWS: dict[str, "Law"] = {}
+"""Every law by name."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """A claim about every method, and the function that tries it on a case (AssertionError where it is broken)."""
+
+    name: str
+    claim: str
+    holds: Check
+    applies: Callable[[MethodCase], bool]
+    fitted: bool
+    """Whether it is for methods that see whole models first, too."""
+
+    def covers(self, case: MethodCase) -> bool:
+        return (self.fitted or not issubclass(case.kind, FittedMethod)) and self.applies(case)
+
+    def exemption(self, case: MethodCase) -> str | None:
+        """Why the method need not obey under this option, if it says so."""
+        return case.kind.exempt.get(self.name) or case.kind.exempt.get(f"{self.name} {case.option}")
+
+    def check(self, case: MethodCase) -> None:
+        """Try it. Raises AssertionError that says which law is broken, how, and what can be done."""
+        __tracebackhide__ = True
+        try:
+            self.holds(case)
+        except AssertionError as error:
+            key = f"{self.name} {case.option}".strip()
+            raise AssertionError(
+                f"{case} breaks the law {self.name!r}: {self.claim}\n  {error}\n"
+                f"  fix: mend {case.kind.__name__}; or, if it is meant, say so there: "
+                f'exempt: ClassVar = {{"{key}": "the reason"}}'
+            ) from None
+
+
+def law(
+    name: str, applies: Callable[[MethodCase], bool] = lambda case: True, *, fitted: bool = False
+) -> Callable[[Check], Check]:
+    """Make a function of a case a law; its docstring is the claim."""
+
+    def decorate(holds: Check) -> Check:
+        LAWS[name] = Law(name, " ".join((holds.__doc__ or "").split()), holds, applies, fitted)
+        return holds
+
+    return decorate
+
+
+def laws(*kinds: type[Method]) -> Callable[[Law, MethodCase], None]:
+    """A test for pytest: every law on every case of these methods. Give it a name that begins with `test`."""
+    import pytest
+
+    for kind in kinds:
+        if not issubclass(kind, TensorMethod | FittedMethod) or kind.method_name() is None:
+            raise TypeError(f"{kind.__name__}: laws are for concrete classes made from TensorMethod or FittedMethod")
+
+    def marks(law: Law, case: MethodCase) -> list[pytest.MarkDecorator]:
+        reason = law.exemption(case)
+        return [pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError)] if reason else []
+
+    tried = [pytest.param(law, case, id=f"{law.name} {case}", marks=marks(law, case)) for law, case in _pairs(kinds)]
+
+    @pytest.mark.parametrize(("law", "case"), tried)
+    def test(law: Law, case: MethodCase) -> None:
+        __tracebackhide__ = True
+        law.check(case)
+
+    return test
+
+
+def _pairs(kinds: tuple[type[Method], ...]) -> Iterator[tuple[Law, MethodCase]]:
+    for kind in kinds:
+        for case in cases(kind):
+            yield from ((law, case) for law in LAWS.values() if law.covers(case))

@@ -1,0 +1,62 @@
+"""Real runs of a case, from files to files, cut into slices and units of any size."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from pathlib import Path
+from pkgutil import walk_packages
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mergetool.engine as engine
+from mergetool.api import run as run_recipe
+from mergetool.testing.cases import MethodCase
+from mergetool.testing.toys import INTEGERS, State, read, write
+
+
+def run(
+    case: MethodCase, *, exact: bool, slices: tuple[int, int] | None = None, shard_size: int | str = "5GB", **flags: Any
+) -> tuple[State, int]:
+    """Merge the case's toy models on the disk; what was written, and in how many files."""
+    with TemporaryDirectory() as place, ExitStack() as stack:
+        base, models = case.toys(exact=exact)
+        states = {name: state | INTEGERS for name, state in {"base": base, **models}.items()}
+        paths = {name: str(path) for name, path in write(Path(place) / "models", states).items()}
+        recipe = {
+            **({"base": paths["base"]} if case.has_base else {}),
+            "models": {name: paths[name] for name in case.names},
+            **case.architecture,
+            "merge": case.section(),
+            "output": {"shard_size": shard_size},
+        }
+        if slices is not None:
+            stack.enter_context(cut_finely(*slices))
+        result = run_recipe(recipe, output=Path(place) / "out", **flags)
+        return read(result.path), len(list(result.path.glob("*.safetensors")))
+
+
+@contextmanager
+def cut_finely(slice_elements: int, unit_elements: int) -> Iterator[None]:
+    """The two sizes are constants that several modules import; give all of them other values for a while."""
+    for found in walk_packages(engine.__path__, f"{engine.__name__}."):
+        import_module(found.name)
+    modules = [module for name, module in sys.modules.items() if name.startswith("mergetool.")]
+    with ExitStack() as stack:
+        for key, value in (("SLICE_ELEMENTS", slice_elements), ("UNIT_ELEMENTS", unit_elements)):
+            holders = [module for module in modules if hasattr(module, key)]
+            assert holders, key
+            for module in holders:
+                stack.enter_context(replaced(module, key, value))
+        yield
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

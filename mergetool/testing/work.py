@@ -1,0 +1,101 @@
+"""Laws about what a result may depend on: not on slices, workers, order of work, files or memory; to the bit."""
+
+import torch
+from torch import Tensor
+
+from mergetool.methods.base import TensorGroup, TensorMethod
+from mergetool.testing.cases import MethodCase
+from mergetool.testing.law import law
+from mergetool.testing.runs import replaced, run
+from mergetool.testing.toys import INTEGERS, assert_near, assert_same_bytes
+
+
+@law("independent")
+def a_tensors_result_does_not_depend_on_what_else_is_merged(case: MethodCase) -> None:
+    """A tensor's result does not depend on what else is merged."""
+    base, models = case.toys()
+    together = case.merge(base, models)
+    for name in base:
+        alone = case.merge({name: base[name]}, {key: {name: model[name]} for key, model in models.items()})
+        assert_same_bytes(alone, {name: together[name]})
+
+
+@law("tied")
+def tensors_that_are_equal_in_every_model_are_equal_in_the_result(case: MethodCase) -> None:
+    """Tensors that are equal in every model (tied weights stored twice) are equal in the result."""
+    base, models = case.toys()
+    name, twin = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"
+    doubled = {key: model | {twin: model[name].clone()} for key, model in models.items()}
+    merged = case.merge(base | {twin: base[name].clone()}, doubled)
+    assert_same_bytes({twin: merged[name]}, {twin: merged[twin]})
+
+
+@law("seed-free", fitted=True)
+def the_seed_does_not_matter(case: MethodCase) -> None:
+    """The seed does not matter; a method that is exempt draws at random, and another seed must show."""
+    base, models = case.toys()
+    assert_same_bytes(case.merge(base, models, seed=1), case.merge(base, models, seed=2))
+
+
+@law("repeatable", fitted=True)
+def the_same_seed_gives_the_same_bits(case: MethodCase) -> None:
+    """The same seed gives the same bits, whatever was drawn before."""
+    base, models = case.toys(exact=False)
+    expected = case.merge(base, models, seed=7)
+    torch.rand(3)
+    case.merge(base, models, seed=8)
+    assert_same_bytes(case.merge(base, models, seed=7), expected)
+
+
+@law("slices", fitted=True)
+def how_finely_tensors_are_cut_does_not_matter(case: MethodCase) -> None:
+    """How finely tensors are cut into slices and units of work does not matter, to the bit."""
+    expected, _ = run(case, exact=True)
+    for slices in ((5, 10), (16, 48)):
+        assert_same_bytes(run(case, exact=True, slices=slices)[0], expected)
+
+
+@law("workers", fitted=True)
+def neither_the_number_of_workers_nor_the_sharding_matters(case: MethodCase) -> None:
+    """Neither the number of workers nor the sharding of the output matters, to the bit."""
+    expected, num_files = run(case, exact=False, slices=(8, 16), workers=1)
+    assert num_files == 1, f"{num_files} files"
+    for workers, shard_size in ((2, 200), (4, 1)):
+        found, num_files = run(case, exact=False, slices=(8, 16), workers=workers, shard_size=shard_size)
+        assert num_files > 1, "one file"
+        assert_same_bytes(found, expected)
+
+
+@law("memory", fitted=True)
+def merging_in_memory_and_from_files_give_the_same_bits(case: MethodCase) -> None:
+    """Merging in memory and from files give the same bits."""
+    base, models = case.toys(exact=False)
+    found, _ = run(case, exact=False)
+    expected = case.merge(base | INTEGERS, {name: model | INTEGERS for name, model in models.items()})
+    assert_same_bytes(found, expected)
+
+
+@law("buffers")
+def no_more_scratch_space_is_used_than_is_counted(case: MethodCase) -> None:
+    """No more scratch space is used than the memory plan counts."""
+    assert issubclass(case.kind, TensorMethod)
+    used = set()
+    scratch = TensorGroup.scratch
+
+    def counted(group: TensorGroup, place: str, dtype: torch.dtype | None = None) -> Tensor:
+        used.add((place, dtype or group.models[0].dtype))
+        return scratch(group, place, dtype)
+
+    with replaced(TensorGroup, "scratch", counted):
+        case.uneven().merge(*case.toys())
+    assert len(used) <= case.kind.buffers, f"{len(used)} temporaries, and `buffers` says {case.kind.buffers}"
+
+
+@law("device", fitted=True)
+def an_accelerator_gives_what_the_cpu_gives(case: MethodCase) -> None:
+    """An accelerator gives what the CPU gives, up to rounding: the same draws, the same thresholds."""
+    if not torch.cuda.is_available():
+        import pytest
+
+        pytest.skip("no accelerator here")
+    assert_near(run(case, exact=True, device="cuda:0")[0], run(case, exact=True, device="cpu")[0])

@@ -1,0 +1,87 @@
+"""What README and docs/ say can be followed: links lead somewhere, recipes are valid, the first page is short."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import mergetool
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.md")])
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+BLOCK = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def prose(page):
+    """The text without its blocks of code."""
+    return re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def recipes():
+    """Every block of YAML that is a whole recipe of ours, with the page that it is on."""
+    for page in (page for page in PAGES if page.name != "CONTRIBUTING.md"):  # which test_contributing follows
+        for number, text in enumerate(BLOCK.findall(page.read_text("utf-8"))):
+            if re.search(r"^models:", text, re.MULTILINE) and re.search(r"^merge:", text, re.MULTILINE):
+                yield pytest.param(text, id=f"{page.relative_to(ROOT)} {number}")
+
+
+@every_page
+def test_every_link_leads_somewhere(page):
+    for link in LINK.findall(prose(page)):
+        path, _, anchor = link.partition("#")
+        if path.startswith(("http:", "https:", "..//")):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def test_every_page_of_the_documentation_is_in_its_index():
+    index = (ROOT / "docs" / "README.md").read_text("utf-8")
+    missing = [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name})" not in index]
+    assert missing == ["README.md"]
+
+
+def test_the_first_page_is_short():
+    assert 600 <= len((ROOT / "README.md").read_text("utf-8").split()) <= 900
+
+
+@pytest.mark.parametrize("text", list(recipes()))
+def test_every_recipe_in_the_documentation_is_valid(text):
+    document = yaml.safe_load(text)
+    mergetool.load_recipe({"output": {"path": "out"}, **document})
+
+
+def test_no_page_names_a_path_of_somebodys_machine():
+    homes = re.compile(r"(?<![\w.])/(home|root|work|tmp|Users)/")
+    assert [str(page) for page in PAGES if homes.search(page.read_text("utf-8"))] == []
+
+
+def test_what_is_committed_is_formatted_by_the_same_ruff_as_by_the_checks():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))["repos"][0]["hooks"]
+    dev = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]["dev"]
+    (pinned,) = [wanted for wanted in dev if wanted.startswith("ruff==")]
+    assert [hook["additional_dependencies"] for hook in hooks] == [[pinned]] * len(hooks)
+
+
+def test_the_workflow_tries_every_python_and_the_torch_that_are_promised():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8"))
+    matrix = workflow["jobs"]["test"]["strategy"]["matrix"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    named = [line.rpartition(" ")[2] for line in project["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    assert matrix["python"] == named
+    lowest = next(line for line in project["dependencies"] if line.startswith("torch")).partition(">=")[2]
+    assert any(each["torch"].startswith(lowest) for each in matrix["include"])
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        yaml.safe_load(path.read_text("utf-8"))
