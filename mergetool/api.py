@@ -9,9 +9,11 @@ from mergetool.engine import Flags, Progress, Result
 from mergetool.planning import Plan, make_plan
 from mergetool.recipe import Recipe
 from mergetool.recipe import load_recipe as load_recipe
+from mergetool.recipe.schema import parse_size
 from mergetool.tuning.run import run_recipe
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from mergetool.bundle.mass_model import MassModel
@@ -19,15 +21,43 @@ if TYPE_CHECKING:
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
 
-def run(recipe: RecipeLike, *, settings: Sequence[str] = (), progress: Progress | None = None, **flags: Any) -> Result:
+def run(
+    recipe: RecipeLike,
+    *,
+    settings: Sequence[str] = (),
+    progress: Progress | None = None,
+    output: str | Path | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    memory: int | str | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    cache: str | Path | None = None,
+    fork: bool = False,
+    trust_code: bool = False,
+    push: bool | None = None,
+    locked: bool = False,
+) -> Result:
     """Run a recipe (a path, a mapping, or a loaded recipe) and return where the result is and what it cost.
 
-    `flags` are those of the command: output, device, workers, memory (bytes), overwrite, resume, cache,
-    trust_code. `settings` are `key.path=value` overrides. Raises a MergetoolError.
+    `settings` are `key.path=value` overrides; everything else is a flag of the command (`mergetool run --help`).
+    `memory` is in bytes or like 8GiB. `fork` lets workers live in processes of their own where that is faster, for
+    programs without threads. Raises a MergetoolError.
     """
-    paths = ("output", "cache")
-    flags = {key: Path(value) if key in paths and value is not None else value for key, value in flags.items()}
-    return run_recipe(_loaded(recipe, settings), Flags(**flags), progress)
+    flags = Flags(
+        output=None if output is None else Path(output),
+        device=device,
+        workers=workers,
+        memory=None if memory is None else parse_size(memory),
+        overwrite=overwrite,
+        resume=resume,
+        cache=None if cache is None else Path(cache),
+        fork=fork,
+        trust_code=trust_code,
+        push=push,
+        locked=locked,
+    )
+    return run_recipe(_loaded(recipe, settings), flags, progress)
 
 
 def plan(recipe: RecipeLike, *, settings: Sequence[str] = ()) -> Plan:
@@ -35,15 +65,18 @@ def plan(recipe: RecipeLike, *, settings: Sequence[str] = ()) -> Plan:
     return make_plan(_loaded(recipe, settings))
 
 
-def load_bundle(path: str | Path, **options: Any) -> "MassModel":
+def load_bundle(
+    path: str | Path, *, dtype: "torch.dtype | None" = None, verify: bool = True, cache_bytes: int | None = None
+) -> "MassModel":
     """Open a bundle as a model: `route(**inputs)`, `forward(**inputs)`, `generate(**inputs)`.
 
-    `options`: dtype (of the base and of the arithmetic), verify (compare every file with its SHA-256; default true),
-    cache_bytes (what may be kept of groups of tasks between calls). Raises SourceError for a damaged bundle.
+    `dtype` is that of the base and of the arithmetic, `verify` compares every file with its SHA-256, `cache_bytes` may
+    be kept of groups of tasks between calls. Raises SourceError for a damaged bundle.
     """
     from mergetool.bundle.mass_model import load_bundle as load
 
-    return load(path, **options)
+    kept = {} if cache_bytes is None else {"cache_bytes": cache_bytes}
+    return load(path, dtype=dtype, verify=verify, **kept)
 
 
 def merge_state_dicts(

@@ -70,7 +70,7 @@ class Watch:
         self.said = []
         self._on_advance = on_advance
 
-    def start(self, total_bytes, label):
+    def start(self, total, label, unit="B"):
         pass
 
     def advance(self, num_bytes):

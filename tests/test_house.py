@@ -69,6 +69,7 @@ def test_every_method_has_a_recipe(name):
 def test_the_public_names_are_listed_and_exist():
     assert sorted(mergetool.__all__) == mergetool.__all__
     assert all(getattr(mergetool, name) is not None for name in mergetool.__all__)
+    assert dir(mergetool) == mergetool.__all__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mergetool.nothing  # noqa: B018
 

@@ -13,7 +13,7 @@ import torch
 from mergetool.bundle.calibration import CALIBRATION_NAME, Calibration
 from mergetool.bundle.manifest import MANIFEST_NAME
 from mergetool.bundle.mass_model import MassModel
-from mergetool.bundle.rows import inputs_of
+from mergetool.bundle.rows import inputs_of, place_of
 from mergetool.errors import SourceError
 from mergetool.kernels.routing import fit_offsets
 from mergetool.tensors.io import sha256_file
@@ -28,8 +28,8 @@ def calibrate(model: MassModel, rows: Sequence[dict[str, Any]], batch_size: int 
     where, names = "input", model.task_names
     for number, row in enumerate(rows, 1):
         if row.get("task") not in names:
-            what = f"row {number} is of task {row.get('task')!r}"
-            raise SourceError(what, where, f"name one of the tasks {', '.join(names)} in every row")
+            what = f"field `task` is {row['task']!r}" if "task" in row else "has no field `task`"
+            raise SourceError(what, place_of(row, number), f"name one of the tasks {', '.join(names)} in every row")
     if missing := [name for name in names if all(row["task"] != name for row in rows)]:
         raise SourceError(f"no row is of task {missing[0]!r}", where, "give some rows of every task")
     model.calibration = None

@@ -46,15 +46,15 @@ class _Reading:
         self._num_samples = num_samples(inputs)
         self._pool = pool
         self._pooled: dict[int, tuple[Tensor, Tensor]] = {}  # query, key and value read the same tensor: pool it once
-        self.found: dict[int, Tensor] = {}
+        self.features: dict[int, Tensor] = {}
 
     def read(self, place: int, x: Tensor) -> None:
         """Pool what goes into one of the matrices. Raises _Stop after the last of them."""
-        if place not in self.found:
+        if place not in self.features:
             if id(x) not in self._pooled:
                 self._pooled[id(x)] = x, pool_tokens(self._by_sample(x).float(), self._mask, self._pool)
-            self.found[place] = self._pooled[id(x)][1]
-        if len(self.found) == self._num_places:
+            self.features[place] = self._pooled[id(x)][1]
+        if len(self.features) == self._num_places:
             raise _Stop
 
     def _by_sample(self, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class FirstPass:
             pass
         finally:
             self._local.reading = None
-        return [reading.found[place] for place in range(len(self.modules))]
+        return [reading.features[place] for place in range(len(self.modules))]
 
     def _read(self, place: int, x: Tensor) -> None:
         reading = getattr(self._local, "reading", None)
@@ -119,7 +119,7 @@ class FirstPass:
 
 def _replacements(base: "LoadedModel", merged: Mapping[str, Tensor]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
     """Merged weights by module and name in it."""
-    found = []
+    modules = []
     for path, module in base.model.named_modules():
         own = {
             key: merged[name].to(value.dtype)
@@ -128,17 +128,17 @@ def _replacements(base: "LoadedModel", merged: Mapping[str, Tensor]) -> list[tup
         }
         if own:
             make_local(module)
-            found.append((module, own))
-    return found
+            modules.append((module, own))
+    return modules
 
 
 def _modules(base: "LoadedModel", router: Router, folder: Path) -> list[nn.Module]:
     """The modules whose weights are the routing matrices, in their order."""
-    known, found = set(router.matrices), dict[str, nn.Module]()
+    known, modules = set(router.matrices), dict[str, nn.Module]()
     for path, module in base.model.named_modules():
         if (name := base.places.names.get(f"{path}.weight")) in known and name is not None:
-            found[name] = module
-    if missing := known - found.keys():
+            modules[name] = module
+    if missing := known - modules.keys():
         what = f"the model has no module with weight {min(missing)!r}, which routing reads"
         raise SourceError(what, str(folder), "use the transformers version that the base was saved with")
-    return [found[name] for name in router.matrices]
+    return [modules[name] for name in router.matrices]

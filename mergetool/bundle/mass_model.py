@@ -175,7 +175,12 @@ class MassModel(nn.Module):
         return tuple(name for name in self.task_names if name in tasks)
 
     def _second_pass(self, groups: Sequence[Group], inputs: Mapping[str, Tensor]) -> Tensor:
-        """Last layer (samples, tokens, features) or logits of language models, in the order of the samples."""
+        """Last layer (samples, tokens, features) or logits of language models, in the order of the samples.
+
+        One pass for samples of all groups is tried first. Whether the model's code allows that shows only as it runs:
+        a module that reads another one's weight finds not one value but one for each group. It then has them one after
+        the other, here and in every later call.
+        """
         try:
             return self._run_groups(groups, inputs)
         except SeveralGroups:
@@ -183,6 +188,11 @@ class MassModel(nn.Module):
             return self._run_groups(groups, inputs)
 
     def _run_groups(self, groups: Sequence[Group], inputs: Mapping[str, Tensor]) -> Tensor:
+        """The samples sorted by group, so that each group's weights are used on one run of rows; then put back.
+
+        Tasks have inputs of different lengths: where what that saves is worth several passes, groups go one by one,
+        each no wider than its longest sample.
+        """
         num_samples = len(groups)
         order = sorted(range(num_samples), key=lambda sample: groups[sample])
         distinct = sorted(set(groups))

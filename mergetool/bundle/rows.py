@@ -24,13 +24,19 @@ from mergetool.errors import SourceError
 _KEPT = ("id", "task", "label")
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+class Row(dict[str, Any]):
+    """A row of a file, which knows where it was read."""
+
+    place = ""
+
+
+def read_rows(path: Path) -> list[Row]:
     """All rows of a file. Raises SourceError for one that is not JSON, holds no input, or a file without rows."""
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"cannot be read ({str(error)[:100]})", str(path), "give a JSON Lines file") from None
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -41,7 +47,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict) or not set(row) - set(_KEPT):
             what = "expected a JSON object with `text`, or with the model's inputs"
             raise SourceError(what, f"{path}:{number}", 'write e.g. {"text": "an input"}')
-        rows.append(row)
+        rows.append(Row(row))
+        rows[-1].place = f"{path}:{number}"
     if not rows:
         raise SourceError("the input is empty", str(path), "give at least one row")
     return rows
@@ -70,22 +77,71 @@ def _decoder(model: MassModel) -> Callable[[Tensor], str]:
 
 def inputs_of(model: MassModel, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Rows as one batch of the base model's inputs. Raises SourceError for rows that do not fit together."""
-    if all("text" in row for row in rows):
+    if any("text" in row for row in rows):
         tokenizer = model.tokenizer()
-        pairs = [row.get("pair") for row in rows] if any("pair" in row for row in rows) else None
-        texts = [str(row["text"]) for row in rows]
+        texts = _words(rows, "text")
+        pairs = _words(rows, "pair") if any("pair" in row for row in rows) else None
         return dict(tokenizer(texts, pairs, padding=True, truncation=True, return_tensors="pt"))
-    for row in rows:
-        words = [key for key, value in row.items() if key not in _KEPT and isinstance(value, str)]
-        if "text" not in row and words:
-            what = f"a row has no field `text`, but {', '.join(map(repr, words))}"
-            raise SourceError(what, "input", f'call the field `text`: {{"text": {json.dumps(row[words[0]][:40])}}}')
     keys = [key for key in rows[0] if key not in _KEPT]
-    try:
-        return {key: torch.tensor([row[key] for row in rows]) for key in keys}
-    except (KeyError, ValueError, TypeError) as error:
-        what = f"rows of one batch have inputs of different names or shapes ({str(error)[:100]})"
-        raise SourceError(what, "input", "give every row the same inputs, of one shape") from None
+    return {key: _stacked(rows, key) for key in keys}
+
+
+def _words(rows: Sequence[dict[str, Any]], key: str) -> list[str]:
+    """A field of text of every row."""
+    for number, row in enumerate(rows, 1):
+        if key not in row:
+            raise _lacking(rows, number, key)
+        if not isinstance(row[key], str):
+            what = f"field `{key}` is {_shown(row[key])}, not text"
+            raise SourceError(what, place_of(row, number), f'write it in quotes: {{"{key}": "..."}}')
+    return [row[key] for row in rows]
+
+
+def _stacked(rows: Sequence[dict[str, Any]], key: str) -> Tensor:
+    """A field of numbers of every row, as one tensor."""
+    found: list[Tensor] = []
+    for number, row in enumerate(rows, 1):
+        if key not in row:
+            raise _lacking(rows, number, key)
+        try:
+            found.append(torch.tensor(row[key]))
+        except (ValueError, TypeError):
+            raise _not_numbers(row, number, key) from None
+        if found[-1].shape != found[0].shape:
+            what = f"field `{key}` is of shape {list(found[-1].shape)}, {list(found[0].shape)} in the first row"
+            fix = "give every row of a batch one shape, or answer rows one by one: --batch-size 1"
+            raise SourceError(what, place_of(row, number), fix)
+    return torch.stack(found)
+
+
+def _lacking(rows: Sequence[dict[str, Any]], number: int, key: str) -> SourceError:
+    """The error for a row without a field that another row has."""
+    row = rows[number - 1]
+    others = [name for name in row if name not in _KEPT]
+    what = f"has no field `{key}`, but {', '.join(map(repr, others)) or 'none'}; another row has it"
+    if key == "pair":
+        fix = "give every row a `pair`, or put the rows without one into a file of their own"
+        return SourceError("has no field `pair`; another row has it", place_of(row, number), fix)
+    example = row[others[0]] if others and isinstance(row[others[0]], str) else "..."
+    return SourceError(what, place_of(row, number), f"call the field `{key}`: {json.dumps({key: example[:40]})}")
+
+
+def _not_numbers(row: dict[str, Any], number: int, key: str) -> SourceError:
+    """The error for a field that is no nested list of numbers."""
+    what = f"field `{key}` is {_shown(row[key])}, not numbers in lists of equal lengths"
+    text = json.dumps({"text": row[key][:40]}) if isinstance(row[key], str) else ""
+    fix = f"call the field `text`: {text}" if text else f'write e.g. {{"{key}": [1, 2, 3]}}'
+    return SourceError(what, place_of(row, number), fix)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def place_of(row: dict[str, Any], number: int) -> str:
+    """The line of a file that a row was read from, or its number among those that were given together."""
+    return row.place if isinstance(row, Row) else f"row {number}"
 
 
 def _answer(

@@ -173,7 +173,7 @@ def _set_layers(
         part[key] = count
         for name, values in list(part.items()):
             if isinstance(values, list) and len(values) == old[tower]:
-                part[name] = _taken(name, taken, parents) if taken else _list_of(name, count, values, parents)
+                part[name] = _taken(name, taken, values, parents) if taken else _list_of(name, count, values, parents)
 
 
 def _place_of_layers(config: dict[str, Any], tower: str, count: int) -> tuple[dict[str, Any], str | None]:
@@ -184,13 +184,14 @@ def _place_of_layers(config: dict[str, Any], tower: str, count: int) -> tuple[di
     return found[0] if found else (config, None)
 
 
-def _taken(name: str, layers: Sequence[tuple[str, int]], parents: Mapping[str, Parent]) -> list[Any]:
-    """A list with one entry a layer: each as the model has it that the layer was taken from."""
-    lists = {
-        model: next(part[name] for part in _parts(dict(parents[model].config)) if isinstance(part.get(name), list))
-        for model, _ in layers
-    }
-    return [lists[model][layer] for model, layer in layers]
+def _taken(name: str, layers: Sequence[tuple[str, int]], values: list[Any], parents: Mapping[str, Parent]) -> list[Any]:
+    """A list with one entry a layer: each as the model has it that the layer was taken from, else as the leader."""
+    found = []
+    for model, layer in layers:
+        own = (part[name] for part in _parts(dict(parents[model].config)) if isinstance(part.get(name), list))
+        entries = next((each for each in own if layer < len(each)), values)
+        found.append(entries[layer % len(entries)])
+    return found
 
 
 def _list_of(name: str, count: int, values: list[Any], parents: Mapping[str, Parent]) -> list[Any]:

@@ -12,9 +12,11 @@ from typing import Any
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C. An exception of its own: the command-line library would swallow a KeyboardInterrupt."""
+    """Ctrl-C or SIGTERM. An exception of its own: the command-line library would swallow a KeyboardInterrupt."""
 
-    happened = False
+    process = 0
+    by: int | None = None
+    """The signal that has come, in this process."""
 
 
 def start() -> None:
@@ -31,16 +33,20 @@ def start() -> None:
 
 def main() -> None:
     """Run the command line and exit with the code of design section 3: 0 done, 1 our bug, 2 to 8 by error class."""
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is signal.default_int_handler:  # else it is ignored (nohup), and shall be
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    _Interrupted.process = os.getpid()
+    if handlers[signal.SIGINT] is signal.default_int_handler:  # else it is ignored (nohup), and shall be
         signal.signal(signal.SIGINT, _interrupt)
     if "MASTER_ADDR" in os.environ:  # a launcher ends the others so when one of its processes dies
         signal.signal(signal.SIGTERM, _terminate)
+    elif handlers[signal.SIGTERM] is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _interrupt)
     if isinstance(sys.stdout, TextIOWrapper):  # a file name may be no Unicode, and a terminal may know only ASCII
         sys.stdout.reconfigure(errors="backslashreplace")
     gc.set_threshold(100_000, 50, 50)  # importing torch makes many objects and no garbage
     code = _run()
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -51,10 +57,10 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End in good order; the second time, at once."""
-    if _Interrupted.happened:
-        os._exit(130)
-    _Interrupted.happened = True
+    """End in good order; the second time, at once, as in a worker's process: its parent goes on or ends, too."""
+    if _Interrupted.by is not None or os.getpid() != _Interrupted.process:
+        os._exit(128 + number)
+    _Interrupted.by = number
     raise _Interrupted
 
 
@@ -84,16 +90,17 @@ def _run() -> int:
     show_warnings_plainly()
     as_json = "--json" in sys.argv
     try:
-        code: Any = app(standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        ended: Any = app(standalone_mode=False)
+        return ended if isinstance(ended, int) else 0
     except SystemExit as end:  # how the library answers a pipe that is closed
         if isinstance(end.__context__, BrokenPipeError):
             return 141
         raise
     except BaseException as error:
-        if _Interrupted.happened:  # whatever became of it: modules that were being imported make other errors of it
-            interrupted()
-            return 130
+        if _Interrupted.by is not None:  # whatever became of it: modules that were being imported make others of it
+            code = 128 + _Interrupted.by
+            interrupted(sys.argv[1:], code, as_json=as_json)
+            return code
         if not _is_heard():
             return 0  # the leader says it, and fails
         if isinstance(error, MergetoolError):

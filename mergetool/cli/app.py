@@ -6,23 +6,23 @@ stdout carries the result (a path, a table, or JSON with --json); stderr carries
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mergetool._version import __version__
-from mergetool.cli.show import ProgressBar, say, show_methods, table
+from mergetool.cli.answers import deliver, inspect_bundle, print_answer, say_pushed, say_result, say_steps
+from mergetool.cli.commands import Quiet, Verbose, command, existing, is_follower, method_names, set_manner
+from mergetool.cli.progress import ProgressBar, waiting
+from mergetool.cli.show import manner, say, say_of_more, show_methods, table
 from mergetool.errors import RecipeError
-
-if TYPE_CHECKING:
-    from mergetool.tensors.hub_upload import Pushed
 
 app = typer.Typer(
     name="mergetool",
     help="Merge neural networks in weight space.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
@@ -43,11 +43,13 @@ def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    pass
+    set_manner(quiet=quiet, verbose=verbose)
 
 
-@app.command()
+@command(app, "mergetool run recipe.yaml -o merged --set merge.density=0.3")
 def run(
     recipe: RecipeFile,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of output.path.")] = None,
@@ -66,37 +68,37 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Merge models as a recipe says. Resumes by itself after a kill."""
-    from mergetool.engine import Flags
-    from mergetool.engine.processes import leads
     from mergetool.recipe import load_recipe
-    from mergetool.tuning.run import run_recipe
 
-    flags = Flags(
-        output,
-        device,
-        workers,
-        _size(memory),
-        overwrite=overwrite,
-        resume=not no_resume,
-        cache=cache,
-        fork=sys.platform == "linux",
-        trust_code=trust_code,
-        push=push,
-        locked=locked,
-    )
-    with ProgressBar() as progress:
-        result = run_recipe(load_recipe(recipe, settings or ()), flags, progress)
-    if not leads():
-        return
-    for note, count in result.notes.items():
-        say(f"note: {note} ({count} tensors)" if count > 1 else f"note: {note}")
-    say(f"{result.num_tensors} tensors, {result.bytes_written / 1e9:.2f} GB in {result.seconds:.1f} s")
-    if result.pushed is not None:
-        _say_pushed(result.pushed)
-    _print(result.as_dict() if as_json else result.path, as_json=as_json)
+    manner.quiet |= is_follower()
+    with ProgressBar(quiet=manner.quiet) as progress:
+        asked = load_recipe(recipe, settings or ())
+        progress.say(f"{asked.method.method_name()} of {', '.join(asked.models)}")
+        if manner.verbose:
+            say_steps(asked)
+        from mergetool.engine import Flags  # torch comes with it: not before the first word
+        from mergetool.tuning.run import run_recipe
+
+        flags = Flags(
+            output,
+            device,
+            workers,
+            _size(memory),
+            overwrite=overwrite,
+            resume=not no_resume,
+            cache=cache,
+            fork=sys.platform == "linux",
+            trust_code=trust_code,
+            push=push,
+            locked=locked,
+        )
+        result = run_recipe(asked, flags, progress)
+    if not is_follower():
+        say_result(result)
+        print_answer(result.as_dict() if as_json else result.path, as_json=as_json)
 
 
-@app.command()
+@command(app, "mergetool validate recipe.yaml --online")
 def validate(
     recipe: RecipeFile,
     online: Annotated[
@@ -115,36 +117,41 @@ def validate(
         for warning in make_plan(checked).warnings:
             say(f"warning: {warning}")
     answer = {"valid": True, "method": checked.method.method_name(), "models": list(checked.models)}
-    _print(answer if as_json else f"{recipe}: valid", as_json=as_json)
+    print_answer(answer if as_json else f"{recipe}: valid", as_json=as_json)
 
 
-@app.command()
+@command(app, "mergetool plan recipe.yaml --memory 8GiB")
 def plan(
     recipe: RecipeFile,
     settings: Settings = None,
     workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads to plan for.")] = None,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory to plan for, e.g. 8GiB.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every tensor in a row of its own.")] = False,
+    machines: Annotated[bool, typer.Option("--machines", help="Expected times on other machines, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run would do, from headers alone: tensors, numbers, bytes, memory."""
+    """Show what a run would do, from headers alone: amounts, memory and time, then what becomes of the tensors."""
     from mergetool.planning import make_plan
     from mergetool.planning.cost import estimate
-    from mergetool.planning.report import describe, summarise
+    from mergetool.planning.report import HEADS, describe, rows, totals
     from mergetool.recipe import load_recipe
 
-    made = make_plan(load_recipe(recipe, settings or ()))
+    asked = load_recipe(recipe, settings or ())
+    search = asked.method if asked.method.searches else None
+    made = make_plan(asked)
     costs = estimate(made, workers=workers, memory=_size(memory))
     for warning in made.warnings:
         say(f"warning: {warning}")
+    say_of_more()
     if as_json:
-        _print(describe(made, costs), as_json=True)
+        print_answer(describe(made, costs, search), as_json=True)
         return
-    heads, rows, facts = summarise(made, costs)
-    table(heads, rows)
-    table(("", ""), facts)
+    table(("", ""), totals(made, costs, machines=machines, search=search))
+    print()
+    table(HEADS, rows(made, full=full or manner.verbose))
 
 
-@app.command()
+@command(app, "mergetool inspect org/model@main")
 def inspect(
     reference: Annotated[
         str, typer.Argument(metavar="REF", help="A folder, a .safetensors file, or org/name@revision.")
@@ -156,18 +163,18 @@ def inspect(
     from mergetool.planning.inspect import facts_about
 
     if is_bundle(Path(reference)):
-        _inspect_bundle(Path(reference), as_json=as_json)
+        inspect_bundle(Path(reference), as_json=as_json)
         return
     facts = facts_about(reference)
     if as_json:
-        _print(facts, as_json=True)
+        print_answer(facts, as_json=True)
         return
     tensors = facts.pop("tensors")
     table(("tensor", "dtype", "shape", "bytes"), [(t["name"], t["dtype"], t["shape"], t["bytes"]) for t in tensors])
     table(("", ""), list(facts.items()))
 
 
-@app.command()
+@command(app, "mergetool verify merged --load")
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A merged checkpoint (or any model).")],
     load: Annotated[bool, typer.Option("--load", help="Open it with transformers, too, and run one step.")] = False,
@@ -188,25 +195,12 @@ def verify(
     else:
         from mergetool.outputs.verify import verify_output
 
-        report = verify_output(path, load=load)
-    _print(report if as_json else f"{path}: {report['summary']}", as_json=as_json)
+        with waiting("verifying"):
+            report = verify_output(path, load=load)
+    print_answer(report if as_json else f"{path}: {report['summary']}", as_json=as_json)
 
 
-def _inspect_bundle(folder: Path, *, as_json: bool) -> None:
-    from mergetool.bundle.verify import facts_about_bundle
-
-    facts = facts_about_bundle(folder)
-    if as_json:
-        _print(facts, as_json=True)
-        return
-    tasks, interference = facts.pop("tasks"), facts.pop("interference")
-    table(("matrix", "interference"), sorted(interference.items(), key=lambda item: -item[1]))
-    columns = ("name", "head", "classes", "pool", "bytes", "source")
-    table(("task", *columns[1:]), [["-" if task[key] is None else task[key] for key in columns] for task in tasks])
-    table(("", ""), list(facts.items()))
-
-
-@app.command()
+@command(app, "mergetool push merged org/merged --private")
 def push(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A finished result.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the Hub.")],
@@ -219,17 +213,13 @@ def push(
     from mergetool.outputs.push import push as push_folder
     from mergetool.tensors.hub_upload import Target
 
-    pushed = push_folder(path, Target(repo, private, create, pull_request))
-    _say_pushed(pushed)
-    _print(pushed.as_dict() if as_json else pushed.url, as_json=as_json)
+    with waiting("pushing"):
+        pushed = push_folder(existing(path), Target(repo, private, create, pull_request))
+    say_pushed(pushed)
+    print_answer(pushed.as_dict() if as_json else pushed.url, as_json=as_json)
 
 
-def _say_pushed(pushed: "Pushed") -> None:
-    done = f"{len(pushed.uploaded)} files uploaded, {pushed.unchanged} unchanged"
-    say(f"{pushed.repo}: {done}{f', {len(pushed.deleted)} deleted' if pushed.deleted else ''}")
-
-
-@app.command()
+@command(app, "mergetool calibrate bundle --input rows.jsonl")
 def calibrate(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by the method mass.")],
     rows: Annotated[Path, typer.Option("--input", metavar="FILE", help="JSON Lines as for route, each with its task.")],
@@ -242,11 +232,12 @@ def calibrate(
     from mergetool.bundle.rows import read_rows
 
     given = read_rows(rows)
-    found = fit(load_bundle(bundle), given)
-    _print(found.model_dump() if as_json else bundle / CALIBRATION_NAME, as_json=as_json)
+    with waiting("calibrating"):
+        found = fit(load_bundle(existing(bundle)), given)
+    print_answer(found.model_dump() if as_json else bundle / CALIBRATION_NAME, as_json=as_json)
 
 
-@app.command()
+@command(app, "mergetool route bundle --input rows.jsonl --task maths")
 def route(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by the method mass or tsv-compress.")],
     rows: Annotated[Path, typer.Option("--input", metavar="FILE", help='JSON Lines: {"text": ...} or model inputs.')],
@@ -259,7 +250,7 @@ def route(
     from mergetool.bundle.rows import answers, read_rows
 
     given = read_rows(rows)
-    found = answers(load_bundle(bundle), given, tasks=task, batch_size=batch_size)
+    found = answers(load_bundle(existing(bundle)), given, tasks=task, batch_size=batch_size)
     if as_json:
         for answer in found:
             print(json.dumps(answer, ensure_ascii=False), flush=True)
@@ -268,7 +259,7 @@ def route(
     table(heads, [[answer.get(key, "-") for key in heads] for answer in found])
 
 
-@app.command()
+@command(app, "mergetool evaluate merged --tasks arc_easy,piqa --parent models/math")
 def evaluate(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A model folder with its tokenizer.")],
     tasks: Annotated[list[str], typer.Option(metavar="NAME", help="A task of lm-eval (repeat, or a,b,c).")],
@@ -288,26 +279,30 @@ def evaluate(
 
     names = [name for part in tasks for name in part.split(",") if name]
     chosen = [TaskOptions(name=name, include=include, metric=metric) for name in names]
-    found = assess(
-        path,
-        chosen,
-        parents=parent or (),
-        device=device_for_networks(device),
-        batch_size=batch_size,
-        cache=cache,
-        trust_code=trust_code,
-    )
+    with waiting("scoring"):
+        found = assess(
+            existing(path),
+            chosen,
+            parents=[existing(each) for each in parent or ()],
+            device=device_for_networks(device),
+            batch_size=batch_size,
+            cache=cache,
+            trust_code=trust_code,
+        )
     if as_json:
-        _print(found, as_json=True)
+        print_answer(found, as_json=True)
         return
     heads = ["task", "metric", "items", "score", "low", "high"]
     heads += ["best_parent", "retention", "difference_low", "difference_high"] if parent else []
     table(heads, [[facts[head] for head in heads] for facts in found["tasks"]])
 
 
-@app.command()
+@command(app, "mergetool methods ties")
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A method, for its full documentation.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="A method, for its full documentation.", autocompletion=method_names),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the merging methods, or explain one."""
@@ -315,34 +310,41 @@ def methods(
 
     facts = method_facts(name)
     if as_json:
-        _print(facts, as_json=True)
+        print_answer(facts, as_json=True)
     else:
         show_methods(facts, in_full=name is not None)
 
 
-@app.command()
+@command(app, "mergetool init ties -o recipe.yaml")
+def init(
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="See: mergetool methods.", autocompletion=method_names)
+    ],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of stdout.")] = None,
+) -> None:
+    """Write a recipe to begin with: all that a method can be told, with defaults and meanings."""
+    from mergetool.recipe.starter import starter
+
+    deliver(starter(method), output)
+
+
+@command(app, "mergetool schema > recipe.schema.json")
 def schema() -> None:
     """Print the JSON schema of recipes, for editors and other tools."""
-    from mergetool.recipe.reference import recipe_schema
+    from mergetool.recipe.json_schema import recipe_schema
 
-    _print(recipe_schema(), as_json=True)
+    print_answer(recipe_schema(), as_json=True)
 
 
-@app.command("import")
+@command(app, "mergetool import mergekit.yaml -o recipe.yaml", "import")
 def import_recipe(
     recipe: Annotated[Path, typer.Argument(metavar="MERGEKIT_YAML", help="A mergekit recipe.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of stdout.")] = None,
 ) -> None:
     """Convert a mergekit recipe to one of ours (`run` takes it as it is, too)."""
     from mergetool.recipe.mergekit import converted_text
-    from mergetool.tensors.writer import write_file
 
-    text = converted_text(recipe, output.parent if output else Path())
-    if output is None:
-        print(text, end="")
-    else:
-        write_file(output, text)
-        print(output)
+    deliver(converted_text(recipe, output.parent if output else Path()), output)
 
 
 def _size(text: str | None) -> int | None:
@@ -354,7 +356,3 @@ def _size(text: str | None) -> int | None:
         return parse_size(int(text) if text.isdecimal() else text)
     except ValueError as error:
         raise RecipeError(str(error), "--memory", "write e.g. --memory 8GiB") from None
-
-
-def _print(answer: Any, *, as_json: bool) -> None:
-    print(json.dumps(answer, indent=2, ensure_ascii=False, default=str) if as_json else answer)

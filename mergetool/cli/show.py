@@ -1,20 +1,70 @@
-"""How things look: errors, tables, progress. Colour and bars only on a terminal."""
+"""How things look: errors, messages, tables. Colour only on a terminal, and none where NO_COLOR is set."""
 
 import json
+import os
+import shlex
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, TextIO
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mergetool.errors import MergetoolError, RecipeError
 
+if TYPE_CHECKING:
+    from rich.console import Console
 
-def say(text: str) -> None:
-    """A line for people."""
-    print(_plain(text), file=sys.stderr)
+
+@dataclass
+class Manner:
+    """How much is said."""
+
+    quiet: bool = False
+    verbose: bool = False
+    warnings: int = 0
+    """How many have been said."""
+
+
+manner = Manner()
+_MOST_WARNINGS = 10
+
+
+def console(stream: TextIO | None = None) -> "Console":
+    """Where people read; rich is imported when the first one does."""
+    from rich.console import Console
+
+    return Console(file=stream or sys.stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def say(text: str, where: "Console | None" = None) -> None:
+    """A line for people. Of many warnings the first ones; -v says all of them."""
+    if manner.quiet:
+        return
+    kind, colon, rest = text.partition(": ")
+    if colon and kind == "warning":
+        manner.warnings += 1
+        if manner.warnings > _MOST_WARNINGS and not manner.verbose:
+            return
+    if kind in _STYLES and colon:
+        _say(kind, _STYLES[kind], f": {rest}", where)
+    else:
+        _say("", "", text, where)
+
+
+_STYLES = {"warning": "bold yellow", "note": "bold"}
+
+
+def say_of_more() -> None:
+    """How many warnings were kept back."""
+    if manner.warnings > _MOST_WARNINGS and not manner.verbose:
+        say(f"{manner.warnings - _MOST_WARNINGS} more warnings: -v says them all")
+
+
+def _say(head: str, style: str, rest: str, where: "Console | None" = None) -> None:
+    from rich.text import Text
+
+    (where or console()).print(Text.assemble((head, style), plain(rest)), soft_wrap=True)
 
 
 def show_warnings_plainly() -> None:
@@ -37,7 +87,7 @@ def show_warnings_plainly() -> None:
     warnings.showwarning = show
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text in which names out of a hostile file can do nothing to a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
@@ -46,7 +96,7 @@ def explain(error: MergetoolError, *, as_json: bool) -> None:
     """Print an error: on stderr for people, and with `as_json` on stdout too."""
     problems = error.problems if isinstance(error, RecipeError) else (error,)
     for problem in problems:
-        print(f"{_paint('error', '31;1')}: {_plain(str(problem))}", file=sys.stderr)
+        _say("error", "bold red", f": {problem}")
     if as_json:
         _print_json(error.as_dict())
 
@@ -61,28 +111,50 @@ def explain_usage(error: Any, *, as_json: bool) -> None:
 def explain_bug(*, as_json: bool) -> None:
     """Print the traceback of an error that should not have been possible."""
     text = traceback.format_exc()
-    say(text)
-    say("this is a bug in mergetool: please report it, with the lines above")
+    _say("", "", text)
+    _say("", "", "this is a bug in mergetool: please report it, with the lines above")
     if as_json:
         _print_json({"error": "Bug", "exit_code": 1, "what": text, "where": "", "fix": "please report it"})
+
+
+def interrupted(arguments: Sequence[str], code: int, *, as_json: bool) -> None:
+    """Say what Ctrl-C or SIGTERM left behind, and how to go on."""
+    again = shlex.join(["mergetool", *(word for word in arguments if word != "--no-resume")])
+    what, fix = "interrupted", f"run it again: {again}"
+    if "run" in arguments:
+        what, fix = "interrupted; what was finished is kept", f"this goes on from there: {again}"
+    _say(what, "bold", f"\n  fix: {fix}")
+    if as_json:
+        _print_json({"error": "Interrupted", "exit_code": code, "what": what, "where": "", "fix": fix})
 
 
 def _print_json(answer: Any) -> None:
     print(json.dumps(answer, indent=2, ensure_ascii=False))
 
 
-def interrupted() -> None:
-    """Say what Ctrl-C left behind."""
-    say("interrupted; what was finished is kept, the same command goes on from there")
-
-
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Aligned columns on stdout; heads are left out when they are all empty."""
-    cells = [[_cell(value) for value in row] for row in rows]
+    cells = [[plain(_cell(value)) for value in row] for row in rows]
+    if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        _rich_table(heads, cells)
+        return
     lines = ([list(heads)] if any(heads) else []) + cells
     widths = [max((len(line[at]) for line in lines), default=0) for at in range(len(heads))]
     for line in lines:
-        print("  ".join(_plain(text).ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _rich_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    """The same for a terminal: bold heads, and cells that are folded where it is too narrow."""
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=None, show_header=any(heads), header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for place, head in enumerate(heads):
+        made.add_column(head, overflow="fold", no_wrap=place == 0)  # names are to be copied
+    for line in cells:
+        made.add_row(*map(Text, line))
+    console(sys.stdout).print(made)
 
 
 def _cell(value: Any) -> str:
@@ -106,67 +178,3 @@ def show_methods(facts: Sequence[Mapping[str, Any]], *, in_full: bool) -> None:
             ("field", "type", "default", "meaning"),
             [(f["name"], f["type"], f["default"], f["help"]) for f in fact["fields"]],
         )
-
-
-def _paint(text: str, code: str) -> str:
-    return f"\033[{code}m{text}\033[0m" if sys.stderr.isatty() else text
-
-
-class ProgressBar:
-    """Progress by bytes on a terminal; nothing but messages elsewhere."""
-
-    _WIDTH = 30
-    _EVERY = 0.1
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
-        self._label = ""
-        self._total = self._done = 0
-        self._began = self._drawn = 0.0
-
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def start(self, total_bytes: int, label: str) -> None:
-        """Begin a bar of `total_bytes`."""
-        self._total, self._label, self._done = total_bytes, label, 0
-        self._began = time.monotonic()
-
-    def advance(self, num_bytes: int) -> None:
-        """`num_bytes` more are done."""
-        self._done += num_bytes
-        now = time.monotonic()
-        if self._live and (now - self._drawn > self._EVERY or self._done >= self._total):
-            self._drawn = now
-            self._draw(now)
-
-    def say(self, text: str) -> None:
-        """A message that stays, above the bar."""
-        self._erase()
-        print(_plain(text), file=self._stream)
-
-    def stop(self) -> None:
-        """Take the bar away."""
-        self._erase()
-        self._total = 0
-
-    def _draw(self, now: float) -> None:
-        share = self._done / self._total if self._total else 1.0
-        bar = ("=" * round(share * self._WIDTH)).ljust(self._WIDTH)
-        rate = self._done / max(now - self._began, 1e-6)
-        left = (self._total - self._done) / rate if rate else 0.0
-        amount = f"{self._done / 1e9:.2f}/{self._total / 1e9:.2f} GB"
-        text = f"{self._label} [{bar}] {amount}, {rate / 1e9:.2f} GB/s, {left:.0f} s left"
-        self._stream.write(f"\r\033[K{text}")
-        self._stream.flush()
-
-    def _erase(self) -> None:
-        if self._live and self._total:
-            self._stream.write("\r\033[K")
-            self._stream.flush()

@@ -39,8 +39,8 @@ from mergetool.tensors.writer import SlotWriter
 class Progress(Protocol):
     """What a run tells while it works. Calls come from several threads, one at a time."""
 
-    def start(self, total_bytes: int, label: str) -> None: ...
-    def advance(self, num_bytes: int) -> None: ...
+    def start(self, total: int, label: str, unit: str = "B") -> None: ...
+    def advance(self, count: int) -> None: ...
     def say(self, text: str) -> None: ...
     def stop(self) -> None: ...
 
@@ -48,10 +48,10 @@ class Progress(Protocol):
 class Silent:
     """No progress at all."""
 
-    def start(self, total_bytes: int, label: str) -> None:
+    def start(self, total: int, label: str, unit: str = "B") -> None:
         pass
 
-    def advance(self, num_bytes: int) -> None:
+    def advance(self, count: int) -> None:
         pass
 
     def say(self, text: str) -> None:

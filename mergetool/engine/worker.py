@@ -149,8 +149,8 @@ class Worker(Bench):
         other = self._plan.steps[step.partners[name]]
         return self._group(other, 0, other.spec.num_elements, name)
 
-    def _scratch(self, shape: tuple[int, ...]) -> Callable[[int, torch.dtype], Tensor]:
-        return lambda place, dtype: self._buffer(("scratch", place), shape, dtype)
+    def _scratch(self, shape: tuple[int, ...]) -> Callable[[str, torch.dtype], Tensor]:
+        return lambda name, dtype: self._buffer(("scratch", name), shape, dtype)
 
     def _buffer(self, place: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Uninitialised memory: kept between calls for slices, fresh for whole tensors (freed with their group).

@@ -42,7 +42,7 @@ def assess(
         scored = [_scores(path, loaded, device, batch_size, answers) for path in (model, *parents)]
     finally:
         answers.close()
-    found = []
+    rows = []
     for task in tasks:
         metric, values = scored[0][task.name]
         low, high = of_mean(values)
@@ -50,8 +50,8 @@ def assess(
         facts |= {"low": low, "high": high}
         if parents:
             facts |= _kept(values, {str(p): part[task.name][1] for p, part in zip(parents, scored[1:], strict=True)})
-        found.append(facts)
-    return {"model": str(model), "parents": [str(path) for path in parents], "tasks": found}
+        rows.append(facts)
+    return {"model": str(model), "parents": [str(path) for path in parents], "tasks": rows}
 
 
 def _kept(values: NDArray[np.float64], parents: dict[str, NDArray[np.float64]]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _scores(
     """(metric, one score per item) by task."""
     with at(str(path)):
         live = LanguageModel(path, device=device, batch_size=batch_size)
-        found = {}
+        scores = {}
         for options, task in tasks.items():
             items = TaskItems(options, task, live.lm)
             known = cache.get(_identity(path, live), items.keys)
@@ -82,8 +82,8 @@ def _scores(
                 new = {items.keys[item]: score for item, score in items.score(live.lm, left).items()}
                 cache.put(_identity(path, live), new)
                 known |= new
-            found[options.name] = (items.metric, np.array([known[key].value for key in items.keys]))
-    return found
+            scores[options.name] = (items.metric, np.array([known[key].value for key in items.keys]))
+    return scores
 
 
 def _identity(path: Path, live: LanguageModel) -> str:

@@ -29,25 +29,25 @@ def agreeing_sum_(
     weights: Sequence[float],
     *,
     normalize: bool,
-    scratch: Callable[[int, torch.dtype], Tensor],
+    scratch: Callable[[str, torch.dtype], Tensor],
 ) -> Tensor:
     """Weighted sum (or mean) of the values whose sign is the sign of the weighted total. Overwrites `values`.
 
     The elected sign of an entry is that of `sum(w_i x_i)`; where the sum is exactly 0 there is no majority and the
     result is 0. With `normalize`, the sum is divided by the weights of the models that agree; where those cancel
-    exactly it is not divided. `scratch` places 2 to 4 are used; the result is one of them.
+    exactly it is not divided. `scratch(name, dtype)` gives temporaries like a value; the result is one of them.
     """
     if len(set(weights)) == 1 and weights[0] != 1.0 and weights[0] != 0.0:  # a common factor can wait, or cancels
         merged = agreeing_sum_(values, [1.0] * len(values), normalize=normalize, scratch=scratch)
         return merged if normalize else merged.mul_(weights[0])
     dtype = values[0].dtype
-    sign, total = scratch(2, dtype), scratch(3, dtype)
+    sign, total = scratch("sign", dtype), scratch("total", dtype)
     for index, (value, weight) in enumerate(zip(values, weights, strict=True)):
         if weight != 1.0:
             value.mul_(weight)
         sign.copy_(value) if index == 0 else sign.add_(value)
     sign.sign_()
-    count = scratch(4, dtype).zero_() if normalize else None
+    count = scratch("count", dtype).zero_() if normalize else None
     total.zero_()
     for value, weight in zip(values, weights, strict=True):
         total.add_(value.mul_(sign).clamp_(min=0.0))

@@ -150,7 +150,12 @@ class PieceView:
 
 
 class _Path:
-    """A piece of `movers` from a view to the elements `end`."""
+    """A piece of `movers` on the way from a view to the elements `end`.
+
+    Rows and columns move together, so a share t of the way the image is `(1-t)^2 here + 2t(1-t) mixed + t^2 there`.
+    These three, its `bends`, are all that is made: with them every length of a step is known, and as `end` consists of
+    permutations, each is a matter of gathering rows and columns, where a point halfway would take products of matrices.
+    """
 
     def __init__(self, view: PieceView, end: Sequence[Soft], movers: Sequence[int]) -> None:
         spaces, faces = view.problem.spaces, view.faces
@@ -164,6 +169,7 @@ class _Path:
         self.bends = (self.here, (self.here + self.far_rows) / 2, self.far_rows)
         if len(faces) == 2:
             self.far_columns = act(spaces, softs, faces[1], weights, 2)
+            # Half of the two images in which one side has arrived and the other has not left yet.
             mixed = act(spaces, softs, faces[1], self.rows, 2).add_(act(spaces, softs, faces[0], self.columns, 1))
             self.bends = (self.here, mixed.div_(2), act(spaces, softs, faces[1], self.far_rows, 2))
 

@@ -38,16 +38,16 @@ def resolved(probability: float) -> float:
 
 
 def keep_mask(
-    key: Key, start: int, probability: float, out: Tensor, scratch: Callable[[int, torch.dtype], Tensor]
+    key: Key, start: int, probability: float, out: Tensor, scratch: Callable[[str, torch.dtype], Tensor]
 ) -> Tensor:
     """Fill `out` (float, 1-D) with 1 where the element is kept, with this probability, and 0 elsewhere.
 
-    `scratch(place, dtype)` gives temporaries shaped like `out`; places 0 and 1 are used, as int32.
+    `scratch(name, dtype)` gives temporaries shaped like `out`.
     """
     last = _largest_kept(probability)
     if last == _RESOLUTION // 2 - 1:
         return out.fill_(1.0)
-    draws = draw(key, start, scratch(0, torch.int32), scratch(1, torch.int32))
+    draws = draw(key, start, scratch("draws", torch.int32), scratch("hashing", torch.int32))
     torch.clamp(draws, last, last + 1, out=draws).neg_().add_(last + 1)  # 1 and 0, whatever wraps around on the way
     return out.copy_(draws)
 

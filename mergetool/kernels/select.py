@@ -69,13 +69,18 @@ class RankSearch:
         return _offsets(words, low, _BINS << self.shift) >> self.shift
 
     def narrow(self, histogram: Tensor) -> "RankSearch | RankedMagnitude":
-        """The next pass, or the result, from the summed histogram."""
+        """The next pass, or the result, from the summed histogram.
+
+        A bin holds magnitudes that share all bits read so far. The one that the rank falls into is told from counts
+        alone, by adding bins up from the highest; what lies in higher bins is larger for certain and need not be looked
+        at again. So every pass leaves one bin in question, and 16 more bits of the answer are known.
+        """
         larger = histogram.flip(0).cumsum(0)  # larger[j]: how many lie in the j + 1 highest bins
         place = int(torch.searchsorted(larger, self.rank - self.above))
         digit = len(histogram) - 1 - place
         above = self.above + (int(larger[place - 1]) if place else 0)
         prefix = (self.prefix << _DIGIT) | digit
-        if self.shift:
+        if self.shift:  # bits are left to be read; once there are none, all in the bin are one and the same number
             return RankSearch(self.rank, self.bits, self.shift - _DIGIT, prefix, above)
         word = torch.tensor([prefix], dtype=torch.int32 if self.bits == 32 else torch.int64)
         value = float(word.view(torch.float32 if self.bits == 32 else torch.float64))

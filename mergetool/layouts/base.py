@@ -8,7 +8,7 @@ layouts: they see groups of tensors, whatever these are called in the models.
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -59,6 +59,9 @@ class Layout(BaseModel):
     """Common to all layouts: strict frozen sections."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    chooses: ClassVar[bool] = False
+    """Whether not every model has a part in every tensor; how many there are at most is then seen when planning."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:

@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
@@ -65,6 +65,7 @@ __all__ = [
     "all_methods",
     "cancel",
     "expect",
+    "is_method",
 ]
 
 _I = TypeVar("_I")
@@ -130,6 +131,8 @@ class Method(BaseModel):
     """The kind of output that a run leaves."""
     uses_architecture: ClassVar[bool] = False
     """Whether it asks what the axes of tensors mean, and so sees whole models under their own names."""
+    merges: ClassVar[bool] = False
+    """Whether it merges tensors itself, and so can be named where another method asks for one."""
     searches: ClassVar[bool] = False
     """Whether it tries candidates of another method; its settings are then that one's."""
     varies: ClassVar[bool] = True
@@ -142,6 +145,10 @@ class Method(BaseModel):
     def kernel(self) -> "TensorMethod":
         """The method that merges tensors: itself, or one inside."""
         raise TypeError(f"{self.method_name()} has candidates that merge, and merges nothing itself")
+
+    def tried(self, models: Sequence[str]) -> Sequence[dict[str, Any]]:
+        """`merge` sections of other recipes that a run of this one will try: what is wrong with them is wrong here."""
+        return ()
 
     def parts(self) -> Mapping[str, "Method"]:
         """Methods inside that see the same models: field of the recipe -> method."""
@@ -156,7 +163,7 @@ class Method(BaseModel):
         name = cls.method_name()
         if name is None:
             return
-        if any(issubclass(parent, Method) and parent.method_name() for parent in cls.__mro__[1:]):
+        if any(parent in _REGISTRY.values() for parent in cls.__mro__[1:]):
             raise TypeError(f"{cls.__name__}: a concrete method is final and cannot be subclassed")
         other = _REGISTRY.get(name)
         if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -216,6 +223,7 @@ class Method(BaseModel):
 class TensorMethod(Method):
     """A method that sees each output tensor once, after optional statistics passes."""
 
+    merges: ClassVar = True
     granularity: ClassVar[Granularity]
     """What one call must see whole: any slice of flat elements, whole rows, or the whole tensor."""
     buffers: ClassVar[int] = 3
@@ -238,6 +246,10 @@ class TensorMethod(Method):
         """What one call must see whole of this tensor: less than `granularity` where some are treated more simply."""
         return self.granularity
 
+    def treatment(self, name: str, shape: tuple[int, ...]) -> str:
+        """What is done to a tensor, in a word: the method's name, but where it treats some more simply."""
+        return self.method_name() or ""
+
     @property
     def needs_float64(self) -> bool:
         """Whether something is computed in float64 whatever the compute dtype: not every device can."""
@@ -258,9 +270,9 @@ class TensorMethod(Method):
 
 def _chosen(value: Any) -> Any:
     """The registered method that a mapping with `method` describes."""
-    if isinstance(value, TensorMethod):
+    if getattr(value, "merges", False):
         return value
-    tensor_methods = {name: kind for name, kind in _REGISTRY.items() if issubclass(kind, TensorMethod)}
+    tensor_methods = {name: kind for name, kind in _REGISTRY.items() if kind.merges}
     if not isinstance(value, Mapping) or "method" not in value:
         raise ValueError("expected a mapping with `method`")
     if value["method"] not in tensor_methods:
@@ -277,9 +289,14 @@ AnyTensorMethod = Annotated[
 
 
 def expect(method: Method, kind: type[_M]) -> _M:
-    """A method as the shape of which its stages speak. The only place that looks at the class of a method."""
+    """A method as the shape of which its stages speak. Nobody else looks at the class of a method."""
     assert isinstance(method, kind), f"{method.method_name()} is no {kind.__name__}"
     return method
+
+
+def is_method(kind: type) -> "TypeGuard[type[Method]]":
+    """Whether a class is one of methods, among those that describe parts of a recipe."""
+    return issubclass(kind, Method)
 
 
 def all_methods() -> dict[str, type[Method]]:

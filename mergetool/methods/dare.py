@@ -106,7 +106,7 @@ class DareLinear(_Dare):
     method: Literal["dare-linear"] = "dare-linear"
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
-        total = group.scratch(3).zero_()
+        total = group.scratch("total").zero_()
         for weight, delta in zip(p.weight, self.dropped(group, p, stats), strict=True):
             total.add_(delta, alpha=weight)
         assert group.base is not None
@@ -138,4 +138,5 @@ def _drop(group: TensorGroup, name: str, delta: "Tensor", density: float) -> "Te
     if density == 1.0:
         return delta
     key = stream_key(group.seed, group.name, name, "dare")
-    return delta.mul_(keep_mask(key, group.start, density, group.scratch(2), group.scratch))
+    mask = group.scratch("sign")  # where a vote keeps signs, once all masks are done with: one temporary less
+    return delta.mul_(keep_mask(key, group.start, density, mask, group.scratch))

@@ -35,8 +35,8 @@ class TensorGroup:
     """Flat index, in the whole tensor, of the first element here."""
     seed: int = 0
     """The run's seed; with the tensor's name, a model's name and a flat index it keys every random draw."""
-    new: "Callable[[int, torch.dtype], Tensor] | None" = None
-    """Where temporaries come from: (place, dtype) -> uninitialised tensor like `models[0]`, reused between calls."""
+    new: "Callable[[str, torch.dtype], Tensor] | None" = None
+    """Where temporaries come from: (name, dtype) -> uninitialised tensor like `models[0]`, reused between calls."""
     other: "Callable[[str], TensorGroup | None] | None" = None
     """Another whole tensor of the same models, if it is merged in the same way and reads as many inputs."""
     store: "FactorStore | None" = None
@@ -66,11 +66,11 @@ class TensorGroup:
         assert self.base is not None, f"{self.name}: this method was planned without a base"
         return [torch.sub(model, self.base, out=model) for model in self.models]
 
-    def scratch(self, place: int, dtype: "torch.dtype | None" = None) -> "Tensor":
-        """An uninitialised tensor shaped like one model's slice; the same memory for the same `place` every time."""
+    def scratch(self, name: str, dtype: "torch.dtype | None" = None) -> "Tensor":
+        """An uninitialised tensor shaped like one model's slice; the same memory for the same name every time."""
         import torch
 
         like = self.models[0]
         if self.new is None:
             return torch.empty_like(like, dtype=dtype or like.dtype)
-        return self.new(place, dtype or like.dtype)
+        return self.new(name, dtype or like.dtype)

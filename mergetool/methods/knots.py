@@ -91,12 +91,11 @@ class Knots(TensorMethod):
             return total
         for density, part in zip(p.density, parts, strict=True):
             _trim(part, density)
-        places: dict[int, Tensor] = {}
         return agreeing_sum_(
             parts,
             p.weight,
             normalize=True,
-            scratch=lambda place, dtype: places.setdefault(place, torch.empty_like(parts[0], dtype=dtype)),
+            scratch=lambda _, dtype: torch.empty_like(parts[0], dtype=dtype),
         )
 
 

@@ -112,9 +112,12 @@ class Merge3(SearchMethod):
     """Evolve the settings of another method"""
 
     method: Literal["merge3"] = "merge3"
-    inner: InnerMethod = Field(description="the method whose settings are searched; any number may be a range")
+    inner: InnerMethod = Field(
+        description="the method whose settings are searched; any number may be a range",
+        examples=[{"method": "task-arithmetic", "weight": {"search": [0.0, 1.5]}}],
+    )
     tasks: Annotated[tuple[TaskOptions, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = Field(
-        description="tasks of lm-eval that judge the candidates"
+        description="tasks of lm-eval that judge the candidates", examples=[[{"name": "arc_easy"}]]
     )
     search: SearchOptions = Field(SearchOptions(), description="how candidates are found")
     estimator: EstimatorOptions = Field(EstimatorOptions(), description="how few items tell a candidate's score")

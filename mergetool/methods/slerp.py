@@ -34,7 +34,7 @@ class _Products(StatisticsPass):
         for group in groups:
             a, b = group.models
             pairs = ((a, a), (b, b), (a, b))
-            products = [torch.mul(x, y, out=group.scratch(0)).sum(dtype=torch.float64) for x, y in pairs]
+            products = [torch.mul(x, y, out=group.scratch("product")).sum(dtype=torch.float64) for x, y in pairs]
             total += torch.stack(products).to("cpu")  # added up here, wherever the slice is
         return total
 

@@ -35,7 +35,7 @@ class TaskArithmetic(TensorMethod):
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         factor = p.scale / sum(p.weight) if self.normalize else p.scale
-        total = group.scratch(0).zero_()
+        total = group.scratch("total").zero_()
         for weight, delta in zip(p.weight, group.deltas, strict=True):
             total.add_(delta, alpha=weight)
         assert group.base is not None

@@ -104,8 +104,8 @@ def tensors_of(model: Any) -> dict[str, Tensor]:
 
 def _marked(model: Any, shapes: Shapes, digit: int, wanted: Sequence[str]) -> dict[str, Tensor]:
     """Some tensors of another model of this class, loaded from marks."""
-    found = tensors_of(model_of_marks(type(model), model.config, shapes, digit))
-    return {name: found[name].detach().float() for name in wanted}
+    tensors = tensors_of(model_of_marks(type(model), model.config, shapes, digit))
+    return {name: tensors[name].detach().float() for name in wanted}
 
 
 def model_of_marks(kind: Any, config: Any, shapes: Shapes, digit: int = 0) -> Any:
@@ -116,14 +116,14 @@ def model_of_marks(kind: Any, config: Any, shapes: Shapes, digit: int = 0) -> An
 
 def marks(shapes: Shapes, digit: int) -> dict[str, Tensor]:
     """A checkpoint of marks: digit 0 is the number of each tensor, 1 and 2 are those of its entries."""
-    found = {}
+    marked = {}
     for number, (name, shape) in enumerate(shapes.items()):
         if digit == 0:
-            found[name] = torch.full(shape, number + _FIRST)
+            marked[name] = torch.full(shape, number + _FIRST)
         else:
             entries = torch.arange(prod(shape)).view(shape)
-            found[name] = (entries // _DIGIT if digit == 1 else entries % _DIGIT).float()
-    return found
+            marked[name] = (entries // _DIGIT if digit == 1 else entries % _DIGIT).float()
+    return marked
 
 
 def whole_of(shapes: Shapes, numbers: Tensor) -> str | None:
@@ -143,7 +143,7 @@ def fragments_of(shapes: Shapes, digits: Sequence[Tensor]) -> tuple[Fragment, ..
     if not bool(((numbers >= 0) & (numbers < len(names)) & (numbers == numbers.round())).all()):
         return ()
     entries = digits[1].long() * _DIGIT + digits[2].long()
-    found = []
+    fragments = []
     for number in sorted(set(numbers.reshape(-1).tolist())):
         places = (numbers == number).nonzero()
         box = tuple(zip(places.amin(0).tolist(), (places.amax(0) + 1).tolist(), strict=True))
@@ -152,8 +152,8 @@ def fragments_of(shapes: Shapes, digits: Sequence[Tensor]) -> tuple[Fragment, ..
             return ()
         start = int(held[0])
         in_order = torch.equal(held, torch.arange(start, start + len(held)))
-        found.append(Fragment(box, names[int(number)], start if in_order else 0, None if in_order else held))
-    return tuple(found)
+        fragments.append(Fragment(box, names[int(number)], start if in_order else 0, None if in_order else held))
+    return tuple(fragments)
 
 
 def composed(shape: tuple[int, ...], fragments: tuple[Fragment, ...], read: Callable[[str], Tensor | None]) -> Tensor:

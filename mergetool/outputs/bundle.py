@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mergetool.planning import Plan
 from mergetool.planning.graph import Shard
+from mergetool.units import filesize
 
 
 def slot_files(plan: Plan) -> Sequence[Shard]:
@@ -20,4 +21,4 @@ def notes(plan: Plan, folder: Path) -> Mapping[str, int]:
     """What the factors take of the whole."""
     factors = sum((folder / shard.name).stat().st_size for shard in plan.shards)
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return {f"factors of all experts: {factors / 1e6:.1f} MB of {written / 1e6:.1f} MB": 1}
+    return {f"factors of all experts: {filesize(factors)} of {filesize(written)}": 1}

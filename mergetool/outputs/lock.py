@@ -40,15 +40,8 @@ def same_content(plan: Plan, digests: Mapping[str, str]) -> Iterator[str]:
 
 
 def summary(notes: Mapping[str, Sequence[Note]]) -> dict[str, int]:
-    """How many tensors each remark is about; of numbers that were measured, mean and largest."""
-    measured, remarks = _measured(notes), _remarks(notes)
-    counts = Counter(note for texts in remarks.values() for note in texts)
-    for what in sorted({key for found in measured.values() for key in found}):
-        values = {name: found[what] for name, found in measured.items() if what in found}
-        largest = max(values, key=lambda name: values[name])
-        mean = sum(values.values()) / len(values)
-        counts[f"{what}: {mean:.3f} on average, at most {values[largest]:.3f} ({largest})"] = len(values)
-    return dict(counts.most_common())
+    """How many tensors each remark is about. Numbers that were measured have no scale: the lock has them."""
+    return dict(Counter(note for texts in _remarks(notes).values() for note in texts).most_common())
 
 
 def _measured(notes: Mapping[str, Sequence[Note]]) -> dict[str, dict[str, float]]:

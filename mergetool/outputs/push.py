@@ -11,6 +11,7 @@ from typing import Any
 from mergetool._version import __version__
 from mergetool.bundle import is_bundle
 from mergetool.errors import HubError, SourceError
+from mergetool.methods.base import expect
 from mergetool.methods.families.bundle import BundleMethod
 from mergetool.outputs.staging import LOCK_NAME
 from mergetool.recipe.schema import Recipe
@@ -41,7 +42,7 @@ def push_target(recipe: Recipe, wanted: bool | None) -> Target | None:
         raise HubError("nowhere to push to", recipe.name, "add output: {hub: {repo: ORG/NAME}}")
     if hub is None or wanted is False:
         return None
-    if isinstance(recipe.method, BundleMethod) and recipe.method.base == "reference":
+    if recipe.method.result == "bundle" and expect(recipe.method, BundleMethod).base == "reference":
         raise _refers_to_its_base(recipe.name)
     target = Target(**hub.model_dump())
     check_target(target)

@@ -17,9 +17,9 @@ from mergetool.planning.draft import Draft
 from mergetool.planning.graph import BASE, Plan, Shard, Slot, Step, compute_bits
 from mergetool.planning.outcome import check_vocabulary, words_about_result
 from mergetool.planning.parents import check_shares, refuse_quantised, words_about
-from mergetool.planning.passes import with_passes
+from mergetool.planning.passes import with_partners, with_passes
 from mergetool.planning.sources import Lookup
-from mergetool.recipe.load import first_candidate
+from mergetool.recipe.candidate import first_candidate
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.header import TensorSpec, lay_out
 from mergetool.tensors.sets import UNSPLIT
@@ -112,28 +112,7 @@ def open_models(recipe: Recipe, lookup: Lookup) -> dict[str, ModelSource]:
 def _counted(recipe: Recipe, sources: Mapping[str, ModelSource], steps: Sequence[Step]) -> list[Step]:
     """The steps with their partners and the passes that come first."""
     stored = (sources[each.source].specs[each.tensor] for step in steps for each in step.operands)
-    return _with_partners(with_passes(steps, compute_bits(recipe, stored)))
-
-
-def _with_partners(steps: Sequence[Step]) -> list[Step]:
-    """Steps that know which others they look at: those that are merged alike, of tensors with rows like theirs."""
-    place = {step.name: index for index, step in enumerate(steps)}
-    return [
-        replace(
-            step,
-            partners={
-                name: place[name]
-                for name in step.operation.partners(step.name)
-                if name in place and _alike(step, steps[place[name]])
-            },
-        )
-        for step in steps
-    ]
-
-
-def _alike(step: Step, other: Step) -> bool:
-    same_rows = len(other.spec.shape) == len(step.spec.shape) and other.spec.shape[1:] == step.spec.shape[1:]
-    return same_rows and other.operation == step.operation and (other.base is None) == (step.base is None)
+    return with_partners(with_passes(steps, compute_bits(recipe, stored)))
 
 
 def _shards(specs: Sequence[TensorSpec], stem: str, limit: int) -> list[Shard]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mergetool.errors import OutputError, PlanError
 from mergetool.planning.graph import SLICE_ELEMENTS, Plan, Step
+from mergetool.units import filesize, memsize
 
 RUNTIME_BYTES = 300_000_000
 """Python and torch themselves, measured on Linux with a CPU build of torch."""
@@ -93,7 +94,7 @@ def check_disk(plan: Plan, output: Path) -> None:
     free = shutil.disk_usage(place).free
     if free < plan.bytes_out:
         raise OutputError(
-            f"needs {plan.bytes_out:,} bytes, {free:,} are free on that disk",
+            f"needs {filesize(plan.bytes_out)}, {filesize(free)} are free on that disk",
             str(output),
             "free some space, or choose another place with -o PATH",
         )
@@ -112,4 +113,4 @@ def available_memory() -> int:
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    return memsize(size)

@@ -9,11 +9,12 @@ from mergetool.checkpoints.family import Family
 from mergetool.checkpoints.islands import Islands
 from mergetool.errors import PlanError
 from mergetool.layouts.base import Arrangement, Origin
-from mergetool.methods.base import Method, TensorMethod
+from mergetool.methods.base import TensorMethod
 from mergetool.planning.graph import ALIGNED, BASE, STORED, Operand, Slot, Step
+from mergetool.planning.numbers import numbers_of, overridden
 from mergetool.planning.operations import Copy, Merge
 from mergetool.planning.parents import check_missing, label, listed
-from mergetool.recipe.schema import Override, Recipe
+from mergetool.recipe.schema import Recipe
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.side_files import read_config
@@ -37,7 +38,7 @@ class Draft:
         self.matched = [False] * len(self.overrides)
         self.view = ALIGNED if "fit" in recipe.method.stages() else STORED
         self.method = recipe.method.kernel()
-        self.overridden = [_overridden(recipe.method, override).kernel() for override in self.overrides]
+        self.overridden = [overridden(recipe.method, override) for override in self.overrides]
         self.arrangement: Arrangement = recipe.layout.arrange(self.sources, template, tuple(recipe.models))
 
     def steps(self) -> list[Step]:
@@ -123,9 +124,10 @@ class Draft:
         """A tensor that a method makes of those that stand in for these models."""
         sources = [model if model in origin.tensors else BASE for model in models]
         self._check_alike(origin, leader, sources)
-        params = method.params(depth, models)
-        if problem := method.problem(params):
-            raise PlanError(problem, f"{method.method_name()}: {origin.name}", "change the numbers for this tensor")
+        if method.max_models is not None and len(models) > method.max_models:
+            what = f"{method.method_name()} takes at most {method.max_models} models, and here are {', '.join(models)}"
+            raise PlanError(what, origin.name, "leave some out, or choose another method (mergetool methods)")
+        params = numbers_of(method, depth, models, origin.name)
         uses_base = self.uses_base and method.needs_base != "unused"
         written = replace(self._spec(origin, leader), name=origin.name, dtype=self._dtype_out(leader, origin))
         return Step(
@@ -212,10 +214,6 @@ class Draft:
 def _depth(layer: tuple[int, int] | None) -> float:
     """Depth in [0, 1]; tensors outside the layers sit with the first layer (an override can say otherwise)."""
     return layer[0] / (layer[1] - 1) if layer is not None and layer[1] > 1 else 0.0
-
-
-def _overridden(method: Method, override: Override) -> Method:
-    return method.model_copy(update=override.settings())
 
 
 def _joined(steps: Sequence[Step]) -> list[Step]:

@@ -8,12 +8,15 @@ The rates of "this machine" were fitted to runs here; those of others are what t
 estimate is meant to be right within a factor of two.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from mergetool.planning.cost import available_memory
 from mergetool.planning.graph import Plan, Step
 
 _SVD_PASSES = 12.0
 """Multiply-adds of a decomposition, in units of rows x columns x the shorter side."""
+_TOKENS = 200
+"""Of one item of a task, with all its choices."""
 _STARTUP = 1.0
 """Seconds for starting Python and torch, and for the last files."""
 
@@ -52,6 +55,11 @@ MACHINES = (
 )
 
 
+def this_machine(workers: int) -> Machine:
+    """The machine that this runs on, as far as so many workers use it."""
+    return replace(THIS, name="here", cores=workers, memory=available_memory())
+
+
 def expected_seconds(plan: Plan, machine: Machine = THIS) -> float:
     """Seconds that a run of this plan should take on `machine`."""
     inputs = sum(stamp.size for stamps in plan.stamps.values() for stamp in stamps) or plan.bytes_in
@@ -87,6 +95,12 @@ def _counted_bytes(plan: Plan) -> int:
     """Bytes that statistics passes read before merging reads them again."""
     counted = (step for step in plan.steps if step.operation.counts is not None)
     return sum(plan.bytes_read(step, step.spec.num_elements) for step in counted)
+
+
+def answer_seconds(plan: Plan, machine: Machine) -> float:
+    """Seconds in which the merged model should answer one item of a task, on the cores alone."""
+    parameters = sum(step.spec.num_elements for step in plan.steps)
+    return 2.0 * parameters * _TOKENS / machine.core_flops / machine.cores
 
 
 def is_guess(plan: Plan) -> bool:

@@ -55,6 +55,10 @@ class Operation(ABC):
         """What of a tensor it must see whole."""
         return "element"
 
+    def treatment(self, spec: TensorSpec) -> str:
+        """What is done to a tensor, in a word."""
+        return self.name
+
     def partners(self, name: str) -> tuple[str, ...]:
         """Other output tensors whose operands are looked at for the tensor of this name."""
         return ()
@@ -155,6 +159,9 @@ class Merge(Operation):
 
     def granularity(self, spec: TensorSpec) -> Granularity:
         return self.method.granularity_in(spec.name, spec.shape)
+
+    def treatment(self, spec: TensorSpec) -> str:
+        return self.method.treatment(spec.name, spec.shape)
 
     def partners(self, name: str) -> tuple[str, ...]:
         return self.method.partners(name)

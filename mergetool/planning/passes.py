@@ -1,4 +1,4 @@
-"""Which statistics passes come before merging: decided once, from numbers and sizes, and put on the steps."""
+"""What steps need beside their operands, told from their numbers and sizes: passes that come first, and partners."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,3 +42,24 @@ def _check_together(steps: Sequence[Step]) -> None:
                 step.name,
                 "use the same numbers for all tensors, or merge each tensor for itself (scope: tensor)",
             )
+
+
+def with_partners(steps: Sequence[Step]) -> list[Step]:
+    """Steps that know which others they look at: those that are merged alike, of tensors with rows like theirs."""
+    place = {step.name: index for index, step in enumerate(steps)}
+    return [
+        replace(
+            step,
+            partners={
+                name: place[name]
+                for name in step.operation.partners(step.name)
+                if name in place and _alike(step, steps[place[name]])
+            },
+        )
+        for step in steps
+    ]
+
+
+def _alike(step: Step, other: Step) -> bool:
+    same_rows = len(other.spec.shape) == len(step.spec.shape) and other.spec.shape[1:] == step.spec.shape[1:]
+    return same_rows and other.operation == step.operation and (other.base is None) == (step.base is None)

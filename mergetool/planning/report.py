@@ -1,15 +1,24 @@
-"""A plan as data and as a table: what `mergetool plan` prints."""
+"""A plan as data and as tables: what `mergetool plan` prints."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from mergetool.methods.base import Method, expect
+from mergetool.methods.merge3 import Merge3
 from mergetool.planning.cost import Costs
-from mergetool.planning.duration import MACHINES, Machine, expected_seconds, is_guess
+from mergetool.planning.duration import MACHINES, Machine, answer_seconds, expected_seconds, is_guess, this_machine
 from mergetool.planning.graph import Plan, Slot, Step
+from mergetool.planning.patterns import patterns, treatment
+from mergetool.planning.search import SearchSize
+from mergetool.units import filesize, memsize, timespan
+
+Rows = list[Sequence[Any]]
+HEADS = ("tensor", "count", "shape", "dtype", "how", "from", "parameters")
 
 
-def describe(plan: Plan, costs: Costs) -> dict[str, Any]:
-    """The whole plan as JSON-able data."""
+def describe(plan: Plan, costs: Costs, search: Method | None = None) -> dict[str, Any]:
+    """The whole plan as JSON-able data. `search`: what the recipe asks for where the plan is of a candidate."""
     return {
         "output": str(plan.output) if plan.output else None,
         "method": plan.recipe.method.method_name(),
@@ -23,7 +32,9 @@ def describe(plan: Plan, costs: Costs) -> dict[str, Any]:
         "peak_memory": costs.peak_memory,
         "workers": costs.workers,
         "expected_seconds": {machine.name: round(expected_seconds(plan, machine), 1) for machine in MACHINES},
+        "expected_seconds_here": round(expected_seconds(plan, this_machine(costs.workers)), 1),
         "warnings": list(plan.warnings),
+        "search": None if search is None else vars(_size(plan, search)),
     }
 
 
@@ -34,47 +45,71 @@ def _step(plan: Plan, step: Step, slot: Slot) -> dict[str, Any]:
         "shape": list(step.spec.shape),
         "shard": plan.shards[slot.shard].name,
         "method": step.operation.name,
+        "how": treatment(step),
         "from": list(step.reads),
         "depth": round(step.depth, 6),
         "parameters": dict(step.operation.numbers),
     }
 
 
-def summarise(plan: Plan, costs: Costs) -> tuple[tuple[str, ...], list[Sequence[Any]], list[Sequence[Any]]]:
-    """(column heads, one row per tensor, facts about the whole)."""
-    heads = ("tensor", "shape", "dtype", "how", "from", "parameters")
-    rows: list[Sequence[Any]] = [
+def rows(plan: Plan, *, full: bool = False) -> Rows:
+    """What becomes of the tensors, under `HEADS`: a row for each pattern of layers, or (`full`) for each tensor."""
+    return [
         (
-            step.name,
-            "x".join(map(str, step.spec.shape)) or "scalar",
-            step.spec.dtype.name,
-            step.operation.name,
-            ", ".join(step.reads),
-            ", ".join(f"{key}={_short(value)}" for key, value in step.operation.numbers.items()),
+            pattern.name,
+            f"x{len(pattern.steps)}" if len(pattern.steps) > 1 else "",
+            "x".join(map(str, pattern.steps[0].spec.shape)) or "scalar",
+            pattern.steps[0].spec.dtype.name,
+            pattern.how,
+            ", ".join(pattern.steps[0].reads),
+            ", ".join(f"{key}={value}" for key, value in pattern.parameters().items()),
         )
-        for step in plan.steps
+        for pattern in patterns(plan, full=full)
     ]
-    facts: list[Sequence[Any]] = [
-        ("tensors", len(plan.specs)),
-        ("bytes to download first", plan.bytes_missing),
-        ("bytes read", costs.bytes_in),
-        ("bytes written", costs.bytes_out),
-        ("output files", len(plan.files)),
-        ("workers", costs.workers),
-        ("peak memory, at most", costs.peak_memory),
-        *((f"expected time, {machine.name}", _duration(plan, machine)) for machine in MACHINES),
+
+
+def totals(plan: Plan, costs: Costs, *, machines: bool = False, search: Method | None = None) -> Rows:
+    """Facts about the whole: amounts, memory, time here (with `machines`, elsewhere too)."""
+    counts = Counter(treatment(step) for step in plan.steps for _ in ([step] if step.work else step.slots))
+    told = ", ".join(f"{count:,} {how}" for how, count in counts.most_common())
+    files = f"{len(plan.files)} files" if len(plan.files) > 1 else plan.files[0].name
+    at_most = "" if plan.bytes_at_most is None else "at most "
+    result = "" if search is None else ", for the result"
+    here = this_machine(costs.workers)
+    places = [here, *(MACHINES if machines else ())]
+    return [
+        ("tensors", f"{plan.num_tensors:,} ({told})"),
+        *([("to download first", filesize(plan.bytes_missing))] if plan.bytes_missing else []),
+        ("to read", filesize(costs.bytes_in)),
+        ("to write", f"{at_most}{filesize(costs.bytes_out)} in {files}"),
+        ("memory, at most", f"{memsize(costs.peak_memory)} with {costs.workers} workers"),
+        *((f"expected time, {machine.name}", f"{_duration(plan, machine)}{result}") for machine in places),
+        *(_search(plan, search, here) if search is not None else ()),
         ("output", str(plan.output) if plan.output else "give -o PATH"),
     ]
-    return heads, rows, facts
+
+
+def _size(plan: Plan, search: Method) -> SearchSize:
+    return SearchSize.of(expect(search, Merge3), len(plan.sources))
+
+
+def _search(plan: Plan, search: Method, here: Machine) -> Rows:
+    """How much is asked of how many candidates. How many items the tasks have is known only when they are loaded."""
+    size = _size(plan, search)
+    each = "all search items" if size.each is None else f"{size.each:,} items"
+    found: Rows = [("candidates", f"{size.candidates:,}, each merged in memory and asked {each}")]
+    everything = [f"{size.calibration} before (models and random merges)"] if size.calibration else []
+    everything += [f"the {size.finalists} best after"] if size.each is not None else []
+    if everything:
+        found.append(("asked all search items", ", ".join(everything)))
+    found.append(("asked the report items", f"{size.reported} (winner, start of the search, models)"))
+    seconds = answer_seconds(plan, here)
+    told = f"roughly {timespan(seconds)} an item"
+    if size.each is not None:
+        told += f", {timespan(seconds * size.each * size.candidates)} for all candidates, and what is asked everything"
+    return [*found, ("expected time of answers", told)]
 
 
 def _duration(plan: Plan, machine: Machine) -> str:
-    seconds = expected_seconds(plan, machine)
-    told = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    told = timespan(expected_seconds(plan, machine))
     return f"{told}, and the fit" if is_guess(plan) else told
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, tuple):
-        return _short(value[0]) if len(set(value)) == 1 else f"({', '.join(map(_short, value))})"
-    return f"{value:.4g}"

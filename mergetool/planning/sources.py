@@ -16,6 +16,7 @@ from mergetool.recipe.schema import ModelReference, Recipe, expanded
 from mergetool.tensors.hub import HubName, Repository, find, hub_name
 from mergetool.tensors.side_files import licence_of
 from mergetool.tensors.source import ModelSource, OpenFile, open_model
+from mergetool.units import filesize
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Lookup:
         """Download what is missing. Raises HubError or OutputError."""
         for repository in self._found.values():
             if missing := repository.missing:
-                say(f"fetching {repository}: {len(missing)} files, {sum(missing.values()) / 1e9:.2f} GB")
+                say(f"fetching {repository}: {len(missing)} files, {filesize(sum(missing.values()))}")
                 repository.fetch()
 
 

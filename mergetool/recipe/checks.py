@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mergetool.errors import RecipeError
+from mergetool.layouts.base import Layout
 from mergetool.methods.base import Method
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.render import suggestion
@@ -11,7 +12,9 @@ from mergetool.recipe.render import suggestion
 _RESERVED = ("base", "gradient")
 
 
-def cross_checks(document: Document, kind: type[Method] | None, method: Method | None) -> Iterator[RecipeError]:
+def cross_checks(
+    document: Document, kind: type[Method] | None, method: Method | None, layout: Layout
+) -> Iterator[RecipeError]:
     """Checks that need several sections, of what was written: a mistake elsewhere hides none of these."""
     data: Mapping[str, Any] = document.data
     models = data.get("models")
@@ -22,7 +25,7 @@ def cross_checks(document: Document, kind: type[Method] | None, method: Method |
         yield from _check_names(document, models)
         if kind is not None:
             yield from _check_heads(document, models, kind)
-            yield from _check_count(document, models, kind)
+            yield from _check_count(document, models, kind, layout)
             yield from _check_per_model(document, ("merge",), kind, data["merge"], models)
             yield from _check_overrides(document, kind, models)
         for field, name in () if method is None else method.model_names().items():
@@ -75,13 +78,15 @@ def _check_base(document: Document, kind: type[Method], has_base: bool) -> Itera
         yield document.error(("architecture",), what, "remove `architecture`")
 
 
-def _check_count(document: Document, models: Collection[str], kind: type[Method]) -> Iterator[RecipeError]:
+def _check_count(
+    document: Document, models: Collection[str], kind: type[Method], layout: Layout
+) -> Iterator[RecipeError]:
     name = kind.method_name()
     if 0 < len(models) < kind.min_models:
         yield document.error(
             ("models",), f"{name} needs at least {kind.min_models} models, not {len(models)}", "add one"
         )
-    if kind.max_models is not None and len(models) > kind.max_models:
+    if kind.max_models is not None and len(models) > kind.max_models and not layout.chooses:
         what = f"{name} takes at most {kind.max_models} models, not {len(models)}"
         yield document.error(("models",), what, "remove some, or choose another method (mergetool methods)")
 

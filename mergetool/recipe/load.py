@@ -5,28 +5,25 @@ checks that need several sections (names of models, bases that would not be used
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, create_model
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mergetool.errors import RecipeError
 from mergetool.evaluate.options import TaskOptions
 from mergetool.layouts import registry as layouts
 from mergetool.layouts.base import Layout
 from mergetool.layouts.same import Same
-from mergetool.methods import registry
 from mergetool.methods.base import Method
-from mergetool.methods.families.search import SearchMethod
-from mergetool.recipe.candidate import candidate_data, candidate_documents, unique
+from mergetool.recipe.candidate import other_documents
 from mergetool.recipe.checks import check_override, cross_checks
 from mergetool.recipe.document import Document, Place, parse_value, read_document
 from mergetool.recipe.mergekit import convert, is_mergekit
-from mergetool.recipe.render import render, suggestion, unknown_key
+from mergetool.recipe.render import render, unknown_key
 from mergetool.recipe.schema import Check, Compute, Output, Override, Recipe, Reference, Tokenizer
-from mergetool.search.space import Value
+from mergetool.recipe.section import merge_section, override_class
 
 _Models = Annotated[dict[str, Reference], Field(min_length=1)]
 _FIXED: dict[str, Any] = {
@@ -70,20 +67,6 @@ def load_recipe(source: "str | Path | Mapping[str, Any]", settings: Sequence[str
     if problems:
         raise RecipeError.of(problems)
     return check_document(document, tuple(settings))
-
-
-def candidate_recipe(recipe: Recipe, values: Sequence[Value]) -> Recipe:
-    """The plain recipe of one candidate. Raises RecipeError where these numbers cannot go together."""
-    assert isinstance(recipe.method, SearchMethod)
-    section = recipe.method.candidate(values, tuple(recipe.models))
-    made = load_recipe(candidate_data(recipe.document, section))
-    return replace(made, folder=recipe.folder, name=recipe.name, settings=recipe.settings)
-
-
-def first_candidate(recipe: Recipe) -> Recipe:
-    """The plain recipe where a search starts."""
-    assert isinstance(recipe.method, SearchMethod)
-    return candidate_recipe(recipe, recipe.method.space(tuple(recipe.models)).start)
 
 
 def _plain(value: Any) -> Any:
@@ -157,11 +140,11 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
         for key in ("models", "merge")
         if key not in data
     ]
-    kind, method, overrides = _merge_section(document, problems) if "merge" in data else (None, None, ())
+    kind, method, overrides = merge_section(document, problems) if "merge" in data else (None, None, ())
     layout, own = layout_of(document, given, kind, problems)
-    problems += cross_checks(document, kind, method)
-    if isinstance(method, SearchMethod) and not problems:
-        problems += _check_candidates(document, method)
+    problems += cross_checks(document, kind, method, layout)
+    if method is not None and not problems:
+        problems += _check_tried(document, method)
     if problems or method is None:
         raise RecipeError.of(problems)
     return Recipe(
@@ -194,53 +177,15 @@ def _misplaced(document: Document, key: Any) -> RecipeError | None:
     return None
 
 
-def _check_candidates(document: Document, method: SearchMethod) -> list[RecipeError]:
-    """Whatever is wrong with the recipes that a search will try."""
-    problems: list[RecipeError] = []
-    for candidate in candidate_documents(document, method):
+def _check_tried(document: Document, method: Method) -> list[RecipeError]:
+    """Whatever is wrong with the other recipes that this one stands for."""
+    problems: dict[str, RecipeError] = {}
+    for other in other_documents(document, method):
         try:
-            check_document(candidate)
+            check_document(other)
         except RecipeError as error:
-            problems += error.problems
-    return unique(problems)
-
-
-def _merge_section(
-    document: Document, problems: list[RecipeError]
-) -> tuple[type[Method] | None, Method | None, tuple[Override, ...]]:
-    data = document.data["merge"]
-    if not isinstance(data, dict):
-        problems.append(document.error(("merge",), "expected a mapping with `method`", "write merge: {method: linear}"))
-        return None, None, ()
-    kind = _method_class(document, data, problems)
-    if kind is None:
-        return None, None, ()
-    method = None
-    overrides: tuple[Override, ...] = ()
-    try:
-        method = kind.model_validate({key: value for key, value in data.items() if key != "overrides"})
-    except ValidationError as error:
-        problems += render(document, ("merge",), error, kind)
-    if "overrides" in data:
-        override = override_class(kind)
-        try:
-            overrides = TypeAdapter(tuple[override, ...]).validate_python(data["overrides"])  # type: ignore[valid-type]
-        except ValidationError as error:
-            problems += render(document, ("merge", "overrides"), error, override)
-    return kind, method, overrides
-
-
-def _method_class(document: Document, data: dict[str, Any], problems: list[RecipeError]) -> type[Method] | None:
-    methods = registry()
-    name = data.get("method")
-    if isinstance(name, str) and name in methods:
-        return methods[name]
-    if name is None:
-        problems.append(document.error(("merge",), "required key 'method' is missing", "see: mergetool methods"))
-    else:
-        fix = suggestion(str(name), methods) or "see: mergetool methods"
-        problems.append(document.error(("merge", "method"), f"there is no method {str(name)!r}", fix))
-    return None
+            problems |= {str(problem): problem for problem in error.problems}
+    return list(problems.values())
 
 
 def layout_of(
@@ -279,14 +224,3 @@ def _checked_layout(
         except ValidationError as error:
             problems += render(document, place, error, override_class(kind))
     return layout, tuple(own)
-
-
-@cache
-def override_class(method: type[Method]) -> type[Override]:
-    """The override model of a method: a glob, `use`, and its own fields (those of a fit or a bundle do not vary)."""
-    fields: dict[str, Any] = {
-        key: (info.rebuild_annotation(), Field(None, description=info.description))
-        for key, info in method.model_fields.items()
-        if key != "method" and method.varies
-    }
-    return create_model(f"{method.__name__}Override", __base__=Override, **fields)

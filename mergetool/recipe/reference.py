@@ -9,8 +9,8 @@ from pydantic_core import PydanticUndefined
 
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
-from mergetool.methods.base import Method, TensorMethod
-from mergetool.recipe.load import override_class, sections
+from mergetool.methods.base import Method, TensorMethod, is_method
+from mergetool.recipe.load import sections
 from mergetool.recipe.render import suggestion
 from mergetool.recipe.schema import Override
 
@@ -54,7 +54,7 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
 
 def _fields(kind: type[BaseModel], prefix: str = "") -> Iterator[dict[str, Any]]:
     """The fields of a method, those of its sections one by one."""
-    schedulables = kind.schedulables() if issubclass(kind, Method) else {}
+    schedulables = kind.schedulables() if is_method(kind) else {}
     for key, info in kind.model_fields.items():
         annotation = info.annotation
         if key == "method":
@@ -69,6 +69,7 @@ def _fields(kind: type[BaseModel], prefix: str = "") -> Iterator[dict[str, Any]]
             "type": _type(schedulables[key].per_model) if key in schedulables else plain,
             "default": None if info.default is PydanticUndefined else info.default,
             "required": info.is_required(),
+            "example": info.examples[0] if info.examples else None,
             "help": info.description,
         }
 
@@ -97,54 +98,3 @@ def _word(option: Mapping[str, Any]) -> str:
         return " | ".join(map(str, option["enum"]))
     word = str(option.get("const", option.get("type")))
     return {"array": "list", "object": "mapping"}.get(word, word)
-
-
-def recipe_schema() -> dict[str, Any]:
-    """JSON schema of a recipe file: sections, and for `merge` one alternative per method, chosen by `method`."""
-    definitions: dict[str, Any] = {}
-    properties = {key: _schema(kind, definitions) for key, kind in sections().items()}
-    properties["merge"] = {"oneOf": [_merge_schema(kind, definitions) for kind in registry().values()]}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "mergetool recipe",
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["models", "merge"],
-        "properties": properties,
-        "$defs": dict(sorted(definitions.items())),
-    }
-
-
-def _merge_schema(kind: type[Method], definitions: dict[str, Any]) -> dict[str, Any]:
-    schema = _schema(kind, definitions)
-    schema["required"] = ["method"]
-    schema["description"] = kind.documentation().splitlines()[0]
-    override = _schema(override_class(kind), definitions)
-    schema["properties"]["overrides"] = {"type": "array", "items": override, "description": "first match wins"}
-    return schema
-
-
-def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    schema = TypeAdapter(kind).json_schema(ref_template="#/$defs/{model}")
-    for name, definition in schema.pop("$defs", {}).items():
-        definitions[_short(name)] = _renamed(definition)
-    renamed: dict[str, Any] = _renamed(schema)
-    return renamed
-
-
-def _renamed(node: Any) -> Any:
-    """pydantic names a generic's definition after all its constraints; give references their short names."""
-    if isinstance(node, Mapping):
-        return {
-            key: f"#/$defs/{_short(str(value).rpartition('/')[2])}" if key == "$ref" else _renamed(value)
-            for key, value in node.items()
-        }
-    return [_renamed(item) for item in node] if isinstance(node, list) else node
-
-
-def _short(name: str) -> str:
-    if not name.startswith("Gradient_"):
-        return name
-    import hashlib
-
-    return f"Gradient{hashlib.sha256(name.encode()).hexdigest()[:6]}"

@@ -10,7 +10,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mergetool.errors import RecipeError
-from mergetool.methods.base import Method
+from mergetool.methods import registry
+from mergetool.methods.base import Schedulable, is_method
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.schema import ModelReference
 
@@ -43,10 +44,10 @@ def render(document: Document, prefix: Place, error: ValidationError, kind: Any)
 def _for_a_list(document: Document, kind: Any, detail: ErrorDetails) -> str | None:
     """What to write instead of a list of numbers, where one number may stand or several along depth."""
     values, loc = detail["input"], detail["loc"]
-    if not (isinstance(values, list) and isinstance(kind, type) and issubclass(kind, Method)):
+    if not isinstance(values, list) or len(values) < 2 or not all(type(value) in (int, float) for value in values):
         return None
-    schedulable = kind.schedulables().get(str(loc[0]))
-    if schedulable is None or len(values) < 2 or not all(type(value) in (int, float) for value in values):
+    schedulable = _schedulable(document, kind, loc)
+    if schedulable is None:
         return None
     along = f"write {{gradient: {values}}} for values along depth"
     models = list(document.data.get("models") or ())
@@ -54,6 +55,19 @@ def _for_a_list(document: Document, kind: Any, detail: ErrorDetails) -> str | No
         return along
     each = ", ".join(f"{name}: {value}" for name, value in zip(models, values, strict=True))
     return f"{along}, or {{{each}}} for one value a model"
+
+
+def _schedulable(document: Document, kind: Any, loc: Sequence[str | int]) -> Schedulable | None:
+    """The mark of the number that a finding is about: of a method, of an override, or of a method inside another."""
+    for key in loc:
+        fields: Mapping[Any, FieldInfo] = getattr(kind, "model_fields", {})
+        if key not in fields:
+            continue
+        if marks := [mark for mark in fields[key].metadata if isinstance(mark, Schedulable)]:
+            return marks[0]
+        held = document.data["merge"].get(key)
+        kind = registry().get(str(held.get("method"))) if isinstance(held, dict) else None
+    return None
 
 
 def _written(document: Document, loc: tuple[str | int, ...], kind: str) -> Place:
@@ -81,7 +95,7 @@ def _known_keys(kind: Any, loc: tuple[str | int, ...]) -> list[str]:
             if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
                 return ["gradient"]
             fields = annotation.model_fields
-    return [*fields, *(["overrides"] if issubclass(kind, Method) and len(loc) == 1 else [])]
+    return [*fields, *(["overrides"] if is_method(kind) and len(loc) == 1 else [])]
 
 
 def unknown_key(document: Document, place: Place, known: Sequence[str]) -> RecipeError:
@@ -126,6 +140,9 @@ def _words(detail: ErrorDetails) -> tuple[str, str]:
         return f"needs at least {least} {_ITEMS[kind, least > 1]}, found {shown}", "write more"
     if kind == "literal_error":
         return _not_one_of(value, shown, str(context.get("expected", "")))
+    if kind == "value_error" and isinstance(value, dict) and value.get("method") not in (None, *registry()):
+        name = str(value["method"])
+        return f"there is no method {name!r}", suggestion(name, registry()) or "see: mergetool methods"
     if kind == "value_error":
         return f"{context.get('error', detail['msg'])}, found {shown}", "see: mergetool schema"
     message = detail["msg"][0].lower() + detail["msg"][1:]

@@ -82,7 +82,7 @@ class ModelReference(Section):
     )
 
 
-Reference = Annotated[ModelReference, BeforeValidator(_as_reference, json_schema_input_type=str | dict[str, Any])]
+Reference = Annotated[ModelReference, BeforeValidator(_as_reference, json_schema_input_type=str | ModelReference)]
 
 
 class Compute(Section):

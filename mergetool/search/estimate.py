@@ -57,12 +57,16 @@ class Estimator:
     """Share of the weighted mean in gp-irt and gmp-irt."""
 
     def __call__(self, answers: Floats) -> Estimate:
-        """Answers (n,) to the subset's items, in their order."""
+        """Answers (n,) to the subset's items, in their order.
+
+        What was asked is known, so only the share `left` that was not asked can be wrong, and it alone has a variance.
+        """
         n = len(answers)
         if n == self.num_items:
             return Estimate(float(answers.mean()), 0.0)
         left = 1.0 - n / self.num_items
         mean = float(answers.mean() if self.kind == "mean" else answers @ self.subset.weights)
+        # Of n coins drawn from all without putting back, and one more, a fair coin: n right answers prove no certainty.
         spread = left * (n * mean * (1.0 - mean) + 0.25) / (n + 1.0) / n
         if self.kind in ("mean", "weighted"):
             return Estimate(mean, float(np.sqrt(max(spread, 0.0))))
@@ -71,29 +75,35 @@ class Estimator:
         if self.kind in ("p-irt", "mp-irt"):
             return Estimate(value, float(np.sqrt(left**2 * variance)))
         share = self.blend
+        # Both are told from the same answers, so their errors do not cancel: they add up, not their squares.
         joint = share * np.sqrt(max(spread, 0.0)) + (1.0 - share) * np.sqrt(left**2 * variance)
         return Estimate(share * mean + (1.0 - share) * value, float(joint))
 
     def _predicted(self, answers: Floats) -> tuple[float, float]:
-        """Mean chance of a right answer over the items not asked, and the variance of that guess."""
+        """Mean chance of a right answer over the items not asked, and the variance of that guess.
+
+        Few answers say little about an ability of several dimensions. A merge lies near the models that it was made of:
+        mp-irt looks for its place among them alone (weights of the parents' abilities, all equal until answers tell).
+        """
         assert self.fit is not None
         bank = self.fit.items
         asked = bank.take(self.subset.items)
         others = bank.take(np.setdiff1d(np.arange(self.num_items), self.subset.items))
         if self.kind in ("p-irt", "gp-irt"):
-            found, precision = abilities(asked, answers[None])
+            modes, precision = abilities(asked, answers[None])
             basis, origin = np.eye(bank.num_dimensions), np.zeros(bank.num_dimensions)
         else:
             basis, origin = self._basis()
             size = len(basis)
-            found, precision = posterior_mode(
+            modes, precision = posterior_mode(
                 asked.discrimination @ basis.T,
                 asked.discrimination @ origin - asked.difficulty,
                 answers[None],
                 mean=np.full(size, 1.0 / size),
                 precision=np.eye(size),
             )
-        chance = others.probability(origin + found[0] @ basis)
+        chance = others.probability(origin + modes[0] @ basis)
+        # Not knowing the ability (how much the mean follows it, times how well it is known), and what is chance anyway.
         slope = basis @ ((chance * (1.0 - chance)) @ others.discrimination) / len(chance)
         noise = float((chance * (1.0 - chance)).sum()) / len(chance) ** 2
         return float(chance.mean()), float(slope @ np.linalg.solve(precision[0], slope)) + noise
@@ -110,10 +120,10 @@ def uses_irt(kind: Kind) -> bool:
     return kind.endswith("irt")
 
 
-def with_fit(estimator: Estimator, found: IrtFit, parents: Sequence[int], base: int | None) -> Estimator:
+def with_fit(estimator: Estimator, fitted: IrtFit, parents: Sequence[int], base: int | None) -> Estimator:
     """The estimator with this fit; `parents` and `base` are rows of the answers that were fitted."""
-    origin = None if base is None else found.abilities[base]
-    return replace(estimator, fit=found, parents=found.abilities[list(parents)], origin=origin)
+    origin = None if base is None else fitted.abilities[base]
+    return replace(estimator, fit=fitted, parents=fitted.abilities[list(parents)], origin=origin)
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,7 @@ def cross_check(
 ) -> CrossCheck:
     """Try the estimator on calibration models (M, N) that its fit did not see, and settle the blend.
 
+    A fit that has seen a model knows what it answered, so each is judged by a fit of the others.
     Parents and base are in every fit (their abilities span those of merges). Where item response theory does not beat
     the weighted mean by 5 %, or ranks models worse by more than 0.03, the weighted mean is what should be used.
     """
@@ -151,24 +162,27 @@ def cross_check(
     truth, by_weight, by_irt = [], [], []
     for held in np.array_split(rng.permutation(others), min(_FOLDS, len(others))):
         kept = [*fixed, *(row for row in others if row not in held)]
-        found = fit(answers[kept], num_dimensions)
-        made = with_fit(estimator, found, [kept.index(p) for p in parents], None if base is None else kept.index(base))
+        fitted = fit(answers[kept], num_dimensions)
+        made = with_fit(estimator, fitted, [kept.index(p) for p in parents], None if base is None else kept.index(base))
         for row in held:
             asked = answers[row, estimator.subset.items]
             truth.append(float(answers[row].mean()))
             by_weight.append(replace(made, kind="weighted")(asked).value)
             by_irt.append(replace(made, kind=pure)(asked).value)
-    true, weighted, irt = (np.array(found) for found in (truth, by_weight, by_irt))
+    true, weighted, irt = (np.array(scores) for scores in (truth, by_weight, by_irt))
     blend = blend_of(weighted - true, irt - true)
     estimates = {"weighted": weighted, pure: irt, f"g{pure}": blend * weighted + (1.0 - blend) * irt}
-    errors = {name: float(np.abs(found - true).mean()) for name, found in estimates.items()}
-    ranks = {name: rank_correlation(found, true) for name, found in estimates.items()}
+    errors = {name: float(np.abs(guesses - true).mean()) for name, guesses in estimates.items()}
+    ranks = {name: rank_correlation(guesses, true) for name, guesses in estimates.items()}
     wins = errors[estimator.kind] < 0.95 * errors["weighted"] and (ranks[estimator.kind] >= ranks["weighted"] - 0.03)
     return CrossCheck(estimator.kind if wins else "weighted", blend, errors, ranks)
 
 
 def blend_of(weighted: Floats, irt: Floats) -> float:
-    """The weighted mean's share in the blend with the smallest errors; near one half where models are few."""
+    """The weighted mean's share in the blend with the smallest errors; near one half where models are few.
+
+    Least squares over the held-out models, with as many made-up ones (`_SHRINK`) for which an even blend is right.
+    """
     apart = weighted - irt
     pull = _SHRINK * float((apart**2).mean())
     if pull == 0.0:

@@ -87,22 +87,22 @@ def posterior_mode(
     are the posterior's precision.
     """
     posterior = _Posterior(design, offset, answers, mean, precision)
-    found = np.tile(mean, (len(answers), 1)) if start is None else start
-    value = posterior.objective(found)
+    place = np.tile(mean, (len(answers), 1)) if start is None else start
+    value = posterior.objective(place)
     for _ in range(_NEWTON_STEPS):
-        gradient, hessian = posterior.slopes(found)
+        gradient, hessian = posterior.slopes(place)
         if np.abs(gradient).max(initial=0.0) < _GRADIENT:
             break
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
         step *= np.minimum(1.0, _LONGEST_STEP / np.maximum(np.linalg.norm(step, axis=1, keepdims=True), 1e-300))
         for _ in range(_HALVINGS):  # the objective is concave: a short enough step never makes it worse
-            reached = posterior.objective(found + step)
+            reached = posterior.objective(place + step)
             worse = reached < value - 1e-12 * np.abs(value)
             if not worse.any():
                 break
             step[worse] *= 0.5
-        found, value = found + step, reached
-    return found, posterior.slopes(found)[1]
+        place, value = place + step, reached
+    return place, posterior.slopes(place)[1]
 
 
 class _Posterior:
@@ -114,18 +114,18 @@ class _Posterior:
         self._answers = np.where(self._given, answers, 0.0)
         self._products = (design[:, :, None] * design[:, None, :]).reshape(len(design), -1)
 
-    def objective(self, found: Floats) -> Floats:
+    def objective(self, place: Floats) -> Floats:
         """Values (B,), up to a constant."""
-        logits = found @ self._design.T + self._offset
+        logits = place @ self._design.T + self._offset
         likelihood = np.where(self._given, self._answers * logits - np.logaddexp(0.0, logits), 0.0).sum(axis=1)
-        away = found - self._mean
+        away = place - self._mean
         return np.asarray(likelihood - 0.5 * np.einsum("bp,pq,bq->b", away, self._precision, away))
 
-    def slopes(self, found: Floats) -> tuple[Floats, Floats]:
+    def slopes(self, place: Floats) -> tuple[Floats, Floats]:
         """Gradients (B, p) and negative Hessians (B, p, p)."""
-        chance = sigmoid(found @ self._design.T + self._offset)
+        chance = sigmoid(place @ self._design.T + self._offset)
         missed = np.where(self._given, self._answers - chance, 0.0)
-        gradient = missed @ self._design - (found - self._mean) @ self._precision
+        gradient = missed @ self._design - (place - self._mean) @ self._precision
         curvature = np.where(self._given, chance * (1.0 - chance), 0.0) @ self._products
         return gradient, curvature.reshape(-1, *self._precision.shape) + self._precision
 
@@ -169,12 +169,12 @@ def _first_abilities(answers: Floats, num_dimensions: int) -> Floats:
         centre = np.nansum(answers, axis=0) / counts
     filled = np.where(np.isnan(answers), centre, answers)
     left, _, _ = np.linalg.svd(filled - centre, full_matrices=False)
-    found = np.zeros((len(answers), num_dimensions))
-    found[:, : min(num_dimensions, left.shape[1])] = left[:, :num_dimensions] * np.sqrt(len(answers))
+    start = np.zeros((len(answers), num_dimensions))
+    start[:, : min(num_dimensions, left.shape[1])] = left[:, :num_dimensions] * np.sqrt(len(answers))
     for axis in range(num_dimensions):
-        if found[:, axis] @ (filled.mean(axis=1) - filled.mean()) < 0:
-            found[:, axis] *= -1.0
-    return found
+        if start[:, axis] @ (filled.mean(axis=1) - filled.mean()) < 0:
+            start[:, axis] *= -1.0
+    return start
 
 
 def _items_given(
@@ -183,8 +183,8 @@ def _items_given(
     """All items, fitted to known abilities. `near`: a fit to start from."""
     design = np.hstack([theta, -np.ones((len(theta), 1))])
     start = None if near is None else np.hstack([near.discrimination, near.difficulty[:, None]])
-    found, _ = posterior_mode(design, np.zeros(len(theta)), answers.T, mean=mean, precision=precision, start=start)
-    return ItemBank(found[:, :-1], found[:, -1])
+    columns, _ = posterior_mode(design, np.zeros(len(theta)), answers.T, mean=mean, precision=precision, start=start)
+    return ItemBank(columns[:, :-1], columns[:, -1])
 
 
 def _objective(items: ItemBank, theta: Floats, answers: Floats, mean: Floats, precision: Floats) -> float:
@@ -232,10 +232,10 @@ def choose_dimensions(answers: Floats, rng: np.random.Generator, candidates: tup
         kept = np.setdiff1d(np.arange(num_models), held)
         for size in sizes:
             items = fit(answers[kept], size).items
-            found, _ = abilities(items.take(even), answers[np.ix_(held, even)])
-            guess = items.take(odd).probability(found).mean(axis=1)
+            places, _ = abilities(items.take(even), answers[np.ix_(held, even)])
+            guess = items.take(odd).probability(places).mean(axis=1)
             errors[size] += list(np.abs(guess - np.nanmean(answers[np.ix_(held, odd)], axis=1)))
-    means = {size: float(np.mean(found)) for size, found in errors.items()}
+    means = {size: float(np.mean(missed)) for size, missed in errors.items()}
     best = min(sizes, key=lambda size: means[size])
     slack = float(np.std(errors[best]) / np.sqrt(len(errors[best])))
     return next(size for size in sizes if means[size] <= means[best] + slack)

@@ -85,3 +85,14 @@ class SearchSpace:
     def start(self) -> tuple[Value, ...]:
         """Where a search begins."""
         return tuple(gene.start for gene in self.genes)
+
+    @property
+    def corners(self) -> list[tuple[Value, ...]]:
+        """Where a search begins, and the lowest and the highest values of all genes; every choice occurs."""
+        ends = [tuple(gene.value(share) for gene in self.genes) for share in (0.0, 1.0)]
+        longest = max((len(gene.choices) for gene in self.genes), default=0)
+        chosen = [
+            tuple(gene.choices[turn % len(gene.choices)] if gene.choices else gene.start for gene in self.genes)
+            for turn in range(longest)
+        ]
+        return [self.start, *ends, *chosen]

@@ -82,7 +82,7 @@ def no_more_scratch_space_is_used_than_is_counted(case: MethodCase) -> None:
     used = set()
     scratch = TensorGroup.scratch
 
-    def counted(group: TensorGroup, place: int, dtype: torch.dtype | None = None) -> Tensor:
+    def counted(group: TensorGroup, place: str, dtype: torch.dtype | None = None) -> Tensor:
         used.add((place, dtype or group.models[0].dtype))
         return scratch(group, place, dtype)
 

@@ -22,11 +22,11 @@ from mergetool.engine.memory import merge_into
 from mergetool.engine.sinks import LiveSink
 from mergetool.errors import EvaluationError
 from mergetool.evaluate.language_model import LanguageModel
-from mergetool.methods.families.search import SearchMethod
 from mergetool.planning import Plan, make_plan
 from mergetool.planning.graph import BASE
+from mergetool.planning.numbers import keeps_operands, with_numbers
 from mergetool.recipe import load_recipe
-from mergetool.recipe.load import candidate_recipe
+from mergetool.recipe.candidate import candidate_recipe, settings_of
 from mergetool.recipe.schema import Recipe
 from mergetool.search.space import Value
 from mergetool.tensors.digests import remembered_sha256
@@ -72,7 +72,7 @@ class Candidates:
     def __init__(self, recipe: Recipe, sources: Mapping[str, ModelSource], device: str, batch_size: int) -> None:
         self._recipe = recipe
         self._sources = {name: ResidentSource(source) for name, source in sources.items()}
-        plan = make_plan(recipe, sources=self._sources)
+        plan = self._plan = make_plan(recipe, sources=self._sources)
         folder = plan.sources[plan.template].folder
         if folder is None:
             what = "is a bare file without config and tokenizer, so merges of it cannot be evaluated"
@@ -105,14 +105,19 @@ class Candidates:
         if isinstance(subject, str):
             facts += [self.inputs[name] for name in self._parts(subject)]
         else:
-            assert isinstance(recipe.method, SearchMethod)
-            merge = recipe.method.candidate(tuple(subject), tuple(recipe.models))
+            merge = settings_of(recipe, subject)
             facts += [list(self.inputs.items()), merge, recipe.compute.model_dump(), recipe.check.model_dump()]
         return _sha256(facts)
 
     def put(self, values: Sequence[Value], *, digest: bool = False) -> str | None:
         """Merge the candidate with these numbers into the live model. Returns its digest if asked for."""
-        return self._put(make_plan(candidate_recipe(self._recipe, values), sources=self._sources), digest=digest)
+        return self._put(self._planned(candidate_recipe(self._recipe, values)), digest=digest)
+
+    def _planned(self, recipe: Recipe) -> Plan:
+        """The first plan with other numbers; a plan of its own where other tensors are copied."""
+        if keeps_operands(self._plan, recipe):
+            return with_numbers(self._plan, recipe)
+        return make_plan(recipe, sources=self._sources)
 
     def put_model(self, name: str) -> None:
         """Put one of the models itself (or the base) there; what it lacks, the base or first model has."""

@@ -11,12 +11,11 @@ from mergetool.engine.devices import device_for_networks
 from mergetool.engine.processes import joined, leads
 from mergetool.engine.run import Silent
 from mergetool.errors import MergeError, OutputError
-from mergetool.methods.families.search import SearchMethod
 from mergetool.outputs.journal import journal_path
 from mergetool.outputs.push import push_target
 from mergetool.outputs.staging import check_output
 from mergetool.planning.sources import pinned
-from mergetool.recipe.load import candidate_recipe
+from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.source import open_model
 from mergetool.tensors.writer import partial_path
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None) -> Result:
     """Plan and run a recipe of any method. Raises any MergetoolError."""
     flags, progress = flags or Flags(), progress or Silent()
-    if not isinstance(recipe.method, SearchMethod):
+    if not recipe.method.searches:
         return _evaluated(recipe, flags, run_plain(recipe, flags, progress))
     from mergetool.tuning.session import search
 
@@ -38,12 +37,12 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
         if team.leads:
             push_target(recipe, flags.push)  # that it cannot be pushed is better known now than after the search
         asked = team.leader_first(lambda: pinned(recipe))  # what is searched is merged, however long it takes
-        found = search(asked, search_folder(output), flags, progress if team.leads else Silent(), team)
-        merged = run_plain(*_winner(asked, found, replace(flags, output=output)), progress, found.warnings)
+        winner = search(asked, search_folder(output), flags, progress if team.leads else Silent(), team)
+        merged = run_plain(*_winner(asked, winner, replace(flags, output=output)), progress, winner.warnings)
         if team.leads:
-            _check_saved(merged.path, found.digest)
+            _check_saved(merged.path, winner.digest)
         team.all_gather(None)
-        merged = replace(merged, notes={**dict.fromkeys(found.notes, 1), **merged.notes})
+        merged = replace(merged, notes={**dict.fromkeys(winner.notes, 1), **merged.notes})
     return _evaluated(asked, flags, merged)
 
 
@@ -70,9 +69,9 @@ def _evaluated(recipe: Recipe, flags: Flags, result: Result) -> Result:
     return replace(result, notes={**result.notes, **dict.fromkeys(told, 1)})
 
 
-def _winner(recipe: Recipe, found: "Winner", flags: Flags) -> tuple[Recipe, Flags]:
+def _winner(recipe: Recipe, winner: "Winner", flags: Flags) -> tuple[Recipe, Flags]:
     """The recipe that merges what was found, and the flags for it."""
-    merge = candidate_recipe(recipe, found.values)
+    merge = candidate_recipe(recipe, winner.values)
     return merge, replace(flags, cache=flags.cache if merge.method.uses_factors else None)
 
 

@@ -5,7 +5,7 @@ An item is asked of a subject once: what is known already is not asked again, wh
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,10 +70,11 @@ class Scorer:
         *,
         team: Team,
         cache: ResponseCache,
+        count: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._candidates = candidates
         self.tasks = {task.name: task for task in tasks}
-        self._journal, self._team, self._cache = journal, team, cache
+        self._journal, self._team, self._cache, self._count = journal, team, cache, count
         self._known: dict[Subject, Known] = {}
         self.spent = Spent()
 
@@ -131,11 +132,11 @@ class Scorer:
         left = {}
         for task, items in wanted.items():
             keys = self.tasks[task].keys
-            found = {item: kept.scores[keys[item]] for item in items if keys[item] in kept.scores}
-            known.scores.setdefault(task, {}).update(found)
-            self._spend_items(stage, task, list(found))
-            self.spent.recalled += len(found)
-            if asked := [item for item in items if item not in found]:
+            recalled = {item: kept.scores[keys[item]] for item in items if keys[item] in kept.scores}
+            known.scores.setdefault(task, {}).update(recalled)
+            self._spend_items(stage, task, list(recalled))
+            self.spent.recalled += len(recalled)
+            if asked := [item for item in items if item not in recalled]:
                 left[task] = asked
         if left and kept.failure is not None:
             known.failure, left = kept.failure, {}
@@ -172,6 +173,7 @@ class Scorer:
         if items:
             self.spent.items[stage] = self.spent.items.get(stage, 0) + len(items)
             self.spent.requests += self.tasks[task].num_requests(items)
+            self._count(len(items))
 
     def _spend_seconds(self, seconds: Sequence[float]) -> None:
         self.spent.merge_seconds += seconds[0]
@@ -184,7 +186,7 @@ class Scorer:
         try:
             cached = {task: self._cached(subject, task, items) for task, items in missing.items()}
             if digest or any(len(cached[task]) < len(items) for task, items in missing.items()):
-                marked = {"digest": found} if (found := self._put(subject, digest=digest)) else {}
+                marked = {"digest": made} if (made := self._put(subject, digest=digest)) else {}
             merged = time.monotonic()
             scores = {task: self._scored(subject, task, items, cached[task]) for task, items in missing.items()}
         except (MergeError, PlanError, RecipeError, EvaluationError, RuntimeError) as error:
@@ -201,17 +203,17 @@ class Scorer:
 
     def _cached(self, subject: Subject, task: str, items: Sequence[int]) -> dict[int, Score]:
         keys = self.tasks[task].keys
-        found = self._cache.get(self._candidates.identity(subject), [keys[item] for item in items])
-        return {item: found[keys[item]] for item in items if keys[item] in found}
+        cached = self._cache.get(self._candidates.identity(subject), [keys[item] for item in items])
+        return {item: cached[keys[item]] for item in items if keys[item] in cached}
 
     def _scored(self, subject: Subject, task: str, items: Sequence[int], cached: dict[int, Score]) -> dict[int, Score]:
         """Ask the live model what the cache does not know."""
         left = [item for item in items if item not in cached]
         if left:
             keys = self.tasks[task].keys
-            found = self.tasks[task].score(self._candidates.live.lm, left)
-            self._cache.put(self._candidates.identity(subject), {keys[item]: score for item, score in found.items()})
-            cached |= found
+            asked = self.tasks[task].score(self._candidates.live.lm, left)
+            self._cache.put(self._candidates.identity(subject), {keys[item]: score for item, score in asked.items()})
+            cached |= asked
         return cached
 
     def _put(self, subject: Subject, *, digest: bool) -> str | None:

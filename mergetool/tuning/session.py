@@ -14,11 +14,13 @@ from mergetool.errors import EvaluationError, MergetoolError
 from mergetool.evaluate.cache import ResponseCache
 from mergetool.evaluate.harness import load_task
 from mergetool.evaluate.items import TaskItems
+from mergetool.methods.base import expect
 from mergetool.methods.merge3 import Merge3
 from mergetool.planning.build import open_models
 from mergetool.planning.graph import BASE
+from mergetool.planning.search import SearchSize
 from mergetool.planning.sources import Lookup
-from mergetool.recipe.load import candidate_recipe
+from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.source import ModelSource
 from mergetool.tensors.writer import write_file
@@ -52,20 +54,22 @@ class Winner:
 
 def search(recipe: Recipe, folder: Path, flags: Flags, progress: Progress, team: Team) -> Winner:
     """Search, and write what was found into a folder."""
-    method = recipe.method
-    assert isinstance(method, Merge3)
+    method = expect(recipe.method, Merge3)
+    progress.start(0, "opening models and tasks")
     sources = _fetched(recipe, progress)
     candidates = Candidates(recipe, sources, flags.device, method.search.batch_size)
     loaded = [load_task(task, recipe.folder, trust_code=flags.trust_code) for task in method.tasks]
-    tasks = [TaskItems(*found, candidates.live.lm) for found in zip(method.tasks, loaded, strict=True)]
+    tasks = [TaskItems(*pair, candidates.live.lm) for pair in zip(method.tasks, loaded, strict=True)]
     pools = split(tasks, method.search.report, recipe.compute.seed)
     journal = _open_journal(folder, _header(recipe, candidates, tasks, pools), flags, team)
     for told in _about_kept(journal):
         progress.say(told)
     cache = ResponseCache(flags.cache)
     try:
-        judge = Scorer(candidates, tasks, journal, team=team, cache=cache)
+        judge = Scorer(candidates, tasks, journal, team=team, cache=cache, count=progress.advance)
         space = method.space(tuple(recipe.models))
+        size = SearchSize.of(method, len(recipe.models) + (recipe.base is not None))
+        progress.start(size.items(pools.num_search, pools.num_report), "searching", "items")
         loop = Loop(method, space, judge, pools, recipe.compute.seed, progress.say)
         history = loop.run(tuple(recipe.models), BASE if recipe.base else None)
         if history.winner is None:

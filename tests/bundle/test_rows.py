@@ -100,13 +100,69 @@ def test_what_cannot_be_answered_is_said(bundle, tmp_path):
     model = mergetool.load_bundle(bundle)
     with pytest.raises(PlanError, match="no task 'nope'"):
         list(answers(model, ROWS, tasks=["nope"]))
-    with pytest.raises(SourceError, match="different names or shapes"):
+    with pytest.raises(SourceError, match=r"field `input_ids` is of shape \[1\], \[2\] in the first row") as caught:
         list(answers(model, [{"input_ids": [1, 2]}, {"input_ids": [1]}]))
+    assert "--batch-size 1" in caught.value.fix
+    assert len(list(answers(model, [{"input_ids": [1, 2]}, {"input_ids": [1]}], batch_size=1))) == 2
     with pytest.raises(SourceError, match="cannot be read"):
         read_rows(tmp_path / "nowhere.jsonl")
     untold = make_bundle(tmp_path, "bert")
     with pytest.raises(SourceError, match="no tokenizer"):
         list(answers(mergetool.load_bundle(untold), ROWS))
+
+
+WRONG_ROWS = {
+    "another name": ({"prompt": "w1"}, "has no field `text`, but 'prompt'; another row has it"),
+    "a second text alone": ({"id": 1, "pair": "w2"}, "has no field `text`, but 'pair'; another row has it"),
+    "a number": ({"text": 3}, "field `text` is 3, not text"),
+    "nothing": ({"text": None}, "field `text` is null, not text"),
+    "a list": ({"text": ["w1", "w2"]}, 'field `text` is ["w1", "w2"], not text'),
+    "tensors among texts": ({"input_ids": [1, 2]}, "has no field `text`, but 'input_ids'; another row has it"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ROWS)
+def test_a_wrong_row_is_named_with_its_file_line_and_field(bundle, tmp_path, case):
+    wrong, says = WRONG_ROWS[case]
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "w1", "task": "a"}, {"text": "w2", "task": "b"}])
+    with file.open("a") as more:
+        more.write("\n" + json.dumps(wrong | {"task": "c"}) + "\n")
+    for command in ("route", "calibrate"):
+        error = CliRunner().invoke(app, [command, str(bundle), "--input", str(file)]).exception
+        assert isinstance(error, SourceError)
+        assert (error.what, error.where) == (says, f"{file}:4")
+    assert not (bundle / "calibration.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([{"input_ids": [1, 2]}, {"input_ids": "w1 w2"}], 'field `input_ids` is "w1 w2", not numbers'),
+        ([{"input_ids": [1, 2]}, {"input_ids": [[1], [2, 3]]}], "field `input_ids` is [[1], [2, 3]], not numbers"),
+        ([{"input_ids": [1, 2]}, {"ids": [1, 2]}], "has no field `input_ids`, but 'ids'; another row has it"),
+    ],
+)
+def test_a_wrong_row_of_tensors_is_named_too(bundle, tmp_path, rows, says):
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    error = CliRunner().invoke(app, ["route", str(bundle), "--input", str(file)]).exception
+    assert error.what.startswith(says)
+    assert error.where == f"{file}:2"
+
+
+def test_a_row_without_a_second_text_among_others_is_named(bundle, tmp_path):
+    rows = [{"text": "w1", "pair": "w2"}, {"text": "w2"}]
+    with pytest.raises(SourceError, match="has no field `pair`; another row has it") as caught:
+        list(answers(mergetool.load_bundle(bundle), read_rows(write_rows(tmp_path / "rows.jsonl", rows))))
+    assert caught.value.where == f"{tmp_path / 'rows.jsonl'}:2"
+    for alone in rows:
+        assert len(list(answers(mergetool.load_bundle(bundle), [alone]))) == 1
+
+
+def test_a_row_without_a_task_is_named(bundle, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "w1", "task": "a"}, {"text": "w2"}])
+    error = CliRunner().invoke(app, ["calibrate", str(bundle), "--input", str(file)]).exception
+    assert (error.what, error.where) == ("has no field `task`", f"{file}:2")
+    assert error.fix == "name one of the tasks a, b, c in every row"
 
 
 def test_inspect_tells_what_a_bundle_holds_and_weighs(bundle):
@@ -182,7 +238,7 @@ def test_a_calibration_of_another_bundle_is_refused(bundle, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([{"text": "w1"}], "row 1 is of task None"),
+        ([{"text": "w1"}], "has no field `task`"),
         ([{"text": "w1", "task": "x"}], "'x'"),
         ([{"text": "w1", "task": "a"}], "no row is of task 'b'"),
     ],

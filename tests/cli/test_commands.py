@@ -1,6 +1,7 @@
 """The command line as its users meet it: exit codes, what goes to stdout and what to stderr, and how fast it starts."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -31,10 +32,11 @@ FLAGS = {
         "--json",
     },
     "validate": {"recipe", "--online", "--set", "--json"},
-    "plan": {"recipe", "--set", "--workers", "--memory", "--json"},
+    "plan": {"recipe", "--set", "--workers", "--memory", "--full", "--machines", "--json"},
     "inspect": {"reference", "--json"},
     "verify": {"path", "--load", "--json"},
     "methods": {"name", "--json"},
+    "init": {"method", "-o", "--output"},
     "schema": set(),
     "import": {"recipe", "-o", "--output"},
     "push": {"path", "repo", "--private", "--create", "--pull-request", "--json"},
@@ -65,8 +67,47 @@ def recipe(tmp_path):
 
 def test_the_commands_and_flags_are_frozen():
     command = typer.main.get_command(app)
-    assert spelled(command) == {"--version"}
-    assert {name: spelled(each) for name, each in command.commands.items()} == FLAGS
+    assert spelled(command) == {"--version", "--install-completion", "--show-completion", *EVERYWHERE}
+    assert {name: spelled(each) for name, each in command.commands.items()} == {
+        name: flags | EVERYWHERE for name, flags in FLAGS.items()
+    }
+
+
+def test_every_command_answers_to_h_and_shows_an_example_that_can_be_typed(call):
+    command = typer.main.get_command(app)
+    assert "Usage" in call("-h")[1]
+    for name, each in command.commands.items():
+        example = each.epilog.removeprefix("Example: ")
+        assert example in " ".join(call(name, "-h")[1].split())
+        program, called, *arguments = shlex.split(example.partition(" > ")[0])
+        assert (program, called) == ("mergetool", name)
+        each.make_context(name, arguments)  # which raises where an option or a value is wrong
+
+
+def test_quiet_says_nothing_but_the_result_and_errors(call, recipe, tmp_path):
+    for arguments in (("run", recipe, "-q"), ("-q", "run", recipe, "-o", tmp_path / "other")):
+        code, out, err = call(*arguments)
+        assert (code, err) == (0, "")
+        assert out.strip().startswith(str(tmp_path))
+    code, out, err = call("run", recipe, "-q", "-o", tmp_path / "a")
+    assert (code, out, err.startswith("error: ")) == (6, "", True)
+    assert call("run", recipe, "--overwrite")[2]  # the next command is not quiet
+
+
+def test_of_many_warnings_the_first_are_said_and_all_of_them_with_v(call, recipe, tmp_path):
+    overrides = [{"match": f"nothing.{number}", "use": "a"} for number in range(14)]
+    merge = {"method": "linear", "overrides": overrides}
+    write_recipe(tmp_path / "many.yaml", models={"a": "./a", "b": "./b"}, merge=merge)
+    _, _, err = call("run", tmp_path / "many.yaml", "-o", tmp_path / "one")
+    assert err.count("warning: override") == 10
+    assert "4 more warnings: -v says them all" in err
+    _, _, err = call("run", tmp_path / "many.yaml", "-o", tmp_path / "two", "-v")
+    assert err.count("warning: override") == 14
+    assert "step: model.layers.1.mlp.weight 8x8 F32: linear of a, b (weight=1)\n" in err
+    assert "step: " not in call("run", recipe)[2]
+
+
+EVERYWHERE = {"-q", "--quiet", "-v", "--verbose"}
 
 
 def spelled(command):
@@ -108,7 +149,8 @@ def test_plan_and_inspect_tell_what_is_there(call, recipe, tmp_path):
     assert plan["bytes_in"] == 2 * sum(value.nbytes for value in tensors(0).values())
     facts = json.loads(call("inspect", tmp_path / "a", "--json")[1])
     assert (facts["num_tensors"], facts["remarks"]) == (6, ["no config.json"])
-    assert "model.layers.1.mlp.weight" in call("plan", recipe)[1]
+    assert "model.layers.{0..1}.mlp.weight" in call("plan", recipe)[1]
+    assert "model.layers.1.mlp.weight" in call("plan", recipe, "--full")[1]
     assert "model.layers.1.mlp.weight" in call("inspect", tmp_path / "a")[1]
 
 
@@ -226,3 +268,8 @@ def torchless(*arguments):
     """Exit code of a Python in which importing torch fails."""
     ban = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('mergetool', run_name='__main__')"
     return subprocess.run([sys.executable, "-c", ban, *arguments], capture_output=True, timeout=120).returncode
+
+
+def test_colours_and_bars_are_imported_when_there_is_something_to_show():
+    code = "import sys, mergetool.cli.app; sys.exit(any(name.partition('.')[0] == 'rich' for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -196,19 +197,44 @@ def test_progress_is_drawn_on_a_terminal_only(here):
     drawn = read_all(ours)
     os.close(ours)
     assert running.communicate()[0].decode().strip() == str(here / "out")
-    assert "merging [" in drawn
-    assert "\x1b[K" in drawn
+    assert re.search(r"merging.* \d+% of [0-9.]+ kB", drawn)
+    assert "\x1b[2K" in drawn
     running = process("run", "r.yaml", "-o", "again")
     _, told = running.communicate()
-    assert b"merging" not in told
+    assert [line for line in told.decode().splitlines() if line.startswith("merging: 0% of ")]
     assert b"\x1b" not in told
+
+
+def test_a_terminal_without_colours_and_one_that_is_dumb(here):
+    for environment, allowed in (({"NO_COLOR": "1"}, "0123456789;"), ({"TERM": "dumb"}, "")):
+        ours, theirs = pty.openpty()
+        running = process("run", "nowhere.yaml", stderr=theirs, env=os.environ | environment)
+        os.close(theirs)
+        drawn = read_all(ours)
+        os.close(ours)
+        running.communicate()
+        assert "cannot be read" in drawn
+        assert not re.search(r"\x1b\[[0-9;]*3[0-9]", drawn)  # no colour of the foreground
+        assert allowed or "\x1b" not in drawn
+
+
+def test_a_table_on_a_terminal_has_bold_heads_and_whole_names(here):
+    ours, theirs = pty.openpty()
+    running = process("plan", "r.yaml", stdout=theirs, env=os.environ | {"COLUMNS": "70"})
+    os.close(theirs)
+    drawn = read_all(ours)
+    os.close(ours)
+    running.communicate()
+    assert re.search(r"\x1b\[1mtensor", drawn)
+    assert "model.layers.{0..1}.norm.weight" in drawn
+    assert b"\x1b" not in process("plan", "r.yaml").communicate()[0]
 
 
 def test_an_error_is_red_on_a_terminal_only(here):
     ours, theirs = pty.openpty()
     running = process("validate", "gone.yaml", stderr=theirs)
     os.close(theirs)
-    assert read_all(ours).startswith("\x1b[31;1merror\x1b[0m: gone.yaml")
+    assert read_all(ours).startswith("\x1b[1;31merror\x1b[0m: gone.yaml")
     os.close(ours)
     running.communicate()
     assert process("validate", "gone.yaml").communicate()[1].startswith(b"error: gone.yaml")
@@ -233,6 +259,23 @@ def test_ctrl_c_at_any_moment_is_no_bug(here, seed):
         assert out.decode().strip() == str(here / "out")
     if (here / "out").exists():
         assert load_file(here / "out/model.safetensors").keys() == tensors(0).keys()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_whoever_ends_a_run_is_told_what_is_kept_and_how_to_go_on(here, number, code):
+    shapes = {f"layers.{layer}.weight": (512, 512) for layer in range(40)}
+    write_models(here, shapes=shapes)
+    write_recipe("long.yaml", base="base", models={"a": "a", "b": "b"}, merge={"method": "tsv-merge"})
+    running = process("run", "long.yaml", "-o", "kept", "--workers", "1", "--json")
+    while running.poll() is None and not (here / "kept.partial").exists():
+        time.sleep(0.002)
+    running.send_signal(number)
+    out, told = (text.decode() for text in running.communicate())
+    assert running.returncode == json.loads(out)["exit_code"] == code
+    assert "interrupted; what was finished is kept" in told
+    (again,) = re.findall(r"this goes on from there: mergetool (.*)", told)
+    code, out, err = 0, *(text.decode() for text in process(*again.split()).communicate())
+    assert json.loads(out)["tensors"] == 40, err
 
 
 def test_a_signal_that_was_to_be_ignored_is_ignored(here):

@@ -63,7 +63,7 @@ def test_overrides_and_choices_may_be_searched():
     ("inner", "where", "what"),
     [
         ({"method": "ties"}, "merge.inner", "nothing to search"),
-        ({"method": "tie", "density": RANGE}, "merge.inner", "expected one of the methods"),
+        ({"method": "tie", "density": RANGE}, "merge.inner", "there is no method"),
         ({"method": "ties", "density": {"search": [0.9, 0.1]}}, "merge.inner", "goes up"),
         ({"method": "ties", "density": {"search": [0.1, 0.9], "stp": 1}}, "merge.inner", "density.stp"),
         ({"method": "ties", "density": {"search": [0.0, 0.9]}}, "merge.inner.density.a", "greater than 0"),

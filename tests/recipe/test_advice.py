@@ -11,6 +11,7 @@ import mergetool
 from mergetool.bundle.rows import inputs_of
 from mergetool.errors import EvaluationError, HubError, RecipeError, SourceError
 from mergetool.recipe import load_recipe
+from tests.cli.conftest import call  # noqa: F401  (a fixture)
 from tests.files import tensors, write_model
 
 BASE = {"base": "base", "models": {"a": "a", "b": "b"}}
@@ -35,6 +36,29 @@ def test_a_list_of_numbers_may_be_a_gradient_or_a_value_for_each_model(field):
     assert offers[1:] == ([] if field == "scale" else ["{a: 0.5, b: 0.6}"])
     for offer in offers:
         load_recipe(recipe(**{field: yaml.safe_load(offer)}))
+
+
+def test_a_list_in_an_override_or_in_a_method_inside_is_told_the_same():
+    fix = refused(recipe(overrides=[{"match": "x", "weight": [0.1, 0.2]}])).fix
+    assert fix == "write {gradient: [0.1, 0.2]} for values along depth, or {a: 0.1, b: 0.2} for one value a model"
+    for offer in re.findall(r"\{[^{}]*\}", fix):
+        load_recipe(recipe(overrides=[{"match": "x", "weight": yaml.safe_load(offer)}]))
+    models, inside = {"a": "a", "b": "b"}, {"method": "linear", "weight": [0.1, 0.2]}
+    assert refused({"models": models, "merge": {"method": "c2m3", "combine": inside}}).fix == fix
+    assert refused(recipe(method="merge3", tasks=[{"name": "x"}], inner=SEARCHED | {"weight": [0.1, 0.2]})).fix == fix
+
+
+SEARCHED = {"method": "ties", "density": {"search": [0.1, 0.9]}}
+
+
+def test_a_method_inside_another_is_looked_up_as_kindly():
+    asked = {"models": {"a": "a", "b": "b"}, "merge": {"method": "c2m3", "combine": {"method": "SLERP"}}}
+    problem = refused(asked)
+    assert (problem.what, problem.fix) == ("there is no method 'SLERP'", "did you mean 'slerp'?")
+    asked["merge"]["combine"]["method"] = "slerp"
+    load_recipe(asked)
+    problem = refused(recipe(method="merge3", tasks=[{"name": "x"}], inner=SEARCHED | {"method": "task_arithmetic"}))
+    assert problem.fix == "did you mean 'task-arithmetic'?"
 
 
 def test_a_list_that_fits_no_models_or_one_model_may_only_be_a_gradient():
@@ -85,12 +109,23 @@ class Model:
         return lambda texts, pairs, **_: {"input_ids": torch.ones(len(texts), 2)}
 
 
-@pytest.mark.parametrize("rows", [[{"prompt": "a", "id": 1}], [{"text": "a"}, {"prompt": "b"}]])
+@pytest.mark.parametrize("rows", [[{"prompt": "b", "id": 1}], [{"text": "a"}, {"prompt": "b"}]])
 def test_a_row_without_its_field_is_told_the_field(rows):
-    with pytest.raises(SourceError, match="a row has no field `text`, but 'prompt'") as caught:
+    with pytest.raises(SourceError, match=r"field `prompt` is|has no field `text`") as caught:
         inputs_of(Model(), rows)
     offer = json.loads(caught.value.fix.removeprefix("call the field `text`: "))
     assert inputs_of(Model(), [offer])["input_ids"].shape == (1, 2)
+
+
+@pytest.mark.parametrize("command", ["evaluate {} --tasks x", "push {} a/b", "route {} --input rows.jsonl"])
+def test_a_missing_folder_is_told_before_anything_else(call, tmp_path, monkeypatch, command):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
+    code, _, err = call(*command.format("./nowhere").split())
+    assert code == 3
+    assert f"{tmp_path / 'nowhere'}: there is no such folder" in err
+    write_model(tmp_path / "nowhere", tensors(0))
+    assert "there is no such folder" not in call(*command.format("./nowhere").split())[2]
 
 
 def test_a_task_of_ones_own_is_told_to_name_its_folder(tmp_path):

@@ -19,6 +19,7 @@ from mergetool.evaluate.options import TaskOptions
 from mergetool.tensors.source import open_model
 from mergetool.testing.toys import assert_same_bytes, read
 from mergetool.tuning.in_memory import Candidates, saved_digest
+from tests.files import Watch
 from tests.tuning.planted import World
 
 
@@ -58,6 +59,31 @@ def test_the_winner_beats_parents_and_average_and_its_plain_recipe_makes_the_sam
     assert files[0] == files[1]
 
 
+class Told(Watch):
+    """Keeps the stages that a run went through, with what was to be done and what was done in each."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = []
+
+    def start(self, total, label, unit="B"):
+        self.stages.append([label, unit, total, 0])
+
+    def advance(self, count):
+        self.stages[-1][-1] += count
+
+
+@pytest.mark.parametrize("estimator", [{"kind": "full"}, {"items": 15, "calibration": 4, "guard": False}])
+def test_a_search_shows_at_once_and_all_along_how_far_it_is(folder, tmp_path, estimator):
+    progress = Told()
+    mergetool.run(recipe(folder, estimator=estimator), output=tmp_path / "out", progress=progress)
+    (opening, searching, merging) = progress.stages
+    assert (opening[0], merging[0]) == ("opening models and tasks", "merging")
+    label, unit, total, done = searching
+    assert (label, unit) == ("searching", "items")
+    assert total / 2 < done <= total
+
+
 def journal(folder):
     """The lines of a search's journal, without what differs from run to run."""
     lines = [json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines()]
@@ -74,6 +100,11 @@ ESTIMATED = {"items": 15, "calibration": 4, "guard": False}
         {"method": "slerp", "t": {"search": [0, 1]}},
         {"method": "ties", "density": {"search": [0.1, 0.9]}, "scale": {"search": [0.5, 2.0]}, "boundary": "random"},
         {"method": "dare-ties", "density": {"search": [0.1, 0.9]}, "weight": {"search": [0.5, 2.0]}},
+        {
+            "method": "task-arithmetic",
+            "weight": {"search": [0.0, 2.0]},
+            "overrides": [{"match": "lm_head.*", "use": {"choices": ["left", "right"]}}],
+        },
     ],
     ids=lambda inner: inner["method"],
 )

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
-from mergetool.methods.base import Finite, Method, Schedulable, TensorMethod, all_methods
+from mergetool.methods.base import Finite, Method, Schedulable, all_methods
 from mergetool.search.space import Gene, Value
 
 Path = tuple[str | int, ...]
@@ -24,16 +24,22 @@ Path = tuple[str | int, ...]
 class Range(BaseModel):
     """A setting to be searched: bounds, or choices."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        json_schema_extra={"oneOf": [{"required": ["search"]}, {"required": ["choices"]}]},
+    )
 
     search: (
         Annotated[tuple[Finite, Finite], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] | None
-    ) = None
-    choices: tuple[Any, ...] = ()
-    init: Finite | None = None
-    step: Annotated[Finite, Field(gt=0)] | None = None
-    groups: Annotated[int, Field(strict=True, ge=1)] | None = None
-    shared: bool = False
+    ) = Field(None, description="[low, high] of a number")
+    choices: tuple[Any, ...] = Field((), description="or the values among which one is chosen")
+    init: Finite | None = Field(None, description="where the search starts; else in the middle")
+    step: Annotated[Finite, Field(gt=0)] | None = Field(None, description="only low, low + step, ...")
+    groups: Annotated[int, Field(strict=True, ge=1)] | None = Field(
+        None, description="groups of layers, each with a number of its own"
+    )
+    shared: bool = Field(False, description="one number for all models")
 
     @model_validator(mode="after")
     def _is_sound(self) -> "Range":
@@ -149,7 +155,7 @@ def _parsed(value: Any) -> Any:
         return value
     if not isinstance(value, Mapping) or "method" not in value:
         raise ValueError("expected a mapping with `method`")
-    known = {name for name, kind in all_methods().items() if issubclass(kind, TensorMethod)}
+    known = {name for name, kind in all_methods().items() if kind.merges}
     if value["method"] not in known:
         raise ValueError(f"expected one of the methods {', '.join(sorted(known))}")
     inner = Inner(dict(value))

@@ -52,6 +52,10 @@ class MatrixMethod(TensorMethod):
     def granularity_in(self, name: str, shape: tuple[int, ...]) -> Granularity:
         return "tensor" if is_matrix(name, shape, self.filter, conv=self.conv) else "element"
 
+    def treatment(self, name: str, shape: tuple[int, ...]) -> str:
+        """What this tensor is treated with, in a word: only matrices get what the method is called by."""
+        return str(self.method_name()) if self.granularity_in(name, shape) == "tensor" else "average"
+
     def partners(self, name: str) -> tuple[str, ...]:
         return tuple(other for other in query_key_value(name) if other != name) if self.fuse == "qkv" else ()
 
@@ -64,7 +68,7 @@ class MatrixMethod(TensorMethod):
         if self.granularity_in(group.name, group.shape) == "tensor":
             update = self._merged_matrix(group, chosen)
         if update is None:
-            update = group.scratch(0).zero_()
+            update = group.scratch("update").zero_()
             for index, weight in chosen:
                 update.add_(group.deltas[index], alpha=weight / len(chosen))
         return group.base.add_(update.to(group.base.dtype).view_as(group.base), alpha=p.scale)

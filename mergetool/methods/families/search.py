@@ -19,6 +19,9 @@ class SearchMethod(Method):
     def stages(self) -> tuple[str, ...]:
         return ("search",)
 
+    def tried(self, models: Sequence[str]) -> Sequence[dict[str, Any]]:
+        return [self.candidate(values, models) for values in self.space(models).corners]
+
     @abstractmethod
     def space(self, models: Sequence[str]) -> "SearchSpace":
         """The numbers that are open, for these models."""

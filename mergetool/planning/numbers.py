@@ -1,0 +1,51 @@
+"""The numbers of a plan: what a method's settings come to for each tensor, and the same plan with other settings.
+
+A search tries hundreds of settings of one method on the same models. Names, operands, shapes and files stay as they
+are; so the first plan is kept, and only the numbers on its steps are made anew.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from mergetool.errors import PlanError
+from mergetool.methods.base import Method, Params, TensorMethod
+from mergetool.planning.graph import Plan, Step
+from mergetool.planning.operations import Merge
+from mergetool.planning.passes import with_partners, with_passes
+from mergetool.recipe.schema import Override, Recipe
+
+
+def numbers_of(method: TensorMethod, depth: float, models: Sequence[str], name: str) -> Params:
+    """A method's numbers for one tensor. Raises PlanError where they cannot work together."""
+    params = method.params(depth, models)
+    if problem := method.problem(params):
+        raise PlanError(problem, f"{method.method_name()}: {name}", "change the numbers for this tensor")
+    return params
+
+
+def overridden(method: Method, override: Override) -> TensorMethod:
+    """What merges tensors that an override fits."""
+    return method.model_copy(update=override.settings()).kernel()
+
+
+def keeps_operands(plan: Plan, recipe: Recipe) -> bool:
+    """Whether a recipe that differs in `merge` only copies and merges the same tensors as a plan does."""
+    before, after = ([(each.match, each.use) for each in r.overrides] for r in (plan.recipe, recipe))
+    return before == after
+
+
+def with_numbers(plan: Plan, recipe: Recipe) -> Plan:
+    """The plan of a recipe that keeps the operands of another one's. Raises PlanError."""
+    special = [(override.match, overridden(recipe.method, override)) for override in recipe.overrides]
+    usual = recipe.method.kernel()
+
+    def numbered(step: Step) -> Step:
+        if not isinstance(step.operation, Merge):
+            return step
+        method = next((method for match, method in special if fnmatchcase(step.key, match)), usual)
+        models = step.operation.models
+        return replace(step, operation=Merge(method, numbers_of(method, step.depth, models, step.name), models))
+
+    steps = with_passes([numbered(step) for step in plan.steps], plan.compute_bits)
+    return replace(plan, recipe=recipe, steps=tuple(with_partners(steps)))

@@ -1,0 +1,45 @@
+"""How much a search asks: known from the recipe, but for the number of items, which the tasks tell."""
+
+from dataclasses import dataclass
+
+from mergetool.methods.merge3 import Merge3
+
+
+@dataclass(frozen=True)
+class SearchSize:
+    """Who answers what. At most: what is known already is not asked again."""
+
+    calibration: int
+    """Models and random merges that answer all search items first."""
+    candidates: int
+    """Of all generations."""
+    each: int | None
+    """Items that a candidate answers; None: all search items."""
+    finalists: int
+    """Candidates that answer all search items in the end."""
+    reported: int
+    """Models and candidates that answer the items of the final report."""
+
+    @classmethod
+    def of(cls, method: Merge3, num_models: int) -> "SearchSize":
+        """The size of a search over so many models (the base is one, too)."""
+        search, estimator = method.search, method.estimator
+        merges = estimator.num_calibration + (1 if estimator.num_calibration else 0)
+        asked = estimator.kind != "full" and (estimator.needs_answers or merges > 0)
+        each = None
+        if estimator.kind != "full":
+            given = estimator.ids
+            each = estimator.items * len(method.tasks) if given is None else sum(map(len, given.values()))
+        return cls(
+            calibration=num_models + merges if asked else 0,
+            candidates=search.population * search.generations,
+            each=each,
+            finalists=search.rerank,
+            reported=num_models + 2,  # and the winner, and the start of the search
+        )
+
+    def items(self, num_search: int, num_report: int) -> int:
+        """All questions, where the tasks have so many search items and report items."""
+        each = num_search if self.each is None else self.each
+        whole = self.calibration + (0 if self.each is None else self.finalists)
+        return whole * num_search + self.candidates * each + self.reported * num_report

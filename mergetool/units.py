@@ -1,0 +1,31 @@
+"""Amounts as people read them: three digits and a unit that fits."""
+
+
+def filesize(count: float) -> str:
+    """Bytes of files and transfers in powers of 1000: 512 B, 3.6 kB, 1.2 GB."""
+    return _scaled(count, 1000, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def memsize(count: float) -> str:
+    """Bytes of memory in powers of 1024: 300 MiB, 3.4 GiB."""
+    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def timespan(seconds: float) -> str:
+    """40 ms, 0.4 s, 25 s, 3 min, 2.5 h."""
+    if seconds < 0.095:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
+def _scaled(count: float, step: int, units: tuple[str, ...]) -> str:
+    """The number in the first unit in which it needs no more than three digits before the point."""
+    unit, *larger = units
+    while count >= 999.5 and larger:
+        count /= step
+        unit = larger.pop(0)
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.3g} {unit}"
