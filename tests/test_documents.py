@@ -123,3 +123,12 @@ def test_a_section_that_the_page_about_recipes_leaves_out_is_told(tmp_path):
     assert "docs/recipe.md says nothing of compute" in check().stderr
     page.write_text(written.replace("seed of every random draw", "a number"), "utf-8")
     assert "out of date: docs/recipe.md\n  fix: scripts/docs --write" in check().stderr
+
+
+def test_the_picture_of_the_house_has_every_room():
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    rooms = {path.name for path in (ROOT / "mergetool").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert {room for room in rooms if f"{room}/ " not in text} == set()
+    named = set(re.findall(r"`(\w+(?:/\w+)*\.py)`", text))
+    everywhere = {str(path.relative_to(ROOT / "mergetool")) for path in (ROOT / "mergetool").rglob("*.py")}
+    assert {name for name in named if not any(f"/{each}".endswith(f"/{name}") for each in everywhere)} == set()
