@@ -5,10 +5,10 @@
 
     test_laws = laws(AbsoluteMean)        # pytest runs every law under every choice of every option
 
-    toys    small models with known numbers, and how results are compared      files    models, recipes on the disk
-    cases   a method under some settings                                       law      what a law is
-    values  laws about values                                                  work     laws about how the work is done
-    runs    real runs of a case
+    law     what a law is                   cases   a method under some settings
+    values  laws about values               work    laws about how the work is done
+    runs    real runs of a case             toys    small models with known numbers, and how results are compared
+    classifiers                             tiny classifiers of any class of transformers, with experts around them
 
 `docs/laws.md` lists the laws. A method says itself which of them it does not obey: `exempt: ClassVar = {LAW: REASON}`.
 """
