@@ -7,6 +7,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import grimp
 import pytest
 
 import mergetool
@@ -130,3 +131,12 @@ def test_scripts_need_nothing_of_the_tests():
     paths = [path for path in (ROOT / "scripts").rglob("*") if path.is_file() and path.suffix in ("", ".py")]
     importing = [str(path) for path in paths if re.search(r"^\s*(from|import) tests\b", path.read_text("utf-8"), re.M)]
     assert importing == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Not even for types: a circle is one module in several files."""
+    graph = grimp.build_graph("mergetool", cache_dir=None)
+    above = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    while free := {name for name, needed in above.items() if not needed & above.keys()}:
+        above = {name: needed for name, needed in above.items() if name not in free}
+    assert above == {}

@@ -21,7 +21,7 @@ from mergetool.errors import PlanError
 from mergetool.tensors.writer import sync_folder, write_file, write_tensors
 
 if TYPE_CHECKING:
-    from mergetool.methods.families.fitted import Models
+    from mergetool.alignment.models import Models
 
 TENSORS, REPORT = "alignment/repair.safetensors", "alignment/repair.json"
 

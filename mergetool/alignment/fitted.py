@@ -27,7 +27,7 @@ from mergetool.tensors.io import write_error
 from mergetool.tensors.writer import write_file, write_tensors
 
 if TYPE_CHECKING:
-    from mergetool.methods.families.fitted import Models
+    from mergetool.alignment.models import Models
 
 PERMUTATIONS, REPORT = "alignment/permutations.safetensors", "alignment/report.json"
 METADATA = "mergetool"

@@ -18,7 +18,7 @@ from mergetool.errors import PlanError, SourceError
 from mergetool.networks.trace import network_of
 
 if TYPE_CHECKING:
-    from mergetool.methods.families.fitted import Models
+    from mergetool.alignment.models import Models
 
 BATCH = 100
 

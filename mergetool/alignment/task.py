@@ -24,8 +24,7 @@ from mergetool.networks.trace import prove_for_config, resolve
 from mergetool.tensors.io import bytes_of
 
 if TYPE_CHECKING:
-    from mergetool.methods.base import Headers
-    from mergetool.methods.families.fitted import Models
+    from mergetool.alignment.models import Headers, Models
 
 KEPT_BYTES = 2 << 30
 """Models that together need no more than this (as float32) are held in memory while they are aligned."""

@@ -24,9 +24,10 @@ from mergetool.bundle.manifest import ClassHead, HeadKind, Manifest
 from mergetool.bundle.replay import Playback, Player, Recorder, Said, rows_of, set_part, shared_parts
 from mergetool.errors import SourceError
 from mergetool.tensors.dtypes import torch_dtype
+from mergetool.tensors.folder import open_model
 from mergetool.tensors.io import bytes_of
 from mergetool.tensors.side_files import read_config
-from mergetool.tensors.source import ModelSource, open_model
+from mergetool.tensors.source import ModelSource
 
 if TYPE_CHECKING:
     from mergetool.networks.build import LoadedModel

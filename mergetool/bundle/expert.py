@@ -18,9 +18,10 @@ from mergetool.bundle.manifest import ClassHead, Manifest, Task, read_manifest
 from mergetool.bundle.verify import base_folder, check_base, check_files
 from mergetool.errors import SourceError
 from mergetool.tensors.dtypes import torch_dtype
+from mergetool.tensors.folder import open_model
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import bytes_of
-from mergetool.tensors.source import FileStamp, ModelSource, open_model
+from mergetool.tensors.source import FileStamp, ModelSource
 
 
 class ExpertSource(ModelSource):

@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from mergetool.bundle.calibration import read_calibration
 from mergetool.bundle.manifest import ClassHead, Head, Manifest, read_manifest
 from mergetool.errors import SourceError
+from mergetool.tensors.folder import open_model
 from mergetool.tensors.io import sha256_file
-from mergetool.tensors.source import open_model
 
 _AGAIN = "the file was changed or damaged; make the bundle again"
 

@@ -1,6 +1,6 @@
 """What the stages of one run share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,10 +19,8 @@ from mergetool.planning.cost import step_memory
 from mergetool.tensors.source import ModelSource
 
 if TYPE_CHECKING:
-    from mergetool.engine.fit import WholeModels
-    from mergetool.engine.merge import MergeStage
+    from mergetool.alignment.models import Fitted, Models
     from mergetool.engine.sinks import Sink
-    from mergetool.methods.families.fitted import Fitted
 
 
 class Teller(Protocol):
@@ -31,6 +29,17 @@ class Teller(Protocol):
     def start(self, total_bytes: int, label: str) -> None: ...
     def advance(self, num_bytes: int) -> None: ...
     def say(self, text: str) -> None: ...
+
+
+class Merging(Protocol):
+    """The stage that merges, as it looks from beside it."""
+
+    finished: list[tuple[int, int]]
+    """(index of a step, first element) of the units that this process has written, in order."""
+
+    def others_merged(self, units: Iterable[tuple[int, int]]) -> None:
+        """Other processes have written these units."""
+        ...
 
 
 @dataclass
@@ -48,9 +57,9 @@ class Context:
     hashes: NoHashes = field(default_factory=NoHashes)
     counted: Stats | None = None
     """What a count over the whole model has found."""
-    company: "Callable[[MergeStage], AbstractContextManager[None]]" = lambda _: nullcontext()
+    company: Callable[["Merging"], AbstractContextManager[None]] = lambda _: nullcontext()
     """What goes on while units are merged."""
-    fitted: "tuple[WholeModels, Fitted] | None" = None
+    fitted: "tuple[Models, Fitted] | None" = None
     """The whole models, and what a fit has found about them."""
 
     @property

@@ -9,11 +9,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mergetool.alignment.models import Fitted
 from mergetool.engine.context import Context
 from mergetool.engine.processes import Team
 from mergetool.errors import MergeError
 from mergetool.methods.base import expect
-from mergetool.methods.families.fitted import Fitted, FittedMethod
+from mergetool.methods.families.fitted import FittedMethod
 from mergetool.planning import Plan
 from mergetool.planning.graph import BASE, Stage
 from mergetool.tensors.dtypes import torch_dtype
@@ -50,17 +51,16 @@ class WholeModels:
         return map(call, items) if self.team.size == 1 else self.team.share(call, items)
 
     @property
-    def method(self) -> FittedMethod:
-        """The recipe's method, which looks at the models."""
-        return expect(self._plan.recipe.method, FittedMethod)
-
-    @property
     def compute(self) -> torch.dtype:
         """The compute dtype of the run."""
-        return torch.float64 if self._plan.compute_bits == 64 else torch.float32
+        return _compute(self._plan)
 
     def path(self, text: str) -> Path:
         return self._plan.recipe.path_of(text)
+
+
+def _compute(plan: Plan) -> torch.dtype:
+    return torch.float64 if plan.compute_bits == 64 else torch.float32
 
 
 def _read_stored(source: ModelSource, name: str) -> Tensor:
@@ -131,7 +131,7 @@ class FitStage:
         run, team = self._run, self._run.team
         with run.pool.resting(team.local_size):
             models = WholeModels(run.plan, run.teller.say, team)
-            method, folder = models.method, run.sink.folder
+            method, folder = expect(run.plan.recipe.method, FittedMethod), run.sink.folder
             fitted = method.load(models, folder) if folder is not None else None
             if not all(team.all_gather(fitted is not None)):  # nobody looks any more
                 fitted = method.fit(models)
@@ -160,7 +160,8 @@ class FinishStage:
         assert self._run.fitted is not None
         models, fitted = self._run.fitted
         with closing(self._run.sink.source()) as source:
-            merged = MergedModel(source, models.compute)
-            found = models.method.finish(models, fitted, merged, self._run.sink.folder)
+            merged = MergedModel(source, _compute(self._run.plan))
+            method = expect(self._run.plan.recipe.method, FittedMethod)
+            found = method.finish(models, fitted, merged, self._run.sink.folder)
             self._run.pool.new().replace(found)
         self._run.sink.sync()  # who hashes it may be on another machine

@@ -4,7 +4,7 @@ import threading
 import time
 from contextlib import AbstractContextManager
 
-from mergetool.engine.merge import MergeStage
+from mergetool.engine.context import Merging
 from mergetool.engine.processes import Team
 from mergetool.engine.schedule import Schedule
 from mergetool.outputs.journal import Journal
@@ -17,9 +17,7 @@ _TALK_SECONDS = 0.1
 class SyncLoop(AbstractContextManager[None]):
     """Keeps the disk busy while others compute, and bounds what a power cut can undo."""
 
-    def __init__(
-        self, merging: MergeStage, schedule: Schedule, writer: SlotWriter, journal: Journal, team: Team
-    ) -> None:
+    def __init__(self, merging: Merging, schedule: Schedule, writer: SlotWriter, journal: Journal, team: Team) -> None:
         self._merging = merging
         self._schedule = schedule
         self._writer = writer

@@ -33,7 +33,7 @@ _RUN = 1 << 14
 """Elements of a sample that lie together."""
 
 
-class Worker(Bench):
+class Worker(Bench[Step]):
     """Counts over units and makes them. Used by one thread at a time."""
 
     def __init__(self, plan: Plan, sink: Sink, device: torch.device, store: FactorStore | None = None) -> None:

@@ -14,12 +14,12 @@ docstring is its documentation and must have a `Reference:` and a `Differs from 
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from mergetool.alignment.models import Headers
 from mergetool.arch.matrices import MatrixFilter
 from mergetool.methods.group import TensorGroup
 from mergetool.methods.values import (
@@ -101,16 +101,6 @@ class StatisticsPass(Protocol):
     def conclude(self, total: "Tensor") -> "StatisticsPass | Stats":
         """From the summed counts: the next pass, or the finished statistics."""
         ...
-
-
-@dataclass(frozen=True)
-class Headers:
-    """What is known of whole models before a weight is read: as in `Models`."""
-
-    names: tuple[str, ...]
-    shapes: Mapping[str, tuple[int, ...]]
-    config: Mapping[str, Any]
-    architecture: str | None
 
 
 class Method(BaseModel):

@@ -20,10 +20,10 @@ does, not variances.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from mergetool.alignment.models import Models
 from mergetool.alignment.options import Align
 from mergetool.methods.base import Field
 from mergetool.methods.families.aligning import AligningMethod
-from mergetool.methods.families.fitted import Models
 
 if TYPE_CHECKING:
     from mergetool.alignment.fitted import Aligned

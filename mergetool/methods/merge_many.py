@@ -12,10 +12,10 @@ take part in the matching.
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from mergetool.alignment.models import Models
 from mergetool.alignment.options import WEIGHTING_HELP, Weighting
 from mergetool.methods.base import Field
 from mergetool.methods.families.aligning import AligningMethod
-from mergetool.methods.families.fitted import Models
 
 if TYPE_CHECKING:
     from mergetool.alignment.fitted import Aligned

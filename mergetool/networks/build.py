@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mergetool.errors import EvaluationError, SourceError
 from mergetool.networks.library import class_of, first_line, library, quiet
 from mergetool.networks.places import TensorMap, places_of
+from mergetool.tensors.folder import open_model
 from mergetool.tensors.side_files import read_config
-from mergetool.tensors.source import open_model
 
 _WHOLE = "save the expert whole, with save_pretrained"
 

@@ -13,9 +13,10 @@ from mergetool.outputs.opening import open_and_run
 from mergetool.outputs.record import INFINITE, NOT_FINITE
 from mergetool.outputs.staging import LOCK_NAME
 from mergetool.tensors.dtypes import torch_dtype
+from mergetool.tensors.folder import open_model
 from mergetool.tensors.io import bytes_of, sha256_file
 from mergetool.tensors.side_files import read_config
-from mergetool.tensors.source import FileStamp, ModelSource, open_model
+from mergetool.tensors.source import FileStamp, ModelSource
 
 _CHUNK = 1 << 24
 

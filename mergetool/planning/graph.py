@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from mergetool.alignment.models import Headers
 from mergetool.arch.code import code_of
-from mergetool.methods.base import Granularity, Headers
+from mergetool.methods.base import Granularity
 from mergetool.planning.operations import Operation
 from mergetool.planning.sources import Provenance
 from mergetool.recipe.schema import Recipe

@@ -7,24 +7,24 @@ bench which of its few moves to make. How a move is made is the engine's matter.
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from mergetool.methods.base import Granularity, Params, StatisticsPass, Stats, TensorMethod
 from mergetool.tensors.header import TensorSpec
 
 if TYPE_CHECKING:
     from mergetool.methods.group import Note
-    from mergetool.planning.graph import Step
+
+_S = TypeVar("_S", contravariant=True)
+"""A step, as whoever carries it out knows it."""
 
 
-class Bench(Protocol):
+class Bench(Protocol[_S]):
     """Who carries out the moves, for elements [start, stop) of a step. What is to be noted goes to `notes`."""
 
-    def copy(self, step: "Step", start: int, stop: int, notes: "list[Note]") -> None: ...
-    def fill(self, step: "Step", start: int, stop: int, notes: "list[Note]", value: float) -> None: ...
-    def merge(
-        self, step: "Step", start: int, stop: int, notes: "list[Note]", operation: "Merge", stats: Stats
-    ) -> None: ...
+    def copy(self, step: _S, start: int, stop: int, notes: "list[Note]") -> None: ...
+    def fill(self, step: _S, start: int, stop: int, notes: "list[Note]", value: float) -> None: ...
+    def merge(self, step: _S, start: int, stop: int, notes: "list[Note]", operation: "Merge", stats: Stats) -> None: ...
 
 
 class Operation(ABC):
@@ -67,7 +67,7 @@ class Operation(ABC):
         """With the pass that it needs over so many elements, at this width of the compute dtype."""
         return self
 
-    def perform(self, bench: Bench, step: "Step", start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
+    def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         """Make elements [start, stop) of the step."""
         raise TypeError(f"{self.name}: models are taken apart as a whole, not slice by slice")
 
@@ -86,7 +86,7 @@ class Copy(_Plain):
     name = "copy"
     models = ()
 
-    def perform(self, bench: Bench, step: "Step", start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
+    def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.copy(step, start, stop, notes)
 
 
@@ -102,7 +102,7 @@ class Initialise(_Plain):
     def numbers(self) -> Mapping[str, Any]:
         return {"value": self.value}
 
-    def perform(self, bench: Bench, step: "Step", start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
+    def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.fill(step, start, stop, notes, self.value)
 
 
@@ -169,5 +169,5 @@ class Merge(Operation):
     def counting(self, num_elements: int, bits: int) -> Operation:
         return replace(self, counts=self.method.statistics_pass(self.params, num_elements, bits))
 
-    def perform(self, bench: Bench, step: "Step", start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
+    def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.merge(step, start, stop, notes, self, stats)

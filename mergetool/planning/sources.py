@@ -13,9 +13,10 @@ from mergetool.bundle import is_bundle
 from mergetool.checkpoints.adapters import AdapterSource
 from mergetool.errors import HubError, SourceError
 from mergetool.recipe.schema import ModelReference, Recipe, expanded
+from mergetool.tensors.folder import open_model
 from mergetool.tensors.hub import HubName, Repository, find, hub_name
 from mergetool.tensors.side_files import licence_of
-from mergetool.tensors.source import ModelSource, OpenFile, open_model
+from mergetool.tensors.source import ModelSource, OpenFile
 from mergetool.units import filesize
 
 

@@ -5,15 +5,28 @@ from pathlib import Path
 
 from mergetool.errors import SourceError
 from mergetool.tensors.foreign import foreign_file, foreign_folder
+from mergetool.tensors.io import read_error
 from mergetool.tensors.pickled import PickledSource
 from mergetool.tensors.sets import PICKLES, WeightSet, chosen_set, is_index, weight_sets
 from mergetool.tensors.side_files import CONFIG_NAME, read_config
-from mergetool.tensors.source import WEIGHT_NAMES, ModelSource, OpenFile, SafetensorsSource, weight_map
+from mergetool.tensors.source import NOTHING, WEIGHT_NAMES, ModelSource, OpenFile, SafetensorsSource, weight_map
 
 _ADAPTER_NAME = "adapter_config.json"
 
 
-def open_path(path: Path, elsewhere: Mapping[Path, OpenFile]) -> ModelSource:
+def open_model(path: Path, elsewhere: Mapping[Path, OpenFile] = NOTHING) -> ModelSource:
+    """Open a model by path: a file of weights, an index, or a folder, of which the set is read that its library opens.
+
+    Reads headers only (pickles are memory-mapped). `elsewhere` holds headers of files that are not there yet.
+    Raises SourceError saying what was looked for, or what lies there instead.
+    """
+    try:
+        return _open(path, elsewhere)
+    except OSError as error:  # a name too long, a folder that may not be searched
+        raise read_error(error, str(path)) from error
+
+
+def _open(path: Path, elsewhere: Mapping[Path, OpenFile]) -> ModelSource:
     """What `open_model` does, with errors of the operating system as they are."""
     if path.is_file():
         return _open_file(path)

@@ -1,6 +1,6 @@
 """A model as a table of named byte ranges: headers first, weights only when asked, slice by slice.
 
-    open_model(path) -> ModelSource         a file of weights, an index, or a folder (`sets` tells which of its files)
+    SafetensorsSource(paths)                files of weights; `folder.open_model` finds those of a model
     MemorySource(tensors)                   a state dict, for research code and tests
 
 Opening reads headers only. `read_bytes` fills a caller's buffer with a slice of one tensor, exactly as stored.
@@ -244,20 +244,6 @@ class MemorySource(ModelSource):
             tensor = self._tensors[name] = tensor.contiguous()
         stored = tensor.reshape(-1).view(torch.uint8)[begin : begin + len(buffer)]
         torch.frombuffer(buffer, dtype=torch.uint8).copy_(stored)
-
-
-def open_model(path: Path, elsewhere: Mapping[Path, OpenFile] = NOTHING) -> ModelSource:
-    """Open a model by path: a file of weights, an index, or a folder, of which the set is read that its library opens.
-
-    Reads headers only (pickles are memory-mapped). `elsewhere` holds headers of files that are not there yet.
-    Raises SourceError saying what was looked for, or what lies there instead.
-    """
-    from mergetool.tensors.folder import open_path
-
-    try:
-        return open_path(path, elsewhere)
-    except OSError as error:  # a name too long, a folder that may not be searched
-        raise read_error(error, str(path)) from error
 
 
 def weight_map(folder: Path, index_name: str) -> dict[str, str]:

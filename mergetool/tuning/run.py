@@ -17,7 +17,7 @@ from mergetool.outputs.staging import check_output
 from mergetool.planning.sources import pinned
 from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.schema import Recipe
-from mergetool.tensors.source import open_model
+from mergetool.tensors.folder import open_model
 from mergetool.tensors.writer import partial_path
 
 if TYPE_CHECKING:

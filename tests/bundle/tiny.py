@@ -12,8 +12,9 @@ from mergetool.bundle.build import build
 from mergetool.bundle.options import Experts, HeadSource, Options, RouterOptions
 from mergetool.bundle.store import FactorStore
 from mergetool.tensors.dtypes import torch_dtype
+from mergetool.tensors.folder import open_model
 from mergetool.tensors.io import bytes_of, sha256_file
-from mergetool.tensors.source import ModelSource, open_model
+from mergetool.tensors.source import ModelSource
 
 WIDTH = 24
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from mergetool.errors import SourceError
 from mergetool.planning.inspect import facts_about
-from mergetool.tensors.source import open_model
+from mergetool.tensors.folder import open_model
 from tests.files import tensors, write_model
 from tests.tensors.test_source import everything, refused, stored
 

@@ -13,8 +13,9 @@ from safetensors.torch import save
 
 from mergetool.errors import SourceError
 from mergetool.tensors.dtypes import BY_NAME, of_torch
+from mergetool.tensors.folder import open_model
 from mergetool.tensors.header import MAX_HEADER_BYTES, TensorSpec, header_length, lay_out, parse_header
-from mergetool.tensors.source import open_model, read_header
+from mergetool.tensors.source import read_header
 from tests.files import write_raw
 
 SOUND = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

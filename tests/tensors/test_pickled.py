@@ -13,7 +13,7 @@ import torch
 import mergetool
 from mergetool.errors import SourceError
 from mergetool.planning.inspect import facts_about
-from mergetool.tensors.source import open_model
+from mergetool.tensors.folder import open_model
 from tests.files import tensors, write_recipe
 from tests.tensors.test_source import everything, refused, stored
 

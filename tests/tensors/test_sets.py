@@ -13,8 +13,8 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files
 import mergetool
 from mergetool.errors import SourceError
 from mergetool.planning.inspect import facts_about
+from mergetool.tensors.folder import open_model
 from mergetool.tensors.sets import chosen_set, weight_sets
-from mergetool.tensors.source import open_model
 from tests.files import tensors, write_model, write_recipe
 from tests.tensors.test_source import everything, stored
 

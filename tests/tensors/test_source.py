@@ -9,7 +9,8 @@ import torch
 from torch.torch_version import TorchVersion
 
 from mergetool.errors import SourceError
-from mergetool.tensors.source import FileStamp, MemorySource, open_model
+from mergetool.tensors.folder import open_model
+from mergetool.tensors.source import FileStamp, MemorySource
 from tests.files import tensors, write_model, write_raw
 
 

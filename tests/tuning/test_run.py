@@ -16,7 +16,7 @@ from mergetool.evaluate.harness import load_task
 from mergetool.evaluate.items import TaskItems
 from mergetool.evaluate.language_model import LanguageModel
 from mergetool.evaluate.options import TaskOptions
-from mergetool.tensors.source import open_model
+from mergetool.tensors.folder import open_model
 from mergetool.testing.toys import assert_same_bytes, read
 from mergetool.tuning.in_memory import Candidates, saved_digest
 from tests.files import Watch

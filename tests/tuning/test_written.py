@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import mergetool
 from mergetool.cli.app import app
 from mergetool.search.interval import of_difference, of_weighted_difference
-from mergetool.tensors.source import open_model
+from mergetool.tensors.folder import open_model
 from mergetool.testing.toys import assert_same_bytes, read
 from mergetool.tuning.in_memory import saved_digest
 from tests.tuning.planted import World

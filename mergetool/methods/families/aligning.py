@@ -9,10 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from mergetool.alignment.models import Fitted, Headers, Models
 from mergetool.alignment.options import REPAIR_HELP, Repair
 from mergetool.arch.code import code_of
-from mergetool.methods.base import AnyTensorMethod, Field, Headers, TensorMethod
-from mergetool.methods.families.fitted import Fitted, FittedMethod, Models
+from mergetool.methods.base import AnyTensorMethod, Field, TensorMethod
+from mergetool.methods.families.fitted import FittedMethod
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from mergetool.checkpoints.adapters import AdapterSource
+from mergetool.tensors.folder import open_model
 from mergetool.tensors.io import bytes_of
-from mergetool.tensors.source import open_model
 
 SMALL = {
     "vocab_size": 61,

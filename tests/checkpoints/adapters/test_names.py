@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import mergetool
 from mergetool.checkpoints.adapters import AdapterSource
 from mergetool.errors import SourceError
-from mergetool.tensors.source import open_model
+from mergetool.tensors.folder import open_model
 from tests.checkpoints.adapters.peft_oracle import (
     LLAMA,
     SMALL,

@@ -19,7 +19,7 @@ from torch import nn
 import mergetool
 from mergetool.checkpoints.adapters import AdapterSource
 from mergetool.errors import SourceError
-from mergetool.tensors.source import open_model
+from mergetool.tensors.folder import open_model
 from tests.checkpoints.adapters.peft_oracle import (
     Trained,
     assert_merged_as_by_peft,

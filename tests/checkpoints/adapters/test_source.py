@@ -13,8 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import mergetool
 from mergetool.checkpoints.adapters import AdapterSource
 from mergetool.errors import SourceError
+from mergetool.tensors.folder import open_model
 from mergetool.tensors.io import bytes_of
-from mergetool.tensors.source import open_model
 from tests.files import StoppedError, stop_after
 
 LLAMA = LlamaConfig(
