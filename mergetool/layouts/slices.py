@@ -29,7 +29,10 @@ _FIRST = re.compile(r"(^|\.)\w*(embed|stem|shared|wte|wpe|rotary|patch)\w*(\.|$)
 
 Span = Annotated[
     tuple[Annotated[int, Field(strict=True, ge=0)], Annotated[int, Field(strict=True, ge=1)]],
-    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    BeforeValidator(
+        lambda value: tuple(value) if isinstance(value, list) else value,
+        json_schema_input_type=Annotated[list[int], Field(min_length=2, max_length=2)],
+    ),
 ]
 
 
@@ -76,12 +79,15 @@ def _long_form(value: Any) -> Any:
     return value if long else {"layers": value}
 
 
+AnySlice = Annotated[Slice, BeforeValidator(_long_form, json_schema_input_type=Slice | dict[str, Span])]
+
+
 class Slices(Layout):
     """Layers of the output, bottom to top."""
 
     chooses: ClassVar = True
 
-    slices: Annotated[tuple[Annotated[Slice, BeforeValidator(_long_form)], ...], Field(min_length=1)] = Field(
+    slices: Annotated[tuple[AnySlice, ...], Field(min_length=1)] = Field(
         description="where the layers of the output come from, bottom to top: MODEL: [first, end)"
     )
     outside: Outside = Field(Outside(), description="whose embeddings, final norm and head are taken")
