@@ -1,5 +1,6 @@
 """How far a run is: a live bar on a terminal; elsewhere a line at once, and then one every half minute."""
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from mergetool.cli.show import console, manner, plain, say
+from mergetool.cli.show import console, is_terminal, manner, plain, say
 from mergetool.units import filesize, timespan
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class ProgressBar:
 
     def __init__(self, *, quiet: bool = False, every: float = _EVERY, stream: TextIO | None = None) -> None:
         self._quiet, self._every = quiet, every
-        self._console = console(stream)
+        self._stream = stream
         self._live: Progress | None = None
         self._ended = threading.Event()
         self._first: tuple[float, int] | None = None
@@ -32,7 +33,7 @@ class ProgressBar:
     def __enter__(self) -> "ProgressBar":
         if self._quiet:
             return self
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+        if is_terminal(self._stream or sys.stderr):
             self._draw()
         else:
             threading.Thread(target=self._tell, daemon=True).start()
@@ -64,7 +65,7 @@ class ProgressBar:
 
     def say(self, text: str) -> None:
         """A message that stays, above the bar."""
-        say(text, self._live.console if self._live is not None else self._console)
+        say(text, None if self._live is None else self._live.console, self._stream)
 
     def stop(self) -> None:
         """The stage is over."""
@@ -109,7 +110,7 @@ class ProgressBar:
         amount = Amount(table_column=Column(no_wrap=True))
         columns = (SpinnerColumn("line"), TextColumn("{task.description}", markup=False), BarColumn(20), amount)
         self._live = Progress(
-            *columns, console=self._console, transient=True, redirect_stdout=False, redirect_stderr=False
+            *columns, console=console(self._stream), transient=True, redirect_stdout=False, redirect_stderr=False
         )
         self._live.add_task(self._label, total=None)
         self._live.start()
@@ -121,7 +122,7 @@ class ProgressBar:
 
     def _line(self) -> None:
         if not self._quiet:
-            say(f"{self._label}: {self}", self._console)
+            say(f"{self._label}: {self}", stream=self._stream)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def console(stream: TextIO | None = None) -> "Console":
     return Console(file=stream or sys.stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
-def say(text: str, where: "Console | None" = None) -> None:
+def say(text: str, where: "Console | None" = None, stream: TextIO | None = None) -> None:
     """A line for people. Of many warnings the first ones; -v says all of them."""
     if manner.quiet:
         return
@@ -47,9 +47,9 @@ def say(text: str, where: "Console | None" = None) -> None:
         if manner.warnings > _MOST_WARNINGS and not manner.verbose:
             return
     if kind in _STYLES and colon:
-        _say(kind, _STYLES[kind], f": {rest}", where)
+        _say(kind, _STYLES[kind], f": {rest}", where, stream)
     else:
-        _say("", "", text, where)
+        _say("", "", text, where, stream)
 
 
 _STYLES = {"warning": "bold yellow", "note": "bold"}
@@ -61,10 +61,19 @@ def say_of_more() -> None:
         say(f"{manner.warnings - _MOST_WARNINGS} more warnings: -v says them all")
 
 
-def _say(head: str, style: str, rest: str, where: "Console | None" = None) -> None:
+def is_terminal(stream: TextIO) -> bool:
+    """Whether people see colours and bars there."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def _say(head: str, style: str, rest: str, where: "Console | None" = None, stream: TextIO | None = None) -> None:
+    stream = stream or sys.stderr
+    if where is None and not is_terminal(stream):  # without what rich costs to import
+        print(f"{head}{plain(rest)}", file=stream, flush=True)
+        return
     from rich.text import Text
 
-    (where or console()).print(Text.assemble((head, style), plain(rest)), soft_wrap=True)
+    (where or console(stream)).print(Text.assemble((head, style), plain(rest)), soft_wrap=True)
 
 
 def show_warnings_plainly() -> None:
