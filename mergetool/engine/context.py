@@ -1,7 +1,6 @@
 """What the stages of one run share."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -57,8 +56,8 @@ class Context:
     hashes: NoHashes = field(default_factory=NoHashes)
     counted: Stats | None = None
     """What a count over the whole model has found."""
-    company: Callable[["Merging"], AbstractContextManager[None]] = lambda _: nullcontext()
-    """What goes on while units are merged."""
+    begin_beside: "Callable[[Merging], None]" = lambda _: None
+    """Begins what goes on beside merging, until the run ends."""
     fitted: "tuple[Models, Fitted] | None" = None
     """The whole models, and what a fit has found about them."""
 

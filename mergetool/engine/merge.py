@@ -49,8 +49,8 @@ class MergeStage:
         self._run.teller.start(self._run.plan.bytes_out, "merging")
         self._run.teller.advance(sum(self._size(unit) for unit in self._stops.keys() - self._left))
         self._run.schedule.record(self._queue_all)
-        with self._run.company(self):
-            self._run.schedule.wait_for(lambda: self.complete)
+        self._run.begin_beside(self)
+        self._run.schedule.wait_for(lambda: self.complete)
 
     def _queue_all(self) -> None:
         for index, start in self._stops.keys() - self._left:

@@ -7,6 +7,7 @@ finish       index, config, tokenizer, card, lock file; then one rename
 
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -205,7 +206,7 @@ def _merge(plan: Plan, staging: Staging, costs: Costs, flags: Flags, progress: P
     writer = team.leader_first(lambda: _open_writer(plan, staging))
     try:
         run = _context(plan, writer, staging.journal, costs, progress, team)
-        _work(run, costs, flags, staging.journal)
+        _work(run, writer, costs, flags, staging.journal)
     finally:
         writer.close()
     records = team.all_gather(run.record)
@@ -238,34 +239,39 @@ def _context(plan: Plan, writer: SlotWriter, journal: Journal, costs: Costs, pro
     record = Record(inputs=dict(journal.done.hashes), notes={n: list(notes) for n, notes in journal.done.notes.items()})
     hashes = Hashes(plan, writer, journal, schedule, record, mine)
     pool = WorkerPool(plan, writer)
-    run = Context(plan, writer, journal, schedule, pool, mine, progress, record, hashes)
-    run.company = lambda merging: SyncLoop(merging, schedule, writer, journal, team)
-    return run
+    return Context(plan, writer, journal, schedule, pool, mine, progress, record, hashes)
 
 
-def _work(run: Context, costs: Costs, flags: Flags, journal: Journal) -> None:
+def _work(run: Context, writer: SlotWriter, costs: Costs, flags: Flags, journal: Journal) -> None:
     """All stages, by threads that hash what is known to be needed while the rest gets ready."""
     run.hashes.begin(run.to_do)
     threads = [threading.Thread(target=run.schedule.work, daemon=True) for _ in range(costs.workers)]
     for thread in threads:
         thread.start()
-    try:
-        device = "cpu" if run.plan.recipe.method.result == "bundle" else flags.device
-        with run.pool.ready(device, flags.cache):
-            run.record.device = run.pool.device
-            if run.pool.device != "cpu":
-                run.teller.say(f"merging on {run.pool.device}")
-            fork = partial(_fork, run, costs.workers, journal) if flags.fork else lambda: None
-            run_stages(run, fork)
-            run.schedule.close()
-            run.schedule.wait()
-    except BaseException as error:
-        run.schedule.stop(error)
-        raise
-    finally:
-        for thread in threads:
-            thread.join()
-        run.record.workers_memory = run.pool.close()
+    with ExitStack() as beside:
+        loop = partial(SyncLoop, schedule=run.schedule, writer=writer, journal=journal, team=run.team)
+        run.begin_beside = lambda merging: beside.enter_context(loop(merging))
+        try:
+            _stages(run, costs, flags, journal)
+        except BaseException as error:
+            run.schedule.stop(error)
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
+            run.record.workers_memory = run.pool.close()
+
+
+def _stages(run: Context, costs: Costs, flags: Flags, journal: Journal) -> None:
+    device = "cpu" if run.plan.recipe.method.result == "bundle" else flags.device
+    with run.pool.ready(device, flags.cache):
+        run.record.device = run.pool.device
+        if run.pool.device != "cpu":
+            run.teller.say(f"merging on {run.pool.device}")
+        fork = partial(_fork, run, costs.workers, journal) if flags.fork else lambda: None
+        run_stages(run, fork)
+        run.schedule.close()
+        run.schedule.wait()
 
 
 def _fork(run: Context, count: int, journal: Journal) -> None:
