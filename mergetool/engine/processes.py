@@ -5,8 +5,8 @@ plan. Process 0 leads: it downloads, claims the output, creates the files, and f
 cost; every process fills its own slots of the same files and keeps a journal of its own, so a run that died resumes
 with any number of processes. Which units are done is told through the launcher's store; a file is hashed by one
 process from its front on, as it would be by one alone. Work whose cost nobody knows (a fit's searches from several
-starts, the factors of a bundle) is taken piece by piece by whoever is free. Where all must have got as far (a survey of
-the whole model, a fit, the end) they exchange values over gloo.
+starts, the factors of a bundle) is taken piece by piece by whoever is free. Where all must have got as far (a count
+over the whole model, a fit, the end) they exchange values over gloo.
 
 One process is a team of one: the same code, nothing exchanged.
 """

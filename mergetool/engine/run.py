@@ -1,7 +1,7 @@
 """Run a plan: from opened sources to a finished folder, in a way that can be killed at any moment.
 
 staging        lock NAME.partial.journal, create NAME.partial, reserve the output files
-work         threads take jobs: hash inputs, survey, merge, sync and hash finished files
+work         threads take jobs: hash inputs, count, merge, sync and hash finished files
 finish       index, config, tokenizer, card, lock file; then one rename
 """
 

@@ -1,6 +1,7 @@
 """How long a run should take on a given machine: the longest of what the disk, the cores and the devices have to do.
 
-    disk      every input byte read once (again for a survey where it does not fit in memory), every output byte written
+    disk      every input byte read once (again for a statistics pass, where it does not fit in memory), every output
+              byte written
     cores     arithmetic of slices, SHA-256 of inputs and outputs; SVDs of whole matrices by their cubic count
     devices   slices copied over the bus; arithmetic that is then as good as free, and the SVDs
 

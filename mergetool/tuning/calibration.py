@@ -50,28 +50,30 @@ def signals(scores: Sequence[Score], signal: Signal) -> Floats:
 class Extract:
     """Everything that happens before the first generation."""
 
-    def __init__(self, options: EstimatorOptions, space: SearchSpace, judge: Scorer, pools: Splits, seed: int) -> None:
-        self._options, self._space, self._judge, self._pools, self._seed = options, space, judge, pools, seed
+    def __init__(
+        self, options: EstimatorOptions, space: SearchSpace, scorer: Scorer, splits: Splits, seed: int
+    ) -> None:
+        self._options, self._space, self._scorer, self._splits, self._seed = options, space, scorer, splits, seed
         self.calibration: list[Subject] = []
         """Who answered all search items, in order: base, models, start, random merges."""
 
     def run(self, models: Sequence[str], base: str | None) -> dict[str, Prepared]:
         """Ask, choose, fit. Raises EvaluationError where a model of the recipe cannot be evaluated."""
         if self._options.kind == "full":
-            return {task: self._full(pool) for task, pool in self._pools.search.items()}
+            return {task: self._full(pool) for task, pool in self._splits.search.items()}
         self._check_sizes()
         if self._options.needs_answers or self._options.calibration:
             self._ask([*([base] if base else []), *models])
         num_known = len(models) + (base is not None)
         parents = list(range(num_known - len(models), num_known))
-        return {task: self._prepare(task, parents, 0 if base else None) for task in self._pools.search}
+        return {task: self._prepare(task, parents, 0 if base else None) for task in self._splits.search}
 
     def _full(self, pool: Sequence[int]) -> Prepared:
         everything = Estimator("mean", subsets.equal(list(range(len(pool)))), len(pool))
         return Prepared(tuple(pool), everything, self._options.signal)
 
     def _check_sizes(self) -> None:
-        for task, pool in self._pools.search.items():
+        for task, pool in self._splits.search.items():
             wanted = self._options.items
             if self._options.ids is not None:
                 given = self._options.ids.get(task, ())
@@ -90,21 +92,21 @@ class Extract:
         merges = [self._space.start] if points else []
         merges += [self._space.values(point) for point in points]
         subjects: list[Subject] = [*models, *dict.fromkeys(merges)]
-        answered = self._judge.scores_of_all(subjects, self._pools.search, "calibration")
+        answered = self._scorer.scores_of_all(subjects, self._splits.search, "calibration")
         self.calibration = [who for who, scores in zip(subjects, answered, strict=True) if scores is not None]
 
     def _answers(self, task: str) -> Floats:
         """The calibration models' answers (models, items of the search pool)."""
-        pool = self._pools.search[task]
+        pool = self._splits.search[task]
         rows = []
         for subject in self.calibration:
-            scores = self._judge.scores(subject, {task: pool}, "calibration")
+            scores = self._scorer.scores(subject, {task: pool}, "calibration")
             assert scores is not None
             rows.append(signals([scores[task][item] for item in pool], self._options.signal))
         return np.array(rows) if rows else np.zeros((0, len(pool)))
 
     def _prepare(self, task: str, parents: Sequence[int], base: int | None) -> Prepared:
-        options, pool = self._options, self._pools.search[task]
+        options, pool = self._options, self._splits.search[task]
         answers = self._answers(task)
         rng = np.random.default_rng([self._seed, len(task), *task.encode()])
         irt, num_dimensions = None, 0

@@ -59,9 +59,9 @@ class Loop:
     """One search. Deterministic in the recipe, the seed and the answers."""
 
     def __init__(
-        self, method: Merge3, space: SearchSpace, judge: Scorer, pools: Splits, seed: int, say: Callable[[str], None]
+        self, method: Merge3, space: SearchSpace, scorer: Scorer, splits: Splits, seed: int, say: Callable[[str], None]
     ) -> None:
-        self._method, self._space, self._judge, self._pools, self._seed = method, space, judge, pools, seed
+        self._method, self._space, self._scorer, self._splits, self._seed = method, space, scorer, splits, seed
         self._say = say
         self.weights = np.array([task.weight for task in method.tasks]) / sum(task.weight for task in method.tasks)
         self.several = method.search.algorithm == "nsga2" and len(method.tasks) > 1
@@ -91,7 +91,7 @@ class Loop:
         return self.history
 
     def _extract(self, models: Sequence[str], base: str | None) -> None:
-        extract = Extract(self._method.estimator, self._space, self._judge, self._pools, self._seed)
+        extract = Extract(self._method.estimator, self._space, self._scorer, self._splits, self._seed)
         self.history.prepared = extract.run(models, base)
         for task, prepared in self.history.prepared.items():
             asked, used = self._method.estimator.kind, prepared.estimator.kind
@@ -107,7 +107,7 @@ class Loop:
 
     def _try(self, generation: int, candidates: Sequence[Values]) -> list[Trial]:
         ids = {task: prepared.ids for task, prepared in self.history.prepared.items()}
-        answered = self._judge.scores_of_all(candidates, ids, "search")
+        answered = self._scorer.scores_of_all(candidates, ids, "search")
         trials = [self._trial(generation, who, scores) for who, scores in zip(candidates, answered, strict=True)]
         self.history.trials += trials
         return trials
@@ -131,7 +131,7 @@ class Loop:
     def _rerank(self) -> None:
         """Compare the best on all search items."""
         candidates = self._finalists()
-        answered = self._judge.scores_of_all(candidates, self._pools.search, "re-ranking")
+        answered = self._scorer.scores_of_all(candidates, self._splits.search, "re-ranking")
         for values, scores in zip(candidates, answered, strict=True):
             if scores is not None:
                 self.history.finalists[values] = tuple(_mean(part) for part in scores.values())
@@ -159,7 +159,7 @@ class Loop:
         """Score the winner (or front), the models and the start once, on items that took no part in the search."""
         asked: list[Subject] = [winner, *self.history.front, *models, self._space.start]
         subjects = list(dict.fromkeys(asked))
-        answered = self._judge.scores_of_all(subjects, self._pools.report, REPORT)
+        answered = self._scorer.scores_of_all(subjects, self._splits.report, REPORT)
         for subject, scores in zip(subjects, answered, strict=True):
             if scores is not None:
                 self.history.report[subject] = tuple(_mean(part) for part in scores.values())

@@ -17,7 +17,7 @@ PARENT_NAME = "parent.yaml"
 
 
 def facts_of(
-    history: History, judge: Scorer, pools: Splits, space: SearchSpace, weights: Sequence[float]
+    history: History, scorer: Scorer, splits: Splits, space: SearchSpace, weights: Sequence[float]
 ) -> dict[str, Any]:
     """Everything about a finished search, JSON-able. Scores are lists with one number per task."""
     assert history.winner is not None
@@ -25,15 +25,15 @@ def facts_of(
     names = [gene.name for gene in space.genes]
     return {
         "tasks": [
-            {"name": name, "metric": judge.tasks[name].metric, "weight": weight, "search_items": len(pool)}
-            | {"report_items": len(pools.report[name]), "asked_items": len(history.prepared[name].ids)}
+            {"name": name, "metric": scorer.tasks[name].metric, "weight": weight, "search_items": len(pool)}
+            | {"report_items": len(splits.report[name]), "asked_items": len(history.prepared[name].ids)}
             | {"estimator": history.prepared[name].estimator.kind, **_check(history, name)}
-            for (name, pool), weight in zip(pools.search.items(), weights, strict=True)
+            for (name, pool), weight in zip(splits.search.items(), weights, strict=True)
         ],
         "genes": names,
-        "winner": _candidate(history.winner, history, judge, mean) | {"recipe": "recipe.yaml"},
+        "winner": _candidate(history.winner, history, scorer, mean) | {"recipe": "recipe.yaml"},
         "front": [
-            _candidate(values, history, judge, mean) | {"recipe": f"front/{place:02d}.yaml"}
+            _candidate(values, history, scorer, mean) | {"recipe": f"front/{place:02d}.yaml"}
             for place, values in enumerate(history.front)
         ],
         "compared": [
@@ -42,10 +42,10 @@ def facts_of(
             for who, scores in history.report.items()
             if isinstance(who, str) or who == space.start
         ],
-        "best_parent": _best_parent(history, judge, pools, weights),
-        "trials": [_trial(trial, judge, pools, mean) for trial in history.trials],
-        "spent": _spent(history, judge, pools),
-        "seconds": {"merge": round(judge.spent.merge_seconds, 3), "evaluate": round(judge.spent.evaluate_seconds, 3)},
+        "best_parent": _best_parent(history, scorer, splits, weights),
+        "trials": [_trial(trial, scorer, splits, mean) for trial in history.trials],
+        "spent": _spent(history, scorer, splits),
+        "seconds": {"merge": round(scorer.spent.merge_seconds, 3), "evaluate": round(scorer.spent.evaluate_seconds, 3)},
     }
 
 
@@ -70,14 +70,14 @@ def verdict(facts: dict[str, Any], recipe: str) -> tuple[str, bool]:
     return f"the winner beats {name}: {numbers}", False
 
 
-def _best_parent(history: History, judge: Scorer, pools: Splits, weights: Sequence[float]) -> dict[str, Any]:
+def _best_parent(history: History, scorer: Scorer, splits: Splits, weights: Sequence[float]) -> dict[str, Any]:
     """The base or model with the best score on the report items, and how far the winner is from it."""
     mean = _Mean(weights)
     assert history.winner is not None
     models = [who for who in history.report if isinstance(who, str)]
     best = max(models, key=lambda who: mean(history.report[who]))
-    ours, theirs = (judge.known(who, pools.report) or {} for who in (history.winner, best))
-    pairs = [(_values(ours[task]), _values(theirs[task])) for task in pools.report]
+    ours, theirs = (scorer.known(who, splits.report) or {} for who in (history.winner, best))
+    pairs = [(_values(ours[task]), _values(theirs[task])) for task in splits.report]
     low, high = of_weighted_difference(pairs, weights)
     return {
         "name": best,
@@ -116,11 +116,11 @@ def _check(history: History, task: str) -> dict[str, Any]:
     }
 
 
-def _candidate(values: Values, history: History, judge: Scorer, mean: _Mean) -> dict[str, Any]:
+def _candidate(values: Values, history: History, scorer: Scorer, mean: _Mean) -> dict[str, Any]:
     trial = next(trial for trial in history.trials if trial.values == values)
     assert trial.estimates is not None
     asked = {task: prepared.ids for task, prepared in history.prepared.items()}
-    raw = judge.known(values, asked) or {}
+    raw = scorer.known(values, asked) or {}
     return {
         "values": list(values),
         "asked": [float(np.mean([score.value for score in part.values()])) for part in raw.values()],
@@ -130,29 +130,29 @@ def _candidate(values: Values, history: History, judge: Scorer, mean: _Mean) -> 
         "search_mean": mean(history.finalists[values]),
         "report": list(history.report[values]),
         "report_mean": mean(history.report[values]),
-        "digest": judge.digest(values),
+        "digest": scorer.digest(values),
     }
 
 
-def _trial(trial: Trial, judge: Scorer, pools: Splits, mean: _Mean) -> dict[str, Any]:
+def _trial(trial: Trial, scorer: Scorer, splits: Splits, mean: _Mean) -> dict[str, Any]:
     made: dict[str, Any] = {"generation": trial.generation, "values": list(trial.values)}
     if trial.estimates is None:
-        return made | {"failure": judge.failure(trial.values)}
+        return made | {"failure": scorer.failure(trial.values)}
     made |= {"estimate": [estimate.value for estimate in trial.estimates], "fitness": trial.fitness}
-    if (full := judge.known(trial.values, pools.search)) is not None:
+    if (full := scorer.known(trial.values, splits.search)) is not None:
         made["search"] = [float(np.mean([score.value for score in part.values()])) for part in full.values()]
         made["search_mean"] = mean(made["search"])
     return made
 
 
-def _spent(history: History, judge: Scorer, pools: Splits) -> dict[str, Any]:
+def _spent(history: History, scorer: Scorer, splits: Splits) -> dict[str, Any]:
     """Items answered by stage; and what asking every candidate all search items would have taken."""
     candidates: set[Subject] = {trial.values for trial in history.trials if trial.estimates is not None}
-    searching = sum(count for stage, count in judge.spent.items.items() if stage != REPORT)
-    full = len(candidates) * pools.num_search
+    searching = sum(count for stage, count in scorer.spent.items.items() if stage != REPORT)
+    full = len(candidates) * splits.num_search
     return {
-        "items": dict(judge.spent.items),
-        "requests": judge.spent.requests,
+        "items": dict(scorer.spent.items),
+        "requests": scorer.spent.requests,
         "candidates": len(candidates),
         "searching": searching,
         "full_search": full,

@@ -1,4 +1,4 @@
-"""One search from a recipe to a folder of results: models opened, tasks loaded, pools dealt, the loop run."""
+"""One search from a recipe to a folder of results: models opened, tasks loaded, splits dealt, the loop run."""
 
 import json
 import shlex
@@ -60,34 +60,34 @@ def search(recipe: Recipe, folder: Path, flags: Flags, progress: Progress, team:
     candidates = Candidates(recipe, sources, flags.device, method.search.batch_size)
     loaded = [load_task(task, recipe.folder, trust_code=flags.trust_code) for task in method.tasks]
     tasks = [TaskItems(*pair, candidates.live.lm) for pair in zip(method.tasks, loaded, strict=True)]
-    pools = split(tasks, method.search.report, recipe.compute.seed)
-    journal = _open_journal(folder, _header(recipe, candidates, tasks, pools), flags, team)
+    splits = split(tasks, method.search.report, recipe.compute.seed)
+    journal = _open_journal(folder, _header(recipe, candidates, tasks, splits), flags, team)
     for told in _about_kept(journal):
         progress.say(told)
     cache = ResponseCache(flags.cache)
     try:
-        judge = Scorer(candidates, tasks, journal, team=team, cache=cache, count=progress.advance)
+        scorer = Scorer(candidates, tasks, journal, team=team, cache=cache, count=progress.advance)
         space = method.space(tuple(recipe.models))
         size = SearchSize.of(method, len(recipe.models) + (recipe.base is not None))
-        progress.start(size.items(pools.num_search, pools.num_report), "searching", "items")
-        loop = Loop(method, space, judge, pools, recipe.compute.seed, progress.say)
+        progress.start(size.items(splits.num_search, splits.num_report), "searching", "items")
+        loop = Loop(method, space, scorer, splits, recipe.compute.seed, progress.say)
         history = loop.run(tuple(recipe.models), BASE if recipe.base else None)
         if history.winner is None:
-            reasons = {judge.failure(trial.values) for trial in history.trials}
+            reasons = {scorer.failure(trial.values) for trial in history.trials}
             what = f"all {len(history.trials)} candidates failed: {'; '.join(map(str, sorted(reasons, key=str)))[:300]}"
             raise EvaluationError(what, recipe.name, "try the method alone: mergetool run with plain numbers")
-        facts = facts_of(history, judge, pools, space, loop.weights.tolist())
+        facts = facts_of(history, scorer, splits, space, loop.weights.tolist())
         if team.leads:
             _write(folder, recipe, history, facts, progress)
     finally:
         journal.close()
         cache.close()
-    notes = (*_notes(facts, folder), *_about_spent(judge.spent, folder))
+    notes = (*_notes(facts, folder), *_about_spent(scorer.spent, folder))
     told, lost = verdict(facts, shlex.quote(str(folder / PARENT_NAME)))
-    return Winner(history.winner, judge.digest(history.winner), notes, (told,) if lost else ())
+    return Winner(history.winner, scorer.digest(history.winner), notes, (told,) if lost else ())
 
 
-def _header(recipe: Recipe, candidates: Candidates, tasks: Sequence[TaskItems], pools: Splits) -> dict[str, Any]:
+def _header(recipe: Recipe, candidates: Candidates, tasks: Sequence[TaskItems], splits: Splits) -> dict[str, Any]:
     """All that decides the course of a search, and the items that its lines name by number."""
     return {
         "search": {key: value for key, value in recipe.document.items() if key != "output"},
@@ -95,7 +95,7 @@ def _header(recipe: Recipe, candidates: Candidates, tasks: Sequence[TaskItems], 
         "made_with": candidates.made_with,
         "optimisers": {name: _version(name) for name in _OPTIMISERS},
         "tasks": {task.name: list(task.keys) for task in tasks},
-        "pools": {"search": pools.search, "report": pools.report},
+        "pools": {"search": splits.search, "report": splits.report},
     }
 
 

@@ -240,6 +240,6 @@ def test_scores_that_were_taken_over_are_those_that_the_merges_have(folder, tmp_
     run(recipe(folder, search=FEW | {"generations": 4}), tmp_path / "out")
     for trial in findings(tmp_path / "out.search")["trials"]:
         correct = WORLD.correct(trial["values"])
-        pools = journal(tmp_path / "out.search")[0]["pools"]["search"]
-        planted = [correct[np.array(pools["lefts"])].mean(), correct[20 + np.array(pools["rights"])].mean()]
+        splits = journal(tmp_path / "out.search")[0]["pools"]["search"]
+        planted = [correct[np.array(splits["lefts"])].mean(), correct[20 + np.array(splits["rights"])].mean()]
         assert trial["search"] == pytest.approx(planted)

@@ -113,9 +113,9 @@ def test_a_winner_that_loses_is_called_that_everywhere_and_the_parent_can_be_had
     _, said = told(f"mergetool run {tmp_path}/recipe.yaml -o {tmp_path}/out")
     search = tmp_path / "out.search"
     report = json.loads((search / "report.json").read_text())
-    pools = json.loads((search / "search.jsonl").read_text().splitlines()[0])["pools"]["report"]
-    ours = planted_scores(pools, report["winner"]["values"])
-    parents = {"left": planted_scores(pools, (1, 0)), "right": planted_scores(pools, (0, 1))}
+    splits = json.loads((search / "search.jsonl").read_text().splitlines()[0])["pools"]["report"]
+    ours = planted_scores(splits, report["winner"]["values"])
+    parents = {"left": planted_scores(splits, (1, 0)), "right": planted_scores(splits, (0, 1))}
     means = {name: np.mean([part.mean() for part in scores]) for name, scores in parents.items()}
     best = max(means, key=means.get)
     parent = report["best_parent"]
