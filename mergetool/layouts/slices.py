@@ -27,10 +27,18 @@ _BASE = "base"
 _FIRST = re.compile(r"(^|\.)\w*(embed|stem|shared|wte|wpe|rotary|patch)\w*(\.|$)")
 """What a network begins with; all else outside the layers is what it ends with."""
 
+
+def _as_span(value: Any) -> Any:
+    whole = isinstance(value, list | tuple) and len(value) == 2 and all(type(each) is int for each in value)
+    if not whole or value[0] < 0:
+        raise ValueError("expected the first layer and the end, as in [0, 16]")
+    return tuple(value)
+
+
 Span = Annotated[
-    tuple[Annotated[int, Field(strict=True, ge=0)], Annotated[int, Field(strict=True, ge=1)]],
+    tuple[int, int],
     BeforeValidator(
-        lambda value: tuple(value) if isinstance(value, list) else value,
+        _as_span,
         json_schema_input_type=Annotated[list[int], Field(min_length=2, max_length=2)],
     ),
 ]

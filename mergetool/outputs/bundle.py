@@ -20,5 +20,5 @@ def write_beside(plan: Plan, folder: Path) -> None:
 def notes(plan: Plan, folder: Path) -> Mapping[str, int]:
     """What the factors take of the whole."""
     factors = sum((folder / shard.name).stat().st_size for shard in plan.shards)
-    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    written = sum((folder / file.name).stat().st_size for file in plan.files)
     return {f"factors of all experts: {filesize(factors)} of {filesize(written)}": 1}

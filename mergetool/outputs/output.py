@@ -41,12 +41,12 @@ def finish(plan: Plan, staging: Staging, records: Sequence[Record], seconds: flo
     folder, output = staging.partial, output_of(plan)
     record = Record.of(records)
     output.write_beside(plan, folder)
-    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    written = sum((folder / file.name).stat().st_size for file in plan.files)
     result = Result(
         path=staging.output,
         seconds=seconds,
         bytes_read=record.bytes_read,
-        bytes_written=plan.bytes_out if plan.bytes_at_most is None else written,
+        bytes_written=written,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + record.workers_memory,
         num_tensors=plan.num_tensors,
         resumed=staging.journal.resumed or record.resumed,
