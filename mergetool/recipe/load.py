@@ -126,20 +126,7 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
     if not isinstance(data, dict):
         raise document.error((), "a recipe is a mapping with `models` and `merge`", "see: mergetool schema")
     problems: list[RecipeError] = []
-    given = {}
-    for key, kind in sections().items():
-        if key in data:
-            try:
-                given[key] = TypeAdapter(kind).validate_python(data[key])
-            except ValidationError as error:
-                problems += render(document, (key,), error, kind)
-    known = [*sections(), "merge"]
-    problems += [_misplaced(document, key) or unknown_key(document, (key,), known) for key in data if key not in known]
-    problems += [
-        document.error((), f"required key {key!r} is missing", f"add {key}:")
-        for key in ("models", "merge")
-        if key not in data
-    ]
+    given = _sections_of(document, problems)
     kind, method, overrides = merge_section(document, problems) if "merge" in data else (None, None, ())
     layout, own = layout_of(document, given, kind, problems)
     problems += cross_checks(document, kind, method, layout)
@@ -165,6 +152,26 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
         layout=layout,
         layout_overrides=own,
     )
+
+
+def _sections_of(document: Document, problems: list[RecipeError]) -> dict[str, Any]:
+    """Every section but `merge` by itself; what is wrong with them, or with the keys, goes to `problems`."""
+    data = document.data
+    given = {}
+    for key, kind in sections().items():
+        if key in data:
+            try:
+                given[key] = TypeAdapter(kind).validate_python(data[key])
+            except ValidationError as error:
+                problems += render(document, (key,), error, kind)
+    known = [*sections(), "merge"]
+    problems += [_misplaced(document, key) or unknown_key(document, (key,), known) for key in data if key not in known]
+    problems += [
+        document.error((), f"required key {key!r} is missing", f"add {key}:")
+        for key in ("models", "merge")
+        if key not in data
+    ]
+    return given
 
 
 def _misplaced(document: Document, key: Any) -> RecipeError | None:

@@ -303,7 +303,7 @@ def test_labels_that_lie_beside_a_head_are_told(trained: Trained) -> None:
 def test_planning_with_an_adapter_imports_no_torch(trained: Trained) -> None:
     code = (
         "import sys; from pathlib import Path; from mergetool.checkpoints.adapters import AdapterSource; "
-        "from mergetool.tensors.source import open_model; "
+        "from mergetool.tensors.folder import open_model; "
         f"AdapterSource(open_model(Path({str(trained.model)!r})), Path({str(trained.adapter)!r})); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
