@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.files import tensors, write_model, write_models, write_raw, write_recipe
+from tests.held import HELD, JOURNALLED
 
 
 @pytest.fixture
@@ -266,8 +268,24 @@ def test_whoever_ends_a_run_is_told_what_is_kept_and_how_to_go_on(here, number, 
     shapes = {f"layers.{layer}.weight": (512, 512) for layer in range(40)}
     write_models(here, shapes=shapes)
     write_recipe("long.yaml", base="base", models={"a": "a", "b": "b"}, merge={"method": "tsv-merge"})
-    running = process("run", "long.yaml", "-o", "kept", "--workers", "1", "--json")
-    while running.poll() is None and not (here / "kept.partial").exists():
+    command = [
+        sys.executable,
+        "-c",
+        HELD,
+        JOURNALLED,
+        "3",
+        "run",
+        "long.yaml",
+        "-o",
+        "kept",
+        "--workers",
+        "1",
+        "--json",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    journal = here / "kept.partial.journal"
+    while running.poll() is None and not (journal.exists() and journal.read_bytes().count(b'"unit"') >= 3):
         time.sleep(0.002)
     running.send_signal(number)
     out, told = (text.decode() for text in running.communicate())
