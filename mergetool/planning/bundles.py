@@ -69,21 +69,24 @@ def _others(plan: Plan, options: Options, steps: Iterable[Step]) -> Iterable[Pla
     base = plan.sources[BASE]
     if options.base == "copy":
         whole = base.model if isinstance(base, PresentedSource) else base
-        yield from _copies("base", model_files(whole))
+        yield from _copies("base", model_files(whole), {stamp.path: stamp.size for stamp in whole.files})
     for task in plan.recipe.models:
         source = plan.sources[task]
         if isinstance(source, PresentedSource) and source.head is not None:
             place = f"heads/{quote(task, safe='')}"
             own = [source.head.source.specs[name] for name in source.head.names]
             yield PlannedFile(f"{place}/head.safetensors", _size(own))
-            yield from _copies(place, small_files(source.head.folder))
+            yield from _copies(place, small_files(source.head.folder), {})
     if options.router is not None and options.router.features == "merged":
         read = [replace(step.spec, dtype=base.specs[step.name].dtype) for step in steps]
         yield PlannedFile("first_pass.safetensors", _size(read), at_most=True)
 
 
-def _copies(place: str, files: Mapping[str, Path]) -> Iterable[PlannedFile]:
-    return (PlannedFile(f"{place}/{name}", path.stat().st_size) for name, path in files.items() if path.is_file())
+def _copies(place: str, files: Mapping[str, Path], known: Mapping[Path, int]) -> Iterable[PlannedFile]:
+    """Files that are copied. Weights may not be here yet, but their sizes are `known` from their headers."""
+    for name, path in files.items():
+        if path in known or path.is_file():
+            yield PlannedFile(f"{place}/{name}", known[path] if path in known else path.stat().st_size)
 
 
 def _size(specs: Iterable[TensorSpec]) -> int:

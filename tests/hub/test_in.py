@@ -41,6 +41,20 @@ def test_a_plan_reads_headers_and_no_weights(hub, call, recipe):
     assert hub.sent < 2 * large + 20_000
 
 
+def test_a_plan_of_a_bundle_knows_the_size_of_what_is_not_here_yet(hub, call, tmp_path):
+    recipe = write_recipe(
+        tmp_path / "bundle.yaml",
+        base="org/base",
+        models={"a": "org/a", "b": "org/b"},
+        merge={"method": "tsv-compress"},
+        output={"path": "out"},
+    )
+    planned = {file["name"]: file["bytes"] for file in call("plan", recipe, "--json").answer["files"]}
+    done = call("run", recipe)
+    assert done.code == 0, done.err
+    assert (tmp_path / "out/base/model.safetensors").stat().st_size == planned["base/model.safetensors"]
+
+
 def test_mistakes_show_before_anything_large_is_fetched(hub, call, recipe, tmp_path):
     write_model(tmp_path / "wide", tensors(1, dict.fromkeys(SHAPES, (64, 40))))
     hub.upload("org/wide", tmp_path / "wide")
