@@ -11,10 +11,11 @@ its process and sleeps until that has answered. A process whose parent is gone e
 import os
 import pickle
 import signal
+import threading
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,7 +40,8 @@ class Fork:
         try:
             with warnings.catch_warnings():  # there are threads, but none holds a lock that the new process takes
                 warnings.simplefilter("ignore", DeprecationWarning)
-                self._process = os.fork()
+                with _signals_later():
+                    self._process = os.fork()
             if self._process == 0:
                 _serve(worker, steps, theirs, (ours.fileno(), *others))
         finally:
@@ -84,6 +86,27 @@ class Fork:
         if error is not None:
             raise error
         return answer
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Signals that come inside are handled at the end: Python drops what their handlers raise in the hooks of a fork.
+
+    A mask cannot do that: another thread takes the signal in, and its handler still runs in the main one.
+    """
+    main = threading.current_thread() is threading.main_thread()  # elsewhere no handler runs
+    both = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    handlers = {number: handler for number, handler in both.items() if handler is not None}
+    came: list[int] = []
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for signalled in came:
+            signal.raise_signal(signalled)
 
 
 def _serve(worker: Worker, steps: Mapping[int, Step], pipe: Connection, others: Iterable[int]) -> NoReturn:

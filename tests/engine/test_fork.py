@@ -146,6 +146,34 @@ def test_ctrl_c_reaches_all_and_the_parent_decides(tmp_path, models):
     assert all_end(workers)
 
 
+def test_ctrl_c_is_not_lost_while_a_process_is_being_started(tmp_path, models):
+    """Python drops what is raised in the hooks of a fork, and another thread may take the signal in."""
+    command = [sys.executable, "-c", INTERRUPTED_FORK, "run", str(recipe(tmp_path, models)), "--workers", "3"]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 130, told.stderr
+    assert "interrupted; what was finished is kept" in told.stderr
+    assert not (tmp_path / "out").exists()
+
+
+INTERRUPTED_FORK = """
+import os, signal, sys, time
+from mergetool.cli import main
+
+def interrupt():
+    if signal.SIGINT in once:
+        once.clear()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+once = {signal.SIGINT}
+os.register_at_fork(after_in_parent=interrupt)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv[0] = "mergetool"
+main()
+"""
+"""The command, interrupted inside its first fork."""
+
+
 def test_where_no_process_may_be_started_threads_do_the_work(tmp_path, models):
     path = recipe(tmp_path, models)
     mergetool.run(path, output=tmp_path / "whole")
