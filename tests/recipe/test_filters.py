@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergetool.recipe.filters import Branch, cases, globs
+from mergetool.recipe.mergekit.filters import Branch, cases, globs
 
 texts = st.text("ab.[*", min_size=1, max_size=3)
 lists = st.lists(texts, max_size=3).map(lambda found: [*found, None])

@@ -18,60 +18,24 @@ Reference: mergekit 0.1.5, https://github.com/arcee-ai/mergekit; tests/peers com
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
 from mergetool.recipe.document import Document, Place, read_document
-from mergetool.recipe.filters import Branch, Case, cases, globs
-from mergetool.recipe.mergekit_parameters import MergekitParameter, Scope, branches_of, check_keys
+from mergetool.recipe.mergekit.counterparts import METHODS, Counterpart
+from mergetool.recipe.mergekit.filters import Branch, Case, cases, globs
+from mergetool.recipe.mergekit.parameters import Scope, branches_of, check_keys
 from mergetool.recipe.render import suggestion
 from mergetool.recipe.schema import expanded
 from mergetool.tensors.side_files import read_config
 
 _TOP_KEYS = ("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source")
 _STORED = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class _Counterpart:
-    """Our method for one of mergekit's."""
-
-    method: str
-    base: Literal["ancestor", "member"]
-    """What `base_model` is: the common ancestor of the models, or one of them (the first)."""
-    parameters: Mapping[str, MergekitParameter]
-    without_effect: tuple[str, ...] = ()
-    """Parameters that mergekit accepts and that change no number."""
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    """Our fields for what mergekit always does."""
-
-
-_WEIGHT = {"weight": MergekitParameter("weight", per_model=True)}
-_DENSITY = {"density": MergekitParameter("density", 1.0, per_model=True)}
-_LAMBDA = {"lambda": MergekitParameter("scale", 1.0)}
-_AVERAGED = {"normalize": MergekitParameter("normalize", True)}
-_RESCALED = {"rescale": MergekitParameter("rescale", True, words={True: "l1", False: "none"})}
-_SUMMED = {"normalize": MergekitParameter("normalize", False)}
-_DARE = _WEIGHT | _DENSITY | _SUMMED | _RESCALED | _LAMBDA
-
-_METHODS = {
-    "linear": _Counterpart("linear", "member", _WEIGHT | _AVERAGED),
-    "passthrough": _Counterpart("passthrough", "member", {"scale": MergekitParameter("scale", 1.0, per_model=True)}),
-    "slerp": _Counterpart("slerp", "member", {"t": MergekitParameter("t")}),
-    "task_arithmetic": _Counterpart(
-        "task-arithmetic", "ancestor", _WEIGHT | _SUMMED | _LAMBDA, ("density", "rescale", "int8_mask")
-    ),
-    "ties": _Counterpart(
-        "ties", "ancestor", _WEIGHT | _DENSITY | _AVERAGED | _LAMBDA, ("int8_mask",), {"boundary": "random"}
-    ),
-    "dare_linear": _Counterpart("dare-linear", "ancestor", _DARE, ("int8_mask",)),
-    "dare_ties": _Counterpart("dare-ties", "ancestor", _DARE, ("int8_mask",)),
-}
 
 
 def is_mergekit(data: Any) -> bool:
@@ -143,16 +107,16 @@ class _Importer:
             raise self.document.error((*place, "parameters"), "expected a mapping", "write parameters: {name: value}")
         return Scope(parameters, (*place, "parameters"))
 
-    def _counterpart(self) -> _Counterpart:
+    def _counterpart(self) -> Counterpart:
         name = str(self.data["merge_method"])
-        target = _METHODS.get(name)
+        target = METHODS.get(name)
         if target is None or target.method not in registry():
-            fix = suggestion(name, _METHODS) or f"supported: {', '.join(_METHODS)}"
+            fix = suggestion(name, METHODS) or f"supported: {', '.join(METHODS)}"
             raise self.document.error(("merge_method",), f"mergekit's method {name!r} has no counterpart here", fix)
         self._mark(("merge",), ("merge_method",))
         return target
 
-    def _models(self, target: _Counterpart) -> tuple[list[_Source], str | None]:
+    def _models(self, target: Counterpart) -> tuple[list[_Source], str | None]:
         """The models to merge, in order, and the common ancestor where there is one."""
         entries = self._entries()
         base = self.data.get("base_model")
@@ -226,7 +190,7 @@ class _Importer:
             return reference
         return {"source": source, "adapters": [adapter]}
 
-    def _merge(self, target: _Counterpart, sources: Sequence[_Source]) -> dict[str, Any]:
+    def _merge(self, target: Counterpart, sources: Sequence[_Source]) -> dict[str, Any]:
         own = [key for key, parameter in target.parameters.items() if parameter.per_model]
         for model in sources:
             self._check_parameters(model.own, [*own, *target.without_effect])

@@ -11,7 +11,7 @@ from typing import Any
 
 from mergetool.errors import RecipeError
 from mergetool.recipe.document import Document, Place
-from mergetool.recipe.filters import Branch
+from mergetool.recipe.mergekit.filters import Branch
 from mergetool.recipe.render import unknown_key
 
 REQUIRED: Any = object()

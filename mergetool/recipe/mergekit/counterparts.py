@@ -1,0 +1,44 @@
+"""Which of our methods stands for each of mergekit's, and what its parameters are called with us."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mergetool.recipe.mergekit.parameters import MergekitParameter
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """Our method for one of mergekit's."""
+
+    method: str
+    base: Literal["ancestor", "member"]
+    """What `base_model` is: the common ancestor of the models, or one of them (the first)."""
+    parameters: Mapping[str, MergekitParameter]
+    without_effect: tuple[str, ...] = ()
+    """Parameters that mergekit accepts and that change no number."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Our fields for what mergekit always does."""
+
+
+_WEIGHT = {"weight": MergekitParameter("weight", per_model=True)}
+_DENSITY = {"density": MergekitParameter("density", 1.0, per_model=True)}
+_LAMBDA = {"lambda": MergekitParameter("scale", 1.0)}
+_AVERAGED = {"normalize": MergekitParameter("normalize", True)}
+_RESCALED = {"rescale": MergekitParameter("rescale", True, words={True: "l1", False: "none"})}
+_SUMMED = {"normalize": MergekitParameter("normalize", False)}
+_DARE = _WEIGHT | _DENSITY | _SUMMED | _RESCALED | _LAMBDA
+
+METHODS = {
+    "linear": Counterpart("linear", "member", _WEIGHT | _AVERAGED),
+    "passthrough": Counterpart("passthrough", "member", {"scale": MergekitParameter("scale", 1.0, per_model=True)}),
+    "slerp": Counterpart("slerp", "member", {"t": MergekitParameter("t")}),
+    "task_arithmetic": Counterpart(
+        "task-arithmetic", "ancestor", _WEIGHT | _SUMMED | _LAMBDA, ("density", "rescale", "int8_mask")
+    ),
+    "ties": Counterpart(
+        "ties", "ancestor", _WEIGHT | _DENSITY | _AVERAGED | _LAMBDA, ("int8_mask",), {"boundary": "random"}
+    ),
+    "dare_linear": Counterpart("dare-linear", "ancestor", _DARE, ("int8_mask",)),
+    "dare_ties": Counterpart("dare-ties", "ancestor", _DARE, ("int8_mask",)),
+}
