@@ -369,5 +369,5 @@ def test_imported_paths_are_right_from_the_folder_of_the_new_file(tmp_path, monk
 
 def test_import_writes_nothing_that_would_be_refused(tmp_path):
     (tmp_path / "x.yml").write_text(LINEAR.replace("0.3", ".inf"))
-    with pytest.raises(RecipeError, match="x.yml:4:18 merge.weight.first: inf is not a finite number"):
+    with pytest.raises(RecipeError, match=r"x.yml:4:18 merge.weight.first: inf is not a finite number"):
         imported_text(tmp_path / "x.yml", tmp_path)
