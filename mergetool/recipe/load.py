@@ -22,8 +22,9 @@ from mergetool.recipe.checks import check_override, cross_checks
 from mergetool.recipe.document import Document, Place, parse_value, read_document
 from mergetool.recipe.mergekit import convert, is_mergekit
 from mergetool.recipe.render import render, unknown_key
-from mergetool.recipe.schema import Check, Compute, Output, Override, Recipe, Reference, Tokenizer
+from mergetool.recipe.schema import Check, Compute, Output, Override, Recipe, Reference
 from mergetool.recipe.section import merge_section, override_class
+from mergetool.recipe.words import Template, Tokenizer
 
 _Models = Annotated[dict[str, Reference], Field(min_length=1)]
 _FIXED: dict[str, Any] = {
@@ -34,6 +35,7 @@ _FIXED: dict[str, Any] = {
     "compute": Compute,
     "check": Check,
     "tokenizer": Tokenizer,
+    "chat_template": Template,
     "output": Output,
     "evaluate": Annotated[tuple[TaskOptions, ...], Field(min_length=1)],
 }
@@ -151,6 +153,7 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
         evaluate=given.get("evaluate", ()),
         layout=layout,
         layout_overrides=own,
+        chat_template=given.get("chat_template"),
     )
 
 
