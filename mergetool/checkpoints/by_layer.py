@@ -131,9 +131,9 @@ def _set_dense(part: dict[str, Any], taken: Sequence[Taken], tower: str) -> None
         return
     if dense != list(range(len(dense))):
         place = next(place for number, place in enumerate(dense) if number != place)
+        here = f"layer {place} of {tower} (layer {taken[place].layer} of {taken[place].model})"
         what = (
-            f"layer {place} of {tower} has no experts (it is layer {taken[place].layer} of {taken[place].model}), though "
-            "one below it has: config.json can only say so of the first layers (first_k_dense_replace)"
+            f"{here} has no experts, though one below it has: first_k_dense_replace can only speak of the first layers"
         )
         raise PlanError(what, "slices", "put the layers without experts first")
     part["first_k_dense_replace"] = len(dense)
