@@ -28,7 +28,7 @@ class Taken:
 
 _NO_LIST = re.compile(r"token_id|architectures|_index$|labels?$|pinpoints|languages|scales?$|factor|limit")
 """Lists that are not by layer, however long they are."""
-_NUMBERS = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "moe_layers", "hybrid_layer_ids")
+_NUMBERS: tuple[str, ...] = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "moe_layers", "hybrid_layer_ids")
 _NUMBERS += ("cross_attention_layers", "deepstack_visual_indexes", "fullatt_block_indexes", "global_attn_indexes")
 """Lists of the numbers of layers."""
 _SHARED = ("num_kv_shared_layers",)
@@ -145,8 +145,12 @@ def _set_dense(part: dict[str, Any], taken: Sequence[Taken], tower: str) -> None
 def _set_numbers(part: dict[str, Any], taken: Sequence[Taken]) -> None:
     for key in _NUMBERS:
         if isinstance(part.get(key), list) and key != "mlp_only_layers":
-            own = [each.part.get(key) if isinstance(each.part.get(key), list) else part[key] for each in taken]
+            own = [found if (found := _list_in(each.part, key)) is not None else part[key] for each in taken]
             part[key] = [place for place, each in enumerate(taken) if each.layer in own[place]]
+
+
+def _list_in(part: Part, key: str) -> list[Any] | None:
+    return part[key] if isinstance(part.get(key), list) else None
 
 
 def _set_lists(part: dict[str, Any], taken: Sequence[Taken], count: int) -> None:
