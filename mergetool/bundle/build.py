@@ -161,11 +161,11 @@ class _Work:
         """Every task's factors of a tensor, from the store, rounded as they are written."""
         most = max(*parameters[name].ranks, 1)
         dtype = _torch(self.options.dtype)
-        found = []
+        rounded = []
         for delta, rank in zip(self._deltas(name), parameters[name].ranks, strict=True):
             factors = self.store.factors(delta.flatten(1), most).leading(rank)
-            found.append(Factors(factors.u.to(dtype).double(), factors.s.double(), factors.v.to(dtype).double()))
-        return found
+            rounded.append(Factors(factors.u.to(dtype).double(), factors.s.double(), factors.v.to(dtype).double()))
+        return rounded
 
     def write_factors(self, task: str, parameters: Mapping[str, Parameter]) -> str:
         """Write one task's file; its path in the bundle."""

@@ -92,7 +92,7 @@ class ClassNetwork(nn.Module):
 
     def _scores(self, groups: Sequence[Group], inputs: Mapping[str, Any]) -> dict[int, Scored]:
         samples = [sample for sample, group in enumerate(groups) if self._kinds.keys() & set(group)]
-        found: dict[int, list[Scored]] = {}
+        scored: dict[int, list[Scored]] = {}
         for part in self._parts(samples, groups):
             batch, runs = take(inputs, part), Runs.of([groups[sample] for sample in part])
             with self.grouped.using(runs):
@@ -101,8 +101,8 @@ class ClassNetwork(nn.Module):
                 if rows := [row for row, sample in enumerate(part) if task in groups[sample]]:
                     chosen = [groups[part[row]] for row in rows]
                     values = self._read(task, rows_of(said, rows, len(part)), chosen, take(batch, rows))
-                    found.setdefault(task, []).append(Scored([part[row] for row in rows], values))
-        return {task: Scored.joined(parts) for task, parts in found.items()}
+                    scored.setdefault(task, []).append(Scored([part[row] for row in rows], values))
+        return {task: Scored.joined(parts) for task, parts in scored.items()}
 
     def _parts(self, samples: Sequence[int], groups: Sequence[Group]) -> list[list[int]]:
         """The samples as they can be run together, sorted by group."""

@@ -63,7 +63,7 @@ def torch_dtype(dtype: DType) -> "torch.dtype":
     """The torch dtype of a row. Raises KeyError where this torch has none."""
     import torch
 
-    found: Any = getattr(torch, dtype.torch_name, None) if dtype.torch_name else None
-    if found is None:
+    known: Any = getattr(torch, dtype.torch_name, None) if dtype.torch_name else None
+    if known is None:
         raise KeyError(dtype.name)
-    return found  # type: ignore[no-any-return]
+    return known  # type: ignore[no-any-return]
