@@ -48,7 +48,7 @@ class GroupMatrix:
     @property
     def num_bytes(self) -> int:
         held = [self.us, self.vh, *([] if self.dense is None else [self.dense])]
-        return sum(each.numel() * each.element_size() for each in held)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def change(self) -> Tensor:
         """us vh, (m, n)."""
@@ -64,8 +64,8 @@ class GroupChanges:
 
     @property
     def num_bytes(self) -> int:
-        vectors = sum(each.numel() * each.element_size() for each in [*self.vectors.values()])
-        return vectors + sum(each.num_bytes for each in [*self.matrices.values()])
+        vectors = sum(vector.numel() * vector.element_size() for vector in [*self.vectors.values()])
+        return vectors + sum(matrix.num_bytes for matrix in [*self.matrices.values()])
 
 
 class TaskFactors:
@@ -138,7 +138,7 @@ class TaskFactors:
             return held
         if name in self._composed:
             shape, fragments = self._composed[name]
-            change = composed(shape, fragments, lambda each: self._changed(group, each)).to(self._dtype)
+            change = composed(shape, fragments, lambda part: self._changed(group, part)).to(self._dtype)
         else:
             total = torch.zeros(self.manifest.parameters[name].shape, dtype=torch.float32)
             for task in group:
@@ -165,7 +165,7 @@ class TaskFactors:
         bases = []
         for name, turned in zip(names, transposed, strict=True):
             every = [self.of(task, name) for task in range(len(self.manifest.tasks))]
-            bases.append([(each.u if turned else each.v).mT.float().contiguous() for each in every])
+            bases.append([(factors.u if turned else factors.v).mT.float().contiguous() for factors in every])
         return bases
 
 

@@ -75,7 +75,7 @@ class _Pending(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func not in _FACTS:
-            args, kwargs = tree_map_only(_Pending, lambda each: each.make(), (args, kwargs or {}))
+            args, kwargs = tree_map_only(_Pending, lambda tensor: tensor.make(), (args, kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 

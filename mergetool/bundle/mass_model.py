@@ -196,7 +196,7 @@ class MassModel(nn.Module):
         num_samples = len(groups)
         order = sorted(range(num_samples), key=lambda sample: groups[sample])
         distinct = sorted(set(groups))
-        counts = [sum(group == each for group in groups) for each in distinct]
+        counts = [groups.count(group) for group in distinct]
         bounds = [sum(counts[:place]) for place in range(len(counts) + 1)]
         batch = take(inputs, order)
         ends = list(pairwise(bounds))
@@ -241,7 +241,7 @@ class MassModel(nn.Module):
         groups = [tuple(self.task_names.index(name) for name in chosen) for chosen in routing.tasks]
         rows: dict[int, Tensor] = {}
         for group in sorted(set(groups)):
-            chosen = [sample for sample, each in enumerate(groups) if each == group]
+            chosen = [sample for sample in range(len(groups)) if groups[sample] == group]
             with self._grouped.using(Runs((group,), (0, len(chosen)))):
                 generated = self.base.generate(**take(tensors, chosen), **options)  # type: ignore[operator]
             rows |= dict(zip(chosen, generated, strict=True))

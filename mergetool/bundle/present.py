@@ -95,7 +95,7 @@ def _presented(
         head = None
         if kind := kinds.get(task):
             layout = {own: name for name, own in names.items()}
-            own_names = _with_neighbours([each for each in sources[task].specs if each not in layout], sources[task])
+            own_names = _with_neighbours([name for name in sources[task].specs if name not in layout], sources[task])
             head = OwnHead(sources[task], architectures[task], kind, own_names, layout)
         presented[task] = PresentedSource(sources[task], names, head)
     return {name: presented[name] for name in sources}

@@ -184,7 +184,7 @@ def _label(head: Head | ClassHead, scores: Tensor) -> dict[str, Any]:
 
 def _labels_of_tokens(head: Head | ClassHead, scores: Tensor, mask: Tensor) -> dict[str, Any]:
     best = scores[:, : head.num_classes].argmax(-1)[mask].tolist()
-    names = [head.labels[each] if head.labels else str(each) for each in best]
+    names = [head.labels[label] if head.labels else str(label) for label in best]
     return {"labels": names, "label": " ".join(names)}
 
 

@@ -80,7 +80,7 @@ def load_task(options: TaskOptions, folder: Path, *, trust_code: bool = False) -
             loaded = _load(manager, options.name)
     except EvaluationError:
         raise
-    except Exception as error:  # a task file is code and templates: anything may come out of it
+    except Exception as error:  # a task file is code: anything may come out of it
         raise EvaluationError(
             f"cannot be loaded: {_first_line(error)}", where, "repair the task's YAML file"
         ) from error

@@ -33,7 +33,7 @@ def load_tokenizer(
     except Exception as error:  # what lies there is read by many libraries: anything may come out of them
         what = f"its tokenizer cannot be opened: {first_line(error)}"
         raise kind(what, str(having[0]), "save the tokenizer again with save_pretrained") from error
-    return next((each for each in tokenizers if each.pad_token is not None), tokenizers[0])
+    return next((tokenizer for tokenizer in tokenizers if tokenizer.pad_token is not None), tokenizers[0])
 
 
 def has_tokenizer(folder: Path) -> bool:

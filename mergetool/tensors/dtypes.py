@@ -25,7 +25,7 @@ class DType:
         return (num_elements * self.bits + 7) // 8
 
 
-_TABLE = (  # in the order in which the reference writer lays tensors out
+_TABLE = (  # in the order in which the safetensors library lays tensors out
     DType("U64", "uint64", 64, is_float=False),
     DType("I64", "int64", 64, is_float=False),
     DType("F64", "float64", 64, is_float=True, largest=1.7976931348623157e308),

@@ -172,7 +172,7 @@ def _snapshot(path: Path) -> Path:
     main = path / "refs" / "main"
     if main.is_file() and (path / "snapshots" / main.read_text().strip()).is_dir():
         return path / "snapshots" / main.read_text().strip()
-    snapshots = sorted((path / "snapshots").glob("*"), key=lambda each: each.stat().st_mtime)
+    snapshots = sorted((path / "snapshots").glob("*"), key=lambda snapshot: snapshot.stat().st_mtime)
     return snapshots[-1] if snapshots else path / "snapshots"
 
 

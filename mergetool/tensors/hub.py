@@ -99,7 +99,7 @@ def _cached(name: HubName, *, adapter: bool) -> "Repository | None":
     snapshot = place / "snapshots" / commit
     if not snapshot.is_dir():
         return None
-    sizes = {each.name: each.stat().st_size for each in snapshot.iterdir() if each.is_file()}
+    sizes = {file.name: file.stat().st_size for file in snapshot.iterdir() if file.is_file()}
     repository = Repository(name, name.repo, commit, sizes, adapter=adapter, place=snapshot)
     return repository if repository.complete else None
 

@@ -171,4 +171,4 @@ def _holds_tensors(value: Any, depth: int = 0) -> bool:
 
     if not isinstance(value, Mapping) or not value or depth > _DEEPEST:
         return False
-    return any(isinstance(each, torch.Tensor) or _holds_tensors(each, depth + 1) for each in value.values())
+    return any(isinstance(part, torch.Tensor) or _holds_tensors(part, depth + 1) for part in value.values())

@@ -80,7 +80,7 @@ def _patterns(safe: str, pickled: str) -> tuple[str, ...]:
 
 def is_index(name: str) -> bool:
     """Whether a file of this name is the index of a set."""
-    return any(each.sharded for each in weight_sets([name]))
+    return any(weights.sharded for weights in weight_sets([name]))
 
 
 def chosen_set(names: Collection[str], where: str) -> tuple[WeightSet, str] | None:
@@ -89,9 +89,9 @@ def chosen_set(names: Collection[str], where: str) -> tuple[WeightSet, str] | No
     Raises SourceError where only people can tell which is meant.
     """
     sets = weight_sets(names)
-    plain = [each for each in sets if not each.variant]
+    plain = [weights for weights in sets if not weights.variant]
     if plain:
-        beside = [each.file for each in plain if each.stem == plain[0].stem]
+        beside = [weights.file for weights in plain if weights.stem == plain[0].stem]
         return plain[0], _told_apart(beside) if len(beside) > 1 else ""
     if sets:
         return _only_variant(sets, where)
@@ -106,7 +106,7 @@ def _told_apart(files: list[str]) -> str:
 
 
 def _only_variant(sets: list[WeightSet], where: str) -> tuple[WeightSet, str]:
-    variants = sorted({each.variant for each in sets})
+    variants = sorted({weights.variant for weights in sets})
     if len(variants) > 1:
         what = f"there are weights in {len(variants)} variants, and none without: {', '.join(e.file for e in sets)}"
         raise SourceError(what, where, f"name the one that is meant: {where}/{sets[0].file}")

@@ -150,7 +150,7 @@ class Arithmetic:
         tensor = read()
         with self._lock:
             self._kept[name] = tensor
-            while sum(each.numel() for each in self._kept.values()) > _KEPT_ELEMENTS:
+            while sum(kept.numel() for kept in self._kept.values()) > _KEPT_ELEMENTS:
                 self._kept.popitem(last=False)
         return tensor
 
