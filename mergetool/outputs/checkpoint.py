@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mergetool.planning import Plan
-from mergetool.planning.beside import files_beside
+from mergetool.planning.beside import files_beside, made_beside
 from mergetool.planning.graph import Shard
 from mergetool.planning.outcome import config_of
 from mergetool.tensors.side_files import CONFIG_NAME
@@ -25,6 +25,8 @@ def write_beside(plan: Plan, folder: Path) -> None:
     for name, path in files_beside(plan).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         copy_file(path, folder / name)
+    for name, text in made_beside(plan).items():
+        write_file(folder / name, text)
 
 
 def notes(plan: Plan, folder: Path) -> Mapping[str, int]:

@@ -88,6 +88,7 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
             name: [redacted(vars(origin), plan.recipe.folder) for origin in origins]
             for name, origins in plan.origins.items()
         },
+        "vocabulary": plan.words.rows,
         "resolved_sha256": _resolved(plan),
         "output": {"dtype": plan.recipe.output.dtype, "files": dict(sorted(record.outputs.items()))},
         "notes": _remarks(record.notes),

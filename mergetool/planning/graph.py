@@ -16,6 +16,7 @@ from mergetool.arch.code import code_of
 from mergetool.methods.base import Granularity
 from mergetool.planning.operations import Operation
 from mergetool.planning.sources import Provenance
+from mergetool.planning.words import Words
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.header import Header, TensorSpec
 from mergetool.tensors.side_files import read_config
@@ -44,6 +45,8 @@ class View:
 STORED = View("stored", "element")
 ALIGNED = View("aligned", "tensor")
 """In the space of a fit, which moves entries along every axis."""
+ROWS = View("rows", "element")
+"""Rows gathered, those of tokens in the order of the result's vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,9 @@ class Plan:
     bytes_at_most: int | None = None
     """What all files take together, where files may get smaller."""
     others: Mapping[str, FileStamp] = field(default_factory=dict)
-    """Files beside the models that the method reads, by the recipe's field."""
+    """Files beside the models that decide about the result, by the recipe's field."""
+    words: Words = field(default_factory=lambda: Words({}))
+    """The vocabulary, where the models' are not one."""
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:

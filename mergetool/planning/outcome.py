@@ -98,6 +98,8 @@ def _sizes(plan: Plan) -> Iterator[str]:
 
 def _tokens(plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
     """Embeddings that are copied from one model, and a tokenizer of another that means something else by their rows."""
+    if plan.words.texts is not None:
+        return
     owner = tokenizer_owner(plan)
     rows = vocabulary_sizes(shapes)
     for name, operand in copies_of(plan).items():
