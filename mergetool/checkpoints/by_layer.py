@@ -28,7 +28,13 @@ class Taken:
 
 _NO_LIST = re.compile(r"token_id|architectures|_index$|labels?$|pinpoints|languages|scales?$|factor|limit")
 """Lists that are not by layer, however long they are."""
-_NUMBERS: tuple[str, ...] = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "moe_layers", "hybrid_layer_ids")
+_NUMBERS: tuple[str, ...] = (
+    "mlp_only_layers",
+    "attn_layer_indices",
+    "full_attn_idxs",
+    "moe_layers",
+    "hybrid_layer_ids",
+)
 _NUMBERS += ("cross_attention_layers", "deepstack_visual_indexes", "fullatt_block_indexes", "global_attn_indexes")
 """Lists of the numbers of layers."""
 _SHARED = ("num_kv_shared_layers",)
