@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergetool.checkpoints.rows import MEAN, MIXED, ZERO, Numbers, RowMap
+from mergetool.checkpoints.token_rows import MEAN, MIXED, ZERO, Numbers, RowMap
 from mergetool.tensors.dtypes import BY_NAME, DType, torch_dtype
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import bytes_of

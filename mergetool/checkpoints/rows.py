@@ -1,216 +1,121 @@
-"""Which row of which model each row of a vocabulary is: matched by the text of tokens, never by their numbers.
+"""Rows of numbered layers of a network: which there are, which is meant, and what lies before and behind them.
 
-A row that a model lacks is the one that a recipe names for its token, else that of the only model that has it, else the
-base's, else the mean of all that have it. What nobody has is made up: zeros, a mean, or what the recipe asks for. Rows
-without a token (padding) belong to the same number, where that has no token in the other model either.
+Most networks have one row (`model.layers`); encoder-decoders have two (`encoder.block`, `decoder.block`), and what sees
+or hears has one more for that. Names tell it: a row's layers are numbered 0, 1, 2 ..., without gaps.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Literal
 
-import numpy as np
-
-from mergetool.checkpoints.vocabulary import Vocabulary
+from mergetool.arch.ends import ends_of
+from mergetool.checkpoints.truth import layer_counts
 from mergetool.errors import PlanError
 
-ZERO, MEAN, MIXED, DONATED = -1, -2, -3, -4
-"""In place of a source: zeros; the mean of all rows; the mean of some; what a donor's row is made of."""
-Numbers = np.ndarray[Any, np.dtype[np.int64]]
-Part = tuple[int, int]
-"""A source's place, and a row of it."""
+End = Literal["first", "last"]
+
+_OTHER_SENSES = re.compile(r"vision|visual|image|vit|audio|speech|pixel|qformer")
+_NO_ROW = re.compile(r"conv_layers|feature_extractor|mtp|projector|projection|merger|adapter|lstm|pos_conv")
+"""Numbered parts that are no layers of the network's depth."""
+_TEXT = ("text", "text_decoder", "language_model", "language", "text_model")
+"""How people call the row that reads or writes text."""
+_FIRST = re.compile(
+    r"(^|[._])(embed\w*|\w+embeddings?|stem|shared|w[tp]e|rotary\w*|patch\w*|cls_token|pos_emb\w*|\w*mask_token"
+    r"|tokens?_emb\w*"
+    r"|pre_?la?y?e?r?_?n\w*|conv\d|feature_(extractor|projection)|masked_spec_embed|relative_attention_bias|rel_\w*bias\w*"
+    r"|\w*projector|merger|connector|resampler|qformer|project_in|dist_token|reg_token|register_tokens)(\.|$)"
+)
+"""What a network begins with; all else outside the layers is what it ends with."""
+_OF_FIRST = re.compile(r"(.*\.)?(relative_attention_bias|global_relative_attention_bias|rel_attn_embed)\..*")
+"""What the first layer holds for all layers of its row."""
 
 
-@dataclass(frozen=True)
-class RowRule:
-    """Where the rows of one token come from, as a recipe says."""
-
-    model: str | None = None
-    token: str | None = None
-    row: int | None = None
-    zero: bool = False
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The vocabulary that every model is to show."""
-
-    texts: Mapping[int, str]
-    num_rows: int
-    rules: Mapping[str, RowRule] = field(default_factory=dict)
-    missing: str = "mean"
-    leader: str | None = None
-    """The base, whose rows go before a mean of several."""
-
-    @cached_property
-    def num_tokens(self) -> int:
-        """Rows up to the last that has a token."""
-        return max(self.texts, default=-1) + 1
+def rows_of(names: Collection[str]) -> dict[str, int]:
+    """Number of layers by what stands before their number; rows of several layers, where there are any."""
+    counts = layer_counts(names)
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        tower, number = _place(name)
+        if number is not None:
+            numbers.setdefault(tower, set()).add(number)
+    whole = {t: n for t, n in counts.items() if len(numbers[t]) == n and not _NO_ROW.search(t)}
+    return {tower: count for tower, count in whole.items() if count > 1} or whole
 
 
-@dataclass(frozen=True)
-class RowMap:
-    """Where each row of a tensor comes from, as one model shows it."""
-
-    sources: tuple[str, ...]
-    source: np.ndarray[Any, np.dtype[np.int16]]
-    """For each row: a place in `sources`, or one of the numbers below zero."""
-    row: Numbers
-    mixed: Mapping[int, tuple[Part, ...]]
-    """Parts of the rows that are means of some."""
-    num_tokens: int
-    own: int
-    """The model itself among `sources`."""
-
-    @property
-    def made(self) -> bool:
-        """Whether some rows are computed."""
-        return bool((self.source < ZERO).any())
-
-    def used(self) -> set[int]:
-        """Places of all sources that are read."""
-        return {int(each) for each in np.unique(self.source) if each >= 0} | {
-            place for parts in self.mixed.values() for place, _ in parts
-        }
-
-    def counts(self) -> dict[str, int]:
-        """How many rows come from where."""
-        names = {ZERO: "zeros", MEAN: "mean of all rows", MIXED: "mean of several", DONATED: "donor"}
-        found = {int(each): int(count) for each, count in zip(*np.unique(self.source, return_counts=True), strict=True)}
-        return {names.get(each, self.sources[each] if each >= 0 else ""): count for each, count in found.items()}
-
-    def is_plain(self, rows: int) -> bool:
-        """Whether these are the model's own rows in their own order."""
-        whole = len(self.source) == rows and bool((self.source == self.own).all())
-        return whole and bool((self.row == np.arange(rows)).all())
+def _place(name: str) -> tuple[str, int | None]:
+    parts = name.split(".")
+    place = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+    return (name, None) if place is None else (".".join(parts[:place]), int(parts[place]))
 
 
-def row_maps(
-    target: Wanted, vocabularies: Mapping[str, Vocabulary], rows: Mapping[str, int], where: str
-) -> dict[str, RowMap]:
-    """For every model that has a tensor (with so many `rows`), where the rows of that tensor come from.
-
-    Raises PlanError for a rule that names a token or a row that is not there.
-    """
-    models = tuple(rows)
-    places = {model: _places(target, vocabularies[model], rows[model]) for model in models}
-    ruled = {
-        number: (rule, _ruled(rule, text, models, vocabularies, rows, where))
-        for number, text in target.texts.items()
-        if (rule := target.rules.get(text)) is not None and number < target.num_rows
-    }
-    lacking = np.zeros(target.num_rows, bool)
-    for found in places.values():
-        lacking |= found < 0
-    for number, (rule, _) in ruled.items():
-        lacking[number] |= rule.force
-    defaults = {int(number): _default(target, int(number), ruled, models, places) for number in np.flatnonzero(lacking)}
-    return {
-        model: _map_of(target, model, models, places[model], ruled, defaults, vocabularies, rows) for model in models
-    }
+def chosen_row(rows: Collection[str], key: str = "") -> str:
+    """The row that `key` names (a word of its name is enough), or the one that writes text. Raises PlanError."""
+    found = _named(rows, key) if key else _default(rows)
+    if len(found) == 1:
+        return found[0]
+    where = f"slices: {key}" if key else "slices"
+    told = ", ".join(sorted(found or rows)) or "none"
+    what = f"{key!r} fits {len(found)} of the rows of numbered layers" if key else "no row of layers is the one"
+    fix = f"name one: slices: {{{sorted(rows)[0]}: [...]}}" if rows else "merge such networks without slices"
+    raise PlanError(f"{what}; here are: {told}", where, fix)
 
 
-def _places(target: Wanted, own: Vocabulary, rows: int) -> Numbers:
-    """The model's own row for each row of the target, -1 where it has none."""
-    found = np.full(target.num_rows, -1, np.int64)
-    for number in range(target.num_rows):
-        text = target.texts.get(number)
-        if text is None:
-            place = number if number not in own.texts else -1
+def _named(rows: Collection[str], key: str) -> list[str]:
+    if key in rows:
+        return [key]
+    found = [row for row in rows if key in row.split(".")] or [row for row in rows if _words(key) <= _words(row)]
+    return found if len(found) == 1 or key not in _TEXT else _default(rows)
+
+
+def _words(text: str) -> set[str]:
+    return {word for word in re.split(r"[._]", text) if word}
+
+
+def _default(rows: Collection[str]) -> list[str]:
+    """The rows that may be meant where none is named: what reads text, of an encoder and a decoder the decoder."""
+    text = [row for row in rows if not _OTHER_SENSES.search(row)] or list(rows)
+    decoders = [row for row in text if "decoder" in row.split(".")]
+    if len(decoders) == 1 and all("encoder" in _words(row) or row in decoders for row in text):
+        return decoders
+    short = [row for row in text if row.rpartition(".")[2] in ("layers", "layer", "h", "block", "blocks")]
+    return text if len(text) == 1 else short or text
+
+
+class Outside:
+    """What does not belong to the sliced rows: to which of them each tensor goes, and to which end."""
+
+    def __init__(self, sliced: Iterable[str], rows: Collection[str], shapes: Mapping[str, tuple[int, ...]], kind: str):
+        self._sliced = list(sliced)
+        self._stems = {row: row.rpartition(".")[0] for row in {*rows, *self._sliced}}
+        self._known = ends_of(shapes, kind)
+
+    def of(self, name: str) -> tuple[str, End] | None:
+        """(row, end) of a tensor; None for one that is inside the layers."""
+        if any(name.startswith(f"{row}.") for row in self._sliced):
+            return None
+        stems = [stem for stem in self._stems.values() if stem and name.startswith(f"{stem}.")]
+        stem = max(stems, key=len, default="")
+        owners = [row for row in self._sliced if self._stems[row] == stem]
+        others = [row for row, its in self._stems.items() if its == stem and row not in self._sliced]
+        if others and not owners and stem:
+            end: End = "last" if "decoder" in stem.split(".") else "first"
         else:
-            place = number if own.texts.get(number) == text else own.ids.get(text, -1)
-        if place < rows:
-            found[number] = place
+            end = self._known.get(name) or ("first" if _FIRST.search(name) else "last")
+        return (owners or self._sliced)[0 if end == "first" else -1], end
+
+
+def layers_of(names: Iterable[str], tower: str) -> dict[int, dict[str, str]]:
+    """The tensors of each layer of a row, by what stands behind the layer's number."""
+    found: dict[int, dict[str, str]] = {}
+    for name in names:
+        if name.startswith(f"{tower}."):
+            number, _, suffix = name.removeprefix(f"{tower}.").partition(".")
+            if number.isdecimal():
+                found.setdefault(int(number), {})[suffix] = name
     return found
 
 
-def _ruled(
-    rule: RowRule,
-    text: str,
-    models: Sequence[str],
-    vocabularies: Mapping[str, Vocabulary],
-    rows: Mapping[str, int],
-    where: str,
-) -> Part | None:
-    """The row that a rule names, if it names one."""
-    if rule.zero:
-        return ZERO, 0
-    if rule.model is None:
-        return None
-    place = f"tokenizer.tokens.{text}"
-    if rule.model not in rows:
-        raise PlanError(f"{rule.model!r} has no {where}, whose row is wanted", place, "name another model")
-    token = text if rule.token is None else rule.token
-    row = rule.row if rule.row is not None else vocabularies[rule.model].ids.get(token)
-    if row is None:
-        what = f"{rule.model!r} has no token {token!r}"
-        raise PlanError(what, place, "name a token that it has: {from: MODEL, token: TEXT}")
-    if row >= rows[rule.model]:
-        what = f"row {row} is wanted, and {where} of {rule.model!r} has {rows[rule.model]}"
-        raise PlanError(what, place, f"name a row below {rows[rule.model]}")
-    return models.index(rule.model), row
-
-
-_Ruled = Mapping[int, tuple[RowRule, Part | None]]
-_Places = Mapping[str, Numbers]
-
-
-def _default(
-    target: Wanted, number: int, ruled: _Ruled, models: Sequence[str], places: _Places
-) -> tuple[Part, ...] | None:
-    """What stands in for the row in models that lack it; None where nobody has it."""
-    part = ruled[number][1] if number in ruled else None
-    if part is not None:
-        return (part,)
-    owners = [(place, int(places[model][number])) for place, model in enumerate(models) if places[model][number] >= 0]
-    first = [each for each in owners if models[each[0]] == target.leader]
-    return tuple(first or owners) or None
-
-
-def _map_of(
-    target: Wanted,
-    model: str,
-    models: tuple[str, ...],
-    places: Numbers,
-    ruled: _Ruled,
-    defaults: Mapping[int, tuple[Part, ...] | None],
-    vocabularies: Mapping[str, Vocabulary],
-    rows: Mapping[str, int],
-) -> RowMap:
-    own = models.index(model)
-    source = np.full(target.num_rows, own, np.int16)
-    row = places.copy()
-    mixed: dict[int, tuple[Part, ...]] = {}
-    for number, default in defaults.items():
-        forced = number in ruled and ruled[number][0].force
-        if places[number] >= 0 and not forced:
-            continue
-        parts = default or _made_up(target, number, own, vocabularies[model], rows[model])
-        if len(parts) == 1:
-            source[number], row[number] = parts[0]
-        else:
-            source[number], row[number], mixed[number] = MIXED, 0, parts
-    return RowMap(models, source, row, mixed, target.num_tokens, own)
-
-
-def _made_up(target: Wanted, number: int, own: int, vocabulary: Vocabulary, rows: int) -> tuple[Part, ...]:
-    """What a row is that no model has. Padding is the mean, which no text makes likely, as zeros might be."""
-    text = target.texts.get(number)
-    if text is None or target.missing == "mean":
-        return ((MEAN, 0),)
-    if target.missing == "nearest":
-        return tuple((own, row) for row in _pieces(text, vocabulary) if row < rows) or ((MEAN, 0),)
-    return ((ZERO if target.missing == "zero" else DONATED, 0),)
-
-
-def _pieces(text: str, own: Vocabulary) -> Iterator[int]:
-    """Rows of the longest tokens that a text is made of, from its beginning on."""
-    start = 0
-    while start < len(text):
-        ends = range(len(text), start, -1)
-        end = next((end for end in ends if text[start:end] in own.ids), None)
-        if end is not None:
-            yield own.ids[text[start:end]]
-        start = end or start + 1
+def of_first_layer(layers: Mapping[int, Mapping[str, str]]) -> set[str]:
+    """What only the first layer of a row holds, for all of them (T5's table of relative positions)."""
+    others = {suffix for number, own in layers.items() if number for suffix in own}
+    return {suffix for suffix in layers.get(0, {}) if _OF_FIRST.fullmatch(suffix) and suffix not in others}

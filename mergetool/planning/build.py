@@ -73,7 +73,7 @@ def _planned(
     specs = {slot.spec.name: slot.spec for step in steps for slot in step.slots}
     stem, limit = opened[template].stem, recipe.output.shard_size
     shards = _shards([specs[each.name] for each in draft.arrangement.origins if each.name in specs], stem, limit)
-    remarks = (*lookup.warnings, *family.remarks, *vocabulary.remarks, *draft.warnings)
+    remarks = (*recipe.warnings, *lookup.warnings, *family.remarks, *vocabulary.remarks, *draft.warnings)
     words = (*check_shares(recipe, family.sources, steps), *words_about(recipe, family.sources, template, steps))
     return Plan(
         recipe,

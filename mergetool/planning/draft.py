@@ -42,7 +42,8 @@ class Draft:
         self.matched = [False] * len(self.overrides)
         self.view = ALIGNED if "fit" in recipe.method.stages() else STORED
         self.method = recipe.method.kernel()
-        self.overridden = [overridden(recipe.method, override) for override in self.overrides]
+        self.overridden: dict[tuple[int, float | None], TensorMethod] = {}
+        self.sets_alone = self.method.max_models == 1 and bool(recipe.method.model_fields_set - {"method"})
         self.arrangement: Arrangement = recipe.layout.arrange(self.sources, template, tuple(recipe.models))
 
     def steps(self) -> list[Step]:
@@ -107,7 +108,7 @@ class Draft:
             self.matched[index] = True
         if override is not None and override.use is not None:
             return self._copy(origin, override.use, depth)
-        if origin.copy_of is not None:
+        if origin.copy_of is not None and not self.sets_alone:
             return self._copy(origin, origin.copy_of, depth)
         holders = [model for model in origin.models if model in origin.tensors]
         if origin.extra:
@@ -119,10 +120,19 @@ class Draft:
         if not spec.dtype.is_float or spec.num_elements == 0:
             return self._copy(origin, leader, depth)
         models = [model for model in origin.models if model in holders or self.recipe.check.missing == "base"]
-        method = self.method if index is None else self.overridden[index]
+        method = self._method(index, origin)
         if len(models) < method.min_models:
             return self._copy(origin, leader, depth)
         return self._merge(origin, leader, depth, method, models)
+
+    def _method(self, index: int | None, origin: Origin) -> TensorMethod:
+        """What merges a tensor under the override of this place. A layout's own run along the part that they are of."""
+        if index is None:
+            return self.method
+        key = index, origin.within if index < len(self.recipe.layout_overrides) else None
+        if key not in self.overridden:
+            self.overridden[key] = overridden(self.recipe.method, self.overrides[index], key[1])
+        return self.overridden[key]
 
     def _merge(self, origin: Origin, leader: str, depth: float, method: TensorMethod, models: Sequence[str]) -> Step:
         """A tensor that a method makes of those that stand in for these models."""
@@ -176,16 +186,16 @@ class Draft:
         )
 
     def _spec(self, origin: Origin, source: str) -> TensorSpec:
-        return self.sources[source].specs[origin.tensors[source]]
+        return self.sources[_holder(origin, source)].specs[origin.tensors[source]]
 
     def _operand(self, origin: Origin, source: str) -> Operand:
-        name = origin.tensors[source]
-        gathered = self.view is STORED and name in self.rows and source in self.rows[name]
-        return Operand(source, name, ROWS if gathered else self.view)
+        holder, name = _holder(origin, source), origin.tensors[source]
+        gathered = self.view is STORED and name in self.rows and holder in self.rows[name]
+        return Operand(holder, name, ROWS if gathered else self.view)
 
     def _dtype_out(self, model: str, origin: Origin) -> DType:
         """The storage dtype of a floating-point tensor that is written as `model` has it, or as was asked for."""
-        name = origin.tensors[model]
+        name, model = origin.tensors[model], _holder(origin, model)
         stored, output = self.sources[model].stored_as(name), self.recipe.output
         if output.dtype == "source":
             return stored
@@ -208,10 +218,13 @@ class Draft:
     def _has_other_words(self, origin: Origin, models: tuple[str, str]) -> bool:
         """Whether a tensor is of two sizes because two models have vocabularies of two sizes, which can be read."""
         shapes = [list(self._spec(origin, model).shape) for model in models]
-        axes = [axes_of(self.sources[model]).get(origin.tensors[model]) for model in models]
-        if axes[0] is None or axes[0] != axes[1] or not all(tokens_of(self.sources[model].folder) for model in models):
+        sources = [self.sources[_holder(origin, model)] for model in models]
+        axis, other = (
+            axes_of(source).get(origin.tensors[model]) for model, source in zip(models, sources, strict=True)
+        )
+        if axis is None or axis != other or not all(tokens_of(source.folder) for source in sources):
             return False
-        return shapes[0].pop(axes[0]) != shapes[1].pop(axes[0]) and shapes[0] == shapes[1]
+        return shapes[0].pop(axis) != shapes[1].pop(axis) and shapes[0] == shapes[1]
 
     def _check_none_is_float(self, origin: Origin, leader: str, models: Sequence[str]) -> None:
         """Whole numbers are copied, but not where another model has learnt values in their place."""
@@ -224,6 +237,11 @@ class Draft:
                     origin.name,
                     f"copy it: overrides: [{{match: {origin.name!r}, use: {model}}}]",
                 )
+
+
+def _holder(origin: Origin, source: str) -> str:
+    """The model that holds what is called a source's: a part of the output may have a base of its own."""
+    return origin.base if source == BASE else source
 
 
 def _depth(layer: tuple[int, int] | None) -> float:

@@ -16,7 +16,7 @@ from mergetool.arch.code import code_of
 from mergetool.methods.base import Granularity
 from mergetool.planning.operations import Operation
 from mergetool.planning.sources import Provenance
-from mergetool.planning.words import Words
+from mergetool.planning.words import Lexicon
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.header import Header, TensorSpec
 from mergetool.tensors.side_files import read_config
@@ -189,7 +189,7 @@ class Plan:
     """What all files take together, where files may get smaller."""
     others: Mapping[str, FileStamp] = field(default_factory=dict)
     """Files beside the models that decide about the result, by the recipe's field."""
-    words: Words = field(default_factory=lambda: Words({}))
+    words: Lexicon = field(default_factory=lambda: Lexicon({}))
     """The vocabulary, where the models' are not one."""
 
     @cached_property

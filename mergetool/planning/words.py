@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mergetool.checkpoints.gathered import GatheredModel
-from mergetool.checkpoints.rows import RowMap, RowRule, Wanted, row_maps
 from mergetool.checkpoints.side_files import has_tokenizer
+from mergetool.checkpoints.token_rows import RowMap, RowRule, Wanted, row_maps
 from mergetool.checkpoints.tokens_added import AddedToken, added_tokens_of
 from mergetool.checkpoints.vocabulary import Vocabulary, disagreement, tokens_of, vocabulary_file
 from mergetool.checkpoints.vocabulary_axes import axes_of
@@ -29,7 +29,7 @@ _SAVE = "save its tokenizer with transformers' save_pretrained, which writes tok
 
 
 @dataclass(frozen=True)
-class Words:
+class Lexicon:
     """What a plan knows of its vocabulary."""
 
     sources: Sources
@@ -46,7 +46,7 @@ class Words:
     remarks: tuple[str, ...] = ()
 
 
-def in_one_vocabulary(recipe: Recipe, sources: Sources, template: str, lookup: Lookup) -> Words:
+def in_one_vocabulary(recipe: Recipe, sources: Sources, template: str, lookup: Lookup) -> Lexicon:
     """The models as the result's vocabulary shows them. Raises PlanError where tokens cannot be matched."""
     asked = recipe.tokenizer
     if recipe.chat_template is not None:
@@ -54,7 +54,7 @@ def in_one_vocabulary(recipe: Recipe, sources: Sources, template: str, lookup: L
     if asked is not None and asked.missing == "omp":
         raise PlanError("rows cannot be made of shared tokens", "tokenizer.missing", "write missing: mean")
     if recipe.method.result == "bundle" or (asked is None and not _conflicts(sources, template)):
-        return Words(sources)
+        return Lexicon(sources)
     return _Matching(recipe, sources, template, lookup).words()
 
 
@@ -92,7 +92,7 @@ class _Matching:
             return self.sources[self.leader].folder
         return lookup.folder(self.asked.source)
 
-    def words(self) -> Words:
+    def words(self) -> Lexicon:
         own = self.asked.source not in (*self.sources, UNION)
         texts = tokens_of(self.home)
         if texts is None:
@@ -103,10 +103,10 @@ class _Matching:
         self._check_overlap(target, vocabularies)
         shown, rows = self._shown(target, vocabularies)
         if not rows and not added and not own:
-            return Words(self.sources)
+            return Lexicon(self.sources)
         files = {f"tokenizer of {model}": vocabulary_file(source.folder) for model, source in self.sources.items()}
         files |= {"tokenizer.source": vocabulary_file(self.home)} if own else {}
-        return Words(
+        return Lexicon(
             shown,
             {name: FileStamp.of(path) for name, path in files.items() if path is not None},
             self.home if own else None,
@@ -116,11 +116,11 @@ class _Matching:
             tuple(self._remarks(target, vocabularies)),
         )
 
-    def _as_they_are(self) -> Words:
+    def _as_they_are(self) -> Lexicon:
         """For a tokenizer that cannot be read: its files go along, where nothing has to be matched by it."""
         asked = self.recipe.tokenizer
         if asked is None or (asked.source in self.sources and not asked.model_fields_set - {"source"}):
-            return Words(self.sources)
+            return Lexicon(self.sources)
         raise PlanError(f"tokens are to be matched, and none can be read in {self.home}", "tokenizer.source", _SAVE)
 
     def _vocabularies(self, texts: Mapping[int, str]) -> dict[str, Vocabulary]:

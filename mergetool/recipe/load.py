@@ -20,7 +20,7 @@ from mergetool.methods.base import Method
 from mergetool.recipe.candidate import other_documents
 from mergetool.recipe.checks import check_override, cross_checks
 from mergetool.recipe.document import Document, Place, parse_value, read_document
-from mergetool.recipe.mergekit import convert, is_mergekit
+from mergetool.recipe.mergekit import as_text, convert, is_mergekit
 from mergetool.recipe.render import render, unknown_key
 from mergetool.recipe.schema import Check, Compute, Output, Override, Recipe, Reference
 from mergetool.recipe.section import merge_section, override_class
@@ -69,6 +69,16 @@ def load_recipe(source: "str | Path | Mapping[str, Any]", settings: Sequence[str
     if problems:
         raise RecipeError.of(problems)
     return check_document(document, tuple(settings))
+
+
+def imported_text(path: Path, folder: Path) -> tuple[str, Sequence[str]]:
+    """Our YAML for a mergekit file, right from `folder`, and what its author should know. Raises RecipeError."""
+    document = read_document(path)
+    if not is_mergekit(document.data):
+        raise document.error((), "this is not a mergekit recipe (it has no merge_method)", "mergetool run takes ours")
+    document = convert(document)
+    check_document(document)
+    return as_text(document.data, folder), document.warnings
 
 
 def _plain(value: Any) -> Any:
@@ -153,6 +163,7 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
         evaluate=given.get("evaluate", ()),
         layout=layout,
         layout_overrides=own,
+        warnings=tuple(document.warnings),
         chat_template=given.get("chat_template"),
     )
 

@@ -172,6 +172,8 @@ class Recipe:
     """Which tensors of the models each output tensor comes from."""
     layout_overrides: tuple[Override, ...] = ()
     """Overrides that the layout's sections hold; where they apply, the layout says."""
+    warnings: tuple[str, ...] = ()
+    """What was found when it was read that its author should know."""
 
     @property
     def architecture_file(self) -> Path | None:
