@@ -61,12 +61,17 @@ class Inside:
     read: Read
     check: Check
     problems: list[RecipeError]
+    searches: bool
+    """Whether the method of the outer recipe is a search."""
 
     def all(self, given: Mapping[str, Any]) -> dict[str, Recipe]:
         """The recipe of every model that one makes, by the model's name."""
         models = given.get("models") or {}
-        references: dict[Place, ModelReference] = {("models", name): each for name, each in models.items()}
-        references |= {("base",): given["base"]} if "base" in given else {}
+        references: dict[Place, ModelReference] = {("base",): given["base"]} if "base" in given else {}
+        references |= {("models", name): each for name, each in models.items()}
+        for place in (place for place, each in references.items() if each.folder is not None and each.recipe is None):
+            what = "only a recipe written here has paths that could be relative to it, so this would have no effect"
+            self.problems.append(self.document.error((*place, "folder"), what, "remove `folder`"))
         asked = {place: each for place, each in references.items() if each.recipe is not None}
         found = {str(place[-1]): self._one(place, reference) for place, reference in asked.items()}
         if sum(1 + count(each) for each in found.values() if each is not None) > _MOST:
@@ -84,7 +89,7 @@ class Inside:
         except RecipeError as error:
             self.problems.extend(each for each in error.problems if str(each) not in map(str, self.problems))
             return None
-        self.problems.extend(self._refusals((*place, "recipe"), recipe))
+        self.problems.extend(self._refusals((*place, "recipe"), recipe, reference))
         return replace(recipe, output=_output(recipe), evaluate=(), intermediate=True)
 
     def _node(self, place: Place) -> Any:
@@ -121,11 +126,19 @@ class Inside:
         part = _Part(self.document.name, node["recipe"], folder=folder, written=self.document, place=place)
         return self.check(part, self.around)
 
-    def _refusals(self, place: Place, recipe: Recipe) -> Iterator[RecipeError]:
-        """What cannot be made on the way."""
+    def _refusals(self, place: Place, recipe: Recipe, reference: ModelReference) -> Iterator[RecipeError]:
+        """What cannot be made on the way, or not be used so."""
         name = recipe.method.method_name()
-        path = recipe.name if recipe.name != self.document.name else "INNER.yaml"
-        if recipe.method.searches:
+        path = reference.recipe if isinstance(reference.recipe, str) else "INNER.yaml"
+        if self.searches:
+            what = "a search reads its models again and again before anything is merged, so they must be there"
+            yield self.document.error(
+                place, what, f"run it first, then name its result: mergetool run {path} -o FOLDER"
+            )
+        elif place[0] == "base" and self.document.data["merge"].get("base") == "reference":
+            what = "the bundle would refer to a base that is gone when it is finished"
+            yield self.document.error(place, what, "write merge: {base: copy}")
+        elif recipe.method.searches:
             what = f"{name} is a search, which is a run of its own"
             yield self.document.error(
                 place, what, f"run it first, then name its result: mergetool run {path} -o FOLDER"

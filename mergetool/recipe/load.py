@@ -139,7 +139,8 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
     kind, method, overrides = merge_section(document, problems) if "merge" in data else (None, None, ())
     layout, own = layout_of(document, given, kind, problems)
     problems += cross_checks(document, kind, method, layout)
-    inner = Inside(document, around or Around(), _read, _check_inner, problems).all(given)
+    searches = kind is not None and kind.searches
+    inner = Inside(document, around or Around(), _read, _check_inner, problems, searches).all(given)
     if method is not None and not problems:
         problems += _check_tried(document, method)
     if problems or method is None:
