@@ -111,11 +111,13 @@ def validate(
     from mergetool.recipe import load_recipe
 
     checked = load_recipe(recipe, settings or ())
+    warnings = checked.warnings
     if online:
         from mergetool.planning import make_plan
 
-        for warning in make_plan(checked).warnings:
-            say(f"warning: {warning}")
+        warnings = make_plan(checked).warnings
+    for warning in warnings:
+        say(f"warning: {warning}")
     answer = {"valid": True, "method": checked.method.method_name(), "models": list(checked.models)}
     print_answer(answer if as_json else f"{recipe}: valid", as_json=as_json)
 
@@ -343,9 +345,12 @@ def import_recipe(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of stdout.")] = None,
 ) -> None:
     """Convert a mergekit recipe to one of ours (`run` takes it as it is, too)."""
-    from mergetool.recipe.mergekit import converted_text
+    from mergetool.recipe.load import imported_text
 
-    deliver(converted_text(recipe, output.parent if output else Path()), output)
+    text, warnings = imported_text(recipe, output.parent if output else Path())
+    for warning in warnings:
+        say(f"warning: {warning}")
+    deliver(text, output)
 
 
 def _size(text: str | None) -> int | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mergetool.bundle.present import present
 from mergetool.checkpoints.family import assemble
-from mergetool.errors import at
+from mergetool.errors import PlanError, at
 from mergetool.planning.draft import Draft
 from mergetool.planning.graph import BASE, Plan, Shard, Slot, Step, compute_bits
 from mergetool.planning.inner import NONE, PlannedModel, place_of, with_inner
@@ -48,6 +48,7 @@ def make_plan(
     """
     if recipe.method.searches:
         recipe = first_candidate(recipe)
+    _refuse_words(recipe)
     lookup = lookup or Lookup(recipe.folder)
     if output is None and recipe.output.path is not None:
         output = recipe.path_of(recipe.output.path)
@@ -64,6 +65,19 @@ def make_plan(
     from mergetool.planning.bundles import as_bundle
 
     return as_bundle(plan)
+
+
+def _refuse_words(recipe: Recipe) -> None:
+    """Raise PlanError for what of the vocabulary cannot be made."""
+    tokenizer = recipe.tokenizer
+    if tokenizer is not None and tokenizer.source not in (BASE, *recipe.models):
+        raise PlanError(
+            f"a vocabulary of its own ({tokenizer.source}) cannot be made", "tokenizer.source", "name a model"
+        )
+    if tokenizer is not None and tokenizer.model_fields_set - {"source"}:
+        raise PlanError("rows cannot be chosen by token", "tokenizer", "write source: MODEL alone")
+    if recipe.chat_template is not None:
+        raise PlanError("a template of its own cannot be written", "chat_template", "write tokenizer: {source: MODEL}")
 
 
 def _planned(
@@ -85,7 +99,14 @@ def _planned(
         _place(steps, shards),
         tuple(shards),
         output,
-        warnings=(*lookup.warnings, *family.remarks, *draft.warnings, *words, *_unsplit(shards, stem, limit)),
+        warnings=(
+            *recipe.warnings,
+            *lookup.warnings,
+            *family.remarks,
+            *draft.warnings,
+            *words,
+            *_unsplit(shards, stem, limit),
+        ),
         origins=lookup.origins,
         bytes_missing=sum(lookup.missing.values()),
         untied=family.untied,

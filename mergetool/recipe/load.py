@@ -21,10 +21,11 @@ from mergetool.recipe.candidate import other_documents
 from mergetool.recipe.checks import check_override, cross_checks
 from mergetool.recipe.document import Document, Place, parse_value, read_document
 from mergetool.recipe.inner import Around, Inside, inlined
-from mergetool.recipe.mergekit import convert, is_mergekit
+from mergetool.recipe.mergekit import as_text, convert, is_mergekit
 from mergetool.recipe.render import render, unknown_key
-from mergetool.recipe.schema import Check, Compute, Output, Override, Recipe, Reference, Tokenizer
+from mergetool.recipe.schema import Check, Compute, Output, Override, Recipe, Reference
 from mergetool.recipe.section import merge_section, override_class
+from mergetool.recipe.words import Template, Tokenizer
 
 _Models = Annotated[dict[str, Reference], Field(min_length=1)]
 _FIXED: dict[str, Any] = {
@@ -35,6 +36,7 @@ _FIXED: dict[str, Any] = {
     "compute": Compute,
     "check": Check,
     "tokenizer": Tokenizer,
+    "chat_template": Template,
     "output": Output,
     "evaluate": Annotated[tuple[TaskOptions, ...], Field(min_length=1)],
 }
@@ -76,6 +78,16 @@ def _read(path: Path) -> Document:
 
 def _ours(document: Document) -> Document:
     return convert(document) if is_mergekit(document.data) else document
+
+
+def imported_text(path: Path, folder: Path) -> tuple[str, Sequence[str]]:
+    """Our YAML for a mergekit file, right from `folder`, and what its author should know. Raises RecipeError."""
+    document = read_document(path)
+    if not is_mergekit(document.data):
+        raise document.error((), "this is not a mergekit recipe (it has no merge_method)", "mergetool run takes ours")
+    document = convert(document)
+    check_document(document)
+    return as_text(document.data, folder), document.warnings
 
 
 def _plain(value: Any) -> Any:
@@ -163,6 +175,8 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
         layout=layout,
         layout_overrides=own,
         inner=inner,
+        warnings=tuple(document.warnings),
+        chat_template=given.get("chat_template"),
     )
 
 

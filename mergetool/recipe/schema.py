@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from mergetool.arch.code import code_of
 from mergetool.evaluate.options import TaskOptions
 from mergetool.layouts.base import Layout
 from mergetool.layouts.same import Same
 from mergetool.methods.base import Method
+from mergetool.recipe.words import ChatTemplate, PathText, Section, Tokenizer
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B?)", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -41,9 +42,6 @@ def expanded(text: str) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111  (pathlib's raises for an unknown user)
 
 
-PathText = Annotated[str, Field(min_length=1, strict=True, pattern=r"^[^\x00]+$")]
-
-
 INLINE = "a recipe written here"
 """What the source of a model is called that a recipe within the recipe makes."""
 
@@ -63,12 +61,6 @@ def _source_or_recipe(schema: dict[str, Any]) -> None:
     schema["required"] = [key for key in schema["required"] if key != "source"]
     if not schema["required"]:
         del schema["required"]
-
-
-class Section(BaseModel):
-    """One mapping of the recipe: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class HeadReference(Section):
@@ -129,12 +121,6 @@ class Check(Section):
     non_finite: Literal["error", "keep"] = Field(
         "error", description="where a result is NaN or infinite: stop, or write it"
     )
-
-
-class Tokenizer(Section):
-    """Whose tokenizer and generation files go with the result."""
-
-    source: Annotated[str, Field(strict=True)] = Field(description="`base` or the name of a model")
 
 
 class HubOutput(Section):
@@ -205,6 +191,8 @@ class Recipe:
     """The `--set` arguments that were applied."""
     evaluate: tuple[TaskOptions, ...] = ()
     """Tasks that the result is scored on."""
+    chat_template: ChatTemplate | None = None
+    """Whose chat template goes with the result, if it is not the tokenizer's own."""
     layout: Layout = field(default_factory=Same)
     """Which tensors of the models each output tensor comes from."""
     layout_overrides: tuple[Override, ...] = ()
@@ -213,6 +201,8 @@ class Recipe:
     """The recipes that make some of the models, by name (the base under "base")."""
     intermediate: bool = False
     """Whether the result is only read by another recipe: it is then kept as it was computed, unless it says how."""
+    warnings: tuple[str, ...] = ()
+    """What was found when it was read that its author should know."""
 
     @property
     def architecture_file(self) -> Path | None:
