@@ -111,7 +111,7 @@ def validate(
     from mergetool.recipe import load_recipe
 
     checked = load_recipe(recipe, settings or ())
-    warnings = checked.warnings
+    warnings = checked.all_warnings
     if online:
         from mergetool.planning import make_plan
 

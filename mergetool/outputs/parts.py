@@ -8,7 +8,6 @@ more, and when another recipe takes the place.
 import re
 import shutil
 from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 
 from mergetool.errors import OutputError
@@ -32,8 +31,8 @@ def keep_parts(output: Path, names: Collection[str]) -> None:
     for path in _held(folder):
         if _OURS.fullmatch(path.name) and path.name.partition(".")[0] not in names:
             _remove(path)
-    with suppress(OSError):
-        folder.rmdir()  # fails where there is anything in it
+    if folder.is_dir() and not _held(folder):
+        folder.rmdir()
 
 
 def remove_part(place: Path) -> None:

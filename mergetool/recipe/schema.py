@@ -205,6 +205,12 @@ class Recipe:
     """What was found when it was read that its author should know."""
 
     @property
+    def all_warnings(self) -> tuple[str, ...]:
+        """What was found in it and in the recipes inside it."""
+        inner = [f"{name}: {text}" for name, each in self.inner.items() for text in each.all_warnings]
+        return (*inner, *self.warnings)
+
+    @property
     def architecture_file(self) -> Path | None:
         """The file that `architecture` names, a description or Python code; None for a family."""
         if self.architecture is None:
