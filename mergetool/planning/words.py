@@ -4,6 +4,7 @@ Without a `tokenizer` section that is the leader's, where one number means two t
 left to the checks of shapes, which say what to write.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,13 +14,13 @@ from mergetool.checkpoints.gathered import GatheredModel
 from mergetool.checkpoints.side_files import has_tokenizer
 from mergetool.checkpoints.token_rows import RowMap, RowRule, Wanted, row_maps
 from mergetool.checkpoints.tokens_added import AddedToken, added_tokens_of
-from mergetool.checkpoints.vocabulary import Vocabulary, disagreement, tokens_of, vocabulary_file
+from mergetool.checkpoints.vocabulary import Vocabulary, disagreement, tokens_of
 from mergetool.checkpoints.vocabulary_axes import axes_of
 from mergetool.errors import PlanError
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.schema import Recipe
 from mergetool.recipe.words import UNION, Tokenizer
-from mergetool.tensors.source import FileStamp, ModelSource
+from mergetool.tensors.source import ModelSource
 
 Sources = Mapping[str, ModelSource]
 Rows = Mapping[str, Mapping[str, Mapping[str, int]]]
@@ -34,8 +35,8 @@ class Lexicon:
 
     sources: Sources
     """The models as they show their rows."""
-    read: Mapping[str, FileStamp] = field(default_factory=dict)
-    """Files that tokens were read from, where they decide about rows."""
+    digest: str = ""
+    """SHA-256 of all that decides about rows, where they were matched."""
     home: Path | None = None
     """The folder of the tokenizer, where it is no model's."""
     texts: Mapping[int, str] | None = None
@@ -104,11 +105,9 @@ class _Matching:
         shown, rows = self._shown(target, vocabularies)
         if not rows and not added and not own:
             return Lexicon(self.sources)
-        files = {f"tokenizer of {model}": vocabulary_file(source.folder) for model, source in self.sources.items()}
-        files |= {"tokenizer.source": vocabulary_file(self.home)} if own else {}
         return Lexicon(
             shown,
-            {name: FileStamp.of(path) for name, path in files.items() if path is not None},
+            self._digest(target, added, shown),
             self.home if own else None,
             target.texts,
             added,
@@ -198,6 +197,15 @@ class _Matching:
             for model, source in self.sources.items()
         }
         return shown, told
+
+    def _digest(self, target: Wanted, added: Sequence[AddedToken], shown: Sources) -> str:
+        """Of all tokens, and of where every row comes from."""
+        found = hashlib.sha256(repr((sorted(target.texts.items()), [each.facts for each in added])).encode())
+        for model, source in shown.items():
+            for name, each in source.maps.items() if isinstance(source, GatheredModel) else ():
+                found.update(repr((model, name, each.sources, sorted(each.mixed.items()))).encode())
+                found.update(each.source.tobytes() + each.row.tobytes())
+        return found.hexdigest()
 
     def _rows(self, name: str) -> dict[str, int]:
         """Rows of a tensor in every model that has it; none where their other sizes differ."""
