@@ -327,7 +327,7 @@ class _Row:
         return numbers
 
     def _check_norms(self, model: str, layer: int, number: int) -> None:
-        """A first layer without a norm that all others have (ModernBERT) can neither leave its place nor be replaced."""
+        """A first layer without a norm that all others have (ModernBERT) can neither leave its place nor yield it."""
         if self._lacked[model] and (layer == 0) != (number == 0):
             what = f"layer 0 of model {model!r} has no {min(self._lacked[model])}, and layer 0 of the result has none"
             count = len(self.layers(model))

@@ -16,7 +16,7 @@ from mergetool.errors import PlanError, at
 from mergetool.planning.draft import Draft
 from mergetool.planning.graph import BASE, Plan, Shard, Slot, Step, compute_bits
 from mergetool.planning.outcome import check_vocabulary, words_about_result
-from mergetool.planning.parents import check_shares, refuse_quantised, words_about
+from mergetool.planning.parents import check_shares, words_about
 from mergetool.planning.passes import with_partners, with_passes
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.candidate import first_candidate
@@ -126,7 +126,6 @@ def open_models(recipe: Recipe, lookup: Lookup) -> dict[str, ModelSource]:
     for name, reference in references.items():
         with at("base" if name == BASE else f"model {name!r}"):
             opened[name] = lookup.open(name, reference.source, reference.adapters, reference.select)
-            refuse_quantised(opened[name])
     return opened
 
 

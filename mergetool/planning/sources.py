@@ -11,6 +11,8 @@ from typing import Any
 
 from mergetool.bundle import is_bundle
 from mergetool.checkpoints.adapters import AdapterSource
+from mergetool.checkpoints.codes import describes_codes
+from mergetool.checkpoints.quantised import plain_numbers
 from mergetool.errors import HubError, SourceError
 from mergetool.recipe.schema import ModelReference, Recipe, expanded
 from mergetool.tensors.folder import open_model
@@ -58,7 +60,7 @@ class Lookup:
         """Open a model with its adapters, or one expert of a bundle. Raises SourceError or HubError."""
         place = self._place(source, whole=select is not None)
         origins = [place.origin]
-        model = _open(place, select)
+        model = plain_numbers(_open(place, select))
         for adapter in adapters:
             added = self._place(adapter, adapter=True)
             model = AdapterSource(model, added.path, added.elsewhere)
@@ -77,7 +79,7 @@ class Lookup:
             return Place(path, Provenance(text, licence_of(path if path.is_dir() else path.parent)))
         repository = self._repository(name, text, adapter=adapter)
         origin = Provenance(text, licence_of(repository.folder), repository.name, repository.commit)
-        if whole or _is_pickled(repository):  # no header tells what is in it
+        if whole or _is_pickled(repository) or _needs_values(repository):  # no header tells what is in it
             return Place(repository.fetch(whole=whole), origin)
         return Place(repository.folder, origin, repository.headers())
 
@@ -182,6 +184,11 @@ def pinned_document(document: Mapping[str, Any], pins: Mapping[str, str]) -> dic
 
 def _is_pickled(repository: Repository) -> bool:
     return not all(name.endswith(".safetensors") for name in repository.weight_files())
+
+
+def _needs_values(repository: Repository) -> bool:
+    """Whether shapes are told by values (bitsandbytes' 4 bits), not by headers."""
+    return any(describes_codes(name) for file in repository.headers().values() for name in file.header.slots)
 
 
 def _open(place: Place, select: str | None) -> ModelSource:
