@@ -308,7 +308,7 @@ def methods(
     as_json: AsJson = False,
 ) -> None:
     """List the merging methods, or explain one."""
-    from mergetool.recipe.reference import method_facts
+    from mergetool.recipe.documentation import method_facts
 
     facts = method_facts(name)
     if as_json:
