@@ -46,10 +46,11 @@ class Place:
 
 
 class Lookup:
-    """Looks references up. Paths are relative to `folder`."""
+    """Looks references up. Paths are relative to `folder`. With `as_stored`, quantised weights stay codes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, as_stored: bool = False) -> None:
         self._folder = folder
+        self._as_stored = as_stored
         self._found: dict[tuple[str, bool], Repository] = {}
         self.warnings: list[str] = []
         self.pins: dict[str, str] = {}
@@ -60,7 +61,9 @@ class Lookup:
         """Open a model with its adapters, or one expert of a bundle. Raises SourceError or HubError."""
         place = self._place(source, whole=select is not None)
         origins = [place.origin]
-        model = plain_numbers(_open(place, select))
+        model = _open(place, select)
+        if not self._as_stored:
+            model = plain_numbers(model)
         for adapter in adapters:
             added = self._place(adapter, adapter=True)
             model = AdapterSource(model, added.path, added.elsewhere)
