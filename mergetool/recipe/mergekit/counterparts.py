@@ -12,8 +12,8 @@ class Counterpart:
     """Our method for one of mergekit's."""
 
     method: str
-    base: Literal["ancestor", "member"]
-    """What `base_model` is: the common ancestor of the models, or one of them (the first)."""
+    base: Literal["ancestor", "optional", "member"]
+    """What `base_model` is: the common ancestor of the models (which may be missing), or one of them (the first)."""
     parameters: Mapping[str, MergekitParameter]
     without_effect: tuple[str, ...] = ()
     """Parameters that mergekit accepts and that change no number."""
