@@ -103,7 +103,7 @@ class _Importer:
                 ("slices",), "slices that cut or stack layers are not supported yet", "list models"
             )
         self._check_base(target, part)
-        ancestor = base if target.base == "ancestor" else None
+        ancestor = None if target.base == "member" else base
         merged = self._ordered(part, base, ancestor)
         self._check_count(target, merged, part)
         names = _unique([each.reference for each in merged])
@@ -123,7 +123,7 @@ class _Importer:
         reader.tell_idle(list(own.values()), bases, part.scopes)
         read = reader.read(own, part.scopes, ("merge",))
         overrides = {"overrides": list(read.overrides)} if read.overrides else {}
-        out["merge"] = {"method": target.method, **target.constants, **read.values, **overrides}
+        out["merge"] = {"method": target.method, **target.constants, **target.settle(read.values), **overrides}
         return out | self._tokenizer(names, base, ancestor)
 
     def _check_base(self, target: Counterpart, part: OutputSlice) -> None:

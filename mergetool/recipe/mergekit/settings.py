@@ -29,6 +29,10 @@ class MethodSettings:
         return any(_has_gradient(value) for each in (self.values, *self.overrides) for value in each.values())
 
 
+def _default(fields: Mapping[str, Any], name: str) -> Any:
+    return fields[name].default if name in fields else None  # else it is settled by the counterpart
+
+
 def _has_gradient(value: Any) -> bool:
     return isinstance(value, dict) and ("gradient" in value or any(map(_has_gradient, value.values())))
 
@@ -70,7 +74,7 @@ class SettingsReader:
                 except RecipeError as error:
                     self.findings.problems += error.problems
                     continue
-                if any(branch.place for branch in branches) or parameter.default != fields[parameter.field].default:
+                if any(branch.place for branch in branches) or branches[-1].value != _default(fields, parameter.field):
                     yield (parameter.field, name), branches
 
     def _values(self, case: Case, place: Place, only: set[str] | None = None) -> dict[str, Any]:
