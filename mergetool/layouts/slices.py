@@ -7,7 +7,8 @@
     outside: {first: a, last: b}
 
 Layers are counted from 0, and the last number is not part of the slice, as in Python. A slice of one model is copied,
-unless it has settings (`set`, `overrides`) for the method. A gradient in these runs along the slice's own layers.
+unless it has settings (`set`, `overrides`) for the method, or names a base. A gradient in settings runs along the
+slice's own layers.
 What lies outside the layers comes from the models of the first slice (embeddings and what goes with them) and of the
 last one (final norm, head), or from those that `outside` names; with `outside: true` such a slice's settings hold
 there, too. A method with a base sees the base's layers of the same numbers; where the models' numbers differ, the slice
@@ -27,6 +28,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from mergetool.checkpoints.rows import End, Outside, chosen_row, layers_of, of_first_layer, rows_of
 from mergetool.errors import PlanError
 from mergetool.layouts.base import Arrangement, Layout, Origin, Problem, Sources
+from mergetool.layouts.same import Same
 from mergetool.tensors.side_files import read_config
 
 _BASE = "base"
@@ -72,6 +74,11 @@ class Slice(_Strict):
     def models(self) -> tuple[str, ...]:
         """The models that are merged, or the one that is copied."""
         return tuple(name for name in self.layers if name != _BASE) or (_BASE,)
+
+    @property
+    def is_of_one(self) -> bool:
+        """Whether one model is all that it names."""
+        return len(self.spans) == 1
 
     @property
     def spans(self) -> dict[str, tuple[int, int]]:
@@ -183,9 +190,24 @@ class Slices(Layout):
                 count = len(each.overrides) + bool(each.set)
                 placed.append(_Placed(each, tuple(range(settings, settings + count))))
                 settings += count
+        if self._is_everything(sources, rows, stacks):
+            return Same().arrange(sources, leader, models)
         begin, end = self._outside(sources, leader, rows, stacks)
         inside = [origin for row, stack in stacks.items() for origin in _Row(sources, row).stacked(stack)]
         return Arrangement([*begin, *inside, *end], {row: _taken(stack) for row, stack in stacks.items()})
+
+    def _is_everything(
+        self, sources: Sources, rows: Mapping[str, int], stacks: Mapping[str, Sequence["_Placed"]]
+    ) -> bool:
+        """Whether all layers of all models are merged in their own order: then these are whole models."""
+        if len(stacks) != 1 or self.outside.first or self.outside.last:
+            return False
+        ((row, stack),) = stacks.items()
+        only = stack[0].slice
+        named = {*only.layers, *([_BASE] if only.base is None and len(set(only.layers.values())) == 1 else [])}
+        ends = {(0, len(layers_of(source.specs, row))) for source in sources.values()}
+        plain = len(stack) == 1 and not stack[0].settings and set(sources) <= named
+        return plain and len(rows) == 1 and ends == set(only.layers.values())
 
     def _outside(
         self, sources: Sources, leader: str, rows: Mapping[str, int], stacks: Mapping[str, Sequence["_Placed"]]
@@ -253,7 +275,7 @@ def _beside(sources: Sources, name: str, placed: _Placed, named: str | None) -> 
     """A tensor outside the layers, of one model as it is, or merged from several."""
     models = (named,) if named else placed.slice.models
     settings = placed.settings if placed.slice.outside and not named else ()
-    alone = len(models) == 1 and not settings
+    alone = named is not None or (placed.slice.is_of_one and not settings)
     base = placed.slice.own_base
     return Origin(
         name,
@@ -289,7 +311,7 @@ class _Row:
     def _layer(self, placed: _Placed, offset: int, number: int) -> Iterator[Origin]:
         """The tensors of one layer of the output."""
         each, leading = placed.slice, placed.slice.models[0]
-        alone = len(each.models) == 1 and not placed.settings
+        alone = each.is_of_one and not placed.settings
         numbers = self._numbers(each, offset, alone=alone)
         own = self.layers(leading)[numbers[leading] or 0]
         shared = self._first[leading]

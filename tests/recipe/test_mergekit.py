@@ -232,7 +232,12 @@ def test_errors_of_our_checks_point_to_the_lines_of_the_original():
 @pytest.mark.parametrize(
     ("text", "line", "what"),
     [
-        (LINEAR + "tokenizer_source: union\n", "7", "tokenizer_source 'union' is not supported"),
+        (LINEAR + "tokenizer_source: union\ntokenizer: {source: base}\n", "8", "`tokenizer` and `tokenizer_source`"),
+        (LINEAR + "tokenizer: {tokens: {a: {source: org/third}}}\n", "7", "org/third is none of the models"),
+        (LINEAR + "tokenizer: {tokens: {a: {source: {kind: model_token, model: ./second}}}}\n", "7", "one of `token`"),
+        (LINEAR + "tokenizer: {tokens: {a: ./second}}\n", "7", "expected a mapping, found './second'"),
+        (LINEAR + "tokenizer: {pad_to_multiple_of: much}\n", "7", "expected a number, found 'much'"),
+        (LINEAR + "chat_template: chatlm\n", "7", "there is no chat template 'chatlm'"),
         (LINEAR + "dtype: int64\n", "7", "results cannot be stored as int64"),
         (LINEAR + "base_model: [a]\n", "7", "expected a path or model id, found ['a']"),
         (LINEAR + "parameters: 3\n", "7", "expected a mapping"),
@@ -260,7 +265,7 @@ def test_what_has_no_counterpart_is_refused_at_its_line(text, line, what):
 
 
 def test_all_problems_are_told_at_once():
-    assert len(problems(LINEAR.replace("0.7", "heavy") + "dtype: int8\ntokenizer_source: union\n")) == 3
+    assert len(problems(LINEAR.replace("0.7", "heavy") + "dtype: int8\nchat_template: none\n")) == 3
 
 
 def test_a_method_that_is_absent_hides_no_other_problem():
@@ -371,3 +376,59 @@ def test_import_writes_nothing_that_would_be_refused(tmp_path):
     (tmp_path / "x.yml").write_text(LINEAR.replace("0.3", ".inf"))
     with pytest.raises(RecipeError, match=r"x.yml:4:18 merge.weight.first: inf is not a finite number"):
         imported_text(tmp_path / "x.yml", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("tokenizer_source: union", {"source": "union"}),
+        ("tokenizer_source: base", {"source": "first"}),
+        ("tokenizer_source: ./second", {"source": "second"}),
+        ("tokenizer_source: {model: {path: ./second}}", {"source": "second"}),
+        ("tokenizer_source: org/third@v1", {"source": "org/third@v1"}),
+        ("tokenizer_source: third", {"source": "./third"}),
+        ("tokenizer: {}", {"source": "union"}),
+        ("tokenizer: {source: base, pad_to_multiple_of: 64}", {"source": "first", "pad_to": 64}),
+        (
+            "tokenizer: {tokens: {a: {source: org/first}, b: {source: ./second, force: yes}, c: {}}}",
+            {
+                "source": "union",
+                "tokens": {"a": "first", "b": {"from": "second", "force": True}, "c": {}},
+                "missing": "zero",
+            },
+        ),
+        (
+            "tokenizer: {tokens: {a: {source: {kind: zero}}, "
+            "b: {source: {kind: model_token, model: ./second, token: x}},"
+            " c: {source: {kind: model_token, model: ./second, token_id: 3}, force: true}}}",
+            {
+                "source": "union",
+                "tokens": {
+                    "a": {"zero": True},
+                    "b": {"from": "second", "token": "x"},
+                    "c": {"from": "second", "id": 3, "force": True},
+                },
+                "missing": "zero",
+            },
+        ),
+    ],
+)
+def test_tokens_are_asked_for_in_our_words(theirs, ours):
+    document = convert(parse_document(LINEAR + theirs + "\n", "x.yml"))
+    assert document.data["tokenizer"] == ours
+    check_document(document)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("auto", "auto"), ("chatml", "chatml"), ("'{{ messages[0].content }}'", {"text": "{{ messages[0].content }}"})],
+)
+def test_a_chat_template_is_a_name_or_a_text(theirs, ours):
+    document = convert(parse_document(LINEAR + f"chat_template: {theirs}\n", "x.yml"))
+    assert document.data["chat_template"] == ours
+    check_document(document)
+
+
+def test_models_are_not_called_by_words_that_mean_something_else():
+    text = LINEAR.replace("org/first", "org/union").replace("./second", "org/chatml")
+    assert list(converted(text)["models"]) == ["union-model", "chatml-model"]

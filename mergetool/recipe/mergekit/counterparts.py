@@ -13,7 +13,7 @@ class Counterpart:
 
     method: str
     base: Literal["ancestor", "optional", "member"]
-    """What `base_model` is: the common ancestor of the models (there may be none), or one of them (the first)."""
+    """What `base_model` is: the common ancestor of the models (which may be missing), or one of them (the first)."""
     parameters: Mapping[str, MergekitParameter]
     without_effect: tuple[str, ...] = ()
     """Parameters that mergekit accepts and that change no number."""

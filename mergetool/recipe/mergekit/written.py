@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from mergetool.recipe.mergekit.convert import is_there
+from mergetool.recipe.mergekit.roster import is_there
 from mergetool.recipe.schema import expanded
 
 
