@@ -46,6 +46,11 @@ def has_gradient(value: Any) -> bool:
     return isinstance(value, dict) and ("gradient" in value or any(map(has_gradient, value.values())))
 
 
+def _default(fields: Mapping[str, Any], name: str) -> Any:
+    """The default of a field; the counterpart makes something of a name that is none."""
+    return fields[name].default if name in fields else None
+
+
 def plain(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Fields as a recipe with these models has them."""
     return {key: value.plain(names) if isinstance(value, ByModel) else value for key, value in values.items()}
@@ -72,7 +77,7 @@ class SettingsReader:
             raise self.findings.stop(("parameters",), str(error), "use the same filters for every model") from None
         varying = {name for (name, _), branches in cells.items() if len(branches) > 1}
         matched = [(glob, case) for case in filtered for glob in globs(case.texts)]
-        values = self._values(rest, places)
+        values = self.target.settle(self._values(rest, places))
         overrides = [
             {"match": glob, **self._values(case, [(*_holder(place), "overrides", index) for place in places], varying)}
             for index, (glob, case) in enumerate(matched)
@@ -91,7 +96,7 @@ class SettingsReader:
                 except RecipeError as error:
                     self.findings.problems += error.problems
                     continue
-                if any(branch.place for branch in branches) or parameter.default != fields[parameter.field].default:
+                if any(branch.place for branch in branches) or branches[-1].value != _default(fields, parameter.field):
                     yield (parameter.field, name), branches
 
     def _values(self, case: Case, places: Sequence[Place], only: set[str] | None = None) -> dict[str, Any]:
