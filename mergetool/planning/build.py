@@ -66,14 +66,14 @@ def _planned(
     template = BASE if BASE in opened else next(iter(recipe.models))
     family = assemble(opened, template, whole=whole)
     draft = Draft(recipe, family, template)
-    steps = _counted(recipe, family.sources, draft.steps())
+    steps = _counted(recipe, draft.sources, draft.steps())
     specs = {slot.spec.name: slot.spec for step in steps for slot in step.slots}
     stem, limit = opened[template].stem, recipe.output.shard_size
     shards = _shards([specs[each.name] for each in draft.arrangement.origins if each.name in specs], stem, limit)
     words = (*check_shares(recipe, family.sources, steps), *words_about(recipe, family.sources, template, steps))
     return Plan(
         recipe,
-        family.sources,
+        draft.sources,
         template,
         _place(steps, shards),
         tuple(shards),
@@ -83,6 +83,7 @@ def _planned(
         bytes_missing=sum(lookup.missing.values()),
         untied=family.untied,
         layers=draft.arrangement.layers,
+        config=draft.arrangement.config,
         others=_other_files(recipe),
     )
 

@@ -25,9 +25,10 @@ class Draft:
 
     def __init__(self, recipe: Recipe, family: Family, template: str) -> None:
         self.recipe = recipe
-        self.sources = family.sources
+        self.arrangement: Arrangement = recipe.layout.arrange(family.sources, template, tuple(recipe.models))
+        self.sources = {**family.sources, **self.arrangement.sources}
         self.twins = family.twins
-        self.islands = {model: Islands(source) for model, source in family.sources.items()}
+        self.islands = {model: Islands(source) for model, source in self.sources.items()}
         self.template = template
         self.warnings: list[str] = []
         self.extras: dict[tuple[str, tuple[str, ...]], list[str]] = {}
@@ -39,7 +40,6 @@ class Draft:
         self.view = ALIGNED if "fit" in recipe.method.stages() else STORED
         self.method = recipe.method.kernel()
         self.overridden = [overridden(recipe.method, override) for override in self.overrides]
-        self.arrangement: Arrangement = recipe.layout.arrange(self.sources, template, tuple(recipe.models))
 
     def steps(self) -> list[Step]:
         """The steps in the order of the arrangement; indices and files are not settled yet."""

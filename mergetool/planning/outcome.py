@@ -16,7 +16,7 @@ from mergetool.tensors.side_files import read_config
 
 def config_of(plan: Plan) -> dict[str, Any]:
     """The result's config.json; empty where no model has one. Raises PlanError where no config fits what is written."""
-    return true_config(config_owner(plan), *_facts(plan))
+    return {**true_config(config_owner(plan), *_facts(plan)), **plan.config}
 
 
 def _facts(plan: Plan) -> tuple[dict[str, Parent], Written]:
