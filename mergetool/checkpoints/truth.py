@@ -10,16 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mergetool.checkpoints.by_layer import Taken, set_by_layer
 from mergetool.checkpoints.facts import SCALED_BY_TIES, parts_of
 from mergetool.checkpoints.sizes import SizeChange, Sized, changed_sizes
 from mergetool.checkpoints.ties import TIE_KEY, embeddings_of, is_head
 from mergetool.checkpoints.vocabulary import special_ids
+from mergetool.errors import PlanError
 
 Config = Mapping[str, Any]
 Shape = tuple[int, ...]
 
 _VOCABULARY = "vocab_size"
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 _TOWERS = {"decoder": ("decoder_layers", "num_decoder_layers"), "encoder": ("encoder_layers",)}
 _CLASSIFIERS = re.compile(
     r"(.*\.)?(classifier|score|qa_outputs|classification_head\.out_proj|classifier\.out_proj|fc|head|logits_proj)\.weight"
@@ -163,35 +165,61 @@ def _set_layers(
     config: dict[str, Any], before: Mapping[str, Shape], written: Written, parents: Mapping[str, Parent]
 ) -> None:
     old, new = layer_counts(before), layer_counts(written.shapes)
+    if written.layers:
+        _tell_both(config, old)
     for tower, count in new.items():
-        taken = written.layers.get(tower)
-        if old.get(tower, count) == count and (taken is None or tower not in old):
-            continue
-        part, key = _place_of_layers(config, tower, old[tower])
-        if key is None:
-            continue
-        part[key] = count
-        for name, values in list(part.items()):
-            if isinstance(values, list) and len(values) == old[tower]:
-                part[name] = _taken(name, taken, values, parents) if taken else _list_of(name, count, values, parents)
+        if tower in written.layers and tower in old:
+            _set_slices(config, tower, (old[tower], count), written.layers[tower], parents)
+        elif old.get(tower, count) != count:
+            part, keys = _place_of_layers(config, tower, old[tower])
+            part.update(dict.fromkeys(keys, count))
+            for name, values in list(part.items()) if keys else ():
+                if isinstance(values, list) and len(values) == old[tower]:
+                    part[name] = _list_of(name, count, values, parents)
 
 
-def _place_of_layers(config: dict[str, Any], tower: str, count: int) -> tuple[dict[str, Any], str | None]:
-    """The part of a config that counts a tower's layers, and the key: the one whose number is right."""
-    own = (key for word, keys in _TOWERS.items() if word in tower.split(".") for key in keys)
-    keys = (*own, *_LAYERS)
-    found = [(part, key) for part in _parts(config, tower) for key in keys if part.get(key) == count]
-    return found[0] if found else (config, None)
+def _tell_both(config: dict[str, Any], counts: Mapping[str, int]) -> None:
+    """Have T5 count the layers of its decoder by themselves, where it says one number for both of its rows."""
+    if {"encoder.block", "decoder.block"} <= counts.keys() and "num_layers" in config:
+        config.setdefault("num_decoder_layers", counts["decoder.block"])
 
 
-def _taken(name: str, layers: Sequence[tuple[str, int]], values: list[Any], parents: Mapping[str, Parent]) -> list[Any]:
-    """A list with one entry a layer: each as the model has it that the layer was taken from, else as the leader."""
-    found = []
-    for model, layer in layers:
-        own = (part[name] for part in _parts(dict(parents[model].config)) if isinstance(part.get(name), list))
-        entries = next((each for each in own if layer < len(each)), values)
-        found.append(entries[layer % len(entries)])
-    return found
+def _set_slices(
+    config: dict[str, Any],
+    tower: str,
+    counts: tuple[int, int],
+    layers: Sequence[tuple[str, int]],
+    parents: Mapping[str, Parent],
+) -> None:
+    """Make a config true for a row whose layers were taken one by one. Raises PlanError where it has no words."""
+    old, new = counts
+    part, keys = _place_of_layers(config, tower, old)
+    if not keys and old != new and not any("layer" in key and len(part[key]) == old for key in _lists(part)):
+        what = f"config.json does not say how many layers {tower} has, so nothing would know of {new} in place of {old}"
+        raise PlanError(what, "slices", f"take {old} layers")
+    own: dict[str, tuple[Mapping[str, Any], int]] = {}
+    for model in {model for model, _ in layers}:
+        count = layer_counts(parents[model].described).get(tower, old)
+        theirs = copy.deepcopy(dict(parents[model].config))
+        own[model] = (_place_of_layers(theirs, tower, count)[0] if theirs else copy.deepcopy(part), count)
+    part.update(dict.fromkeys(keys, new))
+    set_by_layer(part, [Taken(model, own[model][0], layer, own[model][1]) for model, layer in layers], old, tower)
+
+
+def _lists(part: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in part.items() if isinstance(value, list)]
+
+
+def _place_of_layers(config: dict[str, Any], tower: str, count: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The part of a config that counts a tower's layers, and the keys: those whose number is right."""
+    words = re.split(r"[._]", tower)
+    own = tuple(key for word, keys in _TOWERS.items() if word in words for key in keys)
+    for part in _parts(config, tower):
+        stated = [key for key in own if key in part]
+        keys = stated if "decoder" in words and stated else [*own, *_LAYERS]
+        if right := tuple(key for key in keys if part.get(key) == count):
+            return part, right
+    return _parts(config, tower)[0], ()
 
 
 def _list_of(name: str, count: int, values: list[Any], parents: Mapping[str, Parent]) -> list[Any]:
@@ -246,6 +274,7 @@ def _parts(config: dict[str, Any], tower: str = "") -> list[dict[str, Any]]:
     """A config and the configs in it; those that a tower's name speaks of first."""
     inner = parts_of(config)
     words = {word for word in re.split(r"[._]", tower) if word}
+    words |= {"vision"} if words & {"visual", "image", "vit"} else set()
     words |= {"text"} if "language" in words or not words & {"vision", "audio", "visual"} else set()
     ranked = sorted(inner, key=lambda key: -len(words & set(key.split("_"))))
     return [*(inner[key] for key in ranked), config] if tower else [config, *inner.values()]

@@ -111,11 +111,13 @@ def validate(
     from mergetool.recipe import load_recipe
 
     checked = load_recipe(recipe, settings or ())
+    warnings = checked.all_warnings
     if online:
         from mergetool.planning import make_plan
 
-        for warning in make_plan(checked).warnings:
-            say(f"warning: {warning}")
+        warnings = make_plan(checked).warnings
+    for warning in warnings:
+        say(f"warning: {warning}")
     answer = {"valid": True, "method": checked.method.method_name(), "models": list(checked.models)}
     print_answer(answer if as_json else f"{recipe}: valid", as_json=as_json)
 
@@ -133,7 +135,7 @@ def plan(
     """Show what a run would do, from headers alone: amounts, memory and time, then what becomes of the tensors."""
     from mergetool.planning import make_plan
     from mergetool.planning.cost import estimate
-    from mergetool.planning.report import HEADS, describe, rows, totals
+    from mergetool.planning.report import HEADS, describe, tables, totals
     from mergetool.recipe import load_recipe
 
     asked = load_recipe(recipe, settings or ())
@@ -147,8 +149,9 @@ def plan(
         print_answer(describe(made, costs, search), as_json=True)
         return
     table(("", ""), totals(made, costs, machines=machines, search=search))
-    print()
-    table(HEADS, rows(made, full=full or manner.verbose))
+    for title, rows in tables(made, full=full or manner.verbose):
+        print(f"\n{title}" if title else "")
+        table(HEADS, rows)
 
 
 @command(app, "mergetool inspect org/model@main")
@@ -306,7 +309,7 @@ def methods(
     as_json: AsJson = False,
 ) -> None:
     """List the merging methods, or explain one."""
-    from mergetool.recipe.reference import method_facts
+    from mergetool.recipe.documentation import method_facts
 
     facts = method_facts(name)
     if as_json:
@@ -342,9 +345,12 @@ def import_recipe(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of stdout.")] = None,
 ) -> None:
     """Convert a mergekit recipe to one of ours (`run` takes it as it is, too)."""
-    from mergetool.recipe.mergekit import converted_text
+    from mergetool.recipe.load import imported_text
 
-    deliver(converted_text(recipe, output.parent if output else Path()), output)
+    text, warnings = imported_text(recipe, output.parent if output else Path())
+    for warning in warnings:
+        say(f"warning: {warning}")
+    deliver(text, output)
 
 
 def _size(text: str | None) -> int | None:

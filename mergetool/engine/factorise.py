@@ -6,6 +6,7 @@ factors and the files that hold them; the leader does the rest.
 """
 
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -49,6 +50,7 @@ class WholeExperts(WholeModels, Experts):
         found = {name: self._head(name, plan) for name in self.names}
         self.heads: Mapping[str, HeadSource | OwnHead] = {name: head for name, head in found.items() if head}
         self._inputs = run.record.inputs
+        self._teller = run.teller
 
     def _head(self, name: str, plan: Plan) -> HeadSource | OwnHead | None:
         """The head that the recipe names, or that the expert brings."""
@@ -62,7 +64,19 @@ class WholeExperts(WholeModels, Experts):
         return self.team.leads
 
     def share(self, call: Callable[[_I], _T], items: Sequence[_I], num_threads: int = 1) -> list[_T]:
-        return self.team.share(call, items, num_threads)
+        base = self.sources[BASE].specs
+        sizes = {item: len(self.names) * base[str(item)].num_bytes for item in items if str(item) in self.shapes}
+        telling = threading.Lock()
+
+        def told(item: _I) -> _T:
+            found = call(item)
+            with telling:
+                self._teller.advance(sizes.get(item, 0))
+            return found
+
+        label = "taking models apart" if sizes else "writing factors"
+        self._teller.start(sum(sizes.values()) // self.team.size, label)
+        return self.team.share(told, items, num_threads)
 
     def read(self, model: str, name: str) -> Tensor:
         return super().read(self._stand_ins.get((model, name), BASE), name)

@@ -129,6 +129,7 @@ class FitStage:
 
     def work(self) -> None:
         run, team = self._run, self._run.team
+        run.teller.start(0, "aligning models")
         with run.pool.resting(team.local_size):
             models = WholeModels(run.plan, run.teller.say, team)
             method, folder = expect(run.plan.recipe.method, FittedMethod), run.sink.folder

@@ -15,13 +15,25 @@ from torch import Tensor
 
 def keep_largest_(x: Tensor, threshold: float, *, inclusive: bool) -> Tensor:
     """Zero, in place, every entry of |x| below `threshold` (with `inclusive=False`, also those equal to it)."""
-    if inclusive:
-        number = np.float32 if x.dtype == torch.float32 else np.float64
-        threshold = float(np.nextafter(number(threshold), number(0)))
-        if threshold <= 0.0:  # everything that is not zero stays
-            return x
+    threshold = _just_below(threshold, x.dtype) if inclusive else threshold
+    if inclusive and threshold <= 0.0:  # everything that is not zero stays
+        return x
     torch.ops.aten.hardshrink.out(x, threshold, out=x)
     return x
+
+
+def drop_larger_(x: Tensor, threshold: float, *, inclusive: bool, scratch: Callable[[str], Tensor]) -> Tensor:
+    """Zero, in place, every entry of |x| above `threshold` (with `inclusive`, also those equal to it)."""
+    if threshold == 0.0:  # hardshrink keeps what is above it, and zero is never above
+        return x.zero_()
+    large = scratch("sign")
+    torch.ops.aten.hardshrink.out(x, _just_below(threshold, x.dtype) if inclusive else threshold, out=large)
+    return x.sub_(large)
+
+
+def _just_below(threshold: float, dtype: torch.dtype) -> float:
+    number = np.float32 if dtype == torch.float32 else np.float64
+    return float(np.nextafter(number(threshold), number(0)))
 
 
 def agreeing_sum_(

@@ -105,7 +105,7 @@ def align(
     if len(problem.models) < 2:
         raise ValueError(f"alignment needs two models or more, got {len(problem.models)}")
     best: Alignment | None = None
-    run = partial(_run, problem, reference=settings.anchor or 0)
+    run = partial(_run, problem, anchor=settings.anchor or 0)
     for found, settled in share(run, tuple(_plans(settings, len(problem.models)))):
         if best is None or found.objective - best.objective > STALLED * abs(best.objective):
             best = found
@@ -115,9 +115,9 @@ def align(
     return best
 
 
-def in_universe_of(elements: Sequence[Element], reference: int) -> tuple[Element, ...]:
-    """From elements model -> universe to elements universe -> model, with the universe in the reference's order."""
-    home = elements[reference]
+def in_universe_of(elements: Sequence[Element], anchor: int) -> tuple[Element, ...]:
+    """From elements model -> universe to elements universe -> model, with the universe in the anchor's order."""
+    home = elements[anchor]
     return tuple(element.inverse() @ home for element in elements)
 
 
@@ -165,7 +165,7 @@ def _plans(settings: AlignmentSettings, num_models: int) -> Iterator[AlignmentSe
     return islice(dict.fromkeys(plans), settings.starts)
 
 
-def _run(problem: MatchingProblem, plan: AlignmentSettings, reference: int) -> tuple[Alignment, bool]:
+def _run(problem: MatchingProblem, plan: AlignmentSettings, anchor: int) -> tuple[Alignment, bool]:
     """One start. Also says whether it began at a vertex that nothing improves."""
     num_models = len(problem.models)
     anchor = plan.anchor or 0
@@ -183,7 +183,7 @@ def _run(problem: MatchingProblem, plan: AlignmentSettings, reference: int) -> t
         point, sweeps = ascend(problem, point, movers if num_models == 2 else range(num_models))
         reached = sweeps[-1]
         history = history or tuple(Iteration(after, after - before, 1.0) for before, after in pairwise(sweeps))
-    elements = in_universe_of([soft.elements[0] for soft in point], reference)
+    elements = in_universe_of([soft.elements[0] for soft in point], anchor)
     return Alignment(elements, reached, rounded, history), stationary and len(history) == 1
 
 

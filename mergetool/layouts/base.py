@@ -35,6 +35,10 @@ class Origin:
     """The source whose tensor it is as it stands, whatever the method."""
     settings: tuple[int, ...] = ()
     """Numbers of the layout's own overrides that hold here, the first one first, before those of the recipe."""
+    within: float = 0.0
+    """How far along the part that these overrides are of it lies, from 0 to 1: their gradients run there."""
+    base: str = "base"
+    """The source that a method takes for the base here; what it calls the tensor is under "base"."""
 
 
 @dataclass(frozen=True)

@@ -7,25 +7,31 @@
     outside: {first: a, last: b}
 
 Layers are counted from 0, and the last number is not part of the slice, as in Python. A slice of one model is copied,
-unless it has settings (`set`, `overrides`) for the method. What lies outside the layers comes from the models of the
-first slice (embeddings and what goes with them) and of the last one (final norm, head), or from those that `outside`
-names. A method with a base sees the base's layers of the same numbers; where the models' numbers differ, the slice
-names them: `{a: [16, 24], b: [8, 16], base: [16, 24]}`.
+unless it has settings (`set`, `overrides`) for the method, or names a base. A gradient in settings runs along the
+slice's own layers.
+What lies outside the layers comes from the models of the first slice (embeddings and what goes with them) and of the
+last one (final norm, head), or from those that `outside` names; with `outside: true` such a slice's settings hold
+there, too. A method with a base sees the base's layers of the same numbers; where the models' numbers differ, the slice
+names them: `{a: [16, 24], b: [8, 16], base: [16, 24]}`, or those of another model that is its base:
+`{layers: {a: [16, 24], b: [8, 16]}, base: {c: [8, 16]}}`.
+
+Of a network with several rows of layers, a list means those of the text (of an encoder-decoder: the decoder), and a
+mapping names the rows: `slices: {encoder: [{a: [0, 4]}], decoder: [{b: [2, 6]}]}`.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-from mergetool.checkpoints.truth import TEXT_LAYERS, layer_counts
+from mergetool.checkpoints.rows import End, Outside, chosen_row, layers_of, of_first_layer, rows_of
 from mergetool.errors import PlanError
 from mergetool.layouts.base import Arrangement, Layout, Origin, Problem, Sources
+from mergetool.layouts.same import Same
+from mergetool.tensors.side_files import read_config
 
 _BASE = "base"
-_FIRST = re.compile(r"(^|\.)\w*(embed|stem|shared|wte|wpe|rotary|patch)\w*(\.|$)")
-"""What a network begins with; all else outside the layers is what it ends with."""
 
 
 def _as_span(value: Any) -> Any:
@@ -52,13 +58,37 @@ class Slice(_Strict):
     """Some layers of one model, or as many of each of several."""
 
     layers: dict[str, Span] = Field(min_length=1, description="MODEL: [first, end), for each of the models")
+    base: Annotated[dict[str, Span], Field(min_length=1, max_length=1)] | None = Field(
+        None, description="MODEL: [first, end) of the model that is the base of this slice, in place of the recipe's"
+    )
     set: dict[str, Any] = Field({}, description="other settings of the method for these layers")
     overrides: tuple[dict[str, Any], ...] = Field((), description="overrides for tensors of these layers")
+    outside: bool = Field(
+        False,
+        strict=True,
+        description="whether `set` and `overrides` hold for what lies outside the layers, too: beside the first slice "
+        "for the embeddings, beside the last one for the final norm and head",
+    )
 
     @property
     def models(self) -> tuple[str, ...]:
         """The models that are merged, or the one that is copied."""
         return tuple(name for name in self.layers if name != _BASE) or (_BASE,)
+
+    @property
+    def is_of_one(self) -> bool:
+        """Whether one model is all that it names."""
+        return len(self.spans) == 1
+
+    @property
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """The layers of all models that it names, those of its base too."""
+        return {**self.layers, **(self.base or {})}
+
+    @property
+    def own_base(self) -> str:
+        """The model that a method takes for the base."""
+        return next(iter(self.base or (_BASE,)))
 
     @property
     def length(self) -> int:
@@ -73,8 +103,16 @@ class Slice(_Strict):
         starts = {start for start, _ in self.layers.values()}
         return starts.pop() + offset if len(starts) == 1 else None
 
+    def base_layer(self, offset: int) -> int | None:
+        """The same for its base."""
+        return self.layer(_BASE, offset) if self.base is None else self.base[self.own_base][0] + offset
 
-class Outside(_Strict):
+    def depth(self, offset: int) -> float:
+        """How far up a layer is in this slice, from 0 to 1; a single one is at the top, as mergekit has it."""
+        return offset / (self.length - 1) if self.length > 1 else 1.0
+
+
+class OutsideSection(_Strict):
     """Whose tensors outside the layers are taken."""
 
     first: str | None = Field(None, description="the model whose embeddings are taken (all models of the first slice)")
@@ -88,6 +126,11 @@ def _long_form(value: Any) -> Any:
 
 
 AnySlice = Annotated[Slice, BeforeValidator(_long_form, json_schema_input_type=Slice | dict[str, Span])]
+Stack = Annotated[tuple[AnySlice, ...], Field(min_length=1)]
+Stacks = Annotated[
+    Annotated[Stack, Tag("(one row)")] | Annotated[dict[str, Stack], Field(min_length=1), Tag("(rows)")],
+    Discriminator(lambda value: "(rows)" if isinstance(value, dict) else "(one row)"),
+]
 
 
 class Slices(Layout):
@@ -95,118 +138,225 @@ class Slices(Layout):
 
     chooses: ClassVar = True
 
-    slices: Annotated[tuple[AnySlice, ...], Field(min_length=1)] = Field(
-        description="where the layers of the output come from, bottom to top: MODEL: [first, end)"
+    slices: Stacks = Field(
+        description="where the layers of the output come from, bottom to top: MODEL: [first, end); "
+        "ROW: [slices] where a network has several rows of layers"
     )
-    outside: Outside = Field(Outside(), description="whose embeddings, final norm and head are taken")
+    outside: OutsideSection = Field(OutsideSection(), description="whose embeddings, final norm and head are taken")
+
+    @property
+    def stacks(self) -> Mapping[str, tuple[Slice, ...]]:
+        """Slices by the row that they are of, "" where the recipe names none."""
+        return self.slices if isinstance(self.slices, dict) else {"": self.slices}
+
+    def _placed(self) -> Iterator[tuple[tuple[str | int, ...], Slice]]:
+        for key, stack in self.stacks.items():
+            for index, each in enumerate(stack):
+                yield (*(("slices", key) if key else ("slices",)), index), each
 
     def problems(self, models: Sequence[str], has_base: bool) -> Iterator[Problem]:
         known = [*models, *([_BASE] if has_base else [])]
-        for index, each in enumerate(self.slices):
-            place = ("slices", index)
-            for name, (start, end) in each.layers.items():
-                if name not in known:
-                    yield Problem(place, f"there is no model {name!r}", f"one of: {', '.join(known)}")
-                if end <= start:
-                    fix = f"write [{start}, {start + 1}] for one layer"
-                    yield Problem(place, f"[{start}, {end}] of {name} holds no layer: the end is not part of it", fix)
-            lengths = {name: end - start for name, (start, end) in each.layers.items()}
-            if len(set(lengths.values())) > 1:
-                told = ", ".join(f"{length} of {name}" for name, length in lengths.items())
-                yield Problem(place, f"layers are merged one by one, but there are {told}", "give as many of each")
+        for place, each in self._placed():
+            yield from _problems_of(place, each, known)
+        for key, stack in self.stacks.items():
+            for index, each in enumerate(stack[1:-1], 1):
+                if each.outside:
+                    place = ("slices", key, index) if key else ("slices", index)
+                    yield Problem(place, "nothing lies beside a slice between others", "remove `outside`")
         for key in ("first", "last"):
             name = getattr(self.outside, key)
             if name is not None and name not in known:
                 yield Problem(("outside", key), f"there is no model {name!r}", f"one of: {', '.join(known)}")
-        used = {name for each in self.slices for name in each.layers} | {self.outside.first, self.outside.last}
+        used = {name for _, each in self._placed() for name in each.spans} | {self.outside.first, self.outside.last}
         for name in models:
             if name not in used:
                 yield Problem(("models", name), f"model {name!r} is in no slice", "remove it, or add it to a slice")
 
     def overrides(self) -> Iterator[tuple[tuple[str | int, ...], Mapping[str, Any]]]:
-        for index, each in enumerate(self.slices):
+        for place, each in self._placed():
             for number, override in enumerate(each.overrides):
-                yield ("slices", index, "overrides", number), override
+                yield (*place, "overrides", number), override
             if each.set:
-                yield ("slices", index, "set"), {"match": "*", **each.set}
+                yield (*place, "set"), {"match": "*", **each.set}
 
     def arrange(self, sources: Sources, leader: str, models: Sequence[str]) -> Arrangement:
-        tower = _tower({name for source in sources.values() for name in source.specs})
-        inside: list[Origin] = []
-        taken: list[tuple[str, int]] = []
+        names = {name for source in sources.values() for name in source.specs}
+        rows = rows_of(names)
+        stacks: dict[str, list[_Placed]] = {}
         settings = 0
-        for each in self.slices:
-            mine = tuple(range(settings, settings + len(each.overrides) + bool(each.set)))
-            settings += len(mine)
-            for offset in range(each.length):
-                inside += _layer(sources, tower, each, offset, len(taken), mine)
-                layer = each.layer(each.models[0], offset)
-                assert layer is not None
-                taken.append((each.models[0], layer))
-        first, last = (
-            self._outside(sources, tower, kind)
-            for kind in (self.outside.first or self.slices[0].models, self.outside.last or self.slices[-1].models)
-        )
-        begin = [each for each in first if _FIRST.search(each.name)]
-        end = [each for each in last if not _FIRST.search(each.name)]
-        return Arrangement([*begin, *inside, *end], {tower: tuple(taken)})
+        for key, stack in self.stacks.items():
+            placed = stacks[_row(rows, key, stacks)] = []
+            for each in stack:
+                count = len(each.overrides) + bool(each.set)
+                placed.append(_Placed(each, tuple(range(settings, settings + count))))
+                settings += count
+        if self._is_everything(sources, rows, stacks):
+            return Same().arrange(sources, leader, models)
+        begin, end = self._outside(sources, leader, rows, stacks)
+        inside = [origin for row, stack in stacks.items() for origin in _Row(sources, row).stacked(stack)]
+        return Arrangement([*begin, *inside, *end], {row: _taken(stack) for row, stack in stacks.items()})
 
-    def _outside(self, sources: Sources, tower: str, models: str | tuple[str, ...]) -> list[Origin]:
-        """Tensors outside the layers, of one model as they are, or merged from several."""
-        copied = models if isinstance(models, str) else models[0] if len(models) == 1 else None
-        names = (models,) if isinstance(models, str) else models
-        order = sorted(sources[names[0]].specs, key=sources[names[0]].position)
-        return [
-            Origin(name, _having(sources, dict.fromkeys((*names, _BASE), name)), names, copy_of=copied)
-            for name in order
-            if not name.startswith(f"{tower}.")
-        ]
+    def _is_everything(
+        self, sources: Sources, rows: Mapping[str, int], stacks: Mapping[str, Sequence["_Placed"]]
+    ) -> bool:
+        """Whether all layers of all models are merged in their own order: then these are whole models."""
+        if len(stacks) != 1 or self.outside.first or self.outside.last:
+            return False
+        ((row, stack),) = stacks.items()
+        only = stack[0].slice
+        named = {*only.layers, *([_BASE] if only.base is None and len(set(only.layers.values())) == 1 else [])}
+        ends = {(0, len(layers_of(source.specs, row))) for source in sources.values()}
+        plain = len(stack) == 1 and not stack[0].settings and set(sources) <= named
+        return plain and len(rows) == 1 and ends == set(only.layers.values())
 
-
-def _layer(
-    sources: Sources, tower: str, each: Slice, offset: int, number: int, settings: tuple[int, ...]
-) -> Iterator[Origin]:
-    """The tensors of one layer of the output."""
-    numbers = {name: each.layer(name, offset) for name in (*each.models, *([_BASE] if _BASE in sources else []))}
-    alone = len(each.models) == 1 and not settings
-    if numbers.get(_BASE, 0) is None and not alone:
-        what = f"{' and '.join(each.models)} give layers of other numbers, and which are the base's is not said"
-        raise PlanError(what, f"slices: {dict(each.layers)}", "add base: [first, end] to the slice")
-    for name, layer in numbers.items():
-        _check_layer(sources, tower, name, layer)
-    leading = each.models[0]
-    prefix = f"{tower}.{numbers[leading]}."
-    own = [name for name in sources[leading].specs if name.startswith(prefix)]
-    for name in sorted(own, key=sources[leading].position):
-        suffix = name.removeprefix(prefix)
-        tensors = {model: f"{tower}.{layer}.{suffix}" for model, layer in numbers.items() if layer is not None}
-        yield Origin(
-            f"{tower}.{number}.{suffix}",
-            _having(sources, tensors),
-            each.models,
-            copy_of=leading if alone else None,
-            settings=settings,
-        )
+    def _outside(
+        self, sources: Sources, leader: str, rows: Mapping[str, int], stacks: Mapping[str, Sequence["_Placed"]]
+    ) -> tuple[list[Origin], list[Origin]]:
+        """Tensors outside the layers: those before them, those behind."""
+        shapes = {name: spec.shape for name, spec in sources[leader].specs.items()}
+        outside = Outside(stacks, rows, shapes, str(read_config(sources[leader].folder).get("model_type", "")))
+        found: dict[End, list[Origin]] = {"first": [], "last": []}
+        for end, origins in found.items():
+            for row, stack in stacks.items():
+                placed = stack[0 if end == "first" else -1]
+                named = getattr(self.outside, end)
+                model = named or placed.slice.models[0]
+                for name in sorted(sources[model].specs, key=sources[model].position):
+                    if outside.of(name) == (row, end):
+                        origins.append(_beside(sources, name, placed, named))
+        return found["first"], found["last"]
 
 
-def _having(sources: Sources, tensors: Mapping[str, str]) -> dict[str, str]:
-    return {model: name for model, name in tensors.items() if model in sources and name in sources[model].specs}
+@dataclass(frozen=True)
+class _Placed:
+    """A slice, and which of the layout's overrides are its own."""
+
+    slice: Slice
+    settings: tuple[int, ...]
 
 
-def _check_layer(sources: Sources, tower: str, model: str, layer: int | None) -> None:
-    count = layer_counts(sources[model].specs).get(tower, 0)
-    if layer is not None and layer >= count:
-        whose = "the base" if model == _BASE else f"model {model!r}"
-        what = f"layer {layer} is asked for, and {whose} has layers 0 to {count - 1} ({tower})"
-        raise PlanError(what, f"slices: {model}", f"write at most [.., {count}]")
+def _problems_of(place: tuple[str | int, ...], each: Slice, known: Sequence[str]) -> Iterator[Problem]:
+    spans = [*each.layers.items(), *(each.base or {}).items()]
+    for name, (start, end) in spans:
+        if name not in known:
+            yield Problem(place, f"there is no model {name!r}", f"one of: {', '.join(known)}")
+        if end <= start:
+            fix = f"write [{start}, {start + 1}] for one layer"
+            yield Problem(place, f"[{start}, {end}] of {name} holds no layer: the end is not part of it", fix)
+    lengths = [(name, end - start) for name, (start, end) in spans]
+    if len({length for _, length in lengths}) > 1:
+        told = ", ".join(f"{length} of {name}" for name, length in lengths)
+        yield Problem(place, f"layers are merged one by one, but there are {told}", "give as many of each")
+    if each.base and _BASE in each.layers:
+        yield Problem(place, "the base of this slice is named twice", "keep `base` inside `layers`, or beside it")
+    if each.base and _BASE not in known:
+        yield Problem(place, "a slice has a base, and the recipe has none", "add base: PATH at the top")
+    if each.outside and not (each.set or each.overrides):
+        yield Problem(place, "`outside` is about settings, and this slice has none", "remove `outside`, or add `set`")
 
 
-def _tower(names: set[str]) -> str:
-    """What stands before the numbers of the layers. Raises PlanError where that is not one thing."""
-    towers = [tower for tower, count in layer_counts(names).items() if count > 1] or list(layer_counts(names))
-    chosen = [tower for tower in towers if TEXT_LAYERS.fullmatch(tower)] or towers
-    if len(chosen) != 1:
-        told = ", ".join(sorted(chosen)) or "none"
-        fix = "merge such networks without slices"
-        raise PlanError(f"slices need a network with one row of numbered layers, and here are: {told}", "slices", fix)
-    return chosen[0]
+def _row(rows: Mapping[str, int], key: str, named: Mapping[str, Any]) -> str:
+    row = chosen_row(rows, key)
+    if row in named:
+        raise PlanError(f"{key!r} names {row}, which another key names, too", f"slices: {key}", "join their slices")
+    return row
+
+
+def _taken(stack: Sequence[_Placed]) -> tuple[tuple[str, int], ...]:
+    """Where each layer of a row comes from: (model, layer there)."""
+    return tuple(
+        (each.slice.models[0], each.slice.layers[each.slice.models[0]][0] + offset)
+        for each in stack
+        for offset in range(each.slice.length)
+    )
+
+
+def _beside(sources: Sources, name: str, placed: _Placed, named: str | None) -> Origin:
+    """A tensor outside the layers, of one model as it is, or merged from several."""
+    models = (named,) if named else placed.slice.models
+    settings = placed.settings if placed.slice.outside and not named else ()
+    alone = named is not None or (placed.slice.is_of_one and not settings)
+    base = placed.slice.own_base
+    return Origin(
+        name,
+        _having(sources, dict.fromkeys((*models, _BASE), name), base),
+        models,
+        copy_of=models[0] if alone else None,
+        settings=settings,
+        base=base,
+    )
+
+
+class _Row:
+    """One row of layers, as all models have it."""
+
+    def __init__(self, sources: Sources, tower: str) -> None:
+        self.sources, self.tower = sources, tower
+        self._layers: dict[str, dict[int, dict[str, str]]] = {}
+        self._first: dict[str, set[str]] = {}
+
+    def layers(self, model: str) -> dict[int, dict[str, str]]:
+        """The tensors of each layer of a model, by what stands behind the number."""
+        if model not in self._layers:
+            self._layers[model] = layers_of(self.sources[model].specs, self.tower)
+            self._first[model] = of_first_layer(self._layers[model])
+        return self._layers[model]
+
+    def stacked(self, stack: Sequence[_Placed]) -> Iterator[Origin]:
+        """The tensors of every layer."""
+        places = [(placed, offset) for placed in stack for offset in range(placed.slice.length)]
+        for number, (placed, offset) in enumerate(places):
+            yield from self._layer(placed, offset, number)
+
+    def _layer(self, placed: _Placed, offset: int, number: int) -> Iterator[Origin]:
+        """The tensors of one layer of the output."""
+        each, leading = placed.slice, placed.slice.models[0]
+        alone = each.is_of_one and not placed.settings
+        numbers = self._numbers(each, offset, alone=alone)
+        own = self.layers(leading)[numbers[leading] or 0]
+        shared = self._first[leading]
+        inside = sorted(own.keys() - shared, key=lambda suffix: self.sources[leading].position(own[suffix]))
+        for suffix in [*inside, *sorted(shared if number == 0 else ())]:
+            places = dict.fromkeys(numbers, 0) if suffix in shared else numbers
+            tensors = {model: f"{self.tower}.{layer}.{suffix}" for model, layer in places.items() if layer is not None}
+            yield Origin(
+                f"{self.tower}.{number}.{suffix}",
+                _having(self.sources, tensors, each.own_base),
+                each.models,
+                copy_of=leading if alone else None,
+                settings=placed.settings,
+                within=each.depth(offset),
+                base=each.own_base,
+            )
+
+    def _numbers(self, each: Slice, offset: int, *, alone: bool) -> dict[str, int | None]:
+        """The layer of each model, and of the base under its name, that goes into one of the output."""
+        numbers = {name: each.layer(name, offset) for name in each.models}
+        for name, layer in numbers.items():
+            self._check(name, layer)
+        if _BASE not in self.sources or _BASE in numbers:
+            return numbers
+        numbers[_BASE] = layer = each.base_layer(offset)
+        if layer is None and not alone:
+            what = f"{' and '.join(each.models)} give layers of other numbers, and which are the base's is not said"
+            raise PlanError(what, f"slices: {dict(each.layers)}", "add base: [first, end] to the slice")
+        if not alone:
+            self._check(each.own_base, layer)
+        return numbers
+
+    def _check(self, model: str, layer: int | None) -> None:
+        count = len(self.layers(model))
+        if layer is not None and layer not in self.layers(model):
+            whose = "the base" if model == _BASE else f"model {model!r}"
+            what = f"layer {layer} is asked for, and {whose} has layers 0 to {count - 1} ({self.tower})"
+            raise PlanError(what, f"slices: {model}", f"write at most [.., {count}]")
+
+
+def _having(sources: Sources, tensors: Mapping[str, str], base: str) -> dict[str, str]:
+    """The tensors that there are, those of the slice's base under "base"."""
+    holders = {model: base if model == _BASE else model for model in tensors}
+    return {
+        model: name
+        for model, name in tensors.items()
+        if holders[model] in sources and name in sources[holders[model]].specs
+    }

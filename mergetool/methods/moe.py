@@ -58,7 +58,6 @@ class _Expert(TensorMethod):
     noise: Scheduled[Positive] = 0.0
     scale: Scheduled[Finite] = 1.0
     needs_base: ClassVar = "unused"
-    max_models: ClassVar = 1
     granularity: ClassVar = "element"
     mixes: ClassVar = False
     buffers: ClassVar = 3

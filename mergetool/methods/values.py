@@ -87,6 +87,13 @@ def at_depth(value: "float | Gradient[float]", depth: float) -> float:
     return (1.0 - share) * knots[left] + share * knots[left + 1]
 
 
+def settled(value: Any, depth: float) -> Any:
+    """A field's value with every gradient in it replaced by its number at `depth`."""
+    if isinstance(value, dict):
+        return {name: settled(each, depth) for name, each in value.items()}
+    return at_depth(value, depth)
+
+
 def resolve(value: Any, depth: float, models: Sequence[str], *, per_model: bool) -> float | tuple[float, ...]:
     """A field's value for one tensor: a float, or for per-model fields a tuple in the order of `models`."""
     if not per_model:

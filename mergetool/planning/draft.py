@@ -15,9 +15,11 @@ from mergetool.planning.numbers import numbers_of, overridden
 from mergetool.planning.operations import Copy, Merge
 from mergetool.planning.parents import check_missing, label, listed
 from mergetool.recipe.schema import Recipe
-from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
+from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME, DType
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.side_files import read_config
+
+_SUMS = BY_NAME["F32"]
 
 
 class Draft:
@@ -39,7 +41,9 @@ class Draft:
         self.matched = [False] * len(self.overrides)
         self.view = ALIGNED if "fit" in recipe.method.stages() else STORED
         self.method = recipe.method.kernel()
-        self.overridden = [overridden(recipe.method, override) for override in self.overrides]
+        self.overridden: dict[tuple[int, float | None], TensorMethod] = {}
+        self.sets_alone = self.method.max_models == 1 and bool(recipe.method.model_fields_set - {"method"})
+        self.narrow: dict[str, DType] = {}
 
     def steps(self) -> list[Step]:
         """The steps in the order of the arrangement; indices and files are not settled yet."""
@@ -103,7 +107,7 @@ class Draft:
             self.matched[index] = True
         if override is not None and override.use is not None:
             return self._copy(origin, override.use, depth)
-        if origin.copy_of is not None:
+        if origin.copy_of is not None and not self.sets_alone:
             return self._copy(origin, origin.copy_of, depth)
         holders = [model for model in origin.models if model in origin.tensors]
         if origin.extra:
@@ -115,10 +119,19 @@ class Draft:
         if not spec.dtype.is_float or spec.num_elements == 0:
             return self._copy(origin, leader, depth)
         models = [model for model in origin.models if model in holders or self.recipe.check.missing == "base"]
-        method = self.method if index is None else self.overridden[index]
+        method = self._method(index, origin)
         if len(models) < method.min_models:
             return self._copy(origin, leader, depth)
         return self._merge(origin, leader, depth, method, models)
+
+    def _method(self, index: int | None, origin: Origin) -> TensorMethod:
+        """What merges a tensor under the override of this place. A layout's own run along the part that they are of."""
+        if index is None:
+            return self.method
+        key = index, origin.within if index < len(self.recipe.layout_overrides) else None
+        if key not in self.overridden:
+            self.overridden[key] = overridden(self.recipe.method, self.overrides[index], key[1])
+        return self.overridden[key]
 
     def _merge(self, origin: Origin, leader: str, depth: float, method: TensorMethod, models: Sequence[str]) -> Step:
         """A tensor that a method makes of those that stand in for these models."""
@@ -129,7 +142,7 @@ class Draft:
             raise PlanError(what, origin.name, "leave some out, or choose another method (mergetool methods)")
         params = numbers_of(method, depth, models, origin.name)
         uses_base = self.uses_base and method.needs_base != "unused"
-        written = replace(self._spec(origin, leader), name=origin.name, dtype=self._dtype_out(leader, origin))
+        written = replace(self._spec(origin, leader), name=origin.name, dtype=self._dtype_made(leader, origin))
         return Step(
             0,
             (Slot(written),),
@@ -172,14 +185,22 @@ class Draft:
         )
 
     def _spec(self, origin: Origin, source: str) -> TensorSpec:
-        return self.sources[source].specs[origin.tensors[source]]
+        return self.sources[_holder(origin, source)].specs[origin.tensors[source]]
 
     def _operand(self, origin: Origin, source: str) -> Operand:
-        return Operand(source, origin.tensors[source], self.view)
+        return Operand(_holder(origin, source), origin.tensors[source], self.view)
+
+    def _dtype_made(self, model: str, origin: Origin) -> DType:
+        """The storage dtype of what is computed: of an intermediate result that of sums, which are rounded later."""
+        asked = self._dtype_out(model, origin)
+        if not self.recipe.intermediate or "dtype" in self.recipe.output.model_fields_set or asked.bits >= _SUMS.bits:
+            return asked
+        self.narrow[origin.name] = asked
+        return _SUMS
 
     def _dtype_out(self, model: str, origin: Origin) -> DType:
         """The storage dtype of a floating-point tensor that is written as `model` has it, or as was asked for."""
-        name = origin.tensors[model]
+        name, model = origin.tensors[model], _holder(origin, model)
         stored, output = self.sources[model].stored_as(name), self.recipe.output
         if output.dtype == "source":
             return stored
@@ -209,6 +230,11 @@ class Draft:
                     origin.name,
                     f"copy it: overrides: [{{match: {origin.name!r}, use: {model}}}]",
                 )
+
+
+def _holder(origin: Origin, source: str) -> str:
+    """The model that holds what is called a source's: a part of the output may have a base of its own."""
+    return origin.base if source == BASE else source
 
 
 def _depth(layer: tuple[int, int] | None) -> float:

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 from mergetool.errors import PlanError
 from mergetool.methods.base import Method, Params, TensorMethod
+from mergetool.methods.values import settled
 from mergetool.planning.graph import Plan, Step
 from mergetool.planning.operations import Merge
 from mergetool.planning.passes import with_partners, with_passes
@@ -24,9 +25,12 @@ def numbers_of(method: TensorMethod, depth: float, models: Sequence[str], name: 
     return params
 
 
-def overridden(method: Method, override: Override) -> TensorMethod:
-    """What merges tensors that an override fits."""
-    return method.model_copy(update=override.settings()).kernel()
+def overridden(method: Method, override: Override, depth: float | None = None) -> TensorMethod:
+    """What merges tensors that an override fits; with `depth`, its own gradients are taken there."""
+    settings = override.settings()
+    if depth is not None:
+        settings = {key: settled(value, depth) for key, value in settings.items()}
+    return method.model_copy(update=settings).kernel()
 
 
 def keeps_operands(plan: Plan, recipe: Recipe) -> bool:

@@ -1,6 +1,6 @@
 """Checks of a recipe that need several of its sections: names of models, bases, settings that would have no effect."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from mergetool.errors import RecipeError
@@ -8,6 +8,7 @@ from mergetool.layouts.base import Layout
 from mergetool.methods.base import Method
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.render import suggestion
+from mergetool.recipe.words import AUTO, TEMPLATES, is_place, models_named
 
 _RESERVED = ("base", "gradient")
 
@@ -32,9 +33,7 @@ def cross_checks(
             yield from _check_use(document, tuple(field.split(".")), name, models)
         for field, part in () if method is None else method.parts().items():
             yield from _check_part(document, models, field, part, has_base)
-        source = _in(data, "tokenizer", "source")
-        if source is not None:
-            yield from _check_use(document, ("tokenizer", "source"), source, models)
+        yield from _check_words(document, models)
     if _in(data, "output", "keep_float32") is not None and _in(data, "output", "dtype") not in ("bfloat16", "float16"):
         what = "without an output.dtype of 16 bits nothing is narrowed, so this would have no effect"
         yield document.error(("output", "keep_float32"), what, "remove `keep_float32`, or write dtype: bfloat16")
@@ -44,6 +43,18 @@ def cross_checks(
     if _in(data, "check", "extra") is not None and not has_base:
         what = "without a base no tensor is extra, so this would have no effect"
         yield document.error(("check", "extra"), what, "remove `extra`")
+
+
+def _check_words(document: Document, models: Collection[str]) -> Iterator[RecipeError]:
+    """Models that the sections about words name, and templates that there are."""
+    tokenizer, template = document.data.get("tokenizer"), document.data.get("chat_template")
+    for place, name in models_named(tokenizer if isinstance(tokenizer, dict) else {}).items():
+        yield from _check_use(document, ("tokenizer", *place), name, models)
+    named = template.get("name") if isinstance(template, dict) else template
+    if isinstance(named, str) and is_place(named):
+        yield document.error(("chat_template",), f"{named!r} is no model", f"write {{file: {named}}}")
+    else:
+        yield from _check_use(document, ("chat_template",), named, models, (AUTO, *TEMPLATES))
 
 
 def _in(data: Mapping[str, Any], section: str, key: str) -> Any:
@@ -148,8 +159,10 @@ def check_override(
     yield from _check_per_model(document, place, kind, settings, models)
 
 
-def _check_use(document: Document, place: Place, name: Any, models: Collection[str]) -> Iterator[RecipeError]:
+def _check_use(
+    document: Document, place: Place, name: Any, models: Collection[str], others: Sequence[str] = ()
+) -> Iterator[RecipeError]:
     known = [*(["base"] if "base" in document.data else []), *models]
-    if isinstance(name, str) and name not in known:
-        fix = suggestion(name, known) or f"one of: {', '.join(known)}"
+    if isinstance(name, str) and name not in (*known, *others):
+        fix = suggestion(name, (*known, *others)) or f"one of: {', '.join((*known, *others))}"
         yield document.error(place, f"there is no model {name!r}", fix)

@@ -50,6 +50,8 @@ class Document:
     """What relative paths in it are relative to."""
     settings: set[Place] = field(default_factory=set)
     """Places that were given by `--set`, not in the file."""
+    warnings: list[str] = field(default_factory=list)
+    """What its author should know, though nothing is wrong."""
 
     def where(self, place: Place) -> str:
         """`file:line:column path` of a place, or of its nearest ancestor that was written down."""

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from mergetool.arch.code import code_of
 from mergetool.evaluate.options import TaskOptions
 from mergetool.layouts.base import Layout
 from mergetool.layouts.same import Same
 from mergetool.methods.base import Method
+from mergetool.recipe.words import ChatTemplate, PathText, Section, Tokenizer
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B?)", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -41,17 +42,25 @@ def expanded(text: str) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111  (pathlib's raises for an unknown user)
 
 
-PathText = Annotated[str, Field(min_length=1, strict=True, pattern=r"^[^\x00]+$")]
+INLINE = "a recipe written here"
+"""What the source of a model is called that a recipe within the recipe makes."""
 
 
 def _as_reference(value: Any) -> Any:
-    return {"source": value} if isinstance(value, str) else value
+    """The long form of a reference; a model that another recipe makes is called by that recipe's file."""
+    if isinstance(value, str):
+        return {"source": value}
+    if not isinstance(value, dict) or value.get("recipe") is None:
+        return value
+    return {**value, "source": value["recipe"] if isinstance(value["recipe"], str) else INLINE}
 
 
-class Section(BaseModel):
-    """One mapping of the recipe: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+def _source_or_recipe(schema: dict[str, Any]) -> None:
+    """Either is required, which the class itself cannot say."""
+    schema["anyOf"] = [{"required": [key]} for key in ("source", "recipe")]
+    schema["required"] = [key for key in schema["required"] if key != "source"]
+    if not schema["required"]:
+        del schema["required"]
 
 
 class HeadReference(Section):
@@ -66,7 +75,9 @@ class HeadReference(Section):
 
 
 class ModelReference(Section):
-    """Where a model is: a folder, a file of weights, or a model on the Hub."""
+    """Where a model is: a folder, a file of weights, a model on the Hub, or the result of another recipe."""
+
+    model_config = ConfigDict(json_schema_extra=_source_or_recipe)
 
     source: PathText = Field(
         description="a folder, a file of weights, or a model on the Hub (`org/name@revision`); a bundle with `select`"
@@ -76,6 +87,12 @@ class ModelReference(Section):
     )
     select: Annotated[str, Field(min_length=1, strict=True)] | None = Field(
         None, description="the task whose expert is meant, where `source` is a bundle"
+    )
+    recipe: PathText | dict[str, Any] | None = Field(
+        None, description="instead of `source`: a recipe's file, or the recipe itself, whose result is the model"
+    )
+    folder: PathText | None = Field(
+        None, description="what relative paths of a `recipe` written here are relative to, where it is another folder"
     )
     head: HeadReference | None = Field(
         None, description="the classifier of this task, for a bundle, where it is not in the checkpoint of the model"
@@ -104,12 +121,6 @@ class Check(Section):
     non_finite: Literal["error", "keep"] = Field(
         "error", description="where a result is NaN or infinite: stop, or write it"
     )
-
-
-class Tokenizer(Section):
-    """Whose tokenizer and generation files go with the result."""
-
-    source: Annotated[str, Field(strict=True)] = Field(description="`base` or the name of a model")
 
 
 class HubOutput(Section):
@@ -180,10 +191,24 @@ class Recipe:
     """The `--set` arguments that were applied."""
     evaluate: tuple[TaskOptions, ...] = ()
     """Tasks that the result is scored on."""
+    chat_template: ChatTemplate | None = None
+    """Whose chat template goes with the result, if it is not the tokenizer's own."""
     layout: Layout = field(default_factory=Same)
     """Which tensors of the models each output tensor comes from."""
     layout_overrides: tuple[Override, ...] = ()
     """Overrides that the layout's sections hold; where they apply, the layout says."""
+    inner: "Mapping[str, Recipe]" = field(default_factory=dict)
+    """The recipes that make some of the models, by name (the base under "base")."""
+    intermediate: bool = False
+    """Whether the result is only read by another recipe: it is then kept as it was computed, unless it says how."""
+    warnings: tuple[str, ...] = ()
+    """What was found when it was read that its author should know."""
+
+    @property
+    def all_warnings(self) -> tuple[str, ...]:
+        """What was found in it and in the recipes inside it."""
+        inner = [f"{name}: {text}" for name, each in self.inner.items() for text in each.all_warnings]
+        return (*inner, *self.warnings)
 
     @property
     def architecture_file(self) -> Path | None:

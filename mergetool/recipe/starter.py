@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from mergetool.methods import registry
-from mergetool.recipe.reference import method_facts
+from mergetool.recipe.documentation import method_facts
 
 _NAMES = ("first", "second")
 _COLUMN, _WIDTH = 34, 116

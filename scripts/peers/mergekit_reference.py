@@ -5,7 +5,8 @@
     mk/bin/python scripts/peers/mergekit_reference.py [CASE ...]
 
 Runs mergekit on checkpoints made by tests/peers/checkpoints.py, keeps a sample of each output tensor
-with its sum and norm, and writes tests/peers/mergekit/outputs.safetensors.
+with its sum and norm, and writes tests/peers/mergekit/outputs.safetensors; with names of cases only their numbers are
+made again.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 PEERS = Path(__file__).resolve().parents[2] / "tests" / "peers"
 sys.path.insert(0, str(PEERS))
@@ -31,7 +32,8 @@ from checkpoints import sample, summary, write_families  # noqa: E402  (found th
 def main() -> None:
     cases = yaml.safe_load((PEERS / "mergekit" / "cases.yaml").read_text())
     wanted = sys.argv[1:] or list(cases)
-    numbers: dict[str, np.ndarray] = {}
+    outputs = PEERS / "mergekit" / "outputs.safetensors"
+    numbers: dict[str, np.ndarray] = load_file(outputs) if sys.argv[1:] else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_families(folder)
@@ -41,7 +43,7 @@ def main() -> None:
             numbers[f"{case}/samples"] = np.concatenate([sample(name, merged[name]) for name in sorted(merged)])
             numbers[f"{case}/summary"] = np.stack([summary(merged[name]) for name in sorted(merged)])
     metadata = {"mergekit": version("mergekit"), "torch": version("torch")}
-    save_file(numbers, PEERS / "mergekit" / "outputs.safetensors", metadata=metadata)
+    save_file(numbers, outputs, metadata=metadata)
 
 
 def merge(folder: Path, case: str, recipe: dict[str, object]) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from mergetool.bundle import store
 from mergetool.bundle.manifest import read_manifest
 from mergetool.errors import OutputError, PlanError, RecipeError, SourceError
 from tests.bundle.tiny import tiny_inputs, tiny_model, write_models
+from tests.files import Watch
 from tests.held import HELD
 
 
@@ -43,6 +44,23 @@ def test_a_recipe_makes_a_bundle_that_answers(models, tmp_path):
     lock = json.loads((result.path / "mergetool.json").read_text())
     assert {"manifest.json", "base/model.safetensors", "factors/a.safetensors"} <= lock["output"]["files"].keys()
     assert all(entry["sha256"] for files in lock["inputs"].values() for entry in files)
+
+
+def test_a_build_says_how_far_it_is(models, tmp_path):
+    told = []
+
+    class Listening(Watch):
+        def start(self, total, label, unit="B"):
+            told.append([label, total, 0])
+
+        def advance(self, num_bytes):
+            told[-1][2] += num_bytes
+
+    mergetool.run(recipe(models), output=tmp_path / "out", workers=2, progress=Listening())
+    stages = {label: (total, done) for label, total, done in told}
+    total, done = stages["taking models apart"]
+    assert total == done > 1000
+    assert "writing factors" in stages
 
 
 def test_the_same_recipe_gives_the_same_bytes_whatever_the_workers(models, tmp_path):

@@ -254,6 +254,21 @@ def test_a_mergekit_recipe_runs_as_it_is_and_converts(call, tmp_path, monkeypatc
     assert first == second
 
 
+def test_what_a_mergekit_recipe_says_in_vain_is_told_by_every_command(call, tmp_path, monkeypatch):
+    write_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    models = [{"model": "./a"}, {"model": "./b"}]
+    write_recipe("kit.yml", merge_method="linear", models=models, parameters={"weight": 1}, normalise=True)
+    told = "warning: kit.yml:7:1 normalise: mergekit knows no such key here, so it has no effect"
+    for arguments in (["validate", "kit.yml"], ["validate", "kit.yml", "--online"], ["plan", "kit.yml"]):
+        assert call(*arguments)[2].count(told) == 1
+    assert told in call("import", "kit.yml")[2]
+    assert told in call("run", "kit.yml", "-o", "out")[2]
+    assert told.partition(": ")[2] in " ".join(
+        json.loads((tmp_path / "out" / "mergetool.json").read_text())["warnings"]
+    )
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["methods"], ["schema"]])
 def test_help_and_documentation_need_no_torch(arguments):
     assert torchless(*arguments) == 0

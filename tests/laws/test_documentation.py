@@ -12,7 +12,7 @@ from mergetool.cli.app import app
 from mergetool.methods import registry
 from mergetool.methods.families.bundle import BundleMethod
 from mergetool.methods.families.search import SearchMethod
-from mergetool.recipe.reference import method_facts
+from mergetool.recipe.documentation import method_facts
 from mergetool.testing.toys import INTEGERS, MLP, SHAPES, read, toy_models, write
 from tests.dense import write_dense
 from tests.tuning.planted import World

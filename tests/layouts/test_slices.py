@@ -160,6 +160,26 @@ def test_a_slice_has_settings_and_a_base_of_its_own(models, tmp_path):
         ({"slices": [{"a": [0], "b": [0, 1]}]}, "slices.0", "first layer and the end", ""),
         ({"slices": [{"a": [-1, 1], "b": [0, 2]}]}, "slices.0", r"as in \[0, 16\]", ""),
         ({"slices": []}, "slices", "", ""),
+        ({"slices": {"encoder": []}}, "slices", "", ""),
+        ({"slices": {"encoder": [{"c": [0, 2]}]}}, "slices.encoder.0", "there is no model 'c'", "one of: a, b"),
+        (
+            {"slices": [{"layers": {"a": [0, 1]}, "base": {"b": [0, 1]}}]},
+            "slices.0",
+            "a slice has a base, and the recipe has none",
+            "add base: PATH",
+        ),
+        (
+            {"slices": [{"a": [0, 1]}, {"layers": {"b": [0, 1]}, "outside": True}, {"a": [0, 1]}]},
+            "slices.1",
+            "between others",
+            "remove `outside`",
+        ),
+        (
+            {"slices": [{"layers": {"a": [0, 1]}, "outside": True}]},
+            "slices.0",
+            "this slice has none",
+            "remove `outside`",
+        ),
         ({"outside": {"first": "c"}, "slices": [{"a": [0, 1], "b": [0, 1]}]}, "outside.first", "no model 'c'", "a, b"),
         ({"outside": {"first": "a"}}, "outside", "goes with `slices`", "add slices:"),
         ({"slices": [{"layers": {"a": [0, 1], "b": [0, 1]}, "set": {"scael": 1}}]}, "slices.0.set", "scael", "scale"),
@@ -190,10 +210,105 @@ def test_layers_that_are_not_there_and_bases_that_are_not_said_are_refused(model
     assert mergetool.run(ties, output=tmp_path / "out").num_tensors
 
 
-def test_two_rows_of_layers_are_refused(tmp_path):
+def test_rows_are_named_where_there_are_several(tmp_path):
     found = {name: build(tmp_path / name, "t5", seed) for seed, name in enumerate("ab")}
-    with pytest.raises(PlanError, match="one row of numbered layers"):
-        mergetool.plan(recipe_of(found, {"method": "linear"}, [{"a": [0, 1], "b": [0, 1]}]))
+    rows = {"encoder": [{"a": [0, 2]}, {"b": [1, 2]}], "decoder": [{"b": [0, 1]}]}
+    result = mergetool.run(recipe_of(found, {"method": "passthrough"}, rows), output=tmp_path / "out")
+    kind = FAMILIES["t5"].model
+    module, info = opened(result.path, kind)
+    assert not info["missing_keys"]
+    assert (module.config.num_layers, module.config.num_decoder_layers) == (3, 1)
+    out, a, b = (state_of(path, kind) for path in (result.path, found["a"], found["b"]))
+    expected = {
+        "encoder.block.2.layer.1.DenseReluDense.wi.weight": b["encoder.block.1.layer.1.DenseReluDense.wi.weight"],
+        "encoder.final_layer_norm.weight": b["encoder.final_layer_norm.weight"],
+        "decoder.block.0.layer.0.SelfAttention.q.weight": b["decoder.block.0.layer.0.SelfAttention.q.weight"],
+        "shared.weight": a["shared.weight"],
+    }
+    for name, value in expected.items():
+        assert torch.equal(out[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("slices", "what"),
+    [
+        ({"encodr": [{"a": [0, 1]}, {"b": [0, 1]}]}, r"'encodr' fits 0 of the rows.*decoder.block, encoder.block"),
+        ({"block": [{"a": [0, 1]}, {"b": [0, 1]}]}, r"'block' fits 2 of the rows"),
+        (
+            {"encoder": [{"a": [0, 1]}, {"b": [0, 1]}], "encoder.block": [{"a": [0, 1]}]},
+            "which another key names, too",
+        ),
+    ],
+)
+def test_rows_that_are_not_there_are_refused(slices, what, tmp_path):
+    found = {name: build(tmp_path / name, "t5", seed) for seed, name in enumerate("ab")}
+    with pytest.raises(PlanError, match=what):
+        mergetool.plan(recipe_of(found, {"method": "passthrough"}, slices))
+
+
+def test_gradients_of_a_slice_run_along_its_layers(models, tmp_path):
+    found = models("llama", (4, 4, 4))
+    climb = {"gradient": [0.0, 1.0]}
+    slices = [
+        {"layers": {"a": [0, 3]}, "set": {"scale": climb}, "outside": True},
+        {"layers": {"b": [0, 1]}, "set": {"scale": climb}},
+        {"layers": {"b": [1, 3]}, "overrides": [{"match": "*.up_proj.weight", "scale": climb}]},
+    ]
+    method = {"method": "passthrough", "scale": {"gradient": [1.0, 6.0]}}
+    result = mergetool.run(recipe_of(found, method, slices), output=tmp_path / "out")
+    kind = FAMILIES["llama"].model
+    out, a, b = (state_of(path, kind) for path in (result.path, found["a"], found["b"]))
+    places = [(a, 0, 0.0), (a, 1, 0.5), (a, 2, 1.0), (b, 0, 1.0), (b, 1, 0.0), (b, 2, 1.0)]
+    for number, (state, layer, scale) in enumerate(places):
+        for name, factor in (
+            ("mlp.up_proj.weight", scale),
+            ("mlp.down_proj.weight", scale if number < 4 else 1.0 + number),
+        ):
+            expected = state[f"model.layers.{layer}.{name}"] * factor
+            torch.testing.assert_close(out[f"model.layers.{number}.{name}"], expected, rtol=1e-6, atol=1e-6)
+    assert not out["model.embed_tokens.weight"].any()  # the first slice's settings, at its lower end
+    torch.testing.assert_close(out["lm_head.weight"], b["lm_head.weight"], rtol=0, atol=1e-6)  # the last slice has none
+
+
+def test_a_slice_has_another_model_for_its_base(models, tmp_path):
+    found = {**models("llama", (4, 4, 4)), "c": models("llama", (4, 4, 4))["base"]}
+    found["base"] = build(tmp_path / "other", "llama", 9, num_hidden_layers=4)
+    slices = [{"a": [0, 2]}, {"layers": {"a": [2, 3], "b": [2, 3]}, "base": {"c": [1, 2]}}]
+    result = mergetool.run(recipe_of(found, {"method": "task-arithmetic"}, slices, base=True), output=tmp_path / "out")
+    kind = FAMILIES["llama"].model
+    out, a, b, c = (state_of(path, kind) for path in (result.path, found["a"], found["b"], found["c"]))
+    name = "model.layers.{}.mlp.up_proj.weight"
+    expected = a[name.format(2)] + b[name.format(2)] - c[name.format(1)]
+    torch.testing.assert_close(out[name.format(2)], expected, rtol=1e-6, atol=1e-6)
+    norm = a["model.norm.weight"] + b["model.norm.weight"] - c["model.norm.weight"]
+    torch.testing.assert_close(out["model.norm.weight"], norm, rtol=1e-6, atol=1e-6)
+
+
+def test_a_slice_of_one_model_that_names_its_base_is_merged(models, tmp_path):
+    found = models("llama", (4, 4, 4))
+    recipe = recipe_of(found, {"method": "task-arithmetic", "scale": 0.5}, [{"a": [0, 2], "base": [1, 3]}], base=True)
+    del recipe["models"]["b"]
+    out = state_of(mergetool.run(recipe, output=tmp_path / "out").path, FAMILIES["llama"].model)
+    a, base = (state_of(found[name], FAMILIES["llama"].model) for name in ("a", "base"))
+    for ours, its, bases in (("layers.1", "layers.1", "layers.2"), ("norm", "norm", "norm")):
+        suffix = ".mlp.up_proj.weight" if ours != "norm" else ".weight"
+        expected = (a[f"model.{its}{suffix}"] + base[f"model.{bases}{suffix}"]) / 2
+        torch.testing.assert_close(out[f"model.{ours}{suffix}"], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_one_slice_of_all_layers_of_all_models_is_the_whole_models(models, base):
+    found = models("llama", (4, 4, 4))
+    merge = {"method": "task-arithmetic" if base else "linear", "weight": {"a": {"gradient": [0.1, 0.9]}, "b": 0.5}}
+    slices = [{"a": [0, 4], "b": [0, 4]}]
+    sliced, whole = recipe_of(found, merge, slices, base=base), recipe_of(found, merge, slices, base=base)
+    del whole["slices"]
+    assert mergetool.plan(sliced).steps == mergetool.plan(whole).steps
+    assert not mergetool.plan(sliced).layers
+    cut = mergetool.plan({**sliced, "slices": [{"a": [0, 3], "b": [0, 3]}]})
+    assert cut.layers == {"model.layers": (("a", 0), ("a", 1), ("a", 2))}
+    with pytest.raises(PlanError, match="layer 4 is asked for, and model 'a' has layers 0 to 3"):
+        mergetool.plan({**sliced, "slices": [{"a": [0, 5], "b": [0, 5]}]})
 
 
 def test_the_result_opens_and_writes(models, tmp_path):

@@ -1,13 +1,12 @@
 """mergekit recipes, converted: every setting arrives, and what cannot arrive is refused at its line."""
 
-import json
-
 import pytest
+import yaml
 
 from mergetool.errors import RecipeError
 from mergetool.recipe import load_recipe
 from mergetool.recipe.document import parse_document
-from mergetool.recipe.load import check_document
+from mergetool.recipe.load import check_document, imported_text
 from mergetool.recipe.mergekit import convert, is_mergekit
 
 
@@ -155,23 +154,64 @@ def test_storage_and_tokenizer(lines, expected):
     assert {key: data[key] for key in data if key not in ("models", "merge")} == expected
 
 
-def test_a_slice_that_is_the_whole_model_is_taken_as_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"num_hidden_layers": 3}))
+def test_one_slice_of_all_models_needs_neither_files_nor_network():
     text = """\
 merge_method: linear
 slices:
   - sources:
-      - {model: a, layer_range: [0, 3]}
-      - {model: b, layer_range: [0, 3], parameters: {weight: 2}}
+      - {model: org/a, layer_range: [0, 32]}
+      - {model: org/b, layer_range: [0, 32], parameters: {weight: 2}}
     parameters: {weight: 1}
 """
-    assert converted(text)["merge"] == {"method": "linear", "weight": {"a": 1, "b": 2}}
-    assert problems(text.replace("b, layer_range: [0, 3]", "b, layer_range: [1, 3]")) == {
-        ("5", "layer_range is [1, 3], the layers of b are [0, 3]"): "layers cannot be cut or stacked; take all of them"
+    assert converted(text) == {
+        "models": {"a": "org/a", "b": "org/b"},
+        "slices": [{"a": [0, 32], "b": [0, 32]}],
+        "merge": {"method": "linear", "weight": {"a": 1, "b": 2}},
     }
+
+
+SLICE = """\
+merge_method: slerp
+base_model: a
+parameters: {t: 0.5}
+slices:
+  - sources:
+      - {model: a, layer_range: [0, 32]}
+      - {model: b, layer_range: [0, 32]}
+"""
+
+
+def test_a_slice_of_slerp_begins_with_its_base():
+    assert converted(SLICE)["slices"] == [{"a": [0, 32], "b": [0, 32]}]
+    assert converted(SLICE.replace("base_model: a", "base_model: b"))["slices"] == [{"b": [0, 32], "a": [0, 32]}]
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "fix", "mended"),
+    [
+        (
+            SLICE.replace("base_model: a", "base_model: c"),
+            ("5", "the base_model c is none of the models of this slice, which are a, b"),
+            "write base_model: a, or add - {model: c, layer_range: [0, 32]}",
+            SLICE,
+        ),
+        (
+            "merge_method: slerp\nbase_model: c\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.5}\n",
+            ("3", "slerp takes 2 models, and here are c, a, b"),
+            "leave 1 out, or write base_model: a",
+            "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.5}\n",
+        ),
+        (
+            "merge_method: slerp\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.5}\n",
+            ("1", "slerp needs a base model"),
+            "add base_model: a",
+            "merge_method: slerp\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.5}\nbase_model: a\n",
+        ),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused_with_the_one_that_does(text, what, fix, mended):
+    assert problems(text) == {what: fix}
+    check_document(convert(parse_document(mended, "x.yml")))
 
 
 def test_paths_are_relative_to_the_current_folder_not_to_the_file(tmp_path, monkeypatch):
@@ -184,32 +224,37 @@ def test_paths_are_relative_to_the_current_folder_not_to_the_file(tmp_path, monk
 
 
 def test_errors_of_our_checks_point_to_the_lines_of_the_original():
-    document = convert(parse_document(LINEAR.replace("0.7", "heavy"), "x.yml"))
-    with pytest.raises(RecipeError, match=r"x.yml:6:18 merge.weight.second: expected a number"):
+    document = convert(parse_document(LINEAR.replace("0.7", ".inf"), "x.yml"))
+    with pytest.raises(RecipeError, match=r"x.yml:6:18 merge.weight.second: inf is not a finite number"):
         check_document(document)
 
 
 @pytest.mark.parametrize(
     ("text", "line", "what"),
     [
-        (LINEAR + "normalize: true\n", "7", "unknown key 'normalize'"),
-        (LINEAR + "modules: {}\n", "7", "unknown key 'modules'"),
-        (LINEAR + "parameters: {normalise: true}\n", "7", "parameter 'normalise' of mergekit's linear"),
-        (LINEAR + "tokenizer_source: union\n", "7", "tokenizer_source 'union' is not supported"),
+        (LINEAR + "tokenizer_source: union\ntokenizer: {source: base}\n", "8", "`tokenizer` and `tokenizer_source`"),
+        (LINEAR + "tokenizer: {tokens: {a: {source: org/third}}}\n", "7", "org/third is none of the models"),
+        (LINEAR + "tokenizer: {tokens: {a: {source: {kind: model_token, model: ./second}}}}\n", "7", "one of `token`"),
+        (LINEAR + "tokenizer: {tokens: {a: ./second}}\n", "7", "expected a mapping, found './second'"),
+        (LINEAR + "tokenizer: {pad_to_multiple_of: much}\n", "7", "expected a number, found 'much'"),
+        (LINEAR + "chat_template: chatlm\n", "7", "there is no chat template 'chatlm'"),
         (LINEAR + "dtype: int64\n", "7", "results cannot be stored as int64"),
-        (LINEAR + "base_model: [a]\n", "7", "expected a path or model id"),
+        (LINEAR + "base_model: [a]\n", "7", "expected a path or model id, found ['a']"),
         (LINEAR + "parameters: 3\n", "7", "expected a mapping"),
         (LINEAR.replace("./second", "org/first"), "5", "org/first is listed twice"),
         (LINEAR.replace("{weight: 0.7}", "{}"), "6", "weight is required"),
         (LINEAR.replace("0.7", "[{filter: mlp, value: 1}]"), "6", "weight is required for the names"),
-        (LINEAR.replace("0.7", "[a, b]"), "6", "expected numbers from the first layer to the last, found ['a', 'b']"),
-        (LINEAR.replace("0.7", "[]"), "6", "expected numbers from the first layer to the last, found []"),
-        (LINEAR.replace("0.7", "[{filtre: mlp, value: 1}]"), "6", "unknown key 'filtre'"),
-        (LINEAR.replace("weight: 0.7", "t: 0.7, weight: 1"), "6", "parameter 't' of mergekit's linear"),
+        (LINEAR.replace("0.7", "[a, b]"), "6", "expected a number, found 'a'"),
+        (LINEAR.replace("0.7", "[]"), "6", "weight is required"),
+        (LINEAR.replace("0.7", "[{filter: mlp}]"), "6", "a line of filters needs a value"),
+        (LINEAR + "parameters: {normalize: [true, false]}\n", "7", "expected numbers from the first layer to the last"),
+        (LINEAR + "parameters: {normalize: 2}\n", "7", "expected true or false, found 2"),
         (LINEAR.replace("model: ./second", "modle: ./second"), "5", "expected `model`, a path or model id"),
         (LINEAR.replace("linear", "frankenmerge"), "1", "mergekit's method 'frankenmerge' has no counterpart here"),
-        ("merge_method: linear\n", "1", "one of `models` and `slices` is needed"),
-        ("merge_method: linear\nslices: [{sources: []}, {sources: []}]\n", "2", "slices that cut or stack layers"),
+        ("merge_method: linear\n", "1", "one of `models`, `slices`, `modules` is needed"),
+        ("merge_method: linear\nslices: [{sources: []}]\n", "2", "expected a list of models"),
+        ("merge_method: linear\nslices: [{sources: [{model: a}]}]\n", "2", "`layer_range` is required"),
+        ("merge_method: linear\nmodules: {a: {models: []}, b: {models: []}}\n", "2", "the modules a, b are merged by"),
         ("merge_method: linear\nmodels: {a: b}\n", "2", "expected a list of models"),
     ],
 )  # fmt: skip
@@ -220,4 +265,170 @@ def test_what_has_no_counterpart_is_refused_at_its_line(text, line, what):
 
 
 def test_all_problems_are_told_at_once():
-    assert len(problems(LINEAR + "dtype: int8\ntokenizer_source: union\nparameters: {wieght: 1}\n")) == 3
+    assert len(problems(LINEAR.replace("0.7", "heavy") + "dtype: int8\nchat_template: none\n")) == 3
+
+
+def test_a_method_that_is_absent_hides_no_other_problem():
+    text = "merge_method: cabs\ndtype: fp16\nmodels: [{model: a}, {model: a}]\n"
+    assert {what for _, what in problems(text)} == {
+        "mergekit's method 'cabs' has no counterpart here",
+        "results cannot be stored as fp16",
+        "a is listed twice",
+    }
+
+
+def warnings(text):
+    """What is told of a recipe that is converted, by line; the words behind the place."""
+    told = convert(parse_document(text, "x.yml")).warnings
+    return {(each.split(":")[1], each.split(": ", 1)[0].split(" ")[1]): each.split(": ", 1)[1] for each in told}
+
+
+NO_KEY = "mergekit knows no such key here, so it has no effect"
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "said"),
+    [
+        (LINEAR + "normalize: true\n", ("7", "normalize"), f"{NO_KEY}; write it inside `parameters`"),
+        (LINEAR + "dype: float32\n", ("7", "dype"), f"{NO_KEY}; did you mean 'dtype'?"),
+        (LINEAR + "parmeters: {normalize: true}\n", ("7", "parmeters"), f"{NO_KEY}; did you mean 'parameters'?"),
+        (LINEAR + "out_path: x\n", ("7", "out_path"), NO_KEY),
+        (LINEAR.replace("org/first", "org/first\n    revision: v1"), ("4", "models.0.revision"),
+         f"{NO_KEY}; write it behind the model: model: PATH@REVISION"),
+        (LINEAR.replace("org/first", "org/first\n    weight: 1"), ("4", "models.0.weight"),
+         f"{NO_KEY}; write it inside `parameters`"),
+        (LINEAR + "parameters: {normalise: true}\n", ("7", "parameters.normalise"),
+         "mergekit's linear has no such parameter, so it has no effect; did you mean 'normalize'?"),
+        (LINEAR.replace("weight: 0.7", "t: 0.7, weight: 1"), ("6", "models.1.parameters.t"),
+         "mergekit's linear has no such parameter, so it has no effect"),
+        (LINEAR.replace("weight: 0.7", "normalize: no, weight: 1"), ("6", "models.1.parameters.normalize"),
+         "it has no effect here: normalize is one number for all models; write it under `parameters` of the recipe"),
+        (LINEAR.replace("0.7", "[{filtre: mlp, value: 1}]"), ("6", "models.1.parameters.weight.0.filtre"),
+         f"{NO_KEY}; did you mean 'filter'?"),
+    ],
+)  # fmt: skip
+def test_what_mergekit_passes_over_is_passed_over_and_told(text, place, said):
+    assert warnings(text)[place] == said
+    assert convert(parse_document(text, "x.yml")).data["merge"]["method"] == "linear"
+
+
+def test_parameters_of_the_common_ancestor_are_told_to_be_idle():
+    assert warnings(DARE) == {
+        ("5", "models.0.parameters.weight"): "the base_model takes no parameters, so it has no effect"
+    }
+
+
+def test_a_name_and_parameters_that_change_nothing_are_not_worth_a_word():
+    assert warnings("name: mine\n" + LINEAR) == {}
+
+
+def test_warnings_go_with_the_checked_recipe(tmp_path):
+    (tmp_path / "x.yml").write_text(LINEAR + "dype: float32\n")
+    (warning,) = load_recipe(tmp_path / "x.yml").warnings
+    assert warning == f"{tmp_path}/x.yml:7:1 dype: {NO_KEY}; did you mean 'dtype'?"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [('"0.5"', 0.5), ("1e-1", 0.1), ("true", 1), ("yes", 1), ("[0.5]", 0.5), ('["0", 1e-1]', {"gradient": [0.0, 0.1]}),
+     ("{value: 0.5}", 0.5), ("[{filter: null, value: 0.5}]", 0.5), ("[{filter: '*', value: 0.5}]", 0.5)],
+)  # fmt: skip
+def test_numbers_are_taken_as_mergekit_takes_them(written, meant):
+    assert converted(LINEAR.replace("0.7", written))["merge"]["weight"]["second"] == meant
+
+
+@pytest.mark.parametrize("written", ["false", "no", "off", "'False'", "0", "0.0", '"no"', "[false]"])
+def test_switches_are_taken_as_mergekit_takes_them(written):
+    assert converted(LINEAR + f"parameters: {{normalize: {written}}}\n")["merge"]["normalize"] is False
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("{model: {path: org/x}}", "org/x"),
+        ("{model: org/x}", "org/x"),
+        ("{model: {path: org/x, revision: v1}}", "org/x@v1"),
+        ("org/x@v1+org/lora@v2", {"source": "org/x@v1", "adapters": ["org/lora@v2"]}),
+        ("{model: {path: org/x}, lora: {path: org/lora}}", {"source": "org/x", "adapters": ["org/lora"]}),
+    ],
+)
+def test_a_model_in_every_form_that_mergekit_takes(written, meant):
+    assert next(iter(converted(LINEAR.replace("org/first", written))["models"].values())) == meant
+    based = DARE.replace("base_model: base", f"base_model: {written}").replace("- model: base", f"- model: {written}")
+    assert converted(based)["base"] == meant
+
+
+def test_the_only_module_is_the_model():
+    listed = LINEAR.partition("models:")[2]
+    inside = "modules:\n  default:\n    parameters: {normalize: false}\n    models:" + listed.replace("\n", "\n    ")
+    assert converted("merge_method: linear\n" + inside) == converted(LINEAR + "parameters: {normalize: false}\n")
+
+
+def test_imported_paths_are_right_from_the_folder_of_the_new_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "x.yml").write_text(DARE.replace("model: a", "model: ./a+there").replace("model: b", "model: org/b"))
+    data = yaml.safe_load(imported_text(tmp_path / "x.yml", tmp_path / "sub" / "deeper")[0])
+    assert data["models"] == {"a": {"source": "../../a", "adapters": ["../../there"]}, "b": "org/b"}
+
+
+def test_import_writes_nothing_that_would_be_refused(tmp_path):
+    (tmp_path / "x.yml").write_text(LINEAR.replace("0.3", ".inf"))
+    with pytest.raises(RecipeError, match=r"x.yml:4:18 merge.weight.first: inf is not a finite number"):
+        imported_text(tmp_path / "x.yml", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("tokenizer_source: union", {"source": "union"}),
+        ("tokenizer_source: base", {"source": "first"}),
+        ("tokenizer_source: ./second", {"source": "second"}),
+        ("tokenizer_source: {model: {path: ./second}}", {"source": "second"}),
+        ("tokenizer_source: org/third@v1", {"source": "org/third@v1"}),
+        ("tokenizer_source: third", {"source": "./third"}),
+        ("tokenizer: {}", {"source": "union"}),
+        ("tokenizer: {source: base, pad_to_multiple_of: 64}", {"source": "first", "pad_to": 64}),
+        (
+            "tokenizer: {tokens: {a: {source: org/first}, b: {source: ./second, force: yes}, c: {}}}",
+            {
+                "source": "union",
+                "tokens": {"a": "first", "b": {"from": "second", "force": True}, "c": {}},
+                "missing": "zero",
+            },
+        ),
+        (
+            "tokenizer: {tokens: {a: {source: {kind: zero}}, "
+            "b: {source: {kind: model_token, model: ./second, token: x}},"
+            " c: {source: {kind: model_token, model: ./second, token_id: 3}, force: true}}}",
+            {
+                "source": "union",
+                "tokens": {
+                    "a": {"zero": True},
+                    "b": {"from": "second", "token": "x"},
+                    "c": {"from": "second", "id": 3, "force": True},
+                },
+                "missing": "zero",
+            },
+        ),
+    ],
+)
+def test_tokens_are_asked_for_in_our_words(theirs, ours):
+    document = convert(parse_document(LINEAR + theirs + "\n", "x.yml"))
+    assert document.data["tokenizer"] == ours
+    check_document(document)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("auto", "auto"), ("chatml", "chatml"), ("'{{ messages[0].content }}'", {"text": "{{ messages[0].content }}"})],
+)
+def test_a_chat_template_is_a_name_or_a_text(theirs, ours):
+    document = convert(parse_document(LINEAR + f"chat_template: {theirs}\n", "x.yml"))
+    assert document.data["chat_template"] == ours
+    check_document(document)
+
+
+def test_models_are_not_called_by_words_that_mean_something_else():
+    text = LINEAR.replace("org/first", "org/union").replace("./second", "org/chatml")
+    assert list(converted(text)["models"]) == ["union-model", "chatml-model"]

@@ -1,0 +1,133 @@
+"""Values at given ranks of a tensor's scores, found exactly by passes that only count (`mergetool.kernels.select`).
+
+A score is a number from 0 up that each entry has: the magnitude of a task vector, a variance over models ...
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergetool.kernels.select import Bracket, RankedMagnitude, RankSearch
+
+Scores = Callable[[TensorGroup, Params], "Sequence[Tensor]"]
+"""Scores of all entries of a slice, one or more kinds; they may overwrite the models. Passes travel to other processes,
+so it is a function of a module, or a method of one of our classes."""
+Then = Callable[[Stats], "StatisticsPass | Stats"]
+"""What comes once the values are known."""
+
+_LARGE, _TOO_LARGE = 1 << 18, 1 << 26
+"""Sizes between which a sample pays and the entries in the brackets fit into memory."""
+
+
+def magnitudes(group: TensorGroup, p: Params) -> "Sequence[Tensor]":
+    """Those of every task vector."""
+    return [delta.abs_() for delta in group.deltas]
+
+
+def find(
+    scores: Scores, ranks: Sequence[tuple[int, int]], num_elements: int, bits: int, then: Then = dict
+) -> StatisticsPass:
+    """The first pass of a search for `ranks`: (which score, rank from 1, the largest), each on its own.
+
+    In the end `then` is given `threshold`, the score at each rank, `equal`, how many entries have just that score, and
+    `share`: the share of these that is within the rank.
+    """
+    from mergetool.kernels.select import RankSearch
+
+    which = tuple(place for place, _ in ranks)
+    searches = tuple(RankSearch.begin(rank, bits) for _, rank in ranks)
+    if bits == 32 and _LARGE <= num_elements <= _TOO_LARGE:
+        return _Sample(scores, then, which, searches, num_elements)
+    return _Thresholds(scores, then, which, searches)
+
+
+@dataclass(frozen=True)
+class _Search(StatisticsPass):
+    """What all passes of a search know."""
+
+    scores: Scores
+    then: Then
+    which: tuple[int, ...]
+    searches: "tuple[RankSearch, ...]"
+
+    def ended(self, found: "Sequence[RankedMagnitude]") -> "StatisticsPass | Stats":
+        ranks = [search.rank for search in self.searches]
+        shares = tuple((rank - each.above) / each.equal for rank, each in zip(ranks, found, strict=True))
+        thresholds, equal = (tuple(each.magnitude for each in found), tuple(float(each.equal) for each in found))
+        return self.then({"threshold": thresholds, "share": shares, "equal": equal})
+
+
+@dataclass(frozen=True)
+class _Thresholds(_Search):
+    """One counting pass for every rank."""
+
+    def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
+        import torch
+
+        from mergetool.kernels.select import Count
+
+        counts = [Count(search) for search in self.searches]
+        for group in groups:
+            scores = self.scores(group, p)
+            for count, place in zip(counts, self.which, strict=True):
+                count.add(scores[place].reshape(-1))
+        return torch.stack([count.histogram() for count in counts])
+
+    def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
+        from mergetool.kernels.select import RankedMagnitude, RankSearch
+
+        found = [search.narrow(counts) for search, counts in zip(self.searches, total, strict=True)]
+        if unfinished := tuple(each for each in found if isinstance(each, RankSearch)):
+            return _Thresholds(self.scores, self.then, self.which, unfinished)
+        return self.ended([each for each in found if isinstance(each, RankedMagnitude)])
+
+
+@dataclass(frozen=True)
+class _Sample(_Thresholds):
+    """The first of those passes over a sample of the entries, which says where to look."""
+
+    num_elements: int
+    one_in = 16
+
+    def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
+        from mergetool.kernels.select import Bracket
+
+        ranks = [search.rank for search in self.searches]
+        guesses = [Bracket.around(rank, self.num_elements, counts) for rank, counts in zip(ranks, total, strict=True)]
+        brackets = tuple(guess for guess in guesses if guess is not None)
+        if len(brackets) < len(ranks):
+            return _Thresholds(self.scores, self.then, self.which, self.searches)
+        return _Brackets(self.scores, self.then, self.which, self.searches, brackets)
+
+
+@dataclass(frozen=True)
+class _Brackets(_Search):
+    """One pass that keeps the few entries among which every rank should be; if one is not, all are counted."""
+
+    brackets: "tuple[Bracket, ...]"
+    joined = True
+
+    def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
+        import torch
+
+        from mergetool.kernels.select import Tally
+
+        tallies = [Tally(bracket) for bracket in self.brackets]
+        for group in groups:
+            scores = self.scores(group, p)
+            for tally, place in zip(tallies, self.which, strict=True):
+                tally.add(scores[place].reshape(-1))
+        tables = [tally.table() for tally in tallies]
+        return torch.cat([torch.nn.functional.pad(table, (1, 0), value=i) for i, table in enumerate(tables)])
+
+    def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
+        settled = [bracket.settle(total[total[:, 0] == i, 1:]) for i, bracket in enumerate(self.brackets)]
+        found = [each for each in settled if each is not None]
+        if len(found) < len(settled):
+            return _Thresholds(self.scores, self.then, self.which, self.searches)
+        return self.ended(found)

@@ -1,0 +1,114 @@
+"""What methods share that thin task vectors out before they add them up: numbers, rescaling, two ways to add up.
+
+They differ in which entries go (`thin`). What is left is rescaled, weighted, and added up as it is, or, where a method
+lets its task vectors vote (`votes`), only where it has the elected sign (`mergetool.kernels.consensus`).
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from mergetool.methods.base import (
+    Field,
+    Finite,
+    Fraction,
+    Granularity,
+    Params,
+    PerModel,
+    Scheduled,
+    StatisticsPass,
+    Stats,
+    TensorGroup,
+    TensorMethod,
+    cancel,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MEAN = "divide by the weights that agree (mean); false: sum"
+"""What `normalize` means where task vectors vote."""
+
+
+@dataclass(frozen=True)
+class _Norms(StatisticsPass):
+    """L1 norm of every task vector, before and after thinning out, in float64."""
+
+    method: "SparseMethod"
+    known: Stats
+
+    def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
+        import torch
+
+        total = torch.zeros(2, len(p.weight), dtype=torch.float64)
+        for group in groups:
+            deltas = [delta.abs_() for delta in group.deltas]
+            whole = [delta.sum(dtype=torch.float64) for delta in deltas]
+            self.method.thin(group, p, self.known)
+            kept = [delta.sum(dtype=torch.float64) for delta in deltas]
+            total += torch.stack((*whole, *kept)).view_as(total).to("cpu")  # added up here, wherever the slice is
+        return total
+
+    def conclude(self, total: "Tensor") -> Stats:
+        whole, kept = total.tolist()
+        factors = tuple(w / k if k > 0.0 else 1.0 for w, k in zip(whole, kept, strict=True))
+        return {**self.known, "factor": factors}
+
+
+class SparseMethod(TensorMethod):
+    """A method that drops entries of task vectors, rescales the rest, and adds up."""
+
+    density: PerModel[Fraction] = Field(0.5, description="share of each task vector that is kept")
+    weight: PerModel[Finite] = Field(1.0, description="weight of each task vector")
+    scale: Scheduled[Finite] = Field(1.0, description="factor on the merged task vector")
+    rescale: Literal["l1", "none"] = Field(
+        "none", description="after dropping: restore each task vector's L1 norm, or leave it as it is"
+    )
+    normalize: bool = Field(False, strict=True, description="divide by the sum of the weights")
+    needs_base: ClassVar = "required"
+    granularity: ClassVar[Granularity] = "element"
+    buffers: ClassVar = 6
+    neutral: ClassVar = {"density": 1.0, "normalize": True}
+    votes: ClassVar[bool] = False
+    """Whether only entries with the elected sign are added up."""
+
+    @abstractmethod
+    def thin(self, group: TensorGroup, p: Params, stats: Stats) -> None:
+        """Zero, in place, the entries of the task vectors that are to go."""
+
+    def own_factors(self, p: Params) -> Sequence[float]:
+        """Factor on what is left of each task vector, where no L1 norm is to be restored."""
+        return (1.0,) * len(p.density)
+
+    @property
+    def needs_float64(self) -> bool:
+        return self.rescale == "l1"
+
+    def problem(self, p: Params) -> str | None:
+        if self.normalize and not self.votes and cancel(p.weight):
+            return f"the weights {p.weight} add up to 0, so they cannot be normalised"
+        return None
+
+    def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
+        return _Norms(self, {}) if self.rescale == "l1" and any(density < 1.0 for density in p.density) else None
+
+    def norms(self, known: Stats) -> StatisticsPass | Stats:
+        """What comes once it is known which entries go."""
+        return _Norms(self, known) if self.rescale == "l1" else known
+
+    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+        from mergetool.kernels.consensus import agreeing_sum_
+
+        self.thin(group, p, stats)
+        for delta, factor in zip(group.deltas, stats.get("factor") or self.own_factors(p), strict=True):
+            if factor != 1.0:
+                delta.mul_(factor)
+        assert group.base is not None
+        if self.votes:
+            merged = agreeing_sum_(group.deltas, p.weight, normalize=self.normalize, scratch=group.scratch)
+            return group.base.add_(merged, alpha=p.scale)
+        total = group.scratch("total").zero_()
+        for weight, delta in zip(p.weight, group.deltas, strict=True):
+            total.add_(delta, alpha=weight)
+        return group.base.add_(total, alpha=p.scale / sum(p.weight) if self.normalize else p.scale)

@@ -1,0 +1,52 @@
+"""Our YAML for a converted recipe, with paths that are right from where it will be."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergetool.recipe.mergekit.roster import is_there
+from mergetool.recipe.schema import expanded
+
+
+def as_text(data: Mapping[str, Any], folder: Path) -> str:
+    """A converted recipe as YAML, the base in front, for a file in `folder`."""
+    out = {"base": _moved(data["base"], folder)} if "base" in data else {}
+    out["models"] = {name: _moved(reference, folder) for name, reference in data["models"].items()}
+    out |= {key: value for key, value in data.items() if key not in out}
+    return yaml.dump(out, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _moved(reference: Any, folder: Path) -> Any:
+    """A reference with the paths in it seen from another folder; ids of the Hub stay as they are."""
+    if isinstance(reference, dict):
+        return {key: _moved(value, folder) if key in _PATHS else value for key, value in reference.items()}
+    if isinstance(reference, list):
+        return [_moved(each, folder) for each in reference]
+    if not isinstance(reference, str) or not (reference.startswith(".") or is_there(reference)):
+        return reference
+    target = expanded(reference)
+    if target.is_absolute():
+        return str(target)
+    seen = os.path.relpath(target, folder)
+    return seen if seen.startswith(".") or not reference.startswith(".") else f"./{seen}"
+
+
+_PATHS = ("source", "adapters", "weights", "head")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists of numbers on one line, nothing as an alias."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.Node:
+    flow = all(isinstance(item, int | float) for item in data)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
+
+
+_Dumper.add_representer(list, _represent_list)
