@@ -13,6 +13,7 @@ from typing import Any
 from mergetool._version import __version__
 from mergetool.methods.group import Note
 from mergetool.outputs.card import card
+from mergetool.outputs.push import read_lock
 from mergetool.outputs.record import Record
 from mergetool.outputs.redaction import redacted
 from mergetool.outputs.result import Result
@@ -89,6 +90,7 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
             for name, origins in plan.origins.items()
         },
         "resolved_sha256": _resolved(plan),
+        **({"inner": _inner(plan)} if plan.inner else {}),
         "output": {"dtype": plan.recipe.output.dtype, "files": dict(sorted(record.outputs.items()))},
         "notes": _remarks(record.notes),
         "measured": _measured(record.notes),
@@ -103,6 +105,13 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
             "device": record.device,
         },
     }
+
+
+def _inner(plan: Plan) -> dict[str, Any]:
+    """What the locks say of results that were made for this one and are gone."""
+    kept = ("plan", "resolved_sha256", "inner", "output", "notes", "measured", "run")
+    locks = {name: read_lock(each.output) for name, each in plan.inner.items() if each.output is not None}
+    return {name: {key: lock[key] for key in kept if key in lock} for name, lock in locks.items()}
 
 
 def _input(plan: Plan, record: Record, name: str, stamp: FileStamp) -> dict[str, Any]:

@@ -15,9 +15,11 @@ from mergetool.planning.numbers import numbers_of, overridden
 from mergetool.planning.operations import Copy, Merge
 from mergetool.planning.parents import check_missing, label, listed
 from mergetool.recipe.schema import Recipe
-from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
+from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME, DType
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.side_files import read_config
+
+_SUMS = BY_NAME["F32"]
 
 
 class Draft:
@@ -40,6 +42,7 @@ class Draft:
         self.method = recipe.method.kernel()
         self.overridden: dict[tuple[int, float | None], TensorMethod] = {}
         self.sets_alone = self.method.max_models == 1 and bool(recipe.method.model_fields_set - {"method"})
+        self.narrow: dict[str, DType] = {}
         self.arrangement: Arrangement = recipe.layout.arrange(self.sources, template, tuple(recipe.models))
 
     def steps(self) -> list[Step]:
@@ -139,7 +142,7 @@ class Draft:
             raise PlanError(what, origin.name, "leave some out, or choose another method (mergetool methods)")
         params = numbers_of(method, depth, models, origin.name)
         uses_base = self.uses_base and method.needs_base != "unused"
-        written = replace(self._spec(origin, leader), name=origin.name, dtype=self._dtype_out(leader, origin))
+        written = replace(self._spec(origin, leader), name=origin.name, dtype=self._dtype_made(leader, origin))
         return Step(
             0,
             (Slot(written),),
@@ -186,6 +189,14 @@ class Draft:
 
     def _operand(self, origin: Origin, source: str) -> Operand:
         return Operand(_holder(origin, source), origin.tensors[source], self.view)
+
+    def _dtype_made(self, model: str, origin: Origin) -> DType:
+        """The storage dtype of what is computed: of an intermediate result that of sums, which are rounded later."""
+        asked = self._dtype_out(model, origin)
+        if not self.recipe.intermediate or "dtype" in self.recipe.output.model_fields_set or asked.bits >= _SUMS.bits:
+            return asked
+        self.narrow[origin.name] = asked
+        return _SUMS
 
     def _dtype_out(self, model: str, origin: Origin) -> DType:
         """The storage dtype of a floating-point tensor that is written as `model` has it, or as was asked for."""

@@ -17,6 +17,7 @@ from mergetool.methods.base import Granularity
 from mergetool.planning.operations import Operation
 from mergetool.planning.sources import Provenance
 from mergetool.recipe.schema import Recipe
+from mergetool.tensors.dtypes import DType
 from mergetool.tensors.header import Header, TensorSpec
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import FileStamp, ModelSource
@@ -186,6 +187,10 @@ class Plan:
     """What all files take together, where files may get smaller."""
     others: Mapping[str, FileStamp] = field(default_factory=dict)
     """Files beside the models that the method reads, by the recipe's field."""
+    inner: "Mapping[str, Plan]" = field(default_factory=dict)
+    """The plans of models that other recipes make first, by name."""
+    narrow: Mapping[str, DType] = field(default_factory=dict)
+    """What tensors of an intermediate result would be stored as, were it kept; where it is wider."""
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -220,9 +225,15 @@ class Plan:
 
     @property
     def stamps(self) -> dict[str, tuple[FileStamp, ...]]:
-        """All input files: of the models by name, and the others."""
-        models = {name: source.files for name, source in self.sources.items()}
-        return models | {field: (stamp,) for field, stamp in self.others.items()}
+        """All input files: of the models by name, and the others; of recipes inside this one as `name/inner`."""
+        made = {plan.output for plan in self.inner.values()}
+        models = {
+            name: tuple(stamp for stamp in source.files if stamp.path.parent not in made)
+            for name, source in self.sources.items()
+        }
+        inside = {f"{name}/{key}": stamps for name, plan in self.inner.items() for key, stamps in plan.stamps.items()}
+        found = {name: stamps for name, stamps in models.items() if stamps or name not in self.inner}
+        return found | inside | {field: (stamp,) for field, stamp in self.others.items()}
 
     @property
     def headers(self) -> Headers:

@@ -1,22 +1,34 @@
 """What a result will be, seen from its plan: its config.json, and whether its parts fit each other."""
 
+import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from mergetool.checkpoints.ties import is_head
 from mergetool.checkpoints.truth import Parent, Written, layer_counts, strange_sizes, true_config, vocabulary_sizes
 from mergetool.checkpoints.vocabulary import disagreement
 from mergetool.errors import PlanError
-from mergetool.planning.beside import config_owner, tokenizer_owner, words_about_files
+from mergetool.planning.beside import config_owner, files_beside, tokenizer_owner, words_about_files
 from mergetool.planning.graph import Operand, Plan
 from mergetool.planning.parents import label
-from mergetool.tensors.side_files import read_config
+from mergetool.tensors.side_files import CONFIG_NAME, read_config
+from mergetool.tensors.writer import write_file
 
 
 def config_of(plan: Plan) -> dict[str, Any]:
     """The result's config.json; empty where no model has one. Raises PlanError where no config fits what is written."""
     return true_config(config_owner(plan), *_facts(plan))
+
+
+def write_small_files(plan: Plan, folder: Path, put: Callable[[Path, Path], None]) -> None:
+    """config.json as it is true of the result, and by `put` all files that belong to it."""
+    if config := config_of(plan):
+        write_file(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    for name, path in files_beside(plan).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        put(path, folder / name)
 
 
 def _facts(plan: Plan) -> tuple[dict[str, Parent], Written]:

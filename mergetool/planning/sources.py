@@ -46,24 +46,33 @@ class Place:
 class Lookup:
     """Looks references up. Paths are relative to `folder`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, found: dict[tuple[str, bool], Repository] | None = None) -> None:
         self._folder = folder
-        self._found: dict[tuple[str, bool], Repository] = {}
+        self._found = {} if found is None else found
         self.warnings: list[str] = []
         self.pins: dict[str, str] = {}
         self.origins: dict[str, tuple[Provenance, ...]] = {}
         """Of every model that was opened, by name: the model itself, then its adapters."""
 
+    def inside(self, folder: Path) -> "Lookup":
+        """What looks up for a recipe inside this one; what is missing is known here, too."""
+        return Lookup(folder, self._found)
+
     def open(self, name: str, source: str, adapters: tuple[str, ...] = (), select: str | None = None) -> ModelSource:
         """Open a model with its adapters, or one expert of a bundle. Raises SourceError or HubError."""
         place = self._place(source, whole=select is not None)
-        origins = [place.origin]
-        model = _open(place, select)
+        return self.adapted(name, _open(place, select), adapters, place.origin)
+
+    def adapted(
+        self, name: str, model: ModelSource, adapters: tuple[str, ...], origin: Provenance | None = None
+    ) -> ModelSource:
+        """A model with its adapters. `origin`: where it came from, if from anywhere."""
+        origins = [] if origin is None else [origin]
         for adapter in adapters:
             added = self._place(adapter, adapter=True)
             model = AdapterSource(model, added.path, added.elsewhere)
             self.warnings += [f"{name}: {text}" for text in model.warnings]
-            self.warnings += _made_for_another(name, place.origin, model.made_for)
+            self.warnings += [] if origin is None else _made_for_another(name, origin, model.made_for)
             origins.append(added.origin)
         self.origins[name] = tuple(origins)
         told = [f"{name}: {remark}" for remark in model.remarks]
@@ -171,7 +180,10 @@ def pinned_document(document: Mapping[str, Any], pins: Mapping[str, str]) -> dic
     def pin(value: Any) -> Any:
         if isinstance(value, str):
             return pins.get(value, value)
-        made = {**value, "source": pins.get(value["source"], value["source"])}
+        if "recipe" in value:
+            made = {**value, "recipe": pinned_document(value["recipe"], pins)}
+        else:
+            made = {**value, "source": pins.get(value["source"], value["source"])}
         return made | (
             {"adapters": [pins.get(text, text) for text in value["adapters"]]} if "adapters" in value else {}
         )

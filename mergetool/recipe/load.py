@@ -20,6 +20,7 @@ from mergetool.methods.base import Method
 from mergetool.recipe.candidate import other_documents
 from mergetool.recipe.checks import check_override, cross_checks
 from mergetool.recipe.document import Document, Place, parse_value, read_document
+from mergetool.recipe.inner import Around, Inside, inlined
 from mergetool.recipe.mergekit import as_text, convert, is_mergekit
 from mergetool.recipe.render import render, unknown_key
 from mergetool.recipe.schema import Check, Compute, Output, Override, Recipe, Reference
@@ -59,16 +60,24 @@ def load_recipe(source: "str | Path | Mapping[str, Any]", settings: Sequence[str
     A mergekit recipe is converted first.
     `settings` are `key.path=value` overrides, applied before checking. Raises RecipeError holding every problem.
     """
+    around = Around()
     if isinstance(source, Mapping):
-        document = Document("recipe", _plain(source), folder=Path.cwd())
+        document = _ours(Document("recipe", _plain(source), folder=Path.cwd()))
     else:
-        document = read_document(Path(source))
-    if is_mergekit(document.data):
-        document = convert(document)
+        document, around = _read(Path(source)), around.inside(Path(source))
     problems = [problem for setting in settings for problem in _apply(document, setting)]
     if problems:
         raise RecipeError.of(problems)
-    return check_document(document, tuple(settings))
+    return check_document(document, tuple(settings), around)
+
+
+def _read(path: Path) -> Document:
+    """Our recipe for what a file holds."""
+    return _ours(read_document(path))
+
+
+def _ours(document: Document) -> Document:
+    return convert(document) if is_mergekit(document.data) else document
 
 
 def imported_text(path: Path, folder: Path) -> tuple[str, Sequence[str]]:
@@ -132,8 +141,8 @@ def _key_in(node: Any, part: str, place: Place, key: str) -> Any:
     return int(part)
 
 
-def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe:
-    """Check a parsed document. Raises RecipeError holding every problem found."""
+def check_document(document: Document, settings: tuple[str, ...] = (), around: Around | None = None) -> Recipe:
+    """Check a parsed document, and the recipes inside it. Raises RecipeError holding every problem found."""
     data = document.data
     if not isinstance(data, dict):
         raise document.error((), "a recipe is a mapping with `models` and `merge`", "see: mergetool schema")
@@ -142,6 +151,8 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
     kind, method, overrides = merge_section(document, problems) if "merge" in data else (None, None, ())
     layout, own = layout_of(document, given, kind, problems)
     problems += cross_checks(document, kind, method, layout)
+    searches = kind is not None and kind.searches
+    inner = Inside(document, around or Around(), _read, _check_inner, problems, searches).all(given)
     if method is not None and not problems:
         problems += _check_tried(document, method)
     if problems or method is None:
@@ -158,14 +169,19 @@ def check_document(document: Document, settings: tuple[str, ...] = ()) -> Recipe
         output=given.get("output", Output()),
         folder=document.folder.absolute(),
         name=document.name,
-        document=data,
+        document=inlined(document, inner),
         settings=settings,
         evaluate=given.get("evaluate", ()),
         layout=layout,
         layout_overrides=own,
+        inner=inner,
         warnings=tuple(document.warnings),
         chat_template=given.get("chat_template"),
     )
+
+
+def _check_inner(document: Document, around: Around) -> Recipe:
+    return check_document(document, around=around)
 
 
 def _sections_of(document: Document, problems: list[RecipeError]) -> dict[str, Any]:

@@ -36,6 +36,11 @@ def has_gradient(value: Any) -> bool:
     return isinstance(value, dict) and ("gradient" in value or any(map(has_gradient, value.values())))
 
 
+def _default(fields: Mapping[str, Any], name: str) -> Any:
+    """The default of a field; the counterpart makes something of a name that is none."""
+    return fields[name].default if name in fields else None
+
+
 def plain(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Fields as a recipe with these models has them."""
     return {key: value.plain(names) if isinstance(value, ByModel) else value for key, value in values.items()}
@@ -61,17 +66,18 @@ class SettingsReader:
         except ValueError as error:
             raise self.findings.stop(("parameters",), str(error), "use the same filters for every model") from None
         varying = {name for (name, _), branches in cells.items() if len(branches) > 1}
-        values = self._values(rest, places)
-        held = within_limits(values, self.target.method)
+        held = self._settled(rest, places)
         overrides: list[dict[str, Any]] = []
         matched = [(glob, each) for each in filtered for glob in globs(each.texts)]
-        for glob, case in matched:
-            here = [(*_holder(place), "overrides", len(overrides)) for place in places]
-            full = self._values(case, here)
-            own = within_limits(full, self.target.method)
-            told = {key: value for key, value in own.items() if key in varying or value != held[key]}
+        for glob, fallen in matched:
+            own = self._settled(fallen, [(*_holder(place), "overrides", len(overrides)) for place in places])
+            told = {key: value for key, value in own.items() if key in varying or value != held.get(key)}
             overrides.append({"match": glob, **told})
         return MethodSettings(held, overrides)
+
+    def _settled(self, case: Case, places: Sequence[Place]) -> dict[str, Any]:
+        """Our fields in one case, as our method takes them."""
+        return within_limits(self.target.settle(self._values(case, places)), self.target.method)
 
     def _cells(
         self, models: Mapping[str, Scope], shared: Sequence[Scope]
@@ -85,7 +91,7 @@ class SettingsReader:
                 except RecipeError as error:
                     self.findings.problems += error.problems
                     continue
-                if any(branch.place for branch in branches) or parameter.default != fields[parameter.field].default:
+                if any(branch.place for branch in branches) or branches[-1].value != _default(fields, parameter.field):
                     yield (parameter.field, name), branches
 
     def _values(self, case: Case, places: Sequence[Place]) -> dict[str, Any]:
