@@ -142,7 +142,8 @@ class _Importer:
         key = "out_dtype" if "out_dtype" in names else "dtype"
         if key in names:
             if names[key] not in _STORED:
-                fix = suggestion(names[key], _STORED) or f"write out_dtype: {_STORED[1]}"
+                wanted = "out_dtype: float32" if names[key] == "float64" else f"{key}: bfloat16"
+                fix = suggestion(names[key], _STORED) or f"write {wanted}"
                 self.findings.problem((key,), f"results cannot be stored as {names[key]}", fix)
             out["output"] = {"dtype": names[key]}
         return out
