@@ -17,7 +17,7 @@ from mergetool.planning.draft import Draft
 from mergetool.planning.graph import BASE, Plan, Shard, Slot, Step, compute_bits
 from mergetool.planning.inner import NONE, PlannedModel, place_of, with_inner
 from mergetool.planning.outcome import check_vocabulary, words_about_result
-from mergetool.planning.parents import check_shares, refuse_quantised, words_about
+from mergetool.planning.parents import check_shares, words_about
 from mergetool.planning.passes import with_partners, with_passes
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.candidate import first_candidate
@@ -146,7 +146,6 @@ def open_models(recipe: Recipe, lookup: Lookup, inner: Mapping[str, Plan] = NONE
                 opened[name] = lookup.adapted(name, PlannedModel(inner[name]), reference.adapters)
             else:
                 opened[name] = lookup.open(name, reference.source, reference.adapters, reference.select)
-            refuse_quantised(opened[name])
     return opened
 
 

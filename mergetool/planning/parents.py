@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mergetool.checkpoints.facts import disagreements, name_of
-from mergetool.checkpoints.quantised import file_about_codes, how_quantised, is_raw_float8
+from mergetool.checkpoints.quantised import file_about_codes, is_raw_float8
 from mergetool.checkpoints.vocabulary import chat_template_of, disagreement, end_tokens, more_tokens
 from mergetool.errors import PlanError
 from mergetool.layouts.base import Origin
@@ -28,16 +28,6 @@ def label(model: str) -> str:
 def listed(names: Sequence[str]) -> str:
     """The first few names, and whether there are more."""
     return ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")
-
-
-def refuse_quantised(source: ModelSource) -> None:
-    """Raise PlanError for weights that stand for other numbers than those that are stored."""
-    if how := how_quantised(source):
-        raise PlanError(
-            f"its weights are quantised ({how}), so arithmetic on them is meaningless",
-            str(source.folder or (source.files[0].path if source.files else "in memory")),
-            "dequantise the model first, and save it in bfloat16",
-        )
 
 
 def check_missing(
