@@ -14,6 +14,7 @@ from mergetool.errors import MergeError, PlanError, RecipeError
 from mergetool.outputs.verify import verify_output
 from tests.dense import logits, set_config, write_dense
 from tests.files import StoppedError, Watch, content, stop_after
+from tests.zoo.text import save_tokenizer, token_list
 
 PROMPTS = {
     "math": {"prompts": ["w1 w2 w3", "w4 w5"], "avoid": ["w9"]},
@@ -496,3 +497,12 @@ def test_state_dicts_have_no_config_to_go_by(dense):
     state = weights(dense / "llama/base")
     with pytest.raises(PlanError, match="of which no mixture can be made"):
         mergetool.merge_state_dicts(RANDOM | {"experts": {"a": {}}}, {"a": state}, state)
+
+
+def test_a_vocabulary_of_an_experts_own_does_not_matter_and_cannot_be_asked_for(copied, tmp_path):
+    folder, asked = copied()
+    save_tokenizer(folder / "code", [*reversed(token_list())])
+    assert mergetool.plan(asked).warnings == ()
+    told = refused({**asked, "tokenizer": {"source": "union"}})
+    assert "all outside the MLPs is the base's, its vocabulary too" in told
+    mergetool.plan({**asked, "tokenizer": {"source": "base"}})
