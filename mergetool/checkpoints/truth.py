@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergetool.checkpoints.by_layer import Taken, set_by_layer
-from mergetool.checkpoints.facts import SCALED_BY_TIES, parts_of
+from mergetool.checkpoints.facts import QUANTISED, SCALED_BY_TIES, parts_of
 from mergetool.checkpoints.sizes import SizeChange, Sized, changed_sizes
 from mergetool.checkpoints.ties import TIE_KEY, embeddings_of, is_head
 from mergetool.checkpoints.vocabulary import special_ids
@@ -63,6 +63,9 @@ def true_config(leader: str, parents: Mapping[str, Parent], written: Written) ->
     if not config:
         return config
     before = parents[leader].described
+    for own in _parts(config):
+        for key in QUANTISED:
+            own.pop(key, None)
     _set_layers(config, before, written, parents)
     _set_sizes(config, leader, parents, written)
     _set_vocabulary(config, before, written.shapes)

@@ -25,7 +25,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-from mergetool.checkpoints.rows import End, Outside, chosen_row, layers_of, of_first_layer, rows_of
+from mergetool.checkpoints.rows import End, Outside, chosen_row, layers_of, norms_not_in_first, of_first_layer, rows_of
 from mergetool.errors import PlanError
 from mergetool.layouts.base import Arrangement, Layout, Origin, Problem, Sources
 from mergetool.layouts.same import Same
@@ -294,12 +294,15 @@ class _Row:
         self.sources, self.tower = sources, tower
         self._layers: dict[str, dict[int, dict[str, str]]] = {}
         self._first: dict[str, set[str]] = {}
+        self._lacked: dict[str, set[str]] = {}
+        """Norms that the first layer of a model lacks, and all others have."""
 
     def layers(self, model: str) -> dict[int, dict[str, str]]:
         """The tensors of each layer of a model, by what stands behind the number."""
         if model not in self._layers:
             self._layers[model] = layers_of(self.sources[model].specs, self.tower)
             self._first[model] = of_first_layer(self._layers[model])
+            self._lacked[model] = norms_not_in_first(self._layers[model])
         return self._layers[model]
 
     def stacked(self, stack: Sequence[_Placed]) -> Iterator[Origin]:
@@ -313,6 +316,7 @@ class _Row:
         each, leading = placed.slice, placed.slice.models[0]
         alone = each.is_of_one and not placed.settings
         numbers = self._numbers(each, offset, alone=alone)
+        self._check_norms(leading, numbers[leading] or 0, number)
         own = self.layers(leading)[numbers[leading] or 0]
         shared = self._first[leading]
         inside = sorted(own.keys() - shared, key=lambda suffix: self.sources[leading].position(own[suffix]))
@@ -343,6 +347,14 @@ class _Row:
         if not alone:
             self._check(each.own_base, layer)
         return numbers
+
+    def _check_norms(self, model: str, layer: int, number: int) -> None:
+        """A first layer without a norm that all others have (ModernBERT) can neither leave its place nor yield it."""
+        if self._lacked[model] and (layer == 0) != (number == 0):
+            what = f"layer 0 of model {model!r} has no {min(self._lacked[model])}, and layer 0 of the result has none"
+            count = len(self.layers(model))
+            fix = f"begin with layer 0 of a model, and take it nowhere else: [0, ..] first, then [1, {count}]"
+            raise PlanError(what, f"slices: layer {number} of {self.tower}", fix)
 
     def _check(self, model: str, layer: int | None) -> None:
         count = len(self.layers(model))
