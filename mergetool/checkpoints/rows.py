@@ -119,3 +119,10 @@ def of_first_layer(layers: Mapping[int, Mapping[str, str]]) -> set[str]:
     """What only the first layer of a row holds, for all of them (T5's table of relative positions)."""
     others = {suffix for number, own in layers.items() if number for suffix in own}
     return {suffix for suffix in layers.get(0, {}) if _OF_FIRST.fullmatch(suffix) and suffix not in others}
+
+
+def norms_not_in_first(layers: Mapping[int, Mapping[str, str]]) -> set[str]:
+    """Norms of all layers but the first, which such a network has not (ModernBERT's first follows on another norm)."""
+    others = [set(own) for number, own in layers.items() if number]
+    shared = set.intersection(*others) if others else set()
+    return {suffix for suffix in shared - layers.get(0, {}).keys() if "norm" in suffix}

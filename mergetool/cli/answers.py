@@ -35,9 +35,10 @@ def deliver(text: str, output: Path | None) -> None:
 def say_steps(recipe: "Recipe") -> None:
     """Every step of a run before it begins, for -v."""
     from mergetool.planning import make_plan
-    from mergetool.planning.report import rows
+    from mergetool.planning.report import tables
 
-    for name, _, shape, dtype, how, sources, parameters in rows(make_plan(recipe), full=True):
+    rows = [row for _, rows in tables(make_plan(recipe), full=True) for row in rows]
+    for name, _, shape, dtype, how, sources, parameters in rows:
         say(f"step: {name} {shape} {dtype}: {how} of {sources}{f' ({parameters})' if parameters else ''}")
 
 

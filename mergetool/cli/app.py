@@ -111,7 +111,7 @@ def validate(
     from mergetool.recipe import load_recipe
 
     checked = load_recipe(recipe, settings or ())
-    warnings = checked.warnings
+    warnings = checked.all_warnings
     if online:
         from mergetool.planning import make_plan
 
@@ -135,7 +135,7 @@ def plan(
     """Show what a run would do, from headers alone: amounts, memory and time, then what becomes of the tensors."""
     from mergetool.planning import make_plan
     from mergetool.planning.cost import estimate
-    from mergetool.planning.report import HEADS, describe, rows, totals
+    from mergetool.planning.report import HEADS, describe, tables, totals
     from mergetool.recipe import load_recipe
 
     asked = load_recipe(recipe, settings or ())
@@ -149,8 +149,9 @@ def plan(
         print_answer(describe(made, costs, search), as_json=True)
         return
     table(("", ""), totals(made, costs, machines=machines, search=search))
-    print()
-    table(HEADS, rows(made, full=full or manner.verbose))
+    for title, rows in tables(made, full=full or manner.verbose):
+        print(f"\n{title}" if title else "")
+        table(HEADS, rows)
 
 
 @command(app, "mergetool inspect org/model@main")

@@ -76,7 +76,8 @@ class Hashes(NoHashes):
 
     def _paths(self, step: Step) -> set[str]:
         places = ((self._plan.sources[operand.source], operand.tensor) for operand in step.operands)
-        return {str(source.files[source.position(name)[0]].path) for source, name in places if source.files}
+        paths = {str(source.files[source.position(name)[0]].path) for source, name in places if source.files}
+        return paths & self._files.keys()  # what recipes inside this one made is no input
 
     def _job(self, path: str) -> Job:
         stamp = self._files[path]

@@ -7,6 +7,7 @@ finish       index, config, tokenizer, card, lock file; then one rename
 
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Protocol
 
 from mergetool.engine.context import Context
 from mergetool.engine.hashing import Hashes
+from mergetool.engine.inner import known_digests, make_inner, with_inner_results
 from mergetool.engine.partition import partition
 from mergetool.engine.pool import WorkerPool
 from mergetool.engine.processes import Team, joined
@@ -29,9 +31,10 @@ from mergetool.outputs.output import finish, output_of
 from mergetool.outputs.push import push_result, push_target
 from mergetool.outputs.record import Record
 from mergetool.outputs.result import Result
-from mergetool.outputs.staging import Staging, done_before
+from mergetool.outputs.staging import Staging, done_before, is_made
 from mergetool.planning import Plan, make_plan
 from mergetool.planning.cost import Costs, check_disk, estimate
+from mergetool.planning.inner import inside
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.writer import SlotWriter
@@ -155,7 +158,8 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
     plan = make_plan(recipe, output, lookup=lookup, whole=True)
     if plan.output is None:
         raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
-    if flags.cache is not None and not recipe.method.uses_factors:
+    methods = [each.recipe.method for each in (plan, *inside(plan).values())]
+    if flags.cache is not None and not any(each.uses_factors for each in methods):
         what = f"{recipe.method.method_name()} computes no factors, so this would have no effect"
         raise PlanError(what, "--cache", "leave it out")
     if recipe.method.result == "bundle" and flags.device not in ("auto", "cpu"):
@@ -183,7 +187,8 @@ def _run_claimed(
                 staging.publish()
             progress.say("done already: all was written, only the name of the result was missing")
             return Result(staging.output, 0.0, 0, plan.bytes_out, 0, plan.num_tensors, resumed=True)
-        return _merge(plan, staging, costs, flags, progress, team)
+        done = _make_inner(plan, staging, flags, progress, team)
+        return with_inner_results(_merge(plan, staging, costs, flags, progress, team, done), done)
     except Exception as own:
         error = team.agree(own)  # and the others have stopped
         if team.leads and _is_vain(error, staging):
@@ -191,15 +196,50 @@ def _run_claimed(
         raise error from own.__cause__
 
 
+def _make_inner(plan: Plan, staging: Staging, flags: Flags, progress: Progress, team: Team) -> dict[str, Result]:
+    """Run the recipes inside this one whose results are not there yet. What they learnt of their inputs is kept."""
+    if not plan.inner:
+        return {}
+    team.leader_first(lambda: _check_room(plan, staging))
+    digests = dict(staging.journal.done.hashes)
+
+    def make(inner: Plan) -> Result | None:
+        costs = estimate(inner, workers=flags.workers, memory=flags.memory, processes=team.local_size)
+        asked = replace(flags, output=inner.output, overwrite=False, resume=True)
+        return _claim_and_run(inner, costs, digests, asked, progress, team)
+
+    done = make_inner(plan, make, progress, team)
+    staging.journal.done.hashes.update(known_digests(plan))
+    return done
+
+
+def _check_room(plan: Plan, staging: Staging) -> None:
+    """Refuse a disk that is too small, and leave it as it was."""
+    try:
+        check_disk(plan, staging.output, is_made)
+    except OutputError:
+        if not staging.has_work:
+            staging.discard()
+        raise
+
+
 def _is_vain(error: BaseException, staging: Staging) -> bool:
     """Whether nothing of what was done is worth resuming."""
     if not isinstance(error, MergetoolError):
         return False
-    refused = isinstance(error, PlanError | SourceError) and not staging.journal.worked
+    refused = isinstance(error, PlanError | SourceError) and not staging.has_work
     return refused or isinstance(error, MergeError) or bool(staging.changed_inputs())
 
 
-def _merge(plan: Plan, staging: Staging, costs: Costs, flags: Flags, progress: Progress, team: Team) -> Result | None:
+def _merge(
+    plan: Plan,
+    staging: Staging,
+    costs: Costs,
+    flags: Flags,
+    progress: Progress,
+    team: Team,
+    done: Mapping[str, Result],
+) -> Result | None:
     started = time.monotonic()
     if staging.journal.resumed:
         progress.say(f"resuming: {len(staging.journal.done.units)} units are done already")
@@ -212,7 +252,7 @@ def _merge(plan: Plan, staging: Staging, costs: Costs, flags: Flags, progress: P
     records = team.all_gather(run.record)
     if not team.leads:
         return None
-    seconds = staging.journal.done.seconds + time.monotonic() - started
+    seconds = staging.journal.done.seconds + time.monotonic() - started + sum(each.seconds for each in done.values())
     result = finish(plan, staging, records, seconds)
     for word in result.warnings[len(plan.warnings) :]:
         progress.say(f"warning: {word}")
@@ -264,7 +304,7 @@ def _work(run: Context, writer: SlotWriter, costs: Costs, flags: Flags, journal:
 
 def _stages(run: Context, costs: Costs, flags: Flags, journal: Journal) -> None:
     device = "cpu" if run.plan.recipe.method.result == "bundle" else flags.device
-    with run.pool.ready(device, flags.cache):
+    with run.pool.ready(device, flags.cache if run.plan.recipe.method.uses_factors else None):
         run.record.device = run.pool.device
         if run.pool.device != "cpu":
             run.teller.say(f"merging on {run.pool.device}")

@@ -11,6 +11,8 @@ from mergetool.recipe.schema import Recipe
 
 def check_trust(recipe: Recipe, *, trusted: bool) -> None:
     """Raise RecipeError if the recipe would execute code, unless that is `trusted`."""
+    for inner in recipe.inner.values():
+        check_trust(inner, trusted=trusted)
     named = dict(recipe.method.code())
     if recipe.architecture is not None and code_of(recipe.architecture):
         named["architecture"] = recipe.architecture

@@ -7,7 +7,8 @@
     outside: {first: a, last: b}
 
 Layers are counted from 0, and the last number is not part of the slice, as in Python. A slice of one model is copied,
-unless it has settings (`set`, `overrides`) for the method. A gradient in these runs along the slice's own layers.
+unless it has settings (`set`, `overrides`) for the method, or names a base. A gradient in settings runs along the
+slice's own layers.
 What lies outside the layers comes from the models of the first slice (embeddings and what goes with them) and of the
 last one (final norm, head), or from those that `outside` names; with `outside: true` such a slice's settings hold
 there, too. A method with a base sees the base's layers of the same numbers; where the models' numbers differ, the slice
@@ -24,9 +25,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-from mergetool.checkpoints.rows import End, Outside, chosen_row, layers_of, of_first_layer, rows_of
+from mergetool.checkpoints.rows import End, Outside, chosen_row, layers_of, norms_not_in_first, of_first_layer, rows_of
 from mergetool.errors import PlanError
 from mergetool.layouts.base import Arrangement, Layout, Origin, Problem, Sources
+from mergetool.layouts.same import Same
 from mergetool.tensors.side_files import read_config
 
 _BASE = "base"
@@ -72,6 +74,11 @@ class Slice(_Strict):
     def models(self) -> tuple[str, ...]:
         """The models that are merged, or the one that is copied."""
         return tuple(name for name in self.layers if name != _BASE) or (_BASE,)
+
+    @property
+    def is_of_one(self) -> bool:
+        """Whether one model is all that it names."""
+        return len(self.spans) == 1
 
     @property
     def spans(self) -> dict[str, tuple[int, int]]:
@@ -183,9 +190,24 @@ class Slices(Layout):
                 count = len(each.overrides) + bool(each.set)
                 placed.append(_Placed(each, tuple(range(settings, settings + count))))
                 settings += count
+        if self._is_everything(sources, rows, stacks):
+            return Same().arrange(sources, leader, models)
         begin, end = self._outside(sources, leader, rows, stacks)
         inside = [origin for row, stack in stacks.items() for origin in _Row(sources, row).stacked(stack)]
         return Arrangement([*begin, *inside, *end], {row: _taken(stack) for row, stack in stacks.items()})
+
+    def _is_everything(
+        self, sources: Sources, rows: Mapping[str, int], stacks: Mapping[str, Sequence["_Placed"]]
+    ) -> bool:
+        """Whether all layers of all models are merged in their own order: then these are whole models."""
+        if len(stacks) != 1 or self.outside.first or self.outside.last:
+            return False
+        ((row, stack),) = stacks.items()
+        only = stack[0].slice
+        named = {*only.layers, *([_BASE] if only.base is None and len(set(only.layers.values())) == 1 else [])}
+        ends = {(0, len(layers_of(source.specs, row))) for source in sources.values()}
+        plain = len(stack) == 1 and not stack[0].settings and set(sources) <= named
+        return plain and len(rows) == 1 and ends == set(only.layers.values())
 
     def _outside(
         self, sources: Sources, leader: str, rows: Mapping[str, int], stacks: Mapping[str, Sequence["_Placed"]]
@@ -253,7 +275,7 @@ def _beside(sources: Sources, name: str, placed: _Placed, named: str | None) -> 
     """A tensor outside the layers, of one model as it is, or merged from several."""
     models = (named,) if named else placed.slice.models
     settings = placed.settings if placed.slice.outside and not named else ()
-    alone = len(models) == 1 and not settings
+    alone = named is not None or (placed.slice.is_of_one and not settings)
     base = placed.slice.own_base
     return Origin(
         name,
@@ -272,12 +294,15 @@ class _Row:
         self.sources, self.tower = sources, tower
         self._layers: dict[str, dict[int, dict[str, str]]] = {}
         self._first: dict[str, set[str]] = {}
+        self._lacked: dict[str, set[str]] = {}
+        """Norms that the first layer of a model lacks, and all others have."""
 
     def layers(self, model: str) -> dict[int, dict[str, str]]:
         """The tensors of each layer of a model, by what stands behind the number."""
         if model not in self._layers:
             self._layers[model] = layers_of(self.sources[model].specs, self.tower)
             self._first[model] = of_first_layer(self._layers[model])
+            self._lacked[model] = norms_not_in_first(self._layers[model])
         return self._layers[model]
 
     def stacked(self, stack: Sequence[_Placed]) -> Iterator[Origin]:
@@ -289,8 +314,9 @@ class _Row:
     def _layer(self, placed: _Placed, offset: int, number: int) -> Iterator[Origin]:
         """The tensors of one layer of the output."""
         each, leading = placed.slice, placed.slice.models[0]
-        alone = len(each.models) == 1 and not placed.settings
+        alone = each.is_of_one and not placed.settings
         numbers = self._numbers(each, offset, alone=alone)
+        self._check_norms(leading, numbers[leading] or 0, number)
         own = self.layers(leading)[numbers[leading] or 0]
         shared = self._first[leading]
         inside = sorted(own.keys() - shared, key=lambda suffix: self.sources[leading].position(own[suffix]))
@@ -321,6 +347,14 @@ class _Row:
         if not alone:
             self._check(each.own_base, layer)
         return numbers
+
+    def _check_norms(self, model: str, layer: int, number: int) -> None:
+        """A first layer without a norm that all others have (ModernBERT) can neither leave its place nor yield it."""
+        if self._lacked[model] and (layer == 0) != (number == 0):
+            what = f"layer 0 of model {model!r} has no {min(self._lacked[model])}, and layer 0 of the result has none"
+            count = len(self.layers(model))
+            fix = f"begin with layer 0 of a model, and take it nowhere else: [0, ..] first, then [1, {count}]"
+            raise PlanError(what, f"slices: layer {number} of {self.tower}", fix)
 
     def _check(self, model: str, layer: int | None) -> None:
         count = len(self.layers(model))

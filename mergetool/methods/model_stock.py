@@ -12,28 +12,13 @@ task vectors disagree on the whole (c below 0, of which the paper does not speak
 model that leaves a tensor as it was agrees with nobody. `per: row` takes an angle for each row of a matrix.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mergetool.methods.base import Field, Granularity, Params, StatisticsPass, Stats, TensorGroup, TensorMethod
+from mergetool.methods.families.gram import Gram, gram
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True)
-class _Gram(StatisticsPass):
-    """Inner products of all task vectors, (N, N) in float64."""
-
-    def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
-        import torch
-
-        parts = [_gram(group).sum(0).to("cpu") for group in groups]  # added up here, wherever the slice is
-        return torch.stack(parts).sum(0)
-
-    def conclude(self, total: "Tensor") -> Stats:
-        return {"share": tuple(_share(total[None]).tolist())}
 
 
 class ModelStock(TensorMethod):
@@ -41,6 +26,9 @@ class ModelStock(TensorMethod):
 
     method: Literal["model-stock"] = "model-stock"
     per: Literal["tensor", "row"] = Field("tensor", description="one angle for a tensor, or one for each of its rows")
+    clamp: bool = Field(
+        True, strict=True, description="whether task vectors that disagree leave the base; false: go away from the mean"
+    )
     needs_base: ClassVar = "required"
     min_models: ClassVar = 2
     granularity: ClassVar = "row"
@@ -55,13 +43,20 @@ class ModelStock(TensorMethod):
         return "row" if self.per == "row" else "element"
 
     def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
-        return _Gram() if self.per == "tensor" else None
+        return Gram(self.found, p) if self.per == "tensor" else None
+
+    def found(self, total: "Tensor", p: Params) -> Stats:
+        """What the inner products of whole tensors come to."""
+        return {"share": tuple(self._share(total[None]).tolist())}
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         import torch
 
         assert group.base is not None
-        shares = _share(_gram(group)) if self.per == "row" else torch.tensor(stats["share"], dtype=torch.float64)
+        if self.per == "row":
+            shares = self._share(gram(group.deltas, group.scratch("product"), "row"))
+        else:
+            shares = torch.tensor(stats["share"], dtype=torch.float64)
         if len(shares) == 1:
             group.measure("share of the mean", float(shares))
         total = group.scratch("total").zero_()
@@ -70,23 +65,11 @@ class ModelStock(TensorMethod):
         factors = (shares / len(group.deltas)).to(total)
         return group.base.add_(total.view(len(factors), -1).mul_(factors[:, None]).view_as(total))
 
-
-def _gram(group: TensorGroup) -> "Tensor":
-    """Inner products of the task vectors' rows, (rows, N, N) in float64; a slice of one axis is one row."""
-    import torch
-
-    rows = 1 if group.models[0].dim() < 2 else len(group.models[0])
-    count = len(group.deltas)
-    found = torch.zeros(rows, count, count, dtype=torch.float64, device=group.models[0].device)
-    product = group.scratch("product")
-    for i, first in enumerate(group.deltas):
-        for j, second in enumerate(group.deltas[: i + 1]):
-            found[:, i, j] = torch.mul(first, second, out=product).reshape(rows, -1).sum(1, dtype=torch.float64)
-            found[:, j, i] = found[:, i, j]
-    return found
+    def _share(self, products: "Tensor") -> "Tensor":
+        return _share(products, clamp=self.clamp)
 
 
-def _share(gram: "Tensor") -> "Tensor":
+def _share(gram: "Tensor", *, clamp: bool) -> "Tensor":
     """t of every row, from inner products (rows, N, N)."""
     import torch
 
@@ -95,5 +78,6 @@ def _share(gram: "Tensor") -> "Tensor":
     cosines = torch.where(lengths > 0, gram / lengths.where(lengths > 0, torch.ones_like(lengths)), 0.0)
     count = gram.shape[1]
     pairs = torch.triu(torch.ones(count, count, dtype=torch.bool, device=gram.device), 1)
-    cosine = cosines[:, pairs].mean(1).clamp(0.0, 1.0)
-    return count * cosine / (1.0 + (count - 1) * cosine)
+    cosine = cosines[:, pairs].mean(1).clamp(0.0 if clamp else -1.0, 1.0)
+    divisor = 1.0 + (count - 1) * cosine
+    return torch.where(divisor.abs() < 1e-6, 0.0, count * cosine / torch.where(divisor == 0, 1.0, divisor))

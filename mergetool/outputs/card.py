@@ -7,6 +7,7 @@ from typing import Any
 from mergetool._version import __version__
 from mergetool.outputs.redaction import redacted
 from mergetool.planning import Plan
+from mergetool.planning.inner import inside
 from mergetool.planning.sources import Provenance, pinned_document
 
 
@@ -18,7 +19,10 @@ def card(plan: Plan) -> str:
     document = redacted(pinned_document(plan.recipe.document, pins), plan.recipe.folder)
     recipe = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
     front = yaml.safe_dump(_front(plan), sort_keys=False, allow_unicode=True)
-    rows = "\n".join(_row(name, origins, plan.recipe.folder) for name, origins in _everything(plan).items())
+    methods = {name: each.recipe.method.method_name() for name, each in inside(plan).items()}
+    rows = "\n".join(
+        _row(name, origins, plan.recipe.folder, methods.get(name)) for name, origins in _everything(plan).items()
+    )
     name = plan.recipe.method.method_name()
     return (
         f"---\n{front}---\n\n"
@@ -47,13 +51,15 @@ def _front(plan: Plan) -> Mapping[str, Any]:
 
 
 def _everything(plan: Plan) -> Mapping[str, tuple[Provenance, ...]]:
+    """Every model, and those that models are merges of as `model/inner`."""
     references = {**({"base": plan.recipe.base} if plan.recipe.base else {}), **plan.recipe.models}
-    return {name: plan.origins.get(name, (Provenance(reference.source),)) for name, reference in references.items()}
+    rows = {name: plan.origins.get(name, (Provenance(reference.source),)) for name, reference in references.items()}
+    return rows | {name: origins for name, origins in plan.origins.items() if name not in rows}
 
 
-def _row(name: str, origins: tuple[Provenance, ...], folder: Path) -> str:
-    places = " + ".join(_place(origin, folder) for origin in origins)
-    licences = " + ".join(origin.licence or "unknown" for origin in origins)
+def _row(name: str, origins: tuple[Provenance, ...], folder: Path, method: str | None) -> str:
+    places = " + ".join([*([f"a merge by `{method}`"] if method else []), *(_place(each, folder) for each in origins)])
+    licences = " + ".join(origin.licence or "unknown" for origin in origins) or "as its models'"
     return f"| {name} | {places} | {licences} |"
 
 

@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mergetool.planning import Plan
-from mergetool.planning.beside import files_beside
 from mergetool.planning.graph import Shard
-from mergetool.planning.outcome import config_of
-from mergetool.tensors.side_files import CONFIG_NAME
+from mergetool.planning.outcome import write_small_files
 from mergetool.tensors.writer import copy_file, write_file
 
 
@@ -20,11 +18,7 @@ def slot_files(plan: Plan) -> Sequence[Shard]:
 def write_beside(plan: Plan, folder: Path) -> None:
     """Index, config.json as it is true of the result, and all files that belong to it."""
     _write_index(plan, folder)
-    if config := config_of(plan):
-        write_file(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    for name, path in files_beside(plan).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        copy_file(path, folder / name)
+    write_small_files(plan, folder, copy_file)
 
 
 def notes(plan: Plan, folder: Path) -> Mapping[str, int]:

@@ -13,6 +13,7 @@ from typing import Any
 from mergetool._version import __version__
 from mergetool.methods.group import Note
 from mergetool.outputs.card import card
+from mergetool.outputs.push import read_lock
 from mergetool.outputs.record import Record
 from mergetool.outputs.redaction import redacted
 from mergetool.outputs.result import Result
@@ -88,7 +89,9 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
             name: [redacted(vars(origin), plan.recipe.folder) for origin in origins]
             for name, origins in plan.origins.items()
         },
+        "vocabulary": plan.words.rows,
         "resolved_sha256": _resolved(plan),
+        **({"inner": _inner(plan)} if plan.inner else {}),
         "output": {"dtype": plan.recipe.output.dtype, "files": dict(sorted(record.outputs.items()))},
         "notes": _remarks(record.notes),
         "measured": _measured(record.notes),
@@ -105,13 +108,20 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
     }
 
 
+def _inner(plan: Plan) -> dict[str, Any]:
+    """What the locks say of results that were made for this one and are gone."""
+    kept = ("plan", "resolved_sha256", "inner", "output", "notes", "measured", "run")
+    locks = {name: read_lock(each.output) for name, each in plan.inner.items() if each.output is not None}
+    return {name: {key: lock[key] for key in kept if key in lock} for name, lock in locks.items()}
+
+
 def _input(plan: Plan, record: Record, name: str, stamp: FileStamp) -> dict[str, Any]:
     digest = record.inputs.get(str(stamp.path))
     return {"file": _place(plan, name, stamp.path), "size": stamp.size, "sha256": digest}
 
 
 def _resolved(plan: Plan) -> str:
-    """SHA-256 of what becomes of every tensor: method, inputs, and numbers."""
+    """SHA-256 of what becomes of every tensor: method, inputs, numbers, and rows."""
     numbers = [
         [
             [slot.spec.name for slot in step.slots],
@@ -121,7 +131,8 @@ def _resolved(plan: Plan) -> str:
         ]
         for step in plan.steps
     ]
-    return hashlib.sha256(json.dumps(numbers, default=str).encode()).hexdigest()
+    told = [numbers, plan.words.digest] if plan.words.digest else numbers
+    return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
 
 
 def _place(plan: Plan, name: str, path: Path) -> str:

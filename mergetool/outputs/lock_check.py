@@ -12,8 +12,9 @@ from typing import Any
 from mergetool.errors import RecipeError, SourceError
 from mergetool.outputs.push import read_lock
 from mergetool.outputs.redaction import redacted
-from mergetool.outputs.staging import LOCK_NAME, asked_for
+from mergetool.outputs.staging import LOCK_NAME
 from mergetool.planning import Plan
+from mergetool.planning.key import asked_for
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.source import FileStamp
 

@@ -9,18 +9,14 @@ made (they hold a `mergetool.json`) are ever replaced.
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
-from mergetool._version import __version__
 from mergetool.errors import OutputError, SourceError
 from mergetool.outputs.journal import (
     Journal,
@@ -31,13 +27,14 @@ from mergetool.outputs.journal import (
     read_done,
     remove_journals,
 )
+from mergetool.outputs.parts import check_parts, has_parts, keep_parts
 from mergetool.planning import Plan
-from mergetool.planning.graph import UNIT_ELEMENTS
+from mergetool.planning.inner import needed
+from mergetool.planning.key import plan_key
 from mergetool.tensors.io import write_error
 from mergetool.tensors.writer import partial_path, sync_folder
 
 LOCK_NAME = "mergetool.json"
-_JOURNAL_FORMAT = 2
 _ELSEWHERE = "choose another place with -o PATH"
 
 
@@ -54,6 +51,7 @@ class Staging:
             self._check_inputs()
             check_output(output, overwrite=overwrite)
             self._check_partial()
+            check_parts(output)
             _make_parents(self.partial)
             adopt_old_journals(self.partial)
         self.journal = Journal(self.partial, self.key, resume=resume)
@@ -64,6 +62,7 @@ class Staging:
                 sync_folder(self.partial.parent)
                 self.finished = resume and is_result(self.partial, self.key)
                 self._take_over(plan)
+                keep_parts(output, needed_parts(plan) if resume else ())
         except OutputError:
             self._let_be()
             raise
@@ -123,6 +122,11 @@ class Staging:
         except OSError:
             return False
 
+    @property
+    def has_work(self) -> bool:
+        """Whether anything is merged, of this recipe or of one inside it."""
+        return self.journal.worked or has_parts(self.output)
+
     def changed_inputs(self) -> list[Path]:
         """Input files that are no longer what they were when their headers were read."""
         return [stamp.path for stamp in self._inputs if stamp.changed()]
@@ -143,6 +147,7 @@ class Staging:
                 self.output.rename(replaced)
             self.partial.rename(self.output)
             sync_folder(self.output.parent)
+            keep_parts(self.output, ())
             remove_journals(self.partial)
             _remove(replaced)
 
@@ -150,6 +155,7 @@ class Staging:
         """Remove the unfinished folder, and let go of it."""
         with suppress(OSError):
             shutil.rmtree(self.partial)
+            keep_parts(self.output, ())
             remove_journals(self.partial)
 
     def release(self) -> None:
@@ -214,6 +220,16 @@ def is_result(folder: Path, key: str) -> bool:
         return False
 
 
+def is_made(plan: Plan) -> bool:
+    """Whether the result of a recipe inside another one is there."""
+    return plan.output is not None and is_result(plan.output, plan_key(plan))
+
+
+def needed_parts(plan: Plan) -> set[str]:
+    """Names of the results of recipes inside a plan that it still needs."""
+    return {each.output.name for _, each in needed(plan, is_made) if each.output is not None}
+
+
 def done_before(plan: Plan, output: Path, *, overwrite: bool) -> bool:
     """Whether the output is there, made by this very plan. What a killed run did not clear away then goes.
 
@@ -232,6 +248,7 @@ def done_before(plan: Plan, output: Path, *, overwrite: bool) -> bool:
         if unsaid:
             journal = Journal(partial, "", resume=True)
             _remove(_replaced(output))
+            keep_parts(output, ())
             remove_journals(partial)
             journal.close()
     return True
@@ -285,23 +302,3 @@ def _remove(replaced: Path) -> None:
     elif (replaced / LOCK_NAME).is_file():
         _empty(replaced, keep=LOCK_NAME)
         shutil.rmtree(replaced)
-
-
-def plan_key(plan: Plan) -> str:
-    """SHA-256 of all that decides the bytes of the output: recipe, inputs as they lie on the disk, layout, versions."""
-    document = asked_for(plan.recipe.document)
-    inputs = [
-        [name, str(stamp.path.resolve()), stamp.size, stamp.mtime_ns]
-        for name, stamps in plan.stamps.items()
-        for stamp in stamps
-    ]
-    layout = [[shard.name, hashlib.sha256(shard.prefix).hexdigest()] for shard in plan.shards]
-    versions = [_JOURNAL_FORMAT, __version__, version("torch")]
-    text = json.dumps([versions, UNIT_ELEMENTS, document, inputs, layout], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def asked_for(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's data without where its result goes."""
-    output = {key: value for key, value in dict(document.get("output") or {}).items() if key not in ("path", "hub")}
-    return {**document, "output": output}

@@ -12,18 +12,21 @@ from pathlib import Path
 
 from mergetool.bundle.present import present
 from mergetool.checkpoints.family import assemble
-from mergetool.errors import PlanError, at
+from mergetool.errors import at
 from mergetool.planning.draft import Draft
 from mergetool.planning.graph import BASE, Plan, Shard, Slot, Step, compute_bits
+from mergetool.planning.inner import NONE, PlannedModel, place_of, with_inner
 from mergetool.planning.outcome import check_vocabulary, words_about_result
-from mergetool.planning.parents import check_shares, refuse_quantised, words_about
+from mergetool.planning.parents import check_shares, words_about
 from mergetool.planning.passes import with_partners, with_passes
 from mergetool.planning.sources import Lookup
+from mergetool.planning.words import in_one_vocabulary
 from mergetool.recipe.candidate import first_candidate
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.header import TensorSpec, lay_out
 from mergetool.tensors.sets import UNSPLIT
 from mergetool.tensors.source import FileStamp, ModelSource
+from mergetool.tensors.writer import parts_path
 
 
 def make_plan(
@@ -33,24 +36,28 @@ def make_plan(
     lookup: Lookup | None = None,
     *,
     whole: bool = False,
+    parts: Path | None = None,
 ) -> Plan:
     """Plan a recipe from headers. `sources` stand in for the recipe's models (in memory); `lookup` looks others up.
 
     Of weights nothing is read but samples of tied tensors that are stored twice; with `whole`, all of those.
+
+    Recipes inside this one are planned with it; `parts` is the folder in which their results will lie.
 
     Of a search, the plan of its first candidate: the others differ in numbers only.
     Raises SourceError or HubError for models that cannot be read, PlanError for models that do not fit together.
     """
     if recipe.method.searches:
         recipe = first_candidate(recipe)
-    _refuse_words(recipe)
     lookup = lookup or Lookup(recipe.folder)
-    opened = dict(sources) if sources is not None else open_models(recipe, lookup)
-    if recipe.method.result == "bundle" and BASE in opened:
-        opened = present(opened, [name for name, reference in recipe.models.items() if reference.head is not None])
     if output is None and recipe.output.path is not None:
         output = recipe.path_of(recipe.output.path)
-    plan = _planned(recipe, opened, output, lookup, whole=whole)
+    parts = parts or parts_path(output or recipe.folder / "result")
+    inner = {name: _inner(each, lookup, parts, whole=whole) for name, each in recipe.inner.items()}
+    opened = dict(sources) if sources is not None else open_models(recipe, lookup, inner)
+    if recipe.method.result == "bundle" and BASE in opened:
+        opened = present(opened, [name for name, reference in recipe.models.items() if reference.head is not None])
+    plan = with_inner(_planned(recipe, opened, output, lookup, whole=whole), inner)
     check_vocabulary(plan)
     plan = replace(plan, warnings=(*plan.warnings, *words_about_result(plan)))
     if recipe.method.result != "bundle":
@@ -60,51 +67,37 @@ def make_plan(
     return as_bundle(plan)
 
 
-def _refuse_words(recipe: Recipe) -> None:
-    """Raise PlanError for what of the vocabulary cannot be made."""
-    tokenizer = recipe.tokenizer
-    if tokenizer is not None and tokenizer.source not in (BASE, *recipe.models):
-        raise PlanError(
-            f"a vocabulary of its own ({tokenizer.source}) cannot be made", "tokenizer.source", "name a model"
-        )
-    if tokenizer is not None and tokenizer.model_fields_set - {"source"}:
-        raise PlanError("rows cannot be chosen by token", "tokenizer", "write source: MODEL alone")
-    if recipe.chat_template is not None:
-        raise PlanError("a template of its own cannot be written", "chat_template", "write tokenizer: {source: MODEL}")
-
-
 def _planned(
     recipe: Recipe, opened: Mapping[str, ModelSource], output: Path | None, lookup: Lookup, *, whole: bool
 ) -> Plan:
     """The plan of opened models, with all that is to be said of them."""
     template = BASE if BASE in opened else next(iter(recipe.models))
     family = assemble(opened, template, whole=whole)
-    draft = Draft(recipe, family, template)
-    steps = _counted(recipe, family.sources, draft.steps())
+    vocabulary = in_one_vocabulary(recipe, family.sources, template, lookup)
+    family = replace(family, sources=vocabulary.sources)
+    draft = Draft(recipe, family, template, vocabulary.rows)
+    steps = _counted(recipe, draft.sources, draft.steps())
     specs = {slot.spec.name: slot.spec for step in steps for slot in step.slots}
     stem, limit = opened[template].stem, recipe.output.shard_size
     shards = _shards([specs[each.name] for each in draft.arrangement.origins if each.name in specs], stem, limit)
+    remarks = (*recipe.warnings, *lookup.warnings, *family.remarks, *vocabulary.remarks, *draft.warnings)
     words = (*check_shares(recipe, family.sources, steps), *words_about(recipe, family.sources, template, steps))
     return Plan(
         recipe,
-        family.sources,
+        draft.sources,
         template,
         _place(steps, shards),
         tuple(shards),
         output,
-        warnings=(
-            *recipe.warnings,
-            *lookup.warnings,
-            *family.remarks,
-            *draft.warnings,
-            *words,
-            *_unsplit(shards, stem, limit),
-        ),
+        warnings=(*remarks, *words, *_unsplit(shards, stem, limit)),
         origins=lookup.origins,
         bytes_missing=sum(lookup.missing.values()),
         untied=family.untied,
         layers=draft.arrangement.layers,
+        config=draft.arrangement.config,
+        narrow=draft.narrow,
         others=_other_files(recipe),
+        words=vocabulary,
     )
 
 
@@ -119,14 +112,25 @@ def _other_files(recipe: Recipe) -> dict[str, FileStamp]:
     return found
 
 
-def open_models(recipe: Recipe, lookup: Lookup) -> dict[str, ModelSource]:
-    """Every model of a recipe, the base under `BASE`. Raises SourceError, HubError or PlanError."""
+def _inner(recipe: Recipe, lookup: Lookup, parts: Path, *, whole: bool) -> Plan:
+    """The plan of a recipe inside another one, whose result lies among the others until it has been read."""
+    plan = make_plan(recipe, lookup=lookup.inside(recipe.folder), whole=whole, parts=parts)
+    return replace(plan, output=place_of(plan, parts))
+
+
+def open_models(recipe: Recipe, lookup: Lookup, inner: Mapping[str, Plan] = NONE) -> dict[str, ModelSource]:
+    """Every model of a recipe, the base under `BASE`; of those that other recipes make (`inner`) what is planned.
+
+    Raises SourceError, HubError or PlanError.
+    """
     opened = {}
     references = {**({BASE: recipe.base} if recipe.base else {}), **recipe.models}
     for name, reference in references.items():
         with at("base" if name == BASE else f"model {name!r}"):
-            opened[name] = lookup.open(name, reference.source, reference.adapters, reference.select)
-            refuse_quantised(opened[name])
+            if name in inner:
+                opened[name] = lookup.adapted(name, PlannedModel(inner[name]), reference.adapters)
+            else:
+                opened[name] = lookup.open(name, reference.source, reference.adapters, reference.select)
     return opened
 
 

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mergetool.errors import OutputError, PlanError
+from mergetool.errors import OutputError, PlanError, at
 from mergetool.planning.graph import SLICE_ELEMENTS, Plan, Step
+from mergetool.planning.inner import bytes_on_disk, needed
 from mergetool.units import filesize, memsize
 
 RUNTIME_BYTES = 300_000_000
@@ -45,8 +47,21 @@ def step_memory(plan: Plan, step: Step) -> int:
 def estimate(plan: Plan, *, workers: int | None, memory: int | None, processes: int = 1) -> Costs:
     """Settle workers and memory of one process. Raises PlanError when even one worker needs more than `memory`.
 
+    Recipes inside run before, one by one: the one that needs most tells the peak.
+
     `memory` (and the machine's, and its cores) are shared by as many `processes` as run on this machine.
     """
+    inner = []
+    for name, each in needed(plan):
+        with at(name):
+            inner.append(_estimate(each, workers, memory, processes))
+    own = _estimate(plan, workers, memory, processes)
+    peak = max(each.peak_memory for each in (own, *inner))
+    return replace(own, peak_memory=peak, bytes_in=sum(each.bytes_in for each in (own, *inner)))
+
+
+def _estimate(plan: Plan, workers: int | None, memory: int | None, processes: int) -> Costs:
+    """The costs of a plan by itself."""
     memory = memory // processes if memory is not None else None
     streams = max((len(step.reads) for step in plan.steps), default=1)
     temporaries = max((step.operation.buffers for step in plan.steps), default=0)
@@ -86,15 +101,17 @@ def _fit_memory(plan: Plan, threads: int, memory: int | None) -> int:
     return needed
 
 
-def check_disk(plan: Plan, output: Path) -> None:
-    """Raise OutputError when the output cannot fit on its disk."""
+def check_disk(plan: Plan, output: Path, is_made: Callable[[Plan], bool] = lambda _: False) -> None:
+    """Raise OutputError when the output, and results of recipes inside that are read for it, cannot fit on the disk."""
     place = output.parent
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    if free < plan.bytes_out:
+    needed = bytes_on_disk(plan, is_made)
+    if free < needed:
+        more = " (with what the recipes inside it make)" if plan.inner else ""
         raise OutputError(
-            f"needs {filesize(plan.bytes_out)}, {filesize(free)} are free on that disk",
+            f"needs {filesize(needed)}{more}, {filesize(free)} are free on that disk",
             str(output),
             "free some space, or choose another place with -o PATH",
         )

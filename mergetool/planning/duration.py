@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from mergetool.planning.cost import available_memory
 from mergetool.planning.graph import Plan, Step
+from mergetool.planning.inner import needed
 
 _SVD_PASSES = 12.0
 """Multiply-adds of a decomposition, in units of rows x columns x the shorter side."""
@@ -62,8 +63,13 @@ def this_machine(workers: int) -> Machine:
 
 
 def expected_seconds(plan: Plan, machine: Machine = THIS) -> float:
-    """Seconds that a run of this plan should take on `machine`."""
-    inputs = sum(stamp.size for stamps in plan.stamps.values() for stamp in stamps) or plan.bytes_in
+    """Seconds that a run of this plan should take on `machine`, with the recipes inside it."""
+    return _STARTUP + sum(_working_seconds(each, machine) for each in (plan, *dict(needed(plan)).values()))
+
+
+def _working_seconds(plan: Plan, machine: Machine) -> float:
+    """Seconds of a plan by itself."""
+    inputs = sum(stamp.size for source in plan.sources.values() for stamp in source.files) or plan.bytes_in
     again = _counted_bytes(plan) if inputs > machine.memory else 0
     disk = (inputs + again) / machine.disk_read + plan.bytes_out / machine.disk_write
     hashing = (inputs + plan.bytes_out) / machine.hash_rate / machine.cores
@@ -74,7 +80,7 @@ def expected_seconds(plan: Plan, machine: Machine = THIS) -> float:
         compute = (moved / machine.bus + flops / machine.device_flops) / machine.devices
     else:
         compute = (elements / machine.element_rate + flops / machine.core_flops) / machine.cores
-    return _STARTUP + max(disk, compute + hashing)
+    return max(disk, compute + hashing)
 
 
 def _element_operations(step: Step) -> float:

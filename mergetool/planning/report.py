@@ -9,6 +9,8 @@ from mergetool.methods.merge3 import Merge3
 from mergetool.planning.cost import Costs
 from mergetool.planning.duration import MACHINES, Machine, answer_seconds, expected_seconds, is_guess, this_machine
 from mergetool.planning.graph import Plan, Slot, Step
+from mergetool.planning.inner import bytes_on_disk, needed
+from mergetool.planning.parents import label
 from mergetool.planning.patterns import patterns, treatment
 from mergetool.planning.search import SearchSize
 from mergetool.units import filesize, memsize, timespan
@@ -33,9 +35,31 @@ def describe(plan: Plan, costs: Costs, search: Method | None = None) -> dict[str
         "workers": costs.workers,
         "expected_seconds": {machine.name: round(expected_seconds(plan, machine), 1) for machine in MACHINES},
         "expected_seconds_here": round(expected_seconds(plan, this_machine(costs.workers)), 1),
+        "vocabulary": plan.words.rows,
+        "bytes_beside": bytes_on_disk(plan) - plan.bytes_out,
+        "inner": {name: _inner(each) for name, each in needed(plan)},
         "warnings": list(plan.warnings),
         "search": None if search is None else vars(_size(plan, search)),
     }
+
+
+def _inner(plan: Plan) -> dict[str, Any]:
+    """A recipe inside the one that is planned."""
+    return {
+        "method": plan.recipe.method.method_name(),
+        "models": list(plan.recipe.models),
+        "steps": [_step(plan, step, slot) for step in plan.steps for slot in step.slots],
+        "bytes_in": plan.bytes_in,
+        "bytes_out": plan.bytes_out,
+    }
+
+
+def tables(plan: Plan, *, full: bool = False) -> list[tuple[str, Rows]]:
+    """What becomes of the tensors, under a title each: of what recipes inside make, then of the result."""
+    inner = [
+        (f"first {name}: {each.recipe.method.method_name()}", rows(each, full=full)) for name, each in needed(plan)
+    ]
+    return [*inner, (f"then: {plan.recipe.method.method_name()}" if inner else "", rows(plan, full=full))]
 
 
 def _step(plan: Plan, step: Step, slot: Slot) -> dict[str, Any]:
@@ -80,13 +104,33 @@ def totals(plan: Plan, costs: Costs, *, machines: bool = False, search: Method |
     return [
         ("tensors", f"{plan.num_tensors:,} ({told})"),
         *([("to download first", filesize(plan.bytes_missing))] if plan.bytes_missing else []),
+        *_vocabulary(plan),
         ("to read", filesize(costs.bytes_in)),
         ("to write", f"{at_most}{filesize(costs.bytes_out)} in {files}"),
+        *_beside(plan),
         ("memory, at most", f"{memsize(costs.peak_memory)} with {costs.workers} workers"),
         *((f"expected time, {machine.name}", f"{_duration(plan, machine)}{result}") for machine in places),
         *(_search(plan, search, here) if search is not None else ()),
         ("output", str(plan.output) if plan.output else "give -o PATH"),
     ]
+
+
+def _vocabulary(plan: Plan) -> Rows:
+    """Where the rows of tokens come from, in each model's view: of one tensor for all that are alike."""
+    alike: dict[str, list[str]] = {}
+    for name, models in plan.words.rows.items():
+        for model, counts in models.items():
+            whose = {model: "its own"} | {other: f"of {label(other)}" for other in plan.sources if other != model}
+            told = ", ".join(f"{count:,} {whose.get(each, each)}" for each, count in counts.items())
+            alike.setdefault(f"{label(model)}: {told}", []).append(name)
+    return [(f"rows of {names[0]}", told) for told, names in alike.items()]
+
+
+def _beside(plan: Plan) -> Rows:
+    """What recipes inside write, which goes again."""
+    names = [name for name, _ in needed(plan)]
+    more = filesize(bytes_on_disk(plan) - plan.bytes_out)
+    return [("for a time", f"{more} more on the disk, for {', '.join(names)}")] if names else []
 
 
 def _size(plan: Plan, search: Method) -> SearchSize:

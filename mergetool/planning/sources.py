@@ -11,6 +11,8 @@ from typing import Any
 
 from mergetool.bundle import is_bundle
 from mergetool.checkpoints.adapters import AdapterSource
+from mergetool.checkpoints.codes import describes_codes
+from mergetool.checkpoints.quantised import plain_numbers
 from mergetool.errors import HubError, SourceError
 from mergetool.recipe.schema import ModelReference, Recipe, expanded
 from mergetool.tensors.folder import open_model
@@ -44,31 +46,48 @@ class Place:
 
 
 class Lookup:
-    """Looks references up. Paths are relative to `folder`."""
+    """Looks references up. Paths are relative to `folder`. With `as_stored`, quantised weights stay codes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, found: dict[tuple[str, bool], Repository] | None = None, *, as_stored: bool = False
+    ) -> None:
         self._folder = folder
-        self._found: dict[tuple[str, bool], Repository] = {}
+        self._as_stored = as_stored
+        self._found = {} if found is None else found
         self.warnings: list[str] = []
         self.pins: dict[str, str] = {}
         self.origins: dict[str, tuple[Provenance, ...]] = {}
         """Of every model that was opened, by name: the model itself, then its adapters."""
 
+    def inside(self, folder: Path) -> "Lookup":
+        """What looks up for a recipe inside this one; what is missing is known here, too."""
+        return Lookup(folder, self._found)
+
     def open(self, name: str, source: str, adapters: tuple[str, ...] = (), select: str | None = None) -> ModelSource:
         """Open a model with its adapters, or one expert of a bundle. Raises SourceError or HubError."""
         place = self._place(source, whole=select is not None)
-        origins = [place.origin]
         model = _open(place, select)
+        return self.adapted(name, model if self._as_stored else plain_numbers(model), adapters, place.origin)
+
+    def adapted(
+        self, name: str, model: ModelSource, adapters: tuple[str, ...], origin: Provenance | None = None
+    ) -> ModelSource:
+        """A model with its adapters. `origin`: where it came from, if from anywhere."""
+        origins = [] if origin is None else [origin]
         for adapter in adapters:
             added = self._place(adapter, adapter=True)
             model = AdapterSource(model, added.path, added.elsewhere)
             self.warnings += [f"{name}: {text}" for text in model.warnings]
-            self.warnings += _made_for_another(name, place.origin, model.made_for)
+            self.warnings += [] if origin is None else _made_for_another(name, origin, model.made_for)
             origins.append(added.origin)
         self.origins[name] = tuple(origins)
         told = [f"{name}: {remark}" for remark in model.remarks]
         self.warnings += [text for text in told if text not in self.warnings]
         return model
+
+    def folder(self, text: str) -> Path:
+        """The folder of a tokenizer's files. Raises SourceError or HubError."""
+        return self._place(text).path
 
     def _place(self, text: str, *, adapter: bool = False, whole: bool = False) -> Place:
         path = (self._folder / expanded(text)).absolute()
@@ -77,7 +96,7 @@ class Lookup:
             return Place(path, Provenance(text, licence_of(path if path.is_dir() else path.parent)))
         repository = self._repository(name, text, adapter=adapter)
         origin = Provenance(text, licence_of(repository.folder), repository.name, repository.commit)
-        if whole or _is_pickled(repository):  # no header tells what is in it
+        if whole or _is_pickled(repository) or _needs_values(repository):  # no header tells what is in it
             return Place(repository.fetch(whole=whole), origin)
         return Place(repository.folder, origin, repository.headers())
 
@@ -171,7 +190,10 @@ def pinned_document(document: Mapping[str, Any], pins: Mapping[str, str]) -> dic
     def pin(value: Any) -> Any:
         if isinstance(value, str):
             return pins.get(value, value)
-        made = {**value, "source": pins.get(value["source"], value["source"])}
+        if "recipe" in value:
+            made = {**value, "recipe": pinned_document(value["recipe"], pins)}
+        else:
+            made = {**value, "source": pins.get(value["source"], value["source"])}
         return made | (
             {"adapters": [pins.get(text, text) for text in value["adapters"]]} if "adapters" in value else {}
         )
@@ -182,6 +204,11 @@ def pinned_document(document: Mapping[str, Any], pins: Mapping[str, str]) -> dic
 
 def _is_pickled(repository: Repository) -> bool:
     return not all(name.endswith(".safetensors") for name in repository.weight_files())
+
+
+def _needs_values(repository: Repository) -> bool:
+    """Whether shapes are told by values (bitsandbytes' 4 bits), not by headers."""
+    return any(describes_codes(name) for file in repository.headers().values() for name in file.header.slots)
 
 
 def _open(place: Place, select: str | None) -> ModelSource:

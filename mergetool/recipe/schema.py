@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from mergetool.arch.code import code_of
 from mergetool.evaluate.options import TaskOptions
@@ -42,8 +42,25 @@ def expanded(text: str) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111  (pathlib's raises for an unknown user)
 
 
+INLINE = "a recipe written here"
+"""What the source of a model is called that a recipe within the recipe makes."""
+
+
 def _as_reference(value: Any) -> Any:
-    return {"source": value} if isinstance(value, str) else value
+    """The long form of a reference; a model that another recipe makes is called by that recipe's file."""
+    if isinstance(value, str):
+        return {"source": value}
+    if not isinstance(value, dict) or value.get("recipe") is None:
+        return value
+    return {**value, "source": value["recipe"] if isinstance(value["recipe"], str) else INLINE}
+
+
+def _source_or_recipe(schema: dict[str, Any]) -> None:
+    """Either is required, which the class itself cannot say."""
+    schema["anyOf"] = [{"required": [key]} for key in ("source", "recipe")]
+    schema["required"] = [key for key in schema["required"] if key != "source"]
+    if not schema["required"]:
+        del schema["required"]
 
 
 class HeadReference(Section):
@@ -58,7 +75,9 @@ class HeadReference(Section):
 
 
 class ModelReference(Section):
-    """Where a model is: a folder, a file of weights, or a model on the Hub."""
+    """Where a model is: a folder, a file of weights, a model on the Hub, or the result of another recipe."""
+
+    model_config = ConfigDict(json_schema_extra=_source_or_recipe)
 
     source: PathText = Field(
         description="a folder, a file of weights, or a model on the Hub (`org/name@revision`); a bundle with `select`"
@@ -68,6 +87,12 @@ class ModelReference(Section):
     )
     select: Annotated[str, Field(min_length=1, strict=True)] | None = Field(
         None, description="the task whose expert is meant, where `source` is a bundle"
+    )
+    recipe: PathText | dict[str, Any] | None = Field(
+        None, description="instead of `source`: a recipe's file, or the recipe itself, whose result is the model"
+    )
+    folder: PathText | None = Field(
+        None, description="what relative paths of a `recipe` written here are relative to, where it is another folder"
     )
     head: HeadReference | None = Field(
         None, description="the classifier of this task, for a bundle, where it is not in the checkpoint of the model"
@@ -172,8 +197,18 @@ class Recipe:
     """Which tensors of the models each output tensor comes from."""
     layout_overrides: tuple[Override, ...] = ()
     """Overrides that the layout's sections hold; where they apply, the layout says."""
+    inner: "Mapping[str, Recipe]" = field(default_factory=dict)
+    """The recipes that make some of the models, by name (the base under "base")."""
+    intermediate: bool = False
+    """Whether the result is only read by another recipe: it is then kept as it was computed, unless it says how."""
     warnings: tuple[str, ...] = ()
     """What was found when it was read that its author should know."""
+
+    @property
+    def all_warnings(self) -> tuple[str, ...]:
+        """What was found in it and in the recipes inside it."""
+        inner = [f"{name}: {text}" for name, each in self.inner.items() for text in each.all_warnings]
+        return (*inner, *self.warnings)
 
     @property
     def architecture_file(self) -> Path | None:

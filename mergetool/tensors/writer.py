@@ -38,6 +38,11 @@ def partial_path(output: Path) -> Path:
     return output.parent / f"{output.name}.partial"
 
 
+def parts_path(output: Path) -> Path:
+    """Where the results of recipes inside the one that makes an output lie until it is there."""
+    return output.parent / f"{output.name}.partial.parts"
+
+
 class SlotWriter:
     """The output files of one run. `write` may be called from any thread, for any slots, in any order."""
 

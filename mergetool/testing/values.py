@@ -35,7 +35,8 @@ def _has_scale(case: MethodCase) -> bool:
 
 def _has_weights(case: MethodCase) -> bool:
     schedulable = case.kind.schedulables().get("weight")
-    return _takes_several(case) and schedulable is not None and schedulable.per_model
+    takes_fewer = len(case.names) > case.kind.min_models
+    return _takes_several(case) and takes_fewer and schedulable is not None and schedulable.per_model
 
 
 # ---------------------------------------------------------------- identities

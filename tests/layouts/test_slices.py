@@ -284,6 +284,33 @@ def test_a_slice_has_another_model_for_its_base(models, tmp_path):
     torch.testing.assert_close(out["model.norm.weight"], norm, rtol=1e-6, atol=1e-6)
 
 
+def test_a_slice_of_one_model_that_names_its_base_is_merged(models, tmp_path):
+    found = models("llama", (4, 4, 4))
+    recipe = recipe_of(found, {"method": "task-arithmetic", "scale": 0.5}, [{"a": [0, 2], "base": [1, 3]}], base=True)
+    del recipe["models"]["b"]
+    out = state_of(mergetool.run(recipe, output=tmp_path / "out").path, FAMILIES["llama"].model)
+    a, base = (state_of(found[name], FAMILIES["llama"].model) for name in ("a", "base"))
+    for ours, its, bases in (("layers.1", "layers.1", "layers.2"), ("norm", "norm", "norm")):
+        suffix = ".mlp.up_proj.weight" if ours != "norm" else ".weight"
+        expected = (a[f"model.{its}{suffix}"] + base[f"model.{bases}{suffix}"]) / 2
+        torch.testing.assert_close(out[f"model.{ours}{suffix}"], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_one_slice_of_all_layers_of_all_models_is_the_whole_models(models, base):
+    found = models("llama", (4, 4, 4))
+    merge = {"method": "task-arithmetic" if base else "linear", "weight": {"a": {"gradient": [0.1, 0.9]}, "b": 0.5}}
+    slices = [{"a": [0, 4], "b": [0, 4]}]
+    sliced, whole = recipe_of(found, merge, slices, base=base), recipe_of(found, merge, slices, base=base)
+    del whole["slices"]
+    assert mergetool.plan(sliced).steps == mergetool.plan(whole).steps
+    assert not mergetool.plan(sliced).layers
+    cut = mergetool.plan({**sliced, "slices": [{"a": [0, 3], "b": [0, 3]}]})
+    assert cut.layers == {"model.layers": (("a", 0), ("a", 1), ("a", 2))}
+    with pytest.raises(PlanError, match="layer 4 is asked for, and model 'a' has layers 0 to 3"):
+        mergetool.plan({**sliced, "slices": [{"a": [0, 5], "b": [0, 5]}]})
+
+
 def test_the_result_opens_and_writes(models, tmp_path):
     found = models("llama")
     slices = [{"a": [0, 4]}, {"b": [0, 3]}]

@@ -67,3 +67,17 @@ def test_a_model_that_changed_nothing_agrees_with_nobody():
         cosine = float(a @ b / (a.norm() * b.norm())) / 3
         share = 3 * cosine / (1 + 2 * cosine)
         torch.testing.assert_close(found[name], value + share * (a + b).view_as(value) / 3, rtol=1e-12, atol=1e-12)
+
+
+def test_without_the_clamp_task_vectors_that_disagree_lead_away_from_the_mean():
+    base = {"w": torch.zeros(2)}
+    models = {"a": {"w": torch.tensor([1.0, 0.0])}, "b": {"w": torch.tensor([-0.6, 0.8])}}  # cosine -0.6: t = -3
+    found = mergetool.merge_state_dicts("model-stock", models, base, clamp=False)["w"]
+    torch.testing.assert_close(found, -3 * torch.tensor([0.2, 0.4]))
+    assert mergetool.merge_state_dicts("model-stock", models, base)["w"].tolist() == [0.0, 0.0]
+
+
+def test_without_the_clamp_exactly_opposite_task_vectors_leave_the_base():
+    base = {"w": torch.ones(2)}
+    models = {"a": {"w": torch.tensor([2.0, 1.0])}, "b": {"w": torch.tensor([0.0, 1.0])}}
+    assert mergetool.merge_state_dicts("model-stock", models, base, clamp=False)["w"].tolist() == [1.0, 1.0]

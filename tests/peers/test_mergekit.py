@@ -15,13 +15,23 @@ from tests.peers.checkpoints import sample, shapes, summary, tensors, write_fami
 FOLDER = Path(__file__).parent / "mergekit"
 CASES = yaml.safe_load((FOLDER / "cases.yaml").read_text())
 EXPECTED = load_file(FOLDER / "outputs.safetensors")
+ON_A_SPHERE = ("slerp", "nuslerp", "multislerp", "karcher")
 BFLOAT16 = 2**-8  # half the distance between neighbours, relative to the value, twice
 
 ZERO = (
     "model.layers.0.self_attn.v_proj.weight"  # the base's is zero: we walk the straight line, mergekit a quarter circle
 )
 EVEN = "model.layers.1.mlp.up_proj.weight"  # the two models disagree exactly: we keep the base, mergekit elects plus
-OURS = {"slerp-edges": {ZERO}, "slerp-edges-reversed": {ZERO}, "ties-exact-disagreement": {EVEN}}
+OPPOSITE = {  # minus the base, and minus twice the base: mergekit divides by a sine of rounding errors
+    "model.layers.0.self_attn.o_proj.weight",
+    "model.layers.0.mlp.down_proj.weight",
+}
+OURS = {
+    "slerp-edges": {ZERO},
+    "slerp-edges-reversed": {ZERO},
+    "nuslerp-edges": {ZERO, *OPPOSITE},
+    "ties-exact-disagreement": {EVEN},
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +71,7 @@ def test_a_mergekit_recipe_gives_the_numbers_of_mergekit(case, merge):
     merged, theirs = merge(CASES[case]), expected(case)
     assert set(merged) == set(theirs)
     relative = BFLOAT16 if CASES[case].get("out_dtype") == "bfloat16" else 0
-    absolute = 2e-5 if CASES[case]["merge_method"] == "slerp" else 2e-6
+    absolute = 2e-5 if CASES[case]["merge_method"] in ON_A_SPHERE else 2e-6
     for name in set(merged) - OURS.get(case, set()):
         samples, totals = theirs[name]
         np.testing.assert_allclose(sample(name, merged[name]), samples, rtol=relative, atol=absolute, err_msg=name)
@@ -75,6 +85,13 @@ def test_slerp_with_a_zero_vector_walks_the_straight_line(case, merge):
     np.testing.assert_allclose(merge(CASES[case])[ZERO], t * vector, rtol=0, atol=1e-6)
     theirs, _ = expected(case)[ZERO]
     np.testing.assert_allclose(theirs, np.sin(t * np.pi / 2) * sample(ZERO, vector), rtol=0, atol=1e-6)
+
+
+def test_nuslerp_without_a_circle_walks_the_straight_line(merge):
+    merged, base, other = merge(CASES["nuslerp-edges"]), tensors("edges", "base"), tensors("edges", "a")
+    for name in (ZERO, *OPPOSITE):
+        np.testing.assert_allclose(merged[name], 0.7 * base[name] + 0.3 * other[name], rtol=0, atol=1e-6)
+    assert max(np.abs(expected("nuslerp-edges")[name][0]).max() for name in OPPOSITE) > 100
 
 
 def test_ties_keeps_the_base_where_a_vote_ends_even(merge):

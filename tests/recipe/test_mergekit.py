@@ -8,6 +8,7 @@ from mergetool.recipe import load_recipe
 from mergetool.recipe.document import parse_document
 from mergetool.recipe.load import check_document, imported_text
 from mergetool.recipe.mergekit import convert, is_mergekit
+from mergetool.recipe.mergekit.counterparts import METHODS
 
 
 def converted(text):
@@ -232,7 +233,12 @@ def test_errors_of_our_checks_point_to_the_lines_of_the_original():
 @pytest.mark.parametrize(
     ("text", "line", "what"),
     [
-        (LINEAR + "tokenizer_source: union\n", "7", "tokenizer_source 'union' is not supported"),
+        (LINEAR + "tokenizer_source: union\ntokenizer: {source: base}\n", "8", "`tokenizer` and `tokenizer_source`"),
+        (LINEAR + "tokenizer: {tokens: {a: {source: org/third}}}\n", "7", "org/third is none of the models"),
+        (LINEAR + "tokenizer: {tokens: {a: {source: {kind: model_token, model: ./second}}}}\n", "7", "one of `token`"),
+        (LINEAR + "tokenizer: {tokens: {a: ./second}}\n", "7", "expected a mapping, found './second'"),
+        (LINEAR + "tokenizer: {pad_to_multiple_of: much}\n", "7", "expected a number, found 'much'"),
+        (LINEAR + "chat_template: chatlm\n", "7", "there is no chat template 'chatlm'"),
         (LINEAR + "dtype: int64\n", "7", "results cannot be stored as int64"),
         (LINEAR + "base_model: [a]\n", "7", "expected a path or model id, found ['a']"),
         (LINEAR + "parameters: 3\n", "7", "expected a mapping"),
@@ -245,7 +251,8 @@ def test_errors_of_our_checks_point_to_the_lines_of_the_original():
         (LINEAR + "parameters: {normalize: [true, false]}\n", "7", "expected numbers from the first layer to the last"),
         (LINEAR + "parameters: {normalize: 2}\n", "7", "expected true or false, found 2"),
         (LINEAR.replace("model: ./second", "modle: ./second"), "5", "expected `model`, a path or model id"),
-        (LINEAR.replace("linear", "frankenmerge"), "1", "mergekit's method 'frankenmerge' has no counterpart here"),
+        (LINEAR.replace("linear", "frankenmerge"), "1", "mergekit has no method 'frankenmerge' (a fork of it may)"),
+        (LINEAR.partition("\n")[2], "1", "`merge_method` is required"),
         ("merge_method: linear\n", "1", "one of `models`, `slices`, `modules` is needed"),
         ("merge_method: linear\nslices: [{sources: []}]\n", "2", "expected a list of models"),
         ("merge_method: linear\nslices: [{sources: [{model: a}]}]\n", "2", "`layer_range` is required"),
@@ -260,13 +267,13 @@ def test_what_has_no_counterpart_is_refused_at_its_line(text, line, what):
 
 
 def test_all_problems_are_told_at_once():
-    assert len(problems(LINEAR.replace("0.7", "heavy") + "dtype: int8\ntokenizer_source: union\n")) == 3
+    assert len(problems(LINEAR.replace("0.7", "heavy") + "dtype: int8\nchat_template: none\n")) == 3
 
 
 def test_a_method_that_is_absent_hides_no_other_problem():
     text = "merge_method: cabs\ndtype: fp16\nmodels: [{model: a}, {model: a}]\n"
     assert {what for _, what in problems(text)} == {
-        "mergekit's method 'cabs' has no counterpart here",
+        "mergekit has no method 'cabs' (a fork of it may)",
         "results cannot be stored as fp16",
         "a is listed twice",
     }
@@ -371,3 +378,111 @@ def test_import_writes_nothing_that_would_be_refused(tmp_path):
     (tmp_path / "x.yml").write_text(LINEAR.replace("0.3", ".inf"))
     with pytest.raises(RecipeError, match=r"x.yml:4:18 merge.weight.first: inf is not a finite number"):
         imported_text(tmp_path / "x.yml", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("tokenizer_source: union", {"source": "union"}),
+        ("tokenizer_source: base", {"source": "first"}),
+        ("tokenizer_source: ./second", {"source": "second"}),
+        ("tokenizer_source: {model: {path: ./second}}", {"source": "second"}),
+        ("tokenizer_source: org/third@v1", {"source": "org/third@v1"}),
+        ("tokenizer_source: third", {"source": "./third"}),
+        ("tokenizer: {}", {"source": "union"}),
+        ("tokenizer: {source: base, pad_to_multiple_of: 64}", {"source": "first", "pad_to": 64}),
+        (
+            "tokenizer: {tokens: {a: {source: org/first}, b: {source: ./second, force: yes}, c: {}}}",
+            {
+                "source": "union",
+                "tokens": {"a": "first", "b": {"from": "second", "force": True}, "c": {}},
+                "missing": "zero",
+            },
+        ),
+        (
+            "tokenizer: {tokens: {a: {source: {kind: zero}}, "
+            "b: {source: {kind: model_token, model: ./second, token: x}},"
+            " c: {source: {kind: model_token, model: ./second, token_id: 3}, force: true}}}",
+            {
+                "source": "union",
+                "tokens": {
+                    "a": {"zero": True},
+                    "b": {"from": "second", "token": "x"},
+                    "c": {"from": "second", "id": 3, "force": True},
+                },
+                "missing": "zero",
+            },
+        ),
+    ],
+)
+def test_tokens_are_asked_for_in_our_words(theirs, ours):
+    document = convert(parse_document(LINEAR + theirs + "\n", "x.yml"))
+    assert document.data["tokenizer"] == ours
+    check_document(document)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("auto", "auto"), ("chatml", "chatml"), ("'{{ messages[0].content }}'", {"text": "{{ messages[0].content }}"})],
+)
+def test_a_chat_template_is_a_name_or_a_text(theirs, ours):
+    document = convert(parse_document(LINEAR + f"chat_template: {theirs}\n", "x.yml"))
+    assert document.data["chat_template"] == ours
+    check_document(document)
+
+
+def test_models_are_not_called_by_words_that_mean_something_else():
+    text = LINEAR.replace("org/first", "org/union").replace("./second", "org/chatml")
+    assert list(converted(text)["models"]) == ["union-model", "chatml-model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("dare-ties", "did you mean 'dare_ties'?"),
+        ("Task_Arithmetc", "did you mean 'task_arithmetic'?"),
+        ("iso_c", "there is one of our own: mergetool init iso-c -o recipe.yaml"),
+        ("rcz", f"choose one of {', '.join(METHODS)}, or one of our own: mergetool methods"),
+    ],
+)
+def test_a_method_that_mergekit_lacks_is_told_from_a_slip(name, fix):
+    assert problems(LINEAR.replace("linear", name)) == {
+        ("1", f"mergekit has no method {name!r} (a fork of it may)"): fix
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "normalize", "merge"),
+    [
+        ("ties", True, {"weight": {"a": 0.0, "b": 1}, "density": {"a": 1.0, "b": 0.5}}),
+        ("dare_linear", False, {"weight": {"a": 0.0, "b": 1}, "density": {"a": 1.0, "b": 0.5}}),
+        ("dare_linear", True, {"weight": 1, "density": {"a": 1e-12, "b": 0.5}}),
+    ],
+)
+def test_a_density_of_zero_keeps_nothing_of_a_model(method, normalize, merge):
+    text = f"""\
+merge_method: {method}
+base_model: base
+models:
+  - {{model: a, parameters: {{weight: 1, density: 0}}}}
+  - {{model: b, parameters: {{weight: 1, density: 0.5}}}}
+parameters: {{normalize: {normalize}}}
+"""
+    document = convert(parse_document(text, "x.yml"))
+    check_document(document)
+    assert {key: document.data["merge"][key] for key in merge} == merge
+
+
+def test_a_density_of_zero_where_a_filter_matches_is_said_there():
+    weight = "parameters: {weight: 1, density: [{filter: mlp, value: 0}, {value: 2}]}"
+    text = f"merge_method: ties\nbase_model: base\nmodels: [{{model: a, {weight}}}, {{model: b}}]\n{weight}\n"
+    merge = converted(text)["merge"]
+    assert (merge["weight"], merge["density"]) == (1, 1.0)
+    assert merge["overrides"] == [{"match": "*mlp*", "weight": 0.0, "density": 1.0}]
+
+
+def test_a_gradient_of_densities_may_end_at_nothing():
+    text = "merge_method: ties\nbase_model: base\nmodels: [{model: a}]\nparameters: {weight: 1, density: [1, 0]}\n"
+    document = convert(parse_document(text, "x.yml"))
+    check_document(document)
+    assert document.data["merge"]["density"] == {"gradient": [1.0, 1e-12]}

@@ -17,6 +17,7 @@ Reference: mergekit 0.1.5, https://github.com/arcee-ai/mergekit; tests/peers com
 """
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,28 @@ from mergetool.errors import RecipeError
 from mergetool.methods import registry
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.mergekit.counterparts import METHODS, Counterpart
+from mergetool.recipe.mergekit.evolve import convert_evolve, is_evolve
 from mergetool.recipe.mergekit.findings import Findings
-from mergetool.recipe.mergekit.parameters import Scope
-from mergetool.recipe.mergekit.reading import TOP_KEYS, OutputSlice, Reading, Source
-from mergetool.recipe.mergekit.settings import SettingsReader
+from mergetool.recipe.mergekit.reading import TOP_KEYS, OutputSlice, Reading
+from mergetool.recipe.mergekit.roster import Roster
+from mergetool.recipe.mergekit.settings import MethodSettings, SettingsReader
+from mergetool.recipe.mergekit.stacking import stacked
+from mergetool.recipe.mergekit.vocabulary import Words
 from mergetool.recipe.render import suggestion
-from mergetool.recipe.schema import expanded
 
 _STORED = ("float32", "bfloat16", "float16")
 
 
 def is_mergekit(data: Any) -> bool:
-    """Whether parsed YAML is a mergekit recipe."""
-    return isinstance(data, dict) and "merge_method" in data
+    """Whether parsed YAML is a mergekit recipe, or one of mergekit-evolve."""
+    return isinstance(data, dict) and ("merge_method" in data or is_evolve(data) or _lacks_method(data))
+
+
+def _lacks_method(data: Mapping[str, Any]) -> bool:
+    """Whether only the method is missing: models as a list, or slices with sources."""
+    listed = [data.get("models"), data.get("slices")]
+    entries = [each[0] for each in listed if isinstance(each, list) and each and isinstance(each[0], dict)]
+    return "merge" not in data and any("model" in each or "sources" in each for each in entries)
 
 
 def convert(document: Document) -> Document:
@@ -44,11 +54,14 @@ def convert(document: Document) -> Document:
 
     Raises RecipeError holding every problem found.
     """
+    if is_evolve(document.data):
+        return convert_evolve(document)
     importer = _Importer(document)
     data = importer.convert()
     if importer.findings.problems:
-        raise RecipeError.of(importer.findings.problems)
-    return Document(document.name, data, importer.marks, Path.cwd(), warnings=importer.findings.warnings)
+        raise RecipeError.of(list({str(each): each for each in importer.findings.problems}.values()))
+    told = list(dict.fromkeys(importer.findings.warnings))
+    return Document(document.name, data, importer.marks, Path.cwd(), warnings=told)
 
 
 class _Importer:
@@ -59,17 +72,18 @@ class _Importer:
         self.data: Mapping[str, Any] = document.data
         self.findings = Findings(document)
         self.marks: dict[Place, tuple[int, int]] = {(): document.marks.get((), (1, 1))}
-        self.method = str(self.data["merge_method"])
+        self.method = str(self.data.get("merge_method") or "")
 
     def convert(self) -> dict[str, Any]:
         target = self._counterpart()
         hints = dict.fromkeys(target.parameters if target else (), "write it inside `parameters`")
+        hints["pad_to_multiple_of"] = "write it inside `tokenizer`"
         self.findings.stray(self.data, (), TOP_KEYS, hints)
         storage = self._storage()
         try:
             reading = Reading(self.findings, self.data)
             parts = reading.parts()
-            return {**self._merged(target, reading.base, parts), **storage} if target else {}
+            return {**self._merged(target, reading, parts), **storage} if target else {}
         except RecipeError as error:
             self.findings.problems += error.problems
             return {}
@@ -83,93 +97,43 @@ class _Importer:
 
     def _counterpart(self) -> Counterpart | None:
         target = METHODS.get(self.method)
-        if target is None or target.method not in registry():
-            what = f"mergekit's method {self.method!r} has no counterpart here"
-            fix = suggestion(self.method, METHODS) or f"supported: {', '.join(METHODS)}"
-            self.findings.problem(("merge_method",), what, fix)
+        if not self.method:
+            self.findings.problem((), "`merge_method` is required", f"add merge_method: one of {', '.join(METHODS)}")
+        elif target is None or target.method not in registry():
+            self.findings.problem(("merge_method",), *_unknown(self.method))
             return None
-        self._mark(("merge",), ("merge_method",))
+        else:
+            self._mark(("merge",), ("merge_method",))
         return target
 
-    def _merged(self, target: Counterpart, base: str | None, parts: Sequence[OutputSlice]) -> dict[str, Any]:
-        """`base`, `models`, `slices` and `merge`."""
-        if base is None and self._uses_base(target):
-            fix = f"add base_model: {parts[0].sources[0].reference}"
-            self.findings.problem((), f"{self.method} needs a base model", fix)
+    def _merged(self, target: Counterpart, reading: Reading, parts: Sequence[OutputSlice]) -> dict[str, Any]:
+        """Everything but how the result is stored."""
+        roster = Roster(self.findings, self.method, target, parts)
+        settings = self._settings(roster)
+        words = Words(self.findings, self.data, reading, roster).sections()
+        for key in words:
+            self._mark((key,), (key,) if self.data.get(key) else ("tokenizer_source",))
+        if self.findings.problems:
             return {}
-        part, *more = parts
-        if more:
-            raise self.findings.stop(
-                ("slices",), "slices that cut or stack layers are not supported yet", "list models"
-            )
-        self._check_base(target, part)
-        ancestor = base if target.base == "ancestor" else None
-        merged = self._ordered(part, base, ancestor)
-        self._check_count(target, merged, part)
-        names = _unique([each.reference for each in merged])
         out: dict[str, Any] = {}
-        if ancestor is not None:
-            out["base"] = self._reference(ancestor, ("base",), ("base_model",))
-        out["models"] = {
-            names[each.reference]: self._reference(each.reference, ("models", names[each.reference]), each.place)
-            for each in merged
-        }
-        if part.sources[0].span is not None:
-            out["slices"] = [self._slice(part, names, ancestor)]
-            self._mark(("slices", 0), part.place)
-        own = {names[each.reference]: each.own for each in merged}
-        reader = SettingsReader(self.findings, self.method, target, self._mark)
-        bases = [each.own for each in part.sources if each.reference == ancestor]
-        reader.tell_idle(list(own.values()), bases, part.scopes)
-        read = reader.read(own, part.scopes, ("merge",))
-        overrides = {"overrides": list(read.overrides)} if read.overrides else {}
-        out["merge"] = {"method": target.method, **target.constants, **read.values, **overrides}
-        return out | self._tokenizer(names, base, ancestor)
+        for place, reference, origin in roster.sections():
+            holder = out if len(place) == 1 else out.setdefault("models", {})
+            holder[str(place[-1])] = reference
+            self._mark(place, origin)
+        return {**out, **stacked(roster, settings), **words}
 
-    def _check_base(self, target: Counterpart, part: OutputSlice) -> None:
-        """In slices, mergekit wants the base among the models."""
-        listed = [each.reference for each in part.sources]
-        span = part.sources[0].span
-        if span is None or part.base is None or part.base in listed or not self._uses_base(target):
-            return
-        what = f"the base_model {part.base} is none of the models of this slice, which are {', '.join(listed)}"
-        add = f"add - {{model: {part.base}, layer_range: {list(span)}}}"
-        fix = f"write base_model: {listed[0]}, or {add}" if target.base == "member" else add
-        self.findings.problem(part.place, what, fix)
-
-    def _check_count(self, target: Counterpart, merged: Sequence[Source], part: OutputSlice) -> None:
-        kind = registry()[target.method]
-        names = [each.reference for each in merged]
-        if kind.max_models is not None and len(names) > kind.max_models:
-            fix = f"leave {len(names) - kind.max_models} out"
-            fix += f", or write base_model: {names[1]}" if self._uses_base(target) and target.base == "member" else ""
-            what = f"{self.method} takes {kind.max_models} models, and here are {', '.join(names)}"
-            self.findings.problem(part.place, what, fix)
-
-    def _uses_base(self, target: Counterpart) -> bool:
-        """Whether the method asks which model is the base."""
-        return target.base == "ancestor" or target.method == "slerp"
-
-    def _ordered(self, part: OutputSlice, base: str | None, ancestor: str | None) -> list[Source]:
-        """The models to merge: without the ancestor, or with the base in front."""
-        others = [each for each in part.sources if each.reference != base]
-        listed = [each for each in part.sources if each.reference == base]
-        if base is None or base == ancestor:
-            return others
-        if part.sources[0].span is not None:
-            return [*listed, *others]
-        return [*(listed or [Source(base, Scope({}, ("base_model",)), ("base_model",))]), *others]
-
-    def _slice(self, part: OutputSlice, names: Mapping[str, str], ancestor: str | None) -> dict[str, Any]:
-        names = {**names, **({ancestor: "base"} if ancestor else {})}
-        return {names[each.reference]: list(each.span or ()) for each in part.sources}
-
-    def _reference(self, reference: str, place: Place, origin: Place) -> Any:
-        self._mark(place, origin)
-        source, plus, adapter = reference.partition("+")
-        if not plus or is_there(reference):
-            return reference
-        return {"source": source, "adapters": [adapter]}
+    def _settings(self, roster: Roster) -> list[MethodSettings]:
+        """Of each slice, its settings."""
+        reader = SettingsReader(self.findings, self.method, roster.target, self._mark)
+        found = []
+        for index, group in enumerate(roster.groups):
+            self._mark(("slices", index), group.part.place)
+            reader.tell_idle(group)
+            own = {roster.names[each.reference]: each.own for each in group.merged}
+            places = [("merge",), ("slices", index, "set")]
+            found.append(reader.read(own, group.part.scopes, places) if own else MethodSettings({}, []))
+        reader.tell_idle_of_all([scope for part in roster.parts for scope in part.scopes])
+        return found
 
     def _storage(self) -> dict[str, Any]:
         """`compute` and `output`."""
@@ -178,41 +142,20 @@ class _Importer:
         key = "out_dtype" if "out_dtype" in names else "dtype"
         if key in names:
             if names[key] not in _STORED:
-                fix = suggestion(names[key], _STORED) or f"write out_dtype: {_STORED[1]}"
+                wanted = "out_dtype: float32" if names[key] == "float64" else f"{key}: bfloat16"
+                fix = suggestion(names[key], _STORED) or f"write {wanted}"
                 self.findings.problem((key,), f"results cannot be stored as {names[key]}", fix)
             out["output"] = {"dtype": names[key]}
         return out
 
-    def _tokenizer(self, names: Mapping[str, str], base: str | None, ancestor: str | None) -> dict[str, Any]:
-        wanted = self.data.get("tokenizer_source")
-        for key in ("tokenizer", "chat_template"):
-            if self.data.get(key):
-                self.findings.problem((key,), f"`{key}` is not supported yet", "remove it")
-        if wanted is None:
-            return {}
-        known = {**names, **({ancestor: "base"} if ancestor else {})}
-        wanted = base if wanted == "base" else wanted
-        if not isinstance(wanted, str) or wanted not in known:
-            what = f"tokenizer_source {self.data['tokenizer_source']!r} is not supported"
-            self.findings.problem(("tokenizer_source",), what, "write `base`, or the model whose tokenizer to take")
-            return {}
-        return {"tokenizer": {"source": known[wanted]}}
 
-
-def _unique(references: Sequence[str]) -> dict[str, str]:
-    """A name for each model: the last part of its path, numbered where two are alike."""
-    names: dict[str, str] = {}
-    for reference in references:
-        stem = Path(reference.partition("+")[0].partition("@")[0]).name.removesuffix(".safetensors") or "model"
-        stem = f"{stem}-model" if stem in ("base", "gradient") else stem
-        copies = sum(name == stem or name.startswith(f"{stem}-") for name in names.values())
-        names.setdefault(reference, f"{stem}-{copies + 1}" if stem in names.values() else stem)
-    return names
-
-
-def is_there(reference: str) -> bool:
-    """Whether a model is a file or folder here."""
-    try:
-        return expanded(reference).exists()
-    except OSError:  # too long for a path
-        return False
+def _unknown(name: str) -> tuple[str, str]:
+    """What to say of a method that mergekit does not have either: a slip, or that of a fork."""
+    what = f"mergekit has no method {name!r} (a fork of it may)"
+    slip = get_close_matches(name.lower().replace("-", "_"), METHODS, n=1, cutoff=0.8)
+    if slip:
+        return what, f"did you mean {slip[0]!r}?"
+    ours = name.lower().replace("_", "-")
+    if ours in registry():
+        return what, f"there is one of our own: mergetool init {ours} -o recipe.yaml"
+    return what, f"choose one of {', '.join(METHODS)}, or one of our own: mergetool methods"

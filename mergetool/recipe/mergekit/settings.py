@@ -10,7 +10,9 @@ from mergetool.recipe.document import Place
 from mergetool.recipe.mergekit.counterparts import Counterpart
 from mergetool.recipe.mergekit.filters import Branch, Case, cases, globs
 from mergetool.recipe.mergekit.findings import Findings
+from mergetool.recipe.mergekit.limits import ByModel, within_limits
 from mergetool.recipe.mergekit.parameters import Scope, branches_of
+from mergetool.recipe.mergekit.roster import SliceModels
 
 Mark = Callable[[Place, Place], None]
 """Notes that our place comes from a place of the file."""
@@ -26,11 +28,22 @@ class MethodSettings:
     @property
     def along_depth(self) -> bool:
         """Whether anything changes from layer to layer."""
-        return any(_has_gradient(value) for each in (self.values, *self.overrides) for value in each.values())
+        return any(has_gradient(value) for each in (self.values, *self.overrides) for value in each.values())
 
 
-def _has_gradient(value: Any) -> bool:
-    return isinstance(value, dict) and ("gradient" in value or any(map(_has_gradient, value.values())))
+def has_gradient(value: Any) -> bool:
+    """Whether a value, or that of one model, is given along depth."""
+    return isinstance(value, dict) and ("gradient" in value or any(map(has_gradient, value.values())))
+
+
+def _default(fields: Mapping[str, Any], name: str) -> Any:
+    """The default of a field; the counterpart makes something of a name that is none."""
+    return fields[name].default if name in fields else None
+
+
+def plain(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Fields as a recipe with these models has them."""
+    return {key: value.plain(names) if isinstance(value, ByModel) else value for key, value in values.items()}
 
 
 class SettingsReader:
@@ -42,21 +55,29 @@ class SettingsReader:
         self.target = target
         self.mark = mark
 
-    def read(self, models: Mapping[str, Scope], shared: Sequence[Scope], place: Place) -> MethodSettings:
-        """The settings of models by our names, under the shared scopes, nearest first; `place` is ours for them."""
+    def read(self, models: Mapping[str, Scope], shared: Sequence[Scope], places: Sequence[Place]) -> MethodSettings:
+        """The settings of models by our names, under the shared scopes, nearest first.
+
+        `places` are ours where fields may come to stand.
+        """
         cells = dict(self._cells(models, shared))
         try:
             *filtered, rest = cases(cells)
         except ValueError as error:
             raise self.findings.stop(("parameters",), str(error), "use the same filters for every model") from None
         varying = {name for (name, _), branches in cells.items() if len(branches) > 1}
-        matched = [(glob, case) for case in filtered for glob in globs(case.texts)]
-        values = self._values(rest, place)
-        overrides = [
-            {"match": glob, **self._values(case, (*place, "overrides", index), varying)}
-            for index, (glob, case) in enumerate(matched)
-        ]
-        return MethodSettings(values, overrides)
+        held = self._settled(rest, places)
+        overrides: list[dict[str, Any]] = []
+        matched = [(glob, each) for each in filtered for glob in globs(each.texts)]
+        for glob, fallen in matched:
+            own = self._settled(fallen, [(*_holder(place), "overrides", len(overrides)) for place in places])
+            told = {key: value for key, value in own.items() if key in varying or value != held.get(key)}
+            overrides.append({"match": glob, **told})
+        return MethodSettings(held, overrides)
+
+    def _settled(self, case: Case, places: Sequence[Place]) -> dict[str, Any]:
+        """Our fields in one case, as our method takes them."""
+        return within_limits(self.target.settle(self._values(case, places)), self.target.method)
 
     def _cells(
         self, models: Mapping[str, Scope], shared: Sequence[Scope]
@@ -70,38 +91,44 @@ class SettingsReader:
                 except RecipeError as error:
                     self.findings.problems += error.problems
                     continue
-                if any(branch.place for branch in branches) or parameter.default != fields[parameter.field].default:
+                if any(branch.place for branch in branches) or branches[-1].value != _default(fields, parameter.field):
                     yield (parameter.field, name), branches
 
-    def _values(self, case: Case, place: Place, only: set[str] | None = None) -> dict[str, Any]:
-        """Our fields in one case: one value for all models where they agree, else one for each."""
-        values: dict[str, dict[str | None, Branch]] = {}
-        for (name, model), branch in case.branches.items():
-            if only is None or name in only:
-                values.setdefault(name, {})[model] = branch
+    def _values(self, case: Case, places: Sequence[Place]) -> dict[str, Any]:
+        """Our fields in one case."""
+        numbers = registry()[self.target.method].schedulables()
         out: dict[str, Any] = {}
-        for name, by_model in values.items():
-            first, *others = by_model.values()
-            self.mark((*place, name), first.place)
-            if all(other.value == first.value for other in others):
-                out[name] = first.value
-                continue
-            out[name] = {model: branch.value for model, branch in by_model.items()}
-            for model, branch in by_model.items():
+        for (name, model), branch in case.branches.items():
+            for place in places:
+                self.mark((*place, name), branch.place)
                 self.mark((*place, name, str(model)), branch.place)
+            if model is not None and name in numbers and numbers[name].per_model:
+                out.setdefault(name, ByModel())[model] = branch.value
+            else:
+                out[name] = branch.value
         return out
 
-    def tell_idle(self, models: Sequence[Scope], bases: Sequence[Scope], shared: Sequence[Scope]) -> None:
-        """Tell of parameters that mergekit's method does not have, or not there."""
-        known = [*self.target.parameters, *self.target.without_effect]
+    def tell_idle(self, group: SliceModels) -> None:
+        """Tell of parameters of models that mergekit's method does not have, or not there."""
         own = [key for key, parameter in self.target.parameters.items() if parameter.per_model]
-        for scope in [*models, *shared]:
-            unknown = [key for key in scope.parameters if key not in known]
-            self.findings.idle(unknown, scope.place, f"mergekit's {self.name} has no such parameter", known)
-        for scope in models:
-            for key in scope.parameters:
+        for source in group.merged:
+            for key in source.own.parameters:
                 if key in self.target.parameters and key not in own:
                     why = f"{key} is one number for all models; write it under `parameters` of the recipe"
-                    self.findings.warn((*scope.place, key), f"it has no effect here: {why}")
-        for scope in bases:
-            self.findings.idle(scope.parameters, scope.place, "the base_model takes no parameters")
+                    self.findings.warn((*source.own.place, key), f"it has no effect here: {why}")
+        self.tell_idle_of_all([source.own for source in group.merged])
+        if group.ancestor is not None:
+            own_scope = group.ancestor.own
+            self.findings.idle(own_scope.parameters, own_scope.place, "the base_model takes no parameters")
+
+    def tell_idle_of_all(self, scopes: Sequence[Scope]) -> None:
+        """Tell of parameters that mergekit's method does not have at all."""
+        known = [*self.target.parameters, *self.target.without_effect]
+        for place, scope in {scope.place: scope for scope in scopes}.items():
+            unknown = [key for key in scope.parameters if key not in known]
+            self.findings.idle(unknown, place, f"mergekit's {self.name} has no such parameter", known)
+
+
+def _holder(place: Place) -> Place:
+    """Where `overrides` stand beside the fields: in `merge` among them, in a slice beside `set`."""
+    return place[:-1] if place[-1] == "set" else place

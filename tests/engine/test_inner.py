@@ -1,0 +1,351 @@
+"""Recipes inside a recipe: one run gives what runs one after the other give, and leaves nothing but the result."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import Qwen2ForCausalLM
+
+import mergetool
+from mergetool.errors import OutputError, PlanError, RecipeError
+from mergetool.planning import make_plan
+from mergetool.recipe import load_recipe
+from tests.files import StoppedError, Watch, content, tensors, write_model, write_models, write_recipe
+from tests.forks import Forks, clean_environment
+from tests.zoo.build import build, tuned
+
+FIRST = {"models": {"a": "a", "b": "b"}, "merge": {"method": "linear", "weight": {"a": 0.7, "b": 0.3}}}
+ROOT = Path(__file__).resolve().parents[2]
+TIES = {"method": "ties", "density": 0.4}
+
+
+@pytest.fixture(scope="module")
+def forks():
+    server = Forks()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A current folder with toy models of 16 bits, and a recipe that others name."""
+    monkeypatch.chdir(tmp_path)
+    write_models(tmp_path, names=("base", "a", "b", "c"), dtype=torch.bfloat16)
+    write_recipe(tmp_path / "first.yaml", **FIRST, output={"path": "elsewhere"})
+    return tmp_path
+
+
+def outer(mix, **sections):
+    return {"base": "base", "models": {"mix": mix, "c": "c"}, "merge": TIES, **sections}
+
+
+def left(folder):
+    """What lies in a folder that was not there before a run."""
+    known = {"base", "a", "b", "c", "first.yaml"}
+    return sorted(path.name for path in folder.iterdir() if path.name not in known)
+
+
+# -------------------------------------------------------------------- what is made
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_run_gives_the_bytes_of_two(here, dtype):
+    asked = {} if dtype == "float32" else {"output": {"dtype": dtype}}
+    mergetool.run({**FIRST, "output": {"dtype": dtype}}, output="two/first")
+    mergetool.run(outer("two/first", output={"dtype": "bfloat16"}), output="two/second")
+    result = mergetool.run(outer({"recipe": {**FIRST, **asked}}), output="one")
+    assert content(here / "one") == content(here / "two/second")  # 16 bits, as the models are
+    assert result.num_tensors == 6
+    assert left(here) == ["one", "two"]
+
+
+def test_an_intermediate_result_is_rounded_once(here):
+    exact = mergetool.run(outer({"recipe": "first.yaml"}), output="exact").path
+    rounded = mergetool.run(outer({"recipe": {**FIRST, "output": {"dtype": "bfloat16"}}}), output="rounded").path
+    assert content(exact) != content(rounded)
+
+
+def test_a_file_and_the_same_recipe_written_in_place_are_one(here):
+    (here / "sub").mkdir()
+    moved = {**FIRST, "models": {name: f"../{name}" for name in "ab"}}
+    write_recipe(here / "sub/moved.yaml", **moved)
+    results = [{"recipe": "first.yaml"}, {"recipe": "sub/moved.yaml"}, {"recipe": FIRST}]
+    results.append({"recipe": moved, "folder": "sub"})
+    found = [content(mergetool.run(outer(mix), output=f"out{n}").path) for n, mix in enumerate(results)]
+    assert all(each == found[0] for each in found)
+
+
+def test_recipes_of_recipes_and_a_base_that_is_one(here):
+    write_recipe(here / "second.yaml", models={"mix": {"recipe": "first.yaml"}, "c": "c"}, merge={"method": "slerp"})
+    merge = {"method": "task-arithmetic", "scale": 0.5}
+    deep = {"base": {"recipe": "first.yaml"}, "models": {"deep": {"recipe": "second.yaml"}, "c": "c"}, "merge": merge}
+    mergetool.run({**FIRST, "output": {"dtype": "float32"}}, output="1")
+    second = {"models": {"mix": "1", "c": "c"}, "merge": {"method": "slerp"}, "output": {"dtype": "float32"}}
+    mergetool.run(second, output="2")
+    asked = {"base": "1", "models": {"deep": "2", "c": "c"}, "merge": merge, "output": {"dtype": "bfloat16"}}
+    mergetool.run(asked, output="3")
+    watch = Watch()
+    assert content(mergetool.run(deep, output="out", progress=watch).path) == content(here / "3")
+    made = [text.partition(":")[0] for text in watch.said if text.startswith("first ")]
+    assert made == ["first base (1)", "first deep (2)"]  # what both need was made once
+
+
+def test_the_networks_of_transformers_go_through_with_all_that_belongs_to_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build(tmp_path / "base", "qwen2", tie_word_embeddings=True)
+    for seed, name in enumerate("abc", 1):
+        tuned(tmp_path / name, tmp_path / "base", seed, model=Qwen2ForCausalLM)
+    mergetool.run({**FIRST, "output": {"dtype": "float32"}}, output="1")
+    mergetool.run(outer("1"), output="2")
+    mergetool.run(outer({"recipe": FIRST}), output="out")
+    assert content(tmp_path / "out") == content(tmp_path / "2")
+    assert {"config.json", "tokenizer.json"} <= content(tmp_path / "out").keys()
+    from mergetool.outputs.verify import verify_output
+
+    assert "opens as Qwen2ForCausalLM and runs" in verify_output(tmp_path / "out", load=True)["summary"]
+
+
+def test_layers_may_be_cut_and_stacked_on_the_way(here):
+    cut = {"models": {"a": "a"}, "merge": {"method": "passthrough"}, "slices": [{"a": [0, 2]}, {"a": [1, 2]}]}
+    asked = {
+        "models": {"x": {"recipe": cut}, "y": {"recipe": {**cut, "models": {"a": "b"}}}},
+        "merge": {"method": "linear"},
+    }
+    plan = make_plan(load_recipe(asked))
+    assert [slot.spec.dtype.name for slot in next(iter(plan.inner.values())).slots] == [
+        "BF16"
+    ] * 8  # copies stay as they are
+    mergetool.run(asked, output="out")
+    assert "model.layers.2.mlp.weight" in mergetool.plan({**asked, "models": {"x": "out", "y": "out"}}).specs
+
+
+# -------------------------------------------------------------------- what is told
+
+
+def test_a_plan_tells_of_every_recipe(here, capsys):
+    plan = make_plan(load_recipe(outer({"recipe": "first.yaml"})), here / "out")
+    assert list(plan.inner["mix"].sources) == ["a", "b"]
+    assert sorted(plan.stamps) == ["base", "c", "mix/a", "mix/b"]
+    assert not list(here.glob("out*"))
+
+
+def test_lock_and_card_hold_all_that_is_needed_to_do_it_again(here, forks):
+    (here / "sub").mkdir()
+    write_recipe(
+        here / "sub/outer.yaml", base="../base", models={"mix": {"recipe": "../first.yaml"}, "c": "../c"}, merge=TIES
+    )
+    env = clean_environment()
+    run = ["run", "sub/outer.yaml", "-o", "out", "--overwrite"]
+    assert forks.run(run, cwd=here, env=env).code == 0
+    first = content(here / "out")
+    lock = json.loads((here / "out/mergetool.json").read_text())
+    assert all(file["sha256"] for files in lock["inputs"].values() for file in files)
+    assert sorted(lock["inputs"]) == ["base", "c", "mix/a", "mix/b"]
+    assert lock["inner"]["mix"]["output"]["files"].keys() == {"model.safetensors", "README.md"}
+    assert forks.run([*run, "--locked"], cwd=here, env=env).code == 0
+    card = (here / "out/README.md").read_text()
+    assert "| mix | a merge by `linear` |" in card
+    (here / "sub/recipe.yaml").write_text(card.partition("```yaml\n")[2].partition("```")[0])
+    (here / "first.yaml").unlink()
+    again = forks.run(["run", "sub/recipe.yaml", "-o", "again"], cwd=here, env=env)
+    assert again.code == 0, again.err
+    assert content(here / "again") == first
+    write_model(here / "a", tensors(9, dtype=torch.bfloat16))
+    refused = forks.run(["run", "sub/recipe.yaml", "-o", "out", "--overwrite", "--locked"], cwd=here, env=env)
+    assert (refused.code, "input 'mix/a': SHA-256 differ" in refused.err) == (3, True)
+
+
+# -------------------------------------------------------------------- what is refused
+
+
+def problems(recipe):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe)
+    return {problem.where.partition(" ")[2]: (problem.what, problem.fix) for problem in caught.value.problems}
+
+
+def test_mistakes_inside_are_told_at_their_place(here):
+    write_recipe(here / "wrong.yaml", models={"a": "a"}, merge={"method": "lineal"})
+    mix = {"models": {"x": {"recipe": "wrong.yaml"}, "y": "b"}, "merge": {"method": "slerp", "u": 1}}
+    recipe = {"models": {"one": {"recipe": mix}, "two": {"recipe": "nowhere.yaml"}}, "merge": {"method": "linear"}}
+    path = write_recipe(here / "outer.yaml", **recipe)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    told = [problem.where for problem in caught.value.problems]
+    assert told == [
+        f"{path}:10:9 models.one.recipe.merge.u",
+        f"{here}/wrong.yaml:4:3 merge.method",
+        f"{path}:12:5 models.two.recipe",
+    ]
+
+
+def test_a_recipe_that_needs_its_own_result_is_refused_with_the_chain(here):
+    for name, other in (("x", "y"), ("y", "z"), ("z", "x")):
+        write_recipe(
+            here / f"{name}.yaml", models={"m": {"recipe": f"{other}.yaml"}, "c": "c"}, merge={"method": "linear"}
+        )
+    found = problems(here / "x.yaml")
+    assert found == {
+        "models.m.recipe": (
+            "the recipe needs its own result: x.yaml -> y.yaml -> z.yaml -> x.yaml",
+            "name another recipe",
+        )
+    }
+
+
+def test_what_cannot_be_made_on_the_way_is_refused_and_the_advice_helps(here):
+    write_recipe(here / "bundle.yaml", base="base", models={"a": "a", "b": "b"}, merge={"method": "tsv-compress"})
+    what, fix = problems(outer({"recipe": "bundle.yaml"}))["models.mix.recipe"]
+    assert "makes a bundle" in what
+    assert "mergetool run bundle.yaml -o FOLDER" in fix
+    mergetool.run(here / "bundle.yaml", output="FOLDER")
+    assert mergetool.run(outer({"source": "FOLDER", "select": "a"}), output="out").num_tensors == 6
+
+
+@pytest.mark.parametrize(
+    ("reference", "place"),
+    [
+        ({"recipe": "first.yaml", "source": "a"}, "models.mix.source"),
+        ({"recipe": "first.yaml", "select": "a"}, "models.mix.select"),
+        ({"recipe": "first.yaml", "folder": "a"}, "models.mix.folder"),
+        ({"recipe": 7}, "models.mix.recipe"),
+        ({"recipe": []}, "models.mix.recipe"),
+        ({"source": "a", "folder": "b"}, "models.mix.folder"),
+    ],
+)
+def test_references_that_say_two_things_or_none_are_refused(here, reference, place):
+    found = problems(outer(reference))
+    assert list(found) == [place]
+    assert all(found[place])
+
+
+def test_code_of_a_recipe_inside_needs_trust_too(here):
+    (here / "mine.py").write_text("raise SystemExit")
+    inner = {"models": {"a": "a", "b": "b"}, "merge": {"method": "git-rebasin"}, "architecture": "mine.py:make"}
+    with pytest.raises(RecipeError, match="would execute Python code"):
+        mergetool.run(outer({"recipe": inner}), output="out")
+
+
+def test_a_search_over_what_is_not_made_yet_is_refused(here):
+    search = yaml.safe_load((ROOT / "recipes/merge3.yaml").read_text())
+    search["models"] = {"mix": {"recipe": "first.yaml"}, "c": "c"}
+    what, fix = problems(search)["models.mix.recipe"]
+    assert "a search reads its models again and again" in what
+    assert "mergetool run first.yaml -o FOLDER" in fix
+
+
+# -------------------------------------------------------------------- places
+
+
+def test_nothing_of_others_is_touched(here):
+    (here / "out.partial.parts").mkdir()
+    (here / "out.partial.parts/thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match="is in the way"):
+        mergetool.run(outer({"recipe": "first.yaml"}), output="out")
+    assert (here / "out.partial.parts/thesis.tex").read_text() == "mine"
+
+
+def stopped_in_the_second(here, recipe):
+    """A run that ends while the result itself is being merged."""
+    count = 0
+
+    def on_advance(_):
+        nonlocal count
+        count += 1
+        if count > 9:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        mergetool.run(recipe, output="out", progress=Watch(on_advance))
+    assert (here / "out.partial.parts").is_dir()
+
+
+def test_what_is_made_serves_another_recipe_that_needs_it(here):
+    stopped_in_the_second(here, outer({"recipe": "first.yaml"}))
+    watch = Watch()
+    mergetool.run(outer({"recipe": "first.yaml"}, merge={**TIES, "scale": 0.5}), output="out", progress=watch)
+    assert not any(text.startswith("first mix") for text in watch.said)
+    assert left(here) == ["out"]
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": False}])
+def test_what_is_made_goes_when_it_is_not_wanted(here, flags):
+    stopped_in_the_second(here, outer({"recipe": "first.yaml"}))
+    other = outer("a") if not flags else outer({"recipe": "first.yaml"})
+    watch = Watch()
+    mergetool.run(other, output="out", progress=watch, **flags)
+    assert any(text.startswith("first mix") for text in watch.said) == bool(flags)
+    assert left(here) == ["out"]
+
+
+def test_an_error_leaves_nothing(here):
+    state = tensors(1, dtype=torch.bfloat16)
+    state["lm_head.weight"][0, 0] = float("nan")
+    write_model(here / "a", state)
+    with pytest.raises(mergetool.MergetoolError):
+        mergetool.run(outer({"recipe": "first.yaml"}), output="out")
+    assert left(here) == []
+
+
+def test_memory_that_is_too_small_for_a_recipe_inside_is_told_before(here):
+    with pytest.raises(PlanError) as caught:
+        mergetool.run(outer({"recipe": "first.yaml"}), output="out", memory="1MiB")
+    assert caught.value.where.startswith("mix: ")
+    assert left(here) == []
+
+
+# -------------------------------------------------------------------- moments
+
+
+def test_a_run_killed_at_any_moment_is_ended_by_the_same_command(forks, here):
+    recipe = {
+        "base": "base",
+        "models": {
+            "x": {"recipe": {"models": {"y": {"recipe": "first.yaml"}, "c": "c"}, "merge": {"method": "slerp"}}},
+            "c": "c",
+        },
+        "merge": TIES,
+    }
+    write_recipe(here / "r.yaml", **recipe)
+    env, command = clean_environment(), ["run", "r.yaml", "-o", "out"]
+    assert forks.run(["run", "r.yaml", "-o", "undisturbed"], cwd=here, env=env).code == 0
+    wanted = content(here / "undisturbed")
+    for moment in range(1, 200):
+        code = forks.run(command, cwd=here, env=env | {"KILL_AT": str(moment), "KILL_IN": str(here / "out")}).code
+        if (here / "out").exists():
+            assert content(here / "out") == wanted
+        again = forks.run(command, cwd=here, env=env)
+        assert again.code == 0, (moment, again.err)
+        assert content(here / "out") == wanted
+        assert sorted(path.name for path in here.glob("out*")) == ["out"], moment
+        shutil.rmtree(here / "out")
+        if code == 0:
+            break
+        assert code == -9
+    assert moment > 30
+
+
+def test_two_runs_at_once_make_one_result(forks, here):
+    write_recipe(here / "r.yaml", **outer({"recipe": "first.yaml"}))
+    both = forks.start(["run", "r.yaml", "-o", "out"], cwd=here, envs=[clean_environment()] * 2).wait()
+    assert sorted(each.code for each in both) in ([0, 0], [0, 6])
+    assert left(here) == ["out", "r.yaml"]
+
+
+def test_several_processes_write_the_bytes_of_one(forks, here):
+    write_recipe(here / "r.yaml", **outer({"recipe": "first.yaml"}))
+    for size in (1, 2):
+        done = forks.team(size, ["run", "r.yaml", "-o", f"out{size}"], cwd=here).wait()
+        assert [each.code for each in done] == [0] * size, done[0].err
+    assert content(here / "out1") == content(here / "out2")
+    assert left(here) == ["out1", "out2", "r.yaml"]
+
+
+def test_the_recipe_that_is_shown_runs(here):
+    document = yaml.safe_load((ROOT / "recipes/merge-of-merges.yaml").read_text())
+    for name, other in (("base", "base"), ("first", "a"), ("second", "b"), ("third", "c")):
+        shutil.copytree(here / other, here / "models" / name)
+    assert mergetool.run(document).num_tensors == 6
