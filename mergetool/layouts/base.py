@@ -49,6 +49,8 @@ class Arrangement:
     """Where layers were taken from, by what stands before their number: (model, layer there) for each in order.
 
     Only for those that are not the leader's own in their own order: config.json follows it."""
+    words: tuple[str, ...] = ()
+    """What people should know of it."""
 
 
 class Problem(NamedTuple):
