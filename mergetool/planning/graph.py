@@ -16,6 +16,7 @@ from mergetool.arch.code import code_of
 from mergetool.methods.base import Granularity
 from mergetool.planning.operations import Operation
 from mergetool.planning.sources import Provenance
+from mergetool.planning.words import Lexicon
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.dtypes import DType
 from mergetool.tensors.header import Header, TensorSpec
@@ -45,6 +46,8 @@ class View:
 STORED = View("stored", "element")
 ALIGNED = View("aligned", "tensor")
 """In the space of a fit, which moves entries along every axis."""
+ROWS = View("rows", "element")
+"""Rows gathered, those of tokens in the order of the result's vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,8 @@ class Plan:
     """What all files take together, where files may get smaller."""
     others: Mapping[str, FileStamp] = field(default_factory=dict)
     """Files beside the models that the method reads, by the recipe's field."""
+    words: Lexicon = field(default_factory=lambda: Lexicon({}))
+    """The vocabulary, where the models' are not one."""
     inner: "Mapping[str, Plan]" = field(default_factory=dict)
     """The plans of models that other recipes make first, by name."""
     narrow: Mapping[str, DType] = field(default_factory=dict)

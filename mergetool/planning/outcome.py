@@ -10,7 +10,7 @@ from mergetool.checkpoints.ties import is_head
 from mergetool.checkpoints.truth import Parent, Written, layer_counts, strange_sizes, true_config, vocabulary_sizes
 from mergetool.checkpoints.vocabulary import disagreement
 from mergetool.errors import PlanError
-from mergetool.planning.beside import config_owner, files_beside, tokenizer_owner, words_about_files
+from mergetool.planning.beside import config_owner, files_beside, made_beside, tokenizer_owner, words_about_files
 from mergetool.planning.graph import Operand, Plan
 from mergetool.planning.parents import label
 from mergetool.tensors.side_files import CONFIG_NAME, read_config
@@ -23,12 +23,16 @@ def config_of(plan: Plan) -> dict[str, Any]:
 
 
 def write_small_files(plan: Plan, folder: Path, put: Callable[[Path, Path], None]) -> None:
-    """config.json as it is true of the result, and by `put` all files that belong to it."""
+    """config.json as it is true of the result, files that are made, and by `put` all others that belong to it."""
     if config := config_of(plan):
         write_file(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    made = made_beside(plan)
     for name, path in files_beside(plan).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        put(path, folder / name)
+        if name not in made:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            put(path, folder / name)
+    for name, text in made.items():
+        write_file(folder / name, text)
 
 
 def _facts(plan: Plan) -> tuple[dict[str, Parent], Written]:
@@ -110,6 +114,8 @@ def _sizes(plan: Plan) -> Iterator[str]:
 
 def _tokens(plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
     """Embeddings that are copied from one model, and a tokenizer of another that means something else by their rows."""
+    if plan.words.texts is not None:
+        return
     owner = tokenizer_owner(plan)
     rows = vocabulary_sizes(shapes)
     for name, operand in copies_of(plan).items():

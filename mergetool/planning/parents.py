@@ -5,7 +5,7 @@ from typing import Any
 
 from mergetool.checkpoints.facts import disagreements, name_of
 from mergetool.checkpoints.quantised import file_about_codes, is_raw_float8
-from mergetool.checkpoints.vocabulary import chat_template_of, disagreement, end_tokens, more_tokens
+from mergetool.checkpoints.vocabulary import chat_template_of, disagreement, end_tokens, more_tokens, tokens_of
 from mergetool.errors import PlanError
 from mergetool.layouts.base import Origin
 from mergetool.planning.graph import BASE, Step
@@ -133,10 +133,10 @@ def _facts(model: str, leader: str, configs: Mapping[str, Mapping[str, Any]]) ->
 
 def _tokens(recipe: Recipe, sources: Sources, model: str, leader: str) -> Iterator[str]:
     what = disagreement(sources[leader].folder, sources[model].folder)
-    if what is not None:
+    if what is not None and not all(tokens_of(sources[each].folder) for each in (model, leader)):
         yield (
-            f"the tokenizers of {label(leader)} and {label(model)} differ: {what}; their embeddings are merged row by "
-            "row all the same, so take them from one model: overrides: [{match: '*embed*', use: MODEL}] and tokenizer"
+            f"the tokenizers of {label(leader)} and {label(model)} differ: {what}, in a format that is not read here; "
+            "rows are merged by number all the same, so save both tokenizers with save_pretrained (tokenizer.json)"
         )
     mine, theirs = (_labels(read_config(sources[each].folder)) for each in (model, leader))
     if mine and theirs and mine != theirs and len(mine) == len(theirs):

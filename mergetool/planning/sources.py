@@ -85,6 +85,10 @@ class Lookup:
         self.warnings += [text for text in told if text not in self.warnings]
         return model
 
+    def folder(self, text: str) -> Path:
+        """The folder of a tokenizer's files. Raises SourceError or HubError."""
+        return self._place(text).path
+
     def _place(self, text: str, *, adapter: bool = False, whole: bool = False) -> Place:
         path = (self._folder / expanded(text)).absolute()
         name = self._hub_name(text) if is_on_hub(self._folder, text) else None

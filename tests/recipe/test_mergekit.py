@@ -8,6 +8,7 @@ from mergetool.recipe import load_recipe
 from mergetool.recipe.document import parse_document
 from mergetool.recipe.load import check_document, imported_text
 from mergetool.recipe.mergekit import convert, is_mergekit
+from mergetool.recipe.mergekit.counterparts import METHODS
 
 
 def converted(text):
@@ -250,7 +251,8 @@ def test_errors_of_our_checks_point_to_the_lines_of_the_original():
         (LINEAR + "parameters: {normalize: [true, false]}\n", "7", "expected numbers from the first layer to the last"),
         (LINEAR + "parameters: {normalize: 2}\n", "7", "expected true or false, found 2"),
         (LINEAR.replace("model: ./second", "modle: ./second"), "5", "expected `model`, a path or model id"),
-        (LINEAR.replace("linear", "frankenmerge"), "1", "mergekit's method 'frankenmerge' has no counterpart here"),
+        (LINEAR.replace("linear", "frankenmerge"), "1", "mergekit has no method 'frankenmerge' (a fork of it may)"),
+        (LINEAR.partition("\n")[2], "1", "`merge_method` is required"),
         ("merge_method: linear\n", "1", "one of `models`, `slices`, `modules` is needed"),
         ("merge_method: linear\nslices: [{sources: []}]\n", "2", "expected a list of models"),
         ("merge_method: linear\nslices: [{sources: [{model: a}]}]\n", "2", "`layer_range` is required"),
@@ -271,7 +273,7 @@ def test_all_problems_are_told_at_once():
 def test_a_method_that_is_absent_hides_no_other_problem():
     text = "merge_method: cabs\ndtype: fp16\nmodels: [{model: a}, {model: a}]\n"
     assert {what for _, what in problems(text)} == {
-        "mergekit's method 'cabs' has no counterpart here",
+        "mergekit has no method 'cabs' (a fork of it may)",
         "results cannot be stored as fp16",
         "a is listed twice",
     }
@@ -432,3 +434,55 @@ def test_a_chat_template_is_a_name_or_a_text(theirs, ours):
 def test_models_are_not_called_by_words_that_mean_something_else():
     text = LINEAR.replace("org/first", "org/union").replace("./second", "org/chatml")
     assert list(converted(text)["models"]) == ["union-model", "chatml-model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("dare-ties", "did you mean 'dare_ties'?"),
+        ("Task_Arithmetc", "did you mean 'task_arithmetic'?"),
+        ("iso_c", "there is one of our own: mergetool init iso-c -o recipe.yaml"),
+        ("rcz", f"choose one of {', '.join(METHODS)}, or one of our own: mergetool methods"),
+    ],
+)
+def test_a_method_that_mergekit_lacks_is_told_from_a_slip(name, fix):
+    assert problems(LINEAR.replace("linear", name)) == {
+        ("1", f"mergekit has no method {name!r} (a fork of it may)"): fix
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "normalize", "merge"),
+    [
+        ("ties", True, {"weight": {"a": 0.0, "b": 1}, "density": {"a": 1.0, "b": 0.5}}),
+        ("dare_linear", False, {"weight": {"a": 0.0, "b": 1}, "density": {"a": 1.0, "b": 0.5}}),
+        ("dare_linear", True, {"weight": 1, "density": {"a": 1e-12, "b": 0.5}}),
+    ],
+)
+def test_a_density_of_zero_keeps_nothing_of_a_model(method, normalize, merge):
+    text = f"""\
+merge_method: {method}
+base_model: base
+models:
+  - {{model: a, parameters: {{weight: 1, density: 0}}}}
+  - {{model: b, parameters: {{weight: 1, density: 0.5}}}}
+parameters: {{normalize: {normalize}}}
+"""
+    document = convert(parse_document(text, "x.yml"))
+    check_document(document)
+    assert {key: document.data["merge"][key] for key in merge} == merge
+
+
+def test_a_density_of_zero_where_a_filter_matches_is_said_there():
+    weight = "parameters: {weight: 1, density: [{filter: mlp, value: 0}, {value: 2}]}"
+    text = f"merge_method: ties\nbase_model: base\nmodels: [{{model: a, {weight}}}, {{model: b}}]\n{weight}\n"
+    merge = converted(text)["merge"]
+    assert (merge["weight"], merge["density"]) == (1, 1.0)
+    assert merge["overrides"] == [{"match": "*mlp*", "weight": 0.0, "density": 1.0}]
+
+
+def test_a_gradient_of_densities_may_end_at_nothing():
+    text = "merge_method: ties\nbase_model: base\nmodels: [{model: a}]\nparameters: {weight: 1, density: [1, 0]}\n"
+    document = convert(parse_document(text, "x.yml"))
+    check_document(document)
+    assert document.data["merge"]["density"] == {"gradient": [1.0, 1e-12]}
