@@ -19,7 +19,7 @@ from mergetool.tensors.writer import write_file
 
 def config_of(plan: Plan) -> dict[str, Any]:
     """The result's config.json; empty where no model has one. Raises PlanError where no config fits what is written."""
-    return true_config(config_owner(plan), *_facts(plan))
+    return {**true_config(config_owner(plan), *_facts(plan)), **plan.config}
 
 
 def write_small_files(plan: Plan, folder: Path, put: Callable[[Path, Path], None]) -> None:

@@ -88,7 +88,8 @@ def check_shares(recipe: Recipe, sources: Sources, steps: Sequence[Step]) -> lis
 def words_about(recipe: Recipe, sources: Sources, leader: str, steps: Sequence[Step]) -> Iterator[str]:
     """What people should know about their models before they merge them. Raises PlanError for heads cut differently."""
     configs = {model: read_config(source.folder) for model, source in sources.items()}
-    yield from _same_files(sources)
+    if not recipe.method.arranges:
+        yield from _same_files(sources)
     for model in recipe.models:
         if model != leader and any(model in step.reads for step in steps if step.operation.arithmetic):
             yield from _facts(model, leader, configs)

@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from mergetool.errors import RecipeError
 from mergetool.evaluate.options import TaskOptions
+from mergetool.layouts import layout_with
 from mergetool.layouts import registry as layouts
 from mergetool.layouts.base import Layout
 from mergetool.layouts.same import Same
@@ -150,6 +151,9 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
     given = _sections_of(document, problems)
     kind, method, overrides = merge_section(document, problems) if "merge" in data else (None, None, ())
     layout, own = layout_of(document, given, kind, problems)
+    if method is not None and (brought := layout_with(method)) is not None:
+        layout = brought
+        problems += layout_problems(document, layout)
     problems += cross_checks(document, kind, method, layout)
     searches = kind is not None and kind.searches
     inner = Inside(document, around or Around(), _read, _check_inner, problems, searches).all(given)
@@ -245,14 +249,12 @@ def _checked_layout(
     document: Document, layout: Layout, kind: type[Method], problems: list[RecipeError]
 ) -> tuple[Layout, tuple[Override, ...]]:
     section = next(iter(type(layout).model_fields))
-    if kind.uses_architecture or kind.searches or kind.result != "checkpoint":
+    if kind.uses_architecture or kind.searches or kind.arranges or kind.result != "checkpoint":
         what = f"{kind.method_name()} looks at whole models, so `{section}` cannot take them apart"
         problems.append(document.error((section,), what, "choose another method (mergetool methods)"))
         return layout, ()
+    problems += layout_problems(document, layout)
     models = document.data.get("models")
-    if isinstance(models, dict):
-        wrong = layout.problems(tuple(models), "base" in document.data)
-        problems += [document.error(each.place, each.what, each.fix) for each in wrong]
     own: list[Override] = []
     for place, data in layout.overrides():
         problems += check_override(document, kind, place, data, models or {})
@@ -261,3 +263,10 @@ def _checked_layout(
         except ValidationError as error:
             problems += render(document, place, error, override_class(kind))
     return layout, tuple(own)
+
+
+def layout_problems(document: Document, layout: Layout) -> list[RecipeError]:
+    """What is wrong with a layout, seen together with the names of the models."""
+    models = document.data.get("models")
+    wrong = layout.problems(tuple(models), "base" in document.data) if isinstance(models, dict) else ()
+    return [document.error(each.place, each.what, each.fix) for each in wrong]
