@@ -14,7 +14,6 @@ from mergetool.checkpoints.by_layer import Taken, set_by_layer
 from mergetool.checkpoints.facts import QUANTISED, SCALED_BY_TIES, parts_of
 from mergetool.checkpoints.sizes import SizeChange, Sized, changed_sizes
 from mergetool.checkpoints.ties import TIE_KEY, embeddings_of, is_head
-from mergetool.checkpoints.vocabulary import special_ids
 from mergetool.errors import PlanError
 
 Config = Mapping[str, Any]
@@ -57,8 +56,8 @@ class Written:
     """Whether that dtype was asked for, and so holds for every part."""
     layers: Mapping[str, Sequence[tuple[str, int]]] = field(default_factory=dict)
     """Where layers were taken from, by what stands before their number: (model, layer there) for each in order."""
-    tokenizer: str | None = None
-    """The model whose tokenizer goes with the result, if not the leader's."""
+    special: Mapping[str, Any] = field(default_factory=dict)
+    """Ids of special tokens, where the tokenizer is not the leader's or the template is not the tokenizer's."""
 
 
 def true_config(leader: str, parents: Mapping[str, Parent], written: Written) -> dict[str, Any]:
@@ -78,8 +77,7 @@ def true_config(leader: str, parents: Mapping[str, Parent], written: Written) ->
         for part in (config, config.get("text_config")):
             if isinstance(part, dict) and (part is config or TIE_KEY in part):
                 part[TIE_KEY] = False
-    if written.tokenizer is not None:
-        _set_tokens(config, parents[written.tokenizer].config)
+    config.update({key: value for key, value in written.special.items() if key in config or value is not None})
     if written.dtype is not None:
         _set_dtype(config, written.dtype, inside=written.one_dtype)
     return config
@@ -99,11 +97,6 @@ def _set_vocabulary(config: dict[str, Any], before: Mapping[str, Shape], shapes:
         for part in _parts(config):
             if old is not None and part.get(_VOCABULARY) == old != rows:
                 part[_VOCABULARY] = rows
-
-
-def _set_tokens(config: dict[str, Any], other: Config) -> None:
-    """Ids of special tokens, as the model whose tokenizer this is has them."""
-    config.update({key: value for key, value in special_ids(other).items() if key in config or value is not None})
 
 
 # -------------------------------------------------------------------- other sizes
