@@ -76,7 +76,7 @@ def _planned(
     vocabulary = in_one_vocabulary(recipe, family.sources, template, lookup)
     family = replace(family, sources=vocabulary.sources)
     draft = Draft(recipe, family, template, vocabulary.rows)
-    steps = _counted(recipe, family.sources, draft.steps())
+    steps = _counted(recipe, draft.sources, draft.steps())
     specs = {slot.spec.name: slot.spec for step in steps for slot in step.slots}
     stem, limit = opened[template].stem, recipe.output.shard_size
     shards = _shards([specs[each.name] for each in draft.arrangement.origins if each.name in specs], stem, limit)
@@ -84,7 +84,7 @@ def _planned(
     words = (*check_shares(recipe, family.sources, steps), *words_about(recipe, family.sources, template, steps))
     return Plan(
         recipe,
-        family.sources,
+        draft.sources,
         template,
         _place(steps, shards),
         tuple(shards),
@@ -94,6 +94,7 @@ def _planned(
         bytes_missing=sum(lookup.missing.values()),
         untied=family.untied,
         layers=draft.arrangement.layers,
+        config=draft.arrangement.config,
         narrow=draft.narrow,
         others=_other_files(recipe),
         words=vocabulary,

@@ -31,9 +31,10 @@ class Draft:
     def __init__(self, recipe: Recipe, family: Family, template: str, rows: Rows) -> None:
         self.recipe = recipe
         self.rows = rows
-        self.sources = family.sources
+        self.arrangement: Arrangement = recipe.layout.arrange(family.sources, template, tuple(recipe.models))
+        self.sources = {**family.sources, **self.arrangement.sources}
         self.twins = family.twins
-        self.islands = {model: Islands(source) for model, source in family.sources.items()}
+        self.islands = {model: Islands(source) for model, source in self.sources.items()}
         self.template = template
         self.warnings: list[str] = []
         self.extras: dict[tuple[str, tuple[str, ...]], list[str]] = {}
@@ -47,7 +48,6 @@ class Draft:
         self.overridden: dict[tuple[int, float | None], TensorMethod] = {}
         self.sets_alone = self.method.max_models == 1 and bool(recipe.method.model_fields_set - {"method"})
         self.narrow: dict[str, DType] = {}
-        self.arrangement: Arrangement = recipe.layout.arrange(self.sources, template, tuple(recipe.models))
 
     def steps(self) -> list[Step]:
         """The steps in the order of the arrangement; indices and files are not settled yet."""
@@ -58,6 +58,7 @@ class Draft:
         steps = [step for each in origins if (step := self._step(each, _depth(layers[each.name]))) is not None]
         if not steps:
             raise PlanError("the models hold no tensors to merge", "plan", "check the paths of the models")
+        self.warnings += self.arrangement.words
         self._warn()
         return _joined(steps)
 

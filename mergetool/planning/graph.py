@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from mergetool.alignment.models import Headers
 from mergetool.arch.code import code_of
@@ -184,6 +185,8 @@ class Plan:
     """Heads that the template ties to its embeddings, and that are tensors of their own here."""
     layers: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     """Where a layout takes layers from, by what stands before their number: (model, layer there) for each in order."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of config.json that a layout sets, where the result is another network than the template."""
     beside: tuple[PlannedFile, ...] = ()
     """Large files that belong to the output and hold no slots."""
     bytes_at_most: int | None = None

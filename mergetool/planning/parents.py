@@ -88,7 +88,8 @@ def check_shares(recipe: Recipe, sources: Sources, steps: Sequence[Step]) -> lis
 def words_about(recipe: Recipe, sources: Sources, leader: str, steps: Sequence[Step]) -> Iterator[str]:
     """What people should know about their models before they merge them. Raises PlanError for heads cut differently."""
     configs = {model: read_config(source.folder) for model, source in sources.items()}
-    yield from _same_files(sources)
+    if not recipe.method.arranges:
+        yield from _same_files(sources)
     for model in recipe.models:
         if model != leader and any(model in step.reads for step in steps if step.operation.arithmetic):
             yield from _facts(model, leader, configs)
@@ -165,8 +166,9 @@ def _left_behind(
     template, ends = chat_template_of(folder), end_tokens(folder, configs[leader])
     for model in recipe.models:
         own = chat_template_of(sources[model].folder), end_tokens(sources[model].folder, configs[model])
-        what = [f"the end token {own[1]}"] if own[1] and ends and own[1] != ends else []
-        what += ["a chat template"] if own[0] and own[0] != template else []
+        chosen = recipe.chat_template is not None
+        what = [f"the end token {own[1]}"] if own[1] and ends and own[1] != ends and not chosen else []
+        what += ["a chat template"] if own[0] and own[0] != template and not chosen else []
         more = more_tokens(folder, sources[model].folder)
         what += [f"{len(more)} tokens ({listed([repr(token) for token in more])})"] if more else []
         if what and model != leader:
