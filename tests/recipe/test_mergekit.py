@@ -492,7 +492,8 @@ def test_a_gradient_of_densities_may_end_at_nothing():
     ("text", "what"),
     [
         (
-            "merge_method: della_linear\nbase_model: base\nmodels: [{model: a, parameters: {weight: 1, density: 0.9}}]\n",
+            "merge_method: della_linear\nbase_model: base\n"
+            "models: [{model: a, parameters: {weight: 1, density: 0.9}}]\n",
             "density 0.9 and epsilon 0.15 make chances from 0.75 to 1.05, not 0 to 1",
         ),
         (LINEAR.replace("0.3", "-0.7"), "the weights (-0.7, 0.7) add up to 0, so their average does not exist"),
