@@ -20,6 +20,7 @@ FAST = ("kernels", "laws", "methods", "planning", "recipe", "search", "tensors",
 """What `scripts/test --fast` runs: places whose tests start no process, train nothing and build no network."""
 LONG = {
     "methods/test_c2m3",
+    "methods/test_moe",
     "methods/test_repair",
     "kernels/test_frank_wolfe",
     "recipe/test_advice",

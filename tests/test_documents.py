@@ -63,9 +63,9 @@ def test_the_first_page_is_short():
 
 
 @pytest.mark.parametrize("text", list(recipes()))
-def test_every_recipe_in_the_documentation_is_valid(text):
-    document = yaml.safe_load(text)
-    mergetool.load_recipe({"output": {"path": "out"}, **document})
+def test_every_recipe_in_the_documentation_is_valid(text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text, "utf-8")
+    mergetool.load_recipe(tmp_path / "recipe.yaml")
 
 
 def test_no_page_names_a_path_of_somebodys_machine():

@@ -31,6 +31,8 @@ _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_valu
 _LAYER_COUNTS = ("*num_hidden_layers", "n_layer", "n_layers", "num_layers", "*coder_layers", "*_layers")
 SCALED_BY_TIES = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "t5gemma", "udop", "pop2piano")
 """Model types that read `tie_word_embeddings` as a factor of the logits, and tie by values whatever it says."""
+QUANTISED = ("quantization_config", "compression_config", "quantization")
+"""Sections about codes: how weights are, or were, quantised."""
 _NONE_COUNTS = ("sliding_window",)
 """Keys whose null is as much a value as any other."""
 _DEFAULTS = {"rope_theta": 10000.0}

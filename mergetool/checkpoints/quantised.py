@@ -1,14 +1,18 @@
-"""Whether a model's weights are quantised: codes with scales beside them, on which arithmetic means nothing."""
+"""Whether a model's weights are quantised: codes with scales beside them, on which arithmetic means nothing.
+
+Codes that are understood (`codes`) are dequantised while they are read; all others are refused.
+"""
 
 import re
 from collections.abc import Mapping
 
-from mergetool.checkpoints.facts import parts_of
+from mergetool.checkpoints.codes import dequantised
+from mergetool.checkpoints.facts import QUANTISED, parts_of
+from mergetool.errors import PlanError
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import ModelSource
 
-_SECTIONS = ("quantization_config", "compression_config", "quantization")
 _FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 _COMPANIONS = re.compile(
     r"(.+)\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|SCB|weight_format"
@@ -21,11 +25,16 @@ def how_quantised(source: ModelSource) -> str | None:
     """What says that a model is quantised, for people; None if nothing does."""
     config = read_config(source.folder)
     for place, section in {"": config, **parts_of(config)}.items():
-        if told := next((key for key in _SECTIONS if section.get(key)), None):
+        if told := next((key for key in QUANTISED if section.get(key)), None):
             return f"config.json has {place}.{told}" if place else f"config.json has {told}"
-    if (name := _companion(source.specs)) is not None:
+    return left_over(source.specs)
+
+
+def left_over(specs: Mapping[str, TensorSpec]) -> str | None:
+    """What among tensors says that some are codes."""
+    if (name := _companion(specs)) is not None:
         return f"{name} belongs to packed weights"
-    matrices = [spec for spec in source.specs.values() if _is_matrix(spec)]
+    matrices = [spec for spec in specs.values() if _is_matrix(spec)]
     packed = [spec for spec in matrices if spec.dtype.name in _PACKED]
     if 2 * len(packed) <= len(matrices):
         return None
@@ -46,6 +55,18 @@ def _companion(specs: Mapping[str, TensorSpec]) -> str | None:
 def _is_matrix(spec: TensorSpec) -> bool:
     """Whether a tensor is where a layer has its weights."""
     return len(spec.shape) == 2 and spec.name.endswith(".weight") and min(spec.shape) > 1
+
+
+def plain_numbers(model: ModelSource) -> ModelSource:
+    """A model whose tensors are the numbers they stand for: itself, or what its codes mean. Raises PlanError."""
+    made = dequantised(model)
+    if how := how_quantised(model) if made is model else left_over(made.specs):
+        raise PlanError(
+            f"its weights are quantised ({how}), so arithmetic on them is meaningless",
+            str(model.folder or (model.files[0].path if model.files else "in memory")),
+            "dequantise the model first, and save it in bfloat16",
+        )
+    return made
 
 
 def file_about_codes(source: ModelSource) -> str | None:

@@ -1,36 +1,66 @@
 """Which token every id of a model means, as far as plain files tell, and where two models disagree.
 
-Read are `tokenizer.json` (all its models), `vocab.json` and `vocab.txt` with `added_tokens.json`. Of other vocabularies
-(SentencePiece, tiktoken) only whether they are the same file can be said.
+Read are `tokenizer.json` (all its models), `vocab.json`, `vocab.txt`, and SentencePiece's `tokenizer.model` and
+`spiece.model`, with `added_tokens.json` and what `tokenizer_config.json` adds. Of other vocabularies (tiktoken) only
+whether they are the same file can be said.
 """
 
 import json
 from collections.abc import Mapping
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from mergetool.checkpoints.sentencepiece import pieces_in
+
 FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
 """Where a vocabulary is, the most telling file first."""
+_READ = FILES[:5]
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _MOST_BYTES = 100_000_000
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a model."""
+
+    texts: Mapping[int, str]
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Numbers by text; the first of several."""
+        found: dict[str, int] = {}
+        for number in sorted(self.texts):
+            found.setdefault(self.texts[number], number)
+        return found
+
+
 def tokens_of(folder: Path | None) -> dict[int, str] | None:
     """Tokens by id; None where there is no vocabulary that can be read."""
-    found = next((folder / name for name in FILES[:3] if (folder / name).is_file()), None) if folder else None
+    found = vocabulary_file(folder)
     return None if found is None else _tokens_in(found, _stamp(found))
+
+
+def vocabulary_file(folder: Path | None) -> Path | None:
+    """The file that tells the tokens of a folder, if one does."""
+    return next((folder / name for name in _READ if (folder / name).is_file()), None) if folder else None
 
 
 @lru_cache(maxsize=16)
 def _tokens_in(path: Path, _: tuple[int, int]) -> dict[int, str] | None:
     """Read once, however many plans ask (those of a search); not to be changed."""
-    read = {"tokenizer.json": _of_tokenizer, "vocab.json": _of_json, "vocab.txt": _of_text}[path.name]
+    read = _READERS[path.name]
     try:
-        added = {} if read is _of_tokenizer else _of_json(path.with_name("added_tokens.json"))
-        return read(path) | added
+        return read(path) | ({} if read is _of_tokenizer else _added(path.parent))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+def _added(folder: Path) -> dict[int, str]:
+    """What is added to a vocabulary beside it."""
+    told = small_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    return {int(place): str(each["content"]) for place, each in told.items()} | _of_json(folder / "added_tokens.json")
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -56,6 +86,13 @@ def _of_text(path: Path) -> dict[int, str]:
     return dict(enumerate(path.read_text("utf-8").splitlines()))
 
 
+def _of_pieces(path: Path) -> dict[int, str]:
+    return dict(enumerate(pieces_in(path.read_bytes())))
+
+
+_READERS = dict(zip(_READ, (_of_tokenizer, _of_json, _of_text, _of_pieces, _of_pieces), strict=True))
+
+
 def _json(path: Path) -> Any:
     if path.stat().st_size > _MOST_BYTES:
         raise ValueError("too large")
@@ -69,7 +106,7 @@ def disagreement(one: Path | None, other: Path | None) -> str | None:
         return None
     ours, theirs = tokens_of(one), tokens_of(other)
     if ours is None or theirs is None:
-        return None if name in FILES[:3] else f"{name} is another file"
+        return None if name in _READ else f"{name} is another file"
     different = sorted(place for place in ours.keys() & theirs.keys() if ours[place] != theirs[place])
     if not different:
         return None
@@ -82,7 +119,7 @@ def disagreement(one: Path | None, other: Path | None) -> str | None:
 
 def more_tokens(one: Path | None, other: Path | None) -> list[str]:
     """Tokens of the second folder at ids that mean nothing in the first; none where nothing can be said."""
-    if _differing(one, other) not in FILES[:3]:
+    if _differing(one, other) not in _READ:
         return []
     ours, theirs = tokens_of(one), tokens_of(other)
     return [] if ours is None or theirs is None else [theirs[place] for place in sorted(theirs.keys() - ours.keys())]
@@ -104,14 +141,18 @@ def _same_bytes(one: Path, stamp: tuple[int, int], other: Path, other_stamp: tup
 
 
 def chat_template_of(folder: Path | None) -> str | None:
-    """The chat template of a folder, wherever transformers keeps it."""
+    """The chat template of a folder, wherever transformers keeps it; of several with names, the default one."""
     if folder is None:
         return None
-    for name in _TEMPLATES:
-        if (folder / name).is_file():
-            return (folder / name).read_text("utf-8", errors="replace")
-    found = small_json(folder / "tokenizer_config.json").get("chat_template")
-    return json.dumps(found) if found and not isinstance(found, str) else found
+    plain, processors = (folder / name for name in _TEMPLATES)
+    if plain.is_file():
+        return plain.read_text("utf-8", errors="replace")
+    settings = processors if processors.is_file() else folder / "tokenizer_config.json"
+    found = small_json(settings).get("chat_template")
+    if isinstance(found, list):
+        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        found = named.get("default") or next(iter(named.values()), None)
+    return found if isinstance(found, str) and found else None
 
 
 def small_json(path: Path) -> Mapping[str, Any]:

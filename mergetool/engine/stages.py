@@ -17,7 +17,7 @@ class Stages(Protocol):
 
 def run_stages(run: Context, shown: Callable[[], None] = lambda: None) -> None:
     """Do all that a plan asks for. `shown` is called once all operands can be read as merging will see them."""
-    fits = [stage for stage in run.plan.stages if stage.name == "fit"]
+    fits = [stage for stage in run.plan.stages if stage.name in ("fit", "gates")]
     for stage in fits:
         _kind(stage)(run, stage).work()
     shown()
@@ -32,6 +32,10 @@ def _kind(stage: Stage) -> Callable[[Context, Stage], Stages]:
         from mergetool.engine.fit import FinishStage, FitStage
 
         return FitStage if stage.name == "fit" else FinishStage
+    if stage.name == "gates":
+        from mergetool.engine.gates import GateStage
+
+        return GateStage
     if stage.name == "factorise":
         from mergetool.engine.factorise import FactoriseStage
 

@@ -131,3 +131,30 @@ def _xor_shift(x: Tensor, by: int, shifted: Tensor) -> Tensor:
 def _signed(word: int) -> int:
     word &= 0xFFFFFFFF
     return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def normal(key: Key, start: int, like: Tensor) -> Tensor:
+    """Normal numbers for the elements start, start + 1, ... of a stream: shape, dtype and device of `like`.
+
+    The quantiles of a draw of 16 bits, read from a table: so they do not depend on how a library slices its functions.
+    """
+    drawn = torch.index_select(_quantiles(like.device), 0, _indices(key, start, like))
+    return drawn.to(like.dtype).view(like.shape)
+
+
+def uniform(key: Key, start: int, like: Tensor) -> Tensor:
+    """Numbers in (-1, 1), as `normal` gives its own."""
+    return ((_indices(key, start, like) * 2 + 1) / _RESOLUTION - 1).to(like.dtype).view(like.shape)
+
+
+def _indices(key: Key, start: int, like: Tensor) -> Tensor:
+    """Uniform whole numbers below 2^16."""
+    words = [torch.empty(like.numel() + 2, dtype=torch.int32, device=like.device) for _ in range(2)]
+    return draw(key, start, *words)[: like.numel()].long() + _RESOLUTION // 2
+
+
+@lru_cache(maxsize=8)
+def _quantiles(device: torch.device) -> Tensor:
+    centres = (torch.arange(_RESOLUTION, dtype=torch.float64) + 0.5) / _RESOLUTION
+    quantiles: Tensor = torch.special.ndtri(centres)
+    return quantiles.to(device)

@@ -4,7 +4,8 @@ import pkgutil
 from functools import cache
 from importlib import import_module
 
-from mergetool.layouts.base import Layout, all_layouts
+from mergetool.layouts.base import Layout, all_layouts, serving_layouts
+from mergetool.methods.base import Method
 
 
 @cache
@@ -13,3 +14,11 @@ def registry() -> dict[str, type[Layout]]:
     for module in pkgutil.iter_modules(__path__):
         import_module(f"{__name__}.{module.name}")
     return all_layouts()
+
+
+def layout_with(method: Method) -> Layout | None:
+    """The layout that comes with a method, where it says itself where tensors come from."""
+    if not method.arranges:
+        return None
+    registry()
+    return serving_layouts()[str(method.method_name())].of(method)

@@ -18,6 +18,7 @@ Sources = Mapping[str, ModelSource]
 """The opened models of a recipe, and the base under "base"."""
 
 _REGISTRY: dict[str, type["Layout"]] = {}
+_SERVING: dict[str, type["Layout"]] = {}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class Arrangement:
     """Where layers were taken from, by what stands before their number: (model, layer there) for each in order.
 
     Only for those that are not the leader's own in their own order: config.json follows it."""
+    words: tuple[str, ...] = ()
+    """What people should know of it."""
+    sources: Sources = field(default_factory=dict)
+    """Further sources, of tensors that no model has; a stage of the method fills them."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of config.json that are other than the leader's, where the result is another network."""
 
 
 class Problem(NamedTuple):
@@ -67,10 +74,21 @@ class Layout(BaseModel):
     chooses: ClassVar[bool] = False
     """Whether not every model has a part in every tensor; how many there are at most is then seen when planning."""
 
+    serves: ClassVar[str | None] = None
+    """The method that it comes with: its settings are those of the method, it has no sections."""
+
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        if cls.model_fields:
+        if cls.serves is not None:
+            _SERVING[cls.serves] = cls
+        elif cls.model_fields:
             _REGISTRY[next(iter(cls.model_fields))] = cls
+
+    @classmethod
+    def of(cls, method: Any) -> "Layout":
+        """The layout that comes with a method."""
+        values: dict[str, Any] = {"method": method}
+        return cls.model_construct(**values)
 
     @abstractmethod
     def arrange(self, sources: Sources, leader: str, models: Sequence[str]) -> Arrangement:
@@ -88,3 +106,8 @@ class Layout(BaseModel):
 def all_layouts() -> dict[str, type[Layout]]:
     """Every registered layout by its first section."""
     return dict(sorted(_REGISTRY.items()))
+
+
+def serving_layouts() -> dict[str, type[Layout]]:
+    """Every registered layout that comes with a method, by the method's name."""
+    return dict(_SERVING)

@@ -125,6 +125,8 @@ class Method(BaseModel):
     """Whether it merges tensors itself, and so can be named where another method asks for one."""
     searches: ClassVar[bool] = False
     """Whether it tries candidates of another method; its settings are then that one's."""
+    arranges: ClassVar[bool] = False
+    """Whether a layout comes with it, so that a recipe can have no other (`mergetool.layouts`)."""
     varies: ClassVar[bool] = True
     """Whether its settings may differ from tensor to tensor (overrides)."""
 
@@ -218,6 +220,9 @@ class TensorMethod(Method):
     """What one call must see whole: any slice of flat elements, whole rows, or the whole tensor."""
     buffers: ClassVar[int] = 3
     """Temporaries the size of a slice that `merge` or a pass uses; the memory plan counts them."""
+
+    mixes: ClassVar[bool] = True
+    """Whether values of several models meet."""
 
     pass_depends_on: ClassVar[tuple[str, ...] | None] = None
     """Numbers that decide what a statistics pass finds; None: all. A search counts anew only where one changed."""

@@ -89,6 +89,7 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
             name: [redacted(vars(origin), plan.recipe.folder) for origin in origins]
             for name, origins in plan.origins.items()
         },
+        "vocabulary": plan.words.rows,
         "resolved_sha256": _resolved(plan),
         **({"inner": _inner(plan)} if plan.inner else {}),
         "output": {"dtype": plan.recipe.output.dtype, "files": dict(sorted(record.outputs.items()))},
@@ -120,7 +121,7 @@ def _input(plan: Plan, record: Record, name: str, stamp: FileStamp) -> dict[str,
 
 
 def _resolved(plan: Plan) -> str:
-    """SHA-256 of what becomes of every tensor: method, inputs, and numbers."""
+    """SHA-256 of what becomes of every tensor: method, inputs, numbers, and rows."""
     numbers = [
         [
             [slot.spec.name for slot in step.slots],
@@ -130,7 +131,8 @@ def _resolved(plan: Plan) -> str:
         ]
         for step in plan.steps
     ]
-    return hashlib.sha256(json.dumps(numbers, default=str).encode()).hexdigest()
+    told = [numbers, plan.words.digest] if plan.words.digest else numbers
+    return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
 
 
 def _place(plan: Plan, name: str, path: Path) -> str:

@@ -16,6 +16,7 @@ from mergetool.checkpoints.side_files import (
     module_files,
     tokenizer_files,
 )
+from mergetool.checkpoints.tokens_added import with_tokens
 from mergetool.errors import PlanError
 from mergetool.planning.graph import Plan
 from mergetool.planning.parents import label
@@ -33,10 +34,15 @@ def config_owner(plan: Plan) -> str:
 
 
 def tokenizer_owner(plan: Plan) -> str:
-    """The model whose tokenizer goes with the result."""
-    if plan.recipe.tokenizer is not None:
+    """The model whose tokenizer goes with the result, or stands first in a union."""
+    if plan.recipe.tokenizer is not None and plan.recipe.tokenizer.source in plan.sources:
         return plan.recipe.tokenizer.source
     return _first(plan, has_tokenizer)
+
+
+def tokenizer_folder(plan: Plan) -> Path | None:
+    """Where the tokenizer is that goes with the result."""
+    return plan.words.home or plan.sources[tokenizer_owner(plan)].folder
 
 
 def _first(plan: Plan, has: Callable[[Path | None], bool]) -> str:
@@ -54,12 +60,11 @@ def generation_owner(plan: Plan) -> str:
 def files_beside(plan: Plan) -> dict[str, Path]:
     """Every file that is copied, by its name in the result."""
     found: dict[str, Path] = {}
-    tokens = [tokenizer_owner(plan)]
-    if not has_tokenizer(plan.sources[tokens[0]].folder):  # it may have a template of its own for others' tokens
-        tokens.insert(0, _first(plan, has_tokenizer))
-    parts = (*((owner, tokenizer_files) for owner in tokens), (config_owner(plan), model_files))
-    for model, files in parts:
-        folder = plan.sources[model].folder
+    tokens = [tokenizer_folder(plan)]
+    if not has_tokenizer(tokens[0]):  # it may have a template of its own for others' tokens
+        tokens.insert(0, plan.sources[_first(plan, has_tokenizer)].folder)
+    parts = (*((folder, tokenizer_files) for folder in tokens), (plan.sources[config_owner(plan)].folder, model_files))
+    for folder, files in parts:
         found |= {name: folder / name for name in files(folder) if folder is not None}
     owner = generation_owner(plan)
     folder = plan.sources[owner].folder
@@ -68,10 +73,16 @@ def files_beside(plan: Plan) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def made_of_tokens(plan: Plan) -> dict[str, str]:
+    """Files of the tokenizer that are written anew, by name, where tokens are added to it."""
+    folder = tokenizer_folder(plan)
+    return with_tokens(folder, plan.words.added) if plan.words.added and folder is not None else {}
+
+
 def words_about_files(plan: Plan) -> Iterator[str]:
     """What comes from elsewhere than from the leader, and what stays behind. Raises PlanError."""
     config, tokenizer = config_owner(plan), tokenizer_owner(plan)
-    if plan.recipe.tokenizer is not None and not has_tokenizer(plan.sources[tokenizer].folder):
+    if plan.recipe.tokenizer is not None and not has_tokenizer(tokenizer_folder(plan)):
         yield _words_without_tokens(plan, tokenizer)
     if config != plan.template:
         yield f"{label(plan.template)} has no {CONFIG_NAME}: the result has that of {label(config)}"

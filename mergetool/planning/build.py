@@ -12,14 +12,15 @@ from pathlib import Path
 
 from mergetool.bundle.present import present
 from mergetool.checkpoints.family import assemble
-from mergetool.errors import PlanError, at
+from mergetool.errors import at
 from mergetool.planning.draft import Draft
 from mergetool.planning.graph import BASE, Plan, Shard, Slot, Step, compute_bits
 from mergetool.planning.inner import NONE, PlannedModel, place_of, with_inner
 from mergetool.planning.outcome import check_vocabulary, words_about_result
-from mergetool.planning.parents import check_shares, refuse_quantised, words_about
+from mergetool.planning.parents import check_shares, words_about
 from mergetool.planning.passes import with_partners, with_passes
 from mergetool.planning.sources import Lookup
+from mergetool.planning.words import in_one_vocabulary
 from mergetool.recipe.candidate import first_candidate
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.header import TensorSpec, lay_out
@@ -48,7 +49,6 @@ def make_plan(
     """
     if recipe.method.searches:
         recipe = first_candidate(recipe)
-    _refuse_words(recipe)
     lookup = lookup or Lookup(recipe.folder)
     if output is None and recipe.output.path is not None:
         output = recipe.path_of(recipe.output.path)
@@ -67,52 +67,37 @@ def make_plan(
     return as_bundle(plan)
 
 
-def _refuse_words(recipe: Recipe) -> None:
-    """Raise PlanError for what of the vocabulary cannot be made."""
-    tokenizer = recipe.tokenizer
-    if tokenizer is not None and tokenizer.source not in (BASE, *recipe.models):
-        raise PlanError(
-            f"a vocabulary of its own ({tokenizer.source}) cannot be made", "tokenizer.source", "name a model"
-        )
-    if tokenizer is not None and tokenizer.model_fields_set - {"source"}:
-        raise PlanError("rows cannot be chosen by token", "tokenizer", "write source: MODEL alone")
-    if recipe.chat_template is not None:
-        raise PlanError("a template of its own cannot be written", "chat_template", "write tokenizer: {source: MODEL}")
-
-
 def _planned(
     recipe: Recipe, opened: Mapping[str, ModelSource], output: Path | None, lookup: Lookup, *, whole: bool
 ) -> Plan:
     """The plan of opened models, with all that is to be said of them."""
     template = BASE if BASE in opened else next(iter(recipe.models))
     family = assemble(opened, template, whole=whole)
-    draft = Draft(recipe, family, template)
-    steps = _counted(recipe, family.sources, draft.steps())
+    vocabulary = in_one_vocabulary(recipe, family.sources, template, lookup)
+    family = replace(family, sources=vocabulary.sources)
+    draft = Draft(recipe, family, template, vocabulary.rows)
+    steps = _counted(recipe, draft.sources, draft.steps())
     specs = {slot.spec.name: slot.spec for step in steps for slot in step.slots}
     stem, limit = opened[template].stem, recipe.output.shard_size
     shards = _shards([specs[each.name] for each in draft.arrangement.origins if each.name in specs], stem, limit)
+    remarks = (*recipe.warnings, *lookup.warnings, *family.remarks, *vocabulary.remarks, *draft.warnings)
     words = (*check_shares(recipe, family.sources, steps), *words_about(recipe, family.sources, template, steps))
     return Plan(
         recipe,
-        family.sources,
+        draft.sources,
         template,
         _place(steps, shards),
         tuple(shards),
         output,
-        warnings=(
-            *recipe.warnings,
-            *lookup.warnings,
-            *family.remarks,
-            *draft.warnings,
-            *words,
-            *_unsplit(shards, stem, limit),
-        ),
+        warnings=(*remarks, *words, *_unsplit(shards, stem, limit)),
         origins=lookup.origins,
         bytes_missing=sum(lookup.missing.values()),
         untied=family.untied,
         layers=draft.arrangement.layers,
+        config=draft.arrangement.config,
         narrow=draft.narrow,
         others=_other_files(recipe),
+        words=vocabulary,
     )
 
 
@@ -146,7 +131,6 @@ def open_models(recipe: Recipe, lookup: Lookup, inner: Mapping[str, Plan] = NONE
                 opened[name] = lookup.adapted(name, PlannedModel(inner[name]), reference.adapters)
             else:
                 opened[name] = lookup.open(name, reference.source, reference.adapters, reference.select)
-            refuse_quantised(opened[name])
     return opened
 
 

@@ -7,13 +7,16 @@ from fnmatch import fnmatchcase
 from mergetool.arch.depth import structural_depths
 from mergetool.checkpoints.family import Family
 from mergetool.checkpoints.islands import Islands
+from mergetool.checkpoints.vocabulary import tokens_of
+from mergetool.checkpoints.vocabulary_axes import axes_of
 from mergetool.errors import PlanError
 from mergetool.layouts.base import Arrangement, Origin
 from mergetool.methods.base import TensorMethod
-from mergetool.planning.graph import ALIGNED, BASE, STORED, Operand, Slot, Step
+from mergetool.planning.graph import ALIGNED, BASE, ROWS, STORED, Operand, Slot, Step
 from mergetool.planning.numbers import numbers_of, overridden
 from mergetool.planning.operations import Copy, Merge
 from mergetool.planning.parents import check_missing, label, listed
+from mergetool.planning.words import Rows
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME, DType
 from mergetool.tensors.header import TensorSpec
@@ -25,11 +28,13 @@ _SUMS = BY_NAME["F32"]
 class Draft:
     """One planning run: the state that deciding about every tensor needs."""
 
-    def __init__(self, recipe: Recipe, family: Family, template: str) -> None:
+    def __init__(self, recipe: Recipe, family: Family, template: str, rows: Rows) -> None:
         self.recipe = recipe
-        self.sources = family.sources
+        self.rows = rows
+        self.arrangement: Arrangement = recipe.layout.arrange(family.sources, template, tuple(recipe.models))
+        self.sources = {**family.sources, **self.arrangement.sources}
         self.twins = family.twins
-        self.islands = {model: Islands(source) for model, source in family.sources.items()}
+        self.islands = {model: Islands(source) for model, source in self.sources.items()}
         self.template = template
         self.warnings: list[str] = []
         self.extras: dict[tuple[str, tuple[str, ...]], list[str]] = {}
@@ -43,7 +48,6 @@ class Draft:
         self.overridden: dict[tuple[int, float | None], TensorMethod] = {}
         self.sets_alone = self.method.max_models == 1 and bool(recipe.method.model_fields_set - {"method"})
         self.narrow: dict[str, DType] = {}
-        self.arrangement: Arrangement = recipe.layout.arrange(self.sources, template, tuple(recipe.models))
 
     def steps(self) -> list[Step]:
         """The steps in the order of the arrangement; indices and files are not settled yet."""
@@ -54,6 +58,7 @@ class Draft:
         steps = [step for each in origins if (step := self._step(each, _depth(layers[each.name]))) is not None]
         if not steps:
             raise PlanError("the models hold no tensors to merge", "plan", "check the paths of the models")
+        self.warnings += self.arrangement.words
         self._warn()
         return _joined(steps)
 
@@ -188,7 +193,9 @@ class Draft:
         return self.sources[_holder(origin, source)].specs[origin.tensors[source]]
 
     def _operand(self, origin: Origin, source: str) -> Operand:
-        return Operand(_holder(origin, source), origin.tensors[source], self.view)
+        holder, name = _holder(origin, source), origin.tensors[source]
+        gathered = self.view is STORED and name in self.rows and holder in self.rows[name]
+        return Operand(holder, name, ROWS if gathered else self.view)
 
     def _dtype_made(self, model: str, origin: Origin) -> DType:
         """The storage dtype of what is computed: of an intermediate result that of sums, which are rounded later."""
@@ -214,10 +221,22 @@ class Draft:
             fix = f"copy it: overrides: [{{match: {origin.name!r}, use: {leader}}}]"
             if other.shape != spec.shape:
                 what = f"shape {list(other.shape)} in {label(model)}, {list(spec.shape)} in {label(leader)}"
-                raise PlanError(what, origin.name, f"merge models of one size, or {fix}")
+                words = self._has_other_words(origin, (leader, model)) and "write tokenizer: {source: union}"
+                raise PlanError(what, origin.name, words or f"merge models of one size, or {fix}")
             if not other.dtype.is_float:
                 what = f"dtype {other.dtype.name} in {label(model)}, {spec.dtype.name} in {label(leader)}"
                 raise PlanError(what, origin.name, fix)
+
+    def _has_other_words(self, origin: Origin, models: tuple[str, str]) -> bool:
+        """Whether a tensor is of two sizes because two models have vocabularies of two sizes, which can be read."""
+        shapes = [list(self._spec(origin, model).shape) for model in models]
+        sources = [self.sources[_holder(origin, model)] for model in models]
+        axis, other = (
+            axes_of(source).get(origin.tensors[model]) for model, source in zip(models, sources, strict=True)
+        )
+        if axis is None or axis != other or not all(tokens_of(source.folder) for source in sources):
+            return False
+        return shapes[0].pop(axis) != shapes[1].pop(axis) and shapes[0] == shapes[1]
 
     def _check_none_is_float(self, origin: Origin, leader: str, models: Sequence[str]) -> None:
         """Whole numbers are copied, but not where another model has learnt values in their place."""

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from mergetool.alignment.models import Headers
 from mergetool.arch.code import code_of
 from mergetool.methods.base import Granularity
 from mergetool.planning.operations import Operation
 from mergetool.planning.sources import Provenance
+from mergetool.planning.words import Lexicon
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.dtypes import DType
 from mergetool.tensors.header import Header, TensorSpec
@@ -45,6 +47,8 @@ class View:
 STORED = View("stored", "element")
 ALIGNED = View("aligned", "tensor")
 """In the space of a fit, which moves entries along every axis."""
+ROWS = View("rows", "element")
+"""Rows gathered, those of tokens in the order of the result's vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -181,12 +185,16 @@ class Plan:
     """Heads that the template ties to its embeddings, and that are tensors of their own here."""
     layers: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     """Where a layout takes layers from, by what stands before their number: (model, layer there) for each in order."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of config.json that a layout sets, where the result is another network than the template."""
     beside: tuple[PlannedFile, ...] = ()
     """Large files that belong to the output and hold no slots."""
     bytes_at_most: int | None = None
     """What all files take together, where files may get smaller."""
     others: Mapping[str, FileStamp] = field(default_factory=dict)
     """Files beside the models that the method reads, by the recipe's field."""
+    words: Lexicon = field(default_factory=lambda: Lexicon({}))
+    """The vocabulary, where the models' are not one."""
     inner: "Mapping[str, Plan]" = field(default_factory=dict)
     """The plans of models that other recipes make first, by name."""
     narrow: Mapping[str, DType] = field(default_factory=dict)

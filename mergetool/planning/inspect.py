@@ -12,7 +12,7 @@ from mergetool.tensors.source import ModelSource, SafetensorsSource
 
 def facts_about(reference: str | Path) -> dict[str, Any]:
     """Headers of a model, here or on the Hub, as JSON-able facts. Raises SourceError for one that is damaged."""
-    lookup = Lookup(Path.cwd())
+    lookup = Lookup(Path.cwd(), as_stored=True)
     with at("inspect"):
         source = lookup.open("model", str(reference))
     origin = lookup.origins["model"][0]

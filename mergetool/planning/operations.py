@@ -135,11 +135,14 @@ class Merge(Operation):
     params: Params
     models: tuple[str, ...]
     counts: StatisticsPass | None = None
-    arithmetic = True
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return self.method.method_name() or ""
+        return self.method.method_name() or self.method.treatment("", ())
+
+    @property
+    def arithmetic(self) -> bool:  # type: ignore[override]
+        return self.method.mixes
 
     @property
     def buffers(self) -> int:  # type: ignore[override]

@@ -3,14 +3,16 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mergetool.checkpoints.ties import is_head
 from mergetool.checkpoints.truth import Parent, Written, layer_counts, strange_sizes, true_config, vocabulary_sizes
-from mergetool.checkpoints.vocabulary import disagreement
+from mergetool.checkpoints.vocabulary import disagreement, special_ids
 from mergetool.errors import PlanError
 from mergetool.planning.beside import config_owner, files_beside, tokenizer_owner, words_about_files
+from mergetool.planning.chat import made_beside, special_tokens, words_about_chat
 from mergetool.planning.graph import Operand, Plan
 from mergetool.planning.parents import label
 from mergetool.tensors.side_files import CONFIG_NAME, read_config
@@ -19,16 +21,20 @@ from mergetool.tensors.writer import write_file
 
 def config_of(plan: Plan) -> dict[str, Any]:
     """The result's config.json; empty where no model has one. Raises PlanError where no config fits what is written."""
-    return true_config(config_owner(plan), *_facts(plan))
+    return {**true_config(config_owner(plan), *_facts(plan)), **plan.config}
 
 
 def write_small_files(plan: Plan, folder: Path, put: Callable[[Path, Path], None]) -> None:
-    """config.json as it is true of the result, and by `put` all files that belong to it."""
+    """config.json as it is true of the result, files that are made, and by `put` all others that belong to it."""
     if config := config_of(plan):
         write_file(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    made = made_beside(plan)
     for name, path in files_beside(plan).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        put(path, folder / name)
+        if name not in made:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            put(path, folder / name)
+    for name, text in made.items():
+        write_file(folder / name, text)
 
 
 def _facts(plan: Plan) -> tuple[dict[str, Parent], Written]:
@@ -49,9 +55,9 @@ def _facts(plan: Plan) -> tuple[dict[str, Parent], Written]:
         untied=plan.untied,
         dtype=_main_dtype(plan),
         one_dtype=plan.recipe.output.dtype != "source",
-        tokenizer=None if tokenizer == owner else tokenizer,
+        special={} if tokenizer == owner else special_ids(parents[tokenizer].config),
     )
-    return parents, written
+    return parents, replace(written, special={**written.special, **special_tokens(plan)})
 
 
 def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -96,6 +102,7 @@ def words_about_result(plan: Plan) -> Iterator[str]:
     """What is unusual about the result."""
     shapes = _shapes(plan)
     yield from words_about_files(plan)
+    yield from words_about_chat(plan)
     yield from _sizes(plan)
     yield from _layers(plan, shapes)
     yield from _tokens(plan, shapes)
@@ -110,6 +117,8 @@ def _sizes(plan: Plan) -> Iterator[str]:
 
 def _tokens(plan: Plan, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
     """Embeddings that are copied from one model, and a tokenizer of another that means something else by their rows."""
+    if plan.words.texts is not None:
+        return
     owner = tokenizer_owner(plan)
     rows = vocabulary_sizes(shapes)
     for name, operand in copies_of(plan).items():

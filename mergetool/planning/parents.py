@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mergetool.checkpoints.facts import disagreements, name_of
-from mergetool.checkpoints.quantised import file_about_codes, how_quantised, is_raw_float8
-from mergetool.checkpoints.vocabulary import chat_template_of, disagreement, end_tokens, more_tokens
+from mergetool.checkpoints.quantised import file_about_codes, is_raw_float8
+from mergetool.checkpoints.vocabulary import chat_template_of, disagreement, end_tokens, more_tokens, tokens_of
 from mergetool.errors import PlanError
 from mergetool.layouts.base import Origin
 from mergetool.planning.graph import BASE, Step
@@ -28,16 +28,6 @@ def label(model: str) -> str:
 def listed(names: Sequence[str]) -> str:
     """The first few names, and whether there are more."""
     return ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")
-
-
-def refuse_quantised(source: ModelSource) -> None:
-    """Raise PlanError for weights that stand for other numbers than those that are stored."""
-    if how := how_quantised(source):
-        raise PlanError(
-            f"its weights are quantised ({how}), so arithmetic on them is meaningless",
-            str(source.folder or (source.files[0].path if source.files else "in memory")),
-            "dequantise the model first, and save it in bfloat16",
-        )
 
 
 def check_missing(
@@ -98,7 +88,8 @@ def check_shares(recipe: Recipe, sources: Sources, steps: Sequence[Step]) -> lis
 def words_about(recipe: Recipe, sources: Sources, leader: str, steps: Sequence[Step]) -> Iterator[str]:
     """What people should know about their models before they merge them. Raises PlanError for heads cut differently."""
     configs = {model: read_config(source.folder) for model, source in sources.items()}
-    yield from _same_files(sources)
+    if not recipe.method.arranges:
+        yield from _same_files(sources)
     for model in recipe.models:
         if model != leader and any(model in step.reads for step in steps if step.operation.arithmetic):
             yield from _facts(model, leader, configs)
@@ -143,10 +134,10 @@ def _facts(model: str, leader: str, configs: Mapping[str, Mapping[str, Any]]) ->
 
 def _tokens(recipe: Recipe, sources: Sources, model: str, leader: str) -> Iterator[str]:
     what = disagreement(sources[leader].folder, sources[model].folder)
-    if what is not None:
+    if what is not None and not all(tokens_of(sources[each].folder) for each in (model, leader)):
         yield (
-            f"the tokenizers of {label(leader)} and {label(model)} differ: {what}; their embeddings are merged row by "
-            "row all the same, so take them from one model: overrides: [{match: '*embed*', use: MODEL}] and tokenizer"
+            f"the tokenizers of {label(leader)} and {label(model)} differ: {what}, in a format that is not read here; "
+            "rows are merged by number all the same, so save both tokenizers with save_pretrained (tokenizer.json)"
         )
     mine, theirs = (_labels(read_config(sources[each].folder)) for each in (model, leader))
     if mine and theirs and mine != theirs and len(mine) == len(theirs):
@@ -175,8 +166,9 @@ def _left_behind(
     template, ends = chat_template_of(folder), end_tokens(folder, configs[leader])
     for model in recipe.models:
         own = chat_template_of(sources[model].folder), end_tokens(sources[model].folder, configs[model])
-        what = [f"the end token {own[1]}"] if own[1] and ends and own[1] != ends else []
-        what += ["a chat template"] if own[0] and own[0] != template else []
+        chosen = recipe.chat_template is not None
+        what = [f"the end token {own[1]}"] if own[1] and ends and own[1] != ends and not chosen else []
+        what += ["a chat template"] if own[0] and own[0] != template and not chosen else []
         more = more_tokens(folder, sources[model].folder)
         what += [f"{len(more)} tokens ({listed([repr(token) for token in more])})"] if more else []
         if what and model != leader:

@@ -10,6 +10,7 @@ from mergetool.planning.cost import Costs
 from mergetool.planning.duration import MACHINES, Machine, answer_seconds, expected_seconds, is_guess, this_machine
 from mergetool.planning.graph import Plan, Slot, Step
 from mergetool.planning.inner import bytes_on_disk, needed
+from mergetool.planning.parents import label
 from mergetool.planning.patterns import patterns, treatment
 from mergetool.planning.search import SearchSize
 from mergetool.units import filesize, memsize, timespan
@@ -34,6 +35,7 @@ def describe(plan: Plan, costs: Costs, search: Method | None = None) -> dict[str
         "workers": costs.workers,
         "expected_seconds": {machine.name: round(expected_seconds(plan, machine), 1) for machine in MACHINES},
         "expected_seconds_here": round(expected_seconds(plan, this_machine(costs.workers)), 1),
+        "vocabulary": plan.words.rows,
         "bytes_beside": bytes_on_disk(plan) - plan.bytes_out,
         "inner": {name: _inner(each) for name, each in needed(plan)},
         "warnings": list(plan.warnings),
@@ -102,6 +104,7 @@ def totals(plan: Plan, costs: Costs, *, machines: bool = False, search: Method |
     return [
         ("tensors", f"{plan.num_tensors:,} ({told})"),
         *([("to download first", filesize(plan.bytes_missing))] if plan.bytes_missing else []),
+        *_vocabulary(plan),
         ("to read", filesize(costs.bytes_in)),
         ("to write", f"{at_most}{filesize(costs.bytes_out)} in {files}"),
         *_beside(plan),
@@ -110,6 +113,17 @@ def totals(plan: Plan, costs: Costs, *, machines: bool = False, search: Method |
         *(_search(plan, search, here) if search is not None else ()),
         ("output", str(plan.output) if plan.output else "give -o PATH"),
     ]
+
+
+def _vocabulary(plan: Plan) -> Rows:
+    """Where the rows of tokens come from, in each model's view: of one tensor for all that are alike."""
+    alike: dict[str, list[str]] = {}
+    for name, models in plan.words.rows.items():
+        for model, counts in models.items():
+            whose = {model: "its own"} | {other: f"of {label(other)}" for other in plan.sources if other != model}
+            told = ", ".join(f"{count:,} {whose.get(each, each)}" for each, count in counts.items())
+            alike.setdefault(f"{label(model)}: {told}", []).append(name)
+    return [(f"rows of {names[0]}", told) for told, names in alike.items()]
 
 
 def _beside(plan: Plan) -> Rows:

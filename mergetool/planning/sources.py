@@ -11,6 +11,8 @@ from typing import Any
 
 from mergetool.bundle import is_bundle
 from mergetool.checkpoints.adapters import AdapterSource
+from mergetool.checkpoints.codes import describes_codes
+from mergetool.checkpoints.quantised import plain_numbers
 from mergetool.errors import HubError, SourceError
 from mergetool.recipe.schema import ModelReference, Recipe, expanded
 from mergetool.tensors.folder import open_model
@@ -44,10 +46,13 @@ class Place:
 
 
 class Lookup:
-    """Looks references up. Paths are relative to `folder`."""
+    """Looks references up. Paths are relative to `folder`. With `as_stored`, quantised weights stay codes."""
 
-    def __init__(self, folder: Path, found: dict[tuple[str, bool], Repository] | None = None) -> None:
+    def __init__(
+        self, folder: Path, found: dict[tuple[str, bool], Repository] | None = None, *, as_stored: bool = False
+    ) -> None:
         self._folder = folder
+        self._as_stored = as_stored
         self._found = {} if found is None else found
         self.warnings: list[str] = []
         self.pins: dict[str, str] = {}
@@ -61,7 +66,8 @@ class Lookup:
     def open(self, name: str, source: str, adapters: tuple[str, ...] = (), select: str | None = None) -> ModelSource:
         """Open a model with its adapters, or one expert of a bundle. Raises SourceError or HubError."""
         place = self._place(source, whole=select is not None)
-        return self.adapted(name, _open(place, select), adapters, place.origin)
+        model = _open(place, select)
+        return self.adapted(name, model if self._as_stored else plain_numbers(model), adapters, place.origin)
 
     def adapted(
         self, name: str, model: ModelSource, adapters: tuple[str, ...], origin: Provenance | None = None
@@ -79,6 +85,10 @@ class Lookup:
         self.warnings += [text for text in told if text not in self.warnings]
         return model
 
+    def folder(self, text: str) -> Path:
+        """The folder of a tokenizer's files. Raises SourceError or HubError."""
+        return self._place(text).path
+
     def _place(self, text: str, *, adapter: bool = False, whole: bool = False) -> Place:
         path = (self._folder / expanded(text)).absolute()
         name = self._hub_name(text) if is_on_hub(self._folder, text) else None
@@ -86,7 +96,7 @@ class Lookup:
             return Place(path, Provenance(text, licence_of(path if path.is_dir() else path.parent)))
         repository = self._repository(name, text, adapter=adapter)
         origin = Provenance(text, licence_of(repository.folder), repository.name, repository.commit)
-        if whole or _is_pickled(repository):  # no header tells what is in it
+        if whole or _is_pickled(repository) or _needs_values(repository):  # no header tells what is in it
             return Place(repository.fetch(whole=whole), origin)
         return Place(repository.folder, origin, repository.headers())
 
@@ -194,6 +204,11 @@ def pinned_document(document: Mapping[str, Any], pins: Mapping[str, str]) -> dic
 
 def _is_pickled(repository: Repository) -> bool:
     return not all(name.endswith(".safetensors") for name in repository.weight_files())
+
+
+def _needs_values(repository: Repository) -> bool:
+    """Whether shapes are told by values (bitsandbytes' 4 bits), not by headers."""
+    return any(describes_codes(name) for file in repository.headers().values() for name in file.header.slots)
 
 
 def _open(place: Place, select: str | None) -> ModelSource:

@@ -8,7 +8,7 @@ from mergetool.layouts.base import Layout
 from mergetool.methods.base import Method
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.render import suggestion
-from mergetool.recipe.words import AUTO, TEMPLATES, is_place, models_named
+from mergetool.recipe.words import AUTO, TEMPLATES, UNION, is_place, models_named
 
 _RESERVED = ("base", "gradient")
 
@@ -34,6 +34,8 @@ def cross_checks(
         for field, part in () if method is None else method.parts().items():
             yield from _check_part(document, models, field, part, has_base)
         yield from _check_words(document, models)
+        if kind is not None and (kind.searches or kind.result != "checkpoint"):
+            yield from _check_plain_words(document, kind)
     if _in(data, "output", "keep_float32") is not None and _in(data, "output", "dtype") not in ("bfloat16", "float16"):
         what = "without an output.dtype of 16 bits nothing is narrowed, so this would have no effect"
         yield document.error(("output", "keep_float32"), what, "remove `keep_float32`, or write dtype: bfloat16")
@@ -55,6 +57,19 @@ def _check_words(document: Document, models: Collection[str]) -> Iterator[Recipe
         yield document.error(("chat_template",), f"{named!r} is no model", f"write {{file: {named}}}")
     else:
         yield from _check_use(document, ("chat_template",), named, models, (AUTO, *TEMPLATES))
+
+
+def _check_plain_words(document: Document, kind: type[Method]) -> Iterator[RecipeError]:
+    """Methods whose results are not one merge have the tokenizer of one of the models."""
+    tokenizer = document.data.get("tokenizer")
+    more = [key for key in tokenizer if key != "source"] if isinstance(tokenizer, dict) else []
+    if _in(document.data, "tokenizer", "source") == UNION or more:
+        what = f"{kind.method_name()} takes models of one vocabulary"
+        fix = "merge first with another method, or write tokenizer: {source: MODEL} alone"
+        yield document.error(("tokenizer",), what, fix)
+    if "chat_template" in document.data:
+        what = f"{kind.method_name()} keeps the chat template of the tokenizer"
+        yield document.error(("chat_template",), what, "write tokenizer: {source: MODEL} instead")
 
 
 def _in(data: Mapping[str, Any], section: str, key: str) -> Any:

@@ -7,8 +7,8 @@ The scalar rules are those of YAML 1.2 (core schema), not of YAML 1.1, whose sur
     012      is 12                          (1.1: octal 10)
     .nan     is read, and refused later by every number field
 
-Refused here: a key given twice, keys that are not text or numbers, tags (`!!python/...`), merge keys (`<<`), several
-documents in one file, and anything that unfolds to more than 100 000 nodes (alias bombs) or nests deeper than 50.
+Refused here: a key given twice, keys that are not text or numbers, tags (`!!python/...`), merge keys (`<<`), and
+anything that unfolds to more than 100 000 nodes (alias bombs) or nests deeper than 50.
 """
 
 import re
@@ -68,8 +68,8 @@ class Document:
         return RecipeError(what, self.where(place), fix)
 
 
-def read_document(path: Path) -> Document:
-    """Read a recipe file. Raises RecipeError with line and column."""
+def read_documents(path: Path) -> list[Document]:
+    """Read a file of one or several recipes. Raises RecipeError with line and column."""
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
@@ -80,36 +80,52 @@ def read_document(path: Path) -> Document:
         raise RecipeError(f"cannot be read: {error.strerror}", str(path), "check the path") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"is not UTF-8 text ({error})", str(path), "save it as UTF-8") from None
-    document = parse_document(text, str(path))
-    document.folder = path.parent
-    return document
+    documents = parse_documents(text, str(path))
+    for document in documents:
+        document.folder = path.parent
+    return documents
 
 
 def parse_document(text: str, name: str) -> Document:
-    """Parse YAML text; `name` is what messages call it. Raises RecipeError with line and column."""
-    document = Document(name, None)
+    """Parse YAML text of one document; see `parse_documents`."""
+    first, *more = parse_documents(text, name)
+    if more:
+        raise more[0].error((), "expected a single document, found another one", "put it in a file of its own")
+    return first
+
+
+def parse_documents(text: str, name: str) -> list[Document]:
+    """Parse YAML text; `name` is what messages call it. Empty documents count only where there is no other.
+
+    Raises RecipeError with line and column.
+    """
+    documents = [_built(root, name) for root in _roots(text, name) if root is not None]
+    return [each for each in documents if each.data is not None] or documents[:1] or [Document(name, None)]
+
+
+def _roots(text: str, name: str) -> list[yaml.Node | None]:
+    """The documents as YAML's own nodes."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        return list(yaml.compose_all(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         what = ", ".join(part for part in (error.context, error.problem) if part)
-        raise RecipeError(f"not valid YAML: {what}", place, _yaml_fix(what)) from None
+        raise RecipeError(
+            f"not valid YAML: {what}", place, "check indentation, colons and quotes at this line"
+        ) from None
     except yaml.YAMLError as error:
         raise RecipeError(
             f"not valid YAML: {str(error).splitlines()[0]}", name, "save it as plain UTF-8 text"
         ) from None
     except RecursionError:
         raise RecipeError(f"nested deeper than {_MAX_DEPTH} levels", name, "a recipe needs no such depth") from None
-    if root is not None:
-        document.data = _Builder(document).build(root, ())
+
+
+def _built(root: yaml.Node, name: str) -> Document:
+    document = Document(name, None)
+    document.data = _Builder(document).build(root, ())
     return document
-
-
-def _yaml_fix(what: str) -> str:
-    if "single document" in what:
-        return "put each recipe in a file of its own"
-    return "check indentation, colons and quotes at this line"
 
 
 def parse_value(text: str) -> Any:

@@ -18,11 +18,11 @@ from mergetool.errors import RecipeError
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.schema import ModelReference, Output, Recipe, expanded
 
-_MOST = 100
+MOST = 100
 """Recipes inside a recipe, those inside others counted each time they are named."""
 _DEEPEST = 20
 _STORAGE = ("dtype", "keep_float32")
-_OF_A_KEPT_RESULT = ("version", "evaluate", "output")
+_OF_A_KEPT_RESULT = ("version", "name", "evaluate", "output")
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Inside:
             self.problems.append(self.document.error((*place, "folder"), what, "remove `folder`"))
         asked = {place: each for place, each in references.items() if each.recipe is not None}
         found = {str(place[-1]): self._one(place, reference) for place, reference in asked.items()}
-        if sum(1 + count(each) for each in found.values() if each is not None) > _MOST:
-            what = f"more than {_MOST} recipes are inside each other"
+        if sum(1 + count(each) for each in found.values() if each is not None) > MOST:
+            what = f"more than {MOST} recipes are inside each other"
             self.problems.append(self.document.error((), what, "run some of them first, and name their results"))
         return {name: each for name, each in found.items() if each is not None}
 

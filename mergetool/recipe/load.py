@@ -13,15 +13,17 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from mergetool.errors import RecipeError
 from mergetool.evaluate.options import TaskOptions
+from mergetool.layouts import layout_with
 from mergetool.layouts import registry as layouts
 from mergetool.layouts.base import Layout
 from mergetool.layouts.same import Same
 from mergetool.methods.base import Method
 from mergetool.recipe.candidate import other_documents
 from mergetool.recipe.checks import check_override, cross_checks
-from mergetool.recipe.document import Document, Place, parse_value, read_document
+from mergetool.recipe.document import Document, Place, parse_value, read_documents
+from mergetool.recipe.documents import joined, ours
 from mergetool.recipe.inner import Around, Inside, inlined
-from mergetool.recipe.mergekit import as_text, convert, is_mergekit
+from mergetool.recipe.mergekit import as_text
 from mergetool.recipe.render import render, unknown_key
 from mergetool.recipe.schema import Check, Compute, Output, Override, Recipe, Reference
 from mergetool.recipe.section import merge_section, override_class
@@ -30,6 +32,7 @@ from mergetool.recipe.words import Template, Tokenizer
 _Models = Annotated[dict[str, Reference], Field(min_length=1)]
 _FIXED: dict[str, Any] = {
     "version": Literal[1],
+    "name": Annotated[str, Field(min_length=1, strict=True, description="what other documents of this file call it")],
     "base": Reference,
     "models": _Models,
     "architecture": Annotated[str, Field(min_length=1, strict=True)],
@@ -62,7 +65,7 @@ def load_recipe(source: "str | Path | Mapping[str, Any]", settings: Sequence[str
     """
     around = Around()
     if isinstance(source, Mapping):
-        document = _ours(Document("recipe", _plain(source), folder=Path.cwd()))
+        document = joined(ours([Document("recipe", _plain(source), folder=Path.cwd())]))
     else:
         document, around = _read(Path(source)), around.inside(Path(source))
     problems = [problem for setting in settings for problem in _apply(document, setting)]
@@ -73,21 +76,21 @@ def load_recipe(source: "str | Path | Mapping[str, Any]", settings: Sequence[str
 
 def _read(path: Path) -> Document:
     """Our recipe for what a file holds."""
-    return _ours(read_document(path))
-
-
-def _ours(document: Document) -> Document:
-    return convert(document) if is_mergekit(document.data) else document
+    return joined(ours(read_documents(path)))
 
 
 def imported_text(path: Path, folder: Path) -> tuple[str, Sequence[str]]:
     """Our YAML for a mergekit file, right from `folder`, and what its author should know. Raises RecipeError."""
-    document = read_document(path)
-    if not is_mergekit(document.data):
-        raise document.error((), "this is not a mergekit recipe (it has no merge_method)", "mergetool run takes ours")
-    document = convert(document)
+    found = ours(read_documents(path))
+    for each in found:
+        if not each.foreign:
+            what = "this is not a mergekit recipe (it has no merge_method)"
+            raise each.document.error((), what, "mergetool run takes ours")
+    document = joined(found)
     check_document(document)
-    return as_text(document.data, folder), document.warnings
+    names = [each.name for each in found if each.name is not None] if len(found) > 1 else []
+    texts = [as_text(each.document.data, folder, each.name if names else None, names) for each in found]
+    return "---\n".join(texts), document.warnings
 
 
 def _plain(value: Any) -> Any:
@@ -150,6 +153,9 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
     given = _sections_of(document, problems)
     kind, method, overrides = merge_section(document, problems) if "merge" in data else (None, None, ())
     layout, own = layout_of(document, given, kind, problems)
+    if method is not None and (brought := layout_with(method)) is not None:
+        layout = brought
+        problems += layout_problems(document, layout)
     problems += cross_checks(document, kind, method, layout)
     searches = kind is not None and kind.searches
     inner = Inside(document, around or Around(), _read, _check_inner, problems, searches).all(given)
@@ -245,14 +251,12 @@ def _checked_layout(
     document: Document, layout: Layout, kind: type[Method], problems: list[RecipeError]
 ) -> tuple[Layout, tuple[Override, ...]]:
     section = next(iter(type(layout).model_fields))
-    if kind.uses_architecture or kind.searches or kind.result != "checkpoint":
+    if kind.uses_architecture or kind.searches or kind.arranges or kind.result != "checkpoint":
         what = f"{kind.method_name()} looks at whole models, so `{section}` cannot take them apart"
         problems.append(document.error((section,), what, "choose another method (mergetool methods)"))
         return layout, ()
+    problems += layout_problems(document, layout)
     models = document.data.get("models")
-    if isinstance(models, dict):
-        wrong = layout.problems(tuple(models), "base" in document.data)
-        problems += [document.error(each.place, each.what, each.fix) for each in wrong]
     own: list[Override] = []
     for place, data in layout.overrides():
         problems += check_override(document, kind, place, data, models or {})
@@ -261,3 +265,10 @@ def _checked_layout(
         except ValidationError as error:
             problems += render(document, place, error, override_class(kind))
     return layout, tuple(own)
+
+
+def layout_problems(document: Document, layout: Layout) -> list[RecipeError]:
+    """What is wrong with a layout, seen together with the names of the models."""
+    models = document.data.get("models")
+    wrong = layout.problems(tuple(models), "base" in document.data) if isinstance(models, dict) else ()
+    return [document.error(each.place, each.what, each.fix) for each in wrong]

@@ -8,6 +8,7 @@ from mergetool.recipe import load_recipe
 from mergetool.recipe.document import parse_document
 from mergetool.recipe.load import check_document, imported_text
 from mergetool.recipe.mergekit import convert, is_mergekit
+from mergetool.recipe.mergekit.counterparts import METHODS
 
 
 def converted(text):
@@ -250,7 +251,8 @@ def test_errors_of_our_checks_point_to_the_lines_of_the_original():
         (LINEAR + "parameters: {normalize: [true, false]}\n", "7", "expected numbers from the first layer to the last"),
         (LINEAR + "parameters: {normalize: 2}\n", "7", "expected true or false, found 2"),
         (LINEAR.replace("model: ./second", "modle: ./second"), "5", "expected `model`, a path or model id"),
-        (LINEAR.replace("linear", "frankenmerge"), "1", "mergekit's method 'frankenmerge' has no counterpart here"),
+        (LINEAR.replace("linear", "frankenmerge"), "1", "mergekit has no method 'frankenmerge' (a fork of it may)"),
+        (LINEAR.partition("\n")[2], "1", "`merge_method` is required"),
         ("merge_method: linear\n", "1", "one of `models`, `slices`, `modules` is needed"),
         ("merge_method: linear\nslices: [{sources: []}]\n", "2", "expected a list of models"),
         ("merge_method: linear\nslices: [{sources: [{model: a}]}]\n", "2", "`layer_range` is required"),
@@ -271,7 +273,7 @@ def test_all_problems_are_told_at_once():
 def test_a_method_that_is_absent_hides_no_other_problem():
     text = "merge_method: cabs\ndtype: fp16\nmodels: [{model: a}, {model: a}]\n"
     assert {what for _, what in problems(text)} == {
-        "mergekit's method 'cabs' has no counterpart here",
+        "mergekit has no method 'cabs' (a fork of it may)",
         "results cannot be stored as fp16",
         "a is listed twice",
     }
@@ -432,3 +434,82 @@ def test_a_chat_template_is_a_name_or_a_text(theirs, ours):
 def test_models_are_not_called_by_words_that_mean_something_else():
     text = LINEAR.replace("org/first", "org/union").replace("./second", "org/chatml")
     assert list(converted(text)["models"]) == ["union-model", "chatml-model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("dare-ties", "did you mean 'dare_ties'?"),
+        ("Task_Arithmetc", "did you mean 'task_arithmetic'?"),
+        ("iso_c", "there is one of our own: mergetool init iso-c -o recipe.yaml"),
+        ("rcz", f"choose one of {', '.join(METHODS)}, or one of our own: mergetool methods"),
+    ],
+)
+def test_a_method_that_mergekit_lacks_is_told_from_a_slip(name, fix):
+    assert problems(LINEAR.replace("linear", name)) == {
+        ("1", f"mergekit has no method {name!r} (a fork of it may)"): fix
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "normalize", "merge"),
+    [
+        ("ties", True, {"weight": {"a": 0.0, "b": 1}, "density": {"a": 1.0, "b": 0.5}}),
+        ("dare_linear", False, {"weight": {"a": 0.0, "b": 1}, "density": {"a": 1.0, "b": 0.5}}),
+        ("dare_linear", True, {"weight": 1, "density": {"a": 1e-12, "b": 0.5}}),
+    ],
+)
+def test_a_density_of_zero_keeps_nothing_of_a_model(method, normalize, merge):
+    text = f"""\
+merge_method: {method}
+base_model: base
+models:
+  - {{model: a, parameters: {{weight: 1, density: 0}}}}
+  - {{model: b, parameters: {{weight: 1, density: 0.5}}}}
+parameters: {{normalize: {normalize}}}
+"""
+    document = convert(parse_document(text, "x.yml"))
+    check_document(document)
+    assert {key: document.data["merge"][key] for key in merge} == merge
+
+
+def test_a_density_of_zero_where_a_filter_matches_is_said_there():
+    weight = "parameters: {weight: 1, density: [{filter: mlp, value: 0}, {value: 2}]}"
+    text = f"merge_method: ties\nbase_model: base\nmodels: [{{model: a, {weight}}}, {{model: b}}]\n{weight}\n"
+    merge = converted(text)["merge"]
+    assert (merge["weight"], merge["density"]) == (1, 1.0)
+    assert merge["overrides"] == [{"match": "*mlp*", "weight": 0.0, "density": 1.0}]
+
+
+def test_a_gradient_of_densities_may_end_at_nothing():
+    text = "merge_method: ties\nbase_model: base\nmodels: [{model: a}]\nparameters: {weight: 1, density: [1, 0]}\n"
+    document = convert(parse_document(text, "x.yml"))
+    check_document(document)
+    assert document.data["merge"]["density"] == {"gradient": [1.0, 1e-12]}
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (
+            "merge_method: della_linear\nbase_model: base\n"
+            "models: [{model: a, parameters: {weight: 1, density: 0.9}}]\n",
+            "density 0.9 and epsilon 0.15 make chances from 0.75 to 1.05, not 0 to 1",
+        ),
+        (LINEAR.replace("0.3", "-0.7"), "the weights (-0.7, 0.7) add up to 0, so their average does not exist"),
+        (
+            LINEAR.replace("0.3", "[{filter: mlp, value: 1}, {value: [0.2, -0.7]}]"),
+            "the weights (-0.7, 0.7) add up to 0, so their average does not exist",
+        ),
+    ],
+)
+def test_numbers_that_cannot_work_together_are_told_before_any_model_is_opened(text, what):
+    assert problems(text) == {("1", what): "change these numbers"}
+
+
+def test_text_that_looks_like_something_else_is_quoted(tmp_path):
+    (tmp_path / "x.yml").write_text(LINEAR.replace("org/first", "'1e5'") + "tokenizer: {tokens: {1e3: {}, 0o7: {}}}\n")
+    (tmp_path / "ours.yaml").write_text(imported_text(tmp_path / "x.yml", tmp_path)[0])
+    written = load_recipe(tmp_path / "ours.yaml")
+    assert written.models["1e5"].source == "1e5"
+    assert list(written.tokenizer.tokens) == ["1e3", "0o7"]

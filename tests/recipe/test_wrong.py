@@ -58,7 +58,7 @@ NOT_YAML = {
     "tab": ("models:\n\ta: b", "r:2:1", "not valid YAML"),
     "two colons": ("a: b: c", "r:1:5", "not valid YAML"),
     "undefined alias": ("a: *x", "r:1:4", "undefined alias"),
-    "two documents": (ended("---", "a: 1"), "r:8:1", "another document"),
+    "two documents": (ended("---", "a: 1"), "r:9:1 name", "there are two documents without a name"),
     "key given twice": (ended("base: ./other"), "r:8:1 base", "key 'base' is given twice (first on line 1)"),
     "model given twice": ("models: {a: x, a: y}", "r:1:16 models.a", "given twice"),
     "merge key": ("x: &x {a: 1}\ny:\n  <<: *x", "r:3:3", "merge keys (<<) are not supported"),

@@ -17,13 +17,17 @@ Reference: mergekit 0.1.5, https://github.com/arcee-ai/mergekit; tests/peers com
 """
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.mergekit.counterparts import METHODS, Counterpart
+from mergetool.recipe.mergekit.evolve import convert_evolve, is_evolve
 from mergetool.recipe.mergekit.findings import Findings
 from mergetool.recipe.mergekit.reading import TOP_KEYS, OutputSlice, Reading
 from mergetool.recipe.mergekit.roster import Roster
@@ -36,8 +40,15 @@ _STORED = ("float32", "bfloat16", "float16")
 
 
 def is_mergekit(data: Any) -> bool:
-    """Whether parsed YAML is a mergekit recipe."""
-    return isinstance(data, dict) and "merge_method" in data
+    """Whether parsed YAML is a mergekit recipe, or one of mergekit-evolve."""
+    return isinstance(data, dict) and ("merge_method" in data or is_evolve(data) or _lacks_method(data))
+
+
+def _lacks_method(data: Mapping[str, Any]) -> bool:
+    """Whether only the method is missing: models as a list, or slices with sources."""
+    listed = [data.get("models"), data.get("slices")]
+    entries = [each[0] for each in listed if isinstance(each, list) and each and isinstance(each[0], dict)]
+    return "merge" not in data and any("model" in each or "sources" in each for each in entries)
 
 
 def convert(document: Document) -> Document:
@@ -45,6 +56,8 @@ def convert(document: Document) -> Document:
 
     Raises RecipeError holding every problem found.
     """
+    if is_evolve(document.data):
+        return convert_evolve(document)
     importer = _Importer(document)
     data = importer.convert()
     if importer.findings.problems:
@@ -61,7 +74,7 @@ class _Importer:
         self.data: Mapping[str, Any] = document.data
         self.findings = Findings(document)
         self.marks: dict[Place, tuple[int, int]] = {(): document.marks.get((), (1, 1))}
-        self.method = str(self.data["merge_method"])
+        self.method = str(self.data.get("merge_method") or "")
 
     def convert(self) -> dict[str, Any]:
         target = self._counterpart()
@@ -86,12 +99,13 @@ class _Importer:
 
     def _counterpart(self) -> Counterpart | None:
         target = METHODS.get(self.method)
-        if target is None or target.method not in registry():
-            what = f"mergekit's method {self.method!r} has no counterpart here"
-            fix = suggestion(self.method, METHODS) or f"supported: {', '.join(METHODS)}"
-            self.findings.problem(("merge_method",), what, fix)
+        if not self.method:
+            self.findings.problem((), "`merge_method` is required", f"add merge_method: one of {', '.join(METHODS)}")
+        elif target is None or target.method not in registry():
+            self.findings.problem(("merge_method",), *_unknown(self.method))
             return None
-        self._mark(("merge",), ("merge_method",))
+        else:
+            self._mark(("merge",), ("merge_method",))
         return target
 
     def _merged(self, target: Counterpart, reading: Reading, parts: Sequence[OutputSlice]) -> dict[str, Any]:
@@ -108,7 +122,24 @@ class _Importer:
             holder = out if len(place) == 1 else out.setdefault("models", {})
             holder[str(place[-1])] = reference
             self._mark(place, origin)
-        return {**out, **stacked(roster, settings), **words}
+        sections = stacked(roster, settings)
+        if len(roster.groups) == 1:
+            self._check_numbers(sections["merge"], roster)
+        return {**out, **sections, **words}
+
+    def _check_numbers(self, merge: Mapping[str, Any], roster: Roster) -> None:
+        """Numbers that cannot work together, as mergekit would say when it comes to them.
+
+        Only those that hold where no filter matches: whether one does is not known yet.
+        """
+        names = [roster.names[each.reference] for each in roster.groups[0].merged]
+        fields = {key: value for key, value in merge.items() if key != "overrides"}
+        try:
+            method = registry()[roster.target.method].model_validate(fields)
+        except ValidationError:
+            return  # which is told with all else that is wrong with the sections
+        for problem in {method.problem(method.params(depth, names)) for depth in (0.0, 1.0)} - {None}:
+            self.findings.problem(("merge_method",), str(problem), "change these numbers")
 
     def _settings(self, roster: Roster) -> list[MethodSettings]:
         """Of each slice, its settings."""
@@ -130,7 +161,20 @@ class _Importer:
         key = "out_dtype" if "out_dtype" in names else "dtype"
         if key in names:
             if names[key] not in _STORED:
-                fix = suggestion(names[key], _STORED) or f"write out_dtype: {_STORED[1]}"
+                wanted = "out_dtype: float32" if names[key] == "float64" else f"{key}: bfloat16"
+                fix = suggestion(names[key], _STORED) or f"write {wanted}"
                 self.findings.problem((key,), f"results cannot be stored as {names[key]}", fix)
             out["output"] = {"dtype": names[key]}
         return out
+
+
+def _unknown(name: str) -> tuple[str, str]:
+    """What to say of a method that mergekit does not have either: a slip, or that of a fork."""
+    what = f"mergekit has no method {name!r} (a fork of it may)"
+    slip = get_close_matches(name.lower().replace("-", "_"), METHODS, n=1, cutoff=0.8)
+    if slip:
+        return what, f"did you mean {slip[0]!r}?"
+    ours = name.lower().replace("_", "-")
+    if ours in registry():
+        return what, f"there is one of our own: mergetool init {ours} -o recipe.yaml"
+    return what, f"choose one of {', '.join(METHODS)}, or one of our own: mergetool methods"

@@ -10,22 +10,12 @@ from mergetool.recipe.document import Place
 from mergetool.recipe.mergekit.counterparts import Counterpart
 from mergetool.recipe.mergekit.filters import Branch, Case, cases, globs
 from mergetool.recipe.mergekit.findings import Findings
+from mergetool.recipe.mergekit.limits import ByModel, within_limits
 from mergetool.recipe.mergekit.parameters import Scope, branches_of
 from mergetool.recipe.mergekit.roster import SliceModels
 
 Mark = Callable[[Place, Place], None]
 """Notes that our place comes from a place of the file."""
-
-
-class ByModel(dict[str, Any]):
-    """A value for each model, by our names."""
-
-    def plain(self, names: Sequence[str]) -> Any:
-        """One value where all agree, else one for each of `names`; models that are elsewhere have no say."""
-        first = next(iter(self.values()))
-        if all(value == first for value in self.values()):
-            return first
-        return {name: self.get(name, first) for name in names}
 
 
 @dataclass(frozen=True)
@@ -76,13 +66,18 @@ class SettingsReader:
         except ValueError as error:
             raise self.findings.stop(("parameters",), str(error), "use the same filters for every model") from None
         varying = {name for (name, _), branches in cells.items() if len(branches) > 1}
-        matched = [(glob, case) for case in filtered for glob in globs(case.texts)]
-        values = self.target.settle(self._values(rest, places))
-        overrides = [
-            {"match": glob, **self._values(case, [(*_holder(place), "overrides", index) for place in places], varying)}
-            for index, (glob, case) in enumerate(matched)
-        ]
-        return MethodSettings(values, overrides)
+        held = self._settled(rest, places)
+        overrides: list[dict[str, Any]] = []
+        matched = [(glob, each) for each in filtered for glob in globs(each.texts)]
+        for glob, fallen in matched:
+            own = self._settled(fallen, [(*_holder(place), "overrides", len(overrides)) for place in places])
+            told = {key: value for key, value in own.items() if key in varying or value != held.get(key)}
+            overrides.append({"match": glob, **(told or own)})  # it hides later ones even if it changes nothing
+        return MethodSettings(held, overrides)
+
+    def _settled(self, case: Case, places: Sequence[Place]) -> dict[str, Any]:
+        """Our fields in one case, as our method takes them."""
+        return within_limits(self.target.settle(self._values(case, places)), self.target.method)
 
     def _cells(
         self, models: Mapping[str, Scope], shared: Sequence[Scope]
@@ -99,13 +94,11 @@ class SettingsReader:
                 if any(branch.place for branch in branches) or branches[-1].value != _default(fields, parameter.field):
                     yield (parameter.field, name), branches
 
-    def _values(self, case: Case, places: Sequence[Place], only: set[str] | None = None) -> dict[str, Any]:
+    def _values(self, case: Case, places: Sequence[Place]) -> dict[str, Any]:
         """Our fields in one case."""
         numbers = registry()[self.target.method].schedulables()
         out: dict[str, Any] = {}
         for (name, model), branch in case.branches.items():
-            if only is not None and name not in only:
-                continue
             for place in places:
                 self.mark((*place, name), branch.place)
                 self.mark((*place, name, str(model)), branch.place)

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergetool.methods import registry
+from mergetool.recipe.mergekit.limits import ByModel
 from mergetool.recipe.mergekit.roster import Roster, SliceModels
-from mergetool.recipe.mergekit.settings import ByModel, MethodSettings, has_gradient, plain
+from mergetool.recipe.mergekit.settings import MethodSettings, has_gradient, plain
 
 
 def stacked(roster: Roster, settings: Sequence[MethodSettings]) -> dict[str, Any]:

@@ -1,0 +1,12 @@
+"""Quantised weights as the numbers they stand for: one file for each way to store codes and scales.
+
+    scaled      8-bit floats or integers times a scale for the tensor, a row, a column group or a block
+    blocks      bitsandbytes' 4 bits: a table of sixteen values, and a scale for every 64 in a row
+
+`dequantised` shows a model with the weights themselves, made slice by slice in float32 when they are read.
+"""
+
+from mergetool.checkpoints.codes.blocks import describes_codes
+from mergetool.checkpoints.codes.source import dequantised
+
+__all__ = ["dequantised", "describes_codes"]

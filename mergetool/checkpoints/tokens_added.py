@@ -1,0 +1,61 @@
+"""Tokens that are added to a tokenizer: how its files tell them, and the files with more of them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergetool.checkpoints.vocabulary import small_json
+
+_TOKENIZER, _SETTINGS, _ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+"""What a token is that is added without further words."""
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that a tokenizer gets."""
+
+    number: int
+    text: str
+    flags: Mapping[str, Any]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As files tell it."""
+        return {"content": self.text, **_FLAGS, **self.flags}
+
+
+def added_tokens_of(folder: Path | None) -> dict[str, dict[str, Any]]:
+    """The flags of the tokens that were added to a folder's tokenizer, by text."""
+    if folder is None:
+        return {}
+    told = [*(small_json(folder / _TOKENIZER).get("added_tokens") or ())]
+    told += (small_json(folder / _SETTINGS).get("added_tokens_decoder") or {}).values()
+    return {
+        str(each["content"]): {key: each[key] for key in _FLAGS if key in each}
+        for each in reversed(told)
+        if isinstance(each, dict) and "content" in each
+    }
+
+
+def with_tokens(folder: Path, added: Sequence[AddedToken]) -> dict[str, str]:
+    """The files of a tokenizer that change when it gets these tokens, by name."""
+    found = {}
+    whole, settings = small_json(folder / _TOKENIZER), small_json(folder / _SETTINGS)
+    if whole:
+        more = [{"id": each.number, **each.facts} for each in added]
+        found[_TOKENIZER] = _written({**whole, "added_tokens": [*(whole.get("added_tokens") or ()), *more]})
+    if settings.get("added_tokens_decoder") or not whole:
+        more_settings = {str(each.number): each.facts for each in added}
+        decoder = {**(settings.get("added_tokens_decoder") or {}), **more_settings}
+        found[_SETTINGS] = _written({**settings, "added_tokens_decoder": decoder})
+    if (folder / _ADDED).is_file() or not whole:
+        known = {**small_json(folder / _ADDED), **{each.text: each.number for each in added}}
+        found[_ADDED] = _written(known)
+    return found
+
+
+def _written(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

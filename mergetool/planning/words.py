@@ -1,0 +1,238 @@
+"""The vocabulary of a result: models whose tokenizers differ are shown under one, their rows matched by token.
+
+Without a `tokenizer` section that is the leader's, where one number means two tokens; what then differs in size only is
+left to the checks of shapes, which say what to write.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mergetool.checkpoints.gathered import GatheredModel
+from mergetool.checkpoints.side_files import has_tokenizer
+from mergetool.checkpoints.token_rows import RowMap, RowRule, Wanted, row_maps
+from mergetool.checkpoints.tokens_added import AddedToken, added_tokens_of
+from mergetool.checkpoints.vocabulary import Vocabulary, disagreement, tokens_of
+from mergetool.checkpoints.vocabulary_axes import axes_of
+from mergetool.errors import PlanError
+from mergetool.planning.sources import Lookup
+from mergetool.recipe.schema import Recipe
+from mergetool.recipe.words import UNION, Tokenizer
+from mergetool.tensors.source import ModelSource
+
+Sources = Mapping[str, ModelSource]
+Rows = Mapping[str, Mapping[str, Mapping[str, int]]]
+"""By tensor and model: how many rows come from where."""
+_BASE = "base"
+_SAVE = "save its tokenizer with transformers' save_pretrained, which writes tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """What a plan knows of its vocabulary."""
+
+    sources: Sources
+    """The models as they show their rows."""
+    digest: str = ""
+    """SHA-256 of all that decides about rows, where they were matched."""
+    home: Path | None = None
+    """The folder of the tokenizer, where it is no model's."""
+    texts: Mapping[int, str] | None = None
+    """The tokens of the result, where rows were matched."""
+    added: tuple[AddedToken, ...] = ()
+    """Tokens that the tokenizer's files lack."""
+    rows: Rows = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+
+
+def in_one_vocabulary(recipe: Recipe, sources: Sources, template: str, lookup: Lookup) -> Lexicon:
+    """The models as the result's vocabulary shows them. Raises PlanError where tokens cannot be matched."""
+    asked = recipe.tokenizer
+    if asked is not None and asked.missing == "omp":
+        raise PlanError("rows cannot be made of shared tokens", "tokenizer.missing", "write missing: mean")
+    if recipe.method.arranges and asked is not None and asked != Tokenizer(source="base"):
+        what = "all outside the MLPs is the base's, its vocabulary too"
+        raise PlanError(what, "tokenizer", "remove tokenizer, or merge the base with it first: base: {recipe: FILE}")
+    if recipe.method.result == "bundle" or recipe.method.arranges:
+        return Lexicon(sources)
+    if asked is None and not _conflicts(sources, template):
+        return Lexicon(sources)
+    return _Matching(recipe, sources, template, lookup).words()
+
+
+def _conflicts(sources: Sources, template: str) -> bool:
+    """Whether a number means one token to the leader and another to a model."""
+    home = sources[_holder(sources, template)].folder
+    if tokens_of(home) is None:
+        return False
+    return any(
+        tokens_of(source.folder) is not None and disagreement(home, source.folder) for source in sources.values()
+    )
+
+
+def _holder(sources: Sources, template: str) -> str:
+    """The leader, or the first model that has a tokenizer where it has none."""
+    order = (template, *(model for model in sources if model != template))
+    return next((model for model in order if has_tokenizer(sources[model].folder)), template)
+
+
+class _Matching:
+    """One decision about the vocabulary."""
+
+    def __init__(self, recipe: Recipe, sources: Sources, template: str, lookup: Lookup) -> None:
+        self.recipe, self.sources, self.template = recipe, sources, template
+        self.asked = recipe.tokenizer or Tokenizer(source=_holder(sources, template))
+        self.leader = _holder(sources, template)
+        self.home = self._home(lookup)
+        self.axes = {model: axes_of(source) for model, source in sources.items()}
+
+    def _home(self, lookup: Lookup) -> Path | None:
+        """The folder of the tokenizer that the result's is made from."""
+        if self.asked.source in self.sources:
+            return self.sources[self.asked.source].folder
+        if self.asked.source == UNION:
+            return self.sources[self.leader].folder
+        return lookup.folder(self.asked.source)
+
+    def words(self) -> Lexicon:
+        own = self.asked.source not in (*self.sources, UNION)
+        texts = tokens_of(self.home)
+        if texts is None:
+            return self._as_they_are()
+        vocabularies = self._vocabularies(texts)
+        added = tuple(self._added(texts, vocabularies))
+        target = self._target(texts, added)
+        self._check_overlap(target, vocabularies)
+        shown, rows = self._shown(target, vocabularies)
+        if not rows and not added and not own:
+            return Lexicon(self.sources)
+        return Lexicon(
+            shown,
+            self._digest(target, added, shown),
+            self.home if own else None,
+            target.texts,
+            added,
+            rows,
+            tuple(self._remarks(target, vocabularies)),
+        )
+
+    def _as_they_are(self) -> Lexicon:
+        """For a tokenizer that cannot be read: its files go along, where nothing has to be matched by it."""
+        asked = self.recipe.tokenizer
+        if asked is None or (asked.source in self.sources and not asked.model_fields_set - {"source"}):
+            return Lexicon(self.sources)
+        raise PlanError(f"tokens are to be matched, and none can be read in {self.home}", "tokenizer.source", _SAVE)
+
+    def _vocabularies(self, texts: Mapping[int, str]) -> dict[str, Vocabulary]:
+        """The tokens of every model; a model that has no tokenizer is taken to have the result's source's."""
+        found = {}
+        for model, source in self.sources.items():
+            own = tokens_of(source.folder)
+            if own is None and disagreement(self.home, source.folder):
+                raise PlanError(f"the tokens of model {model!r} cannot be read", str(source.folder), _SAVE)
+            found[model] = Vocabulary(texts if own is None else own)
+        return found
+
+    # ------------------------------------------------------------------ the target
+
+    def _added(self, texts: Mapping[int, str], vocabularies: Mapping[str, Vocabulary]) -> Iterator[AddedToken]:
+        """Tokens that the source lacks: those of the other models for a union, and those that rules name."""
+        known = set(texts.values())
+        number = max(texts, default=-1) + 1
+        for text, flags in self._wanted(vocabularies):
+            if text not in known:
+                known.add(text)
+                yield AddedToken(number, text, flags)
+                number += 1
+
+    def _wanted(self, vocabularies: Mapping[str, Vocabulary]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        union = self.asked.source == UNION
+        order = (self.leader, *(model for model in self.sources if model != self.leader)) if union else ()
+        for model in order:
+            flags = added_tokens_of(self.sources[model].folder)
+            own, rows = vocabularies[model].texts, self._rows_of(model)
+            yield from ((own[number], flags.get(own[number], {})) for number in sorted(own) if number < rows)
+        for text, row in self.asked.tokens.items():
+            donor = self.sources[row.model or self.leader].folder
+            yield text, added_tokens_of(donor).get(row.token or text, {})
+
+    def _rows_of(self, model: str) -> int:
+        """Rows of a model's embeddings (of its head, where it has none)."""
+        specs, axes = self.sources[model].specs, self.axes[model]
+        return next((specs[name].shape[axis] for name, axis in axes.items()), 0)
+
+    def _target(self, texts: Mapping[int, str], added: Sequence[AddedToken]) -> Wanted:
+        tokens = {**texts, **{each.number: each.text for each in added}}
+        rules = {
+            text: RowRule(row.model, row.token, row.id, row.zero, row.force) for text, row in self.asked.tokens.items()
+        }
+        leads = _BASE if _BASE in self.sources else None
+        target = Wanted(tokens, 0, rules, self.asked.missing, leads)
+        return replace(target, num_rows=self._num_rows(target.num_tokens, grown=bool(added)))
+
+    def _num_rows(self, tokens: int, *, grown: bool) -> int:
+        if self.asked.pad_to is not None:
+            return -(-tokens // self.asked.pad_to) * self.asked.pad_to
+        source = self.leader if self.asked.source == UNION else self.asked.source
+        rows = self._rows_of(source) if source in self.sources else 0
+        return max(rows, tokens) if grown or not rows else rows
+
+    # ------------------------------------------------------------------ rows
+
+    def _shown(
+        self, target: Wanted, vocabularies: Mapping[str, Vocabulary]
+    ) -> tuple[Sources, dict[str, dict[str, dict[str, int]]]]:
+        """The models as they show their rows, and where these come from."""
+        maps: dict[str, dict[str, RowMap]] = {model: {} for model in self.sources}
+        told: dict[str, dict[str, dict[str, int]]] = {}
+        for name in dict.fromkeys(name for axes in self.axes.values() for name in axes):
+            rows = self._rows(name)
+            found = row_maps(target, vocabularies, rows, name) if rows else {}
+            if all(each.is_plain(rows[model]) for model, each in found.items()):
+                continue
+            told[name] = {model: each.counts() for model, each in found.items()}
+            for model, each in found.items():
+                maps[model][name] = each
+        shown = {
+            model: GatheredModel(source, maps[model], self.sources) if maps[model] else source
+            for model, source in self.sources.items()
+        }
+        return shown, told
+
+    def _digest(self, target: Wanted, added: Sequence[AddedToken], shown: Sources) -> str:
+        """Of all tokens, and of where every row comes from."""
+        found = hashlib.sha256(repr((sorted(target.texts.items()), [each.facts for each in added])).encode())
+        for model, source in shown.items():
+            for name, each in source.maps.items() if isinstance(source, GatheredModel) else ():
+                found.update(repr((model, name, each.sources, sorted(each.mixed.items()))).encode())
+                found.update(each.source.tobytes() + each.row.tobytes())
+        return found.hexdigest()
+
+    def _rows(self, name: str) -> dict[str, int]:
+        """Rows of a tensor in every model that has it; none where their other sizes differ."""
+        axes = {model: axes[name] for model, axes in self.axes.items() if name in axes}
+        shapes = {model: list(self.sources[model].specs[name].shape) for model in axes}
+        rows = {model: shapes[model].pop(axis) for model, axis in axes.items()}
+        return rows if len({tuple(shape) for shape in shapes.values()}) == 1 else {}
+
+    def _check_overlap(self, target: Wanted, vocabularies: Mapping[str, Vocabulary]) -> None:
+        kept = set(target.texts.values())
+        for model, own in vocabularies.items():
+            if own.texts and not kept & own.ids.keys():
+                what = f"model {model!r} shares no token with the tokenizer of the result"
+                fix = f"check the paths; or write tokenizer: {{source: {UNION}}} to have the tokens of both"
+                raise PlanError(what, "tokenizer", fix)
+
+    def _remarks(self, target: Wanted, vocabularies: Mapping[str, Vocabulary]) -> Iterator[str]:
+        kept = set(target.texts.values())
+        for model, own in vocabularies.items():
+            lost = [text for text in own.ids if text not in kept]
+            if lost and self.recipe.tokenizer is None:
+                yield (
+                    f"the tokenizer of model {model!r} is another one: rows are matched by token, and its {len(lost)} "
+                    f"tokens that the result lacks are left out; to keep them: tokenizer: {{source: {UNION}}}"
+                )
+            elif self.recipe.tokenizer is None and own.texts != target.texts:
+                yield f"the tokenizer of model {model!r} orders tokens otherwise: rows are matched by token"

@@ -1,0 +1,45 @@
+"""Numbers that mergekit takes and our methods refuse, as numbers that come to the same.
+
+density 0     nothing of the model is kept: a weight of 0; where weights are averaged, and its own counts though
+              nothing is left of it, a density that keeps nothing of any tensor
+density > 1   all of it is kept: 1
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mergetool.methods import registry
+
+_NOTHING = 1e-12
+"""A density of which no tensor is large enough to keep an entry."""
+
+
+class ByModel(dict[str, Any]):
+    """A value for each model, by our names."""
+
+    def plain(self, names: Sequence[str]) -> Any:
+        """One value where all agree, else one for each of `names`; models that are elsewhere have no say."""
+        first = next(iter(self.values()))
+        if all(value == first for value in self.values()):
+            return first
+        return {name: self.get(name, first) for name in names}
+
+
+def within_limits(values: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The same fields, with densities between 0 and 1."""
+    density, weight = values.get("density"), values.get("weight")
+    if not isinstance(density, ByModel) or not isinstance(weight, ByModel):
+        return dict(values)
+    kind = registry()[method]
+    normalize = values.get("normalize", kind.model_fields["normalize"].default)
+    counts = bool(normalize) and not getattr(kind, "votes", False)
+    gone = [name for name, value in density.items() if not isinstance(value, dict) and value <= 0 and not counts]
+    densities = {name: 1.0 if name in gone else _bounded(value) for name, value in density.items()}
+    weights = {name: 0.0 if name in gone else value for name, value in weight.items()}
+    return {**values, "density": ByModel(densities), "weight": ByModel(weights)}
+
+
+def _bounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {"gradient": [_bounded(knot) for knot in value["gradient"]]}
+    return min(value, 1.0) if value > 0 else _NOTHING

@@ -1,0 +1,248 @@
+"""Quantised checkpoints as people have them: what is read is what the codes mean, in float64 code of the test's own."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mergetool
+from tests.zoo.build import build, change_config, config_of, copy_side_files
+from tests.zoo.families import FAMILIES
+from tests.zoo.files import weights
+from tests.zoo.oracle import logits, opened
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def blocks(value, grid, block, spread):
+    """`grid` with each entry as often as its block asks for, cut to the shape of `value`."""
+    del spread
+    return grid.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: value.shape[0], : value.shape[1]]
+
+
+def by_block(value, block):
+    """The largest magnitude in every block, and the codes' scale for it."""
+    rows, columns = -(-value.shape[0] // block[0]), -(-value.shape[1] // block[1])
+    grid = torch.zeros(rows, columns, dtype=torch.float64)
+    for row in range(rows):
+        for column in range(columns):
+            part = value[row * block[0] : (row + 1) * block[0], column * block[1] : (column + 1) * block[1]]
+            grid[row, column] = part.abs().max()
+    return grid
+
+
+def fp8(block, dtype=E4M3, name="_scale_inv", shape=None, scales=torch.float32):
+    """Codes of one block size: `block` of None is the whole row or column."""
+
+    def quantise(key, value):
+        size = tuple(length if each is None else each for each, length in zip(block, value.shape, strict=True))
+        scale = (by_block(value, size) / torch.finfo(dtype).max).to(scales)
+        over = blocks(value, scale.double(), size, None)
+        codes = (value / over).to(torch.float32).to(dtype)
+        expected = codes.double() * over
+        stored = scale if shape is None else scale.reshape(shape(scale))
+        return {key: codes, f"{key}{name}": stored}, expected
+
+    return quantise
+
+
+def exponents(key, value):
+    """Scales that are powers of two, as bytes (MX formats)."""
+    grid = by_block(value, (1, 8)).clamp_min(1e-30).log2().ceil() - 8
+    over = blocks(value, torch.exp2(grid), (1, 8), None)
+    codes = (value / over).float().to(E4M3)
+    return {key: codes, f"{key}_scale_inv": (grid + 127).to(torch.uint8)}, codes.double() * over
+
+
+def int8_rows(key, value):
+    scale = (value.abs().amax(1, keepdim=True) / 127).to(torch.bfloat16)
+    codes = (value / scale.double()).round().to(torch.int8)
+    return {key: codes, f"{key}_scale": scale}, codes.double() * scale.double()
+
+
+def int8_with_zero(key, value):
+    low, high = value.amin(1, keepdim=True), value.amax(1, keepdim=True)
+    scale = ((high - low) / 254).float()
+    zero = (-127 - low / scale.double()).round()
+    codes = (value / scale.double() + zero).round().clamp(-128, 127).to(torch.int8)
+    stored = {key: codes, f"{key}_scale": scale, f"{key}_zero_point": zero.to(torch.int8)}
+    return stored, (codes.double() - zero) * scale.double()
+
+
+def llm_int8(key, value):
+    scale = value.abs().amax(1).float()
+    codes = (value / scale.double()[:, None] * 127).round().to(torch.int8)
+    stem = key.removesuffix("weight")
+    stored = {key: codes, f"{stem}SCB": scale, f"{stem}weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return stored, codes.double() * scale.double()[:, None] / 127
+
+
+NF4 = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0]
+NF4 += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+
+
+def nf4(key, value, *, nested=False):
+    runs = value.reshape(-1, 64)
+    scale, extra = runs.abs().amax(1).float(), {}
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(value.shape)}
+    if nested:
+        scale, extra, more = _nested(key, scale)
+        state |= more
+    table = torch.tensor(NF4, dtype=torch.float64)
+    codes = (runs / scale.double()[:, None])[..., None].sub(table).abs().argmin(-1)
+    pairs = codes.reshape(-1, 2)
+    stored = {
+        key: (pairs[:, :1] * 16 + pairs[:, 1:]).to(torch.uint8),
+        f"{key}.absmax": scale.clone(),
+        f"{key}.quant_map": table.float(),
+        f"{key}.quant_state.bitsandbytes__nf4": torch.frombuffer(
+            bytearray(json.dumps(state).encode()), dtype=torch.uint8
+        ),
+        **extra,
+    }
+    return stored, (table[codes] * scale.double()[:, None]).reshape(value.shape)
+
+
+def _nested(key, scale):
+    """The scales in 8 bits, for each 256 of them one of their own."""
+    offset = scale.mean().item()
+    table = torch.linspace(-1, 1, 256, dtype=torch.float64)
+    outer = (scale.double() - offset).abs().reshape(1, -1).amax(1).float()
+    codes = ((scale.double() - offset) / outer.double())[:, None].sub(table).abs().argmin(-1)
+    made = (table.float()[codes] * outer + torch.tensor(offset)).float()
+    stored = {
+        f"{key}.absmax": codes.to(torch.uint8),
+        f"{key}.nested_absmax": outer,
+        f"{key}.nested_quant_map": table.float(),
+    }
+    return made, stored, {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
+
+
+def nf4_nested(key, value):
+    made, expected = nf4(key, value, nested=True)
+    return made, expected
+
+
+FORMS = {
+    "blocks": (fp8((8, 8)), {"quant_method": "fp8", "weight_block_size": [8, 8]}),
+    "blocks that do not fit": (fp8((7, 9)), {"quant_method": "fp8", "weight_block_size": [7, 9]}),
+    "blocks that are not told": (fp8((8, 4)), {"quant_method": "fp8"}),
+    "bfloat16 scales": (fp8((8, 8), scales=torch.bfloat16), {"quant_method": "fp8", "weight_block_size": [8, 8]}),
+    "exponents": (exponents, {"quant_method": "mxfp8"}),
+    "rows": (fp8((1, None), name="_scale"), {"quant_method": "compressed-tensors", "format": "float-quantized"}),
+    "rows, one axis": (
+        fp8((1, None), name="_scale", shape=lambda scale: (len(scale),)),
+        {"quant_method": "fbgemm_fp8"},
+    ),
+    "tensor": (fp8((None, None), name="_scale", shape=lambda _: (1,)), {"quant_method": "compressed-tensors"}),
+    "tensor, a number": (fp8((None, None), name="_scale", shape=lambda _: ()), {"quant_method": "modelopt"}),
+    "five bits of exponent": (fp8((1, None), E5M2, "_scale"), {"quant_method": "quark"}),
+    "groups": (fp8((1, 4), name="_scale"), {"quant_method": "compressed-tensors"}),
+    "integers": (int8_rows, {"quant_method": "compressed-tensors", "format": "int-quantized"}),
+    "integers with zero": (int8_with_zero, {"quant_method": "compressed-tensors", "format": "int-quantized"}),
+    "LLM.int8": (llm_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
+    "nf4": (nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "nf4, nested": (nf4_nested, {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return [change_config(build(root / name, "llama", seed), dtype="bfloat16") for seed, name in enumerate("ab")]
+
+
+def quantised(folder, source, form):
+    """`source` with the projections as codes, and what these mean by name."""
+    quantise, settings = FORMS[form]
+    stored, expected = {}, {}
+    for name, value in weights(source).items():
+        if "_proj.weight" in name:
+            made, expected[name] = quantise(name, value.double())
+            stored |= made
+        else:
+            stored[name] = value.to(torch.bfloat16)
+            expected[name] = stored[name].double()
+    stored["model.layers.0.self_attn.k_proj.input_scale"] = torch.ones(1)
+    folder.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in stored.items()}, folder / "model.safetensors")
+    copy_side_files(source, folder)
+    change_config(folder, quantization_config=settings)
+    return expected
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_codes_are_read_as_what_they_mean(form, sources, tmp_path):
+    expected = quantised(tmp_path / "codes", sources[0], form)
+    recipe = {
+        "models": {"a": str(tmp_path / "codes")},
+        "merge": {"method": "passthrough"},
+        "output": {"dtype": "float32"},
+    }
+    result = mergetool.run(recipe, output=tmp_path / "out")
+    written = load_file(result.path / "model.safetensors")
+    assert written.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(written[name].double(), value, rtol=2e-7, atol=1e-9)
+    assert any("quantised: they are dequantised" in warning for warning in result.warnings)
+    kind = FAMILIES["llama"]
+    module, info = opened(result.path, kind.model)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    other = kind.model(module.config).double().eval()
+    other.load_state_dict(expected)
+    torch.testing.assert_close(logits(module, kind.inputs()), logits(other, kind.inputs()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["blocks", "LLM.int8", "nf4, nested"])
+def test_the_result_is_stored_and_described_as_before(form, sources, tmp_path):
+    expected = quantised(tmp_path / "codes", sources[0], form)
+    models = {"a": str(tmp_path / "codes"), "b": str(sources[1])}
+    recipe = {"models": models, "merge": {"method": "linear", "weight": {"a": 0.25, "b": 0.75}}}
+    result = mergetool.run(recipe, output=tmp_path / "out")
+    written, other = load_file(result.path / "model.safetensors"), weights(sources[1])
+    for name, value in expected.items():
+        assert written[name].dtype == torch.bfloat16
+        wanted = 0.25 * value + 0.75 * other[name].double()
+        torch.testing.assert_close(written[name].double(), wanted, rtol=2**-8, atol=1e-6)
+    config = config_of(result.path)
+    assert "quantization_config" not in config
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+    assert not mergetool.plan({**recipe, "models": {"a": str(result.path), "b": str(sources[1])}}).sources["a"].remarks
+
+
+def test_layers_of_codes_are_stacked_and_any_slice_of_them_read(sources, tmp_path):
+    expected = quantised(tmp_path / "codes", sources[0], "blocks that do not fit")
+    slices = [{"a": [0, 2]}, {"b": [1, 2]}, {"a": [1, 2]}]
+    models = {"a": str(tmp_path / "codes"), "b": str(sources[1])}
+    recipe = {"models": models, "merge": {"method": "passthrough"}, "slices": slices, "output": {"dtype": "float32"}}
+    result = mergetool.run(recipe, output=tmp_path / "out")
+    name = "model.layers.{}.mlp.up_proj.weight"
+    written = load_file(result.path / "model.safetensors")[name.format(3)]
+    torch.testing.assert_close(written.double(), expected[name.format(1)], rtol=2e-7, atol=1e-9)
+    source = mergetool.plan(recipe).sources["a"]
+    for start, stop in ((0, 1), (3, 17), (15, 16), (100, 384), (383, 384)):
+        buffer = bytearray(4 * (stop - start))
+        source.read_bytes(name.format(1), 4 * start, memoryview(buffer))
+        part = torch.frombuffer(buffer, dtype=torch.float32)
+        torch.testing.assert_close(part, written.reshape(-1)[start:stop], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("damage", ["no scale", "another grid", "no JSON"])
+def test_codes_that_are_not_understood_are_refused(damage, sources, tmp_path):
+    quantised(tmp_path / "codes", sources[0], "nf4" if damage == "no JSON" else "blocks")
+    path = tmp_path / "codes" / "model.safetensors"
+    stored = load_file(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    if damage == "no JSON":
+        stored[f"{name}.quant_state.bitsandbytes__nf4"] = torch.zeros(4, dtype=torch.uint8)
+    elif damage == "no scale":
+        for key in [key for key in stored if key.endswith("_scale_inv")]:
+            del stored[key]
+    else:
+        stored[f"{name}_scale_inv"] = torch.ones(5, 7)
+    save_file(stored, path)
+    recipe = {"models": {"a": str(tmp_path / "codes"), "b": str(sources[1])}, "merge": {"method": "linear"}}
+    with pytest.raises(mergetool.MergetoolError, match="not JSON" if damage == "no JSON" else "quantised"):
+        mergetool.plan(recipe)
