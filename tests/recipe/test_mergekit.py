@@ -486,3 +486,30 @@ def test_a_gradient_of_densities_may_end_at_nothing():
     document = convert(parse_document(text, "x.yml"))
     check_document(document)
     assert document.data["merge"]["density"] == {"gradient": [1.0, 1e-12]}
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (
+            "merge_method: della_linear\nbase_model: base\n"
+            "models: [{model: a, parameters: {weight: 1, density: 0.9}}]\n",
+            "density 0.9 and epsilon 0.15 make chances from 0.75 to 1.05, not 0 to 1",
+        ),
+        (LINEAR.replace("0.3", "-0.7"), "the weights (-0.7, 0.7) add up to 0, so their average does not exist"),
+        (
+            LINEAR.replace("0.3", "[{filter: mlp, value: 1}, {value: [0.2, -0.7]}]"),
+            "the weights (-0.7, 0.7) add up to 0, so their average does not exist",
+        ),
+    ],
+)
+def test_numbers_that_cannot_work_together_are_told_before_any_model_is_opened(text, what):
+    assert problems(text) == {("1", what): "change these numbers"}
+
+
+def test_text_that_looks_like_something_else_is_quoted(tmp_path):
+    (tmp_path / "x.yml").write_text(LINEAR.replace("org/first", "'1e5'") + "tokenizer: {tokens: {1e3: {}, 0o7: {}}}\n")
+    (tmp_path / "ours.yaml").write_text(imported_text(tmp_path / "x.yml", tmp_path)[0])
+    written = load_recipe(tmp_path / "ours.yaml")
+    assert written.models["1e5"].source == "1e5"
+    assert list(written.tokenizer.tokens) == ["1e3", "0o7"]

@@ -21,6 +21,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
 from mergetool.recipe.document import Document, Place
@@ -120,7 +122,24 @@ class _Importer:
             holder = out if len(place) == 1 else out.setdefault("models", {})
             holder[str(place[-1])] = reference
             self._mark(place, origin)
-        return {**out, **stacked(roster, settings), **words}
+        sections = stacked(roster, settings)
+        if len(roster.groups) == 1:
+            self._check_numbers(sections["merge"], roster)
+        return {**out, **sections, **words}
+
+    def _check_numbers(self, merge: Mapping[str, Any], roster: Roster) -> None:
+        """Numbers that cannot work together, as mergekit would say when it comes to them.
+
+        Only those that hold where no filter matches: whether one does is not known yet.
+        """
+        names = [roster.names[each.reference] for each in roster.groups[0].merged]
+        fields = {key: value for key, value in merge.items() if key != "overrides"}
+        try:
+            method = registry()[roster.target.method].model_validate(fields)
+        except ValidationError:
+            return  # which is told with all else that is wrong with the sections
+        for problem in {method.problem(method.params(depth, names)) for depth in (0.0, 1.0)} - {None}:
+            self.findings.problem(("merge_method",), str(problem), "change these numbers")
 
     def _settings(self, roster: Roster) -> list[MethodSettings]:
         """Of each slice, its settings."""
