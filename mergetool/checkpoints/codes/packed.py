@@ -1,6 +1,6 @@
 """Small integers packed into 32 bits, with a zero point and a scale for every group of inputs.
 
-    GPTQ                 qweight (in / 8, out): inputs packed; qzeros (groups, out / 8), one less than meant in format 1;
+    GPTQ                 qweight (in / 8, out): inputs packed; qzeros (groups, out / 8), in format 1 one less;
                          scales (groups, out); g_idx (in): the group of each input
     AWQ                  qweight (in, out / 8), qzeros (groups, out / 8): outputs packed in the order 0 2 4 6 1 3 5 7
     compressed-tensors   weight_packed (out, in / 8), counted from the middle; weight_scale (out, groups);
