@@ -25,6 +25,7 @@ from pydantic import ValidationError
 
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
+from mergetool.methods.base import Method
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.mergekit.counterparts import METHODS, Counterpart
 from mergetool.recipe.mergekit.evolve import convert_evolve, is_evolve
@@ -139,7 +140,7 @@ class _Importer:
         except ValidationError:
             return  # which is told with all else that is wrong with the sections
         for problem in {method.problem(method.params(depth, names)) for depth in (0.0, 1.0)} - {None}:
-            self.findings.problem(("merge_method",), str(problem), "change these numbers")
+            self.findings.problem(("merge_method",), str(problem), _mended(method, names))
 
     def _settings(self, roster: Roster) -> list[MethodSettings]:
         """Of each slice, its settings."""
@@ -166,6 +167,15 @@ class _Importer:
                 self.findings.problem((key,), f"results cannot be stored as {names[key]}", fix)
             out["output"] = {"dtype": names[key]}
         return out
+
+
+def _mended(method: Method, names: Sequence[str]) -> str:
+    """How to change numbers that do not go together."""
+    numbers = method.params(0.0, names)
+    if hasattr(numbers, "epsilon"):
+        most = min([min(each, 1 - each) for each in numbers.density if each < 1], default=0)
+        return f"write epsilon: {round(most, 6)}, or less"
+    return "add parameters: {normalize: false}" if getattr(method, "normalize", False) else "change these numbers"
 
 
 def _unknown(name: str) -> tuple[str, str]:
