@@ -36,7 +36,7 @@ class Draft:
         self.twins = family.twins
         self.islands = {model: Islands(source) for model, source in self.sources.items()}
         self.template = template
-        self.warnings: list[str] = []
+        self.warnings = list(self.arrangement.remarks)
         self.extras: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         self.types = {name: read_config(source.folder).get("model_type") for name, source in self.sources.items()}
         self.foreign: dict[str, list[str]] = {}
