@@ -7,16 +7,13 @@ has, a first layer that is unlike all others in another place.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from mergetool.checkpoints.rows import layers_of, norms_not_in_first, of_first_layer
 from mergetool.checkpoints.truth import layers_behind
 from mergetool.errors import PlanError
 from mergetool.layouts.base import Origin, Sources
+from mergetool.layouts.slice import Slice
 from mergetool.tensors.side_files import read_config
-
-if TYPE_CHECKING:
-    from mergetool.layouts.slices import Slice
 
 _BASE = "base"
 _BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.\w+|(attn|attention)\.(masked_)?bias|position_ids)")
@@ -27,11 +24,11 @@ _BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.\w+|(attn|attention)\.(masked_)?bias
 class Placed:
     """A slice, and which of the layout's overrides are its own."""
 
-    slice: "Slice"
+    slice: Slice
     settings: tuple[int, ...]
 
 
-class Row:
+class StackedRow:
     """One row of layers, as all models have it."""
 
     def __init__(self, sources: Sources, leader: str, tower: str) -> None:
@@ -81,7 +78,7 @@ class Row:
                 base=each.own_base,
             )
 
-    def _numbers(self, each: "Slice", offset: int, *, alone: bool) -> dict[str, int | None]:
+    def _numbers(self, each: Slice, offset: int, *, alone: bool) -> dict[str, int | None]:
         """The layer of each model, and of the base under its name, that goes into one of the output."""
         numbers = {name: each.layer(name, offset) for name in each.models}
         for name, layer in numbers.items():
