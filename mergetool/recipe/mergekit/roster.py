@@ -4,10 +4,10 @@
 methods that know no base (linear), where whole models are listed. Each slice may have a base of its own.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from mergetool.methods import registry
@@ -89,7 +89,9 @@ class Roster:
         """Reference -> our name, for each of `models`."""
         names: dict[str, str] = {}
         for reference in (source.reference for source in self.models):
-            stem = Path(reference.partition("+")[0].partition("@")[0]).name.removesuffix(".safetensors") or "model"
+            stem = (
+                _LAST.search(reference.partition("+")[0].partition("@")[0])[0].removesuffix(".safetensors") or "model"
+            )
             stem = f"{stem}-model" if stem in _RESERVED else stem
             copies = sum(name == stem or name.startswith(f"{stem}-") for name in names.values())
             names[reference] = f"{stem}-{copies + 1}" if stem in names.values() else stem
@@ -155,6 +157,8 @@ class Roster:
         self.findings.problem(group.part.place, what, fix)
 
 
+_LAST = re.compile(r"[^/\\]*(?=[/\\]*$)")
+"""The last part of a path, on any system."""
 _RESERVED = ("base", "gradient", "layers", "outside", UNION, AUTO, *TEMPLATES)
 """Words that mean something else where a model may be named."""
 
