@@ -27,6 +27,10 @@ _CLASSIFIERS = re.compile(
 )
 
 
+_FURTHER = "num_nextn_predict_layers"
+"""The key for layers behind the last, numbered on, that predict further tokens (DeepSeek)."""
+
+
 @dataclass(frozen=True)
 class Parent:
     """A model that took part: its config.json, and the shapes of its tensors under the result's names."""
@@ -190,16 +194,26 @@ def _set_slices(
     """Make a config true for a row whose layers were taken one by one. Raises PlanError where it has no words."""
     old, new = counts
     part, keys = _place_of_layers(config, tower, old)
+    if further := layers_behind(part, old):  # no slice has them
+        old -= further
+        part[_FURTHER] = 0
+        keys = _place_of_layers(config, tower, old)[1]
     if not keys and old != new and not any("layer" in key and len(part[key]) == old for key in _lists(part)):
         what = f"config.json does not say how many layers {tower} has, so nothing would know of {new} in place of {old}"
         raise PlanError(what, "slices", f"take {old} layers")
     own: dict[str, tuple[Mapping[str, Any], int]] = {}
     for model in {model for model, _ in layers}:
-        count = layer_counts(parents[model].described).get(tower, old)
+        count = layer_counts(parents[model].described).get(tower, old) - further
         theirs = copy.deepcopy(dict(parents[model].config))
         own[model] = (_place_of_layers(theirs, tower, count)[0] if theirs else copy.deepcopy(part), count)
     part.update(dict.fromkeys(keys, new))
     set_by_layer(part, [Taken(model, own[model][0], layer, own[model][1]) for model, layer in layers], old, tower)
+
+
+def layers_behind(part: Config, count: int) -> int:
+    """How many of `count` numbered layers lie behind the last, and predict further tokens."""
+    further = part.get(_FURTHER)
+    return further if type(further) is int and part.get("num_hidden_layers") == count - further else 0
 
 
 def _lists(part: Mapping[str, Any]) -> list[str]:
