@@ -89,9 +89,8 @@ class Roster:
         """Reference -> our name, for each of `models`."""
         names: dict[str, str] = {}
         for reference in (source.reference for source in self.models):
-            stem = (
-                _LAST.search(reference.partition("+")[0].partition("@")[0])[0].removesuffix(".safetensors") or "model"
-            )
+            parts = re.split(r"[/\\]+", reference.partition("+")[0].partition("@")[0].rstrip("/\\"))
+            stem = parts[-1].removesuffix(".safetensors") or "model"
             stem = f"{stem}-model" if stem in _RESERVED else stem
             copies = sum(name == stem or name.startswith(f"{stem}-") for name in names.values())
             names[reference] = f"{stem}-{copies + 1}" if stem in names.values() else stem
@@ -157,8 +156,6 @@ class Roster:
         self.findings.problem(group.part.place, what, fix)
 
 
-_LAST = re.compile(r"[^/\\]*(?=[/\\]*$)")
-"""The last part of a path, on any system."""
 _RESERVED = ("base", "gradient", "layers", "outside", UNION, AUTO, *TEMPLATES)
 """Words that mean something else where a model may be named."""
 
