@@ -12,9 +12,12 @@ from transformers import Qwen2ForCausalLM
 import mergetool
 from mergetool.errors import OutputError, PlanError, RecipeError
 from mergetool.planning import make_plan
+from mergetool.planning.key import plan_key
 from mergetool.recipe import load_recipe
+from tests.dense import write_dense
 from tests.files import StoppedError, Watch, content, tensors, write_model, write_models, write_recipe
 from tests.forks import Forks, clean_environment
+from tests.words import models as words
 from tests.zoo.build import build, tuned
 
 FIRST = {"models": {"a": "a", "b": "b"}, "merge": {"method": "linear", "weight": {"a": 0.7, "b": 0.3}}}
@@ -349,3 +352,81 @@ def test_the_recipe_that_is_shown_runs(here):
     for name, other in (("base", "base"), ("first", "a"), ("second", "b"), ("third", "c")):
         shutil.copytree(here / other, here / "models" / name)
     assert mergetool.run(document).num_tensors == 6
+
+
+# -------------------------------------------------------------------- with what other sections do
+
+
+def test_a_union_of_vocabularies_may_be_made_on_the_way(tmp_path):
+    """The outer plan knows the tokens of a tokenizer that is not written yet."""
+    a, b = (
+        words.build(tmp_path / "a", "llama", "stories", 1),
+        words.build(tmp_path / "b", "llama", "letters", 2, size=320),
+    )
+    union = {"models": {"a": str(a), "b": str(b)}, "merge": {"method": "linear"}, "tokenizer": {"source": "union"}}
+    after = {"merge": {"method": "slerp"}, "tokenizer": {"source": "mix"}, "output": {"dtype": "float32"}}
+    mergetool.run({**union, "output": {"dtype": "float32"}}, output=tmp_path / "1")
+    mergetool.run({"models": {"mix": str(tmp_path / "1"), "b": str(b)}, **after}, output=tmp_path / "2")
+    one = mergetool.run({"models": {"mix": {"recipe": union}, "b": str(b)}, **after}, output=tmp_path / "out").path
+    assert content(one) == content(tmp_path / "2")
+    assert words.vocabulary(one).keys() >= words.vocabulary(a).keys() | words.vocabulary(b).keys()
+    words.opened(one)
+
+
+def test_merges_may_be_experts_and_the_base_of_a_mixture(tmp_path):
+    for seed, name in enumerate("abc"):
+        write_dense(tmp_path / name, seed=seed)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    mix = {"models": {"a": a, "b": b}, "merge": {"method": "linear"}}
+    mergetool.run(mix, output=tmp_path / "1")
+    merge = {"method": "moe", "experts": {"mix": {"prompts": ["w1 w2"]}, "c": {"prompts": ["w3"]}}}
+    two = {"base": str(tmp_path / "1"), "models": {"mix": str(tmp_path / "1"), "c": c}, "merge": merge}
+    mergetool.run(two, output=tmp_path / "2")
+    one = {"base": {"recipe": mix}, "models": {"mix": {"recipe": mix}, "c": c}, "merge": merge}
+    assert content(mergetool.run(one, output=tmp_path / "out").path) == content(tmp_path / "2")
+
+
+def test_experts_and_base_of_a_bundle_may_be_merges(here):
+    bundle = {
+        "base": {"recipe": "first.yaml"},
+        "models": {"b": "b", "mix": {"recipe": FIRST}},
+        "merge": {"method": "tsv-compress"},
+    }
+    out = mergetool.run(bundle, output="out").path
+    assert mergetool.run(outer({"source": str(out), "select": "b"}), output="expert").num_tensors == 6
+    what, fix = problems({**bundle, "merge": {"method": "tsv-compress", "base": "reference"}})["base.recipe"]
+    assert "would refer to a base that is gone" in what
+    assert fix == "write merge: {base: copy}"
+
+
+def test_networks_from_different_seeds_may_be_merges(tmp_path):
+    perceptron = {"fc1.weight": (32, 16), "fc1.bias": (32,), "fc2.weight": (24, 32), "fc2.bias": (24,)}
+    write_models(tmp_path, names="abc", shapes={**perceptron, "fc3.weight": (10, 24), "fc3.bias": (10,)})
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    aligned = {"models": {"a": a, "b": b}, "merge": {"method": "git-rebasin"}, "architecture": "mlp"}
+    mergetool.run(aligned, output=tmp_path / "1")
+    after = {"merge": {"method": "git-rebasin"}, "architecture": "mlp"}
+    mergetool.run({"models": {"mix": str(tmp_path / "1"), "c": c}, **after}, output=tmp_path / "2")
+    one = mergetool.run({"models": {"mix": {"recipe": aligned}, "c": c}, **after}, output=tmp_path / "out").path
+    assert content(one)["model.safetensors"] == content(tmp_path / "2")["model.safetensors"]
+
+
+def test_what_is_planned_is_known_again(tmp_path):
+    """A killed run finds its journal again: nothing of the folder that stands in for a result is in the key."""
+    a, b = (
+        words.build(tmp_path / "a", "llama", "stories", 1),
+        words.build(tmp_path / "b", "llama", "letters", 2, size=320),
+    )
+    union = {"models": {"a": str(a), "b": str(b)}, "merge": {"method": "linear"}, "tokenizer": {"source": "union"}}
+    recipe = {
+        "models": {"mix": {"recipe": union}, "b": str(b)},
+        "merge": {"method": "slerp"},
+        "tokenizer": {"source": "union"},
+    }
+    keys = [plan_key(make_plan(load_recipe(recipe), tmp_path / "out")) for _ in range(2)]
+    assert keys[0] == keys[1]
+    mergetool.run(recipe, output=tmp_path / "out")
+    watch = Watch()
+    assert mergetool.run(recipe, output=tmp_path / "out", progress=watch).resumed
+    assert any("done already" in text for text in watch.said)
+    assert "/mergetool-" not in (tmp_path / "out/mergetool.json").read_text() + (tmp_path / "out/README.md").read_text()
