@@ -1,7 +1,11 @@
 """Recipes inside a recipe: one run gives what runs one after the other give, and leaves nothing but the result."""
 
 import json
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +16,11 @@ from transformers import Qwen2ForCausalLM
 import mergetool
 from mergetool.errors import OutputError, PlanError, RecipeError
 from mergetool.planning import make_plan
+from mergetool.planning.inner import bytes_on_disk
 from mergetool.planning.key import plan_key
 from mergetool.recipe import load_recipe
 from tests.dense import write_dense
-from tests.files import StoppedError, Watch, content, tensors, write_model, write_models, write_recipe
+from tests.files import StoppedError, Watch, content, tensors, write_model, write_models, write_recipe, write_sparse
 from tests.forks import Forks, clean_environment
 from tests.words import models as words
 from tests.zoo.build import build, tuned
@@ -303,21 +308,20 @@ def test_memory_that_is_too_small_for_a_recipe_inside_is_told_before(here):
 # -------------------------------------------------------------------- moments
 
 
-def test_a_run_killed_at_any_moment_is_ended_by_the_same_command(forks, here):
-    recipe = {
-        "base": "base",
-        "models": {
-            "x": {"recipe": {"models": {"y": {"recipe": "first.yaml"}, "c": "c"}, "merge": {"method": "slerp"}}},
-            "c": "c",
-        },
-        "merge": TIES,
-    }
-    write_recipe(here / "r.yaml", **recipe)
+DEEP = {"recipe": {"models": {"y": {"recipe": "first.yaml"}, "c": "c"}, "merge": {"method": "slerp"}}}
+
+
+@pytest.mark.parametrize("kind", ["files", "journal"])
+def test_a_run_killed_at_any_moment_is_ended_by_the_same_command(forks, here, kind):
+    """Before files that are made, renamed or removed; or after lines of a journal. Every third: each takes two runs."""
+    write_recipe(here / "r.yaml", **outer(DEEP))
     env, command = clean_environment(), ["run", "r.yaml", "-o", "out"]
     assert forks.run(["run", "r.yaml", "-o", "undisturbed"], cwd=here, env=env).code == 0
     wanted = content(here / "undisturbed")
-    for moment in range(1, 200):
-        code = forks.run(command, cwd=here, env=env | {"KILL_AT": str(moment), "KILL_IN": str(here / "out")}).code
+    for moment in range(1 if kind == "files" else 2, 200, 3):
+        files = {"KILL_AT": str(moment), "KILL_IN": str(here / "out")}
+        lines = {"KILL_AFTER": f"mergetool.outputs.journal:Journal._write {moment}"}
+        code = forks.run(command, cwd=here, env=env | (files if kind == "files" else lines)).code
         if (here / "out").exists():
             assert content(here / "out") == wanted
         again = forks.run(command, cwd=here, env=env)
@@ -329,6 +333,40 @@ def test_a_run_killed_at_any_moment_is_ended_by_the_same_command(forks, here):
             break
         assert code == -9
     assert moment > 30
+
+
+def test_a_disk_that_is_too_small_is_told_at_once_and_left_as_it_was(here):
+    huge = {"models": {"a": "huge.safetensors"}, "merge": {"method": "passthrough"}}
+    write_sparse(here / "huge.safetensors", shutil.disk_usage(here).free + 2**30)
+    with pytest.raises(OutputError, match="with what the recipes inside it make"):
+        mergetool.run({"models": {"x": {"recipe": huge}}, "merge": {"method": "passthrough"}}, output="out")
+    assert left(here) == ["huge.safetensors"]
+
+
+def test_a_disk_that_is_full_on_the_way_is_gone_on_with_when_there_is_room(here):
+    write_recipe(here / "r.yaml", **outer({"recipe": "first.yaml"}))
+    mergetool.run("r.yaml", output="undisturbed")
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # less than the first result has
+
+    command = [sys.executable, "-m", "mergetool", "run", "r.yaml", "-o", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert (done.returncode, "first mix" in done.stderr) == (6, True), done.stderr
+    assert not (here / "out").exists()
+    mergetool.run("r.yaml", output="out")
+    assert content(here / "out") == content(here / "undisturbed")
+    assert left(here) == ["out", "r.yaml", "undisturbed"]
+
+
+def test_room_on_the_disk_is_counted_as_results_come_and_go(here):
+    plan = make_plan(load_recipe(outer(DEEP)), here / "out")
+    deep = plan.inner["mix"]
+    first = deep.inner["y"]
+    assert bytes_on_disk(plan) == max(first.bytes_out + deep.bytes_out, deep.bytes_out + plan.bytes_out)
+    assert bytes_on_disk(plan, lambda each: each is deep) == plan.bytes_out
+    assert bytes_on_disk(plan, lambda each: each is first) == deep.bytes_out
 
 
 def test_two_runs_at_once_make_one_result(forks, here):
