@@ -37,8 +37,8 @@ _NUMBERS: tuple[str, ...] = (
 )
 _NUMBERS += ("cross_attention_layers", "deepstack_visual_indexes", "fullatt_block_indexes", "global_attn_indexes")
 """Lists of the numbers of layers."""
-_SHARED = ("num_kv_shared_layers",)
-"""How many of the last layers use the keys and values of earlier ones."""
+_SHARED = ("num_kv_shared_layers", "hidden_size_per_layer_input")
+"""Signs of what layers share: keys and values, one matrix of embeddings for all of them (Gemma 3n)."""
 _BY_NUMBER = ("scale_attn_by_inverse_layer_idx",)
 """Switches for arithmetic with the layer's own number."""
 _SLIDING, _FULL = "sliding_attention", "full_attention"

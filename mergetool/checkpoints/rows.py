@@ -22,10 +22,12 @@ _TEXT = ("text", "text_decoder", "language_model", "language", "text_model")
 _FIRST = re.compile(
     r"(^|[._])(embed\w*|\w+embeddings?|stem|shared|w[tp]e|rotary\w*|patch\w*|cls_token|pos_emb\w*|\w*mask_token"
     r"|tokens?_emb\w*"
-    r"|pre_?la?y?e?r?_?n\w*|conv\d|feature_(extractor|projection)|masked_spec_embed|relative_attention_bias|rel_\w*bias\w*"
+    r"|pre_?la?y?e?r?_?n\w*|(ln|norm|layernorm)_pre|relative_pe|conv\d|feature_(extractor|projection)|masked_spec_embed|relative_attention_bias|rel_\w*bias\w*"
     r"|\w*projector|merger|connector|resampler|qformer|project_in|dist_token|reg_token|register_tokens)(\.|$)"
 )
 """What a network begins with; all else outside the layers is what it ends with."""
+_LAST = re.compile(r"(^|[._])(embed_out|vocab_projector|vocab_transform|lm_head|predictions)(\.|$)")
+"""What it ends with, although it sounds like a beginning."""
 _OF_FIRST = re.compile(r"(.*\.)?(relative_attention_bias|global_relative_attention_bias|rel_attn_embed)\..*")
 """What the first layer holds for all layers of its row."""
 
@@ -85,23 +87,31 @@ class Outside:
     """What does not belong to the sliced rows: to which of them each tensor goes, and to which end."""
 
     def __init__(self, sliced: Iterable[str], rows: Collection[str], shapes: Mapping[str, tuple[int, ...]], kind: str):
-        self._sliced = list(sliced)
-        self._stems = {row: row.rpartition(".")[0] for row in {*rows, *self._sliced}}
+        every = sorted({*rows, *sliced})
+        text = _default(every)
+        self._sliced = sorted(sliced, key=lambda row: row in text)  # what reads text is what the network ends with
+        self._parts = {row: _part(row, every) for row in every}
         self._known = ends_of(shapes, kind)
 
     def of(self, name: str) -> tuple[str, End] | None:
         """(row, end) of a tensor; None for one that is inside the layers."""
         if any(name.startswith(f"{row}.") for row in self._sliced):
             return None
-        stems = [stem for stem in self._stems.values() if stem and name.startswith(f"{stem}.")]
-        stem = max(stems, key=len, default="")
-        owners = [row for row in self._sliced if self._stems[row] == stem]
-        others = [row for row, its in self._stems.items() if its == stem and row not in self._sliced]
-        if others and not owners and stem:
-            end: End = "last" if "decoder" in stem.split(".") else "first"
+        owner = next((row for row, part in self._parts.items() if part and name.startswith(f"{part}.")), None)
+        if owner is not None and owner not in self._sliced:
+            end: End = "last" if "decoder" in self._parts[owner].split(".") else "first"
         else:
-            end = self._known.get(name) or ("first" if _FIRST.search(name) else "last")
-        return (owners or self._sliced)[0 if end == "first" else -1], end
+            first = _FIRST.search(name) and not _LAST.search(name)
+            end = self._known.get(name) or ("first" if first else "last")
+        return (owner if owner in self._sliced else self._sliced[0 if end == "first" else -1]), end
+
+
+def _part(row: str, rows: Collection[str]) -> str:
+    """The part of the network that a row is of: as much of its name as sets it apart; nothing for an only row."""
+    words = row.split(".")
+    others = [other.split(".") for other in rows if other != row]
+    lengths = range(1, len(words) + 1)
+    return ".".join(words[: next(n for n in lengths if all(o[:n] != words[:n] for o in others))]) if others else ""
 
 
 def layers_of(names: Iterable[str], tower: str) -> dict[int, dict[str, str]]:

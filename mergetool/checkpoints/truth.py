@@ -14,7 +14,6 @@ from mergetool.checkpoints.by_layer import Taken, set_by_layer
 from mergetool.checkpoints.facts import QUANTISED, SCALED_BY_TIES, parts_of
 from mergetool.checkpoints.sizes import SizeChange, Sized, changed_sizes
 from mergetool.checkpoints.ties import TIE_KEY, embeddings_of, is_head
-from mergetool.checkpoints.vocabulary import special_ids
 from mergetool.errors import PlanError
 
 Config = Mapping[str, Any]
@@ -26,6 +25,10 @@ _TOWERS = {"decoder": ("decoder_layers", "num_decoder_layers"), "encoder": ("enc
 _CLASSIFIERS = re.compile(
     r"(.*\.)?(classifier|score|qa_outputs|classification_head\.out_proj|classifier\.out_proj|fc|head|logits_proj)\.weight"
 )
+
+
+_FURTHER = "num_nextn_predict_layers"
+"""The key for layers behind the last, numbered on, that predict further tokens (DeepSeek)."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class Written:
     """Whether that dtype was asked for, and so holds for every part."""
     layers: Mapping[str, Sequence[tuple[str, int]]] = field(default_factory=dict)
     """Where layers were taken from, by what stands before their number: (model, layer there) for each in order."""
-    tokenizer: str | None = None
-    """The model whose tokenizer goes with the result, if not the leader's."""
+    special: Mapping[str, Any] = field(default_factory=dict)
+    """Ids of special tokens, where the tokenizer is not the leader's or the template is not the tokenizer's."""
 
 
 def true_config(leader: str, parents: Mapping[str, Parent], written: Written) -> dict[str, Any]:
@@ -74,8 +77,7 @@ def true_config(leader: str, parents: Mapping[str, Parent], written: Written) ->
         for part in (config, config.get("text_config")):
             if isinstance(part, dict) and (part is config or TIE_KEY in part):
                 part[TIE_KEY] = False
-    if written.tokenizer is not None:
-        _set_tokens(config, parents[written.tokenizer].config)
+    config.update({key: value for key, value in written.special.items() if key in config or value is not None})
     if written.dtype is not None:
         _set_dtype(config, written.dtype, inside=written.one_dtype)
     return config
@@ -95,11 +97,6 @@ def _set_vocabulary(config: dict[str, Any], before: Mapping[str, Shape], shapes:
         for part in _parts(config):
             if old is not None and part.get(_VOCABULARY) == old != rows:
                 part[_VOCABULARY] = rows
-
-
-def _set_tokens(config: dict[str, Any], other: Config) -> None:
-    """Ids of special tokens, as the model whose tokenizer this is has them."""
-    config.update({key: value for key, value in special_ids(other).items() if key in config or value is not None})
 
 
 # -------------------------------------------------------------------- other sizes
@@ -197,16 +194,26 @@ def _set_slices(
     """Make a config true for a row whose layers were taken one by one. Raises PlanError where it has no words."""
     old, new = counts
     part, keys = _place_of_layers(config, tower, old)
+    if further := layers_behind(part, old):  # no slice has them
+        old -= further
+        part[_FURTHER] = 0
+        keys = _place_of_layers(config, tower, old)[1]
     if not keys and old != new and not any("layer" in key and len(part[key]) == old for key in _lists(part)):
         what = f"config.json does not say how many layers {tower} has, so nothing would know of {new} in place of {old}"
         raise PlanError(what, "slices", f"take {old} layers")
     own: dict[str, tuple[Mapping[str, Any], int]] = {}
     for model in {model for model, _ in layers}:
-        count = layer_counts(parents[model].described).get(tower, old)
+        count = layer_counts(parents[model].described).get(tower, old) - further
         theirs = copy.deepcopy(dict(parents[model].config))
         own[model] = (_place_of_layers(theirs, tower, count)[0] if theirs else copy.deepcopy(part), count)
     part.update(dict.fromkeys(keys, new))
     set_by_layer(part, [Taken(model, own[model][0], layer, own[model][1]) for model, layer in layers], old, tower)
+
+
+def layers_behind(part: Config, count: int) -> int:
+    """How many of `count` numbered layers lie behind the last, and predict further tokens."""
+    further = part.get(_FURTHER)
+    return further if type(further) is int and part.get("num_hidden_layers") == count - further else 0
 
 
 def _lists(part: Mapping[str, Any]) -> list[str]:

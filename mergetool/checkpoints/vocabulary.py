@@ -141,14 +141,18 @@ def _same_bytes(one: Path, stamp: tuple[int, int], other: Path, other_stamp: tup
 
 
 def chat_template_of(folder: Path | None) -> str | None:
-    """The chat template of a folder, wherever transformers keeps it."""
+    """The chat template of a folder, wherever transformers keeps it; of several with names, the default one."""
     if folder is None:
         return None
-    for name in _TEMPLATES:
-        if (folder / name).is_file():
-            return (folder / name).read_text("utf-8", errors="replace")
-    found = small_json(folder / "tokenizer_config.json").get("chat_template")
-    return json.dumps(found) if found and not isinstance(found, str) else found
+    plain, processors = (folder / name for name in _TEMPLATES)
+    if plain.is_file():
+        return plain.read_text("utf-8", errors="replace")
+    settings = processors if processors.is_file() else folder / "tokenizer_config.json"
+    found = small_json(settings).get("chat_template")
+    if isinstance(found, list):
+        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        found = named.get("default") or next(iter(named.values()), None)
+    return found if isinstance(found, str) and found else None
 
 
 def small_json(path: Path) -> Mapping[str, Any]:

@@ -71,6 +71,23 @@ def agreeing_sum_(
     return total
 
 
+def agreeing_mean_(values: Sequence[Tensor], weights: Sequence[float], *, scratch: Callable[[str], Tensor]) -> Tensor:
+    """Mean, with weights from 0 up, of the values that have the sign of their plain sum. Overwrites `values`.
+
+    Weights have no part in the vote. Where the sum is exactly 0, or no weight is left, the result is 0. It is one of
+    the temporaries, which `scratch(name)` gives.
+    """
+    sign = scratch("sign").copy_(values[0])
+    for value in values[1:]:
+        sign.add_(value)
+    sign.sign_()
+    total, count = scratch("total").zero_(), scratch("count").zero_()
+    for value, weight in zip(values, weights, strict=True):
+        total.add_(value.mul_(sign).clamp_(min=0.0), alpha=weight)
+        count.add_(value.sign_(), alpha=weight)
+    return total.mul_(sign).div_(count.masked_fill_(count == 0, 1.0))
+
+
 def _never_zero_(count: Tensor, weights: Sequence[float]) -> Tensor:
     """Where no weight is counted there is nothing to divide; any divisor but 0 will do."""
     if all(weight > 0 for weight in weights):

@@ -19,13 +19,14 @@ Of a network with several rows of layers, a list means those of the text (of an 
 mapping names the rows: `slices: {encoder: [{a: [0, 4]}], decoder: [{b: [2, 6]}]}`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from mergetool.checkpoints.rows import End, Outside, chosen_row, layers_of, norms_not_in_first, of_first_layer, rows_of
+from mergetool.checkpoints.truth import layers_behind
 from mergetool.errors import PlanError
 from mergetool.layouts.base import Arrangement, Layout, Origin, Problem, Sources
 from mergetool.layouts.same import Same
@@ -194,7 +195,8 @@ class Slices(Layout):
             return Same().arrange(sources, leader, models)
         begin, end = self._outside(sources, leader, rows, stacks)
         inside = [origin for row, stack in stacks.items() for origin in _Row(sources, row).stacked(stack)]
-        return Arrangement([*begin, *inside, *end], {row: _taken(stack) for row, stack in stacks.items()})
+        taken = {row: _taken(stack) for row, stack in stacks.items()}
+        return Arrangement([*begin, *inside, *end], taken, () if "" not in self.stacks else _told(taken, rows))
 
     def _is_everything(
         self, sources: Sources, rows: Mapping[str, int], stacks: Mapping[str, Sequence["_Placed"]]
@@ -262,6 +264,16 @@ def _row(rows: Mapping[str, int], key: str, named: Mapping[str, Any]) -> str:
     return row
 
 
+def _told(taken: Iterable[str], rows: Iterable[str]) -> tuple[str, ...]:
+    """Which row a list of slices was taken to mean, where there are several."""
+    others = sorted(set(rows) - set(taken))
+    if not others:
+        return ()
+    mine = next(iter(taken))
+    fix = f"slices: {{{others[0]}: [...]}}"
+    return (f"slices are taken to be of {mine}; those of {', '.join(others)} are left whole ({fix} means those)",)
+
+
 def _taken(stack: Sequence[_Placed]) -> tuple[tuple[str, int], ...]:
     """Where each layer of a row comes from: (model, layer there)."""
     return tuple(
@@ -300,7 +312,9 @@ class _Row:
     def layers(self, model: str) -> dict[int, dict[str, str]]:
         """The tensors of each layer of a model, by what stands behind the number."""
         if model not in self._layers:
-            self._layers[model] = layers_of(self.sources[model].specs, self.tower)
+            found = layers_of(self.sources[model].specs, self.tower)
+            count = len(found) - layers_behind(read_config(self.sources[model].folder), len(found))
+            self._layers[model] = {number: own for number, own in found.items() if number < count}
             self._first[model] = of_first_layer(self._layers[model])
             self._lacked[model] = norms_not_in_first(self._layers[model])
         return self._layers[model]

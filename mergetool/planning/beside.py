@@ -73,8 +73,8 @@ def files_beside(plan: Plan) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def made_beside(plan: Plan) -> dict[str, str]:
-    """Files that are written anew, by name: the tokenizer's, where tokens are added to it."""
+def made_of_tokens(plan: Plan) -> dict[str, str]:
+    """Files of the tokenizer that are written anew, by name, where tokens are added to it."""
     folder = tokenizer_folder(plan)
     return with_tokens(folder, plan.words.added) if plan.words.added and folder is not None else {}
 

@@ -3,14 +3,16 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mergetool.checkpoints.ties import is_head
 from mergetool.checkpoints.truth import Parent, Written, layer_counts, strange_sizes, true_config, vocabulary_sizes
-from mergetool.checkpoints.vocabulary import disagreement
+from mergetool.checkpoints.vocabulary import disagreement, special_ids
 from mergetool.errors import PlanError
-from mergetool.planning.beside import config_owner, files_beside, made_beside, tokenizer_owner, words_about_files
+from mergetool.planning.beside import config_owner, files_beside, tokenizer_owner, words_about_files
+from mergetool.planning.chat import made_beside, special_tokens, words_about_chat
 from mergetool.planning.graph import Operand, Plan
 from mergetool.planning.parents import label
 from mergetool.tensors.side_files import CONFIG_NAME, read_config
@@ -53,9 +55,9 @@ def _facts(plan: Plan) -> tuple[dict[str, Parent], Written]:
         untied=plan.untied,
         dtype=_main_dtype(plan),
         one_dtype=plan.recipe.output.dtype != "source",
-        tokenizer=None if tokenizer == owner else tokenizer,
+        special={} if tokenizer == owner else special_ids(parents[tokenizer].config),
     )
-    return parents, written
+    return parents, replace(written, special={**written.special, **special_tokens(plan)})
 
 
 def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -100,6 +102,7 @@ def words_about_result(plan: Plan) -> Iterator[str]:
     """What is unusual about the result."""
     shapes = _shapes(plan)
     yield from words_about_files(plan)
+    yield from words_about_chat(plan)
     yield from _sizes(plan)
     yield from _layers(plan, shapes)
     yield from _tokens(plan, shapes)

@@ -166,8 +166,9 @@ def _left_behind(
     template, ends = chat_template_of(folder), end_tokens(folder, configs[leader])
     for model in recipe.models:
         own = chat_template_of(sources[model].folder), end_tokens(sources[model].folder, configs[model])
-        what = [f"the end token {own[1]}"] if own[1] and ends and own[1] != ends else []
-        what += ["a chat template"] if own[0] and own[0] != template else []
+        chosen = recipe.chat_template is not None
+        what = [f"the end token {own[1]}"] if own[1] and ends and own[1] != ends and not chosen else []
+        what += ["a chat template"] if own[0] and own[0] != template and not chosen else []
         more = more_tokens(folder, sources[model].folder)
         what += [f"{len(more)} tokens ({listed([repr(token) for token in more])})"] if more else []
         if what and model != leader:

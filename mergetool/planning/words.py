@@ -50,8 +50,6 @@ class Lexicon:
 def in_one_vocabulary(recipe: Recipe, sources: Sources, template: str, lookup: Lookup) -> Lexicon:
     """The models as the result's vocabulary shows them. Raises PlanError where tokens cannot be matched."""
     asked = recipe.tokenizer
-    if recipe.chat_template is not None:
-        raise PlanError("a template of its own cannot be written", "chat_template", "write tokenizer: {source: MODEL}")
     if asked is not None and asked.missing == "omp":
         raise PlanError("rows cannot be made of shared tokens", "tokenizer.missing", "write missing: mean")
     if recipe.method.arranges and asked is not None and asked != Tokenizer(source="base"):

@@ -7,15 +7,16 @@ The scalar rules are those of YAML 1.2 (core schema), not of YAML 1.1, whose sur
     012      is 12                          (1.1: octal 10)
     .nan     is read, and refused later by every number field
 
-Refused here: a key given twice, keys that are not text or numbers, tags (`!!python/...`), merge keys (`<<`), and
-anything that unfolds to more than 100 000 nodes (alias bombs) or nests deeper than 50.
+Refused here: keys that are not text or numbers, tags (`!!python/...`), and anything that unfolds to more than 100 000
+nodes (alias bombs) or nests deeper than 50. A key given twice and merge keys (`<<`) are read as YAML 1.1 has them and
+noted as `slips`: our recipes have none, those of others may.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -38,6 +39,13 @@ _CONSTANTS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("fa
 _CONSTANTS |= dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan"))
 
 
+class Slip(NamedTuple):
+    """Something that our recipes may not have and others' may, and what it means there."""
+
+    error: RecipeError
+    meaning: str
+
+
 @dataclass
 class Document:
     """A parsed recipe: `data` is plain, `marks` says where each place begins (line, column; from 1)."""
@@ -52,6 +60,7 @@ class Document:
     """Places that were given by `--set`, not in the file."""
     warnings: list[str] = field(default_factory=list)
     """What its author should know, though nothing is wrong."""
+    slips: list[Slip] = field(default_factory=list)
 
     def where(self, place: Place) -> str:
         """`file:line:column path` of a place, or of its nearest ancestor that was written down."""
@@ -130,7 +139,15 @@ def _built(root: yaml.Node, name: str) -> Document:
 
 def parse_value(text: str) -> Any:
     """A value given on the command line, by the same rules as in a file."""
-    return parse_document(text, "--set").data
+    document = parse_document(text, "--set")
+    refuse_slips(document)
+    return document.data
+
+
+def refuse_slips(document: Document) -> None:
+    """Raise RecipeError for what a recipe of ours may not have."""
+    if document.slips:
+        raise RecipeError.of([slip.error for slip in document.slips])
 
 
 class _Builder:
@@ -153,7 +170,7 @@ class _Builder:
         if node.tag != _own_tag(node):
             raise self.document.error(place, f"tag {node.tag!r} is not allowed", "remove the tag; write plain values")
         if isinstance(node, yaml.MappingNode):
-            return dict(self._items(node, place))
+            return _with_merged(dict(self._items(node, place)))
         if isinstance(node, yaml.SequenceNode):
             return [self.build(item, (*place, index)) for index, item in enumerate(node.value)]
         if any("\ud800" <= character <= "\udfff" for character in node.value):
@@ -169,18 +186,28 @@ class _Builder:
             key = str(key_node.value)
             here = (*place, key)
             if key == "<<":
-                raise RecipeError(
-                    "merge keys (<<) are not supported", f"{self.document.name}:{line}:{column}", "write the fields out"
-                )
-            if key in seen:
-                raise RecipeError(
-                    f"key {key!r} is given twice (first on line {seen[key]})",
-                    f"{self.document.name}:{line}:{column} {'.'.join(map(str, here))}",
-                    "keep one of them",
-                )
+                what = "merge keys (<<) are not supported"
+                self._slip(key_node, (), RecipeError(what, fix="write the fields out"), "")
+            elif key in seen:
+                what = f"key {key!r} is given twice (first on line {seen[key]})"
+                self._slip(key_node, here, RecipeError(what, fix="keep one of them"), "the last one counts")
+                del self.document.marks[here]
             seen[key] = line
             self.document.marks.setdefault(here, (line, column))
             yield key, self.build(value_node, here)
+
+    def _slip(self, node: yaml.Node, place: Place, error: RecipeError, meaning: str) -> None:
+        where = f"{self.document.name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+        error.where = f"{where} {'.'.join(map(str, place))}".rstrip()
+        self.document.slips.append(Slip(error, meaning))
+
+
+def _with_merged(items: dict[str, Any]) -> dict[str, Any]:
+    """A mapping with what its merge key brings, which its own keys go before."""
+    merged = items.pop("<<", None)
+    for each in merged if isinstance(merged, list) else [merged]:
+        items = {**each, **items} if isinstance(each, dict) else items
+    return items
 
 
 def _own_tag(node: yaml.Node) -> str:

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from mergetool.errors import RecipeError
-from mergetool.recipe.document import Document, Place
+from mergetool.recipe.document import Document, Place, refuse_slips
 from mergetool.recipe.inner import MOST
 from mergetool.recipe.mergekit import convert, is_mergekit
 
@@ -62,6 +62,8 @@ def ours(documents: Sequence[Document]) -> list[Named]:
 
 def _named(document: Document) -> Named:
     data = document.data
+    if not is_mergekit(data):
+        refuse_slips(document)
     if not isinstance(data, dict):
         raise document.error((), "a recipe is a mapping with `models` and `merge`", "see: mergetool schema")
     name = data.get("name")
@@ -69,6 +71,8 @@ def _named(document: Document) -> Named:
         raise document.error(("name",), f"expected a name, found {name!r}", "write name: stage-1")
     bare = replace(document, data={key: value for key, value in data.items() if key != "name"})
     if is_mergekit(data):
+        said = [(each.error, each.meaning) for each in document.slips if each.meaning]
+        bare.warnings = [f"{error.where}: {error.what}: {meaning}" for error, meaning in said]
         return Named(name, convert(bare), foreign=True, out_dtype="out_dtype" in data)
     return Named(name, bare, foreign=False)
 

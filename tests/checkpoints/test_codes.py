@@ -124,7 +124,90 @@ def nf4_nested(key, value):
     return made, expected
 
 
+def packed(codes, bits, axis, order=None):
+    """Whole numbers in 32 bits each, along an axis: the first in the lowest bits, or in this order."""
+    each = 32 // bits
+    rows = codes.movedim(axis, -1)
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % each))
+    groups = rows.reshape(*rows.shape[:-1], -1, each)[..., list(order or range(each))].long()
+    words = (groups << torch.arange(0, 32, bits)).sum(-1)
+    return (words - (words >> 31 << 32)).to(torch.int32).movedim(-1, axis).contiguous()
+
+
+def integers(value, groups, bits, *, zero):
+    """(codes, scales, zeros) of a matrix (out, in): a scale and a zero point for each output and group of inputs."""
+    count, largest = int(groups.max()) + 1, 2**bits - 1
+    scales = torch.zeros(count, value.shape[0], dtype=torch.float16)
+    zeros = torch.full((count, value.shape[0]), 2 ** (bits - 1))
+    for group in range(count):
+        part = value[:, groups == group]
+        low, high = part.amin(1).clamp_max(0), part.amax(1).clamp_min(0)
+        if zero:
+            scales[group] = (high - low) / largest
+            zeros[group] = (-low / scales[group].double()).round().clamp(0, largest).long()
+        else:
+            scales[group] = torch.maximum(-low, high) / 2 ** (bits - 1)
+    over, under = scales.double().T[:, groups], zeros.T[:, groups]
+    codes = (value / over + under).round().clamp(0, largest).long()
+    return codes, scales, zeros, (codes - under).double() * over
+
+
+def gptq(bits=4, *, zero=False, two=False, shuffled=False, index=True):
+    def quantise(key, value):
+        groups = torch.arange(value.shape[1]) // 8
+        if shuffled:
+            groups = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(1))]
+        codes, scales, zeros, expected = integers(value, groups, bits, zero=zero)
+        stem, less = key.removesuffix("weight"), 0 if two else int("".join(["0" * (bits - 1) + "1"] * (32 // bits)), 2)
+        words = packed(zeros, bits, 1).long() - less
+        stored = {
+            f"{stem}qweight": packed(codes.T, bits, 0),
+            f"{stem}qzeros": (words + 2**31).remainder(2**32).sub(2**31).to(torch.int32),
+            f"{stem}scales": scales,
+            **({f"{stem}g_idx": groups.to(torch.int32)} if index else {}),
+        }
+        return stored, expected
+
+    return quantise
+
+
+def awq(key, value):
+    codes, scales, zeros, expected = integers(value, torch.arange(value.shape[1]) // 8, 4, zero=True)
+    stem, order = key.removesuffix("weight"), (0, 2, 4, 6, 1, 3, 5, 7)
+    stored = {f"{stem}qweight": packed(codes.T, 4, 1, order), f"{stem}qzeros": packed(zeros, 4, 1, order)}
+    return {**stored, f"{stem}scales": scales}, expected
+
+
+def compressed(bits, *, zero=False, shuffled=False):
+    def quantise(key, value):
+        groups = torch.arange(value.shape[1]) // 8
+        groups = groups.flip(0) if shuffled else groups
+        codes, scales, zeros, expected = integers(value, groups, bits, zero=zero)
+        stored = {
+            f"{key}_packed": packed(codes, bits, 1),
+            f"{key}_scale": scales.T.contiguous(),
+            f"{key}_shape": torch.tensor(value.shape),
+        }
+        stored |= {f"{key}_zero_point": packed(zeros.T, bits, 0)} if zero else {}
+        stored |= {f"{key}_g_idx": groups.to(torch.int32)} if shuffled else {}
+        return stored, expected
+
+    return quantise
+
+
+PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 FORMS = {
+    "GPTQ": (gptq(), {"quant_method": "gptq", "bits": 4, "group_size": 8}),
+    "GPTQ, shuffled": (gptq(zero=True, shuffled=True), {"quant_method": "gptq", "bits": 4, "desc_act": True}),
+    "GPTQ, 8 bits": (gptq(8, zero=True), {"quant_method": "gptq", "bits": 8}),
+    "GPTQ, 2 bits": (gptq(2), {"quant_method": "gptq", "bits": 2}),
+    "GPTQ, format 2": (gptq(zero=True, two=True), {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}),
+    "GPTQ, no index": (gptq(index=False), {"quant_method": "gptq", "bits": 4}),
+    "AWQ": (awq, {"quant_method": "awq", "bits": 4, "version": "gemm"}),
+    "packed": (compressed(4), PACKED),
+    "packed, 8 bits": (compressed(8), PACKED),
+    "packed, with zeros": (compressed(4, zero=True), PACKED),
+    "packed, shuffled": (compressed(4, shuffled=True), PACKED),
     "blocks": (fp8((8, 8)), {"quant_method": "fp8", "weight_block_size": [8, 8]}),
     "blocks that do not fit": (fp8((7, 9)), {"quant_method": "fp8", "weight_block_size": [7, 9]}),
     "blocks that are not told": (fp8((8, 4)), {"quant_method": "fp8"}),

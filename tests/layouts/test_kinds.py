@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 import mergetool
 from mergetool.errors import PlanError
 from tests.layouts.test_rows import put_together
-from tests.zoo.build import config_of, stir
+from tests.zoo.build import change_config, config_of, stir
 from tests.zoo.families import VOCAB, words
 from tests.zoo.oracle import logits, opened
 
@@ -137,4 +138,26 @@ def test_layers_that_share_keys_or_count_themselves_are_refused(tmp_path):
     path = tmp_path / "a" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_kv_shared_layers": 2}))
     with pytest.raises(PlanError, match="num_kv_shared_layers: 2"):
+        mergetool.plan(recipe)
+
+
+def test_layers_for_further_tokens_are_no_layers_of_the_row(tmp_path):
+    recipe, modules = stacked(tmp_path, "deepseek", [{"a": [0, 4]}, {"b": [2, 4]}])
+    for name in "ab":
+        path = tmp_path / name / "model.safetensors"
+        state = load_file(path)
+        more = {key.replace(".3.", ".4."): value.clone() for key, value in state.items() if "layers.3." in key}
+        save_file(state | more, path, {"format": "pt"})
+        change_config(tmp_path / name, num_nextn_predict_layers=1)
+    result = mergetool.run(recipe, output=tmp_path / "out")
+    config = config_of(result.path)
+    assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (6, 0)
+    module, info = opened(result.path, KINDS["deepseek"][0])
+    assert not info["missing_keys"]
+    name = "model.layers.{}.self_attn.o_proj.weight"
+    torch.testing.assert_close(
+        module.state_dict()[name.format(5)], modules["b"].state_dict()[name.format(3)], rtol=0, atol=1e-6
+    )
+    recipe["slices"][1] = {"b": [3, 5]}
+    with pytest.raises(PlanError, match="layer 4 is asked for, and model 'b' has layers 0 to 3"):
         mergetool.plan(recipe)

@@ -7,6 +7,8 @@ import torch
 import transformers as hf
 
 import mergetool
+from mergetool.arch.ends import ends_of
+from mergetool.checkpoints.rows import Outside
 from tests.zoo.build import stir
 from tests.zoo.families import FAMILIES, VOCAB, Family, words
 from tests.zoo.oracle import logits, opened
@@ -115,6 +117,8 @@ def test_rows_of_layers_are_found_and_counted(case, tmp_path):
         "outside": {"first": "a", "last": "a"},
     }
     result = mergetool.run(recipe, output=tmp_path / "out")
+    several = case.part or case.family in ("t5", "bart", "marian", "whisper")
+    assert any("slices are taken to be of" in each for each in result.warnings) == bool(several and not case.key)
     kind = KINDS[case.family]
     modules = {name: opened(path, kind.model)[0] for name, path in found.items()}
     module, info = opened(result.path, kind.model)
@@ -131,3 +135,42 @@ def test_rows_of_layers_are_found_and_counted(case, tmp_path):
     other.load_state_dict(put_together(modules["a"], case.row, order, modules))
     torch.testing.assert_close(logits(module, kind.inputs()), logits(other, kind.inputs()), rtol=0, atol=1e-4)
     assert logits(module, kind.inputs()).std() > 1e-3
+
+
+def ends(row, rows, *names, kind=""):
+    outside = Outside([row], rows, dict.fromkeys(names, (1,)), kind)
+    return [outside.of(name) for name in names]
+
+
+def test_what_lies_outside_belongs_to_one_end():
+    text, eyes = "language_model.model.layers", "vision_tower.transformer.layers"
+    assert ends(
+        text,
+        [text, eyes],
+        "vision_tower.ln_pre.weight",
+        "vision_tower.ln_post.weight",
+        "vision_tower.transformer.layers.0.norm.weight",
+        "multi_modal_projector.linear_1.weight",
+        "language_model.model.embed_tokens.weight",
+        "language_model.model.layers.0.norm.weight",
+        "language_model.model.norm.weight",
+        "language_model.lm_head.weight",
+    ) == [*[(text, "first")] * 5, None, *[(text, "last")] * 2]
+    names = (
+        "embeddings.word_embeddings.weight",
+        "embeddings.LayerNorm.weight",
+        "vocab_projector.weight",
+        "embed_out.weight",
+    )
+    assert [end for _, end in ends("encoder.layer", ["encoder.layer"], *names)] == ["first", "first", "last", "last"]
+    sides = ["decoder.block", "encoder.block"]
+    names = "shared.weight", "encoder.block.0.wi.weight", "encoder.final_layer_norm.weight", "lm_head.weight"
+    assert [end for _, end in ends(sides[0], sides, *names)] == ["first", "first", "first", "last"]
+    assert [end for _, end in ends(sides[1], sides, "decoder.block.0.wi.weight", "lm_head.weight")] == ["last", "last"]
+
+
+def test_a_known_architecture_lists_its_ends():
+    names = {f"model.layers.{i}.self_attn.q_proj.weight": (1,) for i in range(2)}
+    found = ends_of(names | {"model.embed_tokens.weight": (1,), "model.norm.weight": (1,)}, "llama")
+    assert found == {"model.embed_tokens.weight": "first", "model.norm.weight": "last"}
+    assert ends_of({"something.else": (1,)}) == {}

@@ -486,3 +486,48 @@ def test_a_gradient_of_densities_may_end_at_nothing():
     document = convert(parse_document(text, "x.yml"))
     check_document(document)
     assert document.data["merge"]["density"] == {"gradient": [1.0, 1e-12]}
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "fix"),
+    [
+        (
+            "merge_method: della_linear\nbase_model: base\n"
+            "models: [{model: a, parameters: {weight: 1, density: 0.9}}]\n",
+            "density 0.9 and epsilon 0.15 make chances from 0.75 to 1.05, not 0 to 1",
+            "write epsilon: 0.1, or less",
+        ),
+        (
+            LINEAR.replace("0.3", "-0.7"),
+            "the weights (-0.7, 0.7) add up to 0, so their average does not exist",
+            "add parameters: {normalize: false}",
+        ),
+        (
+            LINEAR.replace("0.3", "[{filter: mlp, value: 1}, {value: [0.2, -0.7]}]"),
+            "the weights (-0.7, 0.7) add up to 0, so their average does not exist",
+            "add parameters: {normalize: false}",
+        ),
+    ],
+)
+def test_numbers_that_cannot_work_together_are_told_before_any_model_is_opened(text, what, fix):
+    assert problems(text) == {("1", what): fix}
+    mended = text + (fix.partition(" ")[2] if "normalize" in fix else "parameters: {epsilon: 0.1}") + "\n"
+    convert(parse_document(mended, "x.yml"))
+
+
+def test_keys_given_twice_and_merge_keys_are_read_as_mergekit_reads_them(tmp_path):
+    text = LINEAR.replace("{weight: 0.3}", "&p {weight: 0.3}").replace("{weight: 0.7}", "{<<: *p}")
+    (tmp_path / "x.yml").write_text(text + "dtype: float32\ndtype: bfloat16\n")
+    recipe = load_recipe(tmp_path / "x.yml")
+    assert recipe.method.weight == 0.3
+    assert recipe.output.dtype == "bfloat16"
+    twice = "x.yml:8:1 dtype: key 'dtype' is given twice (first on line 7): the last one counts"
+    assert [each.replace(f"{tmp_path}/", "") for each in recipe.warnings] == [twice]
+
+
+def test_text_that_looks_like_something_else_is_quoted(tmp_path):
+    (tmp_path / "x.yml").write_text(LINEAR.replace("org/first", "'1e5'") + "tokenizer: {tokens: {1e3: {}, 0o7: {}}}\n")
+    (tmp_path / "ours.yaml").write_text(imported_text(tmp_path / "x.yml", tmp_path)[0])
+    written = load_recipe(tmp_path / "ours.yaml")
+    assert written.models["1e5"].source == "1e5"
+    assert list(written.tokenizer.tokens) == ["1e3", "0o7"]

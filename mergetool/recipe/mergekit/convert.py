@@ -21,8 +21,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
+from mergetool.methods.base import Method
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.mergekit.counterparts import METHODS, Counterpart
 from mergetool.recipe.mergekit.evolve import convert_evolve, is_evolve
@@ -120,7 +123,24 @@ class _Importer:
             holder = out if len(place) == 1 else out.setdefault("models", {})
             holder[str(place[-1])] = reference
             self._mark(place, origin)
-        return {**out, **stacked(roster, settings), **words}
+        sections = stacked(roster, settings)
+        if len(roster.groups) == 1:
+            self._check_numbers(sections["merge"], roster)
+        return {**out, **sections, **words}
+
+    def _check_numbers(self, merge: Mapping[str, Any], roster: Roster) -> None:
+        """Numbers that cannot work together, as mergekit would say when it comes to them.
+
+        Only those that hold where no filter matches: whether one does is not known yet.
+        """
+        names = [roster.names[each.reference] for each in roster.groups[0].merged]
+        fields = {key: value for key, value in merge.items() if key != "overrides"}
+        try:
+            method = registry()[roster.target.method].model_validate(fields)
+        except ValidationError:
+            return  # which is told with all else that is wrong with the sections
+        for problem in {method.problem(method.params(depth, names)) for depth in (0.0, 1.0)} - {None}:
+            self.findings.problem(("merge_method",), str(problem), _mended(method, names))
 
     def _settings(self, roster: Roster) -> list[MethodSettings]:
         """Of each slice, its settings."""
@@ -147,6 +167,15 @@ class _Importer:
                 self.findings.problem((key,), f"results cannot be stored as {names[key]}", fix)
             out["output"] = {"dtype": names[key]}
         return out
+
+
+def _mended(method: Method, names: Sequence[str]) -> str:
+    """How to change numbers that do not go together."""
+    numbers = method.params(0.0, names)
+    if hasattr(numbers, "epsilon"):
+        most = min([min(each, 1 - each) for each in numbers.density if each < 1], default=0)
+        return f"write epsilon: {round(most, 6)}, or less"
+    return "add parameters: {normalize: false}" if getattr(method, "normalize", False) else "change these numbers"
 
 
 def _unknown(name: str) -> tuple[str, str]:

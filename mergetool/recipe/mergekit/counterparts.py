@@ -35,6 +35,10 @@ _BREADCRUMBS = _WEIGHT | _DENSITY | _GAMMA | _SUMMED | _SPARSE | _LAMBDA
 _DELLA = _WEIGHT | _DENSITY | {"epsilon": MergekitParameter("epsilon", 0.15, per_model=True)} | _RESCALED | _LAMBDA
 _EXACT = {"boundary": "random"}
 """Just the wanted number of entries is kept: of those that are equal, any."""
+_SCE = {"select_topk": MergekitParameter("density", 1.0)}
+_NEARSWAP = {"t": MergekitParameter("t")}
+_RAM = {"epsilon": MergekitParameter("epsilon", 1e-5)}
+_RAMPLUS = _RAM | {"r": MergekitParameter("r", 0.1), "alpha": MergekitParameter("alpha", 0.2)}
 _NUSLERP = {
     "nuslerp_flatten": MergekitParameter("per", True, words={True: "tensor", False: "row"}),
     "nuslerp_row_wise": MergekitParameter("columns", False),
@@ -70,6 +74,11 @@ METHODS = {
     "multislerp": Counterpart("multislerp", "optional", _MULTISLERP, ("eps",)),
     "karcher": Counterpart("karcher", "member", _KARCHER),
     "model_stock": Counterpart("model-stock", "ancestor", _FILTER_WISE, constants={"clamp": False}),
+    "sce": Counterpart("sce", "ancestor", _SCE, ("int8_mask",), {"negligible": 1e-6}),
+    "nearswap": Counterpart("nearswap", "ancestor", _NEARSWAP, constants={"limit": "absolute"}),
+    "arcee_fusion": Counterpart("arcee-fusion", "ancestor", {}),
+    "ram": Counterpart("ram", "ancestor", _RAM),
+    "ramplus_tl": Counterpart("ramplus-tl", "ancestor", _RAMPLUS),
     "dare_linear": Counterpart("dare-linear", "ancestor", _DARE, ("int8_mask",)),
     "dare_ties": Counterpart("dare-ties", "ancestor", _DARE, ("int8_mask",)),
 }

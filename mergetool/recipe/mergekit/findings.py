@@ -18,7 +18,7 @@ class Findings:
     def __init__(self, document: Document) -> None:
         self.document = document
         self.problems: list[RecipeError] = []
-        self.warnings: list[str] = []
+        self.warnings: list[str] = list(document.warnings)
 
     def problem(self, place: Place, what: str, fix: str) -> None:
         """Something that has to be mended; others are still looked for."""

@@ -72,7 +72,7 @@ class SettingsReader:
         for glob, fallen in matched:
             own = self._settled(fallen, [(*_holder(place), "overrides", len(overrides)) for place in places])
             told = {key: value for key, value in own.items() if key in varying or value != held.get(key)}
-            overrides.append({"match": glob, **told})
+            overrides.append({"match": glob, **(told or own)})  # it hides later ones even if it changes nothing
         return MethodSettings(held, overrides)
 
     def _settled(self, case: Case, places: Sequence[Place]) -> dict[str, Any]:

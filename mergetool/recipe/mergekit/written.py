@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from mergetool.errors import RecipeError
+from mergetool.recipe.document import parse_value
 from mergetool.recipe.mergekit.roster import is_there
 from mergetool.recipe.schema import expanded
 
@@ -53,4 +55,17 @@ def _represent_list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.Node:
     return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """Quoted where our reader, whose rules are those of YAML 1.2, would take it for something else."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if _reads_as_text(text) else '"')
+
+
+def _reads_as_text(text: str) -> bool:
+    try:
+        return bool(parse_value(text) == text)
+    except RecipeError:
+        return True  # which the dumper quotes by itself
+
+
 _Dumper.add_representer(list, _represent_list)
+_Dumper.add_representer(str, _represent_text)
