@@ -4,10 +4,10 @@
 methods that know no base (linear), where whole models are listed. Each slice may have a base of its own.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from mergetool.methods import registry
@@ -89,7 +89,8 @@ class Roster:
         """Reference -> our name, for each of `models`."""
         names: dict[str, str] = {}
         for reference in (source.reference for source in self.models):
-            stem = Path(reference.partition("+")[0].partition("@")[0]).name.removesuffix(".safetensors") or "model"
+            parts = re.split(r"[/\\]+", reference.partition("+")[0].partition("@")[0].rstrip("/\\"))
+            stem = parts[-1].removesuffix(".safetensors") or "model"
             stem = f"{stem}-model" if stem in _RESERVED else stem
             copies = sum(name == stem or name.startswith(f"{stem}-") for name in names.values())
             names[reference] = f"{stem}-{copies + 1}" if stem in names.values() else stem
