@@ -14,7 +14,6 @@ import numpy as np
 from mergetool.checkpoints.gathered import read_rows
 from mergetool.checkpoints.ties import embeddings_of, is_head
 from mergetool.checkpoints.token_rows import DONATED, Numbers, RowMap
-from mergetool.kernels.pursuit import pursue
 from mergetool.tensors.source import ModelSource
 
 if TYPE_CHECKING:
@@ -59,6 +58,8 @@ class Donor:
 
     def _made(self, name: str, numbers: Numbers) -> "Tensor":
         import torch
+
+        from mergetool.kernels.pursuit import pursue
 
         atoms, own = self._shared(name)
         theirs = donor_tensor(name, self._donor)
