@@ -66,12 +66,12 @@ def _repaired(options: Repair, models: "Models", fitted: Aligned, merged: Mappin
     weights = network.inside(merged)
     with _told():
         if options.mode == "bn-stats":
-            found = reset_statistics(network.module, weights, batches)
+            corrected = reset_statistics(network.module, weights, batches)
         else:
             parents = [_Parent(models, fitted, network, name) for name in models.names]
             layers = _layers(network, fitted.spec)
-            found = repair(network.module, weights, parents, layers=layers, batches=batches)
-    return Repaired({network.names[name]: x.contiguous() for name, x in found.tensors.items()}, found.ratios)
+            corrected = repair(network.module, weights, parents, layers=layers, batches=batches)
+    return Repaired({network.names[name]: x.contiguous() for name, x in corrected.tensors.items()}, corrected.ratios)
 
 
 def _network_and_data(options: Repair, models: "Models") -> tuple[Network, list[Batch]]:
@@ -112,9 +112,9 @@ class _Parent(Mapping[str, Tensor]):
 def _layers(network: Network, spec: ArchSpec) -> list[str]:
     """The layers whose output channels may be permuted."""
     movable = {space.name for group in spec.groups for space in group.spaces}
-    found = []
+    layers = []
     for layer, (weight, axis) in correctable(network.module).items():
         layout = spec.tensors[network.names[weight]].axes[axis]
         if any(factor.space in movable for segment in layout for factor in segment):
-            found.append(layer)
-    return found
+            layers.append(layer)
+    return layers

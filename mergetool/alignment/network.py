@@ -41,8 +41,8 @@ def build(models: "Models", factory: str | None) -> Network:
         return Network(*network_of(models.shapes, models.config))
     text, _, function = factory.rpartition(":")
     where = f"merge.repair.network: {models.path(text)}"
-    found = call(models.path(text), function, where)
-    module = found[0] if isinstance(found, tuple) and found else found  # (module, inputs), as for `architecture`
+    built = call(models.path(text), function, where)
+    module = built[0] if isinstance(built, tuple) and built else built  # (module, inputs), as for `architecture`
     if not isinstance(module, nn.Module):
         what = f"{function}() returned a {type(module).__name__}"
         raise PlanError(what, where=where, fix="return a torch.nn.Module")

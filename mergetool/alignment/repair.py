@@ -112,11 +112,11 @@ def repair(
 def correctable(network: nn.Module) -> dict[str, tuple[str, int]]:
     """Layers that can be corrected: name -> (name of their weight, its axis of output channels)."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    found = {}
-    for name, module in network.named_modules():
-        if isinstance(module, kinds) or type(module).__name__ == "Conv1D":  # of transformers: a linear layer, (in, out)
-            found[name] = (f"{name}.weight", _out_axis(module))
-    return found
+    return {
+        name: (f"{name}.weight", _out_axis(module))
+        for name, module in network.named_modules()
+        if isinstance(module, kinds) or type(module).__name__ == "Conv1D"  # of transformers: a linear layer, (in, out)
+    }
 
 
 def _goals(

@@ -23,7 +23,7 @@ def report_of(
     """
     identity = [Element.identity(task.spec.spaces)] * len(task.names)
     home = [elements[name].inverse() for name in task.names]
-    before, after = (objective(task.problem, hard_point(task.problem, each)) for each in (identity, home))
+    before, after = (objective(task.problem, hard_point(task.problem, elements)) for elements in (identity, home))
     digits = 8 - math.frexp(max(abs(before), abs(after)))[1] * 3 // 10  # about nine that count
 
     def shown(row: Iteration | float) -> object:

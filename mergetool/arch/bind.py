@@ -1,4 +1,4 @@
-"""Names meet templates: which entry of a family file describes a tensor, and which spaces that brings to life."""
+"""Names meet forms: which entry of a family file describes a tensor, and which spaces that brings to life."""
 
 import fnmatch
 import re
@@ -15,7 +15,7 @@ Holes = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Bound:
-    """A tensor whose template is known: its axes with every hole filled."""
+    """A tensor whose form is known: its axes with every hole filled."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,8 +41,8 @@ def covers(family: ArchFamily, shapes: Shapes) -> bool:
     """Whether the family requires something, finds it all, and describes every tensor that has an axis."""
     if not family.requires:
         return False
-    for template in family.requires:
-        required = re.compile(any_prefix(family) + pattern(template).pattern)
+    for form in family.requires:
+        required = re.compile(any_prefix(family) + pattern(form).pattern)
         if not any(required.fullmatch(name) for name in shapes):
             return False
     return not any(shape and _find(family, name) is None for name, shape in shapes.items())
@@ -50,16 +50,16 @@ def covers(family: ArchFamily, shapes: Shapes) -> bool:
 
 def bind(family_name: str, family: ArchFamily, name: str, shape: tuple[int, ...]) -> Bound:
     """The tensor with the axes that its entry gives it. Raises PlanError if there is none, or their number differs."""
-    found = _find(family, name)
-    if found is None and shape:
+    entry = _find(family, name)
+    if entry is None and shape:
         raise PlanError(
             f"no entry describes the tensor {name}",
             where=f"architecture {family_name}",
             fix=f"write a file with `extends: {family_name}` and an entry for it, and name it under `architecture:`",
         )
-    if found is None or found[0] == "fixed" or not shape:
+    if entry is None or entry[0] == "fixed" or not shape:
         return Bound(name, shape, tuple(((Term(),),) for _ in shape), False)
-    text, holes, matched = found
+    text, holes, matched = entry
     axes = parse_axes(text)
     if len(axes) != len(shape):
         raise PlanError(
@@ -71,33 +71,33 @@ def bind(family_name: str, family: ArchFamily, name: str, shape: tuple[int, ...]
 
 def instances_of(family: ArchFamily, bound: list[Bound]) -> dict[str, Instance]:
     """Every space that occurs, in the order of the file, then of its numbers."""
-    found: dict[str, Instance] = {}
+    instances: dict[str, Instance] = {}
     terms = (term for tensor in bound for axis in tensor.axes for segment in axis for term in segment)
     pending = [term.space for term in terms if term.space is not None]
     while pending:
         name = pending.pop()
-        if name in found:
+        if name in instances:
             continue
         instance = instance_of(family, name)
         assert instance is not None, "layouts name declared spaces only"
-        found[name] = instance
+        instances[name] = instance
         if instance.within:
             pending.append(instance.within)
-    return dict(sorted(found.items(), key=lambda item: (item[1].order, tuple(item[1].holes.values()), item[0])))
+    return dict(sorted(instances.items(), key=lambda item: (item[1].order, tuple(item[1].holes.values()), item[0])))
 
 
 def instance_of(family: ArchFamily, name: str) -> Instance | None:
     """The space of this name, if the family declares it."""
-    for order, (template, rule) in enumerate(family.spaces.items()):
-        holes = holes_of(template, name)
+    for order, (form, rule) in enumerate(family.spaces.items()):
+        holes = holes_of(form, name)
         if holes is not None:
             return Instance(rule, holes, order)
     return None
 
 
-def holes_of(template: str, name: str) -> dict[str, int] | None:
-    """What fills the holes of the template to give `name`; None if nothing does."""
-    match = pattern(template).fullmatch(name)
+def holes_of(form: str, name: str) -> dict[str, int] | None:
+    """What fills the holes of the form to give `name`; None if nothing does."""
+    match = pattern(form).fullmatch(name)
     return None if match is None else {hole: int(number) for hole, number in match.groupdict().items()}
 
 
@@ -122,12 +122,12 @@ def any_prefix(family: ArchFamily) -> str:
 
 
 def _find(family: ArchFamily, name: str) -> tuple[str, dict[str, int], bool] | None:
-    """The layouts written for a tensor, the holes of its template, and whether it is matched."""
-    for templates, matched in ((family.tensors, True), (family.buffers, False)):
-        for template, axes in templates.items():
-            found = re.fullmatch(any_prefix(family) + pattern(template).pattern, name)
-            if found:
-                return axes, {hole: int(number) for hole, number in found.groupdict().items()}, matched
+    """The layouts written for a tensor, the holes of its form, and whether it is matched."""
+    for forms, matched in ((family.tensors, True), (family.buffers, False)):
+        for form, axes in forms.items():
+            match = re.fullmatch(any_prefix(family) + pattern(form).pattern, name)
+            if match:
+                return axes, {hole: int(number) for hole, number in match.groupdict().items()}, matched
     if any(fnmatch.fnmatchcase(name, glob) for glob in family.fixed):
         return "fixed", {}, False
     return None

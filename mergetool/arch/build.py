@@ -1,6 +1,6 @@
-"""A family meets a checkpoint: templates and shapes become an `ArchSpec`.
+"""A family meets a checkpoint: forms and shapes become an `ArchSpec`.
 
-Names are matched to templates (the first that fits wins), holes are filled, and sizes are solved for: those that
+Names are matched to forms (the first that fits wins), holes are filled, and sizes are solved for: those that
 config.json tells first, then any axis on which a single unknown is left, again and again. Last, spaces that are one
 are joined, and every axis is checked against its layout.
 """
@@ -110,9 +110,9 @@ def _widened(
     return (*layouts.get(f"{space}.front", ()), *layouts[target], *layouts.get(f"{space}.back", ()))
 
 
-def _present(family: ArchFamily, templates: list[str], holes: Holes, shapes: Shapes) -> bool:
+def _present(family: ArchFamily, forms: list[str], holes: Holes, shapes: Shapes) -> bool:
     """Whether one of the tensors is there."""
-    names = [fill(template, holes) for template in templates]
+    names = [fill(form, holes) for form in forms]
     return any(prefix + name in shapes for name in names for prefix in family.prefixes)
 
 

@@ -27,13 +27,13 @@ class Call:
 
     def tensors(self) -> list[Axes]:
         """All operands that are tensors, those in lists included."""
-        found: list[Axes] = []
+        operands: list[Axes] = []
         for value in self.arguments.values():
             if is_tensor(value):
-                found.append(value)
+                operands.append(value)
             elif isinstance(value, list | tuple):
-                found.extend(item for item in value if is_tensor(item))
-        return found
+                operands.extend(item for item in value if is_tensor(item))
+        return operands
 
 
 class Value(list[Axis]):

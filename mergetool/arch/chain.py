@@ -67,9 +67,9 @@ def _order(name: str, weights: list[str], shapes: Shapes) -> list[str]:
     paths = _paths([run for run in runs.values() if _follows(run, shapes)], shapes)
     complete = [path for path in paths if len(path) == len(weights)]
     if len(complete) != 1:
-        found = "no order" if not complete else "more than one order"
+        orders = "no order" if not complete else "more than one order"
         listed = ", ".join(f"{weight} {tuple(shapes[weight])}" for weight in sorted(weights, key=_numbers)[:6])
-        raise PlanError(f"{found} in which the layers fit: {listed}", where=f"architecture {name}", fix=_FIX)
+        raise PlanError(f"{orders} in which the layers fit: {listed}", where=f"architecture {name}", fix=_FIX)
     return complete[0]
 
 

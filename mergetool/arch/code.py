@@ -25,8 +25,8 @@ _RETURN = "return (module, inputs): a torch.nn.Module, and a tensor, a tuple or 
 
 def code_of(text: str) -> tuple[str, str] | None:
     """(file, function) of `FILE.py:FUNCTION`; None for anything else."""
-    found = _CODE.fullmatch(text)
-    return None if found is None else (found[1], found[2])
+    match = _CODE.fullmatch(text)
+    return None if match is None else (match[1], match[2])
 
 
 def call(path: Path, function: str, where: str) -> Any:
@@ -71,13 +71,13 @@ def derive_from_code(path: Path, function: str, shapes: Shapes) -> ArchSpec:
     return renamed(spec, stored)
 
 
-def _example(found: Any, function: str, where: str) -> tuple["nn.Module", tuple[Any, ...], Mapping[str, Any]]:
+def _example(returned: Any, function: str, where: str) -> tuple["nn.Module", tuple[Any, ...], Mapping[str, Any]]:
     """(module, positional arguments, keyword arguments) of what a function returned."""
     from torch import Tensor, nn
 
-    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], nn.Module)):
-        raise PlanError(f"{function} returned {type(found).__name__}", where=where, fix=_RETURN)
-    module, inputs = found
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], nn.Module)):
+        raise PlanError(f"{function} returned {type(returned).__name__}", where=where, fix=_RETURN)
+    module, inputs = returned
     if isinstance(inputs, Tensor):
         return module, (inputs,), {}
     if isinstance(inputs, tuple | list):

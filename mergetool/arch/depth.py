@@ -25,16 +25,16 @@ def block_depths(names: Iterable[str], blocks: Sequence[re.Pattern[str]]) -> dic
 
     The integers in a pattern's groups, as a tuple, place the block; several groups (stage, block) count as one tower.
     """
-    found: dict[str, tuple[int, tuple[int, ...]]] = {}
+    placed: dict[str, tuple[int, tuple[int, ...]]] = {}
     for name in names:
         for tower, block in enumerate(blocks):
             match = block.match(name)
             if match:
-                found[name] = (tower, tuple(int(number) for number in match.groups()))
+                placed[name] = (tower, tuple(int(number) for number in match.groups()))
                 break
-    towers = {tower: sorted({at for t, at in found.values() if t == tower}) for tower, _ in found.values()}
+    towers = {tower: sorted({at for t, at in placed.values() if t == tower}) for tower, _ in placed.values()}
     return {
-        name: (towers[found[name][0]].index(found[name][1]), len(towers[found[name][0]])) if name in found else None
+        name: (towers[placed[name][0]].index(placed[name][1]), len(towers[placed[name][0]])) if name in placed else None
         for name in names
     }
 

@@ -101,8 +101,8 @@ def _names(spec: ArchSpec) -> dict[str, str]:
     """The name in the file of every space: that of the tensor where it was met, in letters that the language reads."""
     names: dict[str, str] = {}
     for space in spec.spaces:
-        found = _MET.fullmatch(space)
-        tensor, axis, nth = found.groups() if found else (space, "0", None)
+        match = _MET.fullmatch(space)
+        tensor, axis, nth = match.groups() if match else (space, "0", None)
         name = re.sub(r"[^A-Za-z0-9_.]+", "_", tensor)
         name = name if name[:1].isalpha() else f"space.{name}"
         name += f".{axis}" if axis != "0" else ""
@@ -120,13 +120,13 @@ def _spaces(spec: ArchSpec, names: dict[str, str]) -> dict[str, Any]:
         for layout in tensor.axes
         if len(layout) == 1 and len(layout[0]) == 1
     }
-    found: dict[str, Any] = {}
+    rules: dict[str, Any] = {}
     for key, space in spec.spaces.items():
         rule: dict[str, Any] = {} if space.within is None else {"within": names[space.within]}
         rule |= {} if key in alone else {"size": space.size}
         rule |= {"symmetry": space.symmetry} if rule and space.symmetry != "permutation" else {}
-        found[names[key]] = rule or space.symmetry
-    return found
+        rules[names[key]] = rule or space.symmetry
+    return rules
 
 
 def _axis(layout: Layout, names: dict[str, str]) -> str:

@@ -14,9 +14,9 @@ def ends_of(shapes: Mapping[str, tuple[int, ...]], model_type: str = "") -> dict
     family = families().get(recognise(shapes, {"model_type": model_type}) or "")
     if family is None or not family.layers:
         return {}
-    templates = list(family.tensors)
-    begin = next((n for n, each in enumerate(templates) if _in_layers(family, each)), len(templates))
-    first, last = (_patterns(family, part) for part in (templates[:begin], templates[begin:]))
+    forms = list(family.tensors)
+    begin = next((n for n, each in enumerate(forms) if _in_layers(family, each)), len(forms))
+    first, last = (_patterns(family, part) for part in (forms[:begin], forms[begin:]))
     ends: dict[str, Literal["first", "last"]] = {}
     for name in shapes:
         if any(each.fullmatch(name) for each in first):
@@ -26,10 +26,10 @@ def ends_of(shapes: Mapping[str, tuple[int, ...]], model_type: str = "") -> dict
     return ends
 
 
-def _in_layers(family: ArchFamily, template: str) -> bool:
-    return any(template.startswith(layer) for layer in family.layers)
+def _in_layers(family: ArchFamily, form: str) -> bool:
+    return any(form.startswith(layer) for layer in family.layers)
 
 
-def _patterns(family: ArchFamily, templates: list[str]) -> list[re.Pattern[str]]:
+def _patterns(family: ArchFamily, forms: list[str]) -> list[re.Pattern[str]]:
     prefix = any_prefix(family)
-    return [re.compile(prefix + pattern(each).pattern) for each in templates if not _in_layers(family, each)]
+    return [re.compile(prefix + pattern(each).pattern) for each in forms if not _in_layers(family, each)]

@@ -1,6 +1,6 @@
 """The language of architecture files (`arch/data/*.yaml`, or a user's own): what may be written, and how it is read.
 
-A file describes one family of networks. Names are templates (`{i}` stands for an integer; on the right-hand side
+A file describes one family of networks. Names are forms (`{i}` stands for an integer; on the right-hand side
 `{i-1}` is arithmetic on it), and every tensor lists the layout of its axes, separated by commas:
 
     model.layers.{i}.self_attn.q_proj.weight: kv.{i} q.{i} _, residual
@@ -52,7 +52,7 @@ class _Strict(BaseModel):
 
 
 class SpaceRule(_Strict):
-    """How the spaces of one template move."""
+    """How the spaces of one form move."""
 
     symmetry: Symmetry = "permutation"
     within: str | None = None
@@ -94,7 +94,7 @@ class ArchFamily(_Strict):
 
     `extends`: a family or file to start from; mappings are joined, what is said here wins.
     `variants`: like `sizes`, for architectures whose name in config.json fits a glob.
-    `prefixes`: what may stand before every name. `requires`: templates that must be met for the file to apply.
+    `prefixes`: what may stand before every name. `requires`: forms that must be met for the file to apply.
     `buffers`: like `tensors`, but left out when models are compared. `fixed`: globs of tensors that never move.
     `layers`: how names of the repeated blocks begin; the numbers in the holes, sorted, count the layers.
     `identities`: spaces that are one. `tied`: names that are one tensor.
@@ -163,17 +163,17 @@ def _parse_axis(text: str) -> Axis:
     return tuple(tuple(segment) for segment in segments)
 
 
-def fill(template: str, holes: Mapping[str, int]) -> str:
-    """The template with its holes filled: `stage.{s-1}` with s = 3 is `stage.2`."""
-    return _HOLE.sub(lambda hole: str(evaluate(hole.group(1), holes)), template)
+def fill(form: str, holes: Mapping[str, int]) -> str:
+    """The form with its holes filled: `stage.{s-1}` with s = 3 is `stage.2`."""
+    return _HOLE.sub(lambda hole: str(evaluate(hole.group(1), holes)), form)
 
 
 @cache
-def pattern(template: str) -> re.Pattern[str]:
-    """A regular expression for the names a template stands for; one named group per hole."""
+def pattern(form: str) -> re.Pattern[str]:
+    """A regular expression for the names a form stands for; one named group per hole."""
     parts: list[str] = []
     seen: set[str] = set()
-    for part in re.split(r"(\{[^{}]*\})", template):
+    for part in re.split(r"(\{[^{}]*\})", form):
         if not part.startswith("{"):
             parts.append(re.escape(part))
             continue
@@ -282,7 +282,7 @@ def _both_maps(first: Mapping[str, Any], second: Mapping[str, Any], key: str) ->
 
 
 def _check_names(family: ArchFamily, name: str, axes: Sequence[Axis]) -> None:
-    declared = [pattern(template) for template in family.spaces]
+    declared = [pattern(form) for form in family.spaces]
     holes = dict.fromkeys(pattern(name).groupindex, 7)
     for term in (term for axis in axes for segment in axis for term in segment if term.space is not None):
         assert term.space is not None
@@ -290,5 +290,5 @@ def _check_names(family: ArchFamily, name: str, axes: Sequence[Axis]) -> None:
             instance = fill(term.space, holes)
         except KeyError as error:
             raise ValueError(f"{name}: {term.space!r} uses {error}, which the name has not") from None
-        if not any(template.fullmatch(instance) for template in declared):
+        if not any(form.fullmatch(instance) for form in declared):
             raise ValueError(f"{name}: space {term.space!r} is not declared under `spaces`")

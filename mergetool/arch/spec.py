@@ -1,7 +1,7 @@
 """What an architecture means, as data: every axis of every tensor carries the space it lives in.
 
 An `ArchSpec` is what a family file (`arch/data/*.yaml`), a user's own file or a traced module becomes once it has met
-the names and shapes of a real checkpoint: no templates are left, every size is a number. From it follow the
+the names and shapes of a real checkpoint: no forms are left, every size is a number. From it follow the
 permutation groups of the network, shape checks, vocabulary axes, tied weights and the depth of a tensor. Aligning
 asks the spec and compares no names. Planning does without one: layers are told by the numbers in names (`arch.depth`),
 matrices and fused projections by patterns (`arch.matrices`).

@@ -135,8 +135,8 @@ class _Trace:
             name, pointwise = schema.name.removeprefix("aten::"), torch.Tag.pointwise in node.target.tags
             positional = {a.name: self._operand(v) for a, v in zip(schema.arguments, node.args, strict=False)}
             arguments = positional | {key: self._operand(value) for key, value in node.kwargs.items()}
-        found = [Value(axes) for axes in results_of(name, Call(arguments, shapes), pointwise=pointwise)]
-        return found[0] if single else found
+        values = [Value(axes) for axes in results_of(name, Call(arguments, shapes), pointwise=pointwise)]
+        return values[0] if single else values
 
     def _operand(self, value: Any) -> Any:
         if isinstance(value, fx.Node):

@@ -90,14 +90,14 @@ def failures(
 ) -> tuple[Failure, ...]:
     """The groups of the spec that change the outputs when they act alone. Empty if the spec is proved."""
     before = run(weights)
-    found = []
+    failed = []
     for group in spec.groups:
         for element in _elements(spec, {space.name for space in group.spaces}, seed):
             error = _change(before, run(transform(weights, spec, element)))
             if error > tolerance:
-                found.append(Failure(group, error, element))
+                failed.append(Failure(group, error, element))
                 break
-    return tuple(found)
+    return tuple(failed)
 
 
 def prove(

@@ -83,8 +83,8 @@ def answer(
             logits[samples, : values.shape[1], : values.shape[2]] = values
         if said.features is not None:
             features |= dict(zip(samples, said.features[rows], strict=True))
-    found = torch.stack([features[sample] for sample in range(len(best))]) if len(features) == len(best) else None
-    return Answer(tuple(manifest.names[task] for task in best), tasks, coefficients, logits, found)
+    stacked = torch.stack([features[sample] for sample in range(len(best))]) if len(features) == len(best) else None
+    return Answer(tuple(manifest.names[task] for task in best), tasks, coefficients, logits, stacked)
 
 
 def _confidence(manifest: Manifest, coefficients: Tensor, scored: dict[int, Scored]) -> Tensor:

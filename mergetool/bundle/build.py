@@ -66,8 +66,9 @@ def build(
     work = _Work(experts, folder, store, options)
     heads = work.write_heads() if experts.leads else {}
     largest = sorted(experts.shapes, key=work.cost, reverse=True)
-    made = dict(zip(largest, experts.share(work.factor, largest, num_threads), strict=True))
-    parameters = work.within_size({name: made[name][0] for name in experts.shapes}, {n: made[n][1] for n in made})
+    factored = dict(zip(largest, experts.share(work.factor, largest, num_threads), strict=True))
+    spectra = {name: values for name, (_, values) in factored.items()}
+    parameters = work.within_size({name: factored[name][0] for name in experts.shapes}, spectra)
     router = work.router(parameters)
     if router is not None and router.features == "merged":
         chosen = experts.share(lambda name: work.without_redundancy(name, parameters), [*parameters], num_threads)
@@ -119,15 +120,15 @@ class _Work:
         if most == 0:
             return Parameter(policy="full", shape=shape), []
         factors = [kept(self.store.factors(delta.flatten(1), most), self.options.rank) for delta in deltas]
-        if not is_worthwhile(shape, max(each.rank for each in factors), self.options):
+        if not is_worthwhile(shape, max(part.rank for part in factors), self.options):
             return Parameter(policy="full", shape=shape), []
         parameter = Parameter(
             policy="svd",
             shape=shape,
-            ranks=tuple(each.rank for each in factors),
+            ranks=tuple(part.rank for part in factors),
             interference=interference(concatenated(factors).to(torch.float64)).normalised,
         )
-        return parameter, [each.s for each in factors]
+        return parameter, [part.s for part in factors]
 
     def within_size(
         self, parameters: dict[str, Parameter], spectra_of: Mapping[str, list[Tensor]]
@@ -138,7 +139,7 @@ class _Work:
             return parameters
         width = _torch(self.options.dtype).itemsize
         base = sum(spec.num_bytes for spec in self.experts.sources["base"].specs.values())
-        full = [torch.Size(each.shape).numel() for each in parameters.values() if each.policy == "full"]
+        full = [torch.Size(parameter.shape).numel() for parameter in parameters.values() if parameter.policy == "full"]
         budget = int(self.options.size * base) - width * sum(full) * len(self.experts.names)
         costs = [width * (parameters[name].shape[0] + columns(parameters[name].shape)) + 4 for name, _ in spectra]
         ranks: dict[str, list[int]] = {}
@@ -161,11 +162,11 @@ class _Work:
         """Every task's factors of a tensor, from the store, rounded as they are written."""
         most = max(*parameters[name].ranks, 1)
         dtype = _torch(self.options.dtype)
-        found = []
+        rounded = []
         for delta, rank in zip(self._deltas(name), parameters[name].ranks, strict=True):
             factors = self.store.factors(delta.flatten(1), most).leading(rank)
-            found.append(Factors(factors.u.to(dtype).double(), factors.s.double(), factors.v.to(dtype).double()))
-        return found
+            rounded.append(Factors(factors.u.to(dtype).double(), factors.s.double(), factors.v.to(dtype).double()))
+        return rounded
 
     def write_factors(self, task: str, parameters: Mapping[str, Parameter]) -> str:
         """Write one task's file; its path in the bundle."""

@@ -36,12 +36,12 @@ def calibrate(model: MassModel, rows: Sequence[dict[str, Any]], batch_size: int 
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     distances = torch.cat([model.route(**inputs_of(model, batch)).distances for batch in batches])
     offsets, temperature = fit_offsets(distances, torch.tensor([names.index(row["task"]) for row in rows]))
-    found = Calibration(
+    calibration = Calibration(
         manifest=sha256_file(model.folder / MANIFEST_NAME),
         offsets=tuple(offsets.tolist()),
         temperature=temperature,
         num_rows=len(rows),
     )
-    write_file(model.folder / CALIBRATION_NAME, found.model_dump_json(indent=1) + "\n")
-    model.calibration = found
-    return found
+    write_file(model.folder / CALIBRATION_NAME, calibration.model_dump_json(indent=1) + "\n")
+    model.calibration = calibration
+    return calibration

@@ -34,9 +34,9 @@ def read_calibration(folder: Path) -> Calibration | None:
     if not path.is_file():
         return None
     try:
-        found = Calibration.model_validate(json.loads(path.read_text("utf-8")))
+        calibration = Calibration.model_validate(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, ValidationError) as error:
         raise SourceError(f"cannot be read ({str(error).splitlines()[0][:100]})", str(path), fix) from None
-    if found.manifest != sha256_file(folder / MANIFEST_NAME):
+    if calibration.manifest != sha256_file(folder / MANIFEST_NAME):
         raise SourceError("was made for another bundle, or this one was made again", str(path), fix)
-    return found
+    return calibration

@@ -71,9 +71,9 @@ class ClassNetwork(nn.Module):
         own = {name: stored for name, stored in loaded.places.names.items() if stored in owns[0].tensors}
         shared = shared_parts(loaded.model, own)
         fragments = {
-            name: tuple(replace(each, name=layout[each.name]) for each in made)
-            for name, made in loaded.places.fragments.items()
-            if all(each.name in layout for each in made)
+            name: tuple(replace(fragment, name=layout[fragment.name]) for fragment in parts)
+            for name, parts in loaded.places.fragments.items()
+            if all(fragment.name in layout for fragment in parts)
         }
         self.grouped = GroupedModel(loaded.model, self.names, factors, fragments, set(layout.values()))
         self._recorder = Recorder(loaded.model, shared, [name for name, stored in own.items() if stored not in layout])
@@ -92,7 +92,7 @@ class ClassNetwork(nn.Module):
 
     def _scores(self, groups: Sequence[Group], inputs: Mapping[str, Any]) -> dict[int, Scored]:
         samples = [sample for sample, group in enumerate(groups) if self._kinds.keys() & set(group)]
-        found: dict[int, list[Scored]] = {}
+        scored: dict[int, list[Scored]] = {}
         for part in self._parts(samples, groups):
             batch, runs = take(inputs, part), Runs.of([groups[sample] for sample in part])
             with self.grouped.using(runs):
@@ -101,8 +101,8 @@ class ClassNetwork(nn.Module):
                 if rows := [row for row, sample in enumerate(part) if task in groups[sample]]:
                     chosen = [groups[part[row]] for row in rows]
                     values = self._read(task, rows_of(said, rows, len(part)), chosen, take(batch, rows))
-                    found.setdefault(task, []).append(Scored([part[row] for row in rows], values))
-        return {task: Scored.joined(parts) for task, parts in found.items()}
+                    scored.setdefault(task, []).append(Scored([part[row] for row in rows], values))
+        return {task: Scored.joined(parts) for task, parts in scored.items()}
 
     def _parts(self, samples: Sequence[int], groups: Sequence[Group]) -> list[list[int]]:
         """The samples as they can be run together, sorted by group."""
@@ -127,10 +127,10 @@ def load_networks(
 ) -> list[ClassNetwork]:
     """The networks of all tasks with heads of their own class. Raises SourceError."""
     owns: dict[Any, list[_Own]] = {}
-    for task, each in enumerate(manifest.tasks):
-        if isinstance(each.head, ClassHead):
-            file = folder / each.head.file
-            own = _Own(task, each.head, file.parent, load_file(file))
+    for place, task in enumerate(manifest.tasks):
+        if isinstance(task.head, ClassHead):
+            file = folder / task.head.file
+            own = _Own(place, task.head, file.parent, load_file(file))
             owns.setdefault(own.network, []).append(own)
     if not owns:
         return []

@@ -99,5 +99,5 @@ def open_expert(folder: Path, task: str) -> ExpertSource:
         raise SourceError(f"there is no task {task!r}", str(folder), f"its tasks are: {', '.join(manifest.names)}")
     check_files(folder, manifest, hashes=False)
     check_base(folder, manifest, hashes=manifest.base.kind == "reference")
-    found = next(each for each in manifest.tasks if each.name == task)
-    return ExpertSource(open_model(base_folder(folder, manifest)), manifest, found, folder)
+    entry = next(entry for entry in manifest.tasks if entry.name == task)
+    return ExpertSource(open_model(base_folder(folder, manifest)), manifest, entry, folder)

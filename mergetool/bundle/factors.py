@@ -48,7 +48,7 @@ class GroupMatrix:
     @property
     def num_bytes(self) -> int:
         held = [self.us, self.vh, *([] if self.dense is None else [self.dense])]
-        return sum(each.numel() * each.element_size() for each in held)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def change(self) -> Tensor:
         """us vh, (m, n)."""
@@ -64,8 +64,8 @@ class GroupChanges:
 
     @property
     def num_bytes(self) -> int:
-        vectors = sum(each.numel() * each.element_size() for each in [*self.vectors.values()])
-        return vectors + sum(each.num_bytes for each in [*self.matrices.values()])
+        vectors = sum(vector.numel() * vector.element_size() for vector in [*self.vectors.values()])
+        return vectors + sum(matrix.num_bytes for matrix in [*self.matrices.values()])
 
 
 class TaskFactors:
@@ -109,9 +109,9 @@ class TaskFactors:
     def changes(self, group: Group) -> GroupChanges:
         """The cache entry of a group, made the most recent one."""
         with self._lock:
-            found = self._groups.setdefault(group, GroupChanges())
+            changes = self._groups.setdefault(group, GroupChanges())
             self._groups.move_to_end(group)
-            return found
+            return changes
 
     def trim(self) -> None:
         """Forget the groups that were not used for longest, until the cache is as small as it should be."""
@@ -122,8 +122,8 @@ class TaskFactors:
     def matrix(self, group: Group, name: str) -> GroupMatrix:
         """A matrix' change for a group, from the cache or made now."""
         known = self.changes(group).matrices
-        found = known.get(name)
-        return known.setdefault(name, self._matrix(group, name)) if found is None else found
+        change = known.get(name)
+        return known.setdefault(name, self._matrix(group, name)) if change is None else change
 
     def _matrix(self, group: Group, name: str) -> GroupMatrix:
         every = concatenated([self.of(task, name).to(torch.float64) for task in group])
@@ -134,17 +134,17 @@ class TaskFactors:
     def vector(self, group: Group, name: str) -> Tensor:
         """The mean change of a tensor that is stored in full."""
         known = self.changes(group).vectors
-        if (found := known.get(name)) is not None:
-            return found
+        if (held := known.get(name)) is not None:
+            return held
         if name in self._composed:
             shape, fragments = self._composed[name]
-            made = composed(shape, fragments, lambda each: self._changed(group, each)).to(self._dtype)
+            change = composed(shape, fragments, lambda part: self._changed(group, part)).to(self._dtype)
         else:
             total = torch.zeros(self.manifest.parameters[name].shape, dtype=torch.float32)
             for task in group:
                 total = total.to(self._stored[task][f"{name}.delta"].device) + self._stored[task][f"{name}.delta"]
-            made = (total / len(group)).to(self._dtype)
-        return known.setdefault(name, made)
+            change = (total / len(group)).to(self._dtype)
+        return known.setdefault(name, change)
 
     def _changed(self, group: Group, name: str) -> Tensor | None:
         """A tensor's change, or None where no expert changed it."""
@@ -162,11 +162,11 @@ class TaskFactors:
 
         `transposed`: whether a matrix is stored as (inputs, outputs).
         """
-        found = []
+        bases = []
         for name, turned in zip(names, transposed, strict=True):
             every = [self.of(task, name) for task in range(len(self.manifest.tasks))]
-            found.append([(each.u if turned else each.v).mT.float().contiguous() for each in every])
-        return found
+            bases.append([(factors.u if turned else factors.v).mT.float().contiguous() for factors in every])
+        return bases
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

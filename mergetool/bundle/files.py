@@ -57,8 +57,8 @@ def model_files(source: ModelSource) -> dict[str, Path]:
     weights = [stamp.path for stamp in source.files]
     if source.folder is None:
         return {single_name(weights[0]): weights[0]}
-    found = {path.name: path for path in [*weights, *_index(source.folder, weights)]}
-    return found | small_files(source.folder)
+    files = {path.name: path for path in [*weights, *_index(source.folder, weights)]}
+    return files | small_files(source.folder)
 
 
 def small_files(folder: Path) -> dict[str, Path]:

@@ -213,9 +213,9 @@ class _Place:
 
 def _get(module: nn.Module, key: str) -> Tensor:
     """A parameter or buffer that is there."""
-    found = own_tensor(module, key)
-    assert found is not None, key
-    return found
+    tensor = own_tensor(module, key)
+    assert tensor is not None, key
+    return tensor
 
 
 def _named(
@@ -226,16 +226,16 @@ def _named(
     changed: set[str],
 ) -> dict[int, str]:
     """Names of the changed tensors of a model, by identity. Raises SourceError where one of them is not there."""
-    named, found = dict[int, str](), set[str]()
+    named, met = dict[int, str](), set[str]()
     for name, tensor in _tensors(model):
         if stored.get(name) in changed:
             named[id(tensor)] = stored[name]
-            found.add(stored[name])
+            met.add(stored[name])
         elif made_of := {fragment.name for fragment in fragments.get(name, ())} & changed:
             named[id(tensor)] = f"{type(model).__name__}: {name}"
             factors.compose(named[id(tensor)], tuple(tensor.shape), fragments[name])
-            found |= made_of
-    if missing := changed - found:
+            met |= made_of
+    if missing := changed - met:
         what = f"the model has no parameter for {len(missing)} changed tensors, first {min(missing)!r}"
         raise SourceError(what, type(model).__name__, "use the transformers version that the base was saved with")
     return named

@@ -32,14 +32,14 @@ def read_head(path: Path, task: str) -> tuple[Tensor, Tensor]:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise SourceError(f"cannot be read ({str(error)[:100]})", where, "name a .safetensors file") from None
-    found = next((name for name in ("", *_NAMES) if _key(name, "weight") in tensors), None)
-    if found is None:
+    prefix = next((name for name in ("", *_NAMES) if _key(name, "weight") in tensors), None)
+    if prefix is None:
         fix = "save it with keys weight and bias"
         raise SourceError(
             f"holds neither `weight` nor a classifier (it holds {', '.join(list(tensors)[:5])})", where, fix
         )
-    weight = tensors[_key(found, "weight")].float()
-    bias = tensors.get(_key(found, "bias"))
+    weight = tensors[_key(prefix, "weight")].float()
+    bias = tensors.get(_key(prefix, "bias"))
     if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = f"weight {list(weight.shape)}" + (f", bias {list(bias.shape)}" if bias is not None else "")
         raise SourceError(f"{shapes}: expected (classes, features) and (classes,)", where, "save it in that shape")

@@ -35,8 +35,8 @@ class _LocalTable(dict[str, "Tensor | None"]):
 
     @property
     def seen(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = self._local.__dict__
-        return found
+        seen: dict[str, Tensor] = self._local.__dict__
+        return seen
 
     def __getitem__(self, key: str) -> Tensor | None:
         seen = self.seen
@@ -61,8 +61,8 @@ def make_local(module: nn.Module, offered: Offered | None = None) -> None:
 def own_tensor(module: nn.Module, key: str) -> Tensor | None:
     """A module's own parameter or buffer, whatever a thread sees in its place."""
     table: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
-    found: Tensor | None = dict.__getitem__(table, key)
-    return found
+    tensor: Tensor | None = dict.__getitem__(table, key)
+    return tensor
 
 
 class _Pending(Tensor):
@@ -75,7 +75,7 @@ class _Pending(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func not in _FACTS:
-            args, kwargs = tree_map_only(_Pending, lambda each: each.make(), (args, kwargs or {}))
+            args, kwargs = tree_map_only(_Pending, lambda tensor: tensor.make(), (args, kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -91,9 +91,9 @@ _FACTS = frozenset(
 
 def pending(like: Tensor, make: Callable[[], Tensor]) -> Tensor:
     """A tensor of the shape, dtype and device of another one, which `make` makes when it is needed."""
-    found = like.detach().as_subclass(_Pending)
-    found.make = make
-    return found
+    tensor = like.detach().as_subclass(_Pending)
+    tensor.make = make
+    return tensor
 
 
 @contextmanager

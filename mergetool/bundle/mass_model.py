@@ -196,13 +196,13 @@ class MassModel(nn.Module):
         num_samples = len(groups)
         order = sorted(range(num_samples), key=lambda sample: groups[sample])
         distinct = sorted(set(groups))
-        counts = [sum(group == each for group in groups) for each in distinct]
+        counts = [groups.count(group) for group in distinct]
         bounds = [sum(counts[:place]) for place in range(len(counts) + 1)]
         batch = take(inputs, order)
         ends = list(pairwise(bounds))
         lengths = lengths_in(batch, ends) if any(self._heads) else None
         if len(distinct) == 1 or (self._grouped.mixable and lengths is None):
-            found = self._pass(Runs(tuple(distinct), tuple(bounds)), batch)
+            outputs = self._pass(Runs(tuple(distinct), tuple(bounds)), batch)
         else:
             parts = []
             for place, (start, stop) in enumerate(ends):
@@ -213,16 +213,16 @@ class MassModel(nn.Module):
             if lengths is not None:
                 width = inputs["attention_mask"].shape[1]
                 parts = [nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in parts]
-            found = torch.cat(parts)
+            outputs = torch.cat(parts)
         back = torch.empty(num_samples, dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(num_samples)
-        return found[back.to(found.device)]
+        return outputs[back.to(outputs.device)]
 
     def _pass(self, runs: Runs, inputs: Mapping[str, Any]) -> Tensor:
         with self._grouped.using(runs):
             output = self.base(**inputs)
-        found: Tensor = output.last_hidden_state if any(self._heads) or "logits" not in output else output.logits
-        return found
+        values: Tensor = output.last_hidden_state if any(self._heads) or "logits" not in output else output.logits
+        return values
 
     @torch.inference_mode()
     def generate(self, tasks: Sequence[str] | Literal["route"] = "route", **inputs: Any) -> Tensor:
@@ -241,7 +241,7 @@ class MassModel(nn.Module):
         groups = [tuple(self.task_names.index(name) for name in chosen) for chosen in routing.tasks]
         rows: dict[int, Tensor] = {}
         for group in sorted(set(groups)):
-            chosen = [sample for sample, each in enumerate(groups) if each == group]
+            chosen = [sample for sample in range(len(groups)) if groups[sample] == group]
             with self._grouped.using(Runs((group,), (0, len(chosen)))):
                 generated = self.base.generate(**take(tensors, chosen), **options)  # type: ignore[operator]
             rows |= dict(zip(chosen, generated, strict=True))
@@ -260,17 +260,17 @@ class MassModel(nn.Module):
         asked = take(inputs, samples)
         hidden = self._second_pass([groups[sample] for sample in samples], asked).float()
         pooled: dict[Pool, Tensor] = {}
-        found = {}
+        scored = {}
         for place, (task, weights) in enumerate(zip(self.manifest.tasks, self._heads, strict=True)):
             rows = [row for row, sample in enumerate(samples) if place in groups[sample]]
             if rows and weights is not None and isinstance(task.head, Head):
                 if (pool := task.head.pool) not in pooled:
                     pooled[pool] = pool_tokens(hidden, asked.get("attention_mask"), pool)
                 features = pooled[pool][rows]
-                found[place] = Scored(
+                scored[place] = Scored(
                     [samples[row] for row in rows], head_scores(features, task.head, weights), features
                 )
-        return found
+        return scored
 
 
 def load_bundle(

@@ -71,9 +71,9 @@ def present(sources: Mapping[str, ModelSource], explicit: Collection[str]) -> di
     if without:
         other = next(name for name in experts if name not in without)
         what = f"task {without[0]!r} has no head that can be found, but {other!r} has"
-        found = f"its config.json names {architectures[without[0]] or 'no architecture'}"
+        named = f"its config.json names {architectures[without[0]] or 'no architecture'}"
         fix = f"save it as a ...ForSequenceClassification, or add head: {{weights: PATH}} to model {without[0]!r}"
-        raise PlanError(f"{what}; {found}", f"model {without[0]!r}", fix)
+        raise PlanError(f"{what}; {named}", f"model {without[0]!r}", fix)
     return _presented(sources, architectures, kinds)
 
 
@@ -86,28 +86,28 @@ def _presented(
     met = {}
     for name, source in sources.items():
         if name != BASE:
-            found = counterparts(base, source)
-            _check_met(name, architectures[name], source, base_class, len(found))
-            met[name] = _without_heads(found, source, with_head=with_head)
+            own_of = counterparts(base, source)
+            _check_met(name, architectures[name], source, base_class, len(own_of))
+            met[name] = _without_heads(own_of, source, with_head=with_head)
     shared = [name for name in base.specs if any(name in names for names in met.values())]
     presented: dict[str, ModelSource] = {BASE: PresentedSource(base, {name: name for name in shared})}
     for task, names in met.items():
         head = None
         if kind := kinds.get(task):
             layout = {own: name for name, own in names.items()}
-            own_names = _with_neighbours([each for each in sources[task].specs if each not in layout], sources[task])
+            own_names = _with_neighbours([name for name in sources[task].specs if name not in layout], sources[task])
             head = OwnHead(sources[task], architectures[task], kind, own_names, layout)
         presented[task] = PresentedSource(sources[task], names, head)
     return {name: presented[name] for name in sources}
 
 
-def _without_heads(found: Mapping[str, str], source: ModelSource, *, with_head: bool) -> dict[str, str]:
+def _without_heads(own_of: Mapping[str, str], source: ModelSource, *, with_head: bool) -> dict[str, str]:
     """What is left of the base's tensors that an expert has, without poolers and the head of a base that has one."""
     counted = Counter(own.partition(".")[0] for own in source.specs)
     main = counted.most_common(1)[0][0]
     return {
         name: own
-        for name, own in found.items()
+        for name, own in own_of.items()
         if not is_pooler(own) and not (with_head and own.partition(".")[0] != main and not embeds(own))
     }
 

@@ -185,8 +185,8 @@ def rows_of(value: Any, rows: Sequence[int], num_rows: int) -> Any:
             return value
         return value.reshape(num_rows, -1, *value.shape[1:])[list(rows)].flatten(0, 1)
     if isinstance(value, Mapping):
-        chosen = {key: rows_of(each, rows, num_rows) for key, each in value.items()}
+        chosen = {key: rows_of(part, rows, num_rows) for key, part in value.items()}
         return type(value)(**chosen) if all(isinstance(key, str) for key in chosen) else chosen
     if isinstance(value, tuple | list):
-        return type(value)(rows_of(each, rows, num_rows) for each in value)
+        return type(value)(rows_of(part, rows, num_rows) for part in value)
     return value

@@ -99,19 +99,19 @@ def _words(rows: Sequence[dict[str, Any]], key: str) -> list[str]:
 
 def _stacked(rows: Sequence[dict[str, Any]], key: str) -> Tensor:
     """A field of numbers of every row, as one tensor."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for number, row in enumerate(rows, 1):
         if key not in row:
             raise _lacking(rows, number, key)
         try:
-            found.append(torch.tensor(row[key]))
+            tensors.append(torch.tensor(row[key]))
         except (ValueError, TypeError):
             raise _not_numbers(row, number, key) from None
-        if found[-1].shape != found[0].shape:
-            what = f"field `{key}` is of shape {list(found[-1].shape)}, {list(found[0].shape)} in the first row"
+        if tensors[-1].shape != tensors[0].shape:
+            what = f"field `{key}` is of shape {list(tensors[-1].shape)}, {list(tensors[0].shape)} in the first row"
             fix = "give every row of a batch one shape, or answer rows one by one: --batch-size 1"
             raise SourceError(what, place_of(row, number), fix)
-    return torch.stack(found)
+    return torch.stack(tensors)
 
 
 def _lacking(rows: Sequence[dict[str, Any]], number: int, key: str) -> SourceError:
@@ -148,22 +148,22 @@ def _answer(
     manifest: Manifest, answer: Answer, place: int, inputs: Mapping[str, Tensor], decode: Callable[[Tensor], str] | None
 ) -> dict[str, Any]:
     coefficients = zip(manifest.names, answer.coefficients[place].tolist(), strict=True)
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "task": answer.task[place],
         "tasks": list(answer.tasks[place]),
         "coefficients": {name: round(value, 6) for name, value in coefficients},
     }
     task = manifest.tasks[manifest.names.index(answer.task[place])]
     if task.head is None:
-        return found
+        return fields
     scores = answer.logits[place]
     match kind_of(task):
         case "sample":
-            return found | _label(task.head, scores if scores.ndim == 1 else scores[0])
+            return fields | _label(task.head, scores if scores.ndim == 1 else scores[0])
         case "token":
-            return found | _labels_of_tokens(task.head, scores, _mask(inputs, place, len(scores)))
+            return fields | _labels_of_tokens(task.head, scores, _mask(inputs, place, len(scores)))
         case "span":
-            return found | _span(scores, _mask(inputs, place, len(scores)), inputs, place, decode)
+            return fields | _span(scores, _mask(inputs, place, len(scores)), inputs, place, decode)
 
 
 def _label(head: Head | ClassHead, scores: Tensor) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def _label(head: Head | ClassHead, scores: Tensor) -> dict[str, Any]:
 
 def _labels_of_tokens(head: Head | ClassHead, scores: Tensor, mask: Tensor) -> dict[str, Any]:
     best = scores[:, : head.num_classes].argmax(-1)[mask].tolist()
-    names = [head.labels[each] if head.labels else str(each) for each in best]
+    names = [head.labels[label] if head.labels else str(label) for label in best]
     return {"labels": names, "label": " ".join(names)}
 
 
@@ -196,10 +196,10 @@ def _span(
     together = start[:, None] + end[None, :]
     ordered = torch.ones_like(together, dtype=torch.bool).triu()
     first, last = divmod(int(together.masked_fill(~ordered, float("-inf")).argmax()), len(scores))
-    found: dict[str, Any] = {"start": first, "end": last, "label": f"{first}-{last}"}
+    span: dict[str, Any] = {"start": first, "end": last, "label": f"{first}-{last}"}
     if decode is not None and "input_ids" in inputs:
-        found["text"] = found["label"] = decode(inputs["input_ids"][place, first : last + 1])
-    return found
+        span["text"] = span["label"] = decode(inputs["input_ids"][place, first : last + 1])
+    return span
 
 
 def _mask(inputs: Mapping[str, Tensor], place: int, length: int) -> Tensor:

@@ -39,11 +39,11 @@ class FactorStore:
         Raises ValueError if k is not in 1..min(m, n), or `delta` is not finite.
         """
         path = self.folder / f"{self.key(delta)}.safetensors"
-        if (found := _load(path, k)) is not None:
-            return Factors(*(each.to(delta.device) for each in (found.u, found.s, found.v)))
-        found = live_factors(delta, k)
-        self._save(path, found, k)
-        return found
+        if (stored := _load(path, k)) is not None:
+            return Factors(*(part.to(delta.device) for part in (stored.u, stored.s, stored.v)))
+        factors = live_factors(delta, k)
+        self._save(path, factors, k)
+        return factors
 
     @staticmethod
     def key(delta: Tensor) -> str:

@@ -28,8 +28,8 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> int:
         if not path.is_file():
             what = "a head is missing" if name.startswith("heads/") else "a file of the bundle is missing"
             raise SourceError(what, str(path), "put it back, or make the bundle again")
-        if hashes and (found := sha256_file(path)) != expected:
-            raise SourceError(f"SHA-256 is {found[:12]}..., the manifest says {expected[:12]}...", str(path), _AGAIN)
+        if hashes and (digest := sha256_file(path)) != expected:
+            raise SourceError(f"SHA-256 is {digest[:12]}..., the manifest says {expected[:12]}...", str(path), _AGAIN)
     return len(manifest.files)
 
 
@@ -41,8 +41,8 @@ def check_base(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
         if not path.is_file():
             what = f"the base's file {name} is missing"
             raise SourceError(what, str(place), "put the base back, or make the bundle again with base: copy")
-        if hashes and (found := sha256_file(path)) != expected:
-            what = f"this is another base: SHA-256 is {found[:12]}..., the factors were made for {expected[:12]}..."
+        if hashes and (digest := sha256_file(path)) != expected:
+            what = f"this is another base: SHA-256 is {digest[:12]}..., the factors were made for {expected[:12]}..."
             raise SourceError(what, str(path), "put the right base there, or make the bundle again")
 
 

@@ -6,7 +6,7 @@ Codes that are understood (`codes`) are dequantised while they are read; all oth
 import re
 from collections.abc import Mapping
 
-from mergetool.checkpoints.codes import dequantised
+from mergetool.checkpoints.codes import dequantised, is_dequantised
 from mergetool.checkpoints.facts import QUANTISED, parts_of
 from mergetool.errors import PlanError
 from mergetool.tensors.header import TensorSpec
@@ -71,6 +71,8 @@ def plain_numbers(model: ModelSource) -> ModelSource:
 
 def file_about_codes(source: ModelSource) -> str | None:
     """A file beside plain weights that says how they are, or once were, quantised."""
+    if is_dequantised(source):
+        return None
     return next((name for name in _FILES if source.folder is not None and (source.folder / name).is_file()), None)
 
 

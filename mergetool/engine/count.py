@@ -46,7 +46,7 @@ class Counting:
 
     def _queue(self, counts: StatisticsPass, *, first: bool) -> None:
         pieces = [(step, *piece) for step in self._steps for piece in step.pieces()]
-        mine = [(place, each) for place, each in enumerate(pieces) if self._run.mine.has(each[0].index, each[1])]
+        mine = [(place, piece) for place, piece in enumerate(pieces) if self._run.mine.has(piece[0].index, piece[1])]
         self._waiting = len(mine)
         self._parts = [None] * len(pieces)
         jobs = [
@@ -82,7 +82,7 @@ class Counting:
         from mergetool.engine.worker import combined
 
         parts = joined_counts(self._run.team.all_gather(self._parts)) if self._everywhere else self._parts
-        return counts.conclude(combined(counts, (each for each in parts if each is not None)))
+        return counts.conclude(combined(counts, (part for part in parts if part is not None)))
 
     def _concluded(self, conclusion: StatisticsPass | Stats) -> None:
         if isinstance(conclusion, Mapping):

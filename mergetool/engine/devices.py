@@ -36,9 +36,9 @@ def usable_device(name: str, *, double: bool = False) -> str:
     import torch
 
     if name == "auto":
-        for found in devices_here():
+        for here in devices_here():
             with suppress(PlanError):
-                return usable_device(found, double=double)
+                return usable_device(here, double=double)
         return "cpu"
     try:
         device = torch.device(own_device(name))
@@ -63,12 +63,12 @@ def devices_here() -> list[str]:
     """Devices that this process may choose from, the fastest first. Processes of one machine take turns."""
     import torch
 
-    found = []
+    devices = []
     if torch.cuda.is_available():
-        found.append(f"cuda:{int(os.environ.get('LOCAL_RANK') or 0) % torch.cuda.device_count()}")
+        devices.append(f"cuda:{int(os.environ.get('LOCAL_RANK') or 0) % torch.cuda.device_count()}")
     if torch.backends.mps.is_available():
-        found.append("mps")
-    return found
+        devices.append("mps")
+    return devices
 
 
 @contextmanager

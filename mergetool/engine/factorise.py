@@ -47,8 +47,9 @@ class WholeExperts(WholeModels, Experts):
             for step in merged
             for model, operand in zip(step.operation.models, step.models, strict=True)
         }
-        found = {name: self._head(name, plan) for name in self.names}
-        self.heads: Mapping[str, HeadSource | OwnHead] = {name: head for name, head in found.items() if head}
+        self.heads: Mapping[str, HeadSource | OwnHead] = {
+            name: head for name in self.names if (head := self._head(name, plan))
+        }
         self._inputs = run.record.inputs
         self._teller = run.teller
 
@@ -69,10 +70,10 @@ class WholeExperts(WholeModels, Experts):
         telling = threading.Lock()
 
         def told(item: _I) -> _T:
-            found = call(item)
+            result = call(item)
             with telling:
                 self._teller.advance(sizes.get(item, 0))
-            return found
+            return result
 
         label = "taking models apart" if sizes else "writing factors"
         self._teller.start(sum(sizes.values()) // self.team.size, label)
@@ -82,13 +83,13 @@ class WholeExperts(WholeModels, Experts):
         return super().read(self._stand_ins.get((model, name), BASE), name)
 
     def digests(self, model: str) -> Mapping[str, str]:
-        found = {}
+        digests = {}
         for stamp in self.sources[model].files:
             path = str(stamp.path)
             if path not in self._inputs:
                 self._inputs[path] = remembered_sha256(stamp.path)
-            found[stamp.path.name] = self._inputs[path]
-        return found
+            digests[stamp.path.name] = self._inputs[path]
+        return digests
 
 
 class FactoriseStage:

@@ -163,6 +163,6 @@ class FinishStage:
         with closing(self._run.sink.source()) as source:
             merged = MergedModel(source, _compute(self._run.plan))
             method = expect(self._run.plan.recipe.method, FittedMethod)
-            found = method.finish(models, fitted, merged, self._run.sink.folder)
-            self._run.pool.new().replace(found)
+            finished = method.finish(models, fitted, merged, self._run.sink.folder)
+            self._run.pool.new().replace(finished)
         self._run.sink.sync()  # who hashes it may be on another machine

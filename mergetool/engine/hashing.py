@@ -75,8 +75,8 @@ class Hashes(NoHashes):
                 self._schedule.add([self._job(path)], first=True)
 
     def _paths(self, step: Step) -> set[str]:
-        found = ((self._plan.sources[operand.source], operand.tensor) for operand in step.operands)
-        paths = {str(source.files[source.position(name)[0]].path) for source, name in found if source.files}
+        places = ((self._plan.sources[operand.source], operand.tensor) for operand in step.operands)
+        paths = {str(source.files[source.position(name)[0]].path) for source, name in places if source.files}
         return paths & self._files.keys()  # what recipes inside this one made is no input
 
     def _job(self, path: str) -> Job:

@@ -68,11 +68,11 @@ class Team:
 
         All processes must call this alike; in all of them the results are the same.
         """
-        take, found = self._turns(len(items)), dict[int, _T]()
+        take, results = self._turns(len(items)), dict[int, _T]()
 
         def work() -> None:
             while (place := take()) is not None:
-                found[place] = call(items[place])
+                results[place] = call(items[place])
 
         if threads == 1:
             work()
@@ -80,7 +80,7 @@ class Team:
             with ThreadPoolExecutor(threads) as pool:
                 for done in [pool.submit(work) for _ in range(threads)]:
                     done.result()
-        every = {place: result for share in self.all_gather(found) for place, result in share.items()}
+        every = {place: result for share in self.all_gather(results) for place, result in share.items()}
         return [every[place] for place in range(len(items))]
 
     def _turns(self, count: int) -> Callable[[], int | None]:
@@ -237,12 +237,12 @@ class Processes(Team):
 
     def poll(self) -> list[tuple[int, int]]:
         self._check()
-        found: list[tuple[int, int]] = []
+        units: list[tuple[int, int]] = []
         for rank in self._seen:
             while self._store.check([key := f"{rank}/{self._seen[rank]}"]):
-                found += [(step, start) for step, start in json.loads(self._store.get(key))]
+                units += [(step, start) for step, start in json.loads(self._store.get(key))]
                 self._seen[rank] += 1
-        return found
+        return units
 
     def _check(self) -> None:
         if self._lost.is_set():

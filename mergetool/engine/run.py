@@ -112,8 +112,8 @@ def _run(recipe: Recipe, flags: Flags, progress: Progress, team: Team, remarks: 
         result = _claim_and_run(plan, costs, digests, flags, progress, team)
     if result is not None and target is not None:
         result = replace(result, pushed=push_result(result.path, target))
-    found: Result = team.all_gather(result)[0]
-    return found
+    shared: Result = team.all_gather(result)[0]
+    return shared
 
 
 def _done_before(plan: Plan, flags: Flags, progress: Progress, team: Team) -> Result | None:
@@ -189,11 +189,11 @@ def _run_claimed(
             return Result(staging.output, 0.0, 0, plan.bytes_out, 0, plan.num_tensors, resumed=True)
         done = _make_inner(plan, staging, flags, progress, team)
         return with_inner_results(_merge(plan, staging, costs, flags, progress, team, done), done)
-    except Exception as found:
-        error = team.agree(found)  # and the others have stopped
+    except Exception as own:
+        error = team.agree(own)  # and the others have stopped
         if team.leads and _is_vain(error, staging):
             staging.discard()
-        raise error from found.__cause__
+        raise error from own.__cause__
 
 
 def _make_inner(plan: Plan, staging: Staging, flags: Flags, progress: Progress, team: Team) -> dict[str, Result]:

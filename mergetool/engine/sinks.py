@@ -82,4 +82,4 @@ class LiveSink:
     @property
     def digests(self) -> dict[str, str] | None:
         """SHA-256 of every tensor's stored bytes in hex, if they were to be kept."""
-        return None if self._digests is None else {name: each.hexdigest() for name, each in self._digests.items()}
+        return None if self._digests is None else {name: hasher.hexdigest() for name, hasher in self._digests.items()}

@@ -128,7 +128,7 @@ class Worker(Bench[Step]):
         if step.operation.granularity(step.spec) != "element":
             shape = (length // step.row, *step.spec.shape[1:]) if step.row < step.spec.num_elements else step.spec.shape
         base = None if step.base is None else self._read(step.base, start, shape, (owner, "base"))
-        models = [self._read(each, start, shape, (owner, place)) for place, each in enumerate(step.models)]
+        models = [self._read(operand, start, shape, (owner, place)) for place, operand in enumerate(step.models)]
         return TensorGroup(
             name=step.key,
             shape=step.spec.shape,
@@ -260,7 +260,7 @@ class Worker(Bench[Step]):
 
     def _shared_infinities(self, step: Step, start: int, length: int) -> Tensor:
         """The infinities that several inputs share, as masks do (they are no numbers to merge), and 0 elsewhere."""
-        read = (self._read(each, start, (length,), ("shared", place)) for place, each in enumerate(step.operands))
+        read = (self._read(operand, start, (length,), ("shared", place)) for place, operand in enumerate(step.operands))
         first, *others = read
         shared = torch.isinf(first) if others else torch.zeros_like(first, dtype=torch.bool)
         for values in others:

@@ -80,7 +80,7 @@ def load_task(options: TaskOptions, folder: Path, *, trust_code: bool = False) -
             loaded = _load(manager, options.name)
     except EvaluationError:
         raise
-    except Exception as error:  # a task file is code and templates: anything may come out of it
+    except Exception as error:  # a task file is code: anything may come out of it
         raise EvaluationError(
             f"cannot be loaded: {_first_line(error)}", where, "repair the task's YAML file"
         ) from error
@@ -113,10 +113,10 @@ def _unknown(options: TaskOptions, known: list[str], folder: Path) -> Evaluation
     where = "lm-eval" if options.include is None else options.include
     fix = f"did you mean {near[0]!r}?" if near else f"known there: {', '.join(known[:8]) or 'none'}"
     if options.include is None:
-        found = next((path.parent for path in _described(folder, options.name)), None)
-        place = "FOLDER" if found is None else f"./{found.relative_to(folder).as_posix()}"
+        described = next((path.parent for path in _described(folder, options.name)), None)
+        place = "FOLDER" if described is None else f"./{described.relative_to(folder).as_posix()}"
         own = f"a task of your own needs its folder: include: {place} (on the command line --include {place})"
-        fix = f"{fix if near and found is None else ''}; {own}".removeprefix("; ")
+        fix = f"{fix if near and described is None else ''}; {own}".removeprefix("; ")
     return EvaluationError(f"there is no task {options.name!r}", where, fix)
 
 

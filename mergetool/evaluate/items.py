@@ -71,7 +71,7 @@ class TaskItems:
     def _chosen(self) -> tuple[str, str]:
         """The metric and filter that count. Raises EvaluationError for unknown ones."""
         where = f"task {self.name!r}"
-        metrics, filters = list(self._task.aggregation()), [made.name for made in self._task._filters]
+        metrics, filters = list(self._task.aggregation()), [ensemble.name for ensemble in self._task._filters]
         for kind, asked, known in (("metric", self.options.metric, metrics), ("filter", self.options.filter, filters)):
             if asked is not None and asked not in known:
                 raise EvaluationError(f"has no {kind} {asked!r}", where, f"write {kind}: {' or '.join(known)}")

@@ -40,14 +40,14 @@ class LanguageModel:
 
         Raises EvaluationError where the model has no place for a tensor, or the checkpoint leaves one of its unfilled.
         """
-        places, found = places_of(self.model, shapes), dict[str, Tensor]()
+        places, slots = places_of(self.model, shapes), dict[str, Tensor]()
         state, filled = self.model.state_dict(), set[int]()
         for name, tensor in state.items():
             if tensor.data_ptr() not in filled and (views := places.views(name, tensor, shapes)):
-                found |= views
+                slots |= views
                 filled.add(tensor.data_ptr())
         left = [name for name, tensor in state.items() if tensor.data_ptr() not in filled]
-        unknown = [name for name in shapes if name not in {*found, *places.names.values()}]
+        unknown = [name for name in shapes if name not in {*slots, *places.names.values()}]
         if unknown or left:
             raise EvaluationError(
                 f"the checkpoint's tensors are not those of {type(self.model).__name__}: it lacks "
@@ -55,4 +55,4 @@ class LanguageModel:
                 str(self.folder),
                 "save the model again with transformers (from_pretrained, then save_pretrained)",
             )
-        return found
+        return slots

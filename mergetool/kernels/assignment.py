@@ -217,10 +217,10 @@ def _solve_coupled(spaces: Mapping[str, Space], names: Sequence[str], scores: Sc
         best = _better(best, given(order), scores)
     while not few:
         order = _solve_leaf(pivot, _contract(rest, scores, best), best).index[pivot.name]
-        found = _better(best, given(order), scores)
-        if found is best:
+        better = _better(best, given(order), scores)
+        if better is best:
             break
-        best = found
+        best = better
     return best
 
 

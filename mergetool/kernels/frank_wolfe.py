@@ -106,9 +106,9 @@ def align(
         raise ValueError(f"alignment needs two models or more, got {len(problem.models)}")
     best: Alignment | None = None
     run = partial(_run, problem, anchor=settings.anchor or 0)
-    for found, settled in share(run, tuple(_plans(settings, len(problem.models)))):
-        if best is None or found.objective - best.objective > STALLED * abs(best.objective):
-            best = found
+    for alignment, settled in share(run, tuple(_plans(settings, len(problem.models)))):
+        if best is None or alignment.objective - best.objective > STALLED * abs(best.objective):
+            best = alignment
         if settled:
             break
     assert best is not None

@@ -50,8 +50,8 @@ def space_sizes(size: int, num_tasks: int, common: float) -> tuple[int, int]:
 
 def _outside(delta: Tensor, basis: Tensor, count: int) -> Factors:
     """The leading triplets of what `delta` writes outside the span of `basis` (m, c), orthonormal."""
-    delta64 = delta.to(torch.float64)
-    rest = delta64 - basis @ (basis.mT @ delta64)
-    noise = max(delta.shape) * torch.finfo(delta.dtype).eps * float(torch.linalg.matrix_norm(delta64))
+    exact = delta.to(torch.float64)
+    rest = exact - basis @ (basis.mT @ exact)
+    noise = max(delta.shape) * torch.finfo(delta.dtype).eps * float(torch.linalg.matrix_norm(exact))
     factors = live_factors(rest, min(count, *rest.shape))
     return factors.leading(int((factors.s > noise).sum()))

@@ -255,11 +255,11 @@ def _piece_curve(view: PieceView, end: Point, movers: list[int]) -> Curve:
     result = np.zeros(5)
     if stay:
         others = view.image[stay].sum(dim=0)
-        a, b, c = _inner(torch.cat([total, others[None]]), rows)[3, :3]
-        result += [a, (a + b) / 2, (a + 4 * b + c) / 6, (b + c) / 2, c]
+        here, mixed, there = _inner(torch.cat([total, others[None]]), rows)[3, :3]
+        result += [here, (here + mixed) / 2, (here + 4 * mixed + there) / 6, (mixed + there) / 2, there]
     if len(movers) > 1:
-        q = 0.5 * (_inner(total, rows) - _inner(bends, rows * len(movers)))
-        result += [q[0, 0], q[0, 1], (q[0, 2] + 2 * q[1, 1]) / 3, q[1, 2], q[2, 2]]
+        cross = 0.5 * (_inner(total, rows) - _inner(bends, rows * len(movers)))
+        result += [cross[0, 0], cross[0, 1], (cross[0, 2] + 2 * cross[1, 1]) / 3, cross[1, 2], cross[2, 2]]
     return result
 
 

@@ -84,9 +84,9 @@ def families(spaces: Mapping[str, Space], pieces: Sequence[Piece]) -> tuple[Face
     """The families of these pieces, in the order of their first space."""
     faces = {face for piece in pieces for face in piece.faces}
     linked = [{factor.space for factor in face if factor.space is not None} for face in faces]
-    found: list[FaceFamily] = []
+    grouped: list[FaceFamily] = []
     for name in spaces:
-        if any(name in family.spaces for family in found) or not any(name in link for link in linked):
+        if any(name in family.spaces for family in grouped) or not any(name in link for link in linked):
             continue
         members = _connected(name, linked)
         places = tuple(
@@ -95,8 +95,8 @@ def families(spaces: Mapping[str, Space], pieces: Sequence[Piece]) -> tuple[Face
             for side, face in enumerate(piece.faces)
             if face[0].space in members
         )
-        found.append(FaceFamily(tuple(space for space in spaces if space in members), places))
-    return tuple(found)
+        grouped.append(FaceFamily(tuple(space for space in spaces if space in members), places))
+    return tuple(grouped)
 
 
 def _connected(name: str, linked: Sequence[set[str]]) -> set[str]:

@@ -133,13 +133,13 @@ def fit_offsets(distances: Tensor, tasks: Tensor) -> tuple[Tensor, float]:
     distances (B, T), tasks (B,): their numbers. Offsets are held back a little, as if each task had been seen once more
     at none, so few samples move them little. Offsets are float64 and sum to 0.
     """
-    found = distances.detach().to(torch.float64, copy=True)
-    parameters = torch.zeros(found.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+    exact = distances.detach().to(torch.float64, copy=True)
+    parameters = torch.zeros(exact.shape[1] + 1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        logits = parameters[:-1] - found * parameters[-1].exp()
+        logits = parameters[:-1] - exact * parameters[-1].exp()
         value = torch.nn.functional.cross_entropy(logits, tasks, reduction="sum") + parameters.square().sum() / 2
         value.backward()  # type: ignore[no-untyped-call]
         return value

@@ -166,7 +166,7 @@ def groups(spaces: Mapping[str, Space]) -> tuple[Group, ...]:
 
 def incidences(layouts: Mapping[str, Iterable[Layout]]) -> dict[str, tuple[Incidence, ...]]:
     """For each space, every place where it occurs in the tensors `name -> layout of each axis`."""
-    found: dict[str, list[Incidence]] = {}
+    by_space: dict[str, list[Incidence]] = {}
     for tensor, axes in layouts.items():
         for axis, layout in enumerate(axes):
             start = 0
@@ -178,6 +178,6 @@ def incidences(layouts: Mapping[str, Iterable[Layout]]) -> dict[str, tuple[Incid
                         where = Incidence(
                             tensor, axis, number, position, start, outer, factor.size, inner, factor.signed
                         )
-                        found.setdefault(factor.space, []).append(where)
+                        by_space.setdefault(factor.space, []).append(where)
                 start += prod(sizes)
-    return {space: tuple(places) for space, places in found.items()}
+    return {space: tuple(places) for space, places in by_space.items()}

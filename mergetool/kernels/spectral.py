@@ -221,9 +221,9 @@ def _live_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def concatenated(tasks: Sequence[Factors]) -> Factors:
     """Factors of several tasks side by side, in their order (U, S, V above): the sum of the matrices."""
     return Factors(
-        torch.cat([each.u for each in tasks], 1),
-        torch.cat([each.s for each in tasks]),
-        torch.cat([each.v for each in tasks], 1),
+        torch.cat([factors.u for factors in tasks], 1),
+        torch.cat([factors.s for factors in tasks]),
+        torch.cat([factors.v for factors in tasks], 1),
     )
 
 

@@ -2,7 +2,7 @@
 
 With all else held, the objective is linear in one group element, so the best element is one assignment away, and every
 accepted move increases the objective. Repeating until nothing moves gives three methods at once: pairwise
-git-rebasin (one model against a reference), MergeMany (each model in turn against the sum of the others), and the
+git-rebasin (every model against one, the anchor), MergeMany (each model in turn against the sum of the others), and the
 polish that follows Frank-Wolfe.
 
 Families that share no piece do not see each other (the hidden layers of a transformer, given its residual stream), so
@@ -37,22 +37,22 @@ Request: TypeAlias = tuple[int, dict[Face, Array], Choice]  # key, scores, incum
 
 
 def match_to_reference(
-    problem: MatchingProblem, reference: int, share: Callable[..., Iterable[Element]] = map
+    problem: MatchingProblem, anchor: int, share: Callable[..., Iterable[Element]] = map
 ) -> tuple[Element, ...]:
-    """Pairwise git-rebasin: every model matched to model `reference` alone, from the identity.
+    """Pairwise git-rebasin: every model matched to model `anchor` alone, from the identity.
 
-    Elements map model coordinates to those of the reference. `share` is `map`, or shares the models between processes.
+    Elements map model coordinates to those of the anchor. `share` is `map`, or shares the models between processes.
     """
     identity = Element.identity(problem.spaces)
 
     def match(model: Mapping[str, Tensor]) -> Element:
-        pair = replace(problem, models=[problem.models[reference], model])
+        pair = replace(problem, models=[problem.models[anchor], model])
         point, _ = ascend(pair, hard_point(pair, [identity, identity]), [1])
         return point[1].elements[0]
 
-    others = [model for i, model in enumerate(problem.models) if i != reference]
+    others = [model for i, model in enumerate(problem.models) if i != anchor]
     matched = list(share(match, others))
-    return (*matched[:reference], identity, *matched[reference:])
+    return (*matched[:anchor], identity, *matched[anchor:])
 
 
 def merge_many(problem: MatchingProblem) -> tuple[tuple[Element, ...], tuple[float, ...]]:

@@ -56,6 +56,8 @@ class Arrangement:
     """Further sources, of tensors that no model has; a stage of the method fills them."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Keys of config.json that are other than the leader's, where the result is another network."""
+    remarks: tuple[str, ...] = ()
+    """What is unusual about it."""
 
 
 class Problem(NamedTuple):

@@ -127,7 +127,7 @@ class SideBySide(Layout):
         chosen = self.method.chosen(len(experts))
         config = mixture_config(mixture, base, experts=len(experts), chosen=chosen, shared=shared)
         origins = list(self._origins(known, mixture, experts))
-        return Arrangement(origins, sources={GATES: gates}, config=config)
+        return Arrangement(origins, sources={GATES: gates}, config=config, remarks=tuple(_remarks(self.method)))
 
     def _gates(self, sources: Sources, mixture: Mixture, count: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the gates, and of all that says nothing."""
@@ -192,15 +192,26 @@ def _unknown(
 def _without_prompts(method: MixtureOfExperts, experts: Mapping[str, ExpertSettings]) -> Iterator[Problem]:
     if not method.needs_prompts:
         return
+    if not any(each.prompts for each in experts.values()):
+        what = f"gate: {method.gate} needs prompts, and no expert has any"
+        fix = "add prompts: [A TEXT THAT IS FOR IT] to experts, or write gate: random for gates that are to be trained"
+        yield Problem((_MERGE, "experts"), what, fix)
     for name, each in experts.items():
+        if each.avoid and not each.prompts:
+            what = "without prompts there is no direction from which to turn, so this would have no effect"
+            yield Problem((_MERGE, "experts", name, "avoid"), what, "add prompts: [A TEXT THAT IS FOR IT]")
+
+
+def _remarks(method: MixtureOfExperts) -> Iterator[str]:
+    """What is unusual about prompts."""
+    if not method.needs_prompts:
+        return
+    for name, each in method.experts.items():
         if not each.prompts:
-            what = f"gate: {method.gate} needs prompts, and expert {name!r} has none"
-            fix = "add prompts: [A TEXT THAT IS FOR IT], or write gate: random for gates that are to be trained"
-            yield Problem((_MERGE, "experts", name), what, fix)
-    asked = [(frozenset(each.prompts), frozenset(each.avoid)) for each in experts.values()]
-    if len(asked) > 1 and asked[0][0] and len(set(asked)) == 1:
-        what = "all experts have the same prompts, so their gates would be alike"
-        yield Problem((_MERGE, "experts"), what, "give each expert prompts of its own, or write gate: uniform")
+            yield f"expert {name!r} has no prompts: its row of the gates is zeros, so it is called where no other is"
+    asked = {(tuple(sorted(each.prompts)), tuple(sorted(each.avoid))) for each in method.experts.values()}
+    if len(method.experts) > 1 and len(asked) == 1:
+        yield "all experts have the same prompts, so their gates are alike and tokens are sent to any of them"
 
 
 def _layers(sources: Sources) -> dict[str, int]:

@@ -18,13 +18,13 @@ def library(what: str, where: str, kind: type[MergetoolError] = SourceError) -> 
     return transformers
 
 
-def class_of(config: Mapping[str, Any], where: str, made: str = "model") -> Any:
+def class_of(config: Mapping[str, Any], where: str, what: str = "model") -> Any:
     """The class that config.json names, or AutoModel where it names none. Raises SourceError for an unknown one."""
     transformers = library("building a network", where)
     name, *_ = config.get("architectures") or ["AutoModel"]
     if (kind := getattr(transformers, str(name), None)) is None:
-        what = f"transformers {transformers.__version__} has no {name}"
-        raise SourceError(what, where, f"install the version that the {made} was made with")
+        fix = f"install the version that the {what} was made with"
+        raise SourceError(f"transformers {transformers.__version__} has no {name}", where, fix)
     return kind
 
 

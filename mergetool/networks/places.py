@@ -37,7 +37,7 @@ class Fragment:
 
     def of(self, target: Tensor) -> Tensor:
         """The box itself, as a view of the parameter."""
-        return target[tuple(slice(*each) for each in self.box)]
+        return target[tuple(slice(*span) for span in self.box)]
 
     def put(self, target: Tensor, source: Tensor) -> None:
         """Copy the entries from the tensor into the parameter."""
@@ -83,8 +83,8 @@ def places_of(model: Any, shapes: Shapes) -> TensorMap:
     if not (rest := [name for name in unknown if name not in names]):
         return TensorMap(names)
     digits = [numbers, *(_marked(model, shapes, digit, rest) for digit in (1, 2))]
-    fragments = {name: fragments_of(shapes, [each[name] for each in digits]) for name in rest}
-    return TensorMap(names, {name: made for name, made in fragments.items() if made})
+    fragments = {name: fragments_of(shapes, [digit[name] for digit in digits]) for name in rest}
+    return TensorMap(names, {name: parts for name, parts in fragments.items() if parts})
 
 
 def _of_one_name(model: Any, shapes: Shapes) -> dict[str, str]:
@@ -147,7 +147,7 @@ def fragments_of(shapes: Shapes, digits: Sequence[Tensor]) -> tuple[Fragment, ..
     for number in sorted(set(numbers.reshape(-1).tolist())):
         places = (numbers == number).nonzero()
         box = tuple(zip(places.amin(0).tolist(), (places.amax(0) + 1).tolist(), strict=True))
-        held = entries[tuple(slice(*each) for each in box)].reshape(-1)
+        held = entries[tuple(slice(*span) for span in box)].reshape(-1)
         if len(held) != len(places) or len(set(held.tolist())) != len(held):
             return ()
         start = int(held[0])

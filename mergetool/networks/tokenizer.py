@@ -1,5 +1,6 @@
 """The tokenizer of a model folder."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ def load_tokenizer(
         raise kind(f"holds no tokenizer (looked for {', '.join(_FILES)})", str(folders[0]), fix)
     try:
         with quiet():
-            found = [transformers.AutoTokenizer.from_pretrained(place, local_files_only=True) for place in having[:2]]
+            load = partial(transformers.AutoTokenizer.from_pretrained, local_files_only=True)
+            tokenizers = [load(folder) for folder in having[:2]]
     except Exception as error:  # what lies there is read by many libraries: anything may come out of them
         what = f"its tokenizer cannot be opened: {first_line(error)}"
         raise kind(what, str(having[0]), "save the tokenizer again with save_pretrained") from error
-    return next((each for each in found if each.pad_token is not None), found[0])
+    return next((tokenizer for tokenizer in tokenizers if tokenizer.pad_token is not None), tokenizers[0])
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -75,8 +75,8 @@ def _built(kind: Any, shapes: Shapes, config: Mapping[str, Any]) -> tuple[nn.Mod
     except (RuntimeError, ValueError) as error:
         what = f"the checkpoint does not fit {kind.__name__}: {first_line(error)}"
         raise PlanError(what, where=_WHERE, fix=_FIX) from error
-    found = {own: whole_of(shapes, tensor) for own, tensor in module.state_dict().items()}
-    names = {own: name for own, name in found.items() if name is not None}
+    state = module.state_dict()
+    names = {own: name for own, tensor in state.items() if (name := whole_of(shapes, tensor)) is not None}
     if lost := [name for name in sorted(shapes) if shapes[name] and name not in names.values()]:
         raise PlanError(f"{kind.__name__} has no place for {lost[0]}", where=_WHERE, fix=_FIX)
     return module, names

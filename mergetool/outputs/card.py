@@ -38,7 +38,7 @@ def card(plan: Plan) -> str:
 
 
 def _front(plan: Plan) -> Mapping[str, Any]:
-    origins = [origin for found in plan.origins.values() for origin in found]
+    origins = [origin for several in plan.origins.values() for origin in several]
     repos = list(dict.fromkeys(origin.repo for origin in origins if origin.repo))
     licences = {origin.licence for origin in origins}
     front: dict[str, Any] = {}

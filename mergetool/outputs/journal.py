@@ -66,7 +66,7 @@ class Journal:
         self.done = Done()
         for line in lines[1:]:
             _apply(self.done, json.loads(line))
-        self.found = bool(lines)
+        self.was_there = bool(lines)
         """Whether there was a journal of this very plan."""
         self.resumed = bool(self.done.units)
         self.worked = self.resumed
@@ -92,7 +92,7 @@ class Journal:
         """Forget everything: what this journal speaks of is not there."""
         os.ftruncate(self._fd, 0)
         self.done = Done()
-        self.found = self.resumed = self.worked = False
+        self.was_there = self.resumed = self.worked = False
         self._num_records = 0
         self._begin()
 
@@ -111,8 +111,8 @@ class Journal:
 
     def counted(self, stage: str, steps: Sequence[Step], stats: Stats) -> None:
         """All passes over these steps are finished."""
-        found = {key: list(values) for key, values in stats.items()}
-        self._write({"counted": [stage, steps[0].index], "stats": found})
+        lists = {key: list(values) for key, values in stats.items()}
+        self._write({"counted": [stage, steps[0].index], "stats": lists})
 
     def hashed(self, path: str, digest: str) -> None:
         """An input file's SHA-256 is known."""
@@ -240,8 +240,8 @@ def _apply(done: Done, record: dict[str, Any]) -> None:
         stage, step, start = record["unit"]
         done.units.add((stage, step, start))
         notes = done.notes.setdefault(record.get("name", ""), [])
-        found = [note if isinstance(note, str) else (note[0], note[1]) for note in record.get("notes", ())]
-        notes += [note for note in found if note not in notes]
+        told = [note if isinstance(note, str) else (note[0], note[1]) for note in record.get("notes", ())]
+        notes += [note for note in told if note not in notes]
     elif "counted" in record:
         stage, step = record["counted"]
         done.stats[stage, step] = {key: tuple(values) for key, values in record["stats"].items()}

@@ -47,14 +47,14 @@ def summary(notes: Mapping[str, Sequence[Note]]) -> dict[str, int]:
 
 def _measured(notes: Mapping[str, Sequence[Note]]) -> dict[str, dict[str, float]]:
     """Numbers that methods measured, by tensor."""
-    found = {name: dict(note for note in told if not isinstance(note, str)) for name, told in notes.items()}
-    return {name: numbers for name, numbers in found.items() if numbers}
+    measured = {name: dict(note for note in told if not isinstance(note, str)) for name, told in notes.items()}
+    return {name: numbers for name, numbers in measured.items() if numbers}
 
 
 def _remarks(notes: Mapping[str, Sequence[Note]]) -> dict[str, list[str]]:
     """All other notes."""
-    found = {name: [note for note in told if isinstance(note, str)] for name, told in notes.items()}
-    return {name: texts for name, texts in found.items() if texts}
+    remarks = {name: [note for note in told if isinstance(note, str)] for name, told in notes.items()}
+    return {name: texts for name, texts in remarks.items() if texts}
 
 
 def describe_run(plan: Plan, staging: Staging, record: Record, result: Result) -> None:
@@ -64,8 +64,8 @@ def describe_run(plan: Plan, staging: Staging, record: Record, result: Result) -
     lock = _lock(plan, staging.key, record, result)
     weights = set(lock["output"]["files"])
     written = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    found = (path.relative_to(folder).as_posix() for path in written)
-    others = sorted(name for name in found if name not in weights)
+    names = (path.relative_to(folder).as_posix() for path in written)
+    others = sorted(name for name in names if name not in weights)
     lock["output"]["files"] |= {name: sha256_file(folder / name) for name in others}
     write_file(folder / LOCK_NAME, json.dumps(lock, indent=2, ensure_ascii=False) + "\n")
 

@@ -27,13 +27,13 @@ class LockCheck:
     def __init__(self, plan: Plan) -> None:
         assert plan.output is not None
         places = [plan.output, plan.recipe.folder]
-        found = next((place for place in places if (place / LOCK_NAME).is_file()), None)
-        if found is None:
+        folder = next((place for place in places if (place / LOCK_NAME).is_file()), None)
+        if folder is None:
             looked = " and ".join(str(place) for place in places)
             what = f"there is no {LOCK_NAME} to agree with (looked in {looked})"
             raise RecipeError(what, "--locked", "run once without --locked, and keep the mergetool.json of the result")
-        self._path = found / LOCK_NAME
-        self._lock = read_lock(found)
+        self._path = folder / LOCK_NAME
+        self._lock = read_lock(folder)
 
     def check_headers(self, plan: Plan) -> None:
         """Compare what is known without reading weights. Raises RecipeError or SourceError."""
@@ -63,11 +63,11 @@ class LockCheck:
         except (KeyError, TypeError):
             raise SourceError("the lock cannot be read", str(self._path), "merge again without --locked") from None
 
-    def _same(self, found: list[Any], known: list[Any], what: str, name: str) -> None:
-        if found == known:
+    def _same(self, current: list[Any], known: list[Any], what: str, name: str) -> None:
+        if current == known:
             return
-        pairs = [(here, there) for here, there in zip(found, known, strict=False) if here != there]
-        here, there = pairs[0] if pairs else (found, known)
+        pairs = [(here, there) for here, there in zip(current, known, strict=False) if here != there]
+        here, there = pairs[0] if pairs else (current, known)
         raise SourceError(f"{what} differ: {here} here, {there} in {self._path}", f"input {name!r}", _FIX)
 
 

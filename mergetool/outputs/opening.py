@@ -17,8 +17,8 @@ def open_and_run(path: Path) -> str:
 
     model, told = open_whole(path)
     for words in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found := sorted(map(str, told.get(words) or ())):
-            what = f"{len(found)} {words.replace('_', ' ')} in {type(model).__name__}: {', '.join(found[:5])}"
+        if names := sorted(map(str, told.get(words) or ())):
+            what = f"{len(names)} {words.replace('_', ' ')} in {type(model).__name__}: {', '.join(names[:5])}"
             raise SourceError(what, str(path), _MERGE_AGAIN)
     return _step(model, path)
 

@@ -39,24 +39,24 @@ class Record:
     @classmethod
     def of(cls, records: "Sequence[Record]") -> "Record":
         """What several processes learnt together."""
-        found = cls(device=records[0].device)
+        joined = cls(device=records[0].device)
         for record in records:
-            found.inputs |= record.inputs
-            found.outputs |= record.outputs
-            found.bytes_read += record.bytes_read
-            found.resumed |= record.resumed
-            found.workers_memory += record.workers_memory
+            joined.inputs |= record.inputs
+            joined.outputs |= record.outputs
+            joined.bytes_read += record.bytes_read
+            joined.resumed |= record.resumed
+            joined.workers_memory += record.workers_memory
             for name, notes in record.notes.items():
-                found.note(name, notes)
-        return found
+                joined.note(name, notes)
+        return joined
 
 
 def joined_counts(counts: "list[list[Tensor | None]]") -> "list[Tensor | None]":
     """The counts of several processes, piece by piece."""
-    found = counts[0]
+    joined = counts[0]
     for others in counts[1:]:
         for place, other in enumerate(others):
             if other is not None:
-                known = found[place]
-                found[place] = other if known is None else known.add_(other)
-    return found
+                known = joined[place]
+                joined[place] = other if known is None else known.add_(other)
+    return joined

@@ -18,7 +18,7 @@ def redacted(value: Any, folder: Path) -> Any:
     match value:
         case str():
             whole = value.startswith("/") and "\n" not in value
-            return _shown(value, folder) if whole else _INSIDE.sub(lambda found: _shown(found[0], folder), value)
+            return _shown(value, folder) if whole else _INSIDE.sub(lambda path: _shown(path[0], folder), value)
         case Mapping():
             return {key: redacted(each, folder) for key, each in value.items()}
         case list() | tuple():

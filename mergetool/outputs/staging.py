@@ -69,11 +69,11 @@ class Staging:
 
     def _take_over(self, plan: Plan) -> None:
         """What an earlier run of this plan left is gone on with, what another one left is removed."""
-        if self.journal.found:
+        if self.journal.was_there:
             self.journal.include(read_done(path, self.key) for path in other_journals(self.partial))
         if self.journal.resumed and not self._has_files(plan):
             self.journal.start_over()
-        if not self.finished and not self.journal.found:
+        if not self.finished and not self.journal.was_there:
             _empty(self.partial)
             for path in other_journals(self.partial):
                 path.unlink()
@@ -109,9 +109,9 @@ class Staging:
         journal = journal_path(self.partial)
         if journal.is_symlink() or (journal.exists() and not journal.is_file()):
             raise OutputError("is in the way and is not a file", str(journal), "remove it")
-        found = {path.name for path in self.partial.iterdir()} if self.partial.exists() else set()
-        ours = journal.exists() or LOCK_NAME in found or old_journals(self.partial)
-        if found and not ours:
+        names = {path.name for path in self.partial.iterdir()} if self.partial.exists() else set()
+        ours = journal.exists() or LOCK_NAME in names or old_journals(self.partial)
+        if names and not ours:
             what = f"is in the way and was not made by mergetool (there is no {journal.name} beside it)"
             raise OutputError(what, str(self.partial), "remove it")
 

@@ -50,16 +50,16 @@ def verify_output(path: Path, *, load: bool = False) -> dict[str, Any]:
 
 def _check_config(source: ModelSource, path: Path) -> None:
     """Raise SourceError where config.json or the tokenizer speak of other tensors than those that are here."""
-    found = list(disagreements_with_files(source, read_config(source.folder)))
-    if found:
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise SourceError(f"{found[0]}{more}", str(path), "correct config.json, or merge again")
+    problems = list(disagreements_with_files(source, read_config(source.folder)))
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise SourceError(f"{problems[0]}{more}", str(path), "correct config.json, or merge again")
 
 
 def _notes(lock_path: Path) -> dict[str, list[str]]:
     """Remarks of the run on single tensors."""
-    found = json.loads(lock_path.read_text("utf-8")).get("notes")
-    return found if isinstance(found, dict) else {}
+    notes = json.loads(lock_path.read_text("utf-8")).get("notes")
+    return notes if isinstance(notes, dict) else {}
 
 
 def _check_lock(lock_path: Path) -> int:
@@ -72,9 +72,9 @@ def _check_lock(lock_path: Path) -> int:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise SourceError(f"the lock names {name!r}, which is not in this folder", str(lock_path), "merge again")
         FileStamp.of(lock_path.parent / name)  # refuses what is no file
-        found = sha256_file(lock_path.parent / name)
-        if found != digest:
-            what = f"SHA-256 is {found[:12]}..., the lock says {digest[:12]}..."
+        actual = sha256_file(lock_path.parent / name)
+        if actual != digest:
+            what = f"SHA-256 is {actual[:12]}..., the lock says {digest[:12]}..."
             raise SourceError(what, str(lock_path.parent / name), "the file was changed or damaged; merge again")
     return len(expected)
 

@@ -163,12 +163,13 @@ def cross_check(
     for held in np.array_split(rng.permutation(others), min(_FOLDS, len(others))):
         kept = [*fixed, *(row for row in others if row not in held)]
         fitted = fit(answers[kept], num_dimensions)
-        made = with_fit(estimator, fitted, [kept.index(p) for p in parents], None if base is None else kept.index(base))
+        own_base = None if base is None else kept.index(base)
+        trial = with_fit(estimator, fitted, [kept.index(parent) for parent in parents], own_base)
         for row in held:
             asked = answers[row, estimator.subset.items]
             truth.append(float(answers[row].mean()))
-            by_weight.append(replace(made, kind="weighted")(asked).value)
-            by_irt.append(replace(made, kind=pure)(asked).value)
+            by_weight.append(replace(trial, kind="weighted")(asked).value)
+            by_irt.append(replace(trial, kind=pure)(asked).value)
     true, weighted, irt = (np.array(scores) for scores in (truth, by_weight, by_irt))
     blend = blend_of(weighted - true, irt - true)
     estimates = {"weighted": weighted, pure: irt, f"g{pure}": blend * weighted + (1.0 - blend) * irt}

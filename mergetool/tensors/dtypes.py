@@ -25,7 +25,7 @@ class DType:
         return (num_elements * self.bits + 7) // 8
 
 
-_TABLE = (  # in the order in which the reference writer lays tensors out
+_TABLE = (  # in the order in which the safetensors library lays tensors out
     DType("U64", "uint64", 64, is_float=False),
     DType("I64", "int64", 64, is_float=False),
     DType("F64", "float64", 64, is_float=True, largest=1.7976931348623157e308),
@@ -63,7 +63,7 @@ def torch_dtype(dtype: DType) -> "torch.dtype":
     """The torch dtype of a row. Raises KeyError where this torch has none."""
     import torch
 
-    found: Any = getattr(torch, dtype.torch_name, None) if dtype.torch_name else None
-    if found is None:
+    known: Any = getattr(torch, dtype.torch_name, None) if dtype.torch_name else None
+    if known is None:
         raise KeyError(dtype.name)
-    return found  # type: ignore[no-any-return]
+    return known  # type: ignore[no-any-return]

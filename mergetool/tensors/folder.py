@@ -54,9 +54,9 @@ def _open_folder(path: Path, elsewhere: Mapping[Path, OpenFile]) -> ModelSource:
     files = {each.name for each in here if not each.is_dir()} | {each.name for each in elsewhere}
     if (explicit := read_config(path).get("transformers_weights")) is not None:
         return _open_set(path, WeightSet(_file_of(explicit, path)))
-    found = None if _ADAPTER_NAME in files and not weight_sets(files) else chosen_set(files, str(path))
-    if found is not None:
-        chosen, remark = found
+    weights = None if _ADAPTER_NAME in files and not weight_sets(files) else chosen_set(files, str(path))
+    if weights is not None:
+        chosen, remark = weights
         return _open_set(path, chosen, remark, elsewhere)
     if _ADAPTER_NAME in files:
         raise SourceError("is a LoRA adapter, not a model", str(path), "write {source: MODEL, adapters: [ADAPTER]}")

@@ -34,8 +34,8 @@ def disguised(path: Path) -> SourceError | None:
             first = file.read(_FIRST_BYTES)
     except OSError:
         return None
-    found = _by_first_bytes(first, path)
-    return SourceError(found[0], str(path), found[1]) if found else None
+    refusal = _by_first_bytes(first, path)
+    return SourceError(refusal[0], str(path), refusal[1]) if refusal else None
 
 
 def _by_first_bytes(first: bytes, path: Path) -> tuple[str, str] | None:
@@ -172,8 +172,8 @@ def _snapshot(path: Path) -> Path:
     main = path / "refs" / "main"
     if main.is_file() and (path / "snapshots" / main.read_text().strip()).is_dir():
         return path / "snapshots" / main.read_text().strip()
-    found = sorted((path / "snapshots").glob("*"), key=lambda each: each.stat().st_mtime)
-    return found[-1] if found else path / "snapshots"
+    snapshots = sorted((path / "snapshots").glob("*"), key=lambda snapshot: snapshot.stat().st_mtime)
+    return snapshots[-1] if snapshots else path / "snapshots"
 
 
 def _has_weights(folder: Path) -> bool:

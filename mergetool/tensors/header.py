@@ -3,7 +3,7 @@
 A file is 8 bytes of little-endian header length, that many bytes of JSON, then one buffer. Every invariant of the
 format is checked before anything else believes the header: a length that fits the file, JSON without duplicate
 names, known dtypes, sizes that agree with shapes, and a buffer covered exactly once, without holes or overlaps.
-Stricter than the reference reader, which also takes white space before the `{`, keys that it does not know inside an
+Stricter than the safetensors library, which also takes white space before the `{`, keys that it does not know inside an
 entry, entries written as a list, metadata keys given twice, and empty tensors with an axis longer than 2^62.
 
 Reference: https://github.com/huggingface/safetensors (format description in its README).
@@ -120,12 +120,12 @@ def _json_object(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"{twice[:100]!r} occurs twice")
-    return found
+    return entries
 
 
 def _is_text(value: Any) -> bool:
@@ -182,7 +182,7 @@ def _short(raw: Any) -> str:
 def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, Header]:
     """Bytes of the length and JSON for `specs`, and the header they describe.
 
-    Same bytes as the reference writer: by dtype, larger ones first (so that every tensor is aligned), then by name,
+    Same bytes as the safetensors library: by dtype, larger ones first (so that every tensor is aligned), then by name,
     JSON without spaces, padded with spaces to a multiple of 8.
     """
     ordered = sorted(specs, key=lambda spec: (ORDER[spec.dtype.name], spec.name))

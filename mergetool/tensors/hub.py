@@ -99,9 +99,9 @@ def _cached(name: HubName, *, adapter: bool) -> "Repository | None":
     snapshot = place / "snapshots" / commit
     if not snapshot.is_dir():
         return None
-    sizes = {each.name: each.stat().st_size for each in snapshot.iterdir() if each.is_file()}
-    found = Repository(name, name.repo, commit, sizes, adapter=adapter, place=snapshot)
-    return found if found.complete else None
+    sizes = {file.name: file.stat().st_size for file in snapshot.iterdir() if file.is_file()}
+    repository = Repository(name, name.repo, commit, sizes, adapter=adapter, place=snapshot)
+    return repository if repository.complete else None
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,11 @@ class Repository:
         if CONFIG_NAME in names and (explicit := read_config(self.folder).get("transformers_weights")) in names:
             return str(explicit)
         try:
-            found = chosen_set(names, str(self))
+            chosen = chosen_set(names, str(self))
         except SourceError as error:
             fix = f"fetch the one that is meant (hf download {self.name} FILE) and name it"
             raise HubError(error.what, error.where, fix) from None
-        return None if found is None else found[0].file
+        return None if chosen is None else chosen[0].file
 
     def _without_weights(self) -> HubError:
         files = {name for name in self.sizes if "/" not in name}
@@ -190,10 +190,10 @@ class Repository:
         names = [name for name in self.weight_files() if name.endswith(".safetensors")]
         missing = [name for name in names if not (self.folder / name).is_file()]
         with explained(str(self)), patient(), ThreadPoolExecutor(max_workers=8) as pool:
-            found = list(pool.map(self._header, missing))
+            headers = list(pool.map(self._header, missing))
         return {
             self.folder / name: OpenFile(FileStamp(self.folder / name, header.file_size, 0), header)
-            for name, header in zip(missing, found, strict=True)
+            for name, header in zip(missing, headers, strict=True)
         }
 
     def _header(self, name: str) -> Header:

@@ -164,5 +164,5 @@ def _as_whom() -> str:
 def _token() -> str | None:
     from huggingface_hub import get_token
 
-    found: str | None = get_token()
-    return found
+    token: str | None = get_token()
+    return token

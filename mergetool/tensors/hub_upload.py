@@ -157,8 +157,8 @@ def _open_pull_request(target: Target, title: str) -> int | None:
     """The number of an open pull request that does the same."""
     with explained(target.repo), patient():
         asked = {"discussion_type": "pull_request", "discussion_status": "open"}
-        found = list(_client().get_repo_discussions(target.repo, **asked))
-    return next((int(each.num) for each in found if each.title == title), None)
+        requests = list(_client().get_repo_discussions(target.repo, **asked))
+    return next((int(request.num) for request in requests if request.title == title), None)
 
 
 def _operations(folder: Path, digests: Mapping[str, str], gone: list[str]) -> list[Any]:

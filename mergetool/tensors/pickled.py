@@ -91,8 +91,8 @@ class PickledSource(ModelSource):
 
 def _load(path: Path) -> tuple[dict[str, "Tensor"], str]:
     """The tensors of a file, and what is to be told about where in it they were."""
-    found, under = _state_dict(_loaded(path), path)
-    return found, f"{path.name} holds more than a model: the weights are those of {under!r}" if under else ""
+    tensors, under = _state_dict(_loaded(path), path)
+    return tensors, f"{path.name} holds more than a model: the weights are those of {under!r}" if under else ""
 
 
 def _loaded(path: Path) -> Any:
@@ -171,4 +171,4 @@ def _holds_tensors(value: Any, depth: int = 0) -> bool:
 
     if not isinstance(value, Mapping) or not value or depth > _DEEPEST:
         return False
-    return any(isinstance(each, torch.Tensor) or _holds_tensors(each, depth + 1) for each in value.values())
+    return any(isinstance(part, torch.Tensor) or _holds_tensors(part, depth + 1) for part in value.values())

@@ -50,8 +50,8 @@ class WeightSet:
 
 def weight_sets(names: Collection[str]) -> list[WeightSet]:
     """All sets that files of these names make, the one that is to be read first: families, no variant, safetensors."""
-    found = [(key, each) for name in sorted(names) for key, each in _members(name, names)]
-    return [each for _, each in sorted(found, key=lambda pair: pair[0])]
+    keyed = (pair for name in sorted(names) for pair in _members(name, names))
+    return [weights for _, weights in sorted(keyed, key=lambda pair: pair[0])]
 
 
 def _members(name: str, names: Collection[str]) -> Iterator[tuple[tuple[int, str, int], WeightSet]]:
@@ -80,7 +80,7 @@ def _patterns(safe: str, pickled: str) -> tuple[str, ...]:
 
 def is_index(name: str) -> bool:
     """Whether a file of this name is the index of a set."""
-    return any(each.sharded for each in weight_sets([name]))
+    return any(weights.sharded for weights in weight_sets([name]))
 
 
 def chosen_set(names: Collection[str], where: str) -> tuple[WeightSet, str] | None:
@@ -89,9 +89,9 @@ def chosen_set(names: Collection[str], where: str) -> tuple[WeightSet, str] | No
     Raises SourceError where only people can tell which is meant.
     """
     sets = weight_sets(names)
-    plain = [each for each in sets if not each.variant]
+    plain = [weights for weights in sets if not weights.variant]
     if plain:
-        beside = [each.file for each in plain if each.stem == plain[0].stem]
+        beside = [weights.file for weights in plain if weights.stem == plain[0].stem]
         return plain[0], _told_apart(beside) if len(beside) > 1 else ""
     if sets:
         return _only_variant(sets, where)
@@ -106,7 +106,7 @@ def _told_apart(files: list[str]) -> str:
 
 
 def _only_variant(sets: list[WeightSet], where: str) -> tuple[WeightSet, str]:
-    variants = sorted({each.variant for each in sets})
+    variants = sorted({weights.variant for weights in sets})
     if len(variants) > 1:
         what = f"there are weights in {len(variants)} variants, and none without: {', '.join(e.file for e in sets)}"
         raise SourceError(what, where, f"name the one that is meant: {where}/{sets[0].file}")
@@ -117,19 +117,20 @@ def _only_other(names: Collection[str], where: str) -> tuple[WeightSet, str] | N
     """The only file of weights, whatever it is called."""
     possible = sorted(name for name in names if not _TRAINING.fullmatch(name))
     safe = [name for name in possible if name.endswith(".safetensors")]
-    found = safe or [name for name in possible if name.endswith(PICKLES)]
-    parts = [name for name in found if _SHARD.fullmatch(name) and not re.search(r"-0*1-of-0*1\.", name)]
+    weights = safe or [name for name in possible if name.endswith(PICKLES)]
+    parts = [name for name in weights if _SHARD.fullmatch(name) and not re.search(r"-0*1-of-0*1\.", name)]
     if parts:
         what = f"{len(parts)} files of a set ({parts[0]} ...), but not the index that belongs to them"
         raise SourceError(f"the folder holds {what}", where, "get the .index.json file that was saved with them")
-    shards = [name for name in found if re.fullmatch(r"consolidated\.\d+\.pth", name)]
+    shards = [name for name in weights if re.fullmatch(r"consolidated\.\d+\.pth", name)]
     if len(shards) > 1:
         what = (
             f"{len(shards)} files ({', '.join(shards[:4])} ...) that each hold a part of every matrix (model parallel)"
         )
         fix = "get the model in transformers' format, or convert it with transformers' convert_llama_weights_to_hf.py"
         raise SourceError(f"the folder holds {what}", where, fix)
-    if len(found) > 1:
-        what = f"no model in this folder that is called like one, but {len(found)} files of weights: {', '.join(found)}"
-        raise SourceError(what, where, f"name the one that is meant: {where}/{found[0]}")
-    return (WeightSet(found[0]), f"the only weights are in {found[0]}: that is read") if found else None
+    if len(weights) > 1:
+        what = "no model in this folder that is called like one"
+        what += f", but {len(weights)} files of weights: {', '.join(weights)}"
+        raise SourceError(what, where, f"name the one that is meant: {where}/{weights[0]}")
+    return (WeightSet(weights[0]), f"the only weights are in {weights[0]}: that is read") if weights else None

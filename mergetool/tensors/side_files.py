@@ -128,6 +128,6 @@ def licence_of(folder: Path | None) -> str | None:
         return None
     if not isinstance(facts, dict):
         return None
-    found = facts.get("license")
-    named = facts.get("license_name") if found == "other" else found
-    return str(named or found)[:80] if isinstance(named or found, str) else None
+    licence = facts.get("license")
+    named = facts.get("license_name") if licence == "other" else licence
+    return str(named or licence)[:80] if isinstance(named or licence, str) else None

@@ -197,10 +197,10 @@ class SafetensorsSource(ModelSource):
             file.close()
 
 
-def check_complete(weight_map: Mapping[str, str], found: Collection[str], folder: Path | None) -> None:
+def check_complete(weight_map: Mapping[str, str], held: Collection[str], folder: Path | None) -> None:
     """Raises SourceError where an index speaks of a tensor that its file does not hold."""
     for name, file in weight_map.items():
-        if name not in found:
+        if name not in held:
             raise SourceError(
                 f"the index says {file} holds tensor {name!r}, but it does not",
                 str(folder),

@@ -39,8 +39,8 @@ def run(
 @contextmanager
 def cut_finely(slice_elements: int, unit_elements: int) -> Iterator[None]:
     """The two sizes are constants that several modules import; give all of them other values for a while."""
-    for found in walk_packages(engine.__path__, f"{engine.__name__}."):
-        import_module(found.name)
+    for package in walk_packages(engine.__path__, f"{engine.__name__}."):
+        import_module(package.name)
     modules = [module for name, module in sys.modules.items() if name.startswith("mergetool.")]
     with ExitStack() as stack:
         for key, value in (("SLICE_ELEMENTS", slice_elements), ("UNIT_ELEMENTS", unit_elements)):

@@ -54,8 +54,8 @@ class SearchJournal:
         """Write an answer down, for good. `of` is the identity of who was asked."""
         line = {"question": question, "of": of, **answer}
         self._write(line)
-        found: dict[str, Any] = json.loads(json.dumps(line))
-        return found
+        entry: dict[str, Any] = json.loads(json.dumps(line))
+        return entry
 
     def close(self) -> None:
         """Release the lock."""

@@ -70,9 +70,9 @@ class Kept:
             other = [name for name in other if name == subject]
         if other:
             return f"{' and '.join(map(_label, other))} {'has' if len(other) == 1 else 'have'} changed since"
-        made, here = header.get("made_with", {}), self._header.get("made_with", {})
-        differ = [name for name, told in made.items() if here.get(name) != told]
-        return f"{differ[0]} is {here.get(differ[0])} now, and was {made[differ[0]]}" if differ else None
+        there, here = header.get("made_with", {}), self._header.get("made_with", {})
+        differ = [name for name, told in there.items() if here.get(name) != told]
+        return f"{differ[0]} is {here.get(differ[0])} now, and was {there[differ[0]]}" if differ else None
 
 
 def _label(name: str) -> str:

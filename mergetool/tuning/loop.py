@@ -103,7 +103,7 @@ class Loop:
         """Points that are known already, best first; at least the start of the search."""
         known = sorted(self.history.trials, key=lambda trial: -trial.fitness)
         values = dict.fromkeys([*(trial.values for trial in known), self._space.start])
-        return [self._space.point(found) for found in values]
+        return [self._space.point(genome) for genome in values]
 
     def _try(self, generation: int, candidates: Sequence[Values]) -> list[Trial]:
         ids = {task: prepared.ids for task, prepared in self.history.prepared.items()}

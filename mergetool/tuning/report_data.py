@@ -135,14 +135,14 @@ def _candidate(values: Values, history: History, scorer: Scorer, mean: _Mean) ->
 
 
 def _trial(trial: Trial, scorer: Scorer, splits: Splits, mean: _Mean) -> dict[str, Any]:
-    made: dict[str, Any] = {"generation": trial.generation, "values": list(trial.values)}
+    record: dict[str, Any] = {"generation": trial.generation, "values": list(trial.values)}
     if trial.estimates is None:
-        return made | {"failure": scorer.failure(trial.values)}
-    made |= {"estimate": [estimate.value for estimate in trial.estimates], "fitness": trial.fitness}
+        return record | {"failure": scorer.failure(trial.values)}
+    record |= {"estimate": [estimate.value for estimate in trial.estimates], "fitness": trial.fitness}
     if (full := scorer.known(trial.values, splits.search)) is not None:
-        made["search"] = [float(np.mean([score.value for score in part.values()])) for part in full.values()]
-        made["search_mean"] = mean(made["search"])
-    return made
+        record["search"] = [float(np.mean([score.value for score in part.values()])) for part in full.values()]
+        record["search_mean"] = mean(record["search"])
+    return record
 
 
 def _spent(history: History, scorer: Scorer, splits: Splits) -> dict[str, Any]:

@@ -35,8 +35,8 @@ def parent_recipe(recipe: Recipe, name: str) -> Recipe:
         "merge": {"method": "passthrough"},
     }
     output = {key: value for key, value in recipe.document.get("output", {}).items() if key not in ("path", "hub")}
-    made = load_recipe(data | ({"output": output} if output else {}))
-    return replace(made, folder=recipe.folder)
+    parent = load_recipe(data | ({"output": output} if output else {}))
+    return replace(parent, folder=recipe.folder)
 
 
 def moved(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -52,12 +52,12 @@ def moved(recipe: Recipe, folder: Path) -> dict[str, Any]:
     def reference(value: Any) -> Any:
         if isinstance(value, str):
             return there(value)
-        made = {**value, "source": there(value["source"])}
+        moved = {**value, "source": there(value["source"])}
         if "adapters" in value:
-            made["adapters"] = [there(path) for path in value["adapters"]]
+            moved["adapters"] = [there(path) for path in value["adapters"]]
         if isinstance(value.get("head"), dict):
-            made["head"] = {**value["head"], "weights": there(value["head"]["weights"])}
-        return made
+            moved["head"] = {**value["head"], "weights": there(value["head"]["weights"])}
+        return moved
 
     data = dict(recipe.document)
     if "base" in data:

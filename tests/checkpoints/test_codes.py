@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import mergetool
@@ -124,7 +125,90 @@ def nf4_nested(key, value):
     return made, expected
 
 
+def packed(codes, bits, axis, order=None):
+    """Whole numbers in 32 bits each, along an axis: the first in the lowest bits, or in this order."""
+    each = 32 // bits
+    rows = codes.movedim(axis, -1)
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % each))
+    groups = rows.reshape(*rows.shape[:-1], -1, each)[..., list(order or range(each))].long()
+    words = (groups << torch.arange(0, 32, bits)).sum(-1)
+    return (words - (words >> 31 << 32)).to(torch.int32).movedim(-1, axis).contiguous()
+
+
+def integers(value, groups, bits, *, zero):
+    """(codes, scales, zeros) of a matrix (out, in): a scale and a zero point for each output and group of inputs."""
+    count, largest = int(groups.max()) + 1, 2**bits - 1
+    scales = torch.zeros(count, value.shape[0], dtype=torch.float16)
+    zeros = torch.full((count, value.shape[0]), 2 ** (bits - 1))
+    for group in range(count):
+        part = value[:, groups == group]
+        low, high = part.amin(1).clamp_max(0), part.amax(1).clamp_min(0)
+        if zero:
+            scales[group] = (high - low) / largest
+            zeros[group] = (-low / scales[group].double()).round().clamp(0, largest).long()
+        else:
+            scales[group] = torch.maximum(-low, high) / 2 ** (bits - 1)
+    over, under = scales.double().T[:, groups], zeros.T[:, groups]
+    codes = (value / over + under).round().clamp(0, largest).long()
+    return codes, scales, zeros, (codes - under).double() * over
+
+
+def gptq(bits=4, *, zero=False, two=False, shuffled=False, index=True):
+    def quantise(key, value):
+        groups = torch.arange(value.shape[1]) // 8
+        if shuffled:
+            groups = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(1))]
+        codes, scales, zeros, expected = integers(value, groups, bits, zero=zero)
+        stem, less = key.removesuffix("weight"), 0 if two else int("".join(["0" * (bits - 1) + "1"] * (32 // bits)), 2)
+        words = packed(zeros, bits, 1).long() - less
+        stored = {
+            f"{stem}qweight": packed(codes.T, bits, 0),
+            f"{stem}qzeros": (words + 2**31).remainder(2**32).sub(2**31).to(torch.int32),
+            f"{stem}scales": scales,
+            **({f"{stem}g_idx": groups.to(torch.int32)} if index else {}),
+        }
+        return stored, expected
+
+    return quantise
+
+
+def awq(key, value):
+    codes, scales, zeros, expected = integers(value, torch.arange(value.shape[1]) // 8, 4, zero=True)
+    stem, order = key.removesuffix("weight"), (0, 2, 4, 6, 1, 3, 5, 7)
+    stored = {f"{stem}qweight": packed(codes.T, 4, 1, order), f"{stem}qzeros": packed(zeros, 4, 1, order)}
+    return {**stored, f"{stem}scales": scales}, expected
+
+
+def compressed(bits, *, zero=False, shuffled=False):
+    def quantise(key, value):
+        groups = torch.arange(value.shape[1]) // 8
+        groups = groups.flip(0) if shuffled else groups
+        codes, scales, zeros, expected = integers(value, groups, bits, zero=zero)
+        stored = {
+            f"{key}_packed": packed(codes, bits, 1),
+            f"{key}_scale": scales.T.contiguous(),
+            f"{key}_shape": torch.tensor(value.shape),
+        }
+        stored |= {f"{key}_zero_point": packed(zeros.T, bits, 0)} if zero else {}
+        stored |= {f"{key}_g_idx": groups.to(torch.int32)} if shuffled else {}
+        return stored, expected
+
+    return quantise
+
+
+PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 FORMS = {
+    "GPTQ": (gptq(), {"quant_method": "gptq", "bits": 4, "group_size": 8}),
+    "GPTQ, shuffled": (gptq(zero=True, shuffled=True), {"quant_method": "gptq", "bits": 4, "desc_act": True}),
+    "GPTQ, 8 bits": (gptq(8, zero=True), {"quant_method": "gptq", "bits": 8}),
+    "GPTQ, 2 bits": (gptq(2), {"quant_method": "gptq", "bits": 2}),
+    "GPTQ, format 2": (gptq(zero=True, two=True), {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}),
+    "GPTQ, no index": (gptq(index=False), {"quant_method": "gptq", "bits": 4}),
+    "AWQ": (awq, {"quant_method": "awq", "bits": 4, "version": "gemm"}),
+    "packed": (compressed(4), PACKED),
+    "packed, 8 bits": (compressed(8), PACKED),
+    "packed, with zeros": (compressed(4, zero=True), PACKED),
+    "packed, shuffled": (compressed(4, shuffled=True), PACKED),
     "blocks": (fp8((8, 8)), {"quant_method": "fp8", "weight_block_size": [8, 8]}),
     "blocks that do not fit": (fp8((7, 9)), {"quant_method": "fp8", "weight_block_size": [7, 9]}),
     "blocks that are not told": (fp8((8, 4)), {"quant_method": "fp8"}),
@@ -193,6 +277,60 @@ def test_codes_are_read_as_what_they_mean(form, sources, tmp_path):
     other = kind.model(module.config).double().eval()
     other.load_state_dict(expected)
     torch.testing.assert_close(logits(module, kind.inputs()), logits(other, kind.inputs()), rtol=0, atol=1e-5)
+
+
+def gpt_oss(folder, seed=0):
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(seed)
+    model = hf.GptOssForCausalLM(hf.GptOssConfig(**sizes, **heads, dtype="bfloat16", pad_token_id=0, eos_token_id=1))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def as_fours(folder):
+    """The experts of a checkpoint as 4-bit floats, in place; what these mean by name."""
+    path, expected = folder / "model.safetensors", {}
+    table = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+    stored = load_file(path)
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        value = stored.pop(name).double().transpose(1, 2)  # outputs first
+        runs = value.reshape(*value.shape[:2], -1, 32)
+        exponents = (runs.abs().amax(-1).clamp_min(1e-30) / 6).log2().ceil()
+        codes = (runs / exponents.exp2()[..., None])[..., None].sub(table).abs().argmin(-1)
+        pairs = codes.reshape(*codes.shape[:-1], 16, 2)
+        stored[f"{name}_blocks"] = (pairs[..., 0] + 16 * pairs[..., 1]).to(torch.uint8)
+        stored[f"{name}_scales"] = (exponents + 127).to(torch.uint8)
+        meant = table[codes] * exponents.exp2()[..., None]
+        expected[name] = meant.reshape(value.shape).transpose(1, 2)
+    save_file({name: value.contiguous() for name, value in stored.items()}, path, {"format": "pt"})
+    change_config(folder, quantization_config={"quant_method": "mxfp4"})
+    return expected
+
+
+def test_experts_of_4_bit_floats_are_read_as_transformers_reads_them(tmp_path):
+    other = gpt_oss(tmp_path / "other", 1)
+    expected = as_fours(gpt_oss(tmp_path / "codes"))
+    models = {"a": str(tmp_path / "codes"), "b": str(other)}
+    recipe = {"models": models, "merge": {"method": "linear", "weight": {"a": 1.0, "b": 0.0}}}
+    result = mergetool.run(recipe, output=tmp_path / "out")
+    written = load_file(result.path / "model.safetensors")
+    for name, value in expected.items():
+        assert torch.equal(written[name].double(), value), name
+    theirs = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "codes", quantization_config=hf.Mxfp4Config(dequantize=True), dtype=torch.bfloat16
+    ).state_dict()
+    for name in expected:
+        assert torch.equal(written[name], theirs[name]), name
+    _, info = opened(result.path, hf.GptOssForCausalLM)
+    assert not info["missing_keys"]
+    source = mergetool.plan(recipe).sources["a"]
+    name = next(iter(expected))
+    whole = expected[name].float().reshape(-1)
+    for start, stop in ((1, 2), (2000, 2100), (len(whole) - 70, len(whole))):
+        buffer = bytearray(4 * (stop - start))
+        source.read_bytes(name, 4 * start, memoryview(buffer))
+        assert torch.equal(torch.frombuffer(buffer, dtype=torch.float32), whole[start:stop])
 
 
 @pytest.mark.parametrize("form", ["blocks", "LLM.int8", "nf4, nested"])

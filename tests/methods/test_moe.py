@@ -235,6 +235,19 @@ def test_prompts_that_mean_nearly_the_same_are_told(recipe, tmp_path):
     assert any("can hardly tell the experts apart" in text for text in said)
 
 
+def test_an_expert_without_prompts_is_called_where_no_other_is(recipe, tmp_path):
+    result = mergetool.run(recipe(experts={"code": PROMPTS["code"], "math": {}}), output=tmp_path / "out")
+    assert "expert 'math' has no prompts: its row of the gates is zeros" in result.warnings[0]
+    found = gates(tmp_path / "out")
+    assert not found[:, 1].any()
+    torch.testing.assert_close(found[:, 0].norm(dim=1), torch.ones(3))
+
+
+def test_the_same_prompts_for_all_experts_are_told(recipe):
+    (word,) = mergetool.plan(recipe(experts=dict.fromkeys(PROMPTS, PROMPTS["math"]))).warnings
+    assert "all experts have the same prompts, so their gates are alike" in word
+
+
 @pytest.mark.parametrize("gate", ["hidden", "embedding"])
 def test_prompts_that_say_what_is_to_be_avoided_are_refused(recipe, tmp_path, gate):
     asked = recipe(gate=gate, experts={**PROMPTS, "code": {"prompts": ["w6"], "avoid": ["w6"]}})
@@ -354,14 +367,18 @@ def test_storage_is_the_bases_or_what_is_asked_for(dense, tmp_path):
 @pytest.mark.parametrize(
     ("merge", "what", "fix"),
     [
-        ({"experts": RANDOM["experts"]}, "gate: hidden needs prompts, and expert 'math' has none", "gate: random"),
+        ({"experts": RANDOM["experts"]}, "gate: hidden needs prompts, and no expert has any", "gate: random"),
         ({"experts": {"math": PROMPTS["math"]}}, "model 'code' is no expert", "add code: {prompts: "),
         (
             {"experts": {**PROMPTS, "third": {"prompts": ["w1"]}}},
             "there is no model 'third'",
             "model: one of base, math",
         ),
-        ({"experts": dict.fromkeys(PROMPTS, PROMPTS["math"])}, "all experts have the same prompts", "gate: uniform"),
+        (
+            {"experts": {**PROMPTS, "math": {"avoid": ["w1"]}}},
+            "there is no direction from which to turn",
+            "add prompts:",
+        ),
         ({"experts_per_token": 3}, "cannot be sent to 3 of 2 experts", "write at most 2"),
         ({"gate": "random"}, "no prompt is read", "gate: hidden"),
         (

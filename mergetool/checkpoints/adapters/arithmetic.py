@@ -84,12 +84,12 @@ class Arithmetic:
         if block.index is not None:
             return b[block.first + first : block.first + last, :, block.index] @ a[block.index]
         height = change.shape[1]
-        found = []
+        products = []
         for expert in range(first // height, -(-last // height)):
             top, end = max(first - expert * height, 0), min(last - expert * height, height)
             left, right = (a[expert].mT, b[..., expert].mT) if term.transposed else (b[..., expert], a[expert])
-            found.append(left[top:end] @ right)
-        return torch.cat(found)
+            products.append(left[top:end] @ right)
+        return torch.cat(products)
 
     # ------------------------------------------------------------------ magnitudes, tokens
 
@@ -147,12 +147,12 @@ class Arithmetic:
             if name in self._kept:
                 self._kept.move_to_end(name)
                 return self._kept[name]
-        found = read()
+        tensor = read()
         with self._lock:
-            self._kept[name] = found
-            while sum(each.numel() for each in self._kept.values()) > _KEPT_ELEMENTS:
+            self._kept[name] = tensor
+            while sum(kept.numel() for kept in self._kept.values()) > _KEPT_ELEMENTS:
                 self._kept.popitem(last=False)
-        return found
+        return tensor
 
 
 def _rows_of(source: ModelSource, name: str, first: int, last: int) -> "Tensor":

@@ -20,8 +20,8 @@ _LEAVES: Mapping[str, frozenset[str]] = {
 
 def model_types(config: Mapping[str, Any]) -> Iterator[str]:
     """The model type of a config, and of the models that it is made of."""
-    if isinstance(found := config.get("model_type"), str):
-        yield found
+    if isinstance(own := config.get("model_type"), str):
+        yield own
     for part in config.values():
         if isinstance(part, dict):
             yield from model_types(part)

@@ -80,11 +80,11 @@ class Matching:
         where = f"{self._where}: {a.name}"
         if len(a.shape) < 2 or len(b.shape) != len(a.shape) or a.shape[0] != b.shape[1] or a.shape[0] == 0:
             raise SourceError(f"A is {list(a.shape)}, B is {list(b.shape)}: B A is no matrix", where, self._fix())
-        found = list(self._products(module, a, b, embedding=embedding))
-        if not found:
+        products = list(self._products(module, a, b, embedding=embedding))
+        if not products:
             raise self._no_tensor(f"{module}.weight", a.name)
         times = 2 if self._is_projected_twice(site) else 1
-        for name, term in found:
+        for name, term in products:
             self._check_floating(name, a, b, where)
             self._change(name, LowRank(a.name, b.name, times * term.factor, term.transposed, term.block), where)
             self._add_magnitude(name, parts, by_row=not term.transposed)

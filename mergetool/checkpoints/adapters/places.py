@@ -40,8 +40,8 @@ class Places:
 
     def counterpart(self, name: str) -> str | None:
         """The model's name of a tensor that is called `name` in memory."""
-        found = self._names.get(name, name)
-        return found if found in self._specs else None
+        stored = self._names.get(name, name)
+        return stored if stored in self._specs else None
 
     def experts(self, module: str) -> dict[int, dict[str, str]]:
         """Layers of a mixture that the model stores one by one: index -> last part of the module -> tensor."""
@@ -49,14 +49,14 @@ class Places:
 
     @cached_property
     def _experts(self) -> dict[str, dict[int, dict[str, str]]]:
-        found: dict[str, dict[int, dict[str, str]]] = {}
+        experts: dict[str, dict[int, dict[str, str]]] = {}
         for name in self._specs:
             head, mark, tail = name.rpartition(".experts.")
             index, _, leaf = tail.partition(".")
             if mark and index.isdecimal() and leaf.endswith(".weight"):
-                layers = found.setdefault(_plain(head), {})
+                layers = experts.setdefault(_plain(head), {})
                 layers.setdefault(int(index), {})[leaf.removesuffix(".weight")] = name
-        return found
+        return experts
 
     @property
     def is_tied(self) -> bool | None:
@@ -67,8 +67,8 @@ class Places:
         """The stored tensor that `module`, which the file lacks, is tied to."""
         if not is_vocabulary(module) or self.is_tied is False:
             return None
-        found = [name for name in self._vocabulary() if self._specs[name].shape[1:] == shape[1:]]
-        return found[0] if len(found) == 1 else None
+        fitting = [name for name in self._vocabulary() if self._specs[name].shape[1:] == shape[1:]]
+        return fitting[0] if len(fitting) == 1 else None
 
     def twins(self, name: str) -> list[str]:
         """A tensor and the copies of it that the file holds although they are tied to it."""

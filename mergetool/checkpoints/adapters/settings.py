@@ -53,8 +53,8 @@ class Settings:
     @property
     def made_for(self) -> str | None:
         """The model that it was trained on, as training named it."""
-        found = self.fields.get("base_model_name_or_path")
-        return found if isinstance(found, str) and found else None
+        base = self.fields.get("base_model_name_or_path")
+        return base if isinstance(base, str) and base else None
 
     @property
     def flag_transposed(self) -> bool:
@@ -90,17 +90,17 @@ class Settings:
 
     def rank(self, module: str) -> int | None:
         """The rank of one factor; None where the file does not say it."""
-        found = _patterned(self.ranks, module, self.fields.get("r"))
-        return found if type(found) is int and found > 0 else None
+        rank = _patterned(self.ranks, module, self.fields.get("r"))
+        return rank if type(rank) is int and rank > 0 else None
 
     def tokens(self, module: str) -> tuple[int, ...]:
         """The rows of an embedding that were trained one by one. Raises SourceError where there are none."""
-        found = self.fields.get("trainable_token_indices")
-        if isinstance(found, dict):
-            ends = [rows for name, rows in found.items() if f".{module}".endswith(f".{name}")]
-            found = ends[0] if ends else None
-        if isinstance(found, list) and found and all(type(row) is int and row >= 0 for row in found):
-            return tuple(found)
+        tokens = self.fields.get("trainable_token_indices")
+        if isinstance(tokens, dict):
+            ends = [rows for name, rows in tokens.items() if f".{module}".endswith(f".{name}")]
+            tokens = ends[0] if ends else None
+        if isinstance(tokens, list) and tokens and all(type(row) is int and row >= 0 for row in tokens):
+            return tuple(tokens)
         raise SourceError(f"trainable_token_indices names no rows of {module}", self.where, _AGAIN)
 
 
@@ -126,10 +126,10 @@ def _json(path: Path) -> Any:
 
 def _patterns(fields: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:
     try:
-        found = dict(fields.get(name) or {})
-        for pattern in found:
+        patterns = dict(fields.get(name) or {})
+        for pattern in patterns:
             re.compile(pattern)
-        return found
+        return patterns
     except (TypeError, ValueError, re.error):
         raise SourceError(f"{name} does not map patterns to numbers", str(path), _AGAIN) from None
 
@@ -144,10 +144,10 @@ def _patterned(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 def _warnings(fields: Mapping[str, Any]) -> tuple[str, ...]:
     known = _HONOURED | _OF_TRAINING | REFUSED_FIELDS.keys()
     unknown = [f"{name}: {value!r}"[:100] for name, value in fields.items() if name not in known and value]
-    found = [f"{CONFIG_NAME} holds what no LoRA has, and it was ignored: {', '.join(unknown)}"] if unknown else []
+    warnings = [f"{CONFIG_NAME} holds what no LoRA has, and it was ignored: {', '.join(unknown)}"] if unknown else []
     if fields.get("init_lora_weights") == "lora_ga":
-        found.append(
+        warnings.append(
             "init_lora_weights is 'lora_ga': training changed the base, which PEFT does not do again when it loads the"
             " adapter; merged into the base as it is, as PEFT does (right if training saved this base with the adapter)"
         )
-    return tuple(found)
+    return tuple(warnings)

@@ -133,5 +133,5 @@ class AdapterSource(ModelSource):
 
 
 def _labels(folder: Path) -> Mapping[str, str]:
-    found: Any = read_config(folder).get("id2label")
-    return found if isinstance(found, dict) else {}
+    labels: Any = read_config(folder).get("id2label")
+    return labels if isinstance(labels, dict) else {}

@@ -38,16 +38,16 @@ class Whole:
 
     def changes(self, keys: Sequence[Key]) -> dict[str, Change]:
         """Tensor -> change. Raises SourceError for a tensor that has no place in the model."""
-        found: dict[str, Change] = {}
+        changes: dict[str, Change] = {}
         names = {key.module for key in keys}
         for key in sorted(keys, key=lambda key: is_head(_module(key))):
             for name in self._targets(key, names):
-                if name in found and not is_vocabulary(_module(key)):
-                    what = f"{name} is brought twice, as {found[name].origin} too"
+                if name in changes and not is_vocabulary(_module(key)):
+                    what = f"{name} is brought twice, as {changes[name].origin} too"
                     raise SourceError(what, f"{self._where}: {key.own}", "save the adapter again")
                 self._check(key, name)
-                found[name] = Change(name, self._own[key.own].shape, key.own, is_own=True)
-        return self._untied(found, [key for key in keys if self._saves(_module(key))])
+                changes[name] = Change(name, self._own[key.own].shape, key.own, is_own=True)
+        return self._untied(changes, [key for key in keys if self._saves(_module(key))])
 
     def _saves(self, module: str) -> bool:
         return self._settings.saves(module) and not (self._settings.keeps_tied and is_vocabulary(module))
@@ -78,16 +78,16 @@ class Whole:
             what = f"it is {list(spec.shape)}, {name} is {list(old.shape)}"
             raise SourceError(what, f"{self._where}: {key.own}", "use the model it was trained on")
 
-    def _untied(self, found: dict[str, Change], saved: Sequence[Key]) -> dict[str, Change]:
+    def _untied(self, changes: dict[str, Change], saved: Sequence[Key]) -> dict[str, Change]:
         """With the head of its own that a model needs whose input embeddings were trained apart from it."""
         inputs = [key for key in saved if leaf_of(_module(key)) in INPUTS]
         name = self._places.counterpart(inputs[0].module) if inputs else None
         if name is None or not self._places.lacks_head():
-            return found
+            return changes
         self.warnings.append(
             f"{name} was trained apart from the output layer that is tied to it: {_HEAD} is written beside it"
         )
-        return {_HEAD: Change(_HEAD, self._specs[name].shape, name), **found}
+        return {_HEAD: Change(_HEAD, self._specs[name].shape, name), **changes}
 
 
 def _module(key: Key) -> str:

@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergetool.checkpoints.codes.base import Weight, elements
+from mergetool.checkpoints.codes.base import Reader, Weight
 from mergetool.errors import SourceError
-from mergetool.tensors.source import ModelSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,51 +37,51 @@ class Blocks(Weight):
         tables = ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if self.nested else ()))
         return (self.codes, self.state, *(f"{self.name}.{each}" for each in tables))
 
-    def read(self, model: ModelSource, start: int, out: "Tensor") -> None:
+    def read(self, reader: Reader, start: int, out: "Tensor") -> None:
         import torch
 
         stop = start + len(out)
-        packed = elements(model, self.codes, start // 2, -(-stop // 2) - start // 2)
+        packed = reader.elements(self.codes, start // 2, -(-stop // 2) - start // 2)
         codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[start % 2 :][: len(out)]
-        table = elements(model, f"{self.name}.quant_map", 0, 16).float()
+        table = reader.elements(f"{self.name}.quant_map", 0, 16).float()
         first, last = start // self.length, -(-stop // self.length)
-        scales = self._scales(model, first, last - first).repeat_interleave(self.length)
+        scales = self._scales(reader, first, last - first).repeat_interleave(self.length)
         out.copy_(table[codes.int()].mul_(scales[start - first * self.length :][: len(out)]))
 
-    def _scales(self, model: ModelSource, first: int, count: int) -> "Tensor":
-        found = elements(model, f"{self.name}.absmax", first, count)
+    def _scales(self, reader: Reader, first: int, count: int) -> "Tensor":
+        found = reader.elements(f"{self.name}.absmax", first, count)
         if self.nested is None:
             return found.float()
         length, offset = self.nested
         low, high = first // length, -(-(first + count) // length)
-        table = elements(model, f"{self.name}.nested_quant_map", 0, 256).float()
-        outer = elements(model, f"{self.name}.nested_absmax", low, high - low).float().repeat_interleave(length)
+        table = reader.elements(f"{self.name}.nested_quant_map", 0, 256).float()
+        outer = reader.elements(f"{self.name}.nested_absmax", low, high - low).float().repeat_interleave(length)
         return table[found.int()].mul_(outer[first - low * length :][:count]).add_(offset)
 
 
 def describes_codes(name: str) -> bool:
     """Whether a tensor's values say what others are."""
-    return _STATE in name
+    return _STATE in name or name.endswith(".weight_shape")
 
 
-def find_blocks(model: ModelSource) -> Iterator[Weight]:
+def find_blocks(reader: Reader) -> Iterator[Weight]:
     """Every weight that is stored so; the JSON beside each is read."""
-    for state in [name for name in model.specs if describes_codes(name)]:
+    for state in [name for name in reader.specs if _STATE in name]:
         name = state.partition(_STATE)[0]
-        said = _said(model, state)
+        said = _said(reader, state)
         shape, length = said.get("shape"), said.get("blocksize")
         nested = (said.get("nested_blocksize"), said.get("nested_offset")) if "nested_blocksize" in said else None
         fits = isinstance(shape, list) and all(type(each) is int for each in (*shape, length))
         if not fits or (nested and not (type(nested[0]) is int and isinstance(nested[1], int | float))):
             raise SourceError("the description of 4-bit codes lacks shape or blocksize", state, "get the model again")
         weight = Blocks(name, tuple(shape), name, state, length, nested)  # type: ignore[arg-type]
-        if all(each in model.specs for each in weight.uses):
+        if all(each in reader.specs for each in weight.uses):
             yield weight
 
 
-def _said(model: ModelSource, name: str) -> dict[str, Any]:
+def _said(reader: Reader, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(bytes(elements(model, name, 0, model.specs[name].num_elements).numpy()))
+        found = json.loads(bytes(reader.elements(name, 0, reader.specs[name].num_elements).numpy()))
     except (ValueError, RecursionError):
         raise SourceError("the description of 4-bit codes is not JSON", name, "get the model again") from None
     return found if isinstance(found, dict) else {}

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from mergetool.checkpoints.codes.base import Settings, Specs, Weight, elements, numbers
+from mergetool.checkpoints.codes.base import Reader, Settings, Specs, Weight
 from mergetool.tensors.header import TensorSpec
-from mergetool.tensors.source import ModelSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,27 +41,27 @@ class Scaled(Weight):
     def uses(self) -> tuple[str, ...]:
         return (self.codes, self.scale, *((self.zero,) if self.zero else ()))
 
-    def read(self, model: ModelSource, start: int, out: "Tensor") -> None:
-        codes = elements(model, self.codes, start, len(out)).float()
+    def read(self, reader: Reader, start: int, out: "Tensor") -> None:
+        codes = reader.elements(self.codes, start, len(out)).float()
         if self.zero is not None:
-            codes -= self._over(model, self.zero, start, len(out))
-        codes *= self._over(model, self.scale, start, len(out))
+            codes -= self._over(reader, self.zero, start, len(out))
+        codes *= self._over(reader, self.scale, start, len(out))
         out.copy_(codes if self.factor is None else codes.mul_(self.factor))
 
-    def _over(self, model: ModelSource, name: str, start: int, count: int) -> "Tensor":
+    def _over(self, reader: Reader, name: str, start: int, count: int) -> "Tensor":
         """The entry of a grid for each of some elements."""
         import torch
 
         if self.grid == (1, 1) and len(self.shape) <= 2:
-            return numbers(model, name, 0, 1) if name == self.scale else elements(model, name, 0, 1).float()
+            return reader.scales(name, 0, 1) if name == self.scale else reader.elements(name, 0, 1).float()
         width = self.shape[-1]
         height = self.shape[-2] if len(self.shape) > 1 else 1
         first, last = start // width, -(-(start + count) // width)
         rows = torch.arange(first, last)
         places = rows // height * self.grid[0] + rows % height // self.block[0]
         low, high = int(places[0]), int(places[-1]) + 1
-        read = numbers if name == self.scale else elements
-        entries = read(model, name, low * self.grid[1], (high - low) * self.grid[1]).float().view(-1, self.grid[1])
+        read = reader.scales if name == self.scale else reader.elements
+        entries = read(name, low * self.grid[1], (high - low) * self.grid[1]).float().view(-1, self.grid[1])
         entries = entries[places - low].repeat_interleave(self.block[1], dim=1)[:, :width]
         return entries.reshape(-1)[start - first * width :][:count]
 

@@ -8,8 +8,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mergetool.checkpoints.codes.base import Weight
+from mergetool.checkpoints.codes.base import Reader, Weight
 from mergetool.checkpoints.codes.blocks import find_blocks
+from mergetool.checkpoints.codes.fours import find_fours
+from mergetool.checkpoints.codes.packed import find_packed
 from mergetool.checkpoints.codes.scaled import find_scaled
 from mergetool.checkpoints.facts import QUANTISED, parts_of
 from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME, DType
@@ -17,6 +19,7 @@ from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import FileStamp, ModelSource
 
+_TOLD = "are quantised: they are dequantised while they are read"
 _FLOAT32 = BY_NAME["F32"]
 _ABOUT_ACTIVATIONS = re.compile(
     r"(.+\.)?(input|output|activation|k|v|q|kv|input_global)_(scale|zero_point|observer)(_inv)?|(.+\.)?weight_format|scaled_fp8"
@@ -29,8 +32,9 @@ class DequantisedModel(ModelSource):
 
     def __init__(self, model: ModelSource, weights: Mapping[str, Weight], dtype: DType) -> None:
         self._model, self._weights, self._dtype = model, weights, dtype
+        self._reader = Reader(model)
         self.folder, self.stem = model.folder, model.stem
-        told = f"{len(weights)} weights are quantised: they are dequantised while they are read"
+        told = f"{len(weights)} weights {_TOLD}"
         self.remarks = (*model.remarks, told)
         used = {name for weight in weights.values() for name in weight.uses}
         plain = {n: s for n, s in model.specs.items() if n not in used and not _ABOUT_ACTIVATIONS.fullmatch(n)}
@@ -53,7 +57,7 @@ class DequantisedModel(ModelSource):
             return
         import torch
 
-        self._weights[name].read(self._model, begin // 4, torch.frombuffer(buffer, dtype=torch.float32))
+        self._weights[name].read(self._reader, begin // 4, torch.frombuffer(buffer, dtype=torch.float32))
 
     def will_need(self, name: str, begin: int, length: int) -> None:
         if name not in self._weights:
@@ -76,7 +80,14 @@ def dequantised(model: ModelSource) -> ModelSource:
 
 def _found(model: ModelSource, settings: Mapping[str, Any]) -> Iterator[Weight]:
     yield from find_scaled(model.specs, settings)
-    yield from find_blocks(model)
+    yield from find_blocks(Reader(model))
+    yield from find_fours(Reader(model))
+    yield from find_packed(Reader(model), settings)
+
+
+def is_dequantised(model: ModelSource) -> bool:
+    """Whether a model, or the one that this is a view of, was quantised."""
+    return any(_TOLD in remark for remark in model.remarks)
 
 
 def quantisation_of(model: ModelSource) -> Mapping[str, Any]:

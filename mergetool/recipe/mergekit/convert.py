@@ -30,6 +30,7 @@ from mergetool.recipe.document import Document, Place
 from mergetool.recipe.mergekit.counterparts import METHODS, Counterpart
 from mergetool.recipe.mergekit.evolve import convert_evolve, is_evolve
 from mergetool.recipe.mergekit.findings import Findings
+from mergetool.recipe.mergekit.moe import convert_moe, is_moe
 from mergetool.recipe.mergekit.reading import TOP_KEYS, OutputSlice, Reading
 from mergetool.recipe.mergekit.roster import Roster
 from mergetool.recipe.mergekit.settings import MethodSettings, SettingsReader
@@ -41,8 +42,9 @@ _STORED = ("float32", "bfloat16", "float16")
 
 
 def is_mergekit(data: Any) -> bool:
-    """Whether parsed YAML is a mergekit recipe, or one of mergekit-evolve."""
-    return isinstance(data, dict) and ("merge_method" in data or is_evolve(data) or _lacks_method(data))
+    """Whether parsed YAML is a mergekit recipe, or one of mergekit-evolve or mergekit-moe."""
+    kinds = (is_evolve, is_moe, _lacks_method)
+    return isinstance(data, dict) and ("merge_method" in data or any(kind(data) for kind in kinds))
 
 
 def _lacks_method(data: Mapping[str, Any]) -> bool:
@@ -59,6 +61,8 @@ def convert(document: Document) -> Document:
     """
     if is_evolve(document.data):
         return convert_evolve(document)
+    if is_moe(document.data):
+        return convert_moe(document)
     importer = _Importer(document)
     data = importer.convert()
     if importer.findings.problems:
