@@ -193,7 +193,7 @@ def test_a_slice_of_slerp_begins_with_its_base():
         (
             SLICE.replace("base_model: a", "base_model: c"),
             ("5", "the base_model c is none of the models of this slice, which are a, b"),
-            "write base_model: a, or add - {model: c, layer_range: [0, 32]}",
+            "write base_model: a",
             SLICE,
         ),
         (
@@ -479,6 +479,14 @@ def test_a_density_of_zero_where_a_filter_matches_is_said_there():
     merge = converted(text)["merge"]
     assert (merge["weight"], merge["density"]) == (1, 1.0)
     assert merge["overrides"] == [{"match": "*mlp*", "weight": 0.0, "density": 1.0}]
+
+
+@pytest.mark.parametrize(("share", "density"), [(1.5, 1.0), (0, 1e-12), (0.5, 0.5)])
+def test_a_share_of_all_entries_is_kept_within_its_limits(share, density):
+    text = "merge_method: sce\nbase_model: base\nmodels: [{model: a}, {model: b}]\n"
+    document = convert(parse_document(text + f"parameters: {{select_topk: {share}}}\n", "x.yml"))
+    check_document(document)
+    assert document.data["merge"]["density"] == density
 
 
 def test_a_gradient_of_densities_may_end_at_nothing():

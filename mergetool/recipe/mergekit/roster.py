@@ -132,7 +132,7 @@ class Roster:
             what = f"the base_model {part.base} is none of the models of this slice, which are {', '.join(listed)}"
             add = f"add - {{model: {part.base}, layer_range: {list(span)}}}"
             if self.uses_base:
-                fix = f"write base_model: {listed[0]}, or {add}" if self.target.base == "member" else add
+                fix = f"write base_model: {listed[0]}" if self.target.base == "member" and len(listed) > 1 else add
                 self.findings.problem(part.place, what, fix)
             elif part is self.parts[0]:
                 why = f"the base_model is merged with nothing: {self.name} takes no base"
