@@ -86,11 +86,14 @@ def recipes(campaign: Campaign) -> dict[str, Path]:
     write_models(campaign.folder / "blocks", shapes=BLOCKS, dtype=torch.bfloat16)
     write_models(campaign.folder / "nets", names=("x", "y", "z"), shapes=PERCEPTRON)
     blocks = {"base": "blocks/base", "models": {"a": "blocks/a", "b": "blocks/b"}}
+    mean = {"recipe": {"models": {"a": "blocks/a", "b": "blocks/b"}, "merge": {"method": "linear"}}}
+    mixed = {"base": "blocks/base", "models": {"mix": mean, "b": "blocks/b"}}
     nets = {"models": {name: f"nets/{name}" for name in "xyz"}, "architecture": "mlp"}
     made = {
         "element (dare-ties)": (blocks, {"method": "dare-ties", "density": 0.4}),
         "tensor (tsv-merge)": (blocks, {"method": "tsv-merge"}),
         "fitted (c2m3)": (nets, {"method": "c2m3"}),
+        "merge of merges (linear, ties)": (mixed, {"method": "ties"}),
     }
     return {
         name: write_recipe(campaign.folder / f"{number}.yaml", **models, merge=merge, output={"shard_size": "3MB"})

@@ -3,7 +3,7 @@
 huggingface_hub is not imported there, as it looks at the environment once, when it is.
 
 With KILL_AT=n in its environment a command is killed (SIGKILL) before it makes, renames or removes the n-th file or
-folder in whose path is KILL_IN.
+folder in whose path is KILL_IN; with "KILL_AFTER=module:function n" after the n-th call of a function.
 """
 
 import json
@@ -47,6 +47,9 @@ def start(wanted):
     sys.stdin = open(0)
     if "KILL_AT" in os.environ:
         kill_at(int(os.environ["KILL_AT"]), os.environ["KILL_IN"])
+    if "KILL_AFTER" in os.environ:
+        target, count = os.environ["KILL_AFTER"].split()
+        tests.held.kill_after(target, int(count))
     if "HOLD" in os.environ:
         target, count = os.environ["HOLD"].split()
         tests.held.hold(target, int(count))

@@ -4,6 +4,7 @@ A run that is to be met in the middle must not depend on how fast it is. `HELD` 
 arguments are what to count (`module:name` of a function) and how many calls are let through.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -16,12 +17,24 @@ JOURNALLED = "mergetool.outputs.journal:Journal.unit"
 
 def hold(target, count):
     """After `count` calls of a function, whoever calls it stops there until `release` of the result is called."""
+    go = threading.Event()
+    _after(target, count, go.wait)
+    return go
+
+
+def kill_after(target, count):
+    """SIGKILL after `count` calls of a function."""
+    _after(target, count, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def _after(target, count, act):
+    """Have a function act at the end of its `count`-th call, and of every later one."""
     module, _, path = target.partition(":")
     *owners, name = path.split(".")
     owner = import_module(module)
     for each in owners:
         owner = getattr(owner, each)
-    function, go, lock = getattr(owner, name), threading.Event(), threading.Lock()
+    function, lock = getattr(owner, name), threading.Lock()
     left = [count]
 
     def counted(*arguments, **options):
@@ -30,11 +43,10 @@ def hold(target, count):
             left[0] -= 1
             stop = left[0] <= 0
         if stop:
-            go.wait()
+            act()
         return found
 
     setattr(owner, name, counted)
-    return go
 
 
 def main():

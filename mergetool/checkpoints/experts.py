@@ -63,6 +63,16 @@ class _Regrouped(RenamedModel):
             super().will_need(name, begin, length)
 
 
+def fused_name(name: str) -> str:
+    """What a tensor of an expert, or of what chooses among them, is called where experts are fused; else its name."""
+    name = name.replace(".block_sparse_moe.", ".mlp.")
+    match = _SINGLE.fullmatch(name)
+    if match is None:
+        return name
+    leaf = next(leaf for leaf, names in _LEAVES.items() if any(match[3] in each for each in names))
+    return f"{match[1]}.{leaf}"
+
+
 def in_layout_of(model: ModelSource, leader: Mapping[str, TensorSpec]) -> ModelSource:
     """`model` with its experts fused, or one by one, as `leader` has them."""
     fused = any(_FUSED.fullmatch(name) for name in leader)

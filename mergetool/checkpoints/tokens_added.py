@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,17 @@ def added_tokens_of(folder: Path | None) -> dict[str, dict[str, Any]]:
     """The flags of the tokens that were added to a folder's tokenizer, by text."""
     if folder is None:
         return {}
+    stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in _flag_files(folder)]
+    return _added_in(folder, tuple(stamps))
+
+
+def _flag_files(folder: Path) -> list[Path]:
+    return [folder / name for name in (_TOKENIZER, _SETTINGS) if (folder / name).is_file()]
+
+
+@lru_cache(maxsize=16)
+def _added_in(folder: Path, _: tuple[tuple[int, int], ...]) -> dict[str, dict[str, Any]]:
+    """Read once for each state of the files; not to be changed."""
     told = [*(small_json(folder / _TOKENIZER).get("added_tokens") or ())]
     told += (small_json(folder / _SETTINGS).get("added_tokens_decoder") or {}).values()
     return {
@@ -58,4 +70,4 @@ def with_tokens(folder: Path, added: Sequence[AddedToken]) -> dict[str, str]:
 
 
 def _written(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(content, ensure_ascii=False) + "\n"  # in one line: a vocabulary is long

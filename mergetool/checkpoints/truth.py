@@ -109,7 +109,12 @@ def _sizes(leader: str, parents: Mapping[str, Parent], written: Written) -> tupl
 
 def _set_sizes(config: dict[str, Any], leader: str, parents: Mapping[str, Parent], written: Written) -> None:
     """Sizes as the parent has them whose tensors were taken."""
-    for change in _sizes(leader, parents, written)[0]:
+    try:
+        changes = _sizes(leader, parents, written)[0]
+    except PlanError as error:
+        error.fix = "stack layers of models of one size" if written.layers else error.fix
+        raise
+    for change in changes:
         part, key = change.key
         (config[part] if part else config)[key] = copy.deepcopy(change.value)
 

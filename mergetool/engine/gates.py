@@ -74,9 +74,9 @@ def _measured(plan: Plan, say: Any) -> Tensor:
 def _asked(plan: Plan) -> Sequence[Asked]:
     """The experts in order; the shared one last, where it has prompts."""
     method = expect(plan.recipe.method, MixtureOfExperts)
-    found = [Asked(name, each.prompts, each.avoid) for name, each in method.experts.items()]
+    asked = [Asked(name, each.prompts, each.avoid) for name, each in method.experts.items()]
     shared = method.shared
-    return [*found, Asked("shared", shared.prompts, shared.avoid)] if shared is not None and shared.prompts else found
+    return [*asked, Asked("shared", shared.prompts, shared.avoid)] if shared is not None and shared.prompts else asked
 
 
 def _kept(folder: Path) -> Tensor | None:

@@ -40,13 +40,13 @@ def _following(plan: Plan) -> str | None:
 
 def known_digests(plan: Plan) -> dict[str, str]:
     """SHA-256 of input files, by path, as the recipes inside a plan found them."""
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for each in plan.inner.values():
         assert each.output is not None
         inputs = read_lock(each.output)["inputs"]
         for name, stamps in each.stamps.items():
-            found |= {str(stamp.path): file["sha256"] for stamp, file in zip(stamps, inputs[name], strict=True)}
-    return found
+            digests |= {str(stamp.path): file["sha256"] for stamp, file in zip(stamps, inputs[name], strict=True)}
+    return digests
 
 
 def with_inner_results(result: Result | None, done: Mapping[str, Result]) -> Result | None:

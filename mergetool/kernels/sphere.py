@@ -45,8 +45,8 @@ def karcher_mean(units: Tensor, shares: Tensor, max_iter: int, tol: float) -> Te
     """
     shares = torch.where(units.diagonal() > 0, shares, 0.0)
     shares = shares / shares.sum()
-    found = mean_direction(units, shares)
-    point = torch.eye(len(units), dtype=units.dtype)[int(shares.gt(0).nonzero()[0])] if found is None else found
+    mean = mean_direction(units, shares)
+    point = torch.eye(len(units), dtype=units.dtype)[int(shares.gt(0).nonzero()[0])] if mean is None else mean
     for _ in range(max_iter):
         cosines = (units @ point).clamp(-1.0, 1.0)
         angles = cosines.acos()

@@ -20,113 +20,28 @@ mapping names the rows: `slices: {encoder: [{a: [0, 4]}], decoder: [{b: [2, 6]}]
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
-from mergetool.checkpoints.rows import End, Outside, chosen_row, layers_of, norms_not_in_first, of_first_layer, rows_of
-from mergetool.checkpoints.truth import layers_behind
+from mergetool.checkpoints.rows import End, Outside, chosen_row, layers_of, rows_of
 from mergetool.errors import PlanError
 from mergetool.layouts.base import Arrangement, Layout, Origin, Problem, Sources
 from mergetool.layouts.same import Same
+from mergetool.layouts.slice import AnySlice, Slice, SlicePart
+from mergetool.layouts.stacking import Placed, StackedRow, having
 from mergetool.tensors.side_files import read_config
 
 _BASE = "base"
 
 
-def _as_span(value: Any) -> Any:
-    whole = isinstance(value, list | tuple) and len(value) == 2 and all(type(each) is int for each in value)
-    if not whole or value[0] < 0:
-        raise ValueError("expected the first layer and the end, as in [0, 16]")
-    return tuple(value)
-
-
-Span = Annotated[
-    tuple[int, int],
-    BeforeValidator(
-        _as_span,
-        json_schema_input_type=Annotated[list[int], Field(min_length=2, max_length=2)],
-    ),
-]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Slice(_Strict):
-    """Some layers of one model, or as many of each of several."""
-
-    layers: dict[str, Span] = Field(min_length=1, description="MODEL: [first, end), for each of the models")
-    base: Annotated[dict[str, Span], Field(min_length=1, max_length=1)] | None = Field(
-        None, description="MODEL: [first, end) of the model that is the base of this slice, in place of the recipe's"
-    )
-    set: dict[str, Any] = Field({}, description="other settings of the method for these layers")
-    overrides: tuple[dict[str, Any], ...] = Field((), description="overrides for tensors of these layers")
-    outside: bool = Field(
-        False,
-        strict=True,
-        description="whether `set` and `overrides` hold for what lies outside the layers, too: beside the first slice "
-        "for the embeddings, beside the last one for the final norm and head",
-    )
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The models that are merged, or the one that is copied."""
-        return tuple(name for name in self.layers if name != _BASE) or (_BASE,)
-
-    @property
-    def is_of_one(self) -> bool:
-        """Whether one model is all that it names."""
-        return len(self.spans) == 1
-
-    @property
-    def spans(self) -> dict[str, tuple[int, int]]:
-        """The layers of all models that it names, those of its base too."""
-        return {**self.layers, **(self.base or {})}
-
-    @property
-    def own_base(self) -> str:
-        """The model that a method takes for the base."""
-        return next(iter(self.base or (_BASE,)))
-
-    @property
-    def length(self) -> int:
-        """How many layers it makes."""
-        start, end = self.layers[self.models[0]]
-        return end - start
-
-    def layer(self, model: str, offset: int) -> int | None:
-        """Which layer of a model goes into a layer of this slice; None where the recipe does not say."""
-        if model in self.layers:
-            return self.layers[model][0] + offset
-        starts = {start for start, _ in self.layers.values()}
-        return starts.pop() + offset if len(starts) == 1 else None
-
-    def base_layer(self, offset: int) -> int | None:
-        """The same for its base."""
-        return self.layer(_BASE, offset) if self.base is None else self.base[self.own_base][0] + offset
-
-    def depth(self, offset: int) -> float:
-        """How far up a layer is in this slice, from 0 to 1; a single one is at the top, as mergekit has it."""
-        return offset / (self.length - 1) if self.length > 1 else 1.0
-
-
-class OutsideSection(_Strict):
+class OutsideSection(SlicePart):
     """Whose tensors outside the layers are taken."""
 
     first: str | None = Field(None, description="the model whose embeddings are taken (all models of the first slice)")
     last: str | None = Field(None, description="the model whose final norm and head are taken (of the last slice)")
 
 
-def _long_form(value: Any) -> Any:
-    """`{a: [0, 16]}` as `{layers: {a: [0, 16]}}`."""
-    long = not isinstance(value, dict) or isinstance(value.get("layers"), dict)
-    return value if long else {"layers": value}
-
-
-AnySlice = Annotated[Slice, BeforeValidator(_long_form, json_schema_input_type=Slice | dict[str, Span])]
 Stack = Annotated[tuple[AnySlice, ...], Field(min_length=1)]
 Stacks = Annotated[
     Annotated[Stack, Tag("(one row)")] | Annotated[dict[str, Stack], Field(min_length=1), Tag("(rows)")],
@@ -183,23 +98,23 @@ class Slices(Layout):
     def arrange(self, sources: Sources, leader: str, models: Sequence[str]) -> Arrangement:
         names = {name for source in sources.values() for name in source.specs}
         rows = rows_of(names)
-        stacks: dict[str, list[_Placed]] = {}
+        stacks: dict[str, list[Placed]] = {}
         settings = 0
         for key, stack in self.stacks.items():
             placed = stacks[_row(rows, key, stacks)] = []
             for each in stack:
                 count = len(each.overrides) + bool(each.set)
-                placed.append(_Placed(each, tuple(range(settings, settings + count))))
+                placed.append(Placed(each, tuple(range(settings, settings + count))))
                 settings += count
         if self._is_everything(sources, rows, stacks):
             return Same().arrange(sources, leader, models)
         begin, end = self._outside(sources, leader, rows, stacks)
-        inside = [origin for row, stack in stacks.items() for origin in _Row(sources, row).stacked(stack)]
+        inside = [origin for row, stack in stacks.items() for origin in StackedRow(sources, leader, row).stacked(stack)]
         taken = {row: _taken(stack) for row, stack in stacks.items()}
         return Arrangement([*begin, *inside, *end], taken, () if "" not in self.stacks else _told(taken, rows))
 
     def _is_everything(
-        self, sources: Sources, rows: Mapping[str, int], stacks: Mapping[str, Sequence["_Placed"]]
+        self, sources: Sources, rows: Mapping[str, int], stacks: Mapping[str, Sequence["Placed"]]
     ) -> bool:
         """Whether all layers of all models are merged in their own order: then these are whole models."""
         if len(stacks) != 1 or self.outside.first or self.outside.last:
@@ -212,7 +127,7 @@ class Slices(Layout):
         return plain and len(rows) == 1 and ends == set(only.layers.values())
 
     def _outside(
-        self, sources: Sources, leader: str, rows: Mapping[str, int], stacks: Mapping[str, Sequence["_Placed"]]
+        self, sources: Sources, leader: str, rows: Mapping[str, int], stacks: Mapping[str, Sequence["Placed"]]
     ) -> tuple[list[Origin], list[Origin]]:
         """Tensors outside the layers: those before them, those behind."""
         shapes = {name: spec.shape for name, spec in sources[leader].specs.items()}
@@ -227,14 +142,6 @@ class Slices(Layout):
                     if outside.of(name) == (row, end):
                         origins.append(_beside(sources, name, placed, named))
         return found["first"], found["last"]
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """A slice, and which of the layout's overrides are its own."""
-
-    slice: Slice
-    settings: tuple[int, ...]
 
 
 def _problems_of(place: tuple[str | int, ...], each: Slice, known: Sequence[str]) -> Iterator[Problem]:
@@ -274,7 +181,7 @@ def _told(taken: Iterable[str], rows: Iterable[str]) -> tuple[str, ...]:
     return (f"slices are taken to be of {mine}; those of {', '.join(others)} are left whole ({fix} means those)",)
 
 
-def _taken(stack: Sequence[_Placed]) -> tuple[tuple[str, int], ...]:
+def _taken(stack: Sequence[Placed]) -> tuple[tuple[str, int], ...]:
     """Where each layer of a row comes from: (model, layer there)."""
     return tuple(
         (each.slice.models[0], each.slice.layers[each.slice.models[0]][0] + offset)
@@ -283,7 +190,7 @@ def _taken(stack: Sequence[_Placed]) -> tuple[tuple[str, int], ...]:
     )
 
 
-def _beside(sources: Sources, name: str, placed: _Placed, named: str | None) -> Origin:
+def _beside(sources: Sources, name: str, placed: Placed, named: str | None) -> Origin:
     """A tensor outside the layers, of one model as it is, or merged from several."""
     models = (named,) if named else placed.slice.models
     settings = placed.settings if placed.slice.outside and not named else ()
@@ -291,98 +198,9 @@ def _beside(sources: Sources, name: str, placed: _Placed, named: str | None) -> 
     base = placed.slice.own_base
     return Origin(
         name,
-        _having(sources, dict.fromkeys((*models, _BASE), name), base),
+        having(sources, dict.fromkeys((*models, _BASE), name), base),
         models,
         copy_of=models[0] if alone else None,
         settings=settings,
         base=base,
     )
-
-
-class _Row:
-    """One row of layers, as all models have it."""
-
-    def __init__(self, sources: Sources, tower: str) -> None:
-        self.sources, self.tower = sources, tower
-        self._layers: dict[str, dict[int, dict[str, str]]] = {}
-        self._first: dict[str, set[str]] = {}
-        self._lacked: dict[str, set[str]] = {}
-        """Norms that the first layer of a model lacks, and all others have."""
-
-    def layers(self, model: str) -> dict[int, dict[str, str]]:
-        """The tensors of each layer of a model, by what stands behind the number."""
-        if model not in self._layers:
-            found = layers_of(self.sources[model].specs, self.tower)
-            count = len(found) - layers_behind(read_config(self.sources[model].folder), len(found))
-            self._layers[model] = {number: own for number, own in found.items() if number < count}
-            self._first[model] = of_first_layer(self._layers[model])
-            self._lacked[model] = norms_not_in_first(self._layers[model])
-        return self._layers[model]
-
-    def stacked(self, stack: Sequence[_Placed]) -> Iterator[Origin]:
-        """The tensors of every layer."""
-        places = [(placed, offset) for placed in stack for offset in range(placed.slice.length)]
-        for number, (placed, offset) in enumerate(places):
-            yield from self._layer(placed, offset, number)
-
-    def _layer(self, placed: _Placed, offset: int, number: int) -> Iterator[Origin]:
-        """The tensors of one layer of the output."""
-        each, leading = placed.slice, placed.slice.models[0]
-        alone = each.is_of_one and not placed.settings
-        numbers = self._numbers(each, offset, alone=alone)
-        self._check_norms(leading, numbers[leading] or 0, number)
-        own = self.layers(leading)[numbers[leading] or 0]
-        shared = self._first[leading]
-        inside = sorted(own.keys() - shared, key=lambda suffix: self.sources[leading].position(own[suffix]))
-        for suffix in [*inside, *sorted(shared if number == 0 else ())]:
-            places = dict.fromkeys(numbers, 0) if suffix in shared else numbers
-            tensors = {model: f"{self.tower}.{layer}.{suffix}" for model, layer in places.items() if layer is not None}
-            yield Origin(
-                f"{self.tower}.{number}.{suffix}",
-                _having(self.sources, tensors, each.own_base),
-                each.models,
-                copy_of=leading if alone else None,
-                settings=placed.settings,
-                within=each.depth(offset),
-                base=each.own_base,
-            )
-
-    def _numbers(self, each: Slice, offset: int, *, alone: bool) -> dict[str, int | None]:
-        """The layer of each model, and of the base under its name, that goes into one of the output."""
-        numbers = {name: each.layer(name, offset) for name in each.models}
-        for name, layer in numbers.items():
-            self._check(name, layer)
-        if _BASE not in self.sources or _BASE in numbers:
-            return numbers
-        numbers[_BASE] = layer = each.base_layer(offset)
-        if layer is None and not alone:
-            what = f"{' and '.join(each.models)} give layers of other numbers, and which are the base's is not said"
-            raise PlanError(what, f"slices: {dict(each.layers)}", "add base: [first, end] to the slice")
-        if not alone:
-            self._check(each.own_base, layer)
-        return numbers
-
-    def _check_norms(self, model: str, layer: int, number: int) -> None:
-        """A first layer without a norm that all others have (ModernBERT) can neither leave its place nor yield it."""
-        if self._lacked[model] and (layer == 0) != (number == 0):
-            what = f"layer 0 of model {model!r} has no {min(self._lacked[model])}, and layer 0 of the result has none"
-            count = len(self.layers(model))
-            fix = f"begin with layer 0 of a model, and take it nowhere else: [0, ..] first, then [1, {count}]"
-            raise PlanError(what, f"slices: layer {number} of {self.tower}", fix)
-
-    def _check(self, model: str, layer: int | None) -> None:
-        count = len(self.layers(model))
-        if layer is not None and layer not in self.layers(model):
-            whose = "the base" if model == _BASE else f"model {model!r}"
-            what = f"layer {layer} is asked for, and {whose} has layers 0 to {count - 1} ({self.tower})"
-            raise PlanError(what, f"slices: {model}", f"write at most [.., {count}]")
-
-
-def _having(sources: Sources, tensors: Mapping[str, str], base: str) -> dict[str, str]:
-    """The tensors that there are, those of the slice's base under "base"."""
-    holders = {model: base if model == _BASE else model for model in tensors}
-    return {
-        model: name
-        for model, name in tensors.items()
-        if holders[model] in sources and name in sources[holders[model]].specs
-    }

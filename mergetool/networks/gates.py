@@ -77,15 +77,15 @@ def _row(asked: Asked, states: Mapping[str, Tensor], *, sums: bool) -> Tensor:
     """The direction that calls an expert, in each layer."""
     if not asked.prompts:
         return torch.zeros_like(next(iter(states.values())))
-    found = _centre([states[text] for text in asked.prompts], sums=sums)
+    centre = _centre([states[text] for text in asked.prompts], sums=sums)
     if asked.avoid:
-        least = 1e-6 * found.norm(dim=-1, keepdim=True)
-        found = found - _centre([states[text] for text in asked.avoid], sums=sums)
-        found = found * (found.norm(dim=-1, keepdim=True) > least)  # the first layer sees the last token only
-        if not bool(found.any()):
+        least = 1e-6 * centre.norm(dim=-1, keepdim=True)
+        centre = centre - _centre([states[text] for text in asked.avoid], sums=sums)
+        centre = centre * (centre.norm(dim=-1, keepdim=True) > least)  # the first layer sees the last token only
+        if not bool(centre.any()):
             what = f"the prompts of expert {asked.name!r} and what it avoids are the same to the base"
             raise PlanError(what, f"merge.experts.{asked.name}", "write prompts that differ from those under `avoid`")
-    return _unit(found)
+    return _unit(centre)
 
 
 def _centre(states: Sequence[Tensor], *, sums: bool) -> Tensor:
@@ -104,12 +104,12 @@ def _ids(base: ModelSource, texts: Sequence[str]) -> Prompts:
     tokenizer = load_tokenizer(base.folder, fix="copy its tokenizer.json there, or write gate: random")
     begin = tokenizer.bos_token or ""
     rows = base.specs[_EMBEDDINGS].shape[0]
-    found = [list(tokenizer(begin + text, add_special_tokens=False)["input_ids"]) for text in texts]
-    for text, ids in zip(texts, found, strict=True):
+    tokens = [list(tokenizer(begin + text, add_special_tokens=False)["input_ids"]) for text in texts]
+    for text, ids in zip(texts, tokens, strict=True):
         if not ids or max(ids) >= rows:
             what = f"its tokenizer makes no token of {text!r}" if not ids else f"it has no embedding {max(ids)}"
             raise PlanError(what, f"the base: {base.folder}", "write another prompt, or give it its own tokenizer")
-    return found
+    return tokens
 
 
 def _read(base: ModelSource, name: str, start: int, out: Tensor) -> Tensor:
@@ -155,14 +155,14 @@ def _summed_embeddings(base: ModelSource, ids: Prompts) -> list[Tensor]:
 def _hidden_states(base: ModelSource, ids: Prompts, *, mean: bool) -> list[Tensor]:
     """For each text what goes into every layer, at its last token or on average, (layers, width) in float64."""
     network, shelf = _empty_network(base), _Shelf(base)
-    found: dict[int, Tensor] = {}
+    by_place: dict[int, Tensor] = {}
     for batch in _batches(ids, range(len(ids)), _TOKENS):
         parts = list(_batches(ids, batch, _SHARE))
         together = _Together(network, shelf, len(parts), mean=mean)
         done = together.run([_inputs(base, [ids[place] for place in part]) for part in parts])
         for part, states in zip(parts, done, strict=True):
-            found |= dict(zip(part, states.unbind(1), strict=True))
-    return [found[place] for place in range(len(ids))]
+            by_place |= dict(zip(part, states.unbind(1), strict=True))
+    return [by_place[place] for place in range(len(ids))]
 
 
 def _batches(ids: Prompts, places: Iterable[int], most: int) -> Iterator[list[int]]:

@@ -66,7 +66,7 @@ class Journal:
         self.done = Done()
         for line in lines[1:]:
             _apply(self.done, json.loads(line))
-        self.found = bool(lines)
+        self.was_there = bool(lines)
         """Whether there was a journal of this very plan."""
         self.resumed = bool(self.done.units)
         self.worked = self.resumed
@@ -92,7 +92,7 @@ class Journal:
         """Forget everything: what this journal speaks of is not there."""
         os.ftruncate(self._fd, 0)
         self.done = Done()
-        self.found = self.resumed = self.worked = False
+        self.was_there = self.resumed = self.worked = False
         self._num_records = 0
         self._begin()
 

@@ -69,11 +69,11 @@ class Staging:
 
     def _take_over(self, plan: Plan) -> None:
         """What an earlier run of this plan left is gone on with, what another one left is removed."""
-        if self.journal.found:
+        if self.journal.was_there:
             self.journal.include(read_done(path, self.key) for path in other_journals(self.partial))
         if self.journal.resumed and not self._has_files(plan):
             self.journal.start_over()
-        if not self.finished and not self.journal.found:
+        if not self.finished and not self.journal.was_there:
             _empty(self.partial)
             for path in other_journals(self.partial):
                 path.unlink()

@@ -81,7 +81,9 @@ def _planned(
     stem, limit = opened[template].stem, recipe.output.shard_size
     shards = _shards([specs[each.name] for each in draft.arrangement.origins if each.name in specs], stem, limit)
     remarks = (*recipe.warnings, *lookup.warnings, *family.remarks, *vocabulary.remarks, *draft.warnings)
-    words = (*check_shares(recipe, family.sources, steps), *words_about(recipe, family.sources, template, steps))
+    stacked = bool(draft.arrangement.layers)
+    about = words_about(recipe, family.sources, template, steps, stacked=stacked)
+    words = (*check_shares(recipe, family.sources, steps), *about)
     return Plan(
         recipe,
         draft.sources,

@@ -13,7 +13,7 @@ from mergetool.errors import PlanError
 from mergetool.layouts.base import Arrangement, Origin
 from mergetool.methods.base import TensorMethod
 from mergetool.planning.graph import ALIGNED, BASE, ROWS, STORED, Operand, Slot, Step
-from mergetool.planning.numbers import numbers_of, overridden
+from mergetool.planning.numbers import fits, numbers_of, overridden
 from mergetool.planning.operations import Copy, Merge
 from mergetool.planning.parents import check_missing, label, listed
 from mergetool.planning.words import Rows
@@ -97,7 +97,7 @@ class Draft:
         own = len(self.recipe.layout_overrides)
         own_first: tuple[int, ...] = (*origin.settings, *range(own, len(self.overrides)))
         for index in own_first:
-            if fnmatchcase(name, self.overrides[index].match):
+            if fits(self.overrides[index], name):
                 return index
         return None
 

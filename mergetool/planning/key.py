@@ -23,9 +23,9 @@ def plan_key(plan: Plan) -> str:
     ]
     layout = [[shard.name, hashlib.sha256(shard.prefix).hexdigest()] for shard in plan.shards]
     versions = [_FORMAT, __version__, version("torch")]
-    text = json.dumps(
-        [versions, UNIT_ELEMENTS, document, inputs, layout, plan.words.digest], sort_keys=True, default=str
-    )
+    inner = {name: plan_key(each) for name, each in plan.inner.items()}
+    known = [versions, UNIT_ELEMENTS, document, inputs, layout, plan.words.digest, inner]
+    text = json.dumps(known, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

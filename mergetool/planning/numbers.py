@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
+from mergetool.checkpoints.experts import fused_name
 from mergetool.errors import PlanError
 from mergetool.methods.base import Method, Params, TensorMethod
 from mergetool.methods.values import settled
@@ -33,6 +34,11 @@ def overridden(method: Method, override: Override, depth: float | None = None) -
     return method.model_copy(update=settings).kernel()
 
 
+def fits(override: Override, name: str) -> bool:
+    """Whether an override is meant for a tensor, under its name or under that which it has among fused experts."""
+    return fnmatchcase(name, override.match) or fnmatchcase(fused_name(name), override.match)
+
+
 def keeps_operands(plan: Plan, recipe: Recipe) -> bool:
     """Whether a recipe that differs in `merge` only copies and merges the same tensors as a plan does."""
     before, after = ([(each.match, each.use) for each in r.overrides] for r in (plan.recipe, recipe))
@@ -41,13 +47,13 @@ def keeps_operands(plan: Plan, recipe: Recipe) -> bool:
 
 def with_numbers(plan: Plan, recipe: Recipe) -> Plan:
     """The plan of a recipe that keeps the operands of another one's. Raises PlanError."""
-    special = [(override.match, overridden(recipe.method, override)) for override in recipe.overrides]
+    special = [(override, overridden(recipe.method, override)) for override in recipe.overrides]
     usual = recipe.method.kernel()
 
     def numbered(step: Step) -> Step:
         if not isinstance(step.operation, Merge):
             return step
-        method = next((method for match, method in special if fnmatchcase(step.key, match)), usual)
+        method = next((method for override, method in special if fits(override, step.key)), usual)
         models = step.operation.models
         return replace(step, operation=Merge(method, numbers_of(method, step.depth, models, step.name), models))
 

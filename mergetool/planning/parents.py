@@ -85,14 +85,22 @@ def check_shares(recipe: Recipe, sources: Sources, steps: Sequence[Step]) -> lis
     return words
 
 
-def words_about(recipe: Recipe, sources: Sources, leader: str, steps: Sequence[Step]) -> Iterator[str]:
-    """What people should know about their models before they merge them. Raises PlanError for heads cut differently."""
+def words_about(
+    recipe: Recipe, sources: Sources, leader: str, steps: Sequence[Step], *, stacked: bool = False
+) -> Iterator[str]:
+    """What people should know about their models before they merge them. Raises PlanError for heads cut differently.
+
+    `stacked`: layers of several models work together, though they are copied.
+    """
     configs = {model: read_config(source.folder) for model, source in sources.items()}
     if not recipe.method.arranges:
         yield from _same_files(sources)
     for model in recipe.models:
-        if model != leader and any(model in step.reads for step in steps if step.operation.arithmetic):
+        used = [step for step in steps if model in step.reads] if model != leader else []
+        merged = any(step.operation.arithmetic for step in used)
+        if merged or (stacked and used):
             yield from _facts(model, leader, configs)
+        if merged:
             yield from _tokens(recipe, sources, model, leader)
     if recipe.tokenizer is None:
         yield from _left_behind(recipe, sources, leader, configs)

@@ -96,9 +96,10 @@ class Lookup:
             return Place(path, Provenance(text, licence_of(path if path.is_dir() else path.parent)))
         repository = self._repository(name, text, adapter=adapter)
         origin = Provenance(text, licence_of(repository.folder), repository.name, repository.commit)
-        if whole or _is_pickled(repository) or _needs_values(repository):  # no header tells what is in it
+        headers = {} if whole or _is_pickled(repository) else repository.headers()
+        if whole or _is_pickled(repository) or _needs_values(headers):  # no header tells what is in it
             return Place(repository.fetch(whole=whole), origin)
-        return Place(repository.folder, origin, repository.headers())
+        return Place(repository.folder, origin, headers)
 
     def _hub_name(self, text: str) -> HubName | None:
         """The Hub id that is meant, unless it looks more like a mistyped path."""
@@ -206,9 +207,9 @@ def _is_pickled(repository: Repository) -> bool:
     return not all(name.endswith(".safetensors") for name in repository.weight_files())
 
 
-def _needs_values(repository: Repository) -> bool:
+def _needs_values(headers: Mapping[Path, OpenFile]) -> bool:
     """Whether shapes are told by values (bitsandbytes' 4 bits), not by headers."""
-    return any(describes_codes(name) for file in repository.headers().values() for name in file.header.slots)
+    return any(describes_codes(name) for file in headers.values() for name in file.header.slots)
 
 
 def _open(place: Place, select: str | None) -> ModelSource:

@@ -187,9 +187,13 @@ class _Matching:
         """The models as they show their rows, and where these come from."""
         maps: dict[str, dict[str, RowMap]] = {model: {} for model in self.sources}
         told: dict[str, dict[str, dict[str, int]]] = {}
+        known: dict[tuple[tuple[str, int], ...], dict[str, RowMap]] = {}
         for name in dict.fromkeys(name for axes in self.axes.values() for name in axes):
             rows = self._rows(name)
-            found = row_maps(target, vocabularies, rows, name) if rows else {}
+            sizes = tuple(rows.items())
+            if sizes not in known:
+                known[sizes] = row_maps(target, vocabularies, rows, name) if rows else {}
+            found = known[sizes]
             if all(each.is_plain(rows[model]) for model, each in found.items()):
                 continue
             told[name] = {model: each.counts() for model, each in found.items()}
@@ -203,7 +207,11 @@ class _Matching:
 
     def _digest(self, target: Wanted, added: Sequence[AddedToken], shown: Sources) -> str:
         """Of all tokens, and of where every row comes from."""
-        found = hashlib.sha256(repr((sorted(target.texts.items()), [each.facts for each in added])).encode())
+        found = hashlib.sha256()
+        for number, text in sorted(target.texts.items()):
+            found.update(f"{number} {text}\n".encode("utf-8", "surrogatepass"))
+        for token in added:
+            found.update(repr(sorted(token.flags.items())).encode())
         for model, source in shown.items():
             for name, each in source.maps.items() if isinstance(source, GatheredModel) else ():
                 found.update(repr((model, name, each.sources, sorted(each.mixed.items()))).encode())

@@ -60,7 +60,24 @@ def read(folder: Path) -> dict[str, np.ndarray]:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             out |= {name: opened.get_tensor(name).float().numpy() for name in opened.keys()}  # noqa: SIM118
-    return out
+    return dict(pair for name, tensor in out.items() for pair in apart(name, tensor))
+
+
+def apart(name: str, tensor: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Mixtral's experts under the names that checkpoints have: mergekit writes them stacked, gate and up in one."""
+    layer, _, rest = name.partition("mlp.")
+    if rest == "gate.weight":
+        return [(f"{layer}block_sparse_moe.gate.weight", tensor)]
+    if rest not in ("experts.gate_up_proj", "experts.down_proj"):
+        return [(name, tensor)]
+    kinds = (
+        {"w2": tensor} if rest == "experts.down_proj" else dict(zip(("w1", "w3"), np.split(tensor, 2, 1), strict=True))
+    )
+    return [
+        (f"{layer}block_sparse_moe.experts.{expert}.{kind}.weight", one)
+        for kind, stacked in kinds.items()
+        for expert, one in enumerate(stacked)
+    ]
 
 
 if __name__ == "__main__":

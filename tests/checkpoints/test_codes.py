@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import mergetool
@@ -276,6 +277,60 @@ def test_codes_are_read_as_what_they_mean(form, sources, tmp_path):
     other = kind.model(module.config).double().eval()
     other.load_state_dict(expected)
     torch.testing.assert_close(logits(module, kind.inputs()), logits(other, kind.inputs()), rtol=0, atol=1e-5)
+
+
+def gpt_oss(folder, seed=0):
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(seed)
+    model = hf.GptOssForCausalLM(hf.GptOssConfig(**sizes, **heads, dtype="bfloat16", pad_token_id=0, eos_token_id=1))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def as_fours(folder):
+    """The experts of a checkpoint as 4-bit floats, in place; what these mean by name."""
+    path, expected = folder / "model.safetensors", {}
+    table = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+    stored = load_file(path)
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        value = stored.pop(name).double().transpose(1, 2)  # outputs first
+        runs = value.reshape(*value.shape[:2], -1, 32)
+        exponents = (runs.abs().amax(-1).clamp_min(1e-30) / 6).log2().ceil()
+        codes = (runs / exponents.exp2()[..., None])[..., None].sub(table).abs().argmin(-1)
+        pairs = codes.reshape(*codes.shape[:-1], 16, 2)
+        stored[f"{name}_blocks"] = (pairs[..., 0] + 16 * pairs[..., 1]).to(torch.uint8)
+        stored[f"{name}_scales"] = (exponents + 127).to(torch.uint8)
+        meant = table[codes] * exponents.exp2()[..., None]
+        expected[name] = meant.reshape(value.shape).transpose(1, 2)
+    save_file({name: value.contiguous() for name, value in stored.items()}, path, {"format": "pt"})
+    change_config(folder, quantization_config={"quant_method": "mxfp4"})
+    return expected
+
+
+def test_experts_of_4_bit_floats_are_read_as_transformers_reads_them(tmp_path):
+    other = gpt_oss(tmp_path / "other", 1)
+    expected = as_fours(gpt_oss(tmp_path / "codes"))
+    models = {"a": str(tmp_path / "codes"), "b": str(other)}
+    recipe = {"models": models, "merge": {"method": "linear", "weight": {"a": 1.0, "b": 0.0}}}
+    result = mergetool.run(recipe, output=tmp_path / "out")
+    written = load_file(result.path / "model.safetensors")
+    for name, value in expected.items():
+        assert torch.equal(written[name].double(), value), name
+    theirs = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "codes", quantization_config=hf.Mxfp4Config(dequantize=True), dtype=torch.bfloat16
+    ).state_dict()
+    for name in expected:
+        assert torch.equal(written[name], theirs[name]), name
+    _, info = opened(result.path, hf.GptOssForCausalLM)
+    assert not info["missing_keys"]
+    source = mergetool.plan(recipe).sources["a"]
+    name = next(iter(expected))
+    whole = expected[name].float().reshape(-1)
+    for start, stop in ((1, 2), (2000, 2100), (len(whole) - 70, len(whole))):
+        buffer = bytearray(4 * (stop - start))
+        source.read_bytes(name, 4 * start, memoryview(buffer))
+        assert torch.equal(torch.frombuffer(buffer, dtype=torch.float32), whole[start:stop])
 
 
 @pytest.mark.parametrize("form", ["blocks", "LLM.int8", "nf4, nested"])

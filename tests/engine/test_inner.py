@@ -1,7 +1,11 @@
 """Recipes inside a recipe: one run gives what runs one after the other give, and leaves nothing but the result."""
 
 import json
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +16,13 @@ from transformers import Qwen2ForCausalLM
 import mergetool
 from mergetool.errors import OutputError, PlanError, RecipeError
 from mergetool.planning import make_plan
+from mergetool.planning.inner import bytes_on_disk
+from mergetool.planning.key import plan_key
 from mergetool.recipe import load_recipe
-from tests.files import StoppedError, Watch, content, tensors, write_model, write_models, write_recipe
+from tests.dense import write_dense
+from tests.files import StoppedError, Watch, content, tensors, write_model, write_models, write_recipe, write_sparse
 from tests.forks import Forks, clean_environment
+from tests.words import models as words
 from tests.zoo.build import build, tuned
 
 FIRST = {"models": {"a": "a", "b": "b"}, "merge": {"method": "linear", "weight": {"a": 0.7, "b": 0.3}}}
@@ -300,21 +308,20 @@ def test_memory_that_is_too_small_for_a_recipe_inside_is_told_before(here):
 # -------------------------------------------------------------------- moments
 
 
-def test_a_run_killed_at_any_moment_is_ended_by_the_same_command(forks, here):
-    recipe = {
-        "base": "base",
-        "models": {
-            "x": {"recipe": {"models": {"y": {"recipe": "first.yaml"}, "c": "c"}, "merge": {"method": "slerp"}}},
-            "c": "c",
-        },
-        "merge": TIES,
-    }
-    write_recipe(here / "r.yaml", **recipe)
+DEEP = {"recipe": {"models": {"y": {"recipe": "first.yaml"}, "c": "c"}, "merge": {"method": "slerp"}}}
+
+
+@pytest.mark.parametrize("kind", ["files", "journal"])
+def test_a_run_killed_at_any_moment_is_ended_by_the_same_command(forks, here, kind):
+    """Before files that are made, renamed or removed; or after lines of a journal. Every third: each takes two runs."""
+    write_recipe(here / "r.yaml", **outer(DEEP))
     env, command = clean_environment(), ["run", "r.yaml", "-o", "out"]
     assert forks.run(["run", "r.yaml", "-o", "undisturbed"], cwd=here, env=env).code == 0
     wanted = content(here / "undisturbed")
-    for moment in range(1, 200):
-        code = forks.run(command, cwd=here, env=env | {"KILL_AT": str(moment), "KILL_IN": str(here / "out")}).code
+    for moment in range(1 if kind == "files" else 2, 200, 3):
+        files = {"KILL_AT": str(moment), "KILL_IN": str(here / "out")}
+        lines = {"KILL_AFTER": f"mergetool.outputs.journal:Journal._write {moment}"}
+        code = forks.run(command, cwd=here, env=env | (files if kind == "files" else lines)).code
         if (here / "out").exists():
             assert content(here / "out") == wanted
         again = forks.run(command, cwd=here, env=env)
@@ -326,6 +333,40 @@ def test_a_run_killed_at_any_moment_is_ended_by_the_same_command(forks, here):
             break
         assert code == -9
     assert moment > 30
+
+
+def test_a_disk_that_is_too_small_is_told_at_once_and_left_as_it_was(here):
+    huge = {"models": {"a": "huge.safetensors"}, "merge": {"method": "passthrough"}}
+    write_sparse(here / "huge.safetensors", shutil.disk_usage(here).free + 2**30)
+    with pytest.raises(OutputError, match="with what the recipes inside it make"):
+        mergetool.run({"models": {"x": {"recipe": huge}}, "merge": {"method": "passthrough"}}, output="out")
+    assert left(here) == ["huge.safetensors"]
+
+
+def test_a_disk_that_is_full_on_the_way_is_gone_on_with_when_there_is_room(here):
+    write_recipe(here / "r.yaml", **outer({"recipe": "first.yaml"}))
+    mergetool.run("r.yaml", output="undisturbed")
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # less than the first result has
+
+    command = [sys.executable, "-m", "mergetool", "run", "r.yaml", "-o", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert (done.returncode, "first mix" in done.stderr) == (6, True), done.stderr
+    assert not (here / "out").exists()
+    mergetool.run("r.yaml", output="out")
+    assert content(here / "out") == content(here / "undisturbed")
+    assert left(here) == ["out", "r.yaml", "undisturbed"]
+
+
+def test_room_on_the_disk_is_counted_as_results_come_and_go(here):
+    plan = make_plan(load_recipe(outer(DEEP)), here / "out")
+    deep = plan.inner["mix"]
+    first = deep.inner["y"]
+    assert bytes_on_disk(plan) == max(first.bytes_out + deep.bytes_out, deep.bytes_out + plan.bytes_out)
+    assert bytes_on_disk(plan, lambda each: each is deep) == plan.bytes_out
+    assert bytes_on_disk(plan, lambda each: each is first) == deep.bytes_out
 
 
 def test_two_runs_at_once_make_one_result(forks, here):
@@ -349,3 +390,81 @@ def test_the_recipe_that_is_shown_runs(here):
     for name, other in (("base", "base"), ("first", "a"), ("second", "b"), ("third", "c")):
         shutil.copytree(here / other, here / "models" / name)
     assert mergetool.run(document).num_tensors == 6
+
+
+# -------------------------------------------------------------------- with what other sections do
+
+
+def test_a_union_of_vocabularies_may_be_made_on_the_way(tmp_path):
+    """The outer plan knows the tokens of a tokenizer that is not written yet."""
+    a, b = (
+        words.build(tmp_path / "a", "llama", "stories", 1),
+        words.build(tmp_path / "b", "llama", "letters", 2, size=320),
+    )
+    union = {"models": {"a": str(a), "b": str(b)}, "merge": {"method": "linear"}, "tokenizer": {"source": "union"}}
+    after = {"merge": {"method": "slerp"}, "tokenizer": {"source": "mix"}, "output": {"dtype": "float32"}}
+    mergetool.run({**union, "output": {"dtype": "float32"}}, output=tmp_path / "1")
+    mergetool.run({"models": {"mix": str(tmp_path / "1"), "b": str(b)}, **after}, output=tmp_path / "2")
+    one = mergetool.run({"models": {"mix": {"recipe": union}, "b": str(b)}, **after}, output=tmp_path / "out").path
+    assert content(one) == content(tmp_path / "2")
+    assert words.vocabulary(one).keys() >= words.vocabulary(a).keys() | words.vocabulary(b).keys()
+    words.opened(one)
+
+
+def test_merges_may_be_experts_and_the_base_of_a_mixture(tmp_path):
+    for seed, name in enumerate("abc"):
+        write_dense(tmp_path / name, seed=seed)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    mix = {"models": {"a": a, "b": b}, "merge": {"method": "linear"}}
+    mergetool.run(mix, output=tmp_path / "1")
+    merge = {"method": "moe", "experts": {"mix": {"prompts": ["w1 w2"]}, "c": {"prompts": ["w3"]}}}
+    two = {"base": str(tmp_path / "1"), "models": {"mix": str(tmp_path / "1"), "c": c}, "merge": merge}
+    mergetool.run(two, output=tmp_path / "2")
+    one = {"base": {"recipe": mix}, "models": {"mix": {"recipe": mix}, "c": c}, "merge": merge}
+    assert content(mergetool.run(one, output=tmp_path / "out").path) == content(tmp_path / "2")
+
+
+def test_experts_and_base_of_a_bundle_may_be_merges(here):
+    bundle = {
+        "base": {"recipe": "first.yaml"},
+        "models": {"b": "b", "mix": {"recipe": FIRST}},
+        "merge": {"method": "tsv-compress"},
+    }
+    out = mergetool.run(bundle, output="out").path
+    assert mergetool.run(outer({"source": str(out), "select": "b"}), output="expert").num_tensors == 6
+    what, fix = problems({**bundle, "merge": {"method": "tsv-compress", "base": "reference"}})["base.recipe"]
+    assert "would refer to a base that is gone" in what
+    assert fix == "write merge: {base: copy}"
+
+
+def test_networks_from_different_seeds_may_be_merges(tmp_path):
+    perceptron = {"fc1.weight": (32, 16), "fc1.bias": (32,), "fc2.weight": (24, 32), "fc2.bias": (24,)}
+    write_models(tmp_path, names="abc", shapes={**perceptron, "fc3.weight": (10, 24), "fc3.bias": (10,)})
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    aligned = {"models": {"a": a, "b": b}, "merge": {"method": "git-rebasin"}, "architecture": "mlp"}
+    mergetool.run(aligned, output=tmp_path / "1")
+    after = {"merge": {"method": "git-rebasin"}, "architecture": "mlp"}
+    mergetool.run({"models": {"mix": str(tmp_path / "1"), "c": c}, **after}, output=tmp_path / "2")
+    one = mergetool.run({"models": {"mix": {"recipe": aligned}, "c": c}, **after}, output=tmp_path / "out").path
+    assert content(one)["model.safetensors"] == content(tmp_path / "2")["model.safetensors"]
+
+
+def test_what_is_planned_is_known_again(tmp_path):
+    """A killed run finds its journal again: nothing of the folder that stands in for a result is in the key."""
+    a, b = (
+        words.build(tmp_path / "a", "llama", "stories", 1),
+        words.build(tmp_path / "b", "llama", "letters", 2, size=320),
+    )
+    union = {"models": {"a": str(a), "b": str(b)}, "merge": {"method": "linear"}, "tokenizer": {"source": "union"}}
+    recipe = {
+        "models": {"mix": {"recipe": union}, "b": str(b)},
+        "merge": {"method": "slerp"},
+        "tokenizer": {"source": "union"},
+    }
+    keys = [plan_key(make_plan(load_recipe(recipe), tmp_path / "out")) for _ in range(2)]
+    assert keys[0] == keys[1]
+    mergetool.run(recipe, output=tmp_path / "out")
+    watch = Watch()
+    assert mergetool.run(recipe, output=tmp_path / "out", progress=watch).resumed
+    assert any("done already" in text for text in watch.said)
+    assert "/mergetool-" not in (tmp_path / "out/mergetool.json").read_text() + (tmp_path / "out/README.md").read_text()

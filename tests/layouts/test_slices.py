@@ -13,6 +13,7 @@ import mergetool
 from mergetool.errors import PlanError, RecipeError
 from tests.zoo.build import build
 from tests.zoo.families import FAMILIES
+from tests.zoo.files import with_old_buffers
 from tests.zoo.oracle import logits, opened, state_of
 
 TOWERS = {"llama": "model.layers", "gpt2": "transformer.h", "gemma3-text": "model.layers"}
@@ -309,6 +310,59 @@ def test_one_slice_of_all_layers_of_all_models_is_the_whole_models(models, base)
     assert cut.layers == {"model.layers": (("a", 0), ("a", 1), ("a", 2))}
     with pytest.raises(PlanError, match="layer 4 is asked for, and model 'a' has layers 0 to 3"):
         mergetool.plan({**sliced, "slices": [{"a": [0, 5], "b": [0, 5]}]})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "what", "fix"),
+    [
+        (
+            "qwen2",
+            {},
+            "layer 1 of model 'b' is like no layer of model 'a': it has self_attn.k_proj.bias",
+            "architecture",
+        ),
+        (
+            "llama",
+            {"intermediate_size": 40},
+            "as large as 40 asks for, of model 'b'",
+            "stack layers of models of one size",
+        ),
+        ("llama", {"num_attention_heads": 8, "head_dim": 2}, "num_attention_heads is 4 and 8", "one architecture"),
+    ],
+)
+def test_layers_of_another_network_are_refused(models, tmp_path, family, changes, what, fix):
+    found = {"a": models("llama")["a"], "b": build(tmp_path / "b", family, 1, num_hidden_layers=4, **changes)}
+    with pytest.raises(PlanError, match=what) as caught:
+        mergetool.plan(recipe_of(found, {"method": "passthrough"}, [{"a": [0, 2]}, {"b": [1, 3]}]))
+    assert fix in str(caught.value)
+
+
+def test_layers_with_other_positions_are_told_and_old_buffers_allowed(models, tmp_path):
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    other = build(tmp_path / "other", "llama", 1, num_hidden_layers=4, **rope)
+    buffers = {"model.layers.N.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    old = with_old_buffers(
+        tmp_path / "old", other, **{name.replace(".", "__"): value for name, value in buffers.items()}
+    )
+    plan = mergetool.plan(
+        recipe_of({"a": models("llama")["a"], "b": old}, {"method": "passthrough"}, [{"a": [0, 2]}, {"b": [0, 2]}])
+    )
+    assert any("rope_theta is 10000.0 and 500000.0" in warning for warning in plan.warnings)
+
+
+def test_what_the_first_layer_holds_for_all_stays_where_it_is_cut_away(tmp_path):
+    found = {name: build(tmp_path / name, "t5", seed, num_layers=3) for seed, name in enumerate("ab")}
+    rows = {"encoder": [{"b": [1, 3]}, {"a": [2, 3]}], "decoder": [{"a": [1, 3], "b": [0, 2]}]}
+    result = mergetool.run(recipe_of(found, {"method": "linear"}, rows), output=tmp_path / "out")
+    kind = FAMILIES["t5"].model
+    _, info = opened(result.path, kind)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    out, a, b = (state_of(path, kind) for path in (result.path, found["a"], found["b"]))
+    name = "{}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    assert torch.equal(out[name.format("encoder")], b[name.format("encoder")])
+    mean = (a[name.format("decoder")] + b[name.format("decoder")]) / 2
+    torch.testing.assert_close(out[name.format("decoder")], mean, rtol=1e-6, atol=1e-6)
 
 
 def test_the_result_opens_and_writes(models, tmp_path):

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import yaml
 from safetensors.numpy import save_file
 
 NUM_LAYERS = 3
@@ -22,6 +23,8 @@ CONFIGS = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True},
     "edges": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False},
 }
+MORE = yaml.safe_load((Path(__file__).parent / "families.yaml").read_text())
+CONFIGS |= {name: family["config"] for name, family in MORE.items()}
 
 
 def write_families(folder: Path) -> None:
@@ -44,6 +47,8 @@ def tensors(family: str, model: str) -> dict[str, np.ndarray]:
 
 def shapes(family: str) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes; qwen2 has biases and no head of its own."""
+    if family in MORE:
+        return _shapes_of(**MORE[family])
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
     for i in range(NUM_LAYERS):
         layer = f"model.layers.{i}."
@@ -61,6 +66,22 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
     if family != "qwen2":
         out["lm_head.weight"] = (VOCAB, HIDDEN)
     return out
+
+
+def _shapes_of(
+    config: dict[str, object],
+    layer: dict[str, list[int]],
+    prefix: str = "model.layers.",
+    before: dict[str, list[int]] | None = None,
+    after: dict[str, list[int]] | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """Those of a family of families.yaml."""
+    head = {} if config.get("tie_word_embeddings", True) else {"lm_head.weight": [VOCAB, HIDDEN]}
+    listed = {**(before or {"model.embed_tokens.weight": [VOCAB, HIDDEN]})}
+    for i in range(NUM_LAYERS):
+        listed |= {f"{prefix}{i}.{name}": shape for name, shape in layer.items()}
+    listed |= after or {"model.norm.weight": [HIDDEN], **head}
+    return {name: tuple(shape) for name, shape in listed.items()}
 
 
 def noise(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -129,7 +150,7 @@ def _opposed(model: str) -> dict[str, np.ndarray]:
 def _write_checkpoint(folder: Path, family: str, named: dict[str, np.ndarray]) -> None:
     """Config and weights; llama in three shards, the others in one file."""
     folder.mkdir(parents=True)
-    config = CONFIGS[family] | {
+    common = {
         "hidden_size": HIDDEN,
         "intermediate_size": INNER,
         "num_hidden_layers": NUM_LAYERS,
@@ -140,6 +161,7 @@ def _write_checkpoint(folder: Path, family: str, named: dict[str, np.ndarray]) -
         "max_position_embeddings": 128,
         "torch_dtype": "float32",
     }
+    config = CONFIGS[family] | ({"vocab_size": VOCAB} if family == "gpt2" else common)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     if family != "llama":
         save_file(named, folder / "model.safetensors", metadata={"format": "pt"})

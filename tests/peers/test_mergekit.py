@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 import mergetool
 from mergetool.errors import PlanError
-from tests.peers.checkpoints import sample, shapes, summary, tensors, write_families
+from tests.peers.checkpoints import CONFIGS, sample, shapes, summary, tensors, write_families
 
 FOLDER = Path(__file__).parent / "mergekit"
 CASES = yaml.safe_load((FOLDER / "cases.yaml").read_text())
@@ -57,7 +57,7 @@ def merge(models, tmp_path, monkeypatch):
 
 def expected(case):
     """mergekit's numbers for each tensor: the sampled elements, and (sum, norm) of all."""
-    family = next(name for name in ("qwen2", "edges", "llama") if name in str(CASES[case]))
+    family = next(name for name in CONFIGS if f"{name}/" in str(CASES[case]))
     samples, found = EXPECTED[f"{case}/samples"], {}
     for name, totals in zip(sorted(shapes(family)), EXPECTED[f"{case}/summary"], strict=True):
         length = sample(name, np.empty(shapes(family)[name], np.float32)).size
@@ -66,7 +66,7 @@ def expected(case):
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("random")])
 def test_a_mergekit_recipe_gives_the_numbers_of_mergekit(case, merge):
     merged, theirs = merge(CASES[case]), expected(case)
     assert set(merged) == set(theirs)
@@ -95,6 +95,36 @@ def test_slerp_with_a_zero_vector_walks_the_straight_line(case, merge):
     np.testing.assert_allclose(merge(CASES[case])[ZERO], t * vector, rtol=0, atol=1e-6)
     theirs, _ = expected(case)[ZERO]
     np.testing.assert_allclose(theirs, np.sin(t * np.pi / 2) * sample(ZERO, vector), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("random")])
+def test_as_many_entries_are_kept_as_mergekit_keeps_of_each_rank_and_rescaled_alike(case, merge):
+    merged, theirs = merge(CASES[case]), expected(case)
+    ours = {name: sample(name, tensor) for name, tensor in merged.items()}
+    for found in (ours, {name: samples for name, (samples, _) in theirs.items()}):
+        ranks, kept = _kept(found, rescaled="as-it-is" not in case)
+        thirds = [kept[(ranks >= low) & (ranks <= low + 1 / 3)].mean() for low in (0, 1 / 3, 2 / 3)]
+        wanted = (0.4, 0.6, 0.8) if "della" in case else (0.6, 0.6, 0.6)
+        np.testing.assert_allclose(thirds, wanted, atol=4 * (0.25 * 3 / len(kept)) ** 0.5)
+
+
+def _kept(found, *, rescaled):
+    """Of sampled entries of all matrices the rank in their row, from 0 to 1, and whether they are kept."""
+    all_ranks, all_kept = [], []
+    for name, samples in found.items():
+        base, model = (tensors("llama", which)[name] for which in ("base", "c"))
+        if base.ndim < 2:
+            continue
+        delta = sample(name, model - base)
+        ranks = sample(name, np.abs(model - base).argsort(1).argsort(1) / (base.shape[1] - 1))
+        change = samples - sample(name, base)
+        kept = np.abs(change) > 1e-6
+        factors = change[kept & (np.abs(delta) > 1e-3)] / delta[kept & (np.abs(delta) > 1e-3)]
+        np.testing.assert_allclose(factors, np.median(factors), rtol=1e-3)
+        assert 1.1 < np.median(factors) < 2 if rescaled else abs(np.median(factors) - 1) < 1e-3
+        all_ranks.append(ranks)
+        all_kept.append(kept)
+    return np.concatenate(all_ranks), np.concatenate(all_kept)
 
 
 def test_nuslerp_without_a_circle_walks_the_straight_line(merge):

@@ -242,6 +242,27 @@ def test_the_first_override_that_matches_wins(toys):
     }
 
 
+def test_an_override_means_experts_by_their_own_names_and_by_those_that_they_have_when_fused(here):
+    moe = "model.layers.0.block_sparse_moe."
+    names = [f"{moe}experts.0.w1.weight", f"{moe}experts.0.w2.weight", f"{moe}gate.weight", "model.norm.weight"]
+    for model in ("a", "b"):
+        write_model(here / model, {name: torch.ones(2, 2) for name in names})
+    for match, meant in (
+        ("*mlp*", names[:3]),
+        ("*.mlp.experts.*", names[:2]),
+        ("*gate_up_proj", names[:1]),
+        ("*down_proj*", names[1:2]),
+        ("*.mlp.gate.*", names[2:3]),
+        ("*block_sparse_moe*", names[:3]),
+        ("*.w2.*", names[1:2]),
+    ):
+        merge = {"method": "linear", "overrides": [{"match": match, "weight": 0.25}]}
+        plan = planned(merge, base=None)
+        found = [name for name, step in steps_of(plan).items() if step.operation.params.weight == (0.25, 0.25)]
+        assert sorted(found) == sorted(meant)
+        assert not plan.warnings
+
+
 def test_overrides_that_match_nothing_are_warned_about(toys):
     overrides = [{"match": "*gate*", "density": 0.1}, {"match": "*", "use": "a"}, {"match": "lm_*", "use": "b"}]
     plan = planned({**TIES, "overrides": overrides})

@@ -193,7 +193,7 @@ def test_a_slice_of_slerp_begins_with_its_base():
         (
             SLICE.replace("base_model: a", "base_model: c"),
             ("5", "the base_model c is none of the models of this slice, which are a, b"),
-            "write base_model: a, or add - {model: c, layer_range: [0, 32]}",
+            "write base_model: a",
             SLICE,
         ),
         (
@@ -256,7 +256,7 @@ def test_errors_of_our_checks_point_to_the_lines_of_the_original():
         ("merge_method: linear\n", "1", "one of `models`, `slices`, `modules` is needed"),
         ("merge_method: linear\nslices: [{sources: []}]\n", "2", "expected a list of models"),
         ("merge_method: linear\nslices: [{sources: [{model: a}]}]\n", "2", "`layer_range` is required"),
-        ("merge_method: linear\nmodules: {a: {models: []}, b: {models: []}}\n", "2", "the modules a, b are merged by"),
+        ("merge_method: linear\nmodules: {a: {models: []}, b: {models: [1]}}\n", "2", "the modules a, b are merged by"),
         ("merge_method: linear\nmodels: {a: b}\n", "2", "expected a list of models"),
     ],
 )  # fmt: skip
@@ -481,6 +481,14 @@ def test_a_density_of_zero_where_a_filter_matches_is_said_there():
     assert merge["overrides"] == [{"match": "*mlp*", "weight": 0.0, "density": 1.0}]
 
 
+@pytest.mark.parametrize(("share", "density"), [(1.5, 1.0), (0, 1e-12), (0.5, 0.5)])
+def test_a_share_of_all_entries_is_kept_within_its_limits(share, density):
+    text = "merge_method: sce\nbase_model: base\nmodels: [{model: a}, {model: b}]\n"
+    document = convert(parse_document(text + f"parameters: {{select_topk: {share}}}\n", "x.yml"))
+    check_document(document)
+    assert document.data["merge"]["density"] == density
+
+
 def test_a_gradient_of_densities_may_end_at_nothing():
     text = "merge_method: ties\nbase_model: base\nmodels: [{model: a}]\nparameters: {weight: 1, density: [1, 0]}\n"
     document = convert(parse_document(text, "x.yml"))
@@ -531,3 +539,21 @@ def test_text_that_looks_like_something_else_is_quoted(tmp_path):
     written = load_recipe(tmp_path / "ours.yaml")
     assert written.models["1e5"].source == "1e5"
     assert list(written.tokenizer.tokens) == ["1e3", "0o7"]
+
+
+def test_modules_that_are_alike_are_the_model():
+    listed = LINEAR.partition("models:")[2].replace("\n", "\n    ")
+    both = f"modules:\n  text_decoder:\n    models:{listed}\n  vision_tower:\n    models:{listed}\n"
+    assert converted("merge_method: linear\n" + both) == converted(LINEAR)
+
+
+def test_models_of_any_system_are_called_by_the_end_of_their_path():
+    text = LINEAR.replace("org/first", "'C:\\models\\first-12B'").replace("./second", "D:/more/second/")
+    assert list(converted(text)["models"]) == ["first-12B", "second"]
+
+
+def test_a_parameter_that_stands_one_level_too_high_is_asked_for_where_it_belongs():
+    text = LINEAR.replace("    parameters: {weight: 0.7}", "    weight: 0.7")
+    fix = "write it inside `parameters`: parameters: {weight: 0.7}"
+    assert problems(text) == {("5", "weight is required"): fix}
+    assert converted(text.replace("weight: 0.7", "parameters: {weight: 0.7}")) == converted(LINEAR)

@@ -95,6 +95,7 @@ def test_every_method_that_it_searches_is_searched_here(method):
         (EVOLVE.replace("  - sums\n", "  - {name: sums, weight: much}\n"), "9", "expected a number, found 'much'"),
         (EVOLVE.partition("tasks:")[0], "1", "expected a list of tasks"),
         (EVOLVE.replace("[org/a, org/b]", "[]"), "2", "expected a list of models"),
+        (EVOLVE.replace("genome", "multi_method_genome"), "1", "mergekit-evolve searches one method at a time"),
         (EVOLVE.replace("name: programs, ", ""), "10", "this key is required"),
     ],
 )

@@ -6,6 +6,7 @@ from mergetool.errors import RecipeError
 from mergetool.recipe.document import parse_document
 from mergetool.recipe.load import check_document
 from mergetool.recipe.mergekit import convert
+from mergetool.recipe.mergekit.renumbered import Renumbered
 
 
 def converted(text):
@@ -190,3 +191,33 @@ def test_slices_that_cannot_be_are_refused_at_their_lines(text, line, what):
         converted(text)
     (problem,) = raised.value.problems
     assert (problem.where.split(":")[1], problem.what[: len(what)]) == (line, what)
+
+
+@pytest.mark.parametrize(
+    ("text", "span", "place", "found"),
+    [
+        ("mlp", (4, 8), 0, ["mlp"]),
+        ("model.layers.5.", (4, 8), 4, ["model.layers.5."]),
+        ("model.layers.5.", (4, 8), 0, ["model.layers.1."]),
+        ("layers.5.mlp", (4, 8), 10, ["layers.11.mlp"]),
+        ("h.3.", (4, 8), 10, []),
+        ("layers.1", (8, 12), 0, ["layers.2.", "layers.3."]),
+        ("5.mlp", (4, 18), 0, [".1.mlp", ".11.mlp"]),
+        ("experts.5.w1", (4, 8), 0, ["experts.5.w1"]),
+    ],
+)
+def test_filters_with_numbers_of_layers_follow_these_layers(text, span, place, found):
+    assert Renumbered(span[0], place, span[1] - span[0]).texts(text) == found
+
+
+def test_filters_of_models_name_their_layers_and_those_of_all_the_results():
+    text = """\
+merge_method: slerp
+base_model: a
+slices:
+  - sources: [{model: a, layer_range: [2, 4]}, {model: b, layer_range: [2, 4]}]
+parameters: {t: [{filter: layers.1., value: 0.1}, {value: 0.5}]}
+"""
+    assert converted(text)["merge"]["overrides"] == [{"match": "*layers.1.*", "t": 0.1}]
+    text = text.replace("slerp", "task_arithmetic").replace("t: [", "weight: [").replace("layers.1.", "layers.3.")
+    assert converted(text)["merge"]["overrides"] == [{"match": "*layers.1.*", "weight": 0.1}]

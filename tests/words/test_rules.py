@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
+import yaml
 from safetensors.torch import load_file, save_file
 
 import mergetool
 from mergetool.errors import PlanError
-from tests.words.models import build, opened, save_tokenizer, train, vocabulary
+from tests.words.models import SPECIAL, build, opened, save_tokenizer, train, vocabulary
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -202,3 +204,19 @@ def test_16_bit_rows_are_copied_to_the_bit(models, tmp_path):
     assert torch.equal(
         state[numbers], load_file(folders["b"] / "model.safetensors")[HEAD][torch.tensor(list(own.values()))]
     )
+
+
+def test_the_recipe_of_the_page_runs(models, tmp_path):
+    document = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "vocabulary.yaml").read_text())
+    second = build(tmp_path / "second", "llama", "letters", 2, special=[*SPECIAL, "<|im_start|>", "<|im_end|>"])
+    document["models"] = {"first": str(models["a"]), "second": str(second)}
+    result = mergetool.run(document, output=tmp_path / "out").path
+    found, own = vocabulary(result), rows(result)
+    assert len(own) % 64 == 0
+    assert torch.allclose(own[found["<tool>"]], rows(models["a"])[1], atol=1e-7)
+    assert not own[found["<spare>"]].any()
+    tokenizer = hf.AutoTokenizer.from_pretrained(result)
+    assert tokenizer.eos_token == "<|im_end|>"
+    said = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert said == "<|im_start|>user\nhi<|im_end|>\n"
+    opened(result)

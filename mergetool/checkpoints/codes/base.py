@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ class Reader:
 
     def __init__(self, model: ModelSource) -> None:
         self.model, self.specs = model, model.specs
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int | None], Tensor] = OrderedDict()
         self._lock = Lock()
 
     def elements(self, name: str, start: int, count: int) -> "Tensor":
@@ -65,14 +66,23 @@ class Reader:
 
     def whole(self, name: str) -> "Tensor":
         """A tensor in full; those that were asked for last are kept."""
-        with self._lock:
-            if name in self._kept:
-                self._kept.move_to_end(name)
-                return self._kept[name]
         spec = self.specs[name]
-        found = self.elements(name, 0, spec.num_elements).view(spec.shape)
+        return self._keep((name, None), lambda: self.elements(name, 0, spec.num_elements).view(spec.shape))
+
+    def part(self, name: str, index: int) -> "Tensor":
+        """One entry of the first axis of a tensor, kept in the same way."""
+        _, *shape = self.specs[name].shape
+        size = prod(shape)
+        return self._keep((name, index), lambda: self.elements(name, index * size, size).view(shape))
+
+    def _keep(self, key: tuple[str, int | None], read: Callable[[], "Tensor"]) -> "Tensor":
         with self._lock:
-            self._kept[name] = found
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        found = read()
+        with self._lock:
+            self._kept[key] = found
             while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > _KEPT_BYTES:
                 self._kept.popitem(last=False)
         return found

@@ -38,6 +38,9 @@ class _Norms(StatisticsPass):
     method: "SparseMethod"
     known: Stats
 
+    def __call__(self, known: Stats) -> StatisticsPass | Stats:
+        return _Norms(self.method, known) if self.method.rescale == "l1" else known
+
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
         import torch
 
@@ -93,9 +96,10 @@ class SparseMethod(TensorMethod):
     def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
         return _Norms(self, {}) if self.rescale == "l1" and any(density < 1.0 for density in p.density) else None
 
-    def norms(self, known: Stats) -> StatisticsPass | Stats:
-        """What comes once it is known which entries go."""
-        return _Norms(self, known) if self.rescale == "l1" else known
+    @property
+    def norms(self) -> "_Norms":
+        """What comes once it is known which entries go: called with that, the pass over norms where they are needed."""
+        return _Norms(self, {})
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         from mergetool.kernels.consensus import agreeing_sum_

@@ -32,6 +32,7 @@ from mergetool.recipe.mergekit.evolve import convert_evolve, is_evolve
 from mergetool.recipe.mergekit.findings import Findings
 from mergetool.recipe.mergekit.moe import convert_moe, is_moe
 from mergetool.recipe.mergekit.reading import TOP_KEYS, OutputSlice, Reading
+from mergetool.recipe.mergekit.renumbered import Renumbered
 from mergetool.recipe.mergekit.roster import Roster
 from mergetool.recipe.mergekit.settings import MethodSettings, SettingsReader
 from mergetool.recipe.mergekit.stacking import stacked
@@ -149,13 +150,19 @@ class _Importer:
     def _settings(self, roster: Roster) -> list[MethodSettings]:
         """Of each slice, its settings."""
         reader = SettingsReader(self.findings, self.method, roster.target, self._mark)
-        found = []
+        found, height = [], 0
         for index, group in enumerate(roster.groups):
             self._mark(("slices", index), group.part.place)
             reader.tell_idle(group)
             own = {roster.names[each.reference]: each.own for each in group.merged}
+            numbers = {
+                roster.names[each.reference]: Renumbered(each.span[0], height, group.length)
+                for each in group.merged
+                if each.span is not None
+            }
             places = [("merge",), ("slices", index, "set")]
-            found.append(reader.read(own, group.part.scopes, places) if own else MethodSettings({}, []))
+            found.append(reader.read(own, group.part.scopes, places, numbers) if own else MethodSettings({}, []))
+            height += group.length
         reader.tell_idle_of_all([scope for part in roster.parts for scope in part.scopes])
         return found
 

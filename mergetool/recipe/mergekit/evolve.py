@@ -35,13 +35,14 @@ _SEARCHED = {
 _GENOME = ("models", "merge_method", "base_model", "tokenizer_source", "layer_granularity", "normalize")
 _GENOME_KEYS = (*_GENOME, "allow_negative_weights", "filters", "smooth")
 _TOP_KEYS = ("genome", "tasks", "limit", "num_fewshot", "shuffle", "random_init", "apply_chat_template")
+_OF_A_FORK = "multi_method_genome"
 _LAYERS = 32
 """How many layers a network is thought to have whose config.json is not here."""
 
 
 def is_evolve(data: Any) -> bool:
     """Whether parsed YAML is a file of mergekit-evolve."""
-    return isinstance(data, dict) and isinstance(data.get("genome"), dict) and "models" in data["genome"]
+    return isinstance(data, dict) and (isinstance(data.get("genome"), dict) or _OF_A_FORK in data)
 
 
 def convert_evolve(document: Document) -> Document:
@@ -59,13 +60,16 @@ class _Search:
     def __init__(self, document: Document) -> None:
         self.document = document
         self.findings = Findings(document)
-        self.genome: Mapping[str, Any] = document.data["genome"]
+        self.genome: Mapping[str, Any] = document.data.get("genome") or {}
         self.marks: dict[Place, tuple[int, int]] = {(): document.marks.get((), (1, 1))}
         self.method = str(self.genome.get("merge_method"))
 
     def convert(self) -> dict[str, Any]:
         data = self.document.data
         self.findings.stray(data, (), _TOP_KEYS, {})
+        if _OF_A_FORK in data:
+            self.findings.problem((_OF_A_FORK,), "mergekit-evolve searches one method at a time", "write genome: {...}")
+            return {}
         self.findings.stray(self.genome, ("genome",), _GENOME_KEYS, {})
         try:
             roster = self._roster()
@@ -95,7 +99,7 @@ class _Search:
             what = f"mergekit-evolve does not search {self.method!r}"
             raise self.findings.stop(place, what, f"write one of: {', '.join(_SEARCHED)}")
         reading = Reading(self.findings, {"base_model": self.genome.get("base_model")})
-        listed = self.genome["models"]
+        listed = self.genome.get("models")
         if not isinstance(listed, list) or not listed:
             raise self.findings.stop(("genome", "models"), "expected a list of models", "write - MODEL")
         found: dict[str, Source] = {}

@@ -32,6 +32,16 @@ class Findings:
         """An error to raise, where what follows makes no sense without the right thing here."""
         return self.document.error(place, what, fix)
 
+    def at(self, place: Place) -> Any:
+        """What is written at a place; None where nothing is."""
+        node: Any = self.document.data
+        for key in place:
+            inside = (isinstance(node, dict) and key in node) or (isinstance(node, list) and key in range(len(node)))
+            if not inside:
+                return None
+            node = node[key]
+        return node
+
     def mapping(self, value: Any, place: Place, known: Sequence[str]) -> Mapping[str, Any]:
         """A mapping that is needed here. Raises RecipeError."""
         if not isinstance(value, dict):

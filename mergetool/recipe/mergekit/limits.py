@@ -29,7 +29,7 @@ def within_limits(values: Mapping[str, Any], method: str) -> dict[str, Any]:
     """The same fields, with densities between 0 and 1."""
     density, weight = values.get("density"), values.get("weight")
     if not isinstance(density, ByModel) or not isinstance(weight, ByModel):
-        return dict(values)
+        return {**values, "density": _bounded(density)} if isinstance(density, int | float) else dict(values)
     kind = registry()[method]
     normalize = values.get("normalize", kind.model_fields["normalize"].default)
     counts = bool(normalize) and not getattr(kind, "votes", False)

@@ -58,8 +58,17 @@ def branches_of(findings: Findings, key: str, parameter: MergekitParameter, scop
                 return found
     if parameter.default is REQUIRED:
         what = f"{key} is required for the names that no filter matches" if found else f"{key} is required"
-        raise findings.stop(scopes[0].place, what, f"add {key}: VALUE")
+        raise findings.stop(scopes[0].place, what, _where_to_write(findings, key, scopes))
     return [*found, Branch(None, parameter.translated(parameter.default), ())]
+
+
+def _where_to_write(findings: Findings, key: str, scopes: Sequence[Scope]) -> str:
+    """How to add a parameter; perhaps it stands one level too high already."""
+    for scope in scopes:
+        holder = findings.at(scope.place[:-1])
+        if isinstance(holder, dict) and key in holder:
+            return f"write it inside `parameters`: parameters: {{{key}: {holder[key]}}}"
+    return f"add {key}: VALUE"
 
 
 def _lines(findings: Findings, setting: Any, kind: type, place: Place) -> list[Branch]:

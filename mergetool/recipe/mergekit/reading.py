@@ -93,15 +93,17 @@ class Reading:
         return given[0]
 
     def _module(self) -> tuple[Mapping[str, Any], Place]:
-        """The only module of a recipe. Raises RecipeError."""
+        """The only module of a recipe, or one of several that are alike. Raises RecipeError."""
         modules = self.findings.mapping(self.data["modules"], ("modules",), ("default",))
-        if len(modules) != 1:
+        (name, held), *others = modules.items()
+        if any(other != held for _, other in others):
             what = f"the modules {', '.join(map(str, modules))} are merged by rules of their own"
             raise self.findings.stop(("modules",), what, "merge the whole models: list them under `models`")
-        ((name, held),) = modules.items()
         place: Place = ("modules", str(name))
         known = ("models", "slices", "parameters")
         self.findings.stray(self.findings.mapping(held, place, known), place, known, {})
+        if others and held.get("slices"):
+            raise self.findings.stop(place, "several modules are cut into slices", "list whole models under `models`")
         return held, place
 
     def _slices(self, listed: Any, place: Place, scopes: Sequence[Scope]) -> Iterator[OutputSlice]:

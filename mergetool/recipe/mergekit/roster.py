@@ -4,10 +4,10 @@
 methods that know no base (linear), where whole models are listed. Each slice may have a base of its own.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from mergetool.methods import registry
@@ -89,7 +89,8 @@ class Roster:
         """Reference -> our name, for each of `models`."""
         names: dict[str, str] = {}
         for reference in (source.reference for source in self.models):
-            stem = Path(reference.partition("+")[0].partition("@")[0]).name.removesuffix(".safetensors") or "model"
+            parts = re.split(r"[/\\]+", reference.partition("+")[0].partition("@")[0].rstrip("/\\"))
+            stem = parts[-1].removesuffix(".safetensors") or "model"
             stem = f"{stem}-model" if stem in _RESERVED else stem
             copies = sum(name == stem or name.startswith(f"{stem}-") for name in names.values())
             names[reference] = f"{stem}-{copies + 1}" if stem in names.values() else stem
@@ -131,7 +132,7 @@ class Roster:
             what = f"the base_model {part.base} is none of the models of this slice, which are {', '.join(listed)}"
             add = f"add - {{model: {part.base}, layer_range: {list(span)}}}"
             if self.uses_base:
-                fix = f"write base_model: {listed[0]}, or {add}" if self.target.base == "member" else add
+                fix = f"write base_model: {listed[0]}" if self.target.base == "member" and len(listed) > 1 else add
                 self.findings.problem(part.place, what, fix)
             elif part is self.parts[0]:
                 why = f"the base_model is merged with nothing: {self.name} takes no base"

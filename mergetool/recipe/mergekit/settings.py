@@ -12,6 +12,7 @@ from mergetool.recipe.mergekit.filters import Branch, Case, cases, globs
 from mergetool.recipe.mergekit.findings import Findings
 from mergetool.recipe.mergekit.limits import ByModel, within_limits
 from mergetool.recipe.mergekit.parameters import Scope, branches_of
+from mergetool.recipe.mergekit.renumbered import Renumbered
 from mergetool.recipe.mergekit.roster import SliceModels
 
 Mark = Callable[[Place, Place], None]
@@ -55,12 +56,18 @@ class SettingsReader:
         self.target = target
         self.mark = mark
 
-    def read(self, models: Mapping[str, Scope], shared: Sequence[Scope], places: Sequence[Place]) -> MethodSettings:
+    def read(
+        self,
+        models: Mapping[str, Scope],
+        shared: Sequence[Scope],
+        places: Sequence[Place],
+        numbers: Mapping[str, Renumbered],
+    ) -> MethodSettings:
         """The settings of models by our names, under the shared scopes, nearest first.
 
-        `places` are ours where fields may come to stand.
+        `places` are ours where fields may come to stand; `numbers` tells what becomes of each model's layers.
         """
-        cells = dict(self._cells(models, shared))
+        cells = dict(self._cells(models, shared, numbers))
         try:
             *filtered, rest = cases(cells)
         except ValueError as error:
@@ -80,7 +87,7 @@ class SettingsReader:
         return within_limits(self.target.settle(self._values(case, places)), self.target.method)
 
     def _cells(
-        self, models: Mapping[str, Scope], shared: Sequence[Scope]
+        self, models: Mapping[str, Scope], shared: Sequence[Scope], numbers: Mapping[str, Renumbered]
     ) -> Iterator[tuple[tuple[str, str | None], list[Branch]]]:
         fields = registry()[self.target.method].model_fields
         for key, parameter in self.target.parameters.items():
@@ -91,6 +98,8 @@ class SettingsReader:
                 except RecipeError as error:
                     self.findings.problems += error.problems
                     continue
+                if name is not None and name in numbers:
+                    branches = list(numbers[name].branches(branches))
                 if any(branch.place for branch in branches) or branches[-1].value != _default(fields, parameter.field):
                     yield (parameter.field, name), branches
 
