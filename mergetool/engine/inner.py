@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from mergetool.engine.context import Teller
 from mergetool.engine.processes import Team
+from mergetool.errors import at
 from mergetool.outputs.parts import keep_parts, remove_part
 from mergetool.outputs.push import read_lock
 from mergetool.outputs.result import Result
@@ -22,7 +23,8 @@ def make_inner(plan: Plan, make: Callable[[Plan], Result | None], teller: Teller
         each = inner[name]
         method = each.recipe.method.method_name()
         teller.say(f"first {name} ({len(done) + 1}): {method} of {', '.join(each.recipe.models)}")
-        result = make(each)
+        with at(name):
+            result = make(each)
         if result is not None:
             done[name] = result
         if team.leads:

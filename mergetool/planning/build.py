@@ -53,7 +53,7 @@ def make_plan(
     if output is None and recipe.output.path is not None:
         output = recipe.path_of(recipe.output.path)
     parts = parts or parts_path(output or recipe.folder / "result")
-    inner = {name: _inner(each, lookup, parts, whole=whole) for name, each in recipe.inner.items()}
+    inner = {name: _inner(name, each, lookup, parts, whole=whole) for name, each in recipe.inner.items()}
     opened = dict(sources) if sources is not None else open_models(recipe, lookup, inner)
     if recipe.method.result == "bundle" and BASE in opened:
         opened = present(opened, [name for name, reference in recipe.models.items() if reference.head is not None])
@@ -98,7 +98,7 @@ def _planned(
         layers=draft.arrangement.layers,
         config=draft.arrangement.config,
         narrow=draft.narrow,
-        others=_other_files(recipe),
+        others={**_other_files(recipe), **vocabulary.read},
         words=vocabulary,
     )
 
@@ -114,9 +114,10 @@ def _other_files(recipe: Recipe) -> dict[str, FileStamp]:
     return found
 
 
-def _inner(recipe: Recipe, lookup: Lookup, parts: Path, *, whole: bool) -> Plan:
+def _inner(name: str, recipe: Recipe, lookup: Lookup, parts: Path, *, whole: bool) -> Plan:
     """The plan of a recipe inside another one, whose result lies among the others until it has been read."""
-    plan = make_plan(recipe, lookup=lookup.inside(recipe.folder), whole=whole, parts=parts)
+    with at(name):
+        plan = make_plan(recipe, lookup=lookup.inside(recipe.folder), whole=whole, parts=parts)
     return replace(plan, output=place_of(plan, parts))
 
 

@@ -23,6 +23,10 @@ def recipe_schema() -> dict[str, Any]:
     definitions[_METHOD] = {"oneOf": [_method_schema(kind, definitions) for kind in methods]}
     definitions[_SEARCHED] = {"oneOf": [_searched(_merge_schema(kind, definitions)) for kind in methods]}
     definitions[_SETTING] = _searched_setting(definitions)
+    for option in definitions["ModelReference"]["properties"]["recipe"]["anyOf"]:
+        if option.get("type") == "object":  # a recipe written in place is checked like any other
+            option.clear()
+            option["$ref"] = "#"
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "mergetool recipe",

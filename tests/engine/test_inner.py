@@ -14,7 +14,7 @@ import yaml
 from transformers import Qwen2ForCausalLM
 
 import mergetool
-from mergetool.errors import OutputError, PlanError, RecipeError
+from mergetool.errors import OutputError, PlanError, RecipeError, SourceError
 from mergetool.planning import make_plan
 from mergetool.planning.inner import bytes_on_disk
 from mergetool.planning.key import plan_key
@@ -27,6 +27,7 @@ from tests.zoo.build import build, tuned
 
 FIRST = {"models": {"a": "a", "b": "b"}, "merge": {"method": "linear", "weight": {"a": 0.7, "b": 0.3}}}
 ROOT = Path(__file__).resolve().parents[2]
+DEEP = {"recipe": {"models": {"y": {"recipe": "first.yaml"}, "c": "c"}, "merge": {"method": "slerp"}}}
 TIES = {"method": "ties", "density": 0.4}
 
 
@@ -230,6 +231,13 @@ def test_references_that_say_two_things_or_none_are_refused(here, reference, pla
     assert all(found[place])
 
 
+def test_models_that_cannot_be_opened_are_told_by_the_names_that_lead_to_them(here):
+    (here / "b/model.safetensors").unlink()
+    with pytest.raises(SourceError) as caught:
+        make_plan(load_recipe(outer(DEEP)))
+    assert caught.value.where.startswith("mix: y: model 'b': ")
+
+
 def test_code_of_a_recipe_inside_needs_trust_too(here):
     (here / "mine.py").write_text("raise SystemExit")
     inner = {"models": {"a": "a", "b": "b"}, "merge": {"method": "git-rebasin"}, "architecture": "mine.py:make"}
@@ -293,8 +301,10 @@ def test_an_error_leaves_nothing(here):
     state = tensors(1, dtype=torch.bfloat16)
     state["lm_head.weight"][0, 0] = float("nan")
     write_model(here / "a", state)
-    with pytest.raises(mergetool.MergetoolError):
+    with pytest.raises(mergetool.MergetoolError) as caught:
         mergetool.run(outer({"recipe": "first.yaml"}), output="out")
+    assert "lm_head.weight" in caught.value.where
+    assert caught.value.where.startswith("mix: ")
     assert left(here) == []
 
 
@@ -306,9 +316,6 @@ def test_memory_that_is_too_small_for_a_recipe_inside_is_told_before(here):
 
 
 # -------------------------------------------------------------------- moments
-
-
-DEEP = {"recipe": {"models": {"y": {"recipe": "first.yaml"}, "c": "c"}, "merge": {"method": "slerp"}}}
 
 
 @pytest.mark.parametrize("kind", ["files", "journal"])

@@ -47,6 +47,9 @@ RIGHT = {
     "a head": recipe(
         models={"a": {"source": "./a", "head": {"weights": "h.safetensors", "pool": "mean"}}}, merge={"method": "mass"}
     ),
+    "a recipe inside": recipe(
+        models={"a": {"recipe": {"models": {"x": "./x"}, "merge": {"method": "linear"}}, "adapters": ["./lora"]}}
+    ),
     "an override": recipe(merge={"method": "ties", "overrides": [{"match": "*", "density": 0.4}]}),
     "a range": search({"method": "ties", "density": {"search": [0.1, 0.9], "step": 0.1}}),
     "a choice": search({"method": "ties", "boundary": {"choices": ["keep", "drop"]}}),
@@ -71,6 +74,9 @@ def test_what_may_be_written_is_valid(validator, case):
 WRONG = {
     "a field of a model": recipe(models={"a": {"source": "./a", "adaptors": ["./lora"]}}),
     "a model without a source": recipe(models={"a": {"adapters": ["./lora"]}}),
+    "a field of a recipe inside": recipe(
+        models={"a": {"recipe": {"models": {"x": "./x"}, "merge": {"method": "linear", "wieght": 1}}}}
+    ),
     "a field of a head": recipe(models={"a": {"source": "./a", "head": {"weights": "h", "pol": "mean"}}}),
     "a field of the base": recipe(base={"source": "./base", "revision": "main"}),
     "a field of an override": recipe(merge={"method": "ties", "overrides": [{"match": "*", "densty": 0.4}]}),
