@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergetool.checkpoints.token_rows import MEAN, MIXED, ZERO, Numbers, RowMap
+from mergetool.checkpoints.token_rows import MEAN, MIXED, PADDING, ZERO, Numbers, RowMap
 from mergetool.tensors.dtypes import BY_NAME, DType, torch_dtype
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import bytes_of
@@ -43,8 +43,8 @@ class GatheredModel(ModelSource):
         self.model, self.maps = model, maps
         self.folder, self.stem, self.remarks = model.folder, model.stem, model.remarks
         self._sources, self._donated = sources, donated
-        self._means: dict[str, Tensor] = {}
-        self._lock = threading.Lock()
+        self._means: dict[tuple[str, int], Tensor] = {}
+        self._lock = threading.RLock()
         self._exact = {name: self._dtype_if_exact(name) for name in maps}
         self.specs: Mapping[str, TensorSpec] = dict(model.specs) | {name: self._spec(name) for name in maps}
 
@@ -119,8 +119,8 @@ class GatheredModel(ModelSource):
         """Rows that lie nowhere, in float64."""
         if kind == MIXED:
             return self._mixed(name, numbers)
-        if kind == MEAN:
-            return self._mean(name).expand(len(numbers), -1)
+        if kind in (MEAN, PADDING):
+            return self._mean(name, kind).expand(len(numbers), -1)
         assert self._donated is not None
         return self._donated(name, numbers)
 
@@ -138,32 +138,31 @@ class GatheredModel(ModelSource):
         counts = torch.tensor([len(rows.mixed[int(number)]) for number in numbers], dtype=torch.float64)
         return total / counts[:, None]
 
-    def _mean(self, name: str) -> "Tensor":
-        """The mean of all rows of tokens that are not themselves made up so, in float64: found out once."""
+    def _mean(self, name: str, kind: int) -> "Tensor":
+        """The mean of the model's own rows, or of those that it shows for tokens, in float64: found out once."""
         with self._lock:
-            if name not in self._means:
-                self._means[name] = self._mean_of(name)
-            return self._means[name]
+            if (name, kind) not in self._means:
+                self._means[name, kind] = self._mean_of_own(name) if kind == MEAN else self._mean_of_shown(name)
+            return self._means[name, kind]
 
-    def _mean_of(self, name: str) -> "Tensor":
+    def _mean_of_own(self, name: str) -> "Tensor":
+        spec = self.model.specs[name]
+        rows, width = spec.shape[vocabulary_axis(spec.shape)], _DOUBLE * self._width(name)
+        chunks = _chunks(0, rows * width, width)
+        parts = (read_rows(self.model, name, np.arange(*each)).double().sum(0) for each in chunks)
+        return sum(parts) / max(1, rows)  # type: ignore[return-value]
+
+    def _mean_of_shown(self, name: str) -> "Tensor":
         import torch
 
         rows = self.maps[name]
-        total = torch.zeros(self._width(name), dtype=torch.float64)
-        end = min(rows.num_tokens, len(rows.source))
-        for start, stop in _chunks(0, end * _DOUBLE * self._width(name), _DOUBLE * self._width(name)):
-            total += self._made(name, start, stop, torch.float64, without=MEAN).sum(0)
-        return total / max(1, int((rows.source[:end] != MEAN).sum()))
+        end, width = min(rows.num_tokens, len(rows.source)), _DOUBLE * self._width(name)
+        chunks = _chunks(0, end * width, width)
+        parts = (self._made(name, *each, torch.float64, without=PADDING).sum(0) for each in chunks)
+        return sum(parts) / max(1, int((rows.source[:end] != PADDING).sum()))  # type: ignore[return-value]
 
     def _values(self, model: str, name: str, rows: Numbers) -> "Tensor":
-        """Some rows of one model as numbers."""
-        import torch
-
-        source = self._sources[model]
-        dtype = source.specs[name].dtype
-        found = np.empty((len(rows), self._width(name) * dtype.bits // 8), np.uint8)
-        _gather(source, name, rows, found, np.arange(len(rows)))
-        return torch.from_numpy(found).view(torch_dtype(dtype))
+        return read_rows(self._sources[model], name, rows)
 
     # ------------------------------------------------------------------ shapes
 
@@ -184,6 +183,17 @@ class GatheredModel(ModelSource):
         dtype = self._exact[name] or BY_NAME["F64" if "F64" in dtypes else "F32"]
         axis = vocabulary_axis(spec.shape)
         return TensorSpec(name, dtype, (*spec.shape[:axis], len(rows.source), *spec.shape[axis + 1 :]))
+
+
+def read_rows(source: ModelSource, name: str, rows: Numbers) -> "Tensor":
+    """Some rows of a tensor as numbers, in its own dtype."""
+    import torch
+
+    spec = source.specs[name]
+    width = spec.num_bytes // max(1, spec.shape[vocabulary_axis(spec.shape)])
+    found = np.empty((len(rows), width), np.uint8)
+    _gather(source, name, rows, found, np.arange(len(rows)))
+    return torch.from_numpy(found).view(torch_dtype(spec.dtype))
 
 
 def vocabulary_axis(shape: tuple[int, ...]) -> int:

@@ -15,8 +15,9 @@ import numpy as np
 from mergetool.checkpoints.vocabulary import Vocabulary
 from mergetool.errors import PlanError
 
-ZERO, MEAN, MIXED, DONATED = -1, -2, -3, -4
-"""In place of a source: zeros; the mean of all rows; the mean of some; what a donor's row is made of."""
+ZERO, MEAN, MIXED, DONATED, PADDING = -1, -2, -3, -4, -5
+"""In place of a source: zeros; the mean of all own rows, or of some; made as a donor's is; the mean of all shown."""
+DONATED_ROWS = "made of shared tokens"
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Part = tuple[int, int]
 """A source's place, and a row of it."""
@@ -77,7 +78,8 @@ class RowMap:
 
     def counts(self) -> dict[str, int]:
         """How many rows come from where."""
-        names = {ZERO: "zeros", MEAN: "mean of all rows", MIXED: "mean of several", DONATED: "donor"}
+        names = {ZERO: "zeros", MEAN: "mean of all rows", MIXED: "mean of several", DONATED: DONATED_ROWS}
+        names[PADDING] = "padding"
         found = {int(each): int(count) for each, count in zip(*np.unique(self.source, return_counts=True), strict=True)}
         return {names.get(each, self.sources[each] if each >= 0 else ""): count for each, count in found.items()}
 
@@ -198,7 +200,9 @@ def _map_of(
 def _made_up(target: Wanted, number: int, own: int, vocabulary: Vocabulary, rows: int) -> tuple[Part, ...]:
     """What a row is that no model has. Padding is the mean, which no text makes likely, as zeros might be."""
     text = target.texts.get(number)
-    if text is None or target.missing == "mean":
+    if text is None:
+        return ((PADDING, 0),)
+    if target.missing == "mean":
         return ((MEAN, 0),)
     if target.missing == "nearest":
         return tuple((own, row) for row in _pieces(text, vocabulary) if row < rows) or ((MEAN, 0),)

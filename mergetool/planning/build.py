@@ -98,7 +98,7 @@ def _planned(
         layers=draft.arrangement.layers,
         config=draft.arrangement.config,
         narrow=draft.narrow,
-        others=_other_files(recipe),
+        others={**_other_files(recipe), **vocabulary.read},
         words=vocabulary,
     )
 

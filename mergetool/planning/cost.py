@@ -15,8 +15,6 @@ from mergetool.units import filesize, memsize
 RUNTIME_BYTES = 300_000_000
 """Python and torch themselves, measured on Linux with a CPU build of torch."""
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_TOKEN_BYTES = 1000
-"""A token of the result where rows are matched: its text, also in the models' vocabularies and in the file written."""
 _SPARE = 64_000_000
 """Headers, journal, thread stacks, fragmentation."""
 
@@ -70,7 +68,7 @@ def _estimate(plan: Plan, workers: int | None, memory: int | None, processes: in
     one = SLICE_ELEMENTS * (plan.compute_bits // 8 * (streams + temporaries + 2) + 8)
     whole = sorted((step_memory(plan, step) for step in plan.steps), reverse=True)
     largest = whole[0] if whole else 0
-    fixed = RUNTIME_BYTES + _SPARE + len(plan.words.texts or ()) * _TOKEN_BYTES
+    fixed = RUNTIME_BYTES + _SPARE + plan.words.memory
     budget = memory if memory is not None else int(0.8 * available_memory()) // processes
     cores = len(os.sched_getaffinity(0))
     count = workers or max(1, min(cores, 32) // processes)

@@ -15,6 +15,7 @@ from mergetool.checkpoints.codes import describes_codes
 from mergetool.checkpoints.quantised import plain_numbers
 from mergetool.errors import HubError, SourceError
 from mergetool.recipe.schema import ModelReference, Recipe, expanded
+from mergetool.recipe.words import UNION
 from mergetool.tensors.folder import open_model
 from mergetool.tensors.hub import HubName, Repository, find, hub_name
 from mergetool.tensors.side_files import licence_of
@@ -182,7 +183,12 @@ def pinned(recipe: Recipe) -> Recipe:
 
     models = {name: pin(reference) for name, reference in recipe.models.items()}
     base = pin(recipe.base) if recipe.base else None
-    return replace(recipe, base=base, models=models, document=pinned_document(recipe.document, lookup.pins))
+    words = recipe.tokenizer
+    if words is not None and words.source not in (*models, "base", UNION):
+        words = words.model_copy(update={"source": lookup.pin(words.source, adapter=False)})
+    return replace(
+        recipe, base=base, models=models, tokenizer=words, document=pinned_document(recipe.document, lookup.pins)
+    )
 
 
 def pinned_document(document: Mapping[str, Any], pins: Mapping[str, str]) -> dict[str, Any]:
@@ -200,6 +206,9 @@ def pinned_document(document: Mapping[str, Any], pins: Mapping[str, str]) -> dic
         )
 
     base = {"base": pin(document["base"])} if "base" in document else {}
+    words = document.get("tokenizer")
+    if words is not None:
+        base["tokenizer"] = {**words, "source": pins.get(words["source"], words["source"])}
     return {**document, **base, "models": {name: pin(value) for name, value in document["models"].items()}}
 
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mergetool.checkpoints.donor import Donor, memory_of
 from mergetool.checkpoints.gathered import GatheredModel
+from mergetool.checkpoints.notation import in_notation_of
 from mergetool.checkpoints.side_files import has_tokenizer
-from mergetool.checkpoints.token_rows import RowMap, RowRule, Wanted, row_maps
+from mergetool.checkpoints.token_rows import DONATED_ROWS, RowMap, RowRule, Wanted, row_maps
 from mergetool.checkpoints.tokens_added import AddedToken, added_tokens_of
 from mergetool.checkpoints.vocabulary import Vocabulary, disagreement, tokens_of
 from mergetool.checkpoints.vocabulary_axes import axes_of
@@ -20,12 +22,14 @@ from mergetool.errors import PlanError
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.schema import Recipe
 from mergetool.recipe.words import UNION, Tokenizer
-from mergetool.tensors.source import ModelSource
+from mergetool.tensors.source import FileStamp, ModelSource
 
 Sources = Mapping[str, ModelSource]
 Rows = Mapping[str, Mapping[str, Mapping[str, int]]]
 """By tensor and model: how many rows come from where."""
 _BASE = "base"
+_TOKEN_BYTES = 1000
+"""A token of the result where rows are matched: its text, also in the models' vocabularies and in the file written."""
 _SAVE = "save its tokenizer with transformers' save_pretrained, which writes tokenizer.json"
 
 
@@ -45,13 +49,32 @@ class Lexicon:
     """Tokens that the tokenizer's files lack."""
     rows: Rows = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    donor: ModelSource | None = None
+    """The model whose rows tell how rows that no model has are made."""
+
+    @property
+    def read(self) -> dict[str, FileStamp]:
+        """The donor's files."""
+        files = () if self.donor is None else self.donor.files
+        return {f"tokenizer.source {stamp.path.name}": stamp for stamp in files}
+
+    @property
+    def memory(self) -> int:
+        """Bytes that texts of tokens take, and a donor's rows."""
+        held = len(self.texts or ()) * _TOKEN_BYTES
+        if self.donor is None:
+            return held
+        shared = {
+            name: sum(counts.get(model, 0) for model, counts in models.items())
+            for name, models in self.rows.items()
+            if any(DONATED_ROWS in counts for counts in models.values())
+        }
+        return held + memory_of(self.donor, shared)
 
 
 def in_one_vocabulary(recipe: Recipe, sources: Sources, template: str, lookup: Lookup) -> Lexicon:
     """The models as the result's vocabulary shows them. Raises PlanError where tokens cannot be matched."""
     asked = recipe.tokenizer
-    if asked is not None and asked.missing == "omp":
-        raise PlanError("rows cannot be made of shared tokens", "tokenizer.missing", "write missing: mean")
     if recipe.method.arranges and asked is not None and asked != Tokenizer(source="base"):
         what = "all outside the MLPs is the base's, its vocabulary too"
         raise PlanError(what, "tokenizer", "remove tokenizer, or merge the base with it first: base: {recipe: FILE}")
@@ -85,11 +108,15 @@ class _Matching:
         self.recipe, self.sources, self.template = recipe, sources, template
         self.asked = recipe.tokenizer or Tokenizer(source=_holder(sources, template))
         self.leader = _holder(sources, template)
+        self.donor: ModelSource | None = None
         self.home = self._home(lookup)
         self.axes = {model: axes_of(source) for model, source in sources.items()}
 
     def _home(self, lookup: Lookup) -> Path | None:
-        """The folder of the tokenizer that the result's is made from."""
+        """The folder of the tokenizer that the result's is made from, and the donor, if there is to be one."""
+        if self.asked.missing == "omp":
+            self.donor = lookup.open("tokenizer.source", self.asked.source)
+            return self.donor.folder
         if self.asked.source in self.sources:
             return self.sources[self.asked.source].folder
         if self.asked.source == UNION:
@@ -97,7 +124,7 @@ class _Matching:
         return lookup.folder(self.asked.source)
 
     def words(self) -> Lexicon:
-        own = self.asked.source not in (*self.sources, UNION)
+        own = self._is_own
         texts = tokens_of(self.home)
         if texts is None:
             return self._as_they_are()
@@ -116,7 +143,13 @@ class _Matching:
             added,
             rows,
             tuple(self._remarks(target, vocabularies)),
+            self.donor,
         )
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether the tokenizer is no model's of the recipe."""
+        return self.asked.source not in (*self.sources, UNION)
 
     def _as_they_are(self) -> Lexicon:
         """For a tokenizer that cannot be read: its files go along, where nothing has to be matched by it."""
@@ -132,6 +165,8 @@ class _Matching:
             own = tokens_of(source.folder)
             if own is None and disagreement(self.home, source.folder):
                 raise PlanError(f"the tokens of model {model!r} cannot be read", str(source.folder), _SAVE)
+            if own is not None and self._is_own:
+                own = in_notation_of(own, source.folder, texts, self.home)
             found[model] = Vocabulary(texts if own is None else own)
         return found
 
@@ -187,23 +222,28 @@ class _Matching:
         """The models as they show their rows, and where these come from."""
         maps: dict[str, dict[str, RowMap]] = {model: {} for model in self.sources}
         told: dict[str, dict[str, dict[str, int]]] = {}
-        known: dict[tuple[tuple[str, int], ...], dict[str, RowMap]] = {}
+        known: dict[object, dict[str, RowMap]] = {}
         for name in dict.fromkeys(name for axes in self.axes.values() for name in axes):
             rows = self._rows(name)
-            sizes = tuple(rows.items())
-            if sizes not in known:
-                known[sizes] = row_maps(target, vocabularies, rows, name) if rows else {}
-            found = known[sizes]
+            flat = any(len(self.sources[model].specs[name].shape) == 1 for model in rows)
+            wanted = replace(target, missing="zero") if flat and self.donor else target  # no sum of biases means much
+            key = (flat, tuple(rows.items()))
+            if key not in known:
+                known[key] = row_maps(wanted, vocabularies, rows, name) if rows else {}
+            found = known[key]
             if all(each.is_plain(rows[model]) for model, each in found.items()):
                 continue
             told[name] = {model: each.counts() for model, each in found.items()}
             for model, each in found.items():
                 maps[model][name] = each
-        shown = {
-            model: GatheredModel(source, maps[model], self.sources) if maps[model] else source
-            for model, source in self.sources.items()
-        }
-        return shown, told
+        return {model: self._gathered(model, maps[model]) for model in self.sources}, told
+
+    def _gathered(self, model: str, maps: Mapping[str, RowMap]) -> ModelSource:
+        source = self.sources[model]
+        if not maps:
+            return source
+        donor = None if self.donor is None else Donor(self.donor, source, maps)
+        return GatheredModel(source, maps, self.sources, donor)
 
     def _digest(self, target: Wanted, added: Sequence[AddedToken], shown: Sources) -> str:
         """Of all tokens, and of where every row comes from."""

@@ -52,6 +52,10 @@ def _check_words(document: Document, models: Collection[str]) -> Iterator[Recipe
     tokenizer, template = document.data.get("tokenizer"), document.data.get("chat_template")
     for place, name in models_named(tokenizer if isinstance(tokenizer, dict) else {}).items():
         yield from _check_use(document, ("tokenizer", *place), name, models)
+    source = _in(document.data, "tokenizer", "source")
+    if _in(document.data, "tokenizer", "missing") == "omp" and not is_place(str(source)):
+        what = f"omp makes rows from those of another model, and the tokens of {source} have their own"
+        yield document.error(("tokenizer", "missing"), what, "write source: ./FOLDER of that model, or missing: mean")
     named = template.get("name") if isinstance(template, dict) else template
     if isinstance(named, str) and is_place(named):
         yield document.error(("chat_template",), f"{named!r} is no model", f"write {{file: {named}}}")

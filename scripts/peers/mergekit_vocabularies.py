@@ -18,12 +18,16 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from mergekit.scripts.tokensurgeon import main as tokensurgeon
 from safetensors.numpy import load_file, save_file
 
 PEERS = Path(__file__).resolve().parents[2] / "tests" / "peers"
 sys.path.insert(0, str(PEERS))
 
-from vocabularies import by_token, write_vocabularies  # noqa: E402  (found through the line above)
+from vocabularies import ROWS, SPECIAL, by_token, write_transplant, write_vocabularies  # noqa: E402  (found through the line above)
+
+NEW = 30
+"""Tokens that only the donor of the transplant has: the first behind the special ones."""
 
 
 def main() -> None:
@@ -37,6 +41,12 @@ def main() -> None:
             run_merge(MergeConfiguration.model_validate(recipe), f"out/{case}", options)
             read = load_file(f"out/{case}/model.safetensors")
             numbers |= {f"{case}/{key}": rows for key, rows in by_token(Path("out", case), read).items()}
+        write_transplant(Path())
+        for way in ("omp", "mean", "zero"):
+            print(way, file=sys.stderr)
+            tokensurgeon(["model", "donor", f"out/{way}", "--approximation-method", way], standalone_mode=False)
+            read = load_file(f"out/{way}/model.safetensors")
+            numbers |= {f"{way}/{name}": read[name][len(SPECIAL) :][:NEW] for name in ROWS}
     metadata = {"mergekit": version("mergekit"), "torch": version("torch")}
     save_file(numbers, PEERS / "mergekit" / "vocabularies.safetensors", metadata=metadata)
 

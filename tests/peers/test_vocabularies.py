@@ -8,7 +8,7 @@ import yaml
 from safetensors.numpy import load_file
 
 import mergetool
-from tests.peers.vocabularies import ROWS, TOKENS, by_token, write_vocabularies
+from tests.peers.vocabularies import GIVEN, ROWS, SPECIAL, TOKENS, by_token, write_transplant, write_vocabularies
 
 FOLDER = Path(__file__).parent / "mergekit"
 CASES = yaml.safe_load((FOLDER / "vocabularies.yaml").read_text())
@@ -50,3 +50,18 @@ def test_rows_of_a_model_that_gives_no_embeddings_are_taken_all_the_same(models,
         expected = np.array([rows[TOKENS[other].index(token)] for token in lacking]).reshape(-1, rows.shape[1])
         assert not theirs[~shared].any()
         np.testing.assert_array_equal(ours[name][~shared], expected)
+
+
+@pytest.mark.parametrize("way", ["omp", "mean", "zero"])
+def test_a_transplanted_tokenizer_has_the_rows_of_mergekit_tokensurgeon(way, tmp_path):
+    write_transplant(tmp_path)
+    recipe = {"models": {"model": str(tmp_path / "model")}, "merge": {"method": "passthrough"}}
+    tokenizer = {"source": str(tmp_path / "donor"), "missing": way}
+    result = mergetool.run({**recipe, "tokenizer": tokenizer}, output=tmp_path / "out").path
+    found, own = (load_file(folder / "model.safetensors") for folder in (result, tmp_path / "model"))
+    tokens, before = GIVEN["donor"][1], GIVEN["model"][1]
+    new = slice(len(SPECIAL), len(SPECIAL) + 30)
+    for name in ROWS:
+        np.testing.assert_allclose(found[name][new], EXPECTED[f"{way}/{name}"], atol=2e-5, rtol=0)
+        kept = [before.index(token) for token in tokens if token in before]
+        np.testing.assert_array_equal(np.delete(found[name], new, 0), own[name][kept])

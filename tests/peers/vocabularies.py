@@ -7,9 +7,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 try:
-    from tests.peers.checkpoints import HIDDEN, noise, tensors
+    from tests.peers.checkpoints import HIDDEN, noise, shapes, tensors
 except ImportError:  # where mergekit runs, these two files lie alone
-    from checkpoints import HIDDEN, noise, tensors
+    from checkpoints import HIDDEN, noise, shapes, tensors
 
 ROWS = ("model.embed_tokens.weight", "lm_head.weight")
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -32,10 +32,28 @@ def write_vocabularies(folder: Path) -> None:
         for name in ROWS:
             state[name] = noise(f"{model}/{name}", (len(tokens), HIDDEN)).astype(np.float32)
         save_file(state, place / "model.safetensors", {"format": "pt"})
-        _write(place / "config.json", _config(len(tokens)))
-        _write(place / "tokenizer.json", _tokenizer(tokens))
-        named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-        _write(place / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named})
+        _write_beside(place, _config(len(tokens)), tokens)
+
+
+GIVEN = {
+    "model": (96, [*SPECIAL, *(f"w{n}" for n in range(140))]),
+    "donor": (128, [*SPECIAL, *(f"w{n}" for n in range(169, 9, -1))]),
+}
+"""Width and tokens of a model that gets another's tokenizer, and of the other: 130 words are shared, 30 are new."""
+
+
+def write_transplant(folder: Path) -> None:
+    """Write `folder/model/` and `folder/donor/`, of one layer."""
+    for model, (width, tokens) in GIVEN.items():
+        place = folder / model
+        place.mkdir(parents=True)
+        names = {name: len(shape) for name, shape in shapes("llama").items() if ".1." not in name and ".2." not in name}
+        state = {name: np.ones([width] * axes, np.float32) for name, axes in names.items()}
+        for name in ROWS:
+            state[name] = noise(f"{model}/{name}", (len(tokens), width)).astype(np.float32)
+        save_file(state, place / "model.safetensors", {"format": "pt"})
+        layers = {"num_hidden_layers": 1, "num_key_value_heads": 4, "intermediate_size": width, "hidden_size": width}
+        _write_beside(place, {**_config(len(tokens)), **layers}, tokens)
 
 
 def by_token(folder: Path, read: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -45,6 +63,13 @@ def by_token(folder: Path, read: dict[str, np.ndarray]) -> dict[str, np.ndarray]
     order = [numbers[token] for token in sorted(numbers)]
     rest = sorted(set(range(len(read[ROWS[0]]))) - set(order))
     return {name: read[name][[*order, *rest]] for name in ROWS}
+
+
+def _write_beside(place: Path, config: dict[str, object], tokens: list[str]) -> None:
+    _write(place / "config.json", config)
+    _write(place / "tokenizer.json", _tokenizer(tokens))
+    named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    _write(place / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named})
 
 
 def _config(size: int) -> dict[str, object]:
