@@ -56,7 +56,7 @@ def test_a_row_that_several_have_is_that_of_the_preferred_model(models, tmp_path
     result = run(models, tmp_path, "abc", tokenizer={"source": "union", "prefer": "c"})
     expected = (rows(models["b"])[b[token]] + 2 * rows(models["c"])[c[token]]) / 3
     assert torch.allclose(rows(result)[vocabulary(result)[token]], expected, atol=1e-7)
-    with pytest.raises(RecipeError, match="tokenizer.prefer: there is no model 'd'"):
+    with pytest.raises(RecipeError, match=r"tokenizer.prefer: there is no model 'd'"):
         run(models, tmp_path, "abc", tokenizer={"source": "union", "prefer": "d"})
 
 
