@@ -74,11 +74,16 @@ class Draft:
             for (first, others), names in self.extras.items()
             if others
         ]
-        self.warnings += [
-            f"override {override.match!r} matches no tensor{self._hint(override.match)}"
-            for override, matched in zip(self.overrides, self.matched, strict=True)
-            if not matched
-        ]
+        self.warnings += [f"override {match!r} matches no tensor{self._hint(match)}" for match in self._unmatched()]
+
+    def _unmatched(self) -> list[str]:
+        """Globs that match nothing, but for those of several parts each of which matches something by itself.
+
+        Such a one says what holds where both would; it need not be that both do.
+        """
+        found = {each.match for each, matched in zip(self.overrides, self.matched, strict=True) if matched}
+        missed = dict.fromkeys(each.match for each in self.overrides if each.match not in found)
+        return [match for match in missed if not {f"*{part}*" for part in match.split("*") if part} <= found]
 
     def _hint(self, match: str) -> str:
         """What to match instead, where an override means a second name of a tensor."""

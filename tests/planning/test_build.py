@@ -269,6 +269,12 @@ def test_overrides_that_match_nothing_are_warned_about(toys):
     assert plan.warnings == ("override '*gate*' matches no tensor", "override 'lm_*' matches no tensor")
 
 
+def test_overrides_for_what_two_others_match_need_not_match(toys):
+    overrides = [{"match": match, "density": 0.1} for match in ("*norm*head*", "*norm*gate*", "*norm*", "*head*")]
+    plan = planned({**TIES, "overrides": overrides})
+    assert plan.warnings == ("override '*norm*gate*' matches no tensor",)
+
+
 @pytest.mark.parametrize(
     ("merge", "base"),
     [

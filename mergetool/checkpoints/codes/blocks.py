@@ -12,6 +12,7 @@ Reference: QLoRA, https://arxiv.org/abs/2305.14314, section 3; the storage is bi
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from mergetool.checkpoints.codes.base import Reader, Weight
@@ -38,15 +39,22 @@ class Blocks(Weight):
         return (self.codes, self.state, *(f"{self.name}.{each}" for each in tables))
 
     def read(self, reader: Reader, start: int, out: "Tensor") -> None:
+        stop, length = start + len(out), self.length
+        first, last = start // length, -(-stop // length)
+        begin, end = first * length, min(last * length, prod(self.shape))
+        packed = reader.elements(self.codes, begin // 2, -(-end // 2) - begin // 2)
+        values = self._pairs(reader).index_select(0, packed.int()).view(-1)[: end - begin]
+        scales, full = self._scales(reader, first, last - first), (end - begin) // length
+        values[: full * length].view(full, length).mul_(scales[:full, None])
+        values[full * length :].mul_(scales[-1])
+        out.copy_(values[start - begin : stop - begin])
+
+    def _pairs(self, reader: Reader) -> "Tensor":
+        """The two numbers that each byte stands for, before scaling."""
         import torch
 
-        stop = start + len(out)
-        packed = reader.elements(self.codes, start // 2, -(-stop // 2) - start // 2)
-        codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[start % 2 :][: len(out)]
-        table = reader.elements(f"{self.name}.quant_map", 0, 16).float()
-        first, last = start // self.length, -(-stop // self.length)
-        scales = self._scales(reader, first, last - first).repeat_interleave(self.length)
-        out.copy_(table[codes.int()].mul_(scales[start - first * self.length :][: len(out)]))
+        table = reader.whole(f"{self.name}.quant_map").float()
+        return torch.cartesian_prod(table, table)
 
     def _scales(self, reader: Reader, first: int, count: int) -> "Tensor":
         found = reader.elements(f"{self.name}.absmax", first, count)
@@ -54,7 +62,7 @@ class Blocks(Weight):
             return found.float()
         length, offset = self.nested
         low, high = first // length, -(-(first + count) // length)
-        table = reader.elements(f"{self.name}.nested_quant_map", 0, 256).float()
+        table = reader.whole(f"{self.name}.nested_quant_map").float()
         outer = reader.elements(f"{self.name}.nested_absmax", low, high - low).float().repeat_interleave(length)
         return table[found.int()].mul_(outer[first - low * length :][:count]).add_(offset)
 

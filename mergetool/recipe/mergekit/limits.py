@@ -11,7 +11,7 @@ from typing import Any
 from mergetool.methods import registry
 
 _NOTHING = 1e-12
-"""A density of which no tensor is large enough to keep an entry."""
+"""A density that keeps nothing, or of methods that keep the largest one entry of each tensor."""
 
 
 class ByModel(dict[str, Any]):
