@@ -203,7 +203,7 @@ class _Matching:
         rules = {
             text: RowRule(row.model, row.token, row.id, row.zero, row.force) for text, row in self.asked.tokens.items()
         }
-        leads = _BASE if _BASE in self.sources else None
+        leads = self.asked.prefer or (_BASE if _BASE in self.sources else None)
         target = Wanted(tokens, 0, rules, self.asked.missing, leads)
         return replace(target, num_rows=self._num_rows(target.num_tokens, grown=bool(added)))
 

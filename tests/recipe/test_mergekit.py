@@ -147,7 +147,7 @@ def test_rescale_has_other_words(theirs, ours):
         ("dtype: torch.float32\nout_dtype: float16", {"output": {"dtype": "float16"}}),
         ("dtype: float64\nout_dtype: float32", {"compute": {"dtype": "float64"}, "output": {"dtype": "float32"}}),
         ("tokenizer_source: ./second", {"tokenizer": {"source": "second"}}),
-        ("tokenizer_source: base\nbase_model: org/first", {"tokenizer": {"source": "first"}}),
+        ("tokenizer_source: base\nbase_model: org/first", {"tokenizer": {"source": "first", "prefer": "first"}}),
     ],
 )
 def test_storage_and_tokenizer(lines, expected):
@@ -574,3 +574,9 @@ def test_a_parameter_that_stands_one_level_too_high_is_asked_for_where_it_belong
     fix = "write it inside `parameters`: parameters: {weight: 0.7}"
     assert problems(text) == {("5", "weight is required"): fix}
     assert converted(text.replace("weight: 0.7", "parameters: {weight: 0.7}")) == converted(LINEAR)
+
+
+def test_the_base_of_a_vocabulary_is_preferred_where_it_is_merged_too():
+    text = LINEAR + "base_model: ./second\ntokenizer_source: union\n"
+    assert converted(text)["tokenizer"] == {"source": "union", "prefer": "second"}
+    assert converted(DARE + "tokenizer_source: union\n")["tokenizer"] == {"source": "union"}

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import mergetool
-from mergetool.errors import PlanError
+from mergetool.errors import PlanError, RecipeError
 from tests.words.models import SPECIAL, build, opened, save_tokenizer, train, vocabulary
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
@@ -48,6 +48,16 @@ def test_a_row_that_one_model_has_is_that_row(models, tmp_path):
     token, number = alone(models)
     result = run(models, tmp_path, tokenizer={"source": "union"})
     assert torch.equal(rows(result)[vocabulary(result)[token]], rows(models["b"])[number])
+
+
+def test_a_row_that_several_have_is_that_of_the_preferred_model(models, tmp_path):
+    b, c = (vocabulary(models[name]) for name in "bc")
+    token = next(token for token in sorted(b) if token in c and token not in vocabulary(models["a"]))
+    result = run(models, tmp_path, "abc", tokenizer={"source": "union", "prefer": "c"})
+    expected = (rows(models["b"])[b[token]] + 2 * rows(models["c"])[c[token]]) / 3
+    assert torch.allclose(rows(result)[vocabulary(result)[token]], expected, atol=1e-7)
+    with pytest.raises(RecipeError, match=r"tokenizer.prefer: there is no model 'd'"):
+        run(models, tmp_path, "abc", tokenizer={"source": "union", "prefer": "d"})
 
 
 def test_a_row_that_several_have_is_the_bases_or_else_their_mean(models, tmp_path):
