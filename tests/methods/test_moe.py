@@ -312,7 +312,7 @@ def test_a_shared_expert_without_prompts_counts_half(dense, run):
 
 
 def test_deepseek_adds_its_shared_expert_as_it_is(dense, run):
-    """Its network is code on the Hub; here it is written out: softmax, the best two divided by their sum."""
+    """Its network is code on the Hub, so that its config is all that can be looked at here."""
     made = run("llama", target="deepseek", shared="base", experts_per_token=1)
     config = json.loads((made / "config.json").read_text())
     wanted = {"n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 48}
@@ -359,6 +359,15 @@ def test_a_killed_run_measures_nothing_again(recipe, dense, tmp_path):
     result = mergetool.run(asked, output=tmp_path / "out", progress=watch)
     assert result.resumed
     assert not any("prompts through the base" in text for text in watch.said)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_other_prompts_are_measured_again(recipe, tmp_path):
+    other = recipe(experts={**PROMPTS, "math": {"prompts": ["w30"]}})
+    mergetool.run(other, output=tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        mergetool.run(recipe(), output=tmp_path / "out", workers=1, progress=stop_after(5))
+    mergetool.run(other, output=tmp_path / "out", overwrite=True)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
