@@ -58,7 +58,6 @@ class Draft:
         steps = [step for each in origins if (step := self._step(each, _depth(layers[each.name]))) is not None]
         if not steps:
             raise PlanError("the models hold no tensors to merge", "plan", "check the paths of the models")
-        self.warnings += self.arrangement.words
         self._warn()
         return _joined(steps)
 
