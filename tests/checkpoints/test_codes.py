@@ -367,7 +367,7 @@ def test_layers_of_codes_are_stacked_and_any_slice_of_them_read(sources, tmp_pat
         torch.testing.assert_close(part, written.reshape(-1)[start:stop], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("damage", ["no scale", "another grid", "no JSON"])
+@pytest.mark.parametrize("damage", ["no scale", "one scale missing", "another grid", "no JSON"])
 def test_codes_that_are_not_understood_are_refused(damage, sources, tmp_path):
     quantised(tmp_path / "codes", sources[0], "nf4" if damage == "no JSON" else "blocks")
     path = tmp_path / "codes" / "model.safetensors"
@@ -375,6 +375,8 @@ def test_codes_that_are_not_understood_are_refused(damage, sources, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     if damage == "no JSON":
         stored[f"{name}.quant_state.bitsandbytes__nf4"] = torch.zeros(4, dtype=torch.uint8)
+    elif damage == "one scale missing":
+        del stored[f"{name}_scale_inv"]
     elif damage == "no scale":
         for key in [key for key in stored if key.endswith("_scale_inv")]:
             del stored[key]
@@ -384,3 +386,17 @@ def test_codes_that_are_not_understood_are_refused(damage, sources, tmp_path):
     recipe = {"models": {"a": str(tmp_path / "codes"), "b": str(sources[1])}, "merge": {"method": "linear"}}
     with pytest.raises(mergetool.MergetoolError, match="not JSON" if damage == "no JSON" else "quantised"):
         mergetool.plan(recipe)
+
+
+def test_codes_that_transformers_can_read_come_with_the_command(sources, tmp_path):
+    quantised(tmp_path / "codes", sources[0], "packed")
+    path = tmp_path / "codes" / "model.safetensors"
+    stored = load_file(path)
+    for key in [key for key in stored if key.endswith("weight_packed")]:
+        stored[key] = stored[key].view(torch.uint8)  # four bits of floats, as NVFP4 has them
+    save_file(stored, path)
+    with pytest.raises(mergetool.MergetoolError) as caught:
+        mergetool.plan({"models": {"a": str(tmp_path / "codes")}, "merge": {"method": "passthrough"}})
+    code = caught.value.fix.split('"')[1]
+    assert "CompressedTensorsConfig(dequantize=True)" in code
+    compile(code, "fix", "exec")
