@@ -1,9 +1,11 @@
 """Quantised models with what else people do to models: an adapter on top (QLoRA), experts one by one."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import mergetool
@@ -51,3 +53,17 @@ def test_experts_of_codes_are_merged_with_plain_ones(tmp_path):
     assert any("experts" in name for name in meant)
     for name, value in meant.items():
         torch.testing.assert_close(written[name].double(), (value + theirs[name].double()) / 2, rtol=1e-6, atol=1e-7)
+
+
+def test_its_recipe_runs_from_end_to_end(tmp_path):
+    text = (Path(__file__).parents[2] / "recipes" / "quantised.yaml").read_text()
+    meant = quantised(tmp_path / "models" / "small", build(tmp_path / "plain", "llama", 0), "AWQ")
+    other = build(tmp_path / "models" / "tuned", "llama", 1)
+    (tmp_path / "recipe.yaml").write_text(text)
+    result = mergetool.run(tmp_path / "recipe.yaml")
+    assert result.path == tmp_path / yaml.safe_load(text)["output"]["path"]
+    written, theirs = load_file(result.path / "model.safetensors"), weights(other)
+    for name in [name for name in meant if "_proj.weight" in name]:
+        value = meant[name]
+        wanted = 0.4 * value + 0.6 * theirs[name].double()
+        torch.testing.assert_close(written[name].double(), wanted, rtol=1e-6, atol=1e-6)
