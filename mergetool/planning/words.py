@@ -88,9 +88,8 @@ def in_one_vocabulary(recipe: Recipe, sources: Sources, template: str, lookup: L
 def _conflicts(sources: Sources, template: str) -> bool:
     """Whether a number means one token to the leader and another to a model."""
     home, *others = (sources[each].tokenizer_folder for each in (_holder(sources, template), *sources))
-    if tokens_of(home) is None:
-        return False
-    return any(tokens_of(other) is not None and disagreement(home, other) for other in others)
+    differing = [other for other in others if disagreement(home, other)]
+    return bool(differing) and tokens_of(home) is not None and any(tokens_of(other) for other in differing)
 
 
 def _holder(sources: Sources, template: str) -> str:

@@ -580,3 +580,9 @@ def test_the_base_of_a_vocabulary_is_preferred_where_it_is_merged_too():
     text = LINEAR + "base_model: ./second\ntokenizer_source: union\n"
     assert converted(text)["tokenizer"] == {"source": "union", "prefer": "second"}
     assert converted(DARE + "tokenizer_source: union\n")["tokenizer"] == {"source": "union"}
+
+
+def test_parameters_of_another_method_are_told_where_one_is_missing():
+    text = "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: a}]\nparameters: {t: [0, 1]}\n"
+    fix = "add weight: VALUE; mergekit's task_arithmetic has no parameter t"
+    assert problems(text) == {("3", "weight is required"): fix}
