@@ -16,9 +16,8 @@ from tests.zoo.oracle import logits, opened
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def blocks(value, grid, block, spread):
+def spread(value, grid, block):
     """`grid` with each entry as often as its block asks for, cut to the shape of `value`."""
-    del spread
     return grid.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: value.shape[0], : value.shape[1]]
 
 
@@ -39,7 +38,7 @@ def fp8(block, dtype=E4M3, name="_scale_inv", shape=None, scales=torch.float32):
     def quantise(key, value):
         size = tuple(length if each is None else each for each, length in zip(block, value.shape, strict=True))
         scale = (by_block(value, size) / torch.finfo(dtype).max).to(scales)
-        over = blocks(value, scale.double(), size, None)
+        over = spread(value, scale.double(), size)
         codes = (value / over).to(torch.float32).to(dtype)
         expected = codes.double() * over
         stored = scale if shape is None else scale.reshape(shape(scale))
@@ -51,7 +50,7 @@ def fp8(block, dtype=E4M3, name="_scale_inv", shape=None, scales=torch.float32):
 def exponents(key, value):
     """Scales that are powers of two, as bytes (MX formats)."""
     grid = by_block(value, (1, 8)).clamp_min(1e-30).log2().ceil() - 8
-    over = blocks(value, torch.exp2(grid), (1, 8), None)
+    over = spread(value, torch.exp2(grid), (1, 8))
     codes = (value / over).float().to(E4M3)
     return {key: codes, f"{key}_scale_inv": (grid + 127).to(torch.uint8)}, codes.double() * over
 
