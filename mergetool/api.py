@@ -1,7 +1,6 @@
 """The Python face: the same recipes and the same engine, for scripts and research code."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,5 +116,5 @@ def merge_state_dicts(
 
 def _loaded(recipe: RecipeLike, settings: Sequence[str]) -> Recipe:
     if isinstance(recipe, Recipe):
-        return recipe if not settings else replace(load_recipe(recipe.document, settings), folder=recipe.folder)
+        return recipe if not settings else load_recipe(recipe.document, settings, recipe.folder)
     return load_recipe(recipe, settings)

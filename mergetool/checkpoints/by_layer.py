@@ -84,7 +84,7 @@ def _refuse(part: Part, taken: Sequence[Taken], tower: str) -> None:
 # -------------------------------------------------------------------- kinds of attention
 
 
-def _kind(part: Part, layer: int) -> str | None:
+def kind_of_attention(part: Part, layer: int) -> str | None:
     """The kind of attention of a layer, where a config tells."""
     listed = part.get("layer_types")
     if isinstance(listed, list):
@@ -106,12 +106,12 @@ def _kind(part: Part, layer: int) -> str | None:
 
 
 def _set_kinds(part: dict[str, Any], taken: Sequence[Taken]) -> None:
-    kinds = [_kind(each.part, each.layer) for each in taken]
-    found = [kind or _kind(part, each.layer) for kind, each in zip(kinds, taken, strict=True)]
+    kinds = [kind_of_attention(each.part, each.layer) for each in taken]
+    found = [kind or kind_of_attention(part, each.layer) for kind, each in zip(kinds, taken, strict=True)]
     if not all(found):
         return
     said = {key: value for key, value in part.items() if key != "layer_types"}
-    if "layer_types" not in part and [_kind(said, place) for place in range(len(taken))] == found:
+    if "layer_types" not in part and [kind_of_attention(said, place) for place in range(len(taken))] == found:
         return
     part["layer_types"] = found
     for key in ("sliding_window_pattern", "_sliding_window_pattern"):

@@ -6,6 +6,7 @@ or come from files of several dtypes, the tensor is float32 (or float64), as cha
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +54,10 @@ class GatheredModel(ModelSource):
     @property
     def described(self) -> Mapping[str, TensorSpec]:
         return self.model.described
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        return self.model.tokenizer_folder
 
     @property
     def files(self) -> tuple[FileStamp, ...]:

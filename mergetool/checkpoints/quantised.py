@@ -6,7 +6,7 @@ Codes that are understood (`codes`) are dequantised while they are read; all oth
 import re
 from collections.abc import Mapping
 
-from mergetool.checkpoints.codes import dequantised, is_dequantised
+from mergetool.checkpoints.codes import dequantised, is_dequantised, quantisation_of
 from mergetool.checkpoints.facts import QUANTISED, parts_of
 from mergetool.errors import PlanError
 from mergetool.tensors.header import TensorSpec
@@ -60,13 +60,27 @@ def _is_matrix(spec: TensorSpec) -> bool:
 def plain_numbers(model: ModelSource) -> ModelSource:
     """A model whose tensors are the numbers they stand for: itself, or what its codes mean. Raises PlanError."""
     made = dequantised(model)
-    if how := how_quantised(model) if made is model else left_over(made.specs):
-        raise PlanError(
-            f"its weights are quantised ({how}), so arithmetic on them is meaningless",
-            str(model.folder or (model.files[0].path if model.files else "in memory")),
-            "dequantise the model first, and save it in bfloat16",
-        )
+    if how := how_quantised(model) if made is model else left_over(made.specs) or _without_scale(made.specs):
+        where = str(model.folder or (model.files[0].path if model.files else "in memory"))
+        what = f"its weights are quantised ({how}), so arithmetic on them is meaningless"
+        raise PlanError(what, where, _advice(model, where))
     return made
+
+
+def _without_scale(specs: Mapping[str, TensorSpec]) -> str | None:
+    """Of a model with scales, a weight that has none."""
+    raw = next((spec for spec in specs.values() if spec.dtype.is_float and spec.dtype.bits == 8), None)
+    return None if raw is None else f"{raw.name} is {raw.dtype.name}, and no scale fits it"
+
+
+def _advice(model: ModelSource, where: str) -> str:
+    """How to get plain weights: with transformers where it can make them, else those that the codes were made of."""
+    if quantisation_of(model).get("quant_method") == "compressed-tensors" and model.folder is not None:
+        how = "dtype='bfloat16', quantization_config=t.CompressedTensorsConfig(dequantize=True)"
+        load = f"from_pretrained({where!r}, {how})"
+        code = f"import transformers as t; t.AutoModelForCausalLM.{load}.save_pretrained({where + '-plain'!r})"
+        return f'pip install compressed-tensors; python -c "{code}"; and merge {where}-plain'
+    return "merge the model that it was made from, or dequantise it first with the library that quantised it"
 
 
 def file_about_codes(source: ModelSource) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergetool.checkpoints.by_layer import Taken, set_by_layer
+from mergetool.checkpoints.by_layer import Taken, kind_of_attention, set_by_layer
 from mergetool.checkpoints.facts import QUANTISED, SCALED_BY_TIES, parts_of
 from mergetool.checkpoints.sizes import SizeChange, Sized, changed_sizes
 from mergetool.checkpoints.ties import TIE_KEY, embeddings_of, is_head
@@ -213,6 +213,12 @@ def _set_slices(
         own[model] = (_place_of_layers(theirs, tower, count)[0] if theirs else copy.deepcopy(part), count)
     part.update(dict.fromkeys(keys, new))
     set_by_layer(part, [Taken(model, own[model][0], layer, own[model][1]) for model, layer in layers], old, tower)
+
+
+def kinds_of_layers(config: Config, tower: str, count: int) -> list[str | None]:
+    """The kind of attention of each of a row's layers, where a config tells."""
+    part, keys = _place_of_layers(copy.deepcopy(dict(config)), tower, count)
+    return [kind_of_attention(part, layer) if keys else None for layer in range(count)]
 
 
 def layers_behind(part: Config, count: int) -> int:

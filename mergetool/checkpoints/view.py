@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from mergetool.tensors.dtypes import DType
 from mergetool.tensors.header import TensorSpec
@@ -23,6 +24,10 @@ class RenamedModel(ModelSource):
     def described(self) -> Mapping[str, TensorSpec]:
         known = self.model.described
         return {name: replace(known[own], name=name) for name, own in self.stored.items() if own in known}
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        return self.model.tokenizer_folder
 
     @property
     def files(self) -> tuple[FileStamp, ...]:

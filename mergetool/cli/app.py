@@ -118,7 +118,8 @@ def validate(
         warnings = make_plan(checked).warnings
     for warning in warnings:
         say(f"warning: {warning}")
-    answer = {"valid": True, "method": checked.method.method_name(), "models": list(checked.models)}
+    method, models = checked.method.method_name(), list(checked.models)
+    answer = {"valid": True, "method": method, "models": models, "warnings": list(warnings)}
     print_answer(answer if as_json else f"{recipe}: valid", as_json=as_json)
 
 

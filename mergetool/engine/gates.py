@@ -37,11 +37,7 @@ class GateStage:
 
     def work(self) -> None:
         run, team = self._run, self._run.team
-        mine = None
-        if team.leads:
-            with run.pool.resting(1):
-                mine = self._gates()
-        gates = team.all_gather(mine)[0]
+        gates = team.all_gather(self._gates() if team.leads else None)[0]
         source = run.plan.sources[GATES]
         layout = run.plan.recipe.layout
         assert isinstance(source, GateSource)

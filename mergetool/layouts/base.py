@@ -50,8 +50,6 @@ class Arrangement:
     """Where layers were taken from, by what stands before their number: (model, layer there) for each in order.
 
     Only for those that are not the leader's own in their own order: config.json follows it."""
-    words: tuple[str, ...] = ()
-    """What people should know of it."""
     sources: Sources = field(default_factory=dict)
     """Further sources, of tensors that no model has; a stage of the method fills them."""
     config: Mapping[str, Any] = field(default_factory=dict)

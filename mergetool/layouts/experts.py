@@ -248,6 +248,7 @@ def _check_sources(
     if not numbers or len(_layers(sources)) != len(numbers):
         what = f"{len(_layers(sources))} of its {len(numbers)} layers (model.layers.N) have an MLP of gate, up and down"
         raise PlanError(what, "the base", "make a mixture of dense models, saved whole with save_pretrained")
+    _check_sizes(base, config)
     window = window_of(config)
     if window is not None and not mixture.windows:
         fits = [each.name for each in MIXTURES.values() if each.windows and config["model_type"] in each.bases]
@@ -257,6 +258,22 @@ def _check_sources(
         raise PlanError(what, "the base", f"{fix}set {key} in its config.json, for contexts shorter than that")
     _check_experts(sources, experts, method)
     _check_tokenizer(base, method)
+
+
+def _check_sizes(base: ModelSource, config: Mapping[str, Any]) -> None:
+    """Raise PlanError where config.json says other sizes than the weights have: those of the result follow from it."""
+    rows = {name: spec.shape for name, spec in base.specs.items() if (m := MLP.fullmatch(name)) and m["leaf"] == UP}
+    told = {"intermediate_size": 0, "hidden_size": 1}
+    for name, shape in rows.items():
+        for key, axis in told.items():
+            if config.get(key) != shape[axis]:
+                what = f"config.json says {key} {config.get(key)}, and its shape is {list(shape)}"
+                raise PlanError(what, f"the base: {name}", f"write {key}: {shape[axis]} in its config.json")
+    if config.get("num_hidden_layers") != len(rows):
+        what = f"config.json says num_hidden_layers {config.get('num_hidden_layers')}, and there are {len(rows)}"
+        raise PlanError(what, "the base", f"write num_hidden_layers: {len(rows)} in its config.json")
+    if "num_attention_heads" not in config:
+        raise PlanError("config.json does not say num_attention_heads", "the base", "get its config.json again")
 
 
 def _check_experts(sources: Sources, experts: Mapping[str, ExpertSettings], method: MixtureOfExperts) -> None:

@@ -109,9 +109,12 @@ class Slices(Layout):
         if self._is_everything(sources, rows, stacks):
             return Same().arrange(sources, leader, models)
         begin, end = self._outside(sources, leader, rows, stacks)
-        inside = [origin for row, stack in stacks.items() for origin in StackedRow(sources, leader, row).stacked(stack)]
+        stacked = {row: StackedRow(sources, leader, row) for row in stacks}
+        inside = [origin for row, stack in stacks.items() for origin in stacked[row].stacked(stack)]
         taken = {row: _taken(stack) for row, stack in stacks.items()}
-        return Arrangement([*begin, *inside, *end], taken, () if "" not in self.stacks else _told(taken, rows))
+        words = _told(taken, rows) if "" in self.stacks else ()
+        words += tuple(word for row in stacked.values() for word in row.words)
+        return Arrangement([*begin, *inside, *end], taken, remarks=words)
 
     def _is_everything(
         self, sources: Sources, rows: Mapping[str, int], stacks: Mapping[str, Sequence["Placed"]]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mergetool.checkpoints.rows import layers_of, norms_not_in_first, of_first_layer
-from mergetool.checkpoints.truth import layers_behind
+from mergetool.checkpoints.truth import kinds_of_layers, layers_behind
 from mergetool.errors import PlanError
 from mergetool.layouts.base import Origin, Sources
 from mergetool.layouts.slice import Slice
@@ -37,6 +37,8 @@ class StackedRow:
         self._first: dict[str, set[str]] = {}
         self._lacked: dict[str, set[str]] = {}
         """Norms that the first layer of a model lacks, and all others have."""
+        self._attention: dict[str, list[str | None]] = {}
+        self._mixed: list[str] = []
         self._kinds: list[frozenset[str]] | None = None
 
     def layers(self, model: str) -> dict[int, dict[str, str]]:
@@ -47,6 +49,8 @@ class StackedRow:
             self._layers[model] = {number: own for number, own in found.items() if number < count}
             self._first[model] = of_first_layer(self._layers[model])
             self._lacked[model] = norms_not_in_first(self._layers[model])
+            config = read_config(self.sources[model].folder)
+            self._attention[model] = kinds_of_layers(config, self.tower, count)
         return self._layers[model]
 
     def stacked(self, stack: Sequence[Placed]) -> Iterator[Origin]:
@@ -60,6 +64,7 @@ class StackedRow:
         each, leading = placed.slice, placed.slice.models[0]
         alone = each.is_of_one and not placed.settings
         numbers = self._numbers(each, offset, alone=alone)
+        self._note_kinds({name: layer for name, layer in numbers.items() if name in each.models}, number)
         self._check_norms(leading, numbers[leading] or 0, number)
         own = self.layers(leading)[numbers[leading] or 0]
         shared = self._first[leading]
@@ -92,6 +97,20 @@ class StackedRow:
         if not alone:
             self._check(each.own_base, layer)
         return numbers
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What people should know of the layers that are merged."""
+        more = f", and {len(self._mixed) - 1} more are so" if len(self._mixed) > 1 else ""
+        fix = "shift a slice so that its models' layers are of one kind"
+        return (f"{self._mixed[0]}{more}: {fix}",) if self._mixed else ()
+
+    def _note_kinds(self, numbers: Mapping[str, int | None], number: int) -> None:
+        """Layers that look at a window, merged with layers that see everything: a mean of the two is neither."""
+        kinds = {name: self._attention[name][layer] for name, layer in numbers.items() if layer is not None}
+        if len({kind for kind in kinds.values() if kind}) > 1:
+            told = " and ".join(f"layer {numbers[name]} of {name} ({kind})" for name, kind in kinds.items())
+            self._mixed.append(f"layer {number} of {self.tower} is merged from {told}, and is of the first one's kind")
 
     def _check_tensors(self, model: str, layer: int, own: Iterable[str]) -> None:
         """The result is the leader's network, and each layer of it holds what some layer of the leader holds."""

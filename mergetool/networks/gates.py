@@ -4,7 +4,9 @@ The network is never in memory as a whole: its layers are made empty, and each o
 Prompts are padded on the right, where causal attention cannot see them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +23,12 @@ from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import ModelSource
 
 _EMBEDDINGS = "model.embed_tokens.weight"
+_PIECE = 1 << 20
+"""Elements that are read and widened at once."""
 _TOKENS = 4096
 """Of all prompts that go through the network together, padding included."""
+_SHARE = 128
+"""Of those that one thread takes."""
 Prompts = list[list[int]]
 """Ids of the tokens of each text."""
 
@@ -106,17 +112,38 @@ def _ids(base: ModelSource, texts: Sequence[str]) -> Prompts:
     return tokens
 
 
-def _read(base: ModelSource, name: str, start: int = 0, count: int | None = None) -> Tensor:
-    """Rows of a tensor in float32; all of them without a count."""
-    spec = base.specs[name]
-    shape = spec.shape if count is None else (count, *spec.shape[1:])
-    stored = torch.empty(shape, dtype=torch_dtype(spec.dtype))
-    base.read_bytes(name, start * (spec.num_bytes // max(1, spec.shape[0])), bytes_of(stored.reshape(-1)))
-    return stored.float()
+def _read(base: ModelSource, name: str, start: int, out: Tensor) -> Tensor:
+    """Fill `out` (float32) with elements of a tensor from `start` on."""
+    flat, dtype = out.view(-1), base.specs[name].dtype
+    stored = torch.empty(min(_PIECE, len(flat)), dtype=torch_dtype(dtype))
+    for begin in range(0, len(flat), _PIECE):
+        piece = stored[: len(flat) - begin]
+        base.read_bytes(name, (start + begin) * dtype.bits // 8, bytes_of(piece))
+        flat[begin : begin + len(piece)].copy_(piece)
+    return out
 
 
 def _embeddings(base: ModelSource, ids: Sequence[int]) -> dict[int, Tensor]:
-    return {token: _read(base, _EMBEDDINGS, token, 1)[0] for token in sorted(set(ids))}
+    width = base.specs[_EMBEDDINGS].shape[1]
+    return {token: _read(base, _EMBEDDINGS, token * width, torch.empty(width)) for token in sorted(set(ids))}
+
+
+class _Shelf:
+    """Memory for the weights of one layer, which all layers use one after the other."""
+
+    def __init__(self, base: ModelSource) -> None:
+        self._base = base
+        self._tensors: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def weights(self, layer: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """The weights of a layer, in float32. Those of the layer before are gone."""
+        return {name: self._weight(f"model.layers.{layer}.{name}", name) for name in names}
+
+    def _weight(self, stored: str, name: str) -> Tensor:
+        shape = self._base.specs[stored].shape
+        if (name, shape) not in self._tensors:
+            self._tensors[name, shape] = torch.empty(shape)
+        return _read(self._base, stored, 0, self._tensors[name, shape])
 
 
 def _summed_embeddings(base: ModelSource, ids: Prompts) -> list[Tensor]:
@@ -127,24 +154,35 @@ def _summed_embeddings(base: ModelSource, ids: Prompts) -> list[Tensor]:
 
 def _hidden_states(base: ModelSource, ids: Prompts, *, mean: bool) -> list[Tensor]:
     """For each text what goes into every layer, at its last token or on average, (layers, width) in float64."""
-    network = _empty_network(base)
+    network, shelf = _empty_network(base), _Shelf(base)
     by_place: dict[int, Tensor] = {}
-    with torch.no_grad():
-        for batch in _batches(ids):
-            states = _run(base, network, [ids[place] for place in batch], mean=mean)
-            by_place |= dict(zip(batch, states.unbind(1), strict=True))
+    for batch in _batches(ids, range(len(ids)), _TOKENS):
+        parts = list(_batches(ids, batch, _SHARE))
+        together = _Together(network, shelf, len(parts), mean=mean)
+        done = together.run([_inputs(base, [ids[place] for place in part]) for part in parts])
+        for part, states in zip(parts, done, strict=True):
+            by_place |= dict(zip(part, states.unbind(1), strict=True))
     return [by_place[place] for place in range(len(ids))]
 
 
-def _batches(ids: Prompts) -> Iterator[list[int]]:
-    """Places of texts of about one length, of which so many go through the network together."""
+def _batches(ids: Prompts, places: Iterable[int], most: int) -> Iterator[list[int]]:
+    """Places of texts of about one length, together at most so many tokens."""
     batch: list[int] = []
-    for place in sorted(range(len(ids)), key=lambda place: len(ids[place])):
-        if batch and len(ids[place]) * (len(batch) + 1) > _TOKENS:
+    for place in sorted(places, key=lambda place: len(ids[place])):
+        if batch and len(ids[place]) * (len(batch) + 1) > most:
             yield batch
             batch = []
         batch.append(place)
     yield batch
+
+
+def _inputs(base: ModelSource, ids: Prompts) -> tuple[Tensor, Tensor]:
+    """Embeddings and mask of some texts."""
+    longest = max(map(len, ids))
+    rows = _embeddings(base, [token for text in ids for token in text])
+    nothing = torch.zeros_like(next(iter(rows.values())))
+    inputs = torch.stack([torch.stack([rows[t] for t in text] + [nothing] * (longest - len(text))) for text in ids])
+    return inputs, torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in ids])
 
 
 def _empty_network(base: ModelSource) -> Any:
@@ -162,43 +200,60 @@ def _empty_network(base: ModelSource) -> Any:
         raise PlanError(what, f"the base: {base.folder}", "write gate: embedding, which needs no network") from error
 
 
-class _Seen(Exception):  # noqa: N818  (no error: the last layer need not run)
+class _SeenAll(Exception):  # noqa: N818  (no error: the last layer need not run)
     """Every layer has been entered."""
 
 
-def _run(base: ModelSource, network: Any, ids: Prompts, *, mean: bool) -> Tensor:
-    """What goes into every layer, (layers, texts, width) in float64."""
-    longest = max(map(len, ids))
-    mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in ids])
-    rows = _embeddings(base, [token for text in ids for token in text])
-    nothing = torch.zeros_like(next(iter(rows.values())))
-    inputs = torch.stack([torch.stack([rows[t] for t in text] + [nothing] * (longest - len(text))) for text in ids])
-    counts = mask.sum(1)
-    states: list[Tensor] = []
+class _Together:
+    """Some texts on their way through the network, in parts: each in a thread of its own, layer by layer together.
 
-    def enter(place: int, layer: Any, given: Any) -> None:
-        hidden = given[0].double()
-        if mean:
-            states.append((hidden * mask[..., None]).sum(1) / counts[:, None])
-        else:
-            states.append(hidden[torch.arange(len(ids)), counts - 1])
-        if place == len(network.layers) - 1:
-            raise _Seen
-        names = layer.state_dict().keys()
-        layer.load_state_dict({name: _read(base, f"model.layers.{place}.{name}") for name in names}, assign=True)
+    Which texts make a part does not depend on the number of cores, and a thread computes alone: so the numbers don't.
+    """
 
-    hooks = [
-        each.register_forward_pre_hook(lambda layer, given, place=place: enter(place, layer, given))
-        for place, each in enumerate(network.layers)
-    ]
-    hooks += [
-        each.register_forward_hook(lambda layer, given, out: layer.to("meta") and None) for each in network.layers
-    ]
-    try:
-        network(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
-    except _Seen:
-        return torch.stack(states)
-    finally:
+    def __init__(self, network: Any, shelf: _Shelf, parts: int, *, mean: bool) -> None:
+        self._network, self._shelf, self._mean = network, shelf, mean
+        self._own = threading.local()
+        self._entered = 0
+        self._together = threading.Barrier(parts, action=self._load)
+
+    def run(self, parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """For each part (embeddings and mask) what goes into every layer, (layers, texts, width) in float64."""
+        hooks = [layer.register_forward_pre_hook(self._enter) for layer in self._network.layers]
+        with ThreadPoolExecutor(len(parts)) as pool:
+            done = [pool.submit(self._run, *part) for part in parts]
         for hook in hooks:
             hook.remove()
-    raise AssertionError("a network has no layers")
+        errors = [error for each in done if (error := each.exception()) is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise error  # not that the others waited in vain
+        return [each.result() for each in done]
+
+    def _run(self, inputs: Tensor, mask: Tensor) -> Tensor:
+        self._own.states, self._own.mask = [], mask
+        try:
+            with torch.no_grad():
+                self._network(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
+        except _SeenAll:
+            return torch.stack(self._own.states)
+        except BaseException:
+            self._together.abort()
+            raise
+        raise AssertionError("a network has no layers")
+
+    def _enter(self, _: Any, given: tuple[Tensor, ...]) -> None:
+        """Keep what comes into a layer, and wait until its weights are there."""
+        hidden, mask, states = given[0], self._own.mask, self._own.states
+        counts = mask.sum(1)
+        if self._mean:
+            states.append((hidden.double() * mask[..., None]).sum(1) / counts[:, None])
+        else:
+            states.append(hidden.double()[torch.arange(len(hidden)), counts - 1])
+        if len(states) == len(self._network.layers):
+            raise _SeenAll
+        self._together.wait()
+
+    def _load(self) -> None:
+        """The weights of the next layer, when all parts are through the one before."""
+        layer = self._network.layers[self._entered]
+        layer.load_state_dict(self._shelf.weights(self._entered, layer.state_dict()), assign=True)
+        self._entered += 1

@@ -42,7 +42,7 @@ def tokenizer_owner(plan: Plan) -> str:
 
 def tokenizer_folder(plan: Plan) -> Path | None:
     """Where the tokenizer is that goes with the result."""
-    return plan.words.home or plan.sources[tokenizer_owner(plan)].folder
+    return plan.words.home or plan.sources[tokenizer_owner(plan)].tokenizer_folder
 
 
 def _first(plan: Plan, has: Callable[[Path | None], bool]) -> str:

@@ -57,10 +57,10 @@ def _read(path: Path) -> str:
 
 
 def _of_model(plan: Plan, model: str) -> Chat:
-    folder = plan.sources[model].folder
+    folder = plan.sources[model].tokenizer_folder
     text = chat_template_of(folder)
     if text is None:
-        having = [name for name, source in plan.sources.items() if chat_template_of(source.folder)]
+        having = [name for name, source in plan.sources.items() if chat_template_of(source.tokenizer_folder)]
         names = having or [name for name in TEMPLATES if name not in plan.sources]
         raise PlanError(f"{label(model)} has no chat template", "chat_template", f"write one of: {', '.join(names)}")
     return Chat(text, model, token_texts(folder).get(_END))
@@ -68,7 +68,7 @@ def _of_model(plan: Plan, model: str) -> Chat:
 
 def _of_most(plan: Plan) -> Chat:
     """The template of most models; of several, the first model's."""
-    found = {model: chat_template_of(source.folder) for model, source in plan.sources.items()}
+    found = {model: chat_template_of(source.tokenizer_folder) for model, source in plan.sources.items()}
     counts = Counter(text for text in found.values() if text)
     if not counts:
         what = f"no model has a chat template, so `{AUTO}` finds none"
@@ -97,7 +97,7 @@ def special_tokens(plan: Plan) -> dict[str, Any]:
         return found
     if chat.model not in (None, tokenizer_owner(plan)):
         folder = plan.sources[chat.model].folder
-        theirs = Vocabulary(tokens_of(folder) or {})
+        theirs = Vocabulary(tokens_of(plan.sources[chat.model].tokenizer_folder) or {})
         told = {**special_ids(read_config(folder)), **special_ids(small_json(_generation(folder)))}
         found |= carried_over({key: each for key, each in told.items() if key == f"{_END}_id"}, theirs, ours)
     elif chat.end in ours.ids and chat.model is None:
@@ -153,7 +153,8 @@ def words_about_chat(plan: Plan) -> Iterator[str]:
     """A template whose end of a turn is no token: it would never be seen."""
     chat, ours = chat_of(plan), vocabulary_of(plan)
     if chat is not None and chat.end is not None and ours is not None and chat.end not in ours.ids:
+        source = plan.recipe.tokenizer.source if plan.recipe.tokenizer else tokenizer_owner(plan)
         yield (
             f"the chat template ends a turn with {chat.end!r}, which is no token of the result: to add it, "
-            f"tokenizer: {{source: {tokenizer_owner(plan)}, tokens: {{{chat.end!r}: {{}}}}}}"
+            f"tokenizer: {{source: {source}, tokens: {{{chat.end!r}: {{}}}}}}"
         )

@@ -58,7 +58,6 @@ class Draft:
         steps = [step for each in origins if (step := self._step(each, _depth(layers[each.name]))) is not None]
         if not steps:
             raise PlanError("the models hold no tensors to merge", "plan", "check the paths of the models")
-        self.warnings += self.arrangement.words
         self._warn()
         return _joined(steps)
 
@@ -239,7 +238,7 @@ class Draft:
         axis, other = (
             axes_of(source).get(origin.tensors[model]) for model, source in zip(models, sources, strict=True)
         )
-        if axis is None or axis != other or not all(tokens_of(source.folder) for source in sources):
+        if axis is None or axis != other or not all(tokens_of(source.tokenizer_folder) for source in sources):
             return False
         return shapes[0].pop(axis) != shapes[1].pop(axis) and shapes[0] == shapes[1]
 

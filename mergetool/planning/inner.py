@@ -45,7 +45,7 @@ class PlannedModel(SafetensorsSource):
 
 def _small_files(owner: PlannedModel, plan: Plan) -> Path:
     """A folder with config.json, and links to the files beside it; it goes with its owner."""
-    folder = Path(tempfile.mkdtemp(prefix="mergetool-"))
+    folder = Path(tempfile.mkdtemp(prefix="mergetool-planned-"))
     weakref.finalize(owner, _remove, folder, os.getpid())
     write_small_files(plan, folder, lambda path, link: link.symlink_to(path.absolute()))
     return folder

@@ -87,18 +87,15 @@ def in_one_vocabulary(recipe: Recipe, sources: Sources, template: str, lookup: L
 
 def _conflicts(sources: Sources, template: str) -> bool:
     """Whether a number means one token to the leader and another to a model."""
-    home = sources[_holder(sources, template)].folder
-    if tokens_of(home) is None:
-        return False
-    return any(
-        tokens_of(source.folder) is not None and disagreement(home, source.folder) for source in sources.values()
-    )
+    home, *others = (sources[each].tokenizer_folder for each in (_holder(sources, template), *sources))
+    differing = [other for other in others if disagreement(home, other)]
+    return bool(differing) and tokens_of(home) is not None and any(tokens_of(other) for other in differing)
 
 
 def _holder(sources: Sources, template: str) -> str:
     """The leader, or the first model that has a tokenizer where it has none."""
     order = (template, *(model for model in sources if model != template))
-    return next((model for model in order if has_tokenizer(sources[model].folder)), template)
+    return next((model for model in order if has_tokenizer(sources[model].tokenizer_folder)), template)
 
 
 class _Matching:
@@ -116,11 +113,11 @@ class _Matching:
         """The folder of the tokenizer that the result's is made from, and the donor, if there is to be one."""
         if self.asked.missing == "omp":
             self.donor = lookup.open("tokenizer.source", self.asked.source)
-            return self.donor.folder
+            return self.donor.tokenizer_folder
         if self.asked.source in self.sources:
-            return self.sources[self.asked.source].folder
+            return self.sources[self.asked.source].tokenizer_folder
         if self.asked.source == UNION:
-            return self.sources[self.leader].folder
+            return self.sources[self.leader].tokenizer_folder
         return lookup.folder(self.asked.source)
 
     def words(self) -> Lexicon:
@@ -162,11 +159,11 @@ class _Matching:
         """The tokens of every model; a model that has no tokenizer is taken to have the result's source's."""
         found = {}
         for model, source in self.sources.items():
-            own = tokens_of(source.folder)
-            if own is None and disagreement(self.home, source.folder):
-                raise PlanError(f"the tokens of model {model!r} cannot be read", str(source.folder), _SAVE)
+            own = tokens_of(source.tokenizer_folder)
+            if own is None and disagreement(self.home, source.tokenizer_folder):
+                raise PlanError(f"the tokens of model {model!r} cannot be read", str(source.tokenizer_folder), _SAVE)
             if own is not None and self._is_own:
-                own = in_notation_of(own, source.folder, texts, self.home)
+                own = in_notation_of(own, source.tokenizer_folder, texts, self.home)
             found[model] = Vocabulary(texts if own is None else own)
         return found
 
@@ -186,11 +183,11 @@ class _Matching:
         union = self.asked.source == UNION
         order = (self.leader, *(model for model in self.sources if model != self.leader)) if union else ()
         for model in order:
-            flags = added_tokens_of(self.sources[model].folder)
+            flags = added_tokens_of(self.sources[model].tokenizer_folder)
             own, rows = vocabularies[model].texts, self._rows_of(model)
             yield from ((own[number], flags.get(own[number], {})) for number in sorted(own) if number < rows)
         for text, row in self.asked.tokens.items():
-            donor = self.sources[row.model or self.leader].folder
+            donor = self.sources[row.model or self.leader].tokenizer_folder
             yield text, added_tokens_of(donor).get(row.token or text, {})
 
     def _rows_of(self, model: str) -> int:
@@ -203,7 +200,7 @@ class _Matching:
         rules = {
             text: RowRule(row.model, row.token, row.id, row.zero, row.force) for text, row in self.asked.tokens.items()
         }
-        leads = _BASE if _BASE in self.sources else None
+        leads = self.asked.prefer or (_BASE if _BASE in self.sources else None)
         target = Wanted(tokens, 0, rules, self.asked.missing, leads)
         return replace(target, num_rows=self._num_rows(target.num_tokens, grown=bool(added)))
 

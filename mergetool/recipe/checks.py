@@ -67,7 +67,8 @@ def _check_plain_words(document: Document, kind: type[Method]) -> Iterator[Recip
     """Methods whose results are not one merge have the tokenizer of one of the models."""
     tokenizer = document.data.get("tokenizer")
     more = [key for key in tokenizer if key != "source"] if isinstance(tokenizer, dict) else []
-    if _in(document.data, "tokenizer", "source") == UNION or more:
+    source = str(_in(document.data, "tokenizer", "source"))
+    if source == UNION or is_place(source) or more:
         what = f"{kind.method_name()} takes models of one vocabulary"
         fix = "merge first with another method, or write tokenizer: {source: MODEL} alone"
         yield document.error(("tokenizer",), what, fix)

@@ -13,6 +13,7 @@ recipes inside it (see `inner`), and so it is one recipe. mergekit-multi's files
 """
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -161,7 +162,7 @@ def _reference(outer: Document, place: Place, inner: Document) -> dict[str, Any]
         node = node[key]
     adapters = {key: value for key, value in node.items() if key != "source"} if isinstance(node, dict) else {}
     elsewhere = {} if inner.folder == outer.folder else {"folder": str(inner.folder.absolute())}
-    return {"recipe": inner.data, **elsewhere, **adapters}
+    return {"recipe": deepcopy(inner.data), **elsewhere, **adapters}  # --set may change each by itself
 
 
 def _put(data: dict[str, Any], place: Place, value: Any) -> None:

@@ -57,15 +57,18 @@ def sections() -> dict[str, Any]:
     return found
 
 
-def load_recipe(source: "str | Path | Mapping[str, Any]", settings: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe: a file's path, or the same data as a mapping (paths relative to the current folder).
+def load_recipe(
+    source: "str | Path | Mapping[str, Any]", settings: Sequence[str] = (), folder: Path | None = None
+) -> Recipe:
+    """Read and check a recipe: a file's path, or the same data as a mapping, whose relative paths are relative to
+    `folder` (the current one).
 
     A mergekit recipe is converted first.
     `settings` are `key.path=value` overrides, applied before checking. Raises RecipeError holding every problem.
     """
     around = Around()
     if isinstance(source, Mapping):
-        document = joined(ours([Document("recipe", _plain(source), folder=Path.cwd())]))
+        document = joined(ours([Document("recipe", _plain(source), folder=folder or Path.cwd())]))
     else:
         document, around = _read(Path(source)), around.inside(Path(source))
     problems = [problem for setting in settings for problem in _apply(document, setting)]

@@ -157,7 +157,7 @@ _ITEMS = {
 }
 
 
-_DTYPES = {
+DTYPE_WORDS = {
     **dict.fromkeys(("bf16", "bfloat16"), "bfloat16"),
     **dict.fromkeys(("fp16", "f16", "half", "float16"), "float16"),
     **dict.fromkeys(("fp32", "f32", "float", "single", "float32"), "float32"),
@@ -170,7 +170,7 @@ def _not_one_of(value: Any, shown: str, listed: str) -> tuple[str, str]:
     """For a value that is none of the literals that pydantic lists."""
     literals = listed.replace(" or ", ", ").split(", ")
     expected = [literal.strip("'") for literal in literals]
-    meant = _DTYPES.get(str(value).removeprefix("torch.").lower())
+    meant = DTYPE_WORDS.get(str(value).removeprefix("torch.").lower())
     if set(expected) & {"float32", "bfloat16"} and meant is not None:
         fix = f"write {meant}" if meant in expected else f"write {expected[0]}"
         return f"{shown} is not one of {', '.join(expected)}", fix

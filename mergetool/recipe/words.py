@@ -66,6 +66,9 @@ class Tokenizer(Section):
         description="rows of tokens that no model has: the mean of all rows, zeros, the mean of the pieces of its "
         "text, or (omp) made of shared tokens as the donor's row is, where `source` is a folder of another model",
     )
+    prefer: _Text | None = Field(
+        None, description="the model whose rows stand in for those that others lack (the base; else the mean of all)"
+    )
     pad_to: Annotated[int, Field(ge=1, strict=True)] | None = Field(
         None, description="round the number of rows up to a multiple of this (as many rows as the source has)"
     )
@@ -103,6 +106,8 @@ def models_named(tokenizer: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
     source = tokenizer.get("source")
     if isinstance(source, str) and source != UNION and not is_place(source):
         found["source",] = source
+    if isinstance(tokenizer.get("prefer"), str):
+        found["prefer",] = tokenizer["prefer"]
     tokens = tokenizer.get("tokens")
     for token, row in tokens.items() if isinstance(tokens, dict) else ():
         if isinstance(row, str):

@@ -89,6 +89,11 @@ class ModelSource(ABC):
         """The tensors as the folder's config.json describes them: without what adapters change."""
         return self.specs
 
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Where the tokenizer lies whose tokens the rows of embeddings are."""
+        return self.folder
+
     def stored_as(self, name: str) -> DType:
         """The dtype a copy of this tensor takes where the output keeps each tensor's own."""
         return self.specs[name].dtype

@@ -16,9 +16,8 @@ from tests.zoo.oracle import logits, opened
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def blocks(value, grid, block, spread):
+def spread(value, grid, block):
     """`grid` with each entry as often as its block asks for, cut to the shape of `value`."""
-    del spread
     return grid.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: value.shape[0], : value.shape[1]]
 
 
@@ -39,7 +38,7 @@ def fp8(block, dtype=E4M3, name="_scale_inv", shape=None, scales=torch.float32):
     def quantise(key, value):
         size = tuple(length if each is None else each for each, length in zip(block, value.shape, strict=True))
         scale = (by_block(value, size) / torch.finfo(dtype).max).to(scales)
-        over = blocks(value, scale.double(), size, None)
+        over = spread(value, scale.double(), size)
         codes = (value / over).to(torch.float32).to(dtype)
         expected = codes.double() * over
         stored = scale if shape is None else scale.reshape(shape(scale))
@@ -51,7 +50,7 @@ def fp8(block, dtype=E4M3, name="_scale_inv", shape=None, scales=torch.float32):
 def exponents(key, value):
     """Scales that are powers of two, as bytes (MX formats)."""
     grid = by_block(value, (1, 8)).clamp_min(1e-30).log2().ceil() - 8
-    over = blocks(value, torch.exp2(grid), (1, 8), None)
+    over = spread(value, torch.exp2(grid), (1, 8))
     codes = (value / over).float().to(E4M3)
     return {key: codes, f"{key}_scale_inv": (grid + 127).to(torch.uint8)}, codes.double() * over
 
@@ -367,7 +366,7 @@ def test_layers_of_codes_are_stacked_and_any_slice_of_them_read(sources, tmp_pat
         torch.testing.assert_close(part, written.reshape(-1)[start:stop], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("damage", ["no scale", "another grid", "no JSON"])
+@pytest.mark.parametrize("damage", ["no scale", "one scale missing", "another grid", "no JSON"])
 def test_codes_that_are_not_understood_are_refused(damage, sources, tmp_path):
     quantised(tmp_path / "codes", sources[0], "nf4" if damage == "no JSON" else "blocks")
     path = tmp_path / "codes" / "model.safetensors"
@@ -375,6 +374,8 @@ def test_codes_that_are_not_understood_are_refused(damage, sources, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     if damage == "no JSON":
         stored[f"{name}.quant_state.bitsandbytes__nf4"] = torch.zeros(4, dtype=torch.uint8)
+    elif damage == "one scale missing":
+        del stored[f"{name}_scale_inv"]
     elif damage == "no scale":
         for key in [key for key in stored if key.endswith("_scale_inv")]:
             del stored[key]
@@ -384,3 +385,17 @@ def test_codes_that_are_not_understood_are_refused(damage, sources, tmp_path):
     recipe = {"models": {"a": str(tmp_path / "codes"), "b": str(sources[1])}, "merge": {"method": "linear"}}
     with pytest.raises(mergetool.MergetoolError, match="not JSON" if damage == "no JSON" else "quantised"):
         mergetool.plan(recipe)
+
+
+def test_codes_that_transformers_can_read_come_with_the_command(sources, tmp_path):
+    quantised(tmp_path / "codes", sources[0], "packed")
+    path = tmp_path / "codes" / "model.safetensors"
+    stored = load_file(path)
+    for key in [key for key in stored if key.endswith("weight_packed")]:
+        stored[key] = stored[key].view(torch.uint8)  # four bits of floats, as NVFP4 has them
+    save_file(stored, path)
+    with pytest.raises(mergetool.MergetoolError) as caught:
+        mergetool.plan({"models": {"a": str(tmp_path / "codes")}, "merge": {"method": "passthrough"}})
+    code = caught.value.fix.split('"')[1]
+    assert "CompressedTensorsConfig(dequantize=True)" in code
+    compile(code, "fix", "exec")

@@ -131,6 +131,16 @@ def test_layers_may_be_cut_and_stacked_on_the_way(here):
     assert "model.layers.2.mlp.weight" in mergetool.plan({**asked, "models": {"x": "out", "y": "out"}}).specs
 
 
+def test_set_reaches_recipes_written_inside_and_paths_stay_where_they_lead(here, monkeypatch):
+    (here / "sub").mkdir()
+    inner = {"recipe": {**FIRST, "models": {"a": "../a", "b": "../b"}}}
+    path = write_recipe(here / "sub/r.yaml", base="../base", models={"mix": inner, "c": "../c"}, merge=TIES)
+    setting = "models.mix.recipe.merge.weight={a: 0.2, b: 0.8}"
+    changed = mergetool.run(path, settings=[setting], output="1").path
+    assert content(changed) != content(mergetool.run(path, output="2").path)
+    assert content(mergetool.run(load_recipe(path), settings=[setting], output="3").path) == content(changed)
+
+
 # -------------------------------------------------------------------- what is told
 
 

@@ -221,3 +221,22 @@ def test_every_unit_and_every_file_is_dealt_once_and_the_shares_are_alike(models
                 rank for rank, share in enumerate(shares) if any(share.has(step.index, s) for s, _ in step.pieces())
             }
             assert len(holders) == 1 or name != "ties"
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_process_that_dies_inside_a_recipe_inside_is_made_good_by_the_next_run(forks, tmp_path, dies):
+    shapes = {f"model.layers.{layer}.mlp.weight": (256, 300) for layer in range(80)}
+    write_models(tmp_path, shapes=shapes)
+    mean = {"recipe": {"models": {"a": "a", "b": "b"}, "merge": {"method": "linear"}}}
+    recipe = write_recipe(tmp_path / "r.yaml", base="base", models={"mix": mean, "b": "b"}, merge=MERGES["ties"])
+    running = forks.team(2, ["run", recipe, "-o", "out"], cwd=tmp_path, held=dies)
+    pattern = "out.partial.parts/*.partial.journal.1" if dies else "out.partial.parts/*.partial.journal"
+    while sum(path.read_bytes().count(b'"unit"') for path in tmp_path.glob(pattern)) < 20:
+        time.sleep(0.005)
+    os.kill(running.pids[dies], signal.SIGKILL)
+    assert [each.code for each in running.wait()][dies] == -signal.SIGKILL
+    again = forks.team(3, ["run", recipe, "-o", "out", "--json"], cwd=tmp_path).wait()
+    assert again[0].code == 0, again[0].err
+    assert forks.team(1, ["run", recipe, "-o", "alone"], cwd=tmp_path).wait()[0].code == 0
+    assert content(tmp_path / "out") == content(tmp_path / "alone")
+    assert not list(tmp_path.glob("out.*"))

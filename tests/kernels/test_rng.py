@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mergetool.kernels.rng import draw, hash_words, keep_at, keep_mask, resolved, stream_key
+from mergetool.kernels.rng import draw, hash_words, keep_at, keep_mask, normal, resolved, stream_key, uniform
 
 WORD = 0xFFFFFFFF
 MANY = 1 << 18
@@ -232,3 +232,25 @@ def test_single_elements_are_kept_as_in_a_slice(start):
     places = torch.arange(0, 2000, 7)
     assert keep_at(STREAMS[0], places + start, 0.3).equal(whole[places] == 1.0)
     assert keep_at(STREAMS[0], places[:0], 0.3).shape == (0,)
+
+
+@pytest.mark.parametrize("drawn", [normal, uniform])
+def test_numbers_of_a_stream_are_the_same_in_any_slices(drawn):
+    key = stream_key(0, "w", "noise")
+    whole = drawn(key, 0, torch.empty(1001))
+    parts = [drawn(key, start, torch.empty(min(77, 1001 - start))) for start in range(0, 1001, 77)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(drawn(key, 0, torch.empty(7, 143)), whole.view(7, 143))
+    assert not torch.equal(drawn(stream_key(1, "w", "noise"), 0, torch.empty(1001)), whole)
+
+
+def test_normal_numbers_are_normal_and_uniform_ones_uniform():
+    key, like = stream_key(3, "w"), torch.empty(200_000, dtype=torch.float64)
+    x, u = normal(key, 0, like), uniform(key, 0, like)
+    shares = [float((x < quantile).double().mean()) for quantile in (-2.0, -1.0, 0.0, 1.0, 2.0)]
+    assert shares == pytest.approx([0.02275, 0.15866, 0.5, 0.84134, 0.97725], abs=3e-3)
+    assert float(x.std()) == pytest.approx(1.0, abs=5e-3)
+    assert abs(float((x[1:] * x[:-1]).mean())) < 1e-2
+    assert float(u.abs().max()) < 1
+    assert float(u.var()) == pytest.approx(1 / 3, abs=3e-3)
+    assert abs(float(u.mean())) < 3e-3

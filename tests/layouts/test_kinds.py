@@ -161,3 +161,15 @@ def test_layers_for_further_tokens_are_no_layers_of_the_row(tmp_path):
     recipe["slices"][1] = {"b": [3, 5]}
     with pytest.raises(PlanError, match="layer 4 is asked for, and model 'b' has layers 0 to 3"):
         mergetool.plan(recipe)
+
+
+def test_layers_of_two_kinds_in_one_mean_are_told(tmp_path):
+    recipe, _ = stacked(tmp_path, "gemma2", [{"a": [0, 3], "b": [1, 4]}])
+    plan = mergetool.plan({**recipe, "merge": {"method": "linear"}})
+    told = next(each for each in plan.warnings if "is merged from" in each)
+    assert "layer 0 of a (sliding_attention) and layer 1 of b (full_attention)" in told
+    assert "2 more are so" in told
+    recipe["slices"] = [{"a": [0, 2], "b": [2, 4]}]
+    assert not any(
+        "is merged from" in each for each in mergetool.plan(recipe | {"merge": {"method": "linear"}}).warnings
+    )

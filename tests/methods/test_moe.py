@@ -1,6 +1,7 @@
 """Dense models side by side: what is copied, what gates are, what the result computes, and what is refused."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -10,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import mergetool
 from mergetool.checkpoints.mixtures import MIXTURES, mixture_config
-from mergetool.errors import MergeError, PlanError, RecipeError
+from mergetool.errors import MergeError, PlanError, RecipeError, SourceError
+from mergetool.networks.gates import Asked, gates_from_prompts
 from mergetool.outputs.verify import verify_output
+from mergetool.tensors.folder import open_model
 from tests.dense import logits, set_config, write_dense
 from tests.files import StoppedError, Watch, content, stop_after
 from tests.zoo.text import save_tokenizer, token_list
@@ -169,6 +172,25 @@ def test_gates_are_the_directions_of_hidden_states(dense, run, kind, target, gat
         torch.testing.assert_close(found[:, number], expected, rtol=0, atol=2e-6)
 
 
+def test_many_long_prompts_go_through_in_parts(dense, run):
+    """Several threads, each with texts of about one length, wait for one another at each layer."""
+    texts = [" ".join(f"w{(7 * place + step * step) % 50}" for step in range(20 + 9 * place)) for place in range(9)]
+    found = gates(run(experts={"math": {"prompts": texts}, "code": {"prompts": texts[:1]}})).double()
+    expected = sum(own_states(dense / "llama" / "base", text, mean=False) for text in texts)
+    torch.testing.assert_close(found[:, 0], expected / expected.norm(dim=1, keepdim=True), rtol=0, atol=2e-6)
+
+
+def test_a_base_that_cannot_be_read_any_more_ends_it_with_that(dense, tmp_path):
+    """And not with that other threads waited for it in vain."""
+    texts = tuple(" ".join([f"w{place}"] * 60) for place in range(6))
+    shutil.copytree(dense / "llama" / "base", tmp_path / "base")
+    torn = tmp_path / "base" / "model.safetensors"
+    base = open_model(torn.parent)
+    os.truncate(torn, max(base.position(name)[1] for name in base.specs if name.startswith("model.layers.1.")))
+    with pytest.raises(SourceError, match=r"model\.layers\.1"):
+        gates_from_prompts("hidden", base, [Asked("math", texts)], lambda text: None)
+
+
 def test_gates_from_embeddings_are_alike_in_every_layer(dense, run):
     found = gates(run(gate="embedding"))
     rows = weights(dense / "llama" / "base")["model.embed_tokens.weight"].double()
@@ -290,7 +312,7 @@ def test_a_shared_expert_without_prompts_counts_half(dense, run):
 
 
 def test_deepseek_adds_its_shared_expert_as_it_is(dense, run):
-    """Its network is code on the Hub; here it is written out: softmax, the best two divided by their sum."""
+    """Its network is code on the Hub, so that its config is all that can be looked at here."""
     made = run("llama", target="deepseek", shared="base", experts_per_token=1)
     config = json.loads((made / "config.json").read_text())
     wanted = {"n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 48}
@@ -337,6 +359,15 @@ def test_a_killed_run_measures_nothing_again(recipe, dense, tmp_path):
     result = mergetool.run(asked, output=tmp_path / "out", progress=watch)
     assert result.resumed
     assert not any("prompts through the base" in text for text in watch.said)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_other_prompts_are_measured_again(recipe, tmp_path):
+    other = recipe(experts={**PROMPTS, "math": {"prompts": ["w30"]}})
+    mergetool.run(other, output=tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        mergetool.run(recipe(), output=tmp_path / "out", workers=1, progress=stop_after(5))
+    mergetool.run(other, output=tmp_path / "out", overwrite=True)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
@@ -443,6 +474,17 @@ def test_experts_of_another_width_are_refused(copied):
     told = refused(asked)
     assert "model 'code': model.layers.0.mlp." in told
     assert "an expert has the base's size" in told
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "right"), [("intermediate_size", 64, 48), ("hidden_size", None, 32), ("num_hidden_layers", 2, 3)]
+)
+def test_a_config_that_says_other_sizes_than_the_weights_have_is_refused(copied, key, wrong, right):
+    folder, asked = copied()
+    set_config(folder / "base", **{key: wrong})
+    assert refused(asked).endswith(f"write {key}: {right} in its config.json")
+    set_config(folder / "base", **{key: right})
+    mergetool.plan(asked)
 
 
 def test_experts_with_another_activation_are_refused(copied):

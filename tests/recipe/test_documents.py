@@ -139,3 +139,12 @@ def test_mistakes_of_all_of_mergekits_documents_are_told_at_once(here):
     with pytest.raises(RecipeError) as caught:
         load_recipe("x.yml")
     assert [each.where for each in caught.value.problems] == ["x.yml:3:1 merge_method", "x.yml:8:1 merge_method"]
+
+
+def test_set_changes_one_use_of_a_document_that_is_used_twice(here):
+    name = write(FIRST.replace("linear", "slerp"), "models: {x: mix, y: mix}\nmerge: {method: linear}\n")
+    recipe = load_recipe(name, ["models.x.recipe.merge.t=0.25"])
+    assert [recipe.inner[each].document["merge"] for each in "xy"] == [
+        {"method": "slerp", "t": 0.25},
+        {"method": "slerp"},
+    ]

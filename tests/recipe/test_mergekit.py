@@ -147,7 +147,7 @@ def test_rescale_has_other_words(theirs, ours):
         ("dtype: torch.float32\nout_dtype: float16", {"output": {"dtype": "float16"}}),
         ("dtype: float64\nout_dtype: float32", {"compute": {"dtype": "float64"}, "output": {"dtype": "float32"}}),
         ("tokenizer_source: ./second", {"tokenizer": {"source": "second"}}),
-        ("tokenizer_source: base\nbase_model: org/first", {"tokenizer": {"source": "first"}}),
+        ("tokenizer_source: base\nbase_model: org/first", {"tokenizer": {"source": "first", "prefer": "first"}}),
     ],
 )
 def test_storage_and_tokenizer(lines, expected):
@@ -374,6 +374,23 @@ def test_imported_paths_are_right_from_the_folder_of_the_new_file(tmp_path, monk
     assert data["models"] == {"a": {"source": "../../a", "adapters": ["../../there"]}, "b": "org/b"}
 
 
+def test_the_folder_of_a_tokenizer_is_a_path_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source, seen in (("./words", "../words"), ("~/words", "~/words"), ("./second", "second")):
+        (tmp_path / "x.yml").write_text(LINEAR + f"tokenizer_source: {source}\n")
+        assert yaml.safe_load(imported_text(tmp_path / "x.yml", tmp_path / "sub")[0])["tokenizer"] == {"source": seen}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fix"),
+    [("bf16", "write dtype: bfloat16"), ("fp16", "write dtype: float16"), ("int8", "write dtype: bfloat16"),
+     ("float64", "write out_dtype: float32")],
+)  # fmt: skip
+def test_a_dtype_that_cannot_be_is_refused_with_the_one_that_was_meant(dtype, fix):
+    assert problems(LINEAR + f"dtype: {dtype}\n") == {("7", f"results cannot be stored as {dtype}"): fix}
+    convert(parse_document(LINEAR + f"dtype: {dtype}\n{fix.removeprefix('write ')}\n", "x.yml"))
+
+
 def test_import_writes_nothing_that_would_be_refused(tmp_path):
     (tmp_path / "x.yml").write_text(LINEAR.replace("0.3", ".inf"))
     with pytest.raises(RecipeError, match=r"x.yml:4:18 merge.weight.first: inf is not a finite number"):
@@ -557,3 +574,15 @@ def test_a_parameter_that_stands_one_level_too_high_is_asked_for_where_it_belong
     fix = "write it inside `parameters`: parameters: {weight: 0.7}"
     assert problems(text) == {("5", "weight is required"): fix}
     assert converted(text.replace("weight: 0.7", "parameters: {weight: 0.7}")) == converted(LINEAR)
+
+
+def test_the_base_of_a_vocabulary_is_preferred_where_it_is_merged_too():
+    text = LINEAR + "base_model: ./second\ntokenizer_source: union\n"
+    assert converted(text)["tokenizer"] == {"source": "union", "prefer": "second"}
+    assert converted(DARE + "tokenizer_source: union\n")["tokenizer"] == {"source": "union"}
+
+
+def test_parameters_of_another_method_are_told_where_one_is_missing():
+    text = "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: a}]\nparameters: {t: [0, 1]}\n"
+    fix = "add weight: VALUE; mergekit's task_arithmetic has no parameter t"
+    assert problems(text) == {("3", "weight is required"): fix}

@@ -87,6 +87,12 @@ def test_every_method_that_it_searches_is_searched_here(method):
     }.get(method, ["density", "weight"])  # fmt: skip
 
 
+def test_slerp_is_searched_between_two_models_whatever_the_base():
+    text = EVOLVE.replace("merge_method: ties", "merge_method: slerp").replace("  filters: [mlp]\n", "")
+    for based in (text, text.replace("  base_model: org/base\n", "")):
+        assert converted(based).data["models"] == {"a": "org/a", "b": "org/b"}
+
+
 @pytest.mark.parametrize(
     ("text", "line", "what"),
     [

@@ -74,6 +74,15 @@ def test_the_base_and_a_model_taken_twice_are_experts_of_names_of_their_own(conv
     assert merge(recipe)["experts"]["code-2"] == {"model": "code", "prompts": ["class"]}
 
 
+def test_a_base_that_is_its_own_only_expert_is_copied_for_training(convert):
+    copies = [{"source_model": "org/base", "noise_scale": 0.01}] * 3
+    recipe = convert(experts=copies, gate_mode="random")
+    assert recipe.document["base"] == "org/base"
+    assert recipe.document["models"] == {"base-model": "org/base"}
+    assert list(merge(recipe)["experts"]) == ["base-model", "base-model-2", "base-model-3"]
+    assert "until it is trained, the mixture computes what the base does" in " ".join(recipe.warnings)
+
+
 def test_what_is_done_to_one_expert_becomes_an_override(convert):
     changed = [EXPERTS[0], {**EXPERTS[1], "noise_scale": 0.1, "residual_scale": "0.5"}]
     recipe = convert(experts=changed)
@@ -122,12 +131,6 @@ def test_keys_that_mergekit_passes_over_are_told(convert):
         ({"experts_per_token": 3}, "experts_per_token", "cannot be sent to 3 of 2", "at most 2"),
         ({"experts": [*EXPERTS, {"positive_prompts": ["x"]}]}, "experts.2", "needs a model", "- source_model: MODEL"),
         ({"experts": [{**EXPERTS[0], "noise_scale": "x"}]}, "experts.0.noise_scale", "expected a number", "a number"),
-        (
-            {"experts": [{**EXPERTS[0], "source_model": "org/base"}]},
-            "experts",
-            "every expert is the base",
-            "source_model",
-        ),
         ({"shared_experts": EXPERTS}, "shared_experts", "2 shared experts", "keep one"),
         ({"experts": [{"source_model": "org/a"}]}, "experts", "no expert has any", "gate: random"),
     ],

@@ -91,8 +91,9 @@ def test_a_tokenizer_without_tokens_to_read_cannot_be_matched(pair):
     assert "save_pretrained" in caught.value.fix
 
 
-def test_searches_and_bundles_take_models_of_one_vocabulary(pair):
-    recipe = recipe_of(pair, tokenizer={"source": "union"}, chat_template="a")
+@pytest.mark.parametrize("tokenizer", [{"source": "union"}, {"source": "./a"}, {"source": "a", "pad_to": 8}])
+def test_searches_and_bundles_take_models_of_one_vocabulary(pair, tokenizer):
+    recipe = recipe_of(pair, tokenizer=tokenizer, chat_template="a")
     recipe |= {"base": str(pair[0]), "merge": {"method": "mass"}}
     with pytest.raises(RecipeError) as caught:
         mergetool.load_recipe(recipe)

@@ -11,7 +11,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import mergetool
-from mergetool.errors import PlanError
+from mergetool.errors import PlanError, RecipeError
+from tests.files import StoppedError, stop_after
 from tests.words.models import SPECIAL, build, opened, save_tokenizer, train, vocabulary
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
@@ -48,6 +49,16 @@ def test_a_row_that_one_model_has_is_that_row(models, tmp_path):
     token, number = alone(models)
     result = run(models, tmp_path, tokenizer={"source": "union"})
     assert torch.equal(rows(result)[vocabulary(result)[token]], rows(models["b"])[number])
+
+
+def test_a_row_that_several_have_is_that_of_the_preferred_model(models, tmp_path):
+    b, c = (vocabulary(models[name]) for name in "bc")
+    token = next(token for token in sorted(b) if token in c and token not in vocabulary(models["a"]))
+    result = run(models, tmp_path, "abc", tokenizer={"source": "union", "prefer": "c"})
+    expected = (rows(models["b"])[b[token]] + 2 * rows(models["c"])[c[token]]) / 3
+    assert torch.allclose(rows(result)[vocabulary(result)[token]], expected, atol=1e-7)
+    with pytest.raises(RecipeError, match=r"tokenizer.prefer: there is no model 'd'"):
+        run(models, tmp_path, "abc", tokenizer={"source": "union", "prefer": "d"})
 
 
 def test_a_row_that_several_have_is_the_bases_or_else_their_mean(models, tmp_path):
@@ -220,3 +231,37 @@ def test_the_recipe_of_the_page_runs(models, tmp_path):
     said = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert said == "<|im_start|>user\nhi<|im_end|>\n"
     opened(result)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_an_adapter_that_adds_tokens_brings_their_rows(models, tmp_path):
+    """Training added a token to model and tokenizer, and saved both beside the adapter."""
+    import peft
+
+    model, tokenizer = hf.LlamaForCausalLM.from_pretrained(models["a"]), hf.AutoTokenizer.from_pretrained(models["a"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    model.resize_token_embeddings(len(tokenizer))
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"], "r": 2}
+    trained = peft.get_peft_model(model, peft.LoraConfig(**settings, init_lora_weights=False))
+    trained.save_pretrained(tmp_path / "lora")
+    tokenizer.save_pretrained(tmp_path / "lora")
+    row = trained.merge_and_unload().lm_head.weight[len(tokenizer) - 1].detach().double()
+    chat = {"source": str(models["a"]), "adapters": [str(tmp_path / "lora")]}
+    recipe = {"models": {"b": str(models["b"]), "chat": chat}, "merge": {"method": "linear"}}
+    result = mergetool.run({**recipe, "tokenizer": {"source": "union"}}, output=tmp_path / "out").path
+    assert torch.allclose(rows(result)[vocabulary(result)["<|im_end|>"]], row, atol=1e-6)
+    assert hf.AutoTokenizer.from_pretrained(result).added_tokens_decoder[vocabulary(result)["<|im_end|>"]].special
+    result = mergetool.run({**recipe, "tokenizer": {"source": "chat"}}, output=tmp_path / "own").path
+    assert vocabulary(result) == tokenizer.get_vocab()
+    opened(result)
+
+
+def test_a_run_that_was_ended_goes_on_to_the_same_bytes(models, tmp_path):
+    recipe = {"models": {name: str(models[name]) for name in "ab"}, "merge": {"method": "linear"}}
+    recipe["tokenizer"] = {"source": "union", "pad_to": 64, "tokens": {"<new>": {}}}
+    expected = mergetool.run(recipe, output=tmp_path / "whole").path / "model.safetensors"
+    with pytest.raises(StoppedError):
+        mergetool.run(recipe, output=tmp_path / "out", workers=1, progress=stop_after(2))
+    result = mergetool.run(recipe, output=tmp_path / "out")
+    assert result.resumed
+    assert (result.path / "model.safetensors").read_bytes() == expected.read_bytes()

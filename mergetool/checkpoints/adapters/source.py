@@ -5,6 +5,7 @@ not rounded away before merging.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mergetool.checkpoints.adapters.changes import Added, Change, LowRank
 from mergetool.checkpoints.adapters.files import is_all_zero, open_weights
 from mergetool.checkpoints.adapters.matching import Matching
 from mergetool.checkpoints.adapters.settings import CONFIG_NAME, read_settings
+from mergetool.checkpoints.vocabulary import tokens_of
 from mergetool.tensors.dtypes import BY_NAME, DType
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.side_files import read_config
@@ -29,6 +31,7 @@ class AdapterSource(ModelSource):
         self.folder, self.stem, self.remarks = model.folder, model.stem, model.remarks
         settings = read_settings(folder, model.folder)
         self._config = FileStamp.of(folder / CONFIG_NAME)  # its alpha decides about values as much as the weights do
+        self._adapter_folder = folder
         self._adapter = open_weights(folder, elsewhere)
         matching = Matching(self._adapter.specs, model.specs, settings, read_config(model.folder), model.folder)
         self._changes = matching.changes
@@ -70,6 +73,12 @@ class AdapterSource(ModelSource):
         if change is None or change.is_copy:
             return super().stored_as(name) if change is not None else self._model.stored_as(name)
         return self._model.stored_as(name) if name in self._model.specs else self._adapter.stored_as(change.origin)
+
+    @cached_property
+    def tokenizer_folder(self) -> Path | None:
+        """The adapter's, where training added tokens or numbered them anew."""
+        own = tokens_of(self._adapter_folder)
+        return self._model.tokenizer_folder if own in (None, tokens_of(self.folder)) else self._adapter_folder
 
     @property
     def files(self) -> tuple[FileStamp, ...]:

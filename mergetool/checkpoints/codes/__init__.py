@@ -9,6 +9,6 @@
 """
 
 from mergetool.checkpoints.codes.blocks import describes_codes
-from mergetool.checkpoints.codes.source import dequantised, is_dequantised
+from mergetool.checkpoints.codes.source import dequantised, is_dequantised, quantisation_of
 
-__all__ = ["dequantised", "describes_codes", "is_dequantised"]
+__all__ = ["dequantised", "describes_codes", "is_dequantised", "quantisation_of"]

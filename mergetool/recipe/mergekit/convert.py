@@ -37,7 +37,7 @@ from mergetool.recipe.mergekit.roster import Roster
 from mergetool.recipe.mergekit.settings import MethodSettings, SettingsReader
 from mergetool.recipe.mergekit.stacking import stacked
 from mergetool.recipe.mergekit.vocabulary import Words
-from mergetool.recipe.render import suggestion
+from mergetool.recipe.render import DTYPE_WORDS
 
 _STORED = ("float32", "bfloat16", "float16")
 
@@ -174,7 +174,8 @@ class _Importer:
         if key in names:
             if names[key] not in _STORED:
                 wanted = "out_dtype: float32" if names[key] == "float64" else f"{key}: bfloat16"
-                fix = suggestion(names[key], _STORED) or f"write {wanted}"
+                meant = DTYPE_WORDS.get(names[key].lower())
+                fix = f"write {key}: {meant}" if meant in _STORED else f"write {wanted}"
                 self.findings.problem((key,), f"results cannot be stored as {names[key]}", fix)
             out["output"] = {"dtype": names[key]}
         return out

@@ -109,7 +109,10 @@ class _Search:
             if reference in found:
                 self.findings.warn(here, f"{reference} is listed twice: one of it is searched")
             found.setdefault(reference, Source(reference, Scope({}, here), here))
-        part = OutputSlice(list(found.values()), [], reading.base, ("genome", "models"))
+        base = reading.base
+        if self.method == "slerp" and base not in found:  # it takes the best two models of each group of layers
+            base = next(iter(found))
+        part = OutputSlice(list(found.values()), [], base, ("genome", "models"))
         return Roster(self.findings, self.method, METHODS[self.method], [part])
 
     def _inner(self, roster: Roster) -> dict[str, Any]:

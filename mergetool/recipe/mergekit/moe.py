@@ -90,11 +90,12 @@ class _Mixture:
 
     def _roster(self, sources: Sequence[Source]) -> Roster:
         once = list({each.reference: each for each in sources}.values())
-        if [each.reference for each in once] == [self.reading.base]:
-            what = "every expert is the base itself, so each would say the same"
-            raise self.findings.stop(("experts",), what, "name another model as source_model of one of them")
-        part = OutputSlice(once, [], self.reading.base, ("experts",))
-        return Roster(self.findings, "mergekit-moe", Counterpart("moe", "ancestor", {}), [part])
+        alone = [each.reference for each in once] == [self.reading.base]
+        if alone:
+            what = "every expert is the base itself: until it is trained, the mixture computes what the base does"
+            self.findings.warn(("experts",), what)
+        part = OutputSlice(once, [], None if alone else self.reading.base, ("experts",))
+        return Roster(self.findings, "mergekit-moe", Counterpart("moe", "optional", {}), [part])
 
     def _models(self, roster: Roster) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -102,7 +103,7 @@ class _Mixture:
             holder = out if len(place) == 1 else out.setdefault("models", {})
             holder[str(place[-1])] = reference
             self._mark(place, origin)
-        return out
+        return {"base": next(iter(out["models"].values())), **out}  # the base itself, where it is the only model
 
     def _mark(self, place: Place, origin: Place) -> None:
         self.marks[place] = self.document.marks.get(origin, (1, 1))

@@ -142,14 +142,14 @@ class Reading:
         """Layers from the first to the end. Raises RecipeError."""
         value: Any = entry.get("layer_range")
         whole = isinstance(value, list) and len(value) == 2 and all(_is_count(item) for item in value)
-        if not whole or int(value[0]) >= int(value[1]):
+        if not whole or float(value[0]) >= float(value[1]):
             what = f"expected the first layer and the end, found {value!r}" if value else "`layer_range` is required"
             raise self.findings.stop(place, what, "write layer_range: [0, 16]; whole models go under `models`")
-        return int(value[0]), int(value[1])
+        return int(float(value[0])), int(float(value[1]))
 
 
 def _is_count(value: Any) -> bool:
-    return not isinstance(value, bool) and str(value).isdecimal()
+    return not isinstance(value, bool) and str(value).removesuffix(".0").isdecimal()
 
 
 _HINTS = {

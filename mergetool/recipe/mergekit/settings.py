@@ -55,6 +55,7 @@ class SettingsReader:
         self.name = mergekit_name
         self.target = target
         self.mark = mark
+        self.known = [*target.parameters, *target.without_effect]
 
     def read(
         self,
@@ -96,12 +97,18 @@ class SettingsReader:
                 try:
                     branches = branches_of(self.findings, key, parameter, scopes)
                 except RecipeError as error:
-                    self.findings.problems += error.problems
+                    self.findings.problems += [self._with_idle(each, scopes) for each in error.problems]
                     continue
                 if name is not None and name in numbers:
                     branches = list(numbers[name].branches(branches))
                 if any(branch.place for branch in branches) or branches[-1].value != _default(fields, parameter.field):
                     yield (parameter.field, name), branches
+
+    def _with_idle(self, problem: RecipeError, scopes: Sequence[Scope]) -> RecipeError:
+        """A problem that names parameters which have no effect: perhaps another method was meant."""
+        idle = dict.fromkeys(key for scope in scopes for key in scope.parameters if key not in self.known)
+        more = f"; mergekit's {self.name} has no parameter {', '.join(map(str, idle))}" if idle else ""
+        return RecipeError(problem.what, problem.where, problem.fix + more)
 
     def _values(self, case: Case, places: Sequence[Place]) -> dict[str, Any]:
         """Our fields in one case."""
@@ -132,10 +139,9 @@ class SettingsReader:
 
     def tell_idle_of_all(self, scopes: Sequence[Scope]) -> None:
         """Tell of parameters that mergekit's method does not have at all."""
-        known = [*self.target.parameters, *self.target.without_effect]
         for place, scope in {scope.place: scope for scope in scopes}.items():
-            unknown = [key for key in scope.parameters if key not in known]
-            self.findings.idle(unknown, place, f"mergekit's {self.name} has no such parameter", known)
+            unknown = [key for key in scope.parameters if key not in self.known]
+            self.findings.idle(unknown, place, f"mergekit's {self.name} has no such parameter", self.known)
 
 
 def _holder(place: Place) -> Place:

@@ -41,7 +41,14 @@ class Words:
                 self.findings.problems += error.problems
             else:
                 found |= {key: section} if section is not None else {}
+        if "tokenizer" in found:
+            found["tokenizer"] |= self._preferred()
         return found
+
+    def _preferred(self) -> dict[str, Any]:
+        """mergekit's base goes before the mean of several even where it is one of the models that are merged."""
+        name = self.roster.called(self.reading.base) if self.reading.base else None
+        return {} if name in (None, "base") else {"prefer": name}
 
     def _tokenizer(self) -> dict[str, Any] | None:
         written, source = self.data.get("tokenizer"), self.data.get("tokenizer_source")

@@ -11,6 +11,7 @@ from mergetool.errors import RecipeError
 from mergetool.recipe.document import parse_value
 from mergetool.recipe.mergekit.roster import is_there
 from mergetool.recipe.schema import expanded
+from mergetool.recipe.words import is_place
 
 
 def as_text(data: Mapping[str, Any], folder: Path, name: str | None = None, names: Collection[str] = ()) -> str:
@@ -22,6 +23,8 @@ def as_text(data: Mapping[str, Any], folder: Path, name: str | None = None, name
     out |= {"base": _moved(data["base"], folder, names)} if "base" in data else {}
     out["models"] = {name: _moved(reference, folder, names) for name, reference in data["models"].items()}
     out |= {key: value for key, value in data.items() if key not in out}
+    if is_place(str(out.get("tokenizer", {}).get("source", ""))):
+        out["tokenizer"] = {**out["tokenizer"], "source": _moved(out["tokenizer"]["source"], folder, names)}
     return yaml.dump(out, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -35,7 +38,7 @@ def _moved(reference: Any, folder: Path, names: Collection[str]) -> Any:
         return reference
     target = expanded(reference)
     if target.is_absolute():
-        return str(target)
+        return reference
     seen = os.path.relpath(target, folder)
     return seen if seen.startswith(".") or not reference.startswith(".") else f"./{seen}"
 
