@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import mergetool
-from mergetool.errors import PlanError
+from mergetool.errors import RecipeError
 from tests.peers.checkpoints import CONFIGS, sample, shapes, summary, tensors, write_families
 
 FOLDER = Path(__file__).parent / "mergekit"
@@ -143,7 +143,7 @@ def test_ties_keeps_the_base_where_a_vote_ends_even(merge):
 
 def test_weights_that_add_up_to_zero_are_refused_where_mergekit_writes_nan(merge):
     models = [{"model": "llama/a", "parameters": {"weight": 1}}, {"model": "llama/b", "parameters": {"weight": -1}}]
-    with pytest.raises(PlanError, match="add up to 0"):
+    with pytest.raises(RecipeError, match="add up to 0"):
         merge({"merge_method": "linear", "models": models})
 
 

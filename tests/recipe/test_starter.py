@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 
 import pytest
 import yaml
@@ -72,6 +73,7 @@ def test_a_shell_completes_commands_and_methods(here, monkeypatch, capsys, words
     monkeypatch.setenv("COMP_WORDS", words)
     monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
     monkeypatch.setattr("sys.argv", ["mergetool"])
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None, raising=False)  # else we are `python -m pytest`
     with pytest.raises(SystemExit):
         main()
     assert sorted(capsys.readouterr().out.split()) == found.split()
