@@ -4,6 +4,7 @@ What mergetool remembers between runs lies in a folder of this test run.
 """
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ TESTS = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE"):
     os.environ.setdefault(name, "1")
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mergetool-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE = tempfile.mkdtemp(prefix="mergetool-tests-")
 
 FAST = ("kernels", "laws", "methods", "planning", "recipe", "search", "tensors", "test_house", "test_documents")
 """What `scripts/test --fast` runs: places whose tests start no process, train nothing and build no network."""
@@ -43,6 +44,10 @@ LONG_TESTS = {
 }
 REAL_RUNS = {"slices", "workers", "memory", "device"}
 """Laws that run from files to files; the others are tried with each method's defaults only."""
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
