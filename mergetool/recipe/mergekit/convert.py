@@ -18,7 +18,6 @@ Reference: mergekit 0.1.5, https://github.com/arcee-ai/mergekit; tests/peers com
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -65,11 +64,7 @@ def convert(document: Document) -> Document:
     if is_moe(document.data):
         return convert_moe(document)
     importer = _Importer(document)
-    data = importer.convert()
-    if importer.findings.problems:
-        raise RecipeError.of(list({str(each): each for each in importer.findings.problems}.values()))
-    told = list(dict.fromkeys(importer.findings.warnings))
-    return Document(document.name, data, importer.marks, Path.cwd(), warnings=told)
+    return importer.findings.converted(importer.convert(), importer.marks)
 
 
 class _Importer:

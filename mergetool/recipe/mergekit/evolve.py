@@ -9,7 +9,6 @@ lie between.
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from mergetool.errors import RecipeError
@@ -48,10 +47,7 @@ def is_evolve(data: Any) -> bool:
 def convert_evolve(document: Document) -> Document:
     """Our recipe for a search of mergekit-evolve. Raises RecipeError holding every problem found."""
     search = _Search(document)
-    data = search.convert()
-    if search.findings.problems:
-        raise RecipeError.of(search.findings.problems)
-    return Document(document.name, data, search.marks, Path.cwd(), warnings=search.findings.warnings)
+    return search.findings.converted(search.convert(), search.marks)
 
 
 class _Search:

@@ -5,6 +5,7 @@ level too high, parameters of other methods. Such a recipe runs, and here it mea
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mergetool.errors import RecipeError
@@ -31,6 +32,16 @@ class Findings:
     def stop(self, place: Place, what: str, fix: str) -> RecipeError:
         """An error to raise, where what follows makes no sense without the right thing here."""
         return self.document.error(place, what, fix)
+
+    def converted(self, data: Any, marks: Mapping[Place, tuple[int, int]]) -> Document:
+        """Our recipe for this file; paths in it are relative to the current folder.
+
+        Raises RecipeError holding every problem found, each once.
+        """
+        if self.problems:
+            raise RecipeError.of(list({str(each): each for each in self.problems}.values()))
+        told = list(dict.fromkeys(self.warnings))
+        return Document(self.document.name, data, dict(marks), Path.cwd(), warnings=told)
 
     def at(self, place: Place) -> Any:
         """What is written at a place; None where nothing is."""

@@ -8,7 +8,6 @@ An expert is called like its model; a model's second expert gets a number. What 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from mergetool.errors import RecipeError
@@ -45,10 +44,7 @@ def is_moe(data: Any) -> bool:
 def convert_moe(document: Document) -> Document:
     """Our recipe for a file of mergekit-moe. Raises RecipeError holding every problem found."""
     reading = _Mixture(document)
-    data = reading.convert()
-    if reading.findings.problems:
-        raise RecipeError.of(reading.findings.problems)
-    return Document(document.name, data, reading.marks, Path.cwd(), warnings=reading.findings.warnings)
+    return reading.findings.converted(reading.convert(), reading.marks)
 
 
 class _Mixture:
