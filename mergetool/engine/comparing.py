@@ -32,7 +32,7 @@ _MOST = 0.9
 
 
 @dataclass(frozen=True)
-class Counterpart:
+class Opposite:
     """The tensor of a checkpoint that an output tensor is to be."""
 
     name: str
@@ -122,14 +122,14 @@ class ComparingSink:
         plan: Plan,
         wanted: Mapping[str, TensorSpec],
         found: ModelSource,
-        places: Mapping[str, Sequence[Counterpart]],
+        places: Mapping[str, Sequence[Opposite]],
     ) -> None:
         """`plan` rounds nothing; `wanted` is what each of its tensors would be stored as, and `places` where it is."""
         self._plan, self._wanted, self._found, self._places = plan, wanted, found, places
         self._made = plan.specs
         self._steps = {slot.spec.name: step for step in plan.steps for slot in step.slots}
         self._lock = threading.Lock()
-        names = [each.name for counterparts in places.values() for each in counterparts]
+        names = [each.name for opposites in places.values() for each in opposites]
         self.compared = {name: Compared(name, found.specs[name].num_elements) for name in names}
         self.broken: SourceError | None = None
         """What is wrong with the checkpoint, if it cannot be read."""
@@ -148,7 +148,7 @@ class ComparingSink:
     def source(self) -> ModelSource:
         raise AssertionError("nothing was written")
 
-    def _compare(self, name: str, place: Counterpart, start: int, made: Tensor) -> None:
+    def _compare(self, name: str, place: Opposite, start: int, made: Tensor) -> None:
         """Numbers, some at a time."""
         step, wanted = self._steps[name], torch_dtype(self._wanted[name].dtype)
         noise = NOISE_OF_MATRICES if step.granularity == "tensor" else NOISE

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write whole checkpoints that mergekit makes of the recipes of tests/peers/mergekit/whole.yaml.
 
-    python -m venv mk && mk/bin/pip install torch==2.13.0 mergekit==0.1.5
-    mk/bin/python scripts/peers/mergekit_whole.py
+python -m venv mk && mk/bin/pip install torch==2.13.0 mergekit==0.1.5
+mk/bin/python scripts/peers/mergekit_whole.py
 """
 
 import shutil

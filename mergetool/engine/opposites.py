@@ -16,7 +16,7 @@ from mergetool.checkpoints.token_rows import ZERO, RowMap
 from mergetool.checkpoints.view import RenamedModel
 from mergetool.checkpoints.vocabulary import Vocabulary, chat_template_of, disagreement, tokens_of
 from mergetool.checkpoints.vocabulary_axes import axes_of
-from mergetool.engine.comparing import Counterpart
+from mergetool.engine.comparing import Opposite
 from mergetool.layouts.stacking import is_buffer
 from mergetool.planning import Plan
 from mergetool.planning.inner import PlannedModel
@@ -34,7 +34,7 @@ class Matched:
     """A checkpoint under the names of a result."""
 
     source: ModelSource
-    places: dict[str, list[Counterpart]] = field(default_factory=dict)
+    places: dict[str, list[Opposite]] = field(default_factory=dict)
     """The tensors of the checkpoint that each output tensor is to be."""
     problems: list[str] = field(default_factory=list)
     """What makes it another checkpoint, before a weight is read."""
@@ -72,7 +72,7 @@ def _pair(
         result.problems.append(f"{name} is {there.dtype.name} here, {spec.dtype.name} by the recipe")
     else:
         own = wanted.stored[name] if isinstance(wanted, RenamedModel) else name
-        result.places.setdefault(own, []).append(Counterpart(name, skipped))
+        result.places.setdefault(own, []).append(Opposite(name, skipped))
 
 
 def _leftover(result: Matched, names: Sequence[str], verb: str) -> None:
