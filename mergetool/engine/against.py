@@ -16,8 +16,8 @@ from mergetool.bundle import is_bundle
 from mergetool.checkpoints.quantised import how_quantised
 from mergetool.engine.comparing import Compared, ComparingSink, settle
 from mergetool.engine.context import Context
-from mergetool.engine.opposites import Matched, matched
 from mergetool.engine.logs import MemoryLog
+from mergetool.engine.opposites import Matched, matched
 from mergetool.engine.partition import Partition
 from mergetool.engine.pool import WorkerPool
 from mergetool.engine.processes import Team
