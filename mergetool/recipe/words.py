@@ -101,7 +101,7 @@ def is_place(text: str) -> bool:
 
 
 def models_named(tokenizer: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
-    """Models that a tokenizer section names, as it was written, by their references in it."""
+    """Models that a tokenizer section names, as it was written, by their places in it."""
     references: dict[tuple[str, ...], str] = {}
     source = tokenizer.get("source")
     if isinstance(source, str) and source != UNION and not is_place(source):
