@@ -74,7 +74,7 @@ class Arithmetic:
 
     def halves(self, change: Change, term: LowRank) -> Halves:
         """B and A of one matrix, as the tensor stores their product; the factor is in B."""
-        a, b = self._matrix(term.a), self._matrix(term.b)
+        a, b = self.matrix(term.a), self.matrix(term.b)
         if term.block is not None:
             rows = slice(term.block.first, term.block.first + change.shape[0])
             a = a.view(term.block.count, -1, a.shape[1])[term.block.index]
