@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mergetool.checkpoints.adapters.changes import Added, Block, Change, LowRank, Magnitude, Rows
 from mergetool.tensors.dtypes import torch_dtype
+from mergetool.tensors.factors import Halves
 from mergetool.tensors.io import bytes_of
 from mergetool.tensors.source import ModelSource
 
@@ -70,6 +71,16 @@ class Arithmetic:
             out.add_(delta[: len(out)], alpha=term.factor)
 
     # ------------------------------------------------------------------ low-rank products
+
+    def halves(self, change: Change, term: LowRank) -> Halves:
+        """B and A of one matrix, as the tensor stores their product; the factor is in B."""
+        a, b = self.matrix(term.a), self.matrix(term.b)
+        if term.block is not None:
+            rows = slice(term.block.first, term.block.first + change.shape[0])
+            a = a.view(term.block.count, -1, a.shape[1])[term.block.index]
+            b = b.view(b.shape[0], -1, term.block.count)[rows, :, term.block.index]
+        left, right = (a.mT, b.mT) if term.transposed else (b, a)
+        return left * term.factor, right
 
     def _product(self, change: Change, term: LowRank, first: int, last: int) -> "Tensor":
         """Rows [first, last) of B A, or of its transpose, as the tensor stores it."""
