@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from mergetool.api import diff, load_bundle, load_recipe, merge_state_dicts, plan, run
     from mergetool.arch.derived import Architecture, derive_architecture
     from mergetool.methods.base import Method
-    from mergetool.outputs.difference import Difference
+    from mergetool.outputs.difference import Comparison
     from mergetool.outputs.result import Result
 
 __all__ = [
     "Architecture",
-    "Difference",
+    "Comparison",
     "EvaluationError",
     "HubError",
     "MergeError",
@@ -53,7 +53,7 @@ __all__ = [
 
 _LAZY = {
     "Architecture": "mergetool.arch.derived",
-    "Difference": "mergetool.outputs.difference",
+    "Comparison": "mergetool.outputs.difference",
     "Method": "mergetool.methods.base",
     "Result": "mergetool.outputs.result",
     "derive_architecture": "mergetool.arch.derived",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergetool.bundle.mass_model import MassModel
-    from mergetool.outputs.difference import Difference
+    from mergetool.outputs.difference import Comparison
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
@@ -72,7 +72,7 @@ def diff(
     *,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> "Difference":
+) -> "Comparison":
     """Compare two models (folders, files, names on the Hub), two adapters, or two locks, tensor by tensor.
 
     With a `base`, their task vectors are compared, too. The result has `rows`, a table of all tensors with the most

@@ -10,7 +10,7 @@ from mergetool.cli.progress import ProgressBar
 from mergetool.cli.show import manner, say, table
 
 if TYPE_CHECKING:
-    from mergetool.outputs.difference import Difference
+    from mergetool.outputs.difference import Comparison
 
 _FIGURES = ("relative", "cosine", "share_changed", "max")
 _OF_CHANGES = ("change_a", "change_b", "cosine_of_changes", "share_opposed")
@@ -42,7 +42,7 @@ def diff(
         raise typer.Exit(1)
 
 
-def _show(found: "Difference", top: int) -> None:
+def _show(found: "Comparison", top: int) -> None:
     """What people want to know, the most telling first."""
     print_answer(found.summary(), as_json=False)
     if found.identical:

@@ -5,7 +5,7 @@ with a base c: the same of the task vectors a - c and b - c, and where their sig
 """
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,37 +54,43 @@ _LARGEST = tuple(Sums.__dataclass_fields__).index("largest")
 
 
 def sums(a: Tensor, b: Tensor, base: Tensor | None = None) -> Sums:
-    """Of slices of one shape, as they are stored."""
-    differs = a.double() != b.double()
-    a, b = a.double(), b.double()
-    differs &= ~(torch.isnan(a) & torch.isnan(b))
-    sound = torch.isfinite(a) & torch.isfinite(b)
-    broken = sound.numel() - int(sound.sum())
-    lost = bool((differs & ~sound).any())
-    if broken:
-        a, b = a.masked_fill(~sound, 0.0), b.masked_fill(~sound, 0.0)
-    off = (b - a).flatten()
-    return Sums(
-        off.numel(),
-        int(differs.sum()),
-        broken,
-        _product(a, a),
-        _product(b, b),
-        _product(a, b),
-        _product(off, off),
-        math.inf if lost else float(off.abs().max()) if off.numel() else 0.0,
-        *(() if base is None else _of_changes(a, b, base.double(), sound)),
-    )
+    """Of flat slices of one length, in float64; `b` may be `a` itself, where the two are known to be one."""
+    a2 = _product(a, a)
+    if b is a and math.isfinite(a2):
+        same = Sums(len(a), a2=a2, b2=a2, ab=a2)
+        return same if base is None else _with_changes(same, a, a, base)
+    b2 = _product(b, b)
+    if not math.isfinite(a2 + b2):
+        return _unsound(a, b, base)
+    off = b - a
+    low, high = torch.aminmax(off) if len(off) else (off.sum(), off.sum())
+    largest = max(-float(low), float(high))
+    found = Sums(len(a), int(off.count_nonzero()), 0, a2, b2, _product(a, b), _product(off, off), largest)
+    return found if base is None else _with_changes(found, a, b, base)
 
 
-def _of_changes(a: Tensor, b: Tensor, base: Tensor, sound: Tensor) -> tuple[float, float, float, float, int]:
-    base = base.masked_fill(~(sound & torch.isfinite(base)), 0.0)
+def _with_changes(found: Sums, a: Tensor, b: Tensor, base: Tensor) -> Sums:
     da, db = a - base, b - base
-    return _product(base, base), _product(da, da), _product(db, db), _product(da, db), int((da * db < 0).sum())
+    da2, db2, dadb = _product(da, da), _product(db, db), _product(da, db)
+    opposed = int((da * db < 0).sum())
+    return replace(found, base2=_product(base, base), da2=da2, db2=db2, dadb=dadb, opposed=opposed)
+
+
+def _unsound(a: Tensor, b: Tensor, base: Tensor | None) -> Sums:
+    """Where some numbers are not finite: these are counted, and left out of all sums."""
+    differs = (a != b) & ~(torch.isnan(a) & torch.isnan(b))
+    sound = torch.isfinite(a) & torch.isfinite(b)
+    if base is not None:
+        sound &= torch.isfinite(base)
+        base = base.masked_fill(~sound, 0.0)
+    found = sums(a.masked_fill(~sound, 0.0), b.masked_fill(~sound, 0.0), base)
+    lost = bool((differs & ~sound).any())
+    largest = math.inf if lost else found.largest
+    return replace(found, changed=int(differs.sum()), broken=int((~sound).sum()), largest=largest)
 
 
 def _product(a: Tensor, b: Tensor) -> float:
-    return float(torch.dot(a.flatten(), b.flatten()))
+    return float(torch.dot(a, b))
 
 
 def ratio(part2: float, whole2: float) -> float:

@@ -38,20 +38,6 @@ class TensorDifference:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Several tensors together: a layer, or all of one role."""
-
-    name: str
-    tensors: int
-    changed: int
-    sums: Sums
-
-    def row(self, *, based: bool) -> dict[str, Any]:
-        """As a row of a table."""
-        return {"name": self.name, "tensors": self.tensors, "changed": self.changed} | measures(self.sums, based=based)
-
-
-@dataclass(frozen=True)
 class FileDifference:
     """A setting beside the weights."""
 
@@ -84,7 +70,7 @@ def measures(sums: Sums, *, based: bool) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Comparison:
     """Two checkpoints (or adapters, or locks), compared."""
 
     a: str
@@ -129,7 +115,8 @@ class Difference:
             groups.setdefault(key(each.name), []).append(each)
         based = self.base is not None
         return [
-            Group(name, len(found), sum(each.state != IDENTICAL for each in found), added(found)).row(based=based)
+            {"name": name, "tensors": len(found), "changed": sum(each.state != IDENTICAL for each in found)}
+            | measures(added(found), based=based)
             for name, found in groups.items()
         ]
 

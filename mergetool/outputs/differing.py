@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +14,7 @@ from mergetool.checkpoints.family import assemble
 from mergetool.checkpoints.other_rows import OtherRows, Rows
 from mergetool.errors import SourceError
 from mergetool.kernels.differences import Sums, sums
-from mergetool.outputs.difference import Difference, TensorDifference, added, most_changed_first
+from mergetool.outputs.difference import Comparison, TensorDifference, added, most_changed_first
 from mergetool.outputs.settings_beside import difference_of_locks, is_lock, settings_beside
 from mergetool.planning.sources import Lookup
 from mergetool.tensors.dtypes import DType, torch_dtype
@@ -25,7 +25,7 @@ from mergetool.tensors.source import ModelSource
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SLICE = 1 << 18
+_SLICE = 1 << 16
 """Elements of a slice: few enough to stay in the processor's cache."""
 _PIECE = 1 << 22
 """Elements that one thread compares in a row."""
@@ -49,7 +49,7 @@ def difference(
     *,
     workers: int | None = None,
     listener: Listener | None = None,
-) -> Difference:
+) -> Comparison:
     """Compare two models, two adapters or two locks. Raises SourceError or HubError."""
     if is_lock(a) or is_lock(b):
         return difference_of_locks(a, b)
@@ -156,7 +156,7 @@ class _Pair:
             self._advance(sum(each.nbytes for each in values))
             if (kept := self._kept(name, begin, end)) is not None:
                 values = [each[kept] for each in values]
-            total += sums(*values)
+            total += _sums(*values)
             rounded = rounded and _is_rounding(*values[:2])
         return _Part(total, rounded)
 
@@ -181,7 +181,7 @@ class _Pair:
         skipped = np.any(rows, axis=0)[np.arange(begin, end) // width]
         return torch.from_numpy(~skipped)
 
-    def found(self, a: str, b: str, base: str | None, parts: list[_Part]) -> Difference:
+    def found(self, a: str, b: str, base: str | None, parts: list[_Part]) -> Comparison:
         """All parts put together."""
         by_name: dict[str, list[_Part]] = {name: [] for name in self.names}
         for (name, _, _), part in zip(self.pieces(), parts, strict=True):
@@ -190,7 +190,7 @@ class _Pair:
         files = settings_beside(self._stored[_A], self._stored[_B], self.rows)
         only = self.only_a, self.only_b
         total, remarks = added(tensors), tuple(self.remarks)
-        return Difference(a, b, base, tensors, *only, self.reshaped, tuple(files), remarks, total)
+        return Comparison(a, b, base, tensors, *only, self.reshaped, tuple(files), remarks, total)
 
     def _tensor(self, name: str, parts: list[_Part]) -> TensorDifference:
         dtypes = tuple(source.specs[name].dtype.name for source in self._holders(name))
@@ -216,6 +216,17 @@ def _values(source: ModelSource, name: str, begin: int, end: int) -> "Tensor":
 
 def _is_number(dtype: DType) -> bool:
     return bool(dtype.torch_name) and dtype.name not in ("C64", "F8_E8M0")
+
+
+def _sums(a: "Tensor", b: "Tensor", base: "Tensor | None" = None) -> Sums:
+    """Of slices as they are stored."""
+    import torch
+
+    whole = a.dtype == b.dtype and not a.is_floating_point()
+    first = a.double()
+    second = first if a.dtype == b.dtype and torch.equal(a, b) else b.double()
+    found = sums(first, second, None if base is None else base.double())
+    return replace(found, changed=int((a != b).sum())) if whole else found  # float64 cannot tell large ones apart
 
 
 def _is_rounding(a: "Tensor", b: "Tensor") -> bool:

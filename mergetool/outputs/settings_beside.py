@@ -9,7 +9,7 @@ from mergetool.checkpoints.chat import token_texts
 from mergetool.checkpoints.other_rows import OtherRows
 from mergetool.checkpoints.vocabulary import chat_template_of, small_json
 from mergetool.errors import SourceError
-from mergetool.outputs.difference import Difference, FileDifference
+from mergetool.outputs.difference import Comparison, FileDifference
 from mergetool.tensors.side_files import CONFIG_NAME, GENERATION_NAME
 from mergetool.tensors.source import ModelSource
 
@@ -75,10 +75,10 @@ def is_lock(text: str) -> bool:
     return text.endswith(".json") and Path(text).is_file() and not text.endswith(".index.json")
 
 
-def difference_of_locks(one: str, other: str) -> Difference:
+def difference_of_locks(one: str, other: str) -> Comparison:
     """What two locks say differently: recipes, inputs, seeds, versions, digests. Raises SourceError."""
     ours, theirs = (_lock(Path(text)) for text in (one, other))
-    return Difference(one, other, files=tuple(_differing("mergetool.json", ours, theirs, _RUN)))
+    return Comparison(one, other, files=tuple(_differing("mergetool.json", ours, theirs, _RUN)))
 
 
 def _lock(path: Path) -> Mapping[str, Any]:
