@@ -45,6 +45,7 @@ def in_full(folder: Path, method: str = "task-arithmetic", below: tuple[str, ...
 
 @pytest.mark.parametrize("method", ["task-arithmetic", "ties", "linear"])
 def test_an_adapter_is_the_base_with_it(folder: Path, method: str, tmp_path: Path) -> None:
+    assert (recipe(folder, method=method).base is None) is (method == "linear")
     short = mergetool.run(recipe(folder, method=method), output=tmp_path / "short").path
     assert_same_bytes(read(short), read(mergetool.run(in_full(folder, method), output=tmp_path / "full").path))
 
