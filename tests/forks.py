@@ -120,6 +120,9 @@ class Running:
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
     def communicate(self, timeout=None):
         """stdout and stderr; `returncode` is known then."""
         (done,) = self.wait()
@@ -147,6 +150,11 @@ class Forks:
     def run(self, arguments, *, cwd, env):
         """Exit code, stdout and stderr of `mergetool *arguments`."""
         return self.start(arguments, cwd=cwd, envs=[env]).wait()[0]
+
+    def open(self, *arguments, held=None):
+        """A command here and with this environment; `held`: what is counted and how often, until it holds still."""
+        env = {**os.environ, **({"HOLD": f"{held[0]} {held[1]}"} if held else {})}
+        return self.start(arguments, cwd=Path.cwd(), envs=[env])
 
     def team(self, size, arguments, *, cwd, held=None):
         """The same command in processes that know of one another, as a launcher starts them.
