@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergetool.bundle import is_bundle
-from mergetool.checkpoints.adapters import AdapterSource
+from mergetool.checkpoints.adapters import AdapterAlone, AdapterSource
 from mergetool.checkpoints.codes import describes_codes
 from mergetool.checkpoints.quantised import plain_numbers
 from mergetool.errors import HubError, SourceError
@@ -85,6 +85,14 @@ class Lookup:
         told = [f"{name}: {remark}" for remark in model.remarks]
         self.warnings += [text for text in told if text not in self.warnings]
         return model
+
+    def open_adapter(self, name: str, adapter: str) -> AdapterAlone:
+        """Open an adapter by itself. Raises SourceError or HubError."""
+        place = self._place(adapter, adapter=True)
+        source = AdapterAlone(place.path, place.elsewhere)
+        self.warnings += [f"{name}: {text}" for text in source.warnings]
+        self.origins[name] = (place.origin,)
+        return source
 
     def folder(self, text: str) -> Path:
         """The folder of a tokenizer's files. Raises SourceError or HubError."""
@@ -199,6 +207,8 @@ def pinned_document(document: Mapping[str, Any], pins: Mapping[str, str]) -> dic
             return pins.get(value, value)
         if "recipe" in value:
             made = {**value, "recipe": pinned_document(value["recipe"], pins)}
+        elif "adapter" in value:
+            made = {**value, "adapter": pins.get(value["adapter"], value["adapter"])}
         else:
             made = {**value, "source": pins.get(value["source"], value["source"])}
         return made | (

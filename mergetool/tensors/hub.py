@@ -19,6 +19,7 @@ from glob import escape
 from pathlib import Path
 
 from mergetool.errors import HubError, MergetoolError, OutputError, SourceError
+from mergetool.tensors.folder import NO_MODEL
 from mergetool.tensors.foreign import foreign_folder
 from mergetool.tensors.header import Header, header_length, parse_header
 from mergetool.tensors.hub_errors import explained, patient, persistent, unreachable
@@ -154,7 +155,7 @@ class Repository:
             places = weight_map(self.folder, chosen) if is_index(chosen) else {chosen: chosen}
             return list(dict.fromkeys(places.values()))
         if _ADAPTER_FILES[0] in self.sizes:
-            raise HubError("is a LoRA adapter, not a model", str(self), "write {source: MODEL, adapters: [ADAPTER]}")
+            raise HubError("is a LoRA adapter, not a model", str(self), NO_MODEL)
         raise self._without_weights()
 
     def _chosen(self) -> str | None:
