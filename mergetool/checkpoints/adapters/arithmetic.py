@@ -5,7 +5,7 @@ length of every row, or, where the stored weight is transposed, of every column:
 tensor and are kept.
 
 Reference: Liu et al., DoRA, https://arxiv.org/abs/2402.09353, section 4.1: `W' = m (W + s B A) / |W + s B A|`.
-Differs from the paper: nothing (PEFT's axes: outputs of a layer, columns of an embedding).
+Differs from the paper: nothing (PEFT's axes: outputs of a layer, columns of an embedding), but that rows of zeros stay.
 """
 
 from collections import OrderedDict
@@ -115,10 +115,10 @@ class Arithmetic:
         wanted = self.matrix(magnitude.own).reshape(-1)
         if magnitude.by_row:
             lengths = torch.linalg.vector_norm(rows.view(-1, change.width), dim=1)
-            return wanted[first : first + len(lengths)].div(lengths).unsqueeze(1)
+            return _over(wanted[first : first + len(lengths)], lengths).unsqueeze(1)
         with self._pass_lock:
             if change.name not in self._scales:
-                self._scales[change.name] = wanted / self._column_lengths(change)
+                self._scales[change.name] = _over(wanted, self._column_lengths(change))
         return self._scales[change.name]
 
     def _column_lengths(self, change: Change) -> "Tensor":
@@ -168,6 +168,11 @@ class Arithmetic:
             while sum(kept.numel() for kept in self._kept.values()) > _KEPT_ELEMENTS:
                 self._kept.popitem(last=False)
         return tensor
+
+
+def _over(magnitudes: "Tensor", lengths: "Tensor") -> "Tensor":
+    """What rows are multiplied by. One of zeros has no direction: it stays, where peft's 0/0 is no number."""
+    return (magnitudes / lengths).masked_fill_(lengths == 0, 0)
 
 
 def _rows_of(source: ModelSource, name: str, first: int, last: int) -> "Tensor":

@@ -32,7 +32,7 @@ _HONOURED = words(
 _OF_TRAINING = words(
     "peft_version revision inference_mode target_modules exclude_modules layers_to_transform layers_pattern"
     " lora_dropout loftq_config eva_config corda_config lora_ga_config velora_config monteclora_config runtime_config"
-    " megatron_core qalora_group_size merge_weights enable_lora"
+    " megatron_core qalora_group_size merge_weights"
 )
 """They say which modules were trained and how; what came out is told by the tensors."""
 
