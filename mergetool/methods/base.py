@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from mergetool.alignment.models import Headers
 from mergetool.arch.matrices import MatrixFilter
-from mergetool.methods.group import TensorGroup
+from mergetool.methods.group import Note, TensorGroup
 from mergetool.methods.values import (
     RANK,
     Finite,
@@ -52,6 +52,7 @@ __all__ = [
     "Granularity",
     "MatrixFilter",
     "Method",
+    "Note",
     "Params",
     "PerModel",
     "Positive",
