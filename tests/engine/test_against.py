@@ -287,8 +287,8 @@ def test_large_tensors_are_compared_to_their_last_entry(tmp_path, dtype):
 
 
 def test_a_little_training_is_not_taken_for_roundings(tmp_path):
-    for seed, name in enumerate("ab"):  # they differ by about one unit in the last place
-        llama(seed, 2e-4).bfloat16().save_pretrained(tmp_path / name)
+    for seed, name in enumerate("ab"):  # they differ by a unit in the last place, mostly
+        llama(seed, 5e-5).bfloat16().save_pretrained(tmp_path / name)
     assert ask(tmp_path, made(tmp_path, tmp_path, linear()), **linear()).answer == "yes"
     assert ask(tmp_path, tmp_path / "a", **linear()).answer == "no"
 
