@@ -36,7 +36,7 @@ class _Della(SparseMethod):
         "1/p", description="after dropping: divide each entry by its chance, restore the L1 norm, or leave as it is"
     )
     granularity: ClassVar = "row"
-    buffers: ClassVar = 12
+    buffers: ClassVar = 14
     pass_depends_on: ClassVar = ("density", "epsilon")
     exempt: ClassVar = {
         "seed-free": "draws which entries are kept",
