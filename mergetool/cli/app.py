@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from mergetool._version import __version__
+from mergetool.cli.against import hold_against, refuse_idle
 from mergetool.cli.answers import deliver, inspect_bundle, print_answer, say_pushed, say_result, say_steps
 from mergetool.cli.commands import Quiet, Verbose, command, existing, is_follower, method_names, set_manner
 from mergetool.cli.progress import ProgressBar, waiting
@@ -178,15 +179,31 @@ def inspect(
     table(("", ""), list(facts.items()))
 
 
-@command(app, "mergetool verify merged --load")
+@command(app, "mergetool verify merged --against recipe.yaml")
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A merged checkpoint (or any model).")],
     load: Annotated[bool, typer.Option("--load", help="Open it with transformers, too, and run one step.")] = False,
+    against: Annotated[
+        Path | None, typer.Option(metavar="RECIPE", help="Is it what this recipe says, tensor by tensor?")
+    ] = None,
+    settings: Settings = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Workers for --against.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Most memory for --against.")] = None,
+    trust_code: Annotated[bool, typer.Option("--trust-code", help="Run Python files that the recipe names.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a result against its lock and its config.json, and scan its weights for values that are not finite."""
+    """Check a result against its lock and its config.json, and scan its weights for values that are not finite.
+
+    With --against: is it what a recipe says, to the rounding of its dtype? Exit 0: yes; 3: no; 5: cannot tell.
+    """
     from mergetool.bundle import is_bundle
 
+    asked = {"--set": settings, "--workers": workers, "--memory": memory, "--trust-code": trust_code}
+    if against is not None:
+        refuse_idle({"--load": load}, "--against, which reads weights only")
+        hold_against(path, against, settings or (), workers, _size(memory), trust_code=trust_code, as_json=as_json)
+        return
+    refuse_idle(asked, "no --against RECIPE")
     if is_bundle(path):
         from mergetool.bundle.verify import verify_bundle
 
@@ -237,8 +254,8 @@ def calibrate(
 
     given = read_rows(rows)
     with waiting("calibrating"):
-        found = fit(load_bundle(existing(bundle)), given)
-    print_answer(found.model_dump() if as_json else bundle / CALIBRATION_NAME, as_json=as_json)
+        calibration = fit(load_bundle(existing(bundle)), given)
+    print_answer(calibration.model_dump() if as_json else bundle / CALIBRATION_NAME, as_json=as_json)
 
 
 @command(app, "mergetool route bundle --input rows.jsonl --task maths")
@@ -254,13 +271,13 @@ def route(
     from mergetool.bundle.rows import answers, read_rows
 
     given = read_rows(rows)
-    found = answers(load_bundle(existing(bundle)), given, tasks=task, batch_size=batch_size)
+    answered = answers(load_bundle(existing(bundle)), given, tasks=task, batch_size=batch_size)
     if as_json:
-        for answer in found:
+        for answer in answered:
             print(json.dumps(answer, ensure_ascii=False), flush=True)
         return
     heads = ("task", "label", "probability", "tasks", "coefficients")
-    table(heads, [[answer.get(key, "-") for key in heads] for answer in found])
+    table(heads, [[answer.get(key, "-") for key in heads] for answer in answered])
 
 
 @command(app, "mergetool evaluate merged --tasks arc_easy,piqa --parent models/math")
@@ -284,7 +301,7 @@ def evaluate(
     names = [name for part in tasks for name in part.split(",") if name]
     chosen = [TaskOptions(name=name, include=include, metric=metric) for name in names]
     with waiting("scoring"):
-        found = assess(
+        scores = assess(
             existing(path),
             chosen,
             parents=[existing(each) for each in parent or ()],
@@ -294,11 +311,11 @@ def evaluate(
             trust_code=trust_code,
         )
     if as_json:
-        print_answer(found, as_json=True)
+        print_answer(scores, as_json=True)
         return
     heads = ["task", "metric", "items", "score", "low", "high"]
     heads += ["best_parent", "retention", "difference_low", "difference_high"] if parent else []
-    table(heads, [[facts[head] for head in heads] for facts in found["tasks"]])
+    table(heads, [[facts[head] for head in heads] for facts in scores["tasks"]])
 
 
 @command(app, "mergetool methods ties")

@@ -20,6 +20,11 @@ _BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.\w+|(attn|attention)\.(masked_)?bias
 """What old files hold of a layer besides its weights."""
 
 
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is none of the network's weights: libraries make it anew, and leave it out when they save."""
+    return _BUFFERS.fullmatch(name) is not None
+
+
 @dataclass(frozen=True)
 class Placed:
     """A slice, and which of the layout's overrides are its own."""
@@ -44,9 +49,9 @@ class StackedRow:
     def layers(self, model: str) -> dict[int, dict[str, str]]:
         """The tensors of each layer of a model, by what stands behind the number."""
         if model not in self._layers:
-            found = layers_of(self.sources[model].specs, self.tower)
-            count = len(found) - layers_behind(read_config(self.sources[model].folder), len(found))
-            self._layers[model] = {number: own for number, own in found.items() if number < count}
+            numbered = layers_of(self.sources[model].specs, self.tower)
+            count = len(numbered) - layers_behind(read_config(self.sources[model].folder), len(numbered))
+            self._layers[model] = {number: own for number, own in numbered.items() if number < count}
             self._first[model] = of_first_layer(self._layers[model])
             self._lacked[model] = norms_not_in_first(self._layers[model])
             config = read_config(self.sources[model].folder)
@@ -128,8 +133,8 @@ class StackedRow:
         if not read_config(self.sources[self.leader].folder):
             return []
         if self._kinds is None:
-            found = [_weights(own.keys() - self._first_of(self.leader)) for own in self.layers(self.leader).values()]
-            self._kinds = list(dict.fromkeys(found))
+            kinds = [_weights(own.keys() - self._first_of(self.leader)) for own in self.layers(self.leader).values()]
+            self._kinds = list(dict.fromkeys(kinds))
         return self._kinds
 
     def _first_of(self, model: str) -> set[str]:
@@ -157,7 +162,7 @@ def _label(model: str) -> str:
 
 
 def _weights(suffixes: Iterable[str]) -> frozenset[str]:
-    return frozenset(each for each in suffixes if not _BUFFERS.fullmatch(each))
+    return frozenset(each for each in suffixes if not is_buffer(each))
 
 
 def having(sources: Sources, tensors: Mapping[str, str], base: str) -> dict[str, str]:

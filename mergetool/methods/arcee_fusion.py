@@ -58,8 +58,8 @@ class ArceeFusion(TensorMethod):
         return group.base.add_(apply_(delta, mask_below(importance, stats["threshold"][0], group.scratch)))
 
 
-def _threshold(found: Stats) -> Stats:
-    first, median, third = found["threshold"]
+def _threshold(quartiles: Stats) -> Stats:
+    first, median, third = quartiles["threshold"]
     return {"threshold": (median + _BULK * (third - first),)}
 
 

@@ -104,14 +104,14 @@ def _planned(
 
 
 def _other_files(recipe: Recipe) -> dict[str, FileStamp]:
-    found = {}
+    stamps = {}
     files = {field: recipe.path_of(path) for field, path in recipe.method.files().items()}
     if (path := recipe.architecture_file) is not None:
         files["architecture"] = path
     for field, path in files.items():
         with at(field):
-            found[field] = FileStamp.of(path)
-    return found
+            stamps[field] = FileStamp.of(path)
+    return stamps
 
 
 def _inner(name: str, recipe: Recipe, lookup: Lookup, parts: Path, *, whole: bool) -> Plan:
@@ -126,11 +126,13 @@ def open_models(recipe: Recipe, lookup: Lookup, inner: Mapping[str, Plan] = NONE
 
     Raises SourceError, HubError or PlanError.
     """
-    opened = {}
+    opened: dict[str, ModelSource] = {}
     references = {**({BASE: recipe.base} if recipe.base else {}), **recipe.models}
     for name, reference in references.items():
         with at("base" if name == BASE else f"model {name!r}"):
-            if name in inner:
+            if reference.adapter is not None:
+                opened[name] = lookup.open_adapter(name, reference.adapter, opened.get(BASE))
+            elif name in inner:
                 opened[name] = lookup.adapted(name, PlannedModel(inner[name]), reference.adapters)
             else:
                 opened[name] = lookup.open(name, reference.source, reference.adapters, reference.select)

@@ -6,6 +6,7 @@ from typing import Any
 from mergetool.errors import RecipeError
 from mergetool.layouts.base import Layout
 from mergetool.methods.base import Method
+from mergetool.recipe.adapters import adapter_problems, has_adapters, names_base
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.render import suggestion
 from mergetool.recipe.words import AUTO, TEMPLATES, UNION, is_place, models_named
@@ -19,9 +20,10 @@ def cross_checks(
     """Checks that need several sections, of what was written: a mistake elsewhere hides none of these."""
     data: Mapping[str, Any] = document.data
     models = data.get("models")
-    has_base = "base" in data
+    has_base = names_base(data)
+    yield from adapter_problems(document)
     if kind is not None:
-        yield from _check_base(document, kind, has_base)
+        yield from _check_base(document, kind)
     if isinstance(models, dict):
         yield from _check_names(document, models)
         if kind is not None:
@@ -78,8 +80,8 @@ def _check_plain_words(document: Document, kind: type[Method]) -> Iterator[Recip
 
 
 def _in(data: Mapping[str, Any], section: str, key: str) -> Any:
-    found = data.get(section)
-    return found.get(key) if isinstance(found, dict) else None
+    settings = data.get(section)
+    return settings.get(key) if isinstance(settings, dict) else None
 
 
 def _check_names(document: Document, models: Collection[str]) -> Iterator[RecipeError]:
@@ -97,11 +99,11 @@ def _check_heads(document: Document, models: Mapping[str, Any], method: type[Met
             yield document.error(("models", name, "head"), what, "remove `head`, or use the method mass")
 
 
-def _check_base(document: Document, kind: type[Method], has_base: bool) -> Iterator[RecipeError]:
-    name = kind.method_name()
+def _check_base(document: Document, kind: type[Method]) -> Iterator[RecipeError]:
+    name, has_base = kind.method_name(), "base" in document.data
     if kind.needs_base == "required" and not has_base:
         yield document.error(("merge", "method"), f"{name} needs the common ancestor of the models", "add base: PATH")
-    if kind.needs_base == "unused" and has_base:
+    if kind.needs_base == "unused" and has_base and not has_adapters(document.data):
         fix = "remove `base`, or list it under `models` to merge it too"
         yield document.error(("base",), f"{name} does not use a base, so this would have no effect", fix)
     if "architecture" in document.data and not kind.uses_architecture:
@@ -182,7 +184,7 @@ def check_override(
 def _check_use(
     document: Document, place: Place, name: Any, models: Collection[str], others: Sequence[str] = ()
 ) -> Iterator[RecipeError]:
-    known = [*(["base"] if "base" in document.data else []), *models]
+    known = [*(["base"] if names_base(document.data) else []), *models]
     if isinstance(name, str) and name not in (*known, *others):
         fix = suggestion(name, (*known, *others)) or f"one of: {', '.join((*known, *others))}"
         yield document.error(place, f"there is no model {name!r}", fix)

@@ -18,6 +18,7 @@ from mergetool.layouts import registry as layouts
 from mergetool.layouts.base import Layout
 from mergetool.layouts.same import Same
 from mergetool.methods.base import Method
+from mergetool.recipe.adapters import names_base, on_their_base
 from mergetool.recipe.candidate import other_documents
 from mergetool.recipe.checks import check_override, cross_checks
 from mergetool.recipe.document import Document, Place, parse_value, read_documents
@@ -48,13 +49,13 @@ _FIXED: dict[str, Any] = {
 @cache
 def sections() -> dict[str, Any]:
     """Every section of a recipe but `merge`, with its type: those that any recipe has, and those of layouts."""
-    found = dict(_FIXED)
+    types = dict(_FIXED)
     for layout in layouts().values():
-        found |= {
+        types |= {
             key: Annotated[info.rebuild_annotation(), Field(description=info.description)]
             for key, info in layout.model_fields.items()
         }
-    return found
+    return types
 
 
 def load_recipe(
@@ -84,15 +85,15 @@ def _read(path: Path) -> Document:
 
 def imported_text(path: Path, folder: Path) -> tuple[str, Sequence[str]]:
     """Our YAML for a mergekit file, right from `folder`, and what its author should know. Raises RecipeError."""
-    found = ours(read_documents(path))
-    for each in found:
+    named = ours(read_documents(path))
+    for each in named:
         if not each.foreign:
             what = "this is not a mergekit recipe (it has no merge_method)"
             raise each.document.error((), what, "mergetool run takes ours")
-    document = joined(found)
+    document = joined(named)
     check_document(document)
-    names = [each.name for each in found if each.name is not None] if len(found) > 1 else []
-    texts = [as_text(each.document.data, folder, each.name if names else None, names) for each in found]
+    names = [each.name for each in named if each.name is not None] if len(named) > 1 else []
+    texts = [as_text(each.document.data, folder, each.name if names else None, names) for each in named]
     return "---\n".join(texts), document.warnings
 
 
@@ -166,7 +167,7 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
         problems += _check_tried(document, method)
     if problems or method is None:
         raise RecipeError.of(problems)
-    return Recipe(
+    recipe = Recipe(
         base=given.get("base"),
         models=given["models"],
         architecture=given.get("architecture"),
@@ -187,6 +188,7 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
         warnings=tuple(document.warnings),
         chat_template=given.get("chat_template"),
     )
+    return on_their_base(recipe)
 
 
 def _check_inner(document: Document, around: Around) -> Recipe:
@@ -273,5 +275,5 @@ def _checked_layout(
 def layout_problems(document: Document, layout: Layout) -> list[RecipeError]:
     """What is wrong with a layout, seen together with the names of the models."""
     models = document.data.get("models")
-    wrong = layout.problems(tuple(models), "base" in document.data) if isinstance(models, dict) else ()
+    wrong = layout.problems(tuple(models), names_base(document.data)) if isinstance(models, dict) else ()
     return [document.error(each.place, each.what, each.fix) for each in wrong]

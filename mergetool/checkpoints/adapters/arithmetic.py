@@ -5,7 +5,7 @@ length of every row, or, where the stored weight is transposed, of every column:
 tensor and are kept.
 
 Reference: Liu et al., DoRA, https://arxiv.org/abs/2402.09353, section 4.1: `W' = m (W + s B A) / |W + s B A|`.
-Differs from the paper: nothing (PEFT's axes: outputs of a layer, columns of an embedding).
+Differs from the paper: nothing (PEFT's axes: outputs of a layer, columns of an embedding), but that rows of zeros stay.
 """
 
 from collections import OrderedDict
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mergetool.checkpoints.adapters.changes import Added, Block, Change, LowRank, Magnitude, Rows
 from mergetool.tensors.dtypes import torch_dtype
+from mergetool.tensors.factors import Halves
 from mergetool.tensors.io import bytes_of
 from mergetool.tensors.source import ModelSource
 
@@ -57,6 +58,10 @@ class Arithmetic:
         """`W + s B A`, elements from `start`."""
         source = self._adapter if change.is_own else self._model
         out.copy_(_elements(source, change.origin, start, len(out)))
+        self.add(change, start, out)
+
+    def add(self, change: Change, start: int, out: "Tensor") -> None:
+        """Add the terms of a change to elements (float32, one axis) from `start`."""
         first, last = start // change.width, -(-(start + len(out)) // change.width)
         for term in change.terms:
             if isinstance(term, Added):
@@ -67,18 +72,28 @@ class Arithmetic:
 
     # ------------------------------------------------------------------ low-rank products
 
+    def halves(self, change: Change, term: LowRank) -> Halves:
+        """B and A of one matrix, as the tensor stores their product; the factor is in B."""
+        a, b = self.matrix(term.a), self.matrix(term.b)
+        if term.block is not None:
+            rows = slice(term.block.first, term.block.first + change.shape[0])
+            a = a.view(term.block.count, -1, a.shape[1])[term.block.index]
+            b = b.view(b.shape[0], -1, term.block.count)[rows, :, term.block.index]
+        left, right = (a.mT, b.mT) if term.transposed else (b, a)
+        return left * term.factor, right
+
     def _product(self, change: Change, term: LowRank, first: int, last: int) -> "Tensor":
         """Rows [first, last) of B A, or of its transpose, as the tensor stores it."""
         if term.block is not None:
             return self._product_of_experts(change, term, term.block, first, last)
         if term.transposed:  # (in, r) @ (r, out)
-            return self._matrix(term.a).mT[first:last] @ self._matrix(term.b).mT
-        return self._rows(term.b, first, last) @ self._matrix(term.a)
+            return self.matrix(term.a).mT[first:last] @ self.matrix(term.b).mT
+        return self._rows(term.b, first, last) @ self.matrix(term.a)
 
     def _product_of_experts(self, change: Change, term: LowRank, block: Block, first: int, last: int) -> "Tensor":
         import torch
 
-        a, b = self._matrix(term.a), self._matrix(term.b)
+        a, b = self.matrix(term.a), self.matrix(term.b)
         a = a.view(block.count, -1, a.shape[1])  # (experts, r, in)
         b = b.view(b.shape[0], -1, block.count)  # (out, r, experts)
         if block.index is not None:
@@ -97,13 +112,13 @@ class Arithmetic:
         """Magnitude over length: a column for rows of the matrix, or one row for all its columns."""
         import torch
 
-        wanted = self._matrix(magnitude.own).reshape(-1)
+        wanted = self.matrix(magnitude.own).reshape(-1)
         if magnitude.by_row:
             lengths = torch.linalg.vector_norm(rows.view(-1, change.width), dim=1)
-            return wanted[first : first + len(lengths)].div(lengths).unsqueeze(1)
+            return _over(wanted[first : first + len(lengths)], lengths).unsqueeze(1)
         with self._pass_lock:
             if change.name not in self._scales:
-                self._scales[change.name] = wanted / self._column_lengths(change)
+                self._scales[change.name] = _over(wanted, self._column_lengths(change))
         return self._scales[change.name]
 
     def _column_lengths(self, change: Change) -> "Tensor":
@@ -125,14 +140,14 @@ class Arithmetic:
         ]
         if not inside:
             return
-        values = self._matrix(rows.own)
+        values = self.matrix(rows.own)
         for place, row in inside:
             begin, end = max(row * width, start), min((row + 1) * width, stop)
             out[begin - start : end - start] = values[place, begin - row * width : end - row * width]
 
     # ------------------------------------------------------------------ the adapter's tensors
 
-    def _matrix(self, name: str) -> "Tensor":
+    def matrix(self, name: str) -> "Tensor":
         """A whole tensor of the adapter as rows of float32; small ones are kept for the next slice."""
         return self._keep(name, lambda: _rows_of(self._adapter, name, 0, self._adapter.specs[name].shape[0]))
 
@@ -153,6 +168,11 @@ class Arithmetic:
             while sum(kept.numel() for kept in self._kept.values()) > _KEPT_ELEMENTS:
                 self._kept.popitem(last=False)
         return tensor
+
+
+def _over(magnitudes: "Tensor", lengths: "Tensor") -> "Tensor":
+    """What rows are multiplied by. One of zeros has no direction: it stays, where peft's 0/0 is no number."""
+    return (magnitudes / lengths).masked_fill_(lengths == 0, 0)
 
 
 def _rows_of(source: ModelSource, name: str, first: int, last: int) -> "Tensor":

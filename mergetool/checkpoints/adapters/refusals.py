@@ -22,6 +22,7 @@ _MERGEABLE_FIELDS = frozenset({"kasa_config", "use_bdlora"})
 REFUSED_FIELDS: Mapping[str, str] = {
     "alora_invocation_tokens": "it acts after its invocation tokens only (activated LoRA), so no weights can hold it",
     "layer_replication": "it was trained on repeated layers, which the model does not have",
+    "enable_lora": "its factors are those of parts of a fused layer, as peft wrote them before 0.3",
     "arrow_config": "it chooses among adapters for every token (Arrow), so no weights can hold it",
     "use_bdlora": "its factors are block-diagonal (BD-LoRA), not the plain A and B of LoRA",
     "kasa_config": "it was trained on a base without its smallest directions (KaSA), not on the base as it is",
@@ -37,7 +38,7 @@ _CLASSES: Mapping[str, str] = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
-_LEAVE_OUT = "leave it out of `adapters`; it works only while the model runs, with peft"
+_LEAVE_OUT = "leave it out; it works only while the model runs, with peft"
 
 
 def refuse_what_is_no_lora(settings: Mapping[str, Any], folder: Path, base: Path | None) -> None:
@@ -53,11 +54,20 @@ def refuse_what_is_no_lora(settings: Mapping[str, Any], folder: Path, base: Path
     for field, why in REFUSED_FIELDS.items():
         if settings.get(field):
             fix = by_peft(settings, folder, base) if field in _MERGEABLE_FIELDS else _LEAVE_OUT
+            fix = _repeated(settings[field]) if field == "layer_replication" else fix
             raise SourceError(f"{field} is set: {why}", where, fix)
     start = str(settings.get("init_lora_weights")).lower()
     if start.startswith(_TAKES_FROM_BASE):
         what = f"init_lora_weights is {start!r}: the start of its training was taken out of the base"
         raise SourceError(what, where, _way_on(start, settings, folder, base))
+
+
+def _repeated(ranges: Any) -> str:
+    """How to repeat the layers: PEFT cannot merge into layers that share their weights."""
+    pairs = [[int(each) for each in pair] for pair in ranges] if isinstance(ranges, list) else []
+    slices = ", ".join(f"{{m: {pair}}}" for pair in pairs)
+    inner = f"{{models: {{m: MODEL}}, slices: [{slices}], merge: {{method: passthrough}}}}"
+    return f"repeat them in the model, {{recipe: {inner}}}, and set layer_replication to null in adapter_config.json"
 
 
 def _way_on(start: str, settings: Mapping[str, Any], folder: Path, base: Path | None) -> str:
@@ -69,10 +79,10 @@ def _way_on(start: str, settings: Mapping[str, Any], folder: Path, base: Path | 
 
 def by_peft(settings: Mapping[str, Any], folder: Path, base: Path | None) -> str:
     """The command that merges an adapter with PEFT, to use its output as a model."""
-    model = _class_of(settings)
+    model, made_for = _class_of(settings), settings.get("base_model_name_or_path") or "MODEL"
     code = (
         f"from peft import PeftModel; from transformers import {model}; "
-        f"PeftModel.from_pretrained({model}.from_pretrained('{base or 'MODEL'}'), '{folder}')"
+        f"PeftModel.from_pretrained({model}.from_pretrained('{base or made_for}'), '{folder}')"
         ".merge_and_unload().save_pretrained('merged')"
     )
     return f'merge it with peft, and take the folder `merged` as the model: python -c "{code}"'

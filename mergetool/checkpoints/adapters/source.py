@@ -11,11 +11,12 @@ from typing import Any
 
 from mergetool.checkpoints.adapters.arithmetic import Arithmetic
 from mergetool.checkpoints.adapters.changes import Added, Change, LowRank
-from mergetool.checkpoints.adapters.files import is_all_zero, open_weights
+from mergetool.checkpoints.adapters.files import changes_nothing, open_weights
 from mergetool.checkpoints.adapters.matching import Matching
 from mergetool.checkpoints.adapters.settings import CONFIG_NAME, read_settings
 from mergetool.checkpoints.vocabulary import tokens_of
 from mergetool.tensors.dtypes import BY_NAME, DType
+from mergetool.tensors.factors import Halves, nothing_added, side_by_side
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import NOTHING, FileStamp, ModelSource, OpenFile
@@ -115,6 +116,30 @@ class AdapterSource(ModelSource):
         self._model.close()
         self._adapter.close()
 
+    # ------------------------------------------------------------------ what is added
+
+    @property
+    def origin(self) -> ModelSource:
+        return self._model.origin
+
+    def num_directions(self, name: str) -> int | None:
+        change = self._changes.get(name)
+        before = self._model.num_directions(name) if self._model.origin is not self._model else 0
+        if change is None or before is None:
+            return before
+        if change.products is None:
+            return None
+        own = self._adapter.specs
+        return before + sum(own[term.a].shape[0] // (term.block.count if term.block else 1) for term in change.products)
+
+    def factors(self, name: str) -> Halves | None:
+        if self.num_directions(name) is None:
+            return None
+        parts = [before] if (before := self._model.factors(name)) is not None else []  # of an adapter beneath
+        if (change := self._changes.get(name)) is not None:
+            parts += [self._arithmetic.halves(change, term) for term in change.products or ()]
+        return side_by_side(parts) if parts else nothing_added(self.specs[name].shape)
+
     # ------------------------------------------------------------------ helpers
 
     def _origin(self, change: Change) -> ModelSource:
@@ -132,13 +157,7 @@ class AdapterSource(ModelSource):
             terms += change.terms
         if not terms or any(change.is_copy for change in self._changes.values()):
             return ()
-        if not all(stamp.path.is_file() for stamp in self._adapter.files):  # only its header was fetched
-            return ()
-        products = {(term.a, term.b) if isinstance(term, LowRank) else (term.own,) for term in terms}
-        for halves in sorted(products):
-            if not any(is_all_zero(self._adapter, half) for half in halves):
-                return ()
-        return (f"{folder} changes nothing: all its products are zero, as before training",)
+        return changes_nothing(self._adapter, terms, folder)
 
 
 def _labels(folder: Path) -> Mapping[str, str]:

@@ -38,9 +38,9 @@ def _matrices(pairs: "Tensor", count: int) -> "Tensor":
     import torch
 
     rows, columns = torch.tril_indices(count, count, device=pairs.device)
-    found = pairs.new_empty(len(pairs), count, count)
-    found[:, rows, columns] = found[:, columns, rows] = pairs
-    return found
+    matrices = pairs.new_empty(len(pairs), count, count)
+    matrices[:, rows, columns] = matrices[:, columns, rows] = pairs
+    return matrices
 
 
 @dataclass(frozen=True)
