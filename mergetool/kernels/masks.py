@@ -41,6 +41,16 @@ def count_nonzero(x: Tensor, mask: Tensor | None = None) -> int:
     return int(np.count_nonzero(bits.numpy()))  # several times as fast as torch
 
 
+def packed(choice: Tensor) -> Tensor:
+    """Zeros and ones (any whole numbers, on the CPU) as bits."""
+    return torch.from_numpy(np.packbits(choice.reshape(-1).numpy().astype(np.bool_)))
+
+
+def unpack(bits: Tensor, out: Tensor) -> Tensor:
+    """Fill `out` with the zeros and ones that were packed."""
+    return out.view(-1).copy_(torch.from_numpy(np.unpackbits(bits.numpy(), count=out.numel()))).view_as(out)
+
+
 def _whole(dtype: torch.dtype) -> torch.dtype:
     """Whole numbers as wide as these floats."""
     return torch.int32 if dtype == torch.float32 else torch.int64

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mergetool.kernels.masks import apply_, count_nonzero, mask_below, mask_equal
+from mergetool.kernels.masks import apply_, count_nonzero, mask_below, mask_equal, packed, unpack
 from mergetool.testing.toys import uniform
 
 FLOATS = (torch.float32, torch.float64)
@@ -29,3 +29,11 @@ def test_entries_are_counted_all_or_where_a_mask_keeps_them(dtype):
     values[::2], values[1] = 0.0, torch.nan
     assert count_nonzero(values) == 500
     assert count_nonzero(values, mask_equal(groups, 1.0, scratch)) == int((values[groups == 1] != 0).sum())
+
+
+@pytest.mark.parametrize("shape", [(1000,), (7, 13), (1,)])
+def test_choices_survive_as_bits(shape):
+    choice = (uniform(shape, "choice") > 0).int()
+    bits = packed(choice)
+    assert len(bits) == -(-choice.numel() // 8)
+    assert torch.equal(unpack(bits, torch.full(shape, 77.0)), choice.float())
