@@ -23,7 +23,7 @@ def configs(path: Path) -> dict[str, str]:
 
 WRONG = {("0.15.2", "bias of B"), ("0.15.2", "dora of all")}
 """Where a version's merge is not its model: the trained bias without its factor, embeddings without magnitudes."""
-CASES = [(path.stem, case) for path in FILES for case in configs(path)]
+CASES = [(path.stem, case) for path in FILES for case in sorted(configs(path))]
 
 
 def answers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
