@@ -13,6 +13,7 @@ from pathlib import Path
 from mergetool.bundle.present import present
 from mergetool.checkpoints.family import assemble
 from mergetool.errors import at
+from mergetool.planning.adapters import as_adapter
 from mergetool.planning.draft import Draft
 from mergetool.planning.graph import BASE, Plan, Shard, Slot, Step, compute_bits
 from mergetool.planning.inner import NONE, PlannedModel, place_of, with_inner
@@ -58,9 +59,11 @@ def make_plan(
     if recipe.method.result == "bundle" and BASE in opened:
         opened = present(opened, [name for name, reference in recipe.models.items() if reference.head is not None])
     plan = with_inner(_planned(recipe, opened, output, lookup, whole=whole), inner)
+    if recipe.result == "adapter":
+        return as_adapter(plan)
     check_vocabulary(plan)
     plan = replace(plan, warnings=(*plan.warnings, *words_about_result(plan)))
-    if recipe.method.result != "bundle":
+    if recipe.result != "bundle":
         return plan
     from mergetool.planning.bundles import as_bundle
 

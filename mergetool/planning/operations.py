@@ -13,7 +13,12 @@ from mergetool.methods.base import Granularity, Params, StatisticsPass, Stats, T
 from mergetool.tensors.header import TensorSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mergetool.methods.group import Note
+
+_FACTORISING = 6
+"""Whole tensors that taking one apart needs: what was changed, in float64 and turned."""
 
 _S = TypeVar("_S", contravariant=True)
 """A step, as whoever carries it out knows it."""
@@ -25,6 +30,11 @@ class Bench(Protocol[_S]):
     def copy(self, step: _S, start: int, stop: int, notes: "list[Note]") -> None: ...
     def fill(self, step: _S, start: int, stop: int, notes: "list[Note]", value: float) -> None: ...
     def merge(self, step: _S, start: int, stop: int, notes: "list[Note]", operation: "Merge", stats: Stats) -> None: ...
+    def pair(self, step: _S, notes: "list[Note]", operation: "Pair", stats: Stats) -> None: ...
+    def stored(self, step: _S, start: int, stop: int) -> "Tensor": ...
+    def merged(
+        self, step: _S, start: int, stop: int, notes: "list[Note]", operation: "Merge", stats: Stats
+    ) -> "Tensor": ...
 
 
 class Operation(ABC):
@@ -51,9 +61,18 @@ class Operation(ABC):
         """The numbers that it goes by here."""
         return {}
 
+    @property
+    def sliced(self) -> "Operation":
+        """What is done slice by slice: itself, or a part that the rest waits for."""
+        return self
+
     def granularity(self, spec: TensorSpec) -> Granularity:
         """What of a tensor it must see whole."""
         return "element"
+
+    def copies(self, reads: int) -> int:
+        """Whole tensors held at once, where it must see them whole, of so many operands."""
+        return reads + self.buffers + 1
 
     def treatment(self, spec: TensorSpec) -> str:
         """What is done to a tensor, in a word."""
@@ -70,6 +89,12 @@ class Operation(ABC):
     def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         """Make elements [start, stop) of the step."""
         raise TypeError(f"{self.name}: models are taken apart as a whole, not slice by slice")
+
+    def values(
+        self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats
+    ) -> "Tensor":
+        """Elements [start, stop) as they are before they are stored."""
+        raise TypeError(f"{self.name} makes no tensor by itself")
 
 
 class _Plain(Operation):
@@ -88,6 +113,11 @@ class Copy(_Plain):
 
     def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.copy(step, start, stop, notes)
+
+    def values(
+        self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats
+    ) -> "Tensor":
+        return bench.stored(step, start, stop)
 
 
 @dataclass(frozen=True)
@@ -125,6 +155,62 @@ class Factorise(_Plain):
 
     def granularity(self, spec: TensorSpec) -> Granularity:
         return "tensor"
+
+
+@dataclass(frozen=True)
+class Pair(Operation):
+    """What another operation changes of the base, as the product of two matrices: B (m, r) and A (r, n)."""
+
+    sliced: Operation  # type: ignore[assignment]
+    keep: int | float | None
+    """At most so many directions, or as many as hold this share of the energy, or all."""
+    most: int
+    """Directions that there is room for."""
+    transposed: bool = False
+    """Whether the tensor is stored as (inputs, outputs)."""
+    whole: bool = False
+    """Whether the other operation sees whole tensors."""
+    arithmetic = True
+    needs_float64 = True
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.sliced.name
+
+    @property
+    def method(self) -> TensorMethod | None:  # type: ignore[override]
+        return self.sliced.method
+
+    @property
+    def models(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.sliced.models
+
+    @property
+    def counts(self) -> StatisticsPass | None:  # type: ignore[override]
+        return self.sliced.counts
+
+    @property
+    def counts_model(self) -> bool:  # type: ignore[override]
+        return self.sliced.counts_model
+
+    @property
+    def numbers(self) -> Mapping[str, Any]:
+        return {**self.sliced.numbers, "rank": self.keep if isinstance(self.keep, float) else self.most}
+
+    def granularity(self, spec: TensorSpec) -> Granularity:
+        return "tensor"
+
+    def copies(self, reads: int) -> int:
+        return _FACTORISING + (self.sliced.copies(reads) if self.whole else 0)
+
+    def treatment(self, spec: TensorSpec) -> str:
+        return f"{self.sliced.treatment(spec)}, as factors"
+
+    def partners(self, name: str) -> tuple[str, ...]:
+        return self.sliced.partners(name)
+
+    def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
+        bench.pair(step, notes, self, stats)
 
 
 @dataclass(frozen=True)
@@ -174,3 +260,8 @@ class Merge(Operation):
 
     def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.merge(step, start, stop, notes, self, stats)
+
+    def values(
+        self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats
+    ) -> "Tensor":
+        return bench.merged(step, start, stop, notes, self, stats)

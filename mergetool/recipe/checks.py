@@ -6,6 +6,7 @@ from typing import Any
 from mergetool.errors import RecipeError
 from mergetool.layouts.base import Layout
 from mergetool.methods.base import Method
+from mergetool.recipe.adapter_output import check_kind, makes_adapter
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.render import suggestion
 from mergetool.recipe.words import AUTO, TEMPLATES, UNION, is_place, models_named
@@ -22,6 +23,7 @@ def cross_checks(
     has_base = "base" in data
     if kind is not None:
         yield from _check_base(document, kind, has_base)
+        yield from check_kind(document, kind, layout)
     if isinstance(models, dict):
         yield from _check_names(document, models)
         if kind is not None:
@@ -101,7 +103,7 @@ def _check_base(document: Document, kind: type[Method], has_base: bool) -> Itera
     name = kind.method_name()
     if kind.needs_base == "required" and not has_base:
         yield document.error(("merge", "method"), f"{name} needs the common ancestor of the models", "add base: PATH")
-    if kind.needs_base == "unused" and has_base:
+    if kind.needs_base == "unused" and has_base and not makes_adapter(document.data):
         fix = "remove `base`, or list it under `models` to merge it too"
         yield document.error(("base",), f"{name} does not use a base, so this would have no effect", fix)
     if "architecture" in document.data and not kind.uses_architecture:

@@ -134,6 +134,15 @@ class HubOutput(Section):
     pull_request: bool = Field(False, strict=True, description="open a pull request instead of a commit")
 
 
+def _rank(value: Any) -> Any:
+    """A rank as it is written: a number, `exact`, or a share of energy."""
+    whole = type(value) is int and value > 0
+    share = isinstance(value, dict) and set(value) == {"energy"} and type(value["energy"]) in (int, float)
+    if whole or value == "exact" or (share and 0 < value["energy"] < 1):
+        return value
+    raise ValueError("expected a whole number above 0 such as 32, exact, or {energy: 0.99} (a share between 0 and 1)")
+
+
 class Output(Section):
     """Where the result goes and how it is stored."""
 
@@ -149,6 +158,20 @@ class Output(Section):
     )
     shard_size: Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str)] = Field(
         5 * 10**9, description="largest size of one output file, in bytes or like 5GB"
+    )
+    kind: Literal["checkpoint", "adapter"] = Field(
+        "checkpoint", description="whole weights, or a LoRA adapter for `base` that PEFT loads"
+    )
+    rank: Annotated[
+        int | dict[str, float] | Literal["exact"],
+        BeforeValidator(_rank, json_schema_input_type=int | dict[str, float] | Literal["exact"]),
+    ] = Field(
+        "exact",
+        description="of an adapter's products: at most so many directions, as many as hold a share of what was changed "
+        "(`{energy: 0.99}`), or all that there are",
+    )
+    base: Annotated[str, Field(min_length=1, strict=True)] | None = Field(
+        None, description="what the adapter calls its base model; else it is called as in `base`"
     )
     hub: HubOutput | None = Field(None, description="push the result there, once it is complete")
 
@@ -209,6 +232,11 @@ class Recipe:
         """What was found in it and in the recipes inside it."""
         inner = [f"{name}: {text}" for name, each in self.inner.items() for text in each.all_warnings]
         return (*inner, *self.warnings)
+
+    @property
+    def result(self) -> str:
+        """The kind of output that a run leaves."""
+        return self.method.result if self.method.result != "checkpoint" else self.output.kind
 
     @property
     def architecture_file(self) -> Path | None:
