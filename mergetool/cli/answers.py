@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from mergetool.tensors.hub_upload import Pushed
 
 
-def print_answer(found: Any, *, as_json: bool) -> None:
+def print_answer(answer: Any, *, as_json: bool) -> None:
     """The result of a command, on stdout."""
-    print(json.dumps(found, indent=2, ensure_ascii=False, default=str) if as_json else found)
+    print(json.dumps(answer, indent=2, ensure_ascii=False, default=str) if as_json else answer)
 
 
 def deliver(text: str, output: Path | None) -> None:

@@ -237,8 +237,8 @@ def calibrate(
 
     given = read_rows(rows)
     with waiting("calibrating"):
-        found = fit(load_bundle(existing(bundle)), given)
-    print_answer(found.model_dump() if as_json else bundle / CALIBRATION_NAME, as_json=as_json)
+        calibration = fit(load_bundle(existing(bundle)), given)
+    print_answer(calibration.model_dump() if as_json else bundle / CALIBRATION_NAME, as_json=as_json)
 
 
 @command(app, "mergetool route bundle --input rows.jsonl --task maths")
@@ -254,13 +254,13 @@ def route(
     from mergetool.bundle.rows import answers, read_rows
 
     given = read_rows(rows)
-    found = answers(load_bundle(existing(bundle)), given, tasks=task, batch_size=batch_size)
+    answered = answers(load_bundle(existing(bundle)), given, tasks=task, batch_size=batch_size)
     if as_json:
-        for answer in found:
+        for answer in answered:
             print(json.dumps(answer, ensure_ascii=False), flush=True)
         return
     heads = ("task", "label", "probability", "tasks", "coefficients")
-    table(heads, [[answer.get(key, "-") for key in heads] for answer in found])
+    table(heads, [[answer.get(key, "-") for key in heads] for answer in answered])
 
 
 @command(app, "mergetool evaluate merged --tasks arc_easy,piqa --parent models/math")
@@ -284,7 +284,7 @@ def evaluate(
     names = [name for part in tasks for name in part.split(",") if name]
     chosen = [TaskOptions(name=name, include=include, metric=metric) for name in names]
     with waiting("scoring"):
-        found = assess(
+        scores = assess(
             existing(path),
             chosen,
             parents=[existing(each) for each in parent or ()],
@@ -294,11 +294,11 @@ def evaluate(
             trust_code=trust_code,
         )
     if as_json:
-        print_answer(found, as_json=True)
+        print_answer(scores, as_json=True)
         return
     heads = ["task", "metric", "items", "score", "low", "high"]
     heads += ["best_parent", "retention", "difference_low", "difference_high"] if parent else []
-    table(heads, [[facts[head] for head in heads] for facts in found["tasks"]])
+    table(heads, [[facts[head] for head in heads] for facts in scores["tasks"]])
 
 
 @command(app, "mergetool methods ties")

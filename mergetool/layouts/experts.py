@@ -107,15 +107,15 @@ class SideBySide(Layout):
             fix = f"mixtures can be made of models of the types {', '.join(BASES)}"
             raise PlanError(f"{what}, of which no mixture can be made", "the base", fix)
         if self.method.target == "auto":
-            found = fitting(model_type, shared=self.method.shared is not None)
+            chosen = fitting(model_type, shared=self.method.shared is not None)
         else:
-            found = MIXTURES[self.method.target]
-        if found is None or model_type not in found.bases:
+            chosen = MIXTURES[self.method.target]
+        if chosen is None or model_type not in chosen.bases:
             fits = [each.name for each in MIXTURES.values() if model_type in each.bases]
-            what = f"no {self.method.target} with a shared expert" if found is None else f"no {found.name}"
-            fix = f"write target: {' or '.join(fits)}" if found is not None else "remove shared"
+            what = f"no {self.method.target} with a shared expert" if chosen is None else f"no {chosen.name}"
+            fix = f"write target: {' or '.join(fits)}" if chosen is not None else "remove shared"
             raise PlanError(f"{what} can be made of a {model_type}", "merge.target", fix)
-        return found
+        return chosen
 
     def arrange(self, sources: Sources, leader: str, models: Sequence[str]) -> Arrangement:
         mixture, experts = self.mixture(sources), self.method.experts
@@ -131,15 +131,15 @@ class SideBySide(Layout):
 
     def _gates(self, sources: Sources, mixture: Mixture, count: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the gates, and of all that says nothing."""
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for layer, width in _layers(sources).items():
-            found[mixture.gate(layer)] = (count, width)
+            shapes[mixture.gate(layer)] = (count, width)
             if mixture.gated:
-                found[mixture.shared_gate(layer)] = (1, width)
+                shapes[mixture.shared_gate(layer)] = (1, width)
             if mixture.gated and self.method.shared is None:
-                found |= {mixture.shared_expert(layer, leaf): (EMPTY_WIDTH, width) for leaf in (GATE, UP)}
-                found[mixture.shared_expert(layer, DOWN)] = (width, EMPTY_WIDTH)
-        return found
+                shapes |= {mixture.shared_expert(layer, leaf): (EMPTY_WIDTH, width) for leaf in (GATE, UP)}
+                shapes[mixture.shared_expert(layer, DOWN)] = (width, EMPTY_WIDTH)
+        return shapes
 
     def _origins(self, sources: Sources, mixture: Mixture, experts: Mapping[str, ExpertSettings]) -> Iterator[Origin]:
         base, begun = sources[_BASE], set()
@@ -161,13 +161,13 @@ class SideBySide(Layout):
 
     def named(self, sources: Sources, gates: "Tensor") -> "dict[str, Tensor]":
         """Gates (layers, experts, hidden) by the names of tensors; a row beyond the experts is the shared one's."""
-        mixture, found = self.mixture(sources), {}
+        mixture, weights = self.mixture(sources), {}
         for layer, rows in zip(_layers(sources), gates, strict=True):
             count = sources[GATES].specs[mixture.gate(layer)].shape[0]
-            found[mixture.gate(layer)] = rows[:count].contiguous()
+            weights[mixture.gate(layer)] = rows[:count].contiguous()
             if mixture.gated and len(rows) > count:
-                found[mixture.shared_gate(layer)] = rows[count:].contiguous()
-        return found
+                weights[mixture.shared_gate(layer)] = rows[count:].contiguous()
+        return weights
 
 
 def _unknown(
@@ -216,11 +216,11 @@ def _remarks(method: MixtureOfExperts) -> Iterator[str]:
 
 def _layers(sources: Sources) -> dict[str, int]:
     """What stands before the parts of each layer, with the width of what goes into its MLP, by number."""
-    found = {}
+    layers = {}
     for name, spec in sources[_BASE].specs.items():
         if (match := MLP.fullmatch(name)) and match["leaf"] == UP:
-            found[int(match["number"])] = (match["layer"], spec.shape[1])
-    return dict(found[number] for number in sorted(found))
+            layers[int(match["number"])] = (match["layer"], spec.shape[1])
+    return dict(layers[number] for number in sorted(layers))
 
 
 def _stored(sources: Sources) -> DType:

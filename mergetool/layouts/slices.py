@@ -135,8 +135,8 @@ class Slices(Layout):
         """Tensors outside the layers: those before them, those behind."""
         shapes = {name: spec.shape for name, spec in sources[leader].specs.items()}
         outside = Outside(stacks, rows, shapes, str(read_config(sources[leader].folder).get("model_type", "")))
-        found: dict[End, list[Origin]] = {"first": [], "last": []}
-        for end, origins in found.items():
+        by_end: dict[End, list[Origin]] = {"first": [], "last": []}
+        for end, origins in by_end.items():
             for row, stack in stacks.items():
                 placed = stack[0 if end == "first" else -1]
                 named = getattr(self.outside, end)
@@ -144,7 +144,7 @@ class Slices(Layout):
                 for name in sorted(sources[model].specs, key=sources[model].position):
                     if outside.of(name) == (row, end):
                         origins.append(_beside(sources, name, placed, named))
-        return found["first"], found["last"]
+        return by_end["first"], by_end["last"]
 
 
 def _problems_of(place: tuple[str | int, ...], each: Slice, known: Sequence[str]) -> Iterator[Problem]:

@@ -44,9 +44,9 @@ class StackedRow:
     def layers(self, model: str) -> dict[int, dict[str, str]]:
         """The tensors of each layer of a model, by what stands behind the number."""
         if model not in self._layers:
-            found = layers_of(self.sources[model].specs, self.tower)
-            count = len(found) - layers_behind(read_config(self.sources[model].folder), len(found))
-            self._layers[model] = {number: own for number, own in found.items() if number < count}
+            numbered = layers_of(self.sources[model].specs, self.tower)
+            count = len(numbered) - layers_behind(read_config(self.sources[model].folder), len(numbered))
+            self._layers[model] = {number: own for number, own in numbered.items() if number < count}
             self._first[model] = of_first_layer(self._layers[model])
             self._lacked[model] = norms_not_in_first(self._layers[model])
             config = read_config(self.sources[model].folder)
@@ -128,8 +128,8 @@ class StackedRow:
         if not read_config(self.sources[self.leader].folder):
             return []
         if self._kinds is None:
-            found = [_weights(own.keys() - self._first_of(self.leader)) for own in self.layers(self.leader).values()]
-            self._kinds = list(dict.fromkeys(found))
+            kinds = [_weights(own.keys() - self._first_of(self.leader)) for own in self.layers(self.leader).values()]
+            self._kinds = list(dict.fromkeys(kinds))
         return self._kinds
 
     def _first_of(self, model: str) -> set[str]:

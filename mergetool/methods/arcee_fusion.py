@@ -56,8 +56,8 @@ class ArceeFusion(TensorMethod):
         return group.base.add_(delta.masked_fill_(importance < stats["threshold"][0], 0.0))
 
 
-def _threshold(found: Stats) -> Stats:
-    first, median, third = found["threshold"]
+def _threshold(quartiles: Stats) -> Stats:
+    first, median, third = quartiles["threshold"]
     return {"threshold": (median + _BULK * (third - first),)}
 
 

@@ -179,12 +179,12 @@ class Method(BaseModel):
     @classmethod
     def schedulables(cls) -> dict[str, Schedulable]:
         """The numeric fields that may vary by tensor (and by model)."""
-        found = {}
+        marked = {}
         for key, info in cls.model_fields.items():
             for mark in info.metadata:
                 if isinstance(mark, Schedulable):
-                    found[key] = mark
-        return found
+                    marked[key] = mark
+        return marked
 
     def params(self, depth: float, models: Sequence[str]) -> Params:
         """Every schedulable as plain numbers for a tensor at `depth` in [0, 1] and these models."""

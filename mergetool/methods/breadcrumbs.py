@@ -26,12 +26,12 @@ class _Breadcrumbs(TrimmedMethod):
     pass_depends_on: ClassVar = ("density", "gamma")
 
     def bands(self, p: Params, num_elements: int) -> list[tuple[int, int]]:
-        found = []
+        kept_ranks = []
         for density, gamma in zip(p.density, p.gamma, strict=True):
             kept = max(1, int(density * num_elements))
             dropped = min(int(gamma * num_elements), num_elements - kept)
-            found.append((dropped + 1, dropped + kept))
-        return found
+            kept_ranks.append((dropped + 1, dropped + kept))
+        return kept_ranks
 
 
 class Breadcrumbs(_Breadcrumbs):

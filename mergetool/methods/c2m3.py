@@ -57,13 +57,13 @@ class C2M3(AligningMethod):
         if self.align.permutations is not None:
             return load(models.path(self.align.permutations), spec_of(models), models.names)
         task = task_of(models, weighting=self.align.weighting)
-        found = self._search(task, models)
-        elements = dict(zip(task.names, found.elements, strict=True))
-        report = report_of(task, "c2m3", elements, found.history)
-        if all(element.equals(Element.identity(element.spaces)) for element in found.elements):
+        fit = self._search(task, models)
+        elements = dict(zip(task.names, fit.elements, strict=True))
+        report = report_of(task, "c2m3", elements, fit.history)
+        if all(element.equals(Element.identity(element.spaces)) for element in fit.elements):
             models.say("the models are in one order already: nothing is permuted")
         else:
-            models.say(f"aligned {len(task.names)} models: {len(found.history)} steps, objective {found.objective:.6g}")
+            models.say(f"aligned {len(task.names)} models: {len(fit.history)} steps, objective {fit.objective:.6g}")
         return Aligned(task.spec, elements, report)
 
     def _search(self, task: "AlignmentTask", models: Models) -> "Alignment":

@@ -40,7 +40,7 @@ class GitRebasin(AligningMethod):
 
         task = task_of(models, weighting=self.weighting)
         reference = task.place(self.reference or models.names[0], "merge.reference")
-        found = match_to_reference(task.problem, reference, models.share)
-        elements = {name: element.inverse() for name, element in zip(task.names, found, strict=True)}
+        to_reference = match_to_reference(task.problem, reference, models.share)
+        elements = {name: element.inverse() for name, element in zip(task.names, to_reference, strict=True)}
         models.say(f"matched {len(task.names) - 1} models to {task.names[reference]!r}")
         return Aligned(task.spec, elements, report_of(task, "git-rebasin", elements, ()))

@@ -39,7 +39,7 @@ class MergeMany(AligningMethod):
         from mergetool.kernels.weight_matching import merge_many
 
         task = task_of(models, weighting=self.weighting)
-        found, history = merge_many(task.problem)
-        elements = dict(zip(task.names, in_universe_of(found, 0), strict=True))
+        to_universe, history = merge_many(task.problem)
+        elements = dict(zip(task.names, in_universe_of(to_universe, 0), strict=True))
         models.say(f"matched {len(task.names)} models in {len(history) - 1} sweeps, objective {history[-1]:.6g}")
         return Aligned(task.spec, elements, report_of(task, "merge-many", elements, history))

@@ -65,10 +65,10 @@ class Nuslerp(SphereMethod):
         if self.per == "tensor":
             return super().merge(group, p, stats)
         vectors = vectors_of(group)
-        found = slerp_factors(gram(vectors, group.scratch("product"), self.per), self.straight(p)[1])
+        factors_of_all = slerp_factors(gram(vectors, group.scratch("product"), self.per), self.straight(p)[1])
         total = group.scratch("total").zero_()
         rows = total.view(1, -1) if total.dim() < 2 else total.view(len(total), -1)
-        for vector, factors in zip(vectors, found.to(total.dtype).unbind(1), strict=True):
+        for vector, factors in zip(vectors, factors_of_all.to(total.dtype).unbind(1), strict=True):
             rows.addcmul_(
                 vector.view_as(rows), factors if self.per == "column" and total.dim() > 1 else factors[:, None]
             )

@@ -44,8 +44,8 @@ class _Shares(StatisticsPass):
             changed, count = _changes(group, p.epsilon)
             own = count == 1.0
             sums = [((delta != 0.0).sum(), ((delta != 0.0) & own).sum()) for delta in changed]
-            found = torch.tensor([[int(every - alone), int(alone)] for every, alone in sums]).T
-            total = found if not total.numel() else total + found
+            counts = torch.tensor([[int(every - alone), int(alone)] for every, alone in sums]).T
+            total = counts if not total.numel() else total + counts
         return total
 
     def conclude(self, total: "Tensor") -> Stats:

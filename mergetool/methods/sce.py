@@ -129,11 +129,11 @@ def _variance(group: TensorGroup, p: Params) -> "Sequence[Tensor]":
     """Of every entry over the models, but for a factor: the sum of squared differences of all pairs."""
     import torch
 
-    found, difference = group.scratch("total").zero_(), group.scratch("sign")
+    variance, difference = group.scratch("total").zero_(), group.scratch("sign")
     for one, other in combinations(group.deltas, 2):
         torch.sub(one, other, out=difference)
-        found.addcmul_(difference, difference)
-    return [found]
+        variance.addcmul_(difference, difference)
+    return [variance]
 
 
 def _select(group: TensorGroup, p: Params, stats: Stats) -> None:

@@ -61,9 +61,9 @@ class TsvMerge(MatrixMethod):
         from mergetool.kernels.spectral import kept, live_factors_of, truncated_svd
 
         if self.null_policy == "reference":
-            found = [truncated_svd(matrix, most) for matrix in matrices]
+            factors_of_all = [truncated_svd(matrix, most) for matrix in matrices]
         elif group.store is not None:
-            found = [group.store.factors(matrix, most) for matrix in matrices]
+            factors_of_all = [group.store.factors(matrix, most) for matrix in matrices]
         else:
-            found = live_factors_of(matrices, most)
-        return [kept(factors, self.rank) for factors in found]
+            factors_of_all = live_factors_of(matrices, most)
+        return [kept(factors, self.rank) for factors in factors_of_all]

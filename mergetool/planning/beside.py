@@ -59,18 +59,18 @@ def generation_owner(plan: Plan) -> str:
 
 def files_beside(plan: Plan) -> dict[str, Path]:
     """Every file that is copied, by its name in the result."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     tokens = [tokenizer_folder(plan)]
     if not has_tokenizer(tokens[0]):  # it may have a template of its own for others' tokens
         tokens.insert(0, plan.sources[_first(plan, has_tokenizer)].folder)
     parts = (*((folder, tokenizer_files) for folder in tokens), (plan.sources[config_owner(plan)].folder, model_files))
     for folder, files in parts:
-        found |= {name: folder / name for name in files(folder) if folder is not None}
+        paths |= {name: folder / name for name in files(folder) if folder is not None}
     owner = generation_owner(plan)
     folder = plan.sources[owner].folder
     if folder is not None and _has(plan, owner, GENERATION_NAME):
-        found[GENERATION_NAME] = folder / GENERATION_NAME
-    return dict(sorted(found.items()))
+        paths[GENERATION_NAME] = folder / GENERATION_NAME
+    return dict(sorted(paths.items()))
 
 
 def made_of_tokens(plan: Plan) -> dict[str, str]:

@@ -107,14 +107,14 @@ def _planned(
 
 
 def _other_files(recipe: Recipe) -> dict[str, FileStamp]:
-    found = {}
+    stamps = {}
     files = {field: recipe.path_of(path) for field, path in recipe.method.files().items()}
     if (path := recipe.architecture_file) is not None:
         files["architecture"] = path
     for field, path in files.items():
         with at(field):
-            found[field] = FileStamp.of(path)
-    return found
+            stamps[field] = FileStamp.of(path)
+    return stamps
 
 
 def _inner(name: str, recipe: Recipe, lookup: Lookup, parts: Path, *, whole: bool) -> Plan:

@@ -68,13 +68,13 @@ def _of_model(plan: Plan, model: str) -> Chat:
 
 def _of_most(plan: Plan) -> Chat:
     """The template of most models; of several, the first model's."""
-    found = {model: chat_template_of(source.tokenizer_folder) for model, source in plan.sources.items()}
-    counts = Counter(text for text in found.values() if text)
+    templates = {model: chat_template_of(source.tokenizer_folder) for model, source in plan.sources.items()}
+    counts = Counter(text for text in templates.values() if text)
     if not counts:
         what = f"no model has a chat template, so `{AUTO}` finds none"
         raise PlanError(what, "chat_template", f"write one of: {', '.join(TEMPLATES)}")
     chosen = counts.most_common(1)[0][0]
-    return _of_model(plan, next(model for model, text in found.items() if text == chosen))
+    return _of_model(plan, next(model for model, text in templates.items() if text == chosen))
 
 
 # -------------------------------------------------------------------- numbers of special tokens
@@ -91,18 +91,18 @@ def special_tokens(plan: Plan) -> dict[str, Any]:
     ours = vocabulary_of(plan)
     if ours is None:
         return {}
-    found = special_numbers(plan.words.home, ours) if plan.words.home else {}
+    ids = special_numbers(plan.words.home, ours) if plan.words.home else {}
     chat = chat_of(plan)
     if chat is None:
-        return found
+        return ids
     if chat.model not in (None, tokenizer_owner(plan)):
         folder = plan.sources[chat.model].folder
         theirs = Vocabulary(tokens_of(plan.sources[chat.model].tokenizer_folder) or {})
         told = {**special_ids(read_config(folder)), **special_ids(small_json(_generation(folder)))}
-        found |= carried_over({key: each for key, each in told.items() if key == f"{_END}_id"}, theirs, ours)
+        ids |= carried_over({key: each for key, each in told.items() if key == f"{_END}_id"}, theirs, ours)
     elif chat.end in ours.ids and chat.model is None:
-        found |= {f"{_END}_id": ours.ids[chat.end]}
-    return found
+        ids |= {f"{_END}_id": ours.ids[chat.end]}
+    return ids
 
 
 def _generation(folder: Path | None) -> Path:
@@ -126,7 +126,7 @@ def made_beside(plan: Plan) -> dict[str, str]:
 
 def _settings(folder: Path | None, made: Mapping[str, str], chat: Chat, ours: Vocabulary | None) -> dict[str, str]:
     """Files that hold the template too, or the token that ends a text, where a folder has them."""
-    found = {}
+    texts = {}
     for name in (_SETTINGS, _SPECIAL, _PROCESSORS):
         content = json.loads(made[name]) if name in made else small_json((folder or Path()) / name)
         changed = dict(content)
@@ -135,8 +135,8 @@ def _settings(folder: Path | None, made: Mapping[str, str], chat: Chat, ours: Vo
         if chat.end is not None and ours is not None and chat.end in ours.ids and _END in content:
             changed[_END] = chat.end
         if folder is not None and changed != content:
-            found[name] = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
-    return found
+            texts[name] = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
+    return texts
 
 
 def _generation_file(plan: Plan, special: Mapping[str, Any]) -> dict[str, str]:

@@ -80,9 +80,9 @@ class Draft:
 
         Such a one says what holds where both would; it need not be that both do.
         """
-        found = {each.match for each, matched in zip(self.overrides, self.matched, strict=True) if matched}
-        missed = dict.fromkeys(each.match for each in self.overrides if each.match not in found)
-        return [match for match in missed if not {f"*{part}*" for part in match.split("*") if part} <= found]
+        matching = {each.match for each, matched in zip(self.overrides, self.matched, strict=True) if matched}
+        missed = dict.fromkeys(each.match for each in self.overrides if each.match not in matching)
+        return [match for match in missed if not {f"*{part}*" for part in match.split("*") if part} <= matching]
 
     def _hint(self, match: str) -> str:
         """What to match instead, where an override means a second name of a tensor."""
@@ -267,15 +267,15 @@ def _depth(layer: tuple[int, int] | None) -> float:
 
 def _joined(steps: Sequence[Step]) -> list[Step]:
     """Second names of a tensor as slots of the step that makes it: it is read and merged once."""
-    found: list[Step] = []
+    joined: list[Step] = []
     first: dict[str, int] = {}
     for step in steps:
-        place = first.setdefault(step.key, len(found))
-        if place < len(found) and _same_values(found[place], step):
-            found[place] = replace(found[place], slots=(*found[place].slots, *step.slots))
+        place = first.setdefault(step.key, len(joined))
+        if place < len(joined) and _same_values(joined[place], step):
+            joined[place] = replace(joined[place], slots=(*joined[place].slots, *step.slots))
         else:
-            found.append(step)
-    return found
+            joined.append(step)
+    return joined
 
 
 def _same_values(one: Step, other: Step) -> bool:

@@ -240,8 +240,8 @@ class Plan:
             for name, source in self.sources.items()
         }
         inside = {f"{name}/{key}": stamps for name, plan in self.inner.items() for key, stamps in plan.stamps.items()}
-        found = {name: stamps for name, stamps in models.items() if stamps or name not in self.inner}
-        return found | inside | {field: (stamp,) for field, stamp in self.others.items()}
+        own = {name: stamps for name, stamps in models.items() if stamps or name not in self.inner}
+        return own | inside | {field: (stamp,) for field, stamp in self.others.items()}
 
     @property
     def headers(self) -> Headers:

@@ -60,7 +60,7 @@ def _remove(folder: Path, process: int) -> None:
 def with_inner(plan: Plan, inner: Mapping[str, Plan]) -> Plan:
     """A plan that knows the plans of the recipes inside it, and what they have to say."""
     words = [f"{name}: {text}" for name, each in inner.items() for text in each.warnings]
-    origins = {f"{name}/{key}": found for name, each in inner.items() for key, found in each.origins.items()}
+    origins = {f"{name}/{key}": provenance for name, each in inner.items() for key, provenance in each.origins.items()}
     return replace(plan, inner=inner, warnings=(*words, *plan.warnings), origins={**plan.origins, **origins})
 
 

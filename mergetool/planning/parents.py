@@ -106,8 +106,8 @@ def words_about(
         yield from _left_behind(recipe, sources, leader, configs)
     yield from _large_weights(steps)
     for model, source in sources.items():
-        if found := file_about_codes(source):
-            yield f"{label(model)} has a {found}, though its weights are plain numbers: they are merged as they are"
+        if file := file_about_codes(source):
+            yield f"{label(model)} has a {file}, though its weights are plain numbers: they are merged as they are"
     if any(is_raw_float8(source) for source in sources.values()):
         yield (
             "weights in 8-bit floats without scales are merged as the numbers they are; if they were quantised with "
@@ -127,9 +127,9 @@ def _same_files(sources: Sources) -> Iterator[str]:
 
 
 def _facts(model: str, leader: str, configs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    found = disagreements(configs[leader], configs[model])
-    told = [f"{each.key} is {each.values[0]!r} and {each.values[1]!r}" for each in found]
-    if any(each.cuts_heads for each in found):
+    differing = disagreements(configs[leader], configs[model])
+    told = [f"{each.key} is {each.values[0]!r} and {each.values[1]!r}" for each in differing]
+    if any(each.cuts_heads for each in differing):
         raise PlanError(
             f"config.json of {label(leader)} and {label(model)} disagree: {'; '.join(told)}; "
             "their weights are cut into heads differently, so a mean of them is nothing",
@@ -158,9 +158,9 @@ def _tokens(recipe: Recipe, sources: Sources, model: str, leader: str) -> Iterat
 
 def _labels(config: Mapping[str, Any]) -> list[str]:
     """Names of the classes in order, if they are names at all."""
-    found = config.get("id2label")
+    labels = config.get("id2label")
     try:
-        names = [str(found[key]) for key in sorted(found, key=int)] if isinstance(found, dict) else []
+        names = [str(labels[key]) for key in sorted(labels, key=int)] if isinstance(labels, dict) else []
     except ValueError:
         return []
     return [] if all(name == f"LABEL_{place}" for place, name in enumerate(names)) else names

@@ -15,9 +15,9 @@ def with_passes(steps: Sequence[Step], bits: int) -> list[Step]:
     counted = [_counting(step, step.spec.num_elements, bits) for step in steps]
     together = [step for step in counted if step.operation.counts_model]
     total = sum(step.spec.num_elements for step in together)
-    found = [_counting(step, total, bits) if step.operation.counts_model else step for step in counted]
-    _check_together([step for step in found if step.operation.counts_model])
-    return found
+    decided = [_counting(step, total, bits) if step.operation.counts_model else step for step in counted]
+    _check_together([step for step in decided if step.operation.counts_model])
+    return decided
 
 
 def _counting(step: Step, num_elements: int, bits: int) -> Step:

@@ -45,8 +45,8 @@ def _pattern(how: str, steps: Sequence[Step]) -> Pattern:
 
 def _component(parts: Iterable[str]) -> str:
     """One component of many names: itself, or the numbers that stand there."""
-    found = list(dict.fromkeys(parts))
-    return found[0] if len(found) == 1 else f"{{{','.join(_ranges(sorted(map(int, found))))}}}"
+    distinct = list(dict.fromkeys(parts))
+    return distinct[0] if len(distinct) == 1 else f"{{{','.join(_ranges(sorted(map(int, distinct))))}}}"
 
 
 def _ranges(numbers: Sequence[int]) -> Iterator[str]:

@@ -141,17 +141,17 @@ def _search(plan: Plan, search: Method, here: Machine) -> Rows:
     """How much is asked of how many candidates. How many items the tasks have is known only when they are loaded."""
     size = _size(plan, search)
     each = "all search items" if size.each is None else f"{size.each:,} items"
-    found: Rows = [("candidates", f"{size.candidates:,}, each merged in memory and asked {each}")]
+    rows: Rows = [("candidates", f"{size.candidates:,}, each merged in memory and asked {each}")]
     everything = [f"{size.calibration} before (models and random merges)"] if size.calibration else []
     everything += [f"the {size.finalists} best after"] if size.each is not None else []
     if everything:
-        found.append(("asked all search items", ", ".join(everything)))
-    found.append(("asked the report items", f"{size.reported} (winner, start of the search, models)"))
+        rows.append(("asked all search items", ", ".join(everything)))
+    rows.append(("asked the report items", f"{size.reported} (winner, start of the search, models)"))
     seconds = answer_seconds(plan, here)
     told = f"roughly {timespan(seconds)} an item"
     if size.each is not None:
         told += f", {timespan(seconds * size.each * size.candidates)} for all candidates, and what is asked everything"
-    return [*found, ("expected time of answers", told)]
+    return [*rows, ("expected time of answers", told)]
 
 
 def _duration(plan: Plan, machine: Machine) -> str:

@@ -157,15 +157,15 @@ class _Matching:
 
     def _vocabularies(self, texts: Mapping[int, str]) -> dict[str, Vocabulary]:
         """The tokens of every model; a model that has no tokenizer is taken to have the result's source's."""
-        found = {}
+        vocabularies = {}
         for model, source in self.sources.items():
             own = tokens_of(source.tokenizer_folder)
             if own is None and disagreement(self.home, source.tokenizer_folder):
                 raise PlanError(f"the tokens of model {model!r} cannot be read", str(source.tokenizer_folder), _SAVE)
             if own is not None and self._is_own:
                 own = in_notation_of(own, source.tokenizer_folder, texts, self.home)
-            found[model] = Vocabulary(texts if own is None else own)
-        return found
+            vocabularies[model] = Vocabulary(texts if own is None else own)
+        return vocabularies
 
     # ------------------------------------------------------------------ the target
 
@@ -227,11 +227,11 @@ class _Matching:
             key = (flat, tuple(rows.items()))
             if key not in known:
                 known[key] = row_maps(wanted, vocabularies, rows, name) if rows else {}
-            found = known[key]
-            if all(each.is_plain(rows[model]) for model, each in found.items()):
+            by_model = known[key]
+            if all(each.is_plain(rows[model]) for model, each in by_model.items()):
                 continue
-            told[name] = {model: each.counts() for model, each in found.items()}
-            for model, each in found.items():
+            told[name] = {model: each.counts() for model, each in by_model.items()}
+            for model, each in by_model.items():
                 maps[model][name] = each
         return {model: self._gathered(model, maps[model]) for model in self.sources}, told
 
@@ -244,16 +244,16 @@ class _Matching:
 
     def _digest(self, target: Wanted, added: Sequence[AddedToken], shown: Sources) -> str:
         """Of all tokens, and of where every row comes from."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for number, text in sorted(target.texts.items()):
-            found.update(f"{number} {text}\n".encode("utf-8", "surrogatepass"))
+            digest.update(f"{number} {text}\n".encode("utf-8", "surrogatepass"))
         for token in added:
-            found.update(repr(sorted(token.flags.items())).encode())
+            digest.update(repr(sorted(token.flags.items())).encode())
         for model, source in shown.items():
             for name, each in source.maps.items() if isinstance(source, GatheredModel) else ():
-                found.update(repr((model, name, each.sources, sorted(each.mixed.items()))).encode())
-                found.update(each.source.tobytes() + each.row.tobytes())
-        return found.hexdigest()
+                digest.update(repr((model, name, each.sources, sorted(each.mixed.items()))).encode())
+                digest.update(each.source.tobytes() + each.row.tobytes())
+        return digest.hexdigest()
 
     def _rows(self, name: str) -> dict[str, int]:
         """Rows of a tensor in every model that has it; none where their other sizes differ."""

@@ -39,8 +39,8 @@ class AligningMethod(FittedMethod):
         return self.combine
 
     def files(self) -> Mapping[str, str]:
-        found = {"merge.repair.data": self.repair.data, "merge.repair.network": self.repair.file}
-        return {field: path for field, path in found.items() if path is not None}
+        named = {"merge.repair.data": self.repair.data, "merge.repair.network": self.repair.file}
+        return {field: path for field, path in named.items() if path is not None}
 
     def code(self) -> Mapping[str, str]:
         return {} if self.repair.network is None else {"merge.repair.network": self.repair.network}

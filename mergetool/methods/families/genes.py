@@ -90,7 +90,7 @@ class Inner:
 
     def _places(self, models: Sequence[str], groups: int) -> dict[Path, Any]:
         schedulables = self.kind.schedulables()
-        return {path: _expand(path, found, schedulables, models, groups) for path, found in self.ranges().items()}
+        return {path: _expand(path, span, schedulables, models, groups) for path, span in self.ranges().items()}
 
 
 def _ranges(node: Any, path: Path) -> "list[tuple[Path, Range]]":
@@ -98,29 +98,29 @@ def _ranges(node: Any, path: Path) -> "list[tuple[Path, Range]]":
         try:
             return [(path, Range.model_validate(dict(node)))]
         except ValidationError as error:
-            (found, *_) = error.errors(include_url=False)
-            said = found["msg"].removeprefix("Value error, ")
-            raise ValueError(f"{'.'.join(map(str, (*path, *found['loc'])))}: {said}") from None
+            (first, *_) = error.errors(include_url=False)
+            said = first["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{'.'.join(map(str, (*path, *first['loc'])))}: {said}") from None
     items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
-    return [found for key, value in items for found in _ranges(value, (*path, key))]
+    return [each for key, value in items for each in _ranges(value, (*path, key))]
 
 
 def _expand(
-    path: Path, found: Range, schedulables: Mapping[str, Schedulable], models: Sequence[str], groups: int
+    path: Path, span: Range, schedulables: Mapping[str, Schedulable], models: Sequence[str], groups: int
 ) -> Any:
     """The genes of a range, nested as the setting will be: a gene, a gradient of genes, or a mapping from models."""
     name = ".".join(map(str, path))
     field_at = 2 if path[0] == "overrides" else 0
     schedulable = schedulables.get(str(path[field_at])) if len(path) > field_at else None
     inside = len(path) > field_at + 1
-    per_model = schedulable is not None and schedulable.per_model and not inside and not found.shared
-    layered = schedulable is not None and "gradient" not in path and found.search is not None
-    count = found.groups or (groups if layered else 1)
+    per_model = schedulable is not None and schedulable.per_model and not inside and not span.shared
+    layered = schedulable is not None and "gradient" not in path and span.search is not None
+    count = span.groups or (groups if layered else 1)
 
     def knots(label: str) -> Any:
         if not layered or count == 1:
-            return found.gene(label)
-        return {"gradient": [found.gene(f"{label}[{index}]") for index in range(count)]}
+            return span.gene(label)
+        return {"gradient": [span.gene(f"{label}[{index}]") for index in range(count)]}
 
     return {model: knots(f"{name}.{model}") for model in models} if per_model else knots(name)
 

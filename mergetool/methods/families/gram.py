@@ -30,11 +30,11 @@ def gram(vectors: "Sequence[Tensor]", product: "Tensor", per: Per) -> "Tensor":
         for i, first in enumerate(vectors)
         for second in vectors[: i + 1]
     ]
-    found = torch.zeros(len(pairs[0]), len(vectors), len(vectors), dtype=torch.float64, device=product.device)
+    products = torch.zeros(len(pairs[0]), len(vectors), len(vectors), dtype=torch.float64, device=product.device)
     places = [(i, j) for i in range(len(vectors)) for j in range(i + 1)]
     for (i, j), values in zip(places, pairs, strict=True):
-        found[:, i, j] = found[:, j, i] = values
-    return found
+        products[:, i, j] = products[:, j, i] = values
+    return products
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,10 @@ class _Search(StatisticsPass):
     which: tuple[int, ...]
     searches: "tuple[RankSearch, ...]"
 
-    def ended(self, found: "Sequence[RankedMagnitude]") -> "StatisticsPass | Stats":
+    def ended(self, ranked: "Sequence[RankedMagnitude]") -> "StatisticsPass | Stats":
         ranks = [search.rank for search in self.searches]
-        shares = tuple((rank - each.above) / each.equal for rank, each in zip(ranks, found, strict=True))
-        thresholds, equal = (tuple(each.magnitude for each in found), tuple(float(each.equal) for each in found))
+        shares = tuple((rank - each.above) / each.equal for rank, each in zip(ranks, ranked, strict=True))
+        thresholds, equal = (tuple(each.magnitude for each in ranked), tuple(float(each.equal) for each in ranked))
         return self.then({"threshold": thresholds, "share": shares, "equal": equal})
 
 
@@ -81,10 +81,10 @@ class _Thresholds(_Search):
     def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
         from mergetool.kernels.select import RankedMagnitude, RankSearch
 
-        found = [search.narrow(counts) for search, counts in zip(self.searches, total, strict=True)]
-        if unfinished := tuple(each for each in found if isinstance(each, RankSearch)):
+        narrowed = [search.narrow(counts) for search, counts in zip(self.searches, total, strict=True)]
+        if unfinished := tuple(each for each in narrowed if isinstance(each, RankSearch)):
             return _Thresholds(self.scores, self.then, self.which, unfinished)
-        return self.ended([each for each in found if isinstance(each, RankedMagnitude)])
+        return self.ended([each for each in narrowed if isinstance(each, RankedMagnitude)])
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class _Brackets(_Search):
 
     def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
         settled = [bracket.settle(total[total[:, 0] == i, 1:]) for i, bracket in enumerate(self.brackets)]
-        found = [each for each in settled if each is not None]
-        if len(found) < len(settled):
+        ranked = [each for each in settled if each is not None]
+        if len(ranked) < len(settled):
             return _Thresholds(self.scores, self.then, self.which, self.searches)
-        return self.ended(found)
+        return self.ended(ranked)

@@ -37,13 +37,13 @@ class TrimmedMethod(SparseMethod):
     def thin(self, group: TensorGroup, p: Params, stats: Stats) -> None:
         if not stats:
             return
-        found = list(zip(stats["threshold"], stats["share"], stats["equal"], strict=True))
+        thresholds = list(zip(stats["threshold"], stats["share"], stats["equal"], strict=True))
         count = len(group.names)
         for place, density in enumerate(p.density):
             if density == 1.0:  # even with `boundary: drop`, nothing is to go
                 continue
-            low, share, _ = found[place]
-            high, reached, equal = found[count + place] if len(found) > count else (math.inf, 0.0, 1.0)
+            low, share, _ = thresholds[place]
+            high, reached, equal = thresholds[count + place] if len(thresholds) > count else (math.inf, 0.0, 1.0)
             self._cut(group, place, low, high)
             if self.boundary == "random":
                 skipped = max(0.0, reached - 1.0 / equal)
