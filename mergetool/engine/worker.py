@@ -111,13 +111,12 @@ class Worker(Bench[Step]):
 
     def pair(self, step: Step, notes: list[Note], operation: Pair, stats: Stats) -> None:
         """Make what a step changes of the base, and write it as two factors."""
-        from mergetool.kernels.low_rank import leading, within
+        from mergetool.engine.change import factors
 
-        changed = self._changed(_sliced(step), notes, stats).flatten(1)
+        changed = self._changed(_sliced(step), notes, stats)
         with at(f"{operation.name}: {step.name}"):
             self._check_change(changed, step)
-            matrix = changed.mT if operation.transposed else changed
-            pair, lost = within(*leading(matrix, operation.keep), operation.most)
+            pair, lost = factors(changed.flatten(1), operation)
         notes += [(RANK, float(pair.a.shape[0])), *([(LOST, lost)] if lost else [])]
         for slot, half in zip(step.slots, (pair.a, pair.b) * (len(step.slots) // 2), strict=True):
             self._put(replace(step, slots=(slot,)), 0, half.to(self._compute), notes)

@@ -7,7 +7,6 @@ module does not have, and tensors that are what they are in the base.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from mergetool.checkpoints.adapters.files import WEIGHTS_NAME
@@ -156,6 +155,6 @@ def _config(plan: Plan, ranks: Mapping[str, int], saved: Mapping[str, set[str]])
         modules=frozenset(name.rpartition(".")[0] for name in base.specs),
         base=str(redacted(name, recipe.folder)),
         revision=origin[0].commit if origin and origin[0].repo and recipe.output.base is None else None,
-        transposed=any(step.operation.numbers.get("transposed", False) for step in plan.steps),
+        transposed=any(step.operation.transposed for step in plan.steps),
     )
     return config_text(made, read_config(base.folder))

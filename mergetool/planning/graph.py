@@ -131,9 +131,15 @@ class Step:
         length = max(self.row, UNIT_ELEMENTS // self.row * self.row)
         return [(start, min(start + length, total)) for start in range(0, total, length)] or [(0, 0)]
 
+    def span(self, slot: Slot, start: int, stop: int) -> tuple[int, int]:
+        """[begin, end) of the bytes of a slot that working on elements [start, stop) fills."""
+        if self.work is not None:  # made as a whole, into slots of other shapes
+            return 0, slot.spec.num_bytes
+        return slot.spec.dtype.num_bytes(start), slot.spec.dtype.num_bytes(stop)
+
     def bytes_written(self, start: int, stop: int) -> int:
-        """Bytes of elements [start, stop), in all slots."""
-        return sum(slot.spec.dtype.num_bytes(stop - start) for slot in self.slots)
+        """Bytes that working on elements [start, stop) fills, in all slots."""
+        return sum(end - begin for begin, end in (self.span(slot, start, stop) for slot in self.slots))
 
 
 @dataclass(frozen=True)

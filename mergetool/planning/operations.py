@@ -55,6 +55,8 @@ class Operation(ABC):
     arithmetic: bool = False
     """Whether values of several operands meet."""
     needs_float64: bool = False
+    transposed: bool = False
+    """Whether factors are those of the tensor turned, which is stored as (inputs, outputs)."""
 
     @property
     def numbers(self) -> Mapping[str, Any]:
@@ -161,53 +163,59 @@ class Factorise(_Plain):
 class Pair(Operation):
     """What another operation changes of the base, as the product of two matrices: B (m, r) and A (r, n)."""
 
-    sliced: Operation  # type: ignore[assignment]
+    inner: Operation
     keep: int | float | None
     """At most so many directions, or as many as hold this share of the energy, or all."""
     most: int
     """Directions that there is room for."""
     transposed: bool = False
-    """Whether the tensor is stored as (inputs, outputs)."""
     whole: bool = False
     """Whether the other operation sees whole tensors."""
     arithmetic = True
     needs_float64 = True
 
     @property
+    def sliced(self) -> Operation:
+        return self.inner
+
+    @property
     def name(self) -> str:  # type: ignore[override]
-        return self.sliced.name
+        return self.inner.name
 
     @property
     def method(self) -> TensorMethod | None:  # type: ignore[override]
-        return self.sliced.method
+        return self.inner.method
 
     @property
     def models(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.sliced.models
+        return self.inner.models
 
     @property
     def counts(self) -> StatisticsPass | None:  # type: ignore[override]
-        return self.sliced.counts
+        return self.inner.counts
 
     @property
     def counts_model(self) -> bool:  # type: ignore[override]
-        return self.sliced.counts_model
+        return self.inner.counts_model
 
     @property
     def numbers(self) -> Mapping[str, Any]:
-        return {**self.sliced.numbers, "rank": self.keep if isinstance(self.keep, float) else self.most}
+        return {**self.inner.numbers, "rank": self.keep if isinstance(self.keep, float) else self.most}
 
     def granularity(self, spec: TensorSpec) -> Granularity:
         return "tensor"
 
     def copies(self, reads: int) -> int:
-        return _FACTORISING + (self.sliced.copies(reads) if self.whole else 0)
+        return _FACTORISING + (self.inner.copies(reads) if self.whole else 0)
 
     def treatment(self, spec: TensorSpec) -> str:
-        return f"{self.sliced.treatment(spec)}, as factors"
+        return f"{self.inner.treatment(spec)}, as factors"
 
     def partners(self, name: str) -> tuple[str, ...]:
-        return self.sliced.partners(name)
+        return self.inner.partners(name)
+
+    def counting(self, num_elements: int, bits: int) -> Operation:
+        return replace(self, inner=self.inner.counting(num_elements, bits))
 
     def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.pair(step, notes, self, stats)
