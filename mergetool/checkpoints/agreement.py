@@ -77,9 +77,9 @@ def _vocabulary(config: Config, shapes: Mapping[str, Shape]) -> Iterator[str]:
 
 def _head_sizes(shapes: Mapping[str, Shape]) -> dict[str, int]:
     """Rows of what gives every token a score; projections inside of a network are called alike."""
-    found = {name: shape[0] for name, shape in shapes.items() if is_head(name) and len(shape) == 2}
+    sizes = {name: shape[0] for name, shape in shapes.items() if is_head(name) and len(shape) == 2}
     inside = re.compile(r".*(\d|\.proj_out\.).*")
-    return {name: rows for name, rows in found.items() if not inside.fullmatch(name)}
+    return {name: rows for name, rows in sizes.items() if not inside.fullmatch(name)}
 
 
 def _width(config: Config, shapes: Mapping[str, Shape]) -> Iterator[str]:
@@ -168,10 +168,10 @@ def _special_tokens(config: Config, folder: Path | None, rows: int) -> Iterator[
 
 def _tokens(folder: Path | None, rows: int) -> Iterator[str]:
     beyond = {place: token for place, token in (tokens_of(folder) or {}).items() if place >= rows}
-    found = sorted(place for place, token in beyond.items() if not _PLACEHOLDER.fullmatch(token))
-    if found:
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        yield f"the tokenizer has {beyond[found[-1]]!r} as token {found[-1]}{more}, the embeddings have {rows} rows"
+    numbers = sorted(place for place, token in beyond.items() if not _PLACEHOLDER.fullmatch(token))
+    if numbers:
+        more = f" (and {len(numbers) - 1} more)" if len(numbers) > 1 else ""
+        yield f"the tokenizer has {beyond[numbers[-1]]!r} as token {numbers[-1]}{more}, the embeddings have {rows} rows"
 
 
 # -------------------------------------------------------------------- reading configs

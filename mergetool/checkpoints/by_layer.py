@@ -107,13 +107,13 @@ def kind_of_attention(part: Part, layer: int) -> str | None:
 
 def _set_kinds(part: dict[str, Any], taken: Sequence[Taken]) -> None:
     kinds = [kind_of_attention(each.part, each.layer) for each in taken]
-    found = [kind or kind_of_attention(part, each.layer) for kind, each in zip(kinds, taken, strict=True)]
-    if not all(found):
+    decided = [kind or kind_of_attention(part, each.layer) for kind, each in zip(kinds, taken, strict=True)]
+    if not all(decided):
         return
     said = {key: value for key, value in part.items() if key != "layer_types"}
-    if "layer_types" not in part and [kind_of_attention(said, place) for place in range(len(taken))] == found:
+    if "layer_types" not in part and [kind_of_attention(said, place) for place in range(len(taken))] == decided:
         return
-    part["layer_types"] = found
+    part["layer_types"] = decided
     for key in ("sliding_window_pattern", "_sliding_window_pattern"):
         part.pop(key, None)
 
@@ -151,7 +151,7 @@ def _set_dense(part: dict[str, Any], taken: Sequence[Taken], tower: str) -> None
 def _set_numbers(part: dict[str, Any], taken: Sequence[Taken]) -> None:
     for key in _NUMBERS:
         if isinstance(part.get(key), list) and key != "mlp_only_layers":
-            own = [found if (found := _list_in(each.part, key)) is not None else part[key] for each in taken]
+            own = [listed if (listed := _list_in(each.part, key)) is not None else part[key] for each in taken]
             part[key] = [place for place, each in enumerate(taken) if each.layer in own[place]]
 
 

@@ -26,8 +26,8 @@ def token_texts(folder: Path | None) -> dict[str, str]:
     if folder is None:
         return {}
     told = {**small_json(folder / "special_tokens_map.json"), **small_json(folder / "tokenizer_config.json")}
-    found = {key: told.get(key) for key in (f"{role}_token" for role in _ROLES)}
-    texts = {key: each.get("content") if isinstance(each, dict) else each for key, each in found.items()}
+    tokens = {key: told.get(key) for key in (f"{role}_token" for role in _ROLES)}
+    texts = {key: each.get("content") if isinstance(each, dict) else each for key, each in tokens.items()}
     return {key: each for key, each in texts.items() if isinstance(each, str)}
 
 
@@ -38,10 +38,10 @@ def special_numbers(folder: Path | None, vocabulary: Vocabulary) -> dict[str, in
 
 def carried_over(ids: Mapping[str, Any], theirs: Vocabulary, ours: Vocabulary) -> dict[str, Any]:
     """Ids of special tokens (one, or a list) as another vocabulary numbers the same texts; without those it lacks."""
-    found: dict[str, Any] = {}
+    carried: dict[str, Any] = {}
     for key, value in ids.items():
         texts = [theirs.texts.get(each) for each in (value if isinstance(value, list) else [value])]
         numbers = [ours.ids[text] for text in texts if text in ours.ids]
         if numbers:
-            found[key] = numbers if isinstance(value, list) else numbers[0]
-    return found
+            carried[key] = numbers if isinstance(value, list) else numbers[0]
+    return carried

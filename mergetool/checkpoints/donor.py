@@ -66,13 +66,13 @@ class Donor:
         assert theirs is not None
         here = numbers < self._donor.specs[theirs].shape[0]  # a token beyond the donor's rows has none: zeros
         width = self._model.specs[name].shape[1]
-        found = torch.zeros(len(numbers), width, dtype=torch.float64)
+        made = torch.zeros(len(numbers), width, dtype=torch.float64)
         if not here.any() or not len(own):
-            return found
+            return made
         chosen, shares = pursue(read_rows(self._donor, theirs, numbers[here]).double(), atoms, _ATOMS)
         rows = read_rows(self._model, name, own[chosen.numpy().reshape(-1)]).double().view(*chosen.shape, width)
-        found[torch.from_numpy(here)] = (shares[:, None, :] @ rows).squeeze(1)
-        return found
+        made[torch.from_numpy(here)] = (shares[:, None, :] @ rows).squeeze(1)
+        return made
 
     def _shared(self, name: str) -> "tuple[Tensor, Numbers]":
         """The donor's rows of shared tokens, and the numbers of the model's rows of these: read once."""
@@ -98,5 +98,5 @@ def donor_tensor(name: str, donor: ModelSource) -> str | None:
 
 def memory_of(donor: ModelSource, names: Mapping[str, int]) -> int:
     """Bytes that the donor's rows of shared tokens take, `names` telling how many they are for each tensor."""
-    found = ((donor_tensor(name, donor), count) for name, count in names.items())
-    return sum(4 * count * donor.specs[theirs].shape[1] for theirs, count in found if theirs is not None)
+    tensors = ((donor_tensor(name, donor), count) for name, count in names.items())
+    return sum(4 * count * donor.specs[theirs].shape[1] for theirs, count in tensors if theirs is not None)

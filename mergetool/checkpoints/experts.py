@@ -32,11 +32,11 @@ class _Regrouped(RenamedModel):
     """A model of which some tensors are cut from, or put together of, stored ones."""
 
     def __init__(self, model: ModelSource, specs: Mapping[str, TensorSpec], parts: Mapping[str, list[_Part]]) -> None:
-        used = {part.own for found in parts.values() for part in found}
+        used = {part.own for of_tensor in parts.values() for part in of_tensor}
         super().__init__(model, {name: name for name in model.specs if name not in used})
         self._parts = parts
         self.specs = {**self.specs, **specs}
-        self.stored = {**self.stored, **{name: found[0].own for name, found in parts.items()}}
+        self.stored = {**self.stored, **{name: of_tensor[0].own for name, of_tensor in parts.items()}}
 
     @property
     def described(self) -> Mapping[str, TensorSpec]:
@@ -76,7 +76,7 @@ def fused_name(name: str) -> str:
 def in_layout_of(model: ModelSource, leader: Mapping[str, TensorSpec]) -> ModelSource:
     """`model` with its experts fused, or one by one, as `leader` has them."""
     fused = any(_FUSED.fullmatch(name) for name in leader)
-    single = next((found for name in leader if (found := _SINGLE.fullmatch(name))), None)
+    single = next((match for name in leader if (match := _SINGLE.fullmatch(name))), None)
     if fused and not single and any(_SINGLE.fullmatch(name) for name in model.specs):
         return _fused(model)
     if single and not fused and any(_FUSED.fullmatch(name) for name in model.specs):
@@ -98,13 +98,13 @@ def _fused(model: ModelSource) -> ModelSource:
                 for expert in sorted(experts)
                 for wanted in leaves
             ]
-            found = [model.specs[name] for name in names if name]
-            if len(found) < len(names) or len({(spec.shape, spec.dtype) for spec in found}) != 1:
+            pieces = [model.specs[name] for name in names if name]
+            if len(pieces) < len(names) or len({(spec.shape, spec.dtype) for spec in pieces}) != 1:
                 return model
-            rows, columns = found[0].shape
+            rows, columns = pieces[0].shape
             fused = f"{layer}.{kind}"
-            specs[fused] = TensorSpec(fused, found[0].dtype, (len(experts), len(leaves) * rows, columns))
-            parts[fused] = [_Part(spec.name, 0, spec.num_bytes) for spec in found]
+            specs[fused] = TensorSpec(fused, pieces[0].dtype, (len(experts), len(leaves) * rows, columns))
+            parts[fused] = [_Part(spec.name, 0, spec.num_bytes) for spec in pieces]
     return _Regrouped(model, specs, parts)
 
 

@@ -59,8 +59,8 @@ def disagreements(leader: Config, other: Config) -> list[Disagreement]:
         return []
     ours, theirs = _flat(leader, other), _flat(other, leader)
     keys = [key for key in {**ours, **_DEFAULTS} if key in ours or key in theirs]
-    found = [Disagreement(key, (ours.get(key, _default(key)), theirs.get(key, _default(key)))) for key in keys]
-    return [each for each in found if None not in each.values and not _equal(*each.values)]
+    differing = [Disagreement(key, (ours.get(key, _default(key)), theirs.get(key, _default(key)))) for key in keys]
+    return [each for each in differing if None not in each.values and not _equal(*each.values)]
 
 
 def _is_list_of_layers(one: Any, other: Any) -> bool:

@@ -95,20 +95,20 @@ class GatheredModel(ModelSource):
             made = self._made(name, start, stop, torch_dtype(self.specs[name].dtype))
             return bytes_of(made)
         rows = self.maps[name]
-        found = np.zeros((stop - start, width), np.uint8)
+        gathered = np.zeros((stop - start, width), np.uint8)
         for place in np.unique(rows.source[start:stop]):
             if place >= 0:
                 wanted = np.flatnonzero(rows.source[start:stop] == place)
                 source = self._sources[rows.sources[place]]
-                _gather(source, name, rows.row[start:stop][wanted], found, wanted)
-        return found.reshape(-1).data
+                _gather(source, name, rows.row[start:stop][wanted], gathered, wanted)
+        return gathered.reshape(-1).data
 
     def _made(self, name: str, start: int, stop: int, dtype: "dtype", without: int | None = None) -> "Tensor":
         """Rows [start, stop), computed; those of the kind `without` are zeros."""
         import torch
 
         rows = self.maps[name]
-        found = torch.zeros(stop - start, self._width(name), dtype=dtype)
+        made = torch.zeros(stop - start, self._width(name), dtype=dtype)
         for place in np.unique(rows.source[start:stop]):
             wanted = np.flatnonzero(rows.source[start:stop] == place)
             if place >= 0:
@@ -117,8 +117,8 @@ class GatheredModel(ModelSource):
                 values = self._computed(name, start + wanted, int(place))
             else:
                 continue
-            found[torch.from_numpy(wanted)] = values.to(dtype)
-        return found
+            made[torch.from_numpy(wanted)] = values.to(dtype)
+        return made
 
     def _computed(self, name: str, numbers: Numbers, kind: int) -> "Tensor":
         """Rows that lie nowhere, in float64."""
@@ -196,9 +196,9 @@ def read_rows(source: ModelSource, name: str, rows: Numbers) -> "Tensor":
 
     spec = source.specs[name]
     width = spec.num_bytes // max(1, spec.shape[vocabulary_axis(spec.shape)])
-    found = np.empty((len(rows), width), np.uint8)
-    _gather(source, name, rows, found, np.arange(len(rows)))
-    return torch.from_numpy(found).view(torch_dtype(spec.dtype))
+    gathered = np.empty((len(rows), width), np.uint8)
+    _gather(source, name, rows, gathered, np.arange(len(rows)))
+    return torch.from_numpy(gathered).view(torch_dtype(spec.dtype))
 
 
 def vocabulary_axis(shape: tuple[int, ...]) -> int:
@@ -218,11 +218,11 @@ def _gather(
     source: ModelSource,
     name: str,
     rows: Numbers,
-    found: Bytes,
+    into: Bytes,
     places: Numbers,
 ) -> None:
     """Read some rows of a tensor into these places of `found`, forwards, near ones together."""
-    width = found.shape[1]
+    width = into.shape[1]
     order = np.argsort(rows, kind="stable")
     rows, places = rows[order], places[order]
     cuts = np.flatnonzero(np.diff(rows) * width > _GAP + width) + 1
@@ -231,4 +231,4 @@ def _gather(
             first = int(rows[begin])
             span = np.empty((int(rows[end - 1]) - first + 1, width), np.uint8)
             source.read_bytes(name, first * width, span.reshape(-1).data)
-            found[places[begin:end]] = span[rows[begin:end] - first]
+            into[places[begin:end]] = span[rows[begin:end] - first]

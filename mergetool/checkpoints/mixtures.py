@@ -158,5 +158,5 @@ def window_of(base: Config) -> int | None:
     if model_type.startswith("qwen") and not base.get("use_sliding_window"):
         return None
     default = _LEFT_OUT[model_type].get("sliding_window", 4096)
-    found = base.get("sliding_window", default)
-    return found if isinstance(found, int) else None
+    window = base.get("sliding_window", default)
+    return window if isinstance(window, int) else None

@@ -58,21 +58,21 @@ def match(names: Shapes, others: Shapes) -> dict[str, str]:
     No two names get the same. A name without counterpart is moved by the rules that its neighbours follow
     (`bert.pooler.dense.weight` among names that lose their `bert.` becomes `pooler.dense.weight`), or stays as it is.
     """
-    found = {name: name for name in names if name in others}
-    left = [name for name in names if name not in found]
+    counterparts = {name: name for name in names if name in others}
+    left = [name for name in names if name not in counterparts]
     if not left:
-        return found
+        return counterparts
     bare = unwrapped(names)
     ours = _spelt({name: bare[name] for name in left})
-    lost = {key: name for name, key in _spelt({name: name for name in others if name not in found}).items()}
-    found |= {name: lost[key] for name, key in ours.items() if key in lost}
-    taken = set(found.values())
-    ours = {name: key for name, key in ours.items() if name not in found}
+    lost = {key: name for name, key in _spelt({name: name for name in others if name not in counterparts}).items()}
+    counterparts |= {name: lost[key] for name, key in ours.items() if key in lost}
+    taken = set(counterparts.values())
+    ours = {name: key for name, key in ours.items() if name not in counterparts}
     lost = {key: name for key, name in lost.items() if name not in taken}
     rules = _rules({key: names[name] for name, key in ours.items()}, {key: others[name] for key, name in lost.items()})
     moves = {name: _moved(key, bare[name], rules, lost) for name, key in ours.items()}
     times = Counter(moves.values())
-    return found | {
+    return counterparts | {
         name: moved if times[moved] == 1 and moved not in taken else bare[name] if bare[name] not in taken else name
         for name, moved in moves.items()
     }
@@ -85,14 +85,14 @@ def repeated(names: Iterable[str], others: Collection[str], words: Iterable[str]
     """
     neutral = _NEUTRAL | frozenset(words)
     plain = {_plain(key, neutral): name for name, key in _spelt({name: name for name in others}).items()}
-    found = {}
+    second_names = {}
     for name in names:
         key = name
         for pattern, replacement in _SPELLINGS:
             key = pattern.sub(replacement, key)
         if other := plain.get(_plain(_WRAPPERS.sub("", key), neutral)):
-            found[name] = other
-    return found
+            second_names[name] = other
+    return second_names
 
 
 def _plain(name: str, neutral: Collection[str]) -> str:
@@ -146,9 +146,9 @@ def _votes(name: str, shape: Shape | None, ends: Mapping[str, list[str]], lost: 
     for end in _ends(name):
         here = name.removesuffix(end)
         theres = [other.removesuffix(end) for other in ends.get(end, ()) if _alike(shape, lost[other])]
-        found = [(here, there) for there in theres if _is_plausible(here, there, end)]
-        if found:
-            return found
+        rules = [(here, there) for there in theres if _is_plausible(here, there, end)]
+        if rules:
+            return rules
     return []
 
 

@@ -18,8 +18,8 @@ def beginning_of(texts: Iterable[str]) -> str | None:
     for text in texts:
         if text[:1] in counts:
             counts[text[:1]] += 1
-    found = max(counts, key=lambda each: counts[each])
-    return found if counts[found] else None
+    most = max(counts, key=lambda each: counts[each])
+    return most if counts[most] else None
 
 
 def in_notation_of(
@@ -30,9 +30,9 @@ def in_notation_of(
     mine, wanted = token_texts(other), token_texts(home)
     roles = {text: mine[role] for role, text in reversed(wanted.items()) if role in mine and text not in known}
     begins, instead = beginning_of(ours.values()), beginning_of(known)
-    found = {}
+    rewritten = {}
     for number, text in ours.items():
         if begins and instead and begins != instead and text.startswith(begins):
             text = instead + text[len(begins) :]  # noqa: PLW2901
-        found[number] = roles.get(text, text)
-    return found
+        rewritten[number] = roles.get(text, text)
+    return rewritten

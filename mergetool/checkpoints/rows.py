@@ -52,12 +52,12 @@ def _place(name: str) -> tuple[str, int | None]:
 
 def chosen_row(rows: Collection[str], key: str = "") -> str:
     """The row that `key` names (a word of its name is enough), or the one that writes text. Raises PlanError."""
-    found = _named(rows, key) if key else _default(rows)
-    if len(found) == 1:
-        return found[0]
+    fitting = _named(rows, key) if key else _default(rows)
+    if len(fitting) == 1:
+        return fitting[0]
     where = f"slices: {key}" if key else "slices"
-    told = ", ".join(sorted(found or rows)) or "none"
-    what = f"{key!r} fits {len(found)} of the rows of numbered layers" if key else "no row of layers is the one"
+    told = ", ".join(sorted(fitting or rows)) or "none"
+    what = f"{key!r} fits {len(fitting)} of the rows of numbered layers" if key else "no row of layers is the one"
     fix = f"name one: slices: {{{sorted(rows)[0]}: [...]}}" if rows else "merge such networks without slices"
     raise PlanError(f"{what}; here are: {told}", where, fix)
 
@@ -65,8 +65,8 @@ def chosen_row(rows: Collection[str], key: str = "") -> str:
 def _named(rows: Collection[str], key: str) -> list[str]:
     if key in rows:
         return [key]
-    found = [row for row in rows if key in row.split(".")] or [row for row in rows if _words(key) <= _words(row)]
-    return found if len(found) == 1 or key not in _TEXT else _default(rows)
+    fitting = [row for row in rows if key in row.split(".")] or [row for row in rows if _words(key) <= _words(row)]
+    return fitting if len(fitting) == 1 or key not in _TEXT else _default(rows)
 
 
 def _words(text: str) -> set[str]:
@@ -116,13 +116,13 @@ def _part(row: str, rows: Collection[str]) -> str:
 
 def layers_of(names: Iterable[str], tower: str) -> dict[int, dict[str, str]]:
     """The tensors of each layer of a row, by what stands behind the layer's number."""
-    found: dict[int, dict[str, str]] = {}
+    layers: dict[int, dict[str, str]] = {}
     for name in names:
         if name.startswith(f"{tower}."):
             number, _, suffix = name.removeprefix(f"{tower}.").partition(".")
             if number.isdecimal():
-                found.setdefault(int(number), {})[suffix] = name
-    return found
+                layers.setdefault(int(number), {})[suffix] = name
+    return layers
 
 
 def of_first_layer(layers: Mapping[int, Mapping[str, str]]) -> set[str]:

@@ -39,9 +39,9 @@ def tokenizer_files(folder: Path | None) -> list[str]:
     """The tokenizer's own files, its chat templates and its code."""
     if folder is None:
         return []
-    found = [name for name in _names(folder) if matches(name, (*TOKENIZER_GLOBS, *TEMPLATE_GLOBS))]
+    own = [name for name in _names(folder) if matches(name, (*TOKENIZER_GLOBS, *TEMPLATE_GLOBS))]
     code = [name for name in _names(folder) if matches(name, TOKENIZER_CODE_GLOBS)]
-    return sorted({*found, *_with_imports(folder, [*code, *_mapped(folder, [_TOKENIZER_CONFIG])])})
+    return sorted({*own, *_with_imports(folder, [*code, *_mapped(folder, [_TOKENIZER_CONFIG])])})
 
 
 def has_tokenizer(folder: Path | None) -> bool:
@@ -53,10 +53,10 @@ def model_files(folder: Path | None) -> list[str]:
     """Everything else that goes with a model, but config.json (which changes) and generation_config.json."""
     if folder is None:
         return []
-    found = [name for name in _names(folder) if matches(name, MODEL_GLOBS)]
+    own = [name for name in _names(folder) if matches(name, MODEL_GLOBS)]
     code = [name for name in _names(folder) if matches(name, CODE_GLOBS)]
-    mapped = _mapped(folder, [CONFIG_NAME, *(name for name in found if name.endswith("config.json"))])
-    return sorted({*found, *_with_imports(folder, [*code, *mapped]), *module_files(folder)})
+    mapped = _mapped(folder, [CONFIG_NAME, *(name for name in own if name.endswith("config.json"))])
+    return sorted({*own, *_with_imports(folder, [*code, *mapped]), *module_files(folder)})
 
 
 def side_files(folder: Path | None) -> list[str]:
@@ -114,14 +114,14 @@ def _classes(config: Any) -> Iterator[str]:
 
 def _with_imports(folder: Path, files: Iterable[str]) -> set[str]:
     """Python files and all that they import relatively, whatever it imports in turn."""
-    found: set[str] = set()
+    known: set[str] = set()
     waiting = list(files)
     while waiting:
         name = waiting.pop()
-        if name not in found:
-            found.add(name)
+        if name not in known:
+            known.add(name)
             waiting += _imports(folder, name)
-    return found
+    return known
 
 
 def _imports(folder: Path, name: str) -> Iterator[str]:

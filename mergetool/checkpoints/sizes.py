@@ -112,10 +112,10 @@ def _explained(leader: Sized, parent: Sized) -> Iterator[tuple[str, set[Key]]]:
         if other == shape or len(other) != len(shape):
             continue
         axes = [(old, new) for old, new in zip(shape, other, strict=True) if old != new]
-        found: set[Key] = set()
+        explained: set[Key] = set()
         for old, new in axes:
-            found |= set(_best(name, old, new, [(key, ours, theirs) for key in keys]))
-        yield name, found
+            explained |= set(_best(name, old, new, [(key, ours, theirs) for key in keys]))
+        yield name, explained
 
 
 def _best(name: str, old: int, new: int, keys: list[tuple[Key, Values, Values]]) -> list[Key]:
@@ -160,7 +160,7 @@ def _values(config: Config) -> dict[Key, Any]:
     parts = {"": config} | {key: part for key, part in config.items() if isinstance(part, dict)}
     return {
         (part, key): value
-        for part, found in parts.items()
-        for key, value in found.items()
+        for part, settings in parts.items()
+        for key, value in settings.items()
         if isinstance(value, int | list) and not isinstance(value, bool) and not _NO_SIZE.fullmatch(key)
     }

@@ -24,8 +24,8 @@ _CHUNK = 1 << 24
 def _table() -> dict[str, Any]:
     import yaml
 
-    found: dict[str, Any] = yaml.safe_load((files("mergetool.checkpoints") / "ties.yaml").read_text("utf-8"))
-    return found | {"untied": frozenset(found["untied"].split())}
+    table: dict[str, Any] = yaml.safe_load((files("mergetool.checkpoints") / "ties.yaml").read_text("utf-8"))
+    return table | {"untied": frozenset(table["untied"].split())}
 
 
 def ties_words(config: Mapping[str, Any]) -> bool | None:

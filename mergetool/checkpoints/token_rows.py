@@ -80,8 +80,8 @@ class RowMap:
         """How many rows come from where."""
         names = {ZERO: "zeros", MEAN: "mean of all rows", MIXED: "mean of several", DONATED: DONATED_ROWS}
         names[PADDING] = "padding"
-        found = {int(each): int(count) for each, count in zip(*np.unique(self.source, return_counts=True), strict=True)}
-        return {names.get(each, self.sources[each] if each >= 0 else ""): count for each, count in found.items()}
+        times = {int(each): int(count) for each, count in zip(*np.unique(self.source, return_counts=True), strict=True)}
+        return {names.get(each, self.sources[each] if each >= 0 else ""): count for each, count in times.items()}
 
     def is_plain(self, rows: int) -> bool:
         """Whether these are the model's own rows in their own order."""
@@ -104,8 +104,8 @@ def row_maps(
         if (rule := target.rules.get(text)) is not None and number < target.num_rows
     }
     lacking = np.zeros(target.num_rows, bool)
-    for found in places.values():
-        lacking |= found < 0
+    for own in places.values():
+        lacking |= own < 0
     for number, (rule, _) in ruled.items():
         lacking[number] |= rule.force
     defaults = {int(number): _default(target, int(number), ruled, models, places) for number in np.flatnonzero(lacking)}
@@ -116,7 +116,7 @@ def row_maps(
 
 def _places(target: Wanted, own: Vocabulary, rows: int) -> Numbers:
     """The model's own row for each row of the target, -1 where it has none."""
-    found = np.full(target.num_rows, -1, np.int64)
+    places = np.full(target.num_rows, -1, np.int64)
     for number in range(target.num_rows):
         text = target.texts.get(number)
         if text is None:
@@ -124,8 +124,8 @@ def _places(target: Wanted, own: Vocabulary, rows: int) -> Numbers:
         else:
             place = number if own.texts.get(number) == text else own.ids.get(text, -1)
         if place < rows:
-            found[number] = place
-    return found
+            places[number] = place
+    return places
 
 
 def _ruled(

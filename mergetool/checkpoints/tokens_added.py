@@ -54,19 +54,19 @@ def _added_in(folder: Path, _: tuple[tuple[int, int], ...]) -> dict[str, dict[st
 
 def with_tokens(folder: Path, added: Sequence[AddedToken]) -> dict[str, str]:
     """The files of a tokenizer that change when it gets these tokens, by name."""
-    found = {}
+    texts = {}
     whole, settings = small_json(folder / _TOKENIZER), small_json(folder / _SETTINGS)
     if whole:
         more = [{"id": each.number, **each.facts} for each in added]
-        found[_TOKENIZER] = _written({**whole, "added_tokens": [*(whole.get("added_tokens") or ()), *more]})
+        texts[_TOKENIZER] = _written({**whole, "added_tokens": [*(whole.get("added_tokens") or ()), *more]})
     if settings.get("added_tokens_decoder") or not whole:
         more_settings = {str(each.number): each.facts for each in added}
         decoder = {**(settings.get("added_tokens_decoder") or {}), **more_settings}
-        found[_SETTINGS] = _written({**settings, "added_tokens_decoder": decoder})
+        texts[_SETTINGS] = _written({**settings, "added_tokens_decoder": decoder})
     if (folder / _ADDED).is_file() or not whole:
         known = {**small_json(folder / _ADDED), **{each.text: each.number for each in added}}
-        found[_ADDED] = _written(known)
-    return found
+        texts[_ADDED] = _written(known)
+    return texts
 
 
 def _written(content: Mapping[str, Any]) -> str:

@@ -123,9 +123,9 @@ def strange_sizes(leader: str, parents: Mapping[str, Parent], written: Written) 
     """Tensors of another size than the leader's whose size no key of config.json tells, with whose they are."""
     if not parents[leader].config:
         return {}
-    found = _sizes(leader, parents, written)[1]
-    counted = {*vocabulary_sizes(written.shapes), *(name for name in found if is_classifier(name) or is_head(name))}
-    return {name: model for name, model in found.items() if name not in counted}
+    strange = _sizes(leader, parents, written)[1]
+    counted = {*vocabulary_sizes(written.shapes), *(name for name in strange if is_classifier(name) or is_head(name))}
+    return {name: model for name, model in strange.items() if name not in counted}
 
 
 # -------------------------------------------------------------------- layers
@@ -133,14 +133,14 @@ def strange_sizes(leader: str, parents: Mapping[str, Parent], written: Written) 
 
 def layer_counts(names: Iterable[str]) -> dict[str, int]:
     """Layers by what stands before their number: the highest number and one more."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name in names:
         parts = name.split(".")
         place = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
         if place is not None:
             tower = ".".join(parts[:place])
-            found[tower] = max(found.get(tower, 0), int(parts[place]) + 1)
-    return found
+            counts[tower] = max(counts.get(tower, 0), int(parts[place]) + 1)
+    return counts
 
 
 TEXT_LAYERS = re.compile(

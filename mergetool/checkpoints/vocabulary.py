@@ -30,16 +30,16 @@ class Vocabulary:
     @cached_property
     def ids(self) -> dict[str, int]:
         """Numbers by text; the first of several."""
-        found: dict[str, int] = {}
+        numbers: dict[str, int] = {}
         for number in sorted(self.texts):
-            found.setdefault(self.texts[number], number)
-        return found
+            numbers.setdefault(self.texts[number], number)
+        return numbers
 
 
 def tokens_of(folder: Path | None) -> dict[int, str] | None:
     """Tokens by id; None where there is no vocabulary that can be read."""
-    found = vocabulary_file(folder)
-    return None if found is None else _tokens_in(found, _stamp(found))
+    file = vocabulary_file(folder)
+    return None if file is None else _tokens_in(file, _stamp(file))
 
 
 def vocabulary_file(folder: Path | None) -> Path | None:
@@ -72,10 +72,10 @@ def _of_tokenizer(path: Path) -> dict[int, str]:
     content = _json(path)
     vocabulary = content["model"].get("vocab") or {}
     if isinstance(vocabulary, dict):
-        found = {int(place): str(token) for token, place in vocabulary.items()}
+        tokens = {int(place): str(token) for token, place in vocabulary.items()}
     else:
-        found = {place: str(token) for place, (token, _) in enumerate(vocabulary)}
-    return found | {int(each["id"]): str(each["content"]) for each in content.get("added_tokens") or ()}
+        tokens = {place: str(token) for place, (token, _) in enumerate(vocabulary)}
+    return tokens | {int(each["id"]): str(each["content"]) for each in content.get("added_tokens") or ()}
 
 
 def _of_json(path: Path) -> dict[int, str]:
@@ -148,11 +148,11 @@ def chat_template_of(folder: Path | None) -> str | None:
     if plain.is_file():
         return plain.read_text("utf-8", errors="replace")
     settings = processors if processors.is_file() else folder / "tokenizer_config.json"
-    found = small_json(settings).get("chat_template")
-    if isinstance(found, list):
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-        found = named.get("default") or next(iter(named.values()), None)
-    return found if isinstance(found, str) and found else None
+    template = small_json(settings).get("chat_template")
+    if isinstance(template, list):
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default") or next(iter(named.values()), None)
+    return template if isinstance(template, str) and template else None
 
 
 def small_json(path: Path) -> Mapping[str, Any]:

@@ -21,15 +21,15 @@ _MORE_EMBEDDINGS = ("embed_tokens_per_layer.weight",)
 
 def vocabulary_axes(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> dict[str, int]:
     """The axis by name of the tensor; nothing for a network without words."""
-    found = {name: 0 for name in embeddings_of(shapes) if len(shapes[name]) == 2}
-    rows = {shapes[name][0] for name in found}
+    axes = {name: 0 for name in embeddings_of(shapes) if len(shapes[name]) == 2}
+    rows = {shapes[name][0] for name in axes}
     for name, shape in shapes.items():
         if name.endswith(_MORE_EMBEDDINGS) or (_is_of_head(name) and len(shape) <= 2):
             axis = 1 if len(shape) == 2 and shape[0] == 1 else 0
             if shape and (not rows or shape[axis] in rows):
-                found[name] = axis
+                axes[name] = axis
     described = describe(shapes, config).axes_in(_SPACE)
-    return found | {name: axis for name, axis in described if axis == 0}
+    return axes | {name: axis for name, axis in described if axis == 0}
 
 
 def axes_of(source: ModelSource) -> dict[str, int]:

@@ -80,8 +80,8 @@ def _check_plain_words(document: Document, kind: type[Method]) -> Iterator[Recip
 
 
 def _in(data: Mapping[str, Any], section: str, key: str) -> Any:
-    found = data.get(section)
-    return found.get(key) if isinstance(found, dict) else None
+    settings = data.get(section)
+    return settings.get(key) if isinstance(settings, dict) else None
 
 
 def _check_names(document: Document, models: Collection[str]) -> Iterator[RecipeError]:

@@ -39,26 +39,26 @@ class Named:
     def references(self) -> dict[Place, str]:
         """What its models, and its base, are called where they are looked for."""
         data = self.document.data
-        found: dict[Place, Any] = {("base",): data["base"]} if "base" in data else {}
+        written: dict[Place, Any] = {("base",): data["base"]} if "base" in data else {}
         models = data.get("models")
-        found |= {("models", key): each for key, each in models.items()} if isinstance(models, dict) else {}
-        texts = {place: each.get("source") if isinstance(each, dict) else each for place, each in found.items()}
+        written |= {("models", key): each for key, each in models.items()} if isinstance(models, dict) else {}
+        texts = {place: each.get("source") if isinstance(each, dict) else each for place, each in written.items()}
         return {place: text for place, text in texts.items() if isinstance(text, str)}
 
 
 def ours(documents: Sequence[Document]) -> list[Named]:
     """All documents of a file in our language. Raises RecipeError holding every problem."""
     problems: list[RecipeError] = []
-    found = []
+    named = []
     for each in documents:
         try:
-            found.append(_named(each))
+            named.append(_named(each))
         except RecipeError as error:
             problems += error.problems
-    problems += _clashes(found)
+    problems += _clashes(named)
     if problems:
         raise RecipeError.of(problems)
-    return _stored(found)
+    return _stored(named)
 
 
 def _named(document: Document) -> Named:
@@ -78,20 +78,20 @@ def _named(document: Document) -> Named:
     return Named(name, bare, foreign=False)
 
 
-def _clashes(found: Sequence[Named]) -> Iterator[RecipeError]:
+def _clashes(named: Sequence[Named]) -> Iterator[RecipeError]:
     seen: set[str | None] = set()
-    for each in found:
-        if each.name in seen and len(found) > 1:
+    for each in named:
+        if each.name in seen and len(named) > 1:
             what = "there are two documents without a name" if each.name is None else f"{each.name!r} is there twice"
             fix = "add name: to all but the one whose result is wanted" if each.name is None else "choose another name"
             yield each.document.error(("name",), what, fix)
         seen.add(each.name)
 
 
-def _stored(found: Sequence[Named]) -> list[Named]:
+def _stored(named: Sequence[Named]) -> list[Named]:
     """mergekit's `dtype` is that of sums, too: what is only read again is not rounded for its sake."""
-    result = result_of(found)
-    return [each if each is result or each.out_dtype else _unrounded(each) for each in found]
+    result = result_of(named)
+    return [each if each is result or each.out_dtype else _unrounded(each) for each in named]
 
 
 def _unrounded(each: Named) -> Named:
@@ -101,21 +101,21 @@ def _unrounded(each: Named) -> Named:
     return replace(each, document=replace(each.document, data=data))
 
 
-def result_of(found: Sequence[Named]) -> Named:
+def result_of(named: Sequence[Named]) -> Named:
     """The document whose result is wanted."""
-    used = {text for each in found for text in each.references.values() if text != each.name}
-    ends = [each for each in found if each.name is None] or [each for each in found if each.name not in used]
-    return (ends or found)[-1]
+    used = {text for each in named for text in each.references.values() if text != each.name}
+    ends = [each for each in named if each.name is None] or [each for each in named if each.name not in used]
+    return (ends or named)[-1]
 
 
-def joined(found: Sequence[Named]) -> Document:
+def joined(named: Sequence[Named]) -> Document:
     """One recipe of all documents. Raises RecipeError for those that need each other, or have no part in the result."""
-    if len(found) == 1:
-        return found[0].document
-    joining = _Joining({each.name: each for each in found if each.name is not None})
-    result = result_of(found)
+    if len(named) == 1:
+        return named[0].document
+    joining = _Joining({each.name: each for each in named if each.name is not None})
+    result = result_of(named)
     document = joining.document(result, (result.name or "the nameless one",))
-    for each in found:
+    for each in named:
         if each is result or each.name in joining.used:
             continue
         what = f"document {each.name!r} has no part in the result, which is that of {result.name or 'the nameless one'}"

@@ -73,11 +73,11 @@ class Inside:
             what = "only a recipe written here has paths that could be relative to it, so this would have no effect"
             self.problems.append(self.document.error((*place, "folder"), what, "remove `folder`"))
         asked = {place: each for place, each in references.items() if each.recipe is not None}
-        found = {str(place[-1]): self._one(place, reference) for place, reference in asked.items()}
-        if sum(1 + count(each) for each in found.values() if each is not None) > MOST:
+        recipes = {str(place[-1]): self._one(place, reference) for place, reference in asked.items()}
+        if sum(1 + count(each) for each in recipes.values() if each is not None) > MOST:
             what = f"more than {MOST} recipes are inside each other"
             self.problems.append(self.document.error((), what, "run some of them first, and name their results"))
-        return {name: each for name, each in found.items() if each is not None}
+        return {name: each for name, each in recipes.items() if each is not None}
 
     def _one(self, place: Place, reference: ModelReference) -> Recipe | None:
         for key in ("source", "select"):

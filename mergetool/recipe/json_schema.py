@@ -60,14 +60,14 @@ def _method_schema(kind: type[Method], definitions: dict[str, Any]) -> dict[str,
 
 def _searched(schema: dict[str, Any]) -> dict[str, Any]:
     """The same method where any setting may be a range."""
-    found = dict(schema["properties"])
-    for key, setting in found.items():
+    settings = dict(schema["properties"])
+    for key, setting in settings.items():
         if key == "overrides":
-            found[key] = {**setting, "items": _searched(setting["items"])}
+            settings[key] = {**setting, "items": _searched(setting["items"])}
         elif key not in ("method", "match", "use"):
             told = {"description": setting["description"]} if "description" in setting else {}
-            found[key] = {"anyOf": [setting, {"$ref": f"#/$defs/{_SETTING}"}], **told}
-    return {**schema, "properties": found}
+            settings[key] = {"anyOf": [setting, {"$ref": f"#/$defs/{_SETTING}"}], **told}
+    return {**schema, "properties": settings}
 
 
 def _searched_setting(definitions: dict[str, Any]) -> dict[str, Any]:

@@ -48,13 +48,13 @@ _FIXED: dict[str, Any] = {
 @cache
 def sections() -> dict[str, Any]:
     """Every section of a recipe but `merge`, with its type: those that any recipe has, and those of layouts."""
-    found = dict(_FIXED)
+    types = dict(_FIXED)
     for layout in layouts().values():
-        found |= {
+        types |= {
             key: Annotated[info.rebuild_annotation(), Field(description=info.description)]
             for key, info in layout.model_fields.items()
         }
-    return found
+    return types
 
 
 def load_recipe(
@@ -84,15 +84,15 @@ def _read(path: Path) -> Document:
 
 def imported_text(path: Path, folder: Path) -> tuple[str, Sequence[str]]:
     """Our YAML for a mergekit file, right from `folder`, and what its author should know. Raises RecipeError."""
-    found = ours(read_documents(path))
-    for each in found:
+    named = ours(read_documents(path))
+    for each in named:
         if not each.foreign:
             what = "this is not a mergekit recipe (it has no merge_method)"
             raise each.document.error((), what, "mergetool run takes ours")
-    document = joined(found)
+    document = joined(named)
     check_document(document)
-    names = [each.name for each in found if each.name is not None] if len(found) > 1 else []
-    texts = [as_text(each.document.data, folder, each.name if names else None, names) for each in found]
+    names = [each.name for each in named if each.name is not None] if len(named) > 1 else []
+    texts = [as_text(each.document.data, folder, each.name if names else None, names) for each in named]
     return "---\n".join(texts), document.warnings
 
 

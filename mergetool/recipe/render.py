@@ -25,7 +25,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 def render(document: Document, prefix: Place, error: ValidationError, kind: Any) -> list[RecipeError]:
     """pydantic's findings as ours: union tags dropped from the path, words for people, did-you-mean."""
-    found = []
+    errors = []
     details = error.errors(include_url=False)
     nested = [detail["loc"] for detail in details]
     for detail in details:
@@ -34,11 +34,11 @@ def render(document: Document, prefix: Place, error: ValidationError, kind: Any)
             continue
         place = _written(document, (*prefix, *loc), detail["type"])
         if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            found.append(unknown_key(document, place, _known_keys(kind, loc)))
+            errors.append(unknown_key(document, place, _known_keys(kind, loc)))
         else:
             what, fix = _words(detail)
-            found.append(document.error(place, what, _for_a_list(document, kind, detail) or fix))
-    return found
+            errors.append(document.error(place, what, _for_a_list(document, kind, detail) or fix))
+    return errors
 
 
 def _for_a_list(document: Document, kind: Any, detail: ErrorDetails) -> str | None:

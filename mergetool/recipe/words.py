@@ -102,16 +102,16 @@ def is_place(text: str) -> bool:
 
 def models_named(tokenizer: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
     """Models that a tokenizer section names, as it was written, by their places in it."""
-    found: dict[tuple[str, ...], str] = {}
+    references: dict[tuple[str, ...], str] = {}
     source = tokenizer.get("source")
     if isinstance(source, str) and source != UNION and not is_place(source):
-        found["source",] = source
+        references["source",] = source
     if isinstance(tokenizer.get("prefer"), str):
-        found["prefer",] = tokenizer["prefer"]
+        references["prefer",] = tokenizer["prefer"]
     tokens = tokenizer.get("tokens")
     for token, row in tokens.items() if isinstance(tokens, dict) else ():
         if isinstance(row, str):
-            found["tokens", token] = row
+            references["tokens", token] = row
         elif isinstance(row, dict) and isinstance(row.get("from"), str):
-            found["tokens", token, "from"] = row["from"]
-    return found
+            references["tokens", token, "from"] = row["from"]
+    return references

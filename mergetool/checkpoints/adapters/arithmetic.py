@@ -57,6 +57,10 @@ class Arithmetic:
         """`W + s B A`, elements from `start`."""
         source = self._adapter if change.is_own else self._model
         out.copy_(_elements(source, change.origin, start, len(out)))
+        self.add(change, start, out)
+
+    def add(self, change: Change, start: int, out: "Tensor") -> None:
+        """Add the terms of a change to elements (float32, one axis) from `start`."""
         first, last = start // change.width, -(-(start + len(out)) // change.width)
         for term in change.terms:
             if isinstance(term, Added):
@@ -72,13 +76,13 @@ class Arithmetic:
         if term.block is not None:
             return self._product_of_experts(change, term, term.block, first, last)
         if term.transposed:  # (in, r) @ (r, out)
-            return self._matrix(term.a).mT[first:last] @ self._matrix(term.b).mT
-        return self._rows(term.b, first, last) @ self._matrix(term.a)
+            return self.matrix(term.a).mT[first:last] @ self.matrix(term.b).mT
+        return self._rows(term.b, first, last) @ self.matrix(term.a)
 
     def _product_of_experts(self, change: Change, term: LowRank, block: Block, first: int, last: int) -> "Tensor":
         import torch
 
-        a, b = self._matrix(term.a), self._matrix(term.b)
+        a, b = self.matrix(term.a), self.matrix(term.b)
         a = a.view(block.count, -1, a.shape[1])  # (experts, r, in)
         b = b.view(b.shape[0], -1, block.count)  # (out, r, experts)
         if block.index is not None:
@@ -97,7 +101,7 @@ class Arithmetic:
         """Magnitude over length: a column for rows of the matrix, or one row for all its columns."""
         import torch
 
-        wanted = self._matrix(magnitude.own).reshape(-1)
+        wanted = self.matrix(magnitude.own).reshape(-1)
         if magnitude.by_row:
             lengths = torch.linalg.vector_norm(rows.view(-1, change.width), dim=1)
             return wanted[first : first + len(lengths)].div(lengths).unsqueeze(1)
@@ -125,14 +129,14 @@ class Arithmetic:
         ]
         if not inside:
             return
-        values = self._matrix(rows.own)
+        values = self.matrix(rows.own)
         for place, row in inside:
             begin, end = max(row * width, start), min((row + 1) * width, stop)
             out[begin - start : end - start] = values[place, begin - row * width : end - row * width]
 
     # ------------------------------------------------------------------ the adapter's tensors
 
-    def _matrix(self, name: str) -> "Tensor":
+    def matrix(self, name: str) -> "Tensor":
         """A whole tensor of the adapter as rows of float32; small ones are kept for the next slice."""
         return self._keep(name, lambda: _rows_of(self._adapter, name, 0, self._adapter.specs[name].shape[0]))
 

@@ -1,8 +1,9 @@
 """The weights of an adapter: `adapter_model.safetensors`, or the older `adapter_model.bin`, as PEFT looks for them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mergetool.checkpoints.adapters.changes import Added, LowRank
 from mergetool.errors import SourceError
 from mergetool.tensors.pickled import PickledSource
 from mergetool.tensors.source import NOTHING, ModelSource, OpenFile, SafetensorsSource
@@ -21,7 +22,17 @@ def open_weights(folder: Path, elsewhere: Mapping[Path, OpenFile] = NOTHING) -> 
     raise SourceError(what, str(folder), "name the folder that model.save_pretrained wrote the adapter to")
 
 
-def is_all_zero(source: ModelSource, name: str) -> bool:
+def changes_nothing(adapter: ModelSource, terms: Iterable[LowRank | Added], folder: Path) -> tuple[str, ...]:
+    """A warning where every product is zero: an adapter as it is before training."""
+    products = {(term.a, term.b) if isinstance(term, LowRank) else (term.own,) for term in terms}
+    if not all(stamp.path.is_file() for stamp in adapter.files):  # only its header was fetched
+        return ()
+    if any(not any(_is_all_zero(adapter, half) for half in halves) for halves in sorted(products)):
+        return ()
+    return (f"{folder} changes nothing: all its products are zero, as before training",)
+
+
+def _is_all_zero(source: ModelSource, name: str) -> bool:
     """Whether a tensor holds nothing but zeros, by its bytes."""
     size = source.specs[name].num_bytes
     for begin in range(0, size, 1 << 20):

@@ -10,16 +10,19 @@ PEFT takes the adapter's name ("default") out when it saves; files that were sav
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from mergetool.errors import SourceError
+from mergetool.tensors.header import TensorSpec
 
 PREFIX = "base_model.model."
 _WRAPPED = ".base_layer"
 _PARTS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|trainable_tokens_delta"
 _CHANGE = re.compile(rf"(?P<module>.+?)\.(?P<part>{_PARTS})(?:\.(?P<adapter>[^.]+))??(?:\.(?P<leaf>weight|bias))?")
+_COMPILED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module)\.")
+"""What `torch.compile` and FSDP hang between a module and its parts."""
 _SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?P<rest>.+)")
 _TRAINING_ONLY = re.compile(r".+\.(lora_monteclora_sampler|lora_velora_embed)(\..+)?")
 """What PEFT leaves out when it merges: noise drawn and gradients compressed during training."""
@@ -55,6 +58,42 @@ class Key:
         return unwrapped(self.site)
 
 
+def by_site(keys: Iterable[Key]) -> dict[str, dict[Part, str]]:
+    """What hangs at each site: part -> its name in the adapter's file. Whole tensors hang nowhere."""
+    sites: dict[str, dict[Part, str]] = {}
+    for key in keys:
+        if key.part is not Part.WHOLE:
+            sites.setdefault(key.site, {})[key.part] = key.own
+    return sites
+
+
+def factors_at(
+    parts: Mapping[Part, str], own: Mapping[str, TensorSpec], where: str, fix: str
+) -> tuple[TensorSpec, TensorSpec, bool]:
+    """A and B of a site, and whether they are an embedding's. Raises SourceError where B A is no matrix."""
+    embedding = Part.EMBEDDING_A in parts or Part.EMBEDDING_B in parts
+    halves = (Part.EMBEDDING_A, Part.EMBEDDING_B) if embedding else (Part.A, Part.B)
+    a, b = (own[_half(parts, half, other, where)] for half, other in zip(halves, halves[::-1], strict=True))
+    if len(a.shape) < 2 or len(b.shape) != len(a.shape) or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+        what = f"A is {list(a.shape)}, B is {list(b.shape)}: B A is no matrix"
+        raise SourceError(what, f"{where}: {a.name}", fix)
+    return a, b, embedding
+
+
+def times_added(site: str, sites: Container[str]) -> int:
+    """PEFT adds the product of MultiheadAttention's out_proj twice, in training as in merging."""
+    outer, mark, leaf = site.rpartition(".base_layer.")
+    return 2 if mark and leaf == "out_proj" and outer in sites else 1
+
+
+def _half(parts: Mapping[Part, str], half: Part, other: Part, where: str) -> str:
+    if half in parts:
+        return parts[half]
+    known = parts.get(other) or next(iter(parts.values()))
+    missing = known.replace(other, half) if other in parts else f"its {half}"
+    raise SourceError(f"{missing} is missing", f"{where}: {known}", "save the adapter again")
+
+
 def words(text: str) -> frozenset[str]:
     """A set of names, written as text."""
     return frozenset(text.split())
@@ -78,7 +117,7 @@ def read_keys(names: Collection[str], where: str) -> list[Key]:
 
 
 def _key(own: str, where: str, adapters: Collection[str]) -> Key | None:
-    name = own.removeprefix(PREFIX)
+    name = _COMPILED.sub("", own.removeprefix(PREFIX))
     if ".original_module." in name or _TRAINING_ONLY.fullmatch(name):
         return None
     if match := _CHANGE.fullmatch(name):

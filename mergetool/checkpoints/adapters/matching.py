@@ -12,7 +12,7 @@ from typing import Any
 from mergetool.checkpoints.adapters import experts
 from mergetool.checkpoints.adapters.changes import Added, Block, Change, LowRank, Magnitude, Rows
 from mergetool.checkpoints.adapters.conv1d import is_transposed
-from mergetool.checkpoints.adapters.keys import Key, Part, read_keys, unwrapped
+from mergetool.checkpoints.adapters.keys import Key, Part, by_site, factors_at, read_keys, times_added, unwrapped
 from mergetool.checkpoints.adapters.places import INPUTS, Places, is_vocabulary_weight, leaf_of
 from mergetool.checkpoints.adapters.refusals import by_peft
 from mergetool.checkpoints.adapters.settings import Settings
@@ -43,10 +43,7 @@ class Matching:
         self.warnings: list[str] = []
         whole = Whole(own, specs, settings, self._places, where)
         self.changes = whole.changes([key for key in keys if key.part is Part.WHOLE])
-        self._sites: dict[str, dict[Part, str]] = {}
-        for key in keys:
-            if key.part is not Part.WHOLE:
-                self._sites.setdefault(key.site, {})[key.part] = key.own
+        self._sites = by_site(keys)
         for site, parts in self._sites.items():
             self._add(unwrapped(site), site, parts)
         if not self.changes:
@@ -59,40 +56,24 @@ class Matching:
     def _add(self, module: str, site: str, parts: Mapping[Part, str]) -> None:
         if Part.TOKENS in parts:
             self._add_rows(module, parts[Part.TOKENS])
-        embedding = Part.EMBEDDING_A in parts or Part.EMBEDDING_B in parts
-        halves = (Part.EMBEDDING_A, Part.EMBEDDING_B) if embedding else (Part.A, Part.B)
         if parts.keys() - {Part.TOKENS}:
-            a, b = (self._half(parts, half, other) for half, other in zip(halves, halves[::-1], strict=True))
+            a, b, embedding = factors_at(parts, self._own, self._where, self._fix())
             self._add_low_rank(module, site, parts, a, b, embedding=embedding)
         if Part.BIAS in parts:
             self._add_bias(module, parts[Part.BIAS], parts[Part.A])
-
-    def _half(self, parts: Mapping[Part, str], half: Part, other: Part) -> TensorSpec:
-        if half in parts:
-            return self._own[parts[half]]
-        known = parts.get(other) or next(iter(parts.values()))
-        missing = known.replace(other, half) if other in parts else f"its {half}"
-        raise SourceError(f"{missing} is missing", f"{self._where}: {known}", "save the adapter again")
 
     def _add_low_rank(
         self, module: str, site: str, parts: Mapping[Part, str], a: TensorSpec, b: TensorSpec, *, embedding: bool
     ) -> None:
         where = f"{self._where}: {a.name}"
-        if len(a.shape) < 2 or len(b.shape) != len(a.shape) or a.shape[0] != b.shape[1] or a.shape[0] == 0:
-            raise SourceError(f"A is {list(a.shape)}, B is {list(b.shape)}: B A is no matrix", where, self._fix())
         products = list(self._products(module, a, b, embedding=embedding))
         if not products:
             raise self._no_tensor(f"{module}.weight", a.name)
-        times = 2 if self._is_projected_twice(site) else 1
+        times = times_added(site, self._sites)
         for name, term in products:
             self._check_floating(name, a, b, where)
             self._change(name, LowRank(a.name, b.name, times * term.factor, term.transposed, term.block), where)
             self._add_magnitude(name, parts, by_row=not term.transposed)
-
-    def _is_projected_twice(self, site: str) -> bool:
-        """PEFT adds the product of MultiheadAttention's out_proj twice, in training as in merging."""
-        outer, mark, leaf = site.rpartition(".base_layer.")
-        return bool(mark) and leaf == "out_proj" and Part.A in self._sites.get(outer, {})
 
     # ------------------------------------------------------------------ where a product goes
 

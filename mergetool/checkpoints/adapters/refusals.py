@@ -37,7 +37,7 @@ _CLASSES: Mapping[str, str] = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
-_LEAVE_OUT = "leave it out of `adapters`; it works only while the model runs, with peft"
+_LEAVE_OUT = "leave it out; it works only while the model runs, with peft"
 
 
 def refuse_what_is_no_lora(settings: Mapping[str, Any], folder: Path, base: Path | None) -> None:
@@ -69,10 +69,10 @@ def _way_on(start: str, settings: Mapping[str, Any], folder: Path, base: Path | 
 
 def by_peft(settings: Mapping[str, Any], folder: Path, base: Path | None) -> str:
     """The command that merges an adapter with PEFT, to use its output as a model."""
-    model = _class_of(settings)
+    model, made_for = _class_of(settings), settings.get("base_model_name_or_path") or "MODEL"
     code = (
         f"from peft import PeftModel; from transformers import {model}; "
-        f"PeftModel.from_pretrained({model}.from_pretrained('{base or 'MODEL'}'), '{folder}')"
+        f"PeftModel.from_pretrained({model}.from_pretrained('{base or made_for}'), '{folder}')"
         ".merge_and_unload().save_pretrained('merged')"
     )
     return f'merge it with peft, and take the folder `merged` as the model: python -c "{code}"'

@@ -11,7 +11,7 @@ from typing import Any
 
 from mergetool.checkpoints.adapters.arithmetic import Arithmetic
 from mergetool.checkpoints.adapters.changes import Added, Change, LowRank
-from mergetool.checkpoints.adapters.files import is_all_zero, open_weights
+from mergetool.checkpoints.adapters.files import changes_nothing, open_weights
 from mergetool.checkpoints.adapters.matching import Matching
 from mergetool.checkpoints.adapters.settings import CONFIG_NAME, read_settings
 from mergetool.checkpoints.vocabulary import tokens_of
@@ -132,13 +132,7 @@ class AdapterSource(ModelSource):
             terms += change.terms
         if not terms or any(change.is_copy for change in self._changes.values()):
             return ()
-        if not all(stamp.path.is_file() for stamp in self._adapter.files):  # only its header was fetched
-            return ()
-        products = {(term.a, term.b) if isinstance(term, LowRank) else (term.own,) for term in terms}
-        for halves in sorted(products):
-            if not any(is_all_zero(self._adapter, half) for half in halves):
-                return ()
-        return (f"{folder} changes nothing: all its products are zero, as before training",)
+        return changes_nothing(self._adapter, terms, folder)
 
 
 def _labels(folder: Path) -> Mapping[str, str]:

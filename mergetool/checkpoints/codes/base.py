@@ -61,8 +61,8 @@ class Reader:
         """Elements of a tensor of scales as float32; bytes are exponents of two, as in the MX formats."""
         import torch
 
-        found = self.elements(name, start, count)
-        return (found.float() - 127.0).exp2() if found.dtype == torch.uint8 else found.float()
+        stored = self.elements(name, start, count)
+        return (stored.float() - 127.0).exp2() if stored.dtype == torch.uint8 else stored.float()
 
     def whole(self, name: str) -> "Tensor":
         """A tensor in full; those that were asked for last are kept."""
@@ -80,9 +80,9 @@ class Reader:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        found = read()
+        value = read()
         with self._lock:
-            self._kept[key] = found
+            self._kept[key] = value
             while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > _KEPT_BYTES:
                 self._kept.popitem(last=False)
-        return found
+        return value

@@ -57,14 +57,14 @@ class Blocks(Weight):
         return torch.cartesian_prod(table, table)
 
     def _scales(self, reader: Reader, first: int, count: int) -> "Tensor":
-        found = reader.elements(f"{self.name}.absmax", first, count)
+        scales = reader.elements(f"{self.name}.absmax", first, count)
         if self.nested is None:
-            return found.float()
+            return scales.float()
         length, offset = self.nested
         low, high = first // length, -(-(first + count) // length)
         table = reader.whole(f"{self.name}.nested_quant_map").float()
         outer = reader.elements(f"{self.name}.nested_absmax", low, high - low).float().repeat_interleave(length)
-        return table[found.int()].mul_(outer[first - low * length :][:count]).add_(offset)
+        return table[scales.int()].mul_(outer[first - low * length :][:count]).add_(offset)
 
 
 def describes_codes(name: str) -> bool:
@@ -89,7 +89,7 @@ def find_blocks(reader: Reader) -> Iterator[Weight]:
 
 def _said(reader: Reader, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(bytes(reader.elements(name, 0, reader.specs[name].num_elements).numpy()))
+        description = json.loads(bytes(reader.elements(name, 0, reader.specs[name].num_elements).numpy()))
     except (ValueError, RecursionError):
         raise SourceError("the description of 4-bit codes is not JSON", name, "get the model again") from None
-    return found if isinstance(found, dict) else {}
+    return description if isinstance(description, dict) else {}

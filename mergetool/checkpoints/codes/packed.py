@@ -91,10 +91,10 @@ class Gptq(InputsFirst):
     def _outputs_packed(self, packed: "Tensor", first: int, last: int) -> "Tensor":
         each = 32 // self.bits
         low = first // each
-        found = packed[:, low : -(-last // each)]
+        words = packed[:, low : -(-last // each)]
         if self.less:  # added to all that are packed together, so that what went over the edge comes back
-            found = found + int.from_bytes(_ones(self.bits), "little", signed=True)
-        return _unpacked(found, self.bits).flatten(1)[:, first - low * each : last - low * each]
+            words = words + int.from_bytes(_ones(self.bits), "little", signed=True)
+        return _unpacked(words, self.bits).flatten(1)[:, first - low * each : last - low * each]
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class Awq(InputsFirst):
 
     def _outputs_packed(self, packed: "Tensor", first: int, last: int) -> "Tensor":
         low = first // 8
-        found = _unpacked(packed[:, low : -(-last // 8)], 4)[..., list(_AWQ_PLACES)]
-        return found.flatten(1)[:, first - low * 8 : last - low * 8]
+        unpacked = _unpacked(packed[:, low : -(-last // 8)], 4)[..., list(_AWQ_PLACES)]
+        return unpacked.flatten(1)[:, first - low * 8 : last - low * 8]
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ class Compressed(_Packed):
     def _zeros(self, packed: "Tensor", first: int, last: int) -> "Tensor":
         each = 32 // self.bits
         low = first // each
-        found = _unpacked(packed[low : -(-last // each)], self.bits).transpose(1, 2).flatten(0, 1)
-        return found[first - low * each : last - low * each]
+        zeros = _unpacked(packed[low : -(-last // each)], self.bits).transpose(1, 2).flatten(0, 1)
+        return zeros[first - low * each : last - low * each]
 
 
 def _ones(bits: int) -> bytes:

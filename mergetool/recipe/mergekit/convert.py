@@ -145,7 +145,7 @@ class _Importer:
     def _settings(self, roster: Roster) -> list[MethodSettings]:
         """Of each slice, its settings."""
         reader = SettingsReader(self.findings, self.method, roster.target, self._mark)
-        found, height = [], 0
+        of_slices, height = [], 0
         for index, group in enumerate(roster.groups):
             self._mark(("slices", index), group.part.place)
             reader.tell_idle(group)
@@ -156,10 +156,10 @@ class _Importer:
                 if each.span is not None
             }
             places = [("merge",), ("slices", index, "set")]
-            found.append(reader.read(own, group.part.scopes, places, numbers) if own else MethodSettings({}, []))
+            of_slices.append(reader.read(own, group.part.scopes, places, numbers) if own else MethodSettings({}, []))
             height += group.length
         reader.tell_idle_of_all([scope for part in roster.parts for scope in part.scopes])
-        return found
+        return of_slices
 
     def _storage(self) -> dict[str, Any]:
         """`compute` and `output`."""

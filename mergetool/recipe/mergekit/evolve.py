@@ -98,17 +98,17 @@ class _Search:
         listed = self.genome.get("models")
         if not isinstance(listed, list) or not listed:
             raise self.findings.stop(("genome", "models"), "expected a list of models", "write - MODEL")
-        found: dict[str, Source] = {}
+        sources: dict[str, Source] = {}
         for index, each in enumerate(listed):
             here: Place = ("genome", "models", index)
             reference = reading.reference(each, here)
-            if reference in found:
+            if reference in sources:
                 self.findings.warn(here, f"{reference} is listed twice: one of it is searched")
-            found.setdefault(reference, Source(reference, Scope({}, here), here))
+            sources.setdefault(reference, Source(reference, Scope({}, here), here))
         base = reading.base
-        if self.method == "slerp" and base not in found:  # it takes the best two models of each group of layers
-            base = next(iter(found))
-        part = OutputSlice(list(found.values()), [], base, ("genome", "models"))
+        if self.method == "slerp" and base not in sources:  # it takes the best two models of each group of layers
+            base = next(iter(sources))
+        part = OutputSlice(list(sources.values()), [], base, ("genome", "models"))
         return Roster(self.findings, self.method, METHODS[self.method], [part])
 
     def _inner(self, roster: Roster) -> dict[str, Any]:
@@ -161,8 +161,8 @@ class _Search:
             held = {"name": task} if isinstance(task, str) else self.findings.mapping(task, here, ("name",))
             self.findings.stray(held, here, ("name", "weight", "metric"), {})
             metric, _, name = str(held.get("metric") or "").partition(",")
-            found = {"name": held.get("name"), "metric": metric or None, "filter": name or None}
-            yield {key: value for key, value in found.items() if value is not None} | self._weight(held, here)
+            facts = {"name": held.get("name"), "metric": metric or None, "filter": name or None}
+            yield {key: value for key, value in facts.items() if value is not None} | self._weight(held, here)
 
     def _weight(self, task: Mapping[str, Any], place: Place) -> dict[str, Any]:
         if task.get("weight") is None:

@@ -47,7 +47,7 @@ def cases(cells: Mapping[Cell, Sequence[Branch]]) -> list[Case]:
     ordered = list(dict.fromkeys(_texts(branches) for branches in cells.values()))
     if prod(len(texts) for texts in ordered) > MAX_CASES:
         raise ValueError(f"these filters can fall in more than {MAX_CASES} ways")
-    found = []
+    possible = []
     for choice in product(*(range(len(texts)) for texts in ordered)):
         chosen = list(zip(ordered, choice, strict=True))
         needed = frozenset(text for texts, i in chosen if (text := texts[i]) is not None)
@@ -56,8 +56,8 @@ def cases(cells: Mapping[Cell, Sequence[Branch]]) -> list[Case]:
             continue  # a name with the longer text has the shorter one, whose branch comes first
         index = dict(chosen)
         branches = {cell: lines[index[_texts(lines)]] for cell, lines in cells.items()}
-        found.append(Case(needed, branches))
-    return found
+        possible.append(Case(needed, branches))
+    return possible
 
 
 def _texts(branches: Sequence[Branch]) -> tuple[str | None, ...]:

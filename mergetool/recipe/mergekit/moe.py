@@ -116,17 +116,17 @@ class _Mixture:
             named[name] = {**({"model": model} if copies else {}), **self._prompts(source, gate)}
             overrides += self._changes(source, f"*.experts.{index}.*")
             self._mark(("merge", "experts", name), source.place)
-        found: dict[str, Any] = {"method": "moe", "target": self._target(shared, gate), "gate": gate, "experts": named}
+        merge: dict[str, Any] = {"method": "moe", "target": self._target(shared, gate), "gate": gate, "experts": named}
         if self.data.get("experts_per_token") is not None:
-            found["experts_per_token"] = self._number(("experts_per_token",), int)
+            merge["experts_per_token"] = self._number(("experts_per_token",), int)
         if len(shared) > 1:
             what = f"{len(shared)} shared experts, and no family has more than one"
             self.findings.problem(("shared_experts",), what, "keep one")
         for source in shared[:1]:
-            found["shared"] = {"model": str(roster.called(source.reference)), **self._prompts(source, gate)}
+            merge["shared"] = {"model": str(roster.called(source.reference)), **self._prompts(source, gate)}
             overrides += self._changes(source, "*.shared_expert*_proj.weight")
             self._mark(("merge", "shared"), source.place)
-        return {**found, **({"overrides": overrides} if overrides else {})}
+        return {**merge, **({"overrides": overrides} if overrides else {})}
 
     def _gate(self) -> str:
         mode = str(self.data.get("gate_mode") or "hidden")
@@ -155,9 +155,9 @@ class _Mixture:
     def _prompts(self, source: Source, gate: str) -> dict[str, Any]:
         held = self._held(source)
         asked = {"prompts": held.get("positive_prompts"), "avoid": held.get("negative_prompts")}
-        found = {key: value for key, value in asked.items() if value}
-        if not found or gate not in ("random", "uniform-random"):
-            return found
+        prompts = {key: value for key, value in asked.items() if value}
+        if not prompts or gate not in ("random", "uniform-random"):
+            return prompts
         keys = [key for key in ("positive_prompts", "negative_prompts") if held.get(key)]
         self.findings.idle(keys, source.place, "random gates read no prompt")
         return {}
@@ -166,12 +166,12 @@ class _Mixture:
         """Noise and a factor of one expert."""
         held = self._held(source)
         words = {"noise": "noise_scale", "scale": "residual_scale"}
-        found = {
+        numbers = {
             ours: self._number((*source.place, theirs), float)
             for ours, theirs in words.items()
             if held.get(theirs) is not None
         }
-        return [{"match": match, **found}] if found else []
+        return [{"match": match, **numbers}] if numbers else []
 
     def _number(self, place: Place, kind: type) -> Any:
         node: Any = self.data

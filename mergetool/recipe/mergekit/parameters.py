@@ -49,17 +49,17 @@ def branches_of(findings: Findings, key: str, parameter: MergekitParameter, scop
 
     Raises RecipeError where a setting cannot be read, or is missing though mergekit requires it.
     """
-    found: list[Branch] = []
+    branches: list[Branch] = []
     for scope in scopes:
         if scope.parameters.get(key, []) != []:
             lines = _lines(findings, scope.parameters[key], parameter.kind, (*scope.place, key))
-            found += [replace(line, value=parameter.translated(line.value)) for line in lines]
-            if found[-1].text is None:
-                return found
+            branches += [replace(line, value=parameter.translated(line.value)) for line in lines]
+            if branches[-1].text is None:
+                return branches
     if parameter.default is REQUIRED:
-        what = f"{key} is required for the names that no filter matches" if found else f"{key} is required"
+        what = f"{key} is required for the names that no filter matches" if branches else f"{key} is required"
         raise findings.stop(scopes[0].place, what, _where_to_write(findings, key, scopes))
-    return [*found, Branch(None, parameter.translated(parameter.default), ())]
+    return [*branches, Branch(None, parameter.translated(parameter.default), ())]
 
 
 def _where_to_write(findings: Findings, key: str, scopes: Sequence[Scope]) -> str:
@@ -74,20 +74,20 @@ def _where_to_write(findings: Findings, key: str, scopes: Sequence[Scope]) -> st
 def _lines(findings: Findings, setting: Any, kind: type, place: Place) -> list[Branch]:
     """A setting's lines up to the first one without a filter."""
     listed = isinstance(setting, list) and any(isinstance(item, dict) for item in setting)
-    found: list[Branch] = []
+    branches: list[Branch] = []
     for index, line in enumerate(setting if listed else [setting]):
         here = (*place, index) if listed else place
         if not isinstance(line, dict):
-            return [*found, Branch(None, _value(findings, line, kind, here), here)]
+            return [*branches, Branch(None, _value(findings, line, kind, here), here)]
         findings.stray(line, here, ("filter", "value"), {})
         if "value" not in line:
             raise findings.stop(here, "a line of filters needs a value", "write {filter: TEXT, value: NUMBER}")
         text = line.get("filter")
         value = _value(findings, line["value"], kind, (*here, "value"))
         if text is None or text == "*":
-            return [*found, Branch(None, value, here)]
-        found.append(Branch(str(text), value, here))
-    return found
+            return [*branches, Branch(None, value, here)]
+        branches.append(Branch(str(text), value, here))
+    return branches
 
 
 def _value(findings: Findings, value: Any, kind: type, place: Place) -> Any:

@@ -61,10 +61,10 @@ class Reading:
     def scope(self, holder: Mapping[str, Any], place: Place) -> Scope:
         """Its `parameters`. Raises RecipeError."""
         here: Place = (*place, "parameters")
-        found = holder.get("parameters") or {}
-        if not isinstance(found, dict):
+        parameters = holder.get("parameters") or {}
+        if not isinstance(parameters, dict):
             raise self.findings.stop(here, "expected a mapping", "write parameters: {name: value}")
-        return Scope(found, here)
+        return Scope(parameters, here)
 
     def reference(self, value: Any, place: Place) -> str:
         """A model as mergekit writes it in one text: PATH@REVISION+LORA@REVISION. Raises RecipeError."""

@@ -31,10 +31,10 @@ class Renumbered:
 
     def texts(self, text: str) -> list[str]:
         """What to look for in the result in place of a text in the model."""
-        found = _LAYER.search(text)
-        if found is None or self.first == self.place:
+        layer_number = _LAYER.search(text)
+        if layer_number is None or self.first == self.place:
             return [text]
-        before, number, behind = text[: found.start()], found[0], text[found.end() :]
+        before, number, behind = text[: layer_number.start()], layer_number[0], text[layer_number.end() :]
         return [
             f"{before or '.'}{layer - self.first + self.place}{behind or '.'}"
             for layer in range(self.first, self.first + self.length)

@@ -77,12 +77,12 @@ class Roster:
     @cached_property
     def models(self) -> Sequence[Source]:
         """Every model but the ancestor, in order, without its layers: merged ones, then other slices' bases."""
-        found = {source.reference: source for group in self.groups for source in group.merged}
+        sources = {source.reference: source for group in self.groups for source in group.merged}
         known = self.ancestor.reference if self.ancestor else None
         for group in self.groups:
             if group.ancestor is not None and group.ancestor.reference != known:
-                found.setdefault(group.ancestor.reference, group.ancestor)
-        return list(found.values())
+                sources.setdefault(group.ancestor.reference, group.ancestor)
+        return list(sources.values())
 
     @cached_property
     def names(self) -> Mapping[str, str]:

@@ -50,7 +50,7 @@ def _is_shared(roster: Roster, settings: Sequence[MethodSettings]) -> bool:
 
 def _joined(settings: Sequence[MethodSettings]) -> dict[str, Any]:
     """The fields on which all slices agree, as far as they have the same models."""
-    found = {}
+    fields = {}
     for key, first in settings[0].values.items() if settings else ():
         values = [each.values.get(key) for each in settings]
         by_model = [value for value in values if isinstance(value, ByModel)]
@@ -58,10 +58,10 @@ def _joined(settings: Sequence[MethodSettings]) -> dict[str, Any]:
             together = ByModel()
             numbers = [item for value in by_model for item in value.items()]
             if all(together.setdefault(name, number) == number for name, number in numbers):
-                found[key] = together
+                fields[key] = together
         elif all(value == first for value in values):
-            found[key] = first
-    return found
+            fields[key] = first
+    return fields
 
 
 def _is_weighed_alone(group: SliceModels, settings: MethodSettings) -> bool:

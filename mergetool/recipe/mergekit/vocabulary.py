@@ -33,17 +33,17 @@ class Words:
         self.roster = roster
 
     def sections(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        sections: dict[str, Any] = {}
         for key, translated in (("tokenizer", self._tokenizer), ("chat_template", self._template)):
             try:
                 section = translated()
             except RecipeError as error:
                 self.findings.problems += error.problems
             else:
-                found |= {key: section} if section is not None else {}
-        if "tokenizer" in found:
-            found["tokenizer"] |= self._preferred()
-        return found
+                sections |= {key: section} if section is not None else {}
+        if "tokenizer" in sections:
+            sections["tokenizer"] |= self._preferred()
+        return sections
 
     def _preferred(self) -> dict[str, Any]:
         """mergekit's base goes before the mean of several even where it is one of the models that are merged."""
@@ -74,8 +74,8 @@ class Words:
         if value == "base" and self.reading.base is None:
             return next(iter(self.roster.names.values()), "base")
         reference = self.reading.base if value == "base" else self.reading.reference(value, place)
-        found = self.roster.called(str(reference)) or str(reference)
-        return found if is_place(found) or found in (*self.roster.names.values(), "base") else f"./{found}"
+        model = self.roster.called(str(reference)) or str(reference)
+        return model if is_place(model) or model in (*self.roster.names.values(), "base") else f"./{model}"
 
     def _tokens(self, tokens: Any, place: Place) -> dict[str, Any]:
         held = self.findings.mapping(tokens, place, ("TOKEN",))
@@ -103,10 +103,10 @@ class Words:
         token, number = source.get("token"), source.get("token_id")
         if (token is None) == (number is None):
             raise self.findings.stop(place, "one of `token` and `token_id` is needed", "write token: TEXT")
-        found = {"from": self._model(source.get("model"), (*place, "model"))}
+        row = {"from": self._model(source.get("model"), (*place, "model"))}
         if token is not None:
-            return {**found, "token": str(token)}
-        return {**found, "id": self._count(number, (*place, "token_id"))}
+            return {**row, "token": str(token)}
+        return {**row, "id": self._count(number, (*place, "token_id"))}
 
     def _model(self, value: Any, place: Place) -> str:
         reference = self.reading.reference(value, place)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mergetool
-from mergetool.checkpoints.adapters import AdapterSource
+from mergetool.checkpoints.adapters import AdapterAlone, AdapterSource
 from mergetool.errors import SourceError
 from mergetool.tensors.folder import open_model
 from tests.checkpoints.adapters.peft_oracle import (
@@ -183,6 +183,9 @@ def test_kinds_that_peft_can_merge_come_with_a_command_that_does(
         wanted = adapted.eval()(ids).logits
     with pytest.raises(SourceError) as caught:
         AdapterSource(open_model(tmp_path / "model"), tmp_path / "adapter")
+    with pytest.raises(SourceError) as alone:
+        AdapterAlone(tmp_path / "adapter")
+    assert alone.value.fix == caught.value.fix
     follow(caught.value.fix, tmp_path, monkeypatch)
     recipe = {"models": {"a": str(tmp_path / "merged")}, "merge": {"method": "passthrough"}}
     mergetool.run(recipe, output=tmp_path / "out")
@@ -197,7 +200,7 @@ def test_kinds_that_are_no_part_of_weights_are_left_out(tmp_path: Path) -> None:
         get_peft_model(llama(), config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(SourceError, match="PREFIX_TUNING") as caught:
         AdapterSource(open_model(tmp_path / "model"), tmp_path / "adapter")
-    assert "leave it out of `adapters`" in caught.value.fix
+    assert "leave it out" in caught.value.fix
     models = {"a": {"source": str(tmp_path / "model"), "adapters": []}}
     mergetool.run({"models": models, "merge": {"method": "passthrough"}}, output=tmp_path / "out")
 
@@ -302,7 +305,7 @@ def test_labels_that_lie_beside_a_head_are_told(trained: Trained) -> None:
 
 def test_planning_with_an_adapter_imports_no_torch(trained: Trained) -> None:
     code = (
-        "import sys; from pathlib import Path; from mergetool.checkpoints.adapters import AdapterSource; "
+        "import sys; from pathlib import Path; from mergetool.checkpoints.adapters import AdapterAlone, AdapterSource; "
         "from mergetool.tensors.folder import open_model; "
         f"AdapterSource(open_model(Path({str(trained.model)!r})), Path({str(trained.adapter)!r})); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
