@@ -90,8 +90,8 @@ def truncated_svd(delta: Tensor, k: int) -> Factors:
     finite.
     """
     if delta.shape[-2] < delta.shape[-1]:
-        return _with_signs(_truncated_svd(delta.mT, k).mT)
-    return _with_signs(_truncated_svd(delta, k))
+        return with_signs(_truncated_svd(delta.mT, k).mT)
+    return with_signs(_truncated_svd(delta, k))
 
 
 def _truncated_svd(delta: Tensor, k: int) -> Factors:
@@ -104,7 +104,8 @@ def _truncated_svd(delta: Tensor, k: int) -> Factors:
     return Factors(basis @ u, s, right @ vh.mT)
 
 
-def _with_signs(factors: Factors) -> Factors:
+def with_signs(factors: Factors) -> Factors:
+    """The same matrix, its triplets turned so that the largest entry of every left vector is positive."""
     largest = factors.u.gather(-2, factors.u.abs().argmax(-2, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(factors.u.dtype)
     return Factors(factors.u * signs, factors.s, factors.v * signs)

@@ -4,19 +4,20 @@ Slots have room for as many directions as there may be. When all is written, wha
 module does not have, and tensors that are what they are in the base.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergetool.checkpoints.adapters.files import WEIGHTS_NAME
+from mergetool.checkpoints.adapters.forms import Form, Place, always_kept
+from mergetool.checkpoints.adapters.keys import PREFIX
 from mergetool.checkpoints.adapters.settings import CONFIG_NAME
-from mergetool.checkpoints.adapters.written import Written, config_text
-from mergetool.errors import MergeError, at
+from mergetool.checkpoints.adapters.written import Written, task_of
+from mergetool.errors import MergeError
 from mergetool.outputs.record import LOST, RANK, Record
 from mergetool.outputs.redaction import redacted
 from mergetool.planning import Plan, Step
-from mergetool.planning.adapters import is_product, module_of
 from mergetool.planning.graph import BASE, Shard, Slot
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.header import TensorSpec, lay_out
@@ -26,7 +27,6 @@ from mergetool.tensors.source import ModelSource, SafetensorsSource
 from mergetool.tensors.writer import SlotWriter, write_file
 
 _CHUNK = 1 << 22
-_LEAVES = ("weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -44,25 +44,28 @@ def slot_files(plan: Plan) -> Sequence[Shard]:
 
 def write_beside(plan: Plan, folder: Path, record: Record) -> None:
     """The file without what is not needed, and what PEFT reads beside it. Raises MergeError where nothing is left."""
+    task = task_of(read_config(plan.sources[BASE].folder))
     with closing(SafetensorsSource([folder / WEIGHTS_NAME], None)) as written:
-        ranks = {step.name: int(_measured(record, step, RANK)) for step in plan.steps if is_product(step)}
-        saved = _saved(plan, written)
+        ranks = {name: int(_measured(record, name, RANK)) for name, form in plan.forms.items() if form.is_product}
+        saved = _changed_modules(plan, written)
         if not any(ranks.values()) and not saved:
             what = "nothing of the base is changed, so there is nothing to put into an adapter"
             raise MergeError(what, "output.kind", "name models that differ from the base")
         if ranks and not any(ranks.values()):
             ranks[next(iter(ranks))] = 1  # of zeros: PEFT opens no adapter without any
-        kept = [each for step in plan.steps for each in _kept(step, ranks, saved)]
+        saved |= always_kept(plan.forms, task)
+        wrapped = {plan.forms[name].target for name, rank in ranks.items() if rank}
+        kept = [each for step in plan.steps for each in _kept(step, plan.forms[step.name], ranks, saved, wrapped)]
         shard = Shard(f".{WEIGHTS_NAME}.tmp", *lay_out([each.spec for each in kept], {"format": "pt"}))
         _copy(written, folder, shard, kept)
     (folder / shard.name).replace(folder / WEIGHTS_NAME)
     record.outputs.pop(WEIGHTS_NAME, None)
-    write_file(folder / CONFIG_NAME, _config(plan, ranks, saved))
+    write_file(folder / CONFIG_NAME, _config(plan, ranks, saved, task))
 
 
 def notes(plan: Plan, folder: Path, record: Record) -> Mapping[str, int]:
     """What the ranks lose."""
-    lost = {step.name: _measured(record, step, LOST) for step in plan.steps if is_product(step)}
+    lost = {name: _measured(record, name, LOST) for name, form in plan.forms.items() if form.is_product}
     losing = [share for share in lost.values() if share]
     if not losing:
         return {}
@@ -70,25 +73,24 @@ def notes(plan: Plan, folder: Path, record: Record) -> Mapping[str, int]:
     return {f"cut to the rank: up to {max(losing):.2g} of the length of a change is lost ({worst})": len(losing)}
 
 
-def _measured(record: Record, step: Step, what: str) -> float:
-    return next((note[1] for note in record.notes.get(step.name, ()) if note[0] == what), 0.0)
+def _measured(record: Record, name: str, what: str) -> float:
+    return next((note[1] for note in record.notes.get(name, ()) if note[0] == what and not isinstance(note, str)), 0.0)
 
 
-def _saved(plan: Plan, written: ModelSource) -> dict[str, set[str]]:
-    """The modules that are kept in full, because a tensor of theirs is not the base's: with what PEFT calls them by."""
+def _changed_modules(plan: Plan, written: ModelSource) -> set[str]:
+    """The modules that are kept in full, because a tensor of theirs is not the base's; of biases alone, their names."""
     base = plan.sources[BASE]
-    changed: dict[str, set[str]] = {}
+    changed: set[str] = set()
     for step in plan.steps:
-        if is_product(step) or not _differs(base, step.name, written, step.slots[0].spec):
-            continue
-        for slot in step.slots:
-            module, leaf = module_of(slot.spec.name), slot.spec.name.rpartition(".")[2]
-            if leaf not in _LEAVES:
-                what = "is changed, and an adapter holds layers and modules, not single parameters"
-                fix = f"keep the base's: overrides: [{{match: {step.name!r}, use: base}}], or write kind: checkpoint"
-                raise MergeError(what, step.name, fix)
-            changed.setdefault(module, set()).add(leaf)
+        form = plan.forms[step.name]
+        if not form.is_product and _differs(base, step.name, written, step.slots[0].spec):
+            changed |= {_holder(form, place) for place in form.places}
     return changed
+
+
+def _holder(form: Form, place: Place) -> str:
+    """What decides whether a tensor is kept: its module, or itself."""
+    return place.key if form.alone and place.module == form.module else place.module
 
 
 def _differs(base: ModelSource, name: str, written: ModelSource, spec: TensorSpec) -> bool:
@@ -114,19 +116,24 @@ def _equal(
     return torch.equal(*halves)
 
 
-def _kept(step: Step, ranks: Mapping[str, int], saved: Mapping[str, set[str]]) -> Iterator[_Kept]:
-    """What of a step's slots goes into the finished file."""
-    if not is_product(step):
-        full = step.slots if any(module_of(slot.spec.name) in saved for slot in step.slots) else ()
-        yield from (_Kept(slot.spec, slot.spec.name) for slot in full)
-    elif ranks[step.name]:
-        yield from (_Kept(_cut(slot, ranks[step.name]), slot.spec.name) for slot in step.slots)
+def _kept(
+    step: Step, form: Form, ranks: Mapping[str, int], saved: Collection[str], wrapped: Collection[str]
+) -> Iterator[_Kept]:
+    """What of a step's slots goes into the finished file. PEFT wraps modules that have factors."""
+    if form.is_product:
+        rank = ranks[step.name]
+        yield from (_Kept(_cut(slot, rank, form), slot.spec.name) for slot in step.slots if rank)
+        return
+    for slot, place in zip(step.slots, form.places, strict=True):
+        if _holder(form, place) in saved:
+            name = place.key if place.module in wrapped else place.key.replace(".base_layer.", ".")
+            yield _Kept(replace(slot.spec, name=name), slot.spec.name)
 
 
-def _cut(slot: Slot, rank: int) -> TensorSpec:
+def _cut(slot: Slot, rank: int, form: Form) -> TensorSpec:
     """A factor with as many directions as there are."""
     spec, shape = slot.spec, slot.spec.shape
-    cut = (rank, *shape[1:]) if ".lora_A." in spec.name else (shape[0], rank, *shape[2:])
+    cut = (rank, *shape[1:]) if spec.name == form.a else (shape[0], rank, *shape[2:])
     return TensorSpec(spec.name, spec.dtype, cut)
 
 
@@ -143,18 +150,20 @@ def _copy(written: ModelSource, folder: Path, shard: Shard, kept: Sequence[_Kept
         writer.close()
 
 
-def _config(plan: Plan, ranks: Mapping[str, int], saved: Mapping[str, set[str]]) -> str:
+def _config(plan: Plan, ranks: Mapping[str, int], saved: Collection[str], task: str | None) -> str:
     """adapter_config.json."""
-    recipe, base = plan.recipe, plan.sources[BASE]
+    recipe = plan.recipe
     assert recipe.base is not None
     origin = plan.origins.get(BASE, ())
     name = recipe.output.base or (origin[0].repo if origin and origin[0].repo else recipe.base.source)
-    made = Written(
-        ranks={module_of(step.slots[0].spec.name): ranks[step.name] for step in plan.steps if is_product(step)},
-        saved=saved,
-        modules=frozenset(name.rpartition(".")[0] for name in base.specs),
+    products = {form.target: ranks[name] for name, form in plan.forms.items() if form.is_product and ranks[name]}
+    return Written(
+        ranks=products,
+        saved={place for place in saved if not place.startswith(PREFIX)},
+        biases=any(place.startswith(PREFIX) for place in saved),
+        modules=plan.modules,
         base=str(redacted(name, recipe.folder)),
         revision=origin[0].commit if origin and origin[0].repo and recipe.output.base is None else None,
-        transposed=any(step.operation.transposed for step in plan.steps),
-    )
-    return config_text(made, read_config(base.folder))
+        turned=any(form.turned for form in plan.forms.values()),
+        task=task,
+    ).text()

@@ -14,6 +14,7 @@ from typing import Any
 
 from mergetool.alignment.models import Headers
 from mergetool.arch.code import code_of
+from mergetool.checkpoints.adapters.forms import Form
 from mergetool.methods.base import Granularity
 from mergetool.planning.operations import Operation
 from mergetool.planning.sources import Provenance
@@ -203,6 +204,10 @@ class Plan:
     """The vocabulary, where the models' are not one."""
     inner: "Mapping[str, Plan]" = field(default_factory=dict)
     """The plans of models that other recipes make first, by name."""
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    """What tensors become in an adapter, by what steps work on."""
+    modules: frozenset[str] = frozenset()
+    """All modules of the network that an adapter is for, where that is known."""
     narrow: Mapping[str, DType] = field(default_factory=dict)
     """What tensors of an intermediate result would be stored as, were it kept; where it is wider."""
 

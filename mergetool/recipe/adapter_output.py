@@ -32,6 +32,10 @@ def check_kind(document: Document, kind: type[Method], layout: Layout) -> Iterat
     if "base" not in data and kind.needs_base != "required":
         what = "an adapter holds what is changed of a base, and the recipe has none"
         yield document.error(("output", "kind"), what, "add base: PATH")
+    if output.get("rank") is None:
+        what = "a change has as many directions as its tensor is wide, and an adapter keeps the leading ones"
+        fix = "add rank: 32, or a share such as rank: {energy: 0.99}, or rank: exact for all of them"
+        yield document.error(("output",), what, fix)
     for key in _OF_CHECKPOINTS:
         if key in output:
             what = "an adapter is one file of factors, so this would have no effect"

@@ -138,7 +138,7 @@ def _rank(value: Any) -> Any:
     """A rank as it is written: a number, `exact`, or a share of energy."""
     whole = type(value) is int and value > 0
     share = isinstance(value, dict) and set(value) == {"energy"} and type(value["energy"]) in (int, float)
-    if whole or value == "exact" or (share and 0 < value["energy"] < 1):
+    if whole or value in ("exact", None) or (share and 0 < value["energy"] < 1):
         return value
     raise ValueError("expected a whole number above 0 such as 32, exact, or {energy: 0.99} (a share between 0 and 1)")
 
@@ -163,15 +163,15 @@ class Output(Section):
         "checkpoint", description="whole weights, or a LoRA adapter for `base` that PEFT loads"
     )
     rank: Annotated[
-        int | dict[str, float] | Literal["exact"],
-        BeforeValidator(_rank, json_schema_input_type=int | dict[str, float] | Literal["exact"]),
+        int | dict[str, float] | Literal["exact"] | None,
+        BeforeValidator(_rank, json_schema_input_type=int | dict[str, float] | Literal["exact"] | None),
     ] = Field(
-        "exact",
+        None,
         description="of an adapter's products: at most so many directions, as many as hold a share of what was changed "
         "(`{energy: 0.99}`), or all that there are",
     )
     base: Annotated[str, Field(min_length=1, strict=True)] | None = Field(
-        None, description="what the adapter calls its base model; else it is called as in `base`"
+        None, description="what the adapter calls its base model, where that is not what the recipe's `base` is called"
     )
     hub: HubOutput | None = Field(None, description="push the result there, once it is complete")
 
