@@ -36,6 +36,7 @@ from mergetool.bundle.manifest import (
 from mergetool.bundle.options import Experts, HeadSource, Options
 from mergetool.bundle.ranks import columns, factor_specs, full_spec, is_worthwhile, most_directions
 from mergetool.bundle.store import FactorStore
+from mergetool.bundle.task_vector import TaskVector, directions_of
 from mergetool.errors import MergeError, PlanError
 from mergetool.kernels.routing import cosines, without_duplicates
 from mergetool.kernels.spectral import (
@@ -113,13 +114,14 @@ class _Work:
     def factor(self, name: str) -> tuple[Parameter, list[Tensor]]:
         """Decide how a tensor is kept, and put its factors into the store. Also all tasks' singular values."""
         shape = self.experts.shapes[name]
-        deltas = self._deltas(name)
-        if not any(bool(delta.any()) for delta in deltas):
+        changes = self._changes(name)
+        if all(change.is_nothing for change in changes):
             return Parameter(policy="skip", shape=shape), []
-        most = most_directions(name, shape, self.options, len(self.experts.names))
+        known = directions_of(change.num_directions for change in changes)
+        most = most_directions(name, shape, self.options, len(changes), known)
         if most == 0:
             return Parameter(policy="full", shape=shape), []
-        factors = [kept(self.store.factors(delta.flatten(1), most), self.options.rank) for delta in deltas]
+        factors = [kept(change.factors(self.store, most), self.options.rank) for change in changes]
         if not is_worthwhile(shape, max(part.rank for part in factors), self.options):
             return Parameter(policy="full", shape=shape), []
         parameter = Parameter(
@@ -147,24 +149,21 @@ class _Work:
             ranks.setdefault(name, []).append(rank)
         return parameters | {name: parameters[name].model_copy(update={"ranks": tuple(r)}) for name, r in ranks.items()}
 
-    def _deltas(self, name: str) -> list[Tensor]:
-        base = self.experts.read("base", name)
-        deltas = []
-        for task in self.experts.names:
-            delta = self.experts.read(task, name).sub_(base)
-            if not bool(delta.isfinite().all()):
+    def _changes(self, name: str) -> list[TaskVector]:
+        changes = [self.experts.change(task, name) for task in self.experts.names]
+        for task, change in zip(self.experts.names, changes, strict=True):
+            if not change.is_finite:
                 what = "holds values that are not finite, or the base does"
                 raise MergeError(what, f"model {task!r}: {name}", "repair or replace that model")
-            deltas.append(delta)
-        return deltas
+        return changes
 
     def _stored(self, name: str, parameters: Mapping[str, Parameter]) -> list[Factors]:
         """Every task's factors of a tensor, from the store, rounded as they are written."""
         most = max(*parameters[name].ranks, 1)
         dtype = _torch(self.options.dtype)
         rounded = []
-        for delta, rank in zip(self._deltas(name), parameters[name].ranks, strict=True):
-            factors = self.store.factors(delta.flatten(1), most).leading(rank)
+        for change, rank in zip(self._changes(name), parameters[name].ranks, strict=True):
+            factors = change.factors(self.store, most).leading(rank)
             rounded.append(Factors(factors.u.to(dtype).double(), factors.s.double(), factors.v.to(dtype).double()))
         return rounded
 
@@ -182,11 +181,11 @@ class _Work:
             for name, parameter in parameters.items():
                 if parameter.policy == "skip" or (parameter.policy == "svd" and not parameter.ranks[place]):
                     continue
-                delta = self.experts.read(task, name).sub_(self.experts.read("base", name))
+                change = self.experts.change(task, name)
                 if parameter.policy == "full":
-                    writer.put(f"{name}.delta", delta)
+                    writer.put(f"{name}.delta", change.dense())
                     continue
-                factors = self.store.factors(delta.flatten(1), parameter.ranks[place]).leading(parameter.ranks[place])
+                factors = change.factors(self.store, parameter.ranks[place]).leading(parameter.ranks[place])
                 writer.put(f"{name}.U", factors.u)
                 writer.put(f"{name}.S", factors.s)
                 writer.put(f"{name}.Vh", factors.v.mT)
@@ -243,7 +242,7 @@ class _Work:
         base = self.experts.read("base", name)
         chosen = parameters[name].kept
         if chosen is None:
-            return base + torch.stack(self._deltas(name)).mean(0)
+            return base + torch.stack([change.dense() for change in self._changes(name)]).mean(0)
         factors = self._stored(name, parameters)
         merged = orthogonalised(concatenated([factors[task] for task in chosen])).dense()
         return base + merged.to(base.dtype).view_as(base)
@@ -347,7 +346,8 @@ def _routing_matrices(
     """
     depths = structural_depths(parameters)
     matrices = [name for name, each in parameters.items() if each.policy == "svd" and len(each.shape) == 2]
-    inside = [name for name in matrices if depths[name] is not None]
+    everyone = [name for name in matrices if all(parameters[name].ranks)]  # else some task could not be near there
+    inside = [name for name in everyone or matrices if depths[name] is not None]
     inside = inside or [name for name in matrices if is_attention_output(name)]  # one layer, used again and again
     if layers != "auto":
         chosen = [name for name in inside if any(fnmatchcase(name, glob) for glob in layers)]

@@ -6,9 +6,12 @@ An expert that was a classifier of transformers is one again: its own head, name
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,8 +19,10 @@ from torch import Tensor
 
 from mergetool.bundle.manifest import ClassHead, Manifest, Task, read_manifest
 from mergetool.bundle.verify import base_folder, check_base, check_files
+from mergetool.checkpoints.view import RenamedModel
 from mergetool.errors import SourceError
 from mergetool.tensors.dtypes import torch_dtype
+from mergetool.tensors.factors import Halves, nothing_added
 from mergetool.tensors.folder import open_model
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import bytes_of
@@ -31,6 +36,7 @@ class ExpertSource(ModelSource):
         """`folder`: that of the bundle."""
         self._base = base
         self._parameters = manifest.parameters
+        self._place = manifest.names.index(task.name)
         self._factors = folder / task.factors
         self._head = head = open_model(folder / task.head.file) if isinstance(task.head, ClassHead) else None
         self._names: Mapping[str, str] = {name: name for name in base.specs}
@@ -74,17 +80,44 @@ class ExpertSource(ModelSource):
         stored = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
         self._base.read_bytes(name, 0, bytes_of(stored.reshape(-1)))
         values = stored.to(torch.float64)
+        with self._opened() as file:
+            if self._parameters[name].policy == "full":
+                values += file.get_tensor(f"{name}.delta")
+            elif f"{name}.U" in file.keys():  # noqa: SIM118  (not a mapping)
+                u, s, vh = (file.get_tensor(f"{name}.{key}").to(torch.float64) for key in ("U", "S", "Vh"))
+                values += ((u * s) @ vh).view(spec.shape)
+        return values.to(stored.dtype).contiguous()
+
+    # ------------------------------------------------------------------ what was added to the base
+
+    @cached_property
+    def origin(self) -> ModelSource:
+        plain = all(own == name for own, name in self._names.items()) and len(self._names) == len(self._base.specs)
+        return self._base if plain else RenamedModel(self._base, self._names)
+
+    def num_directions(self, name: str) -> int | None:
+        parameter = self._parameters.get(self._names[name]) if name in self._names else None
+        if name not in self._names or (parameter is not None and parameter.policy == "full"):
+            return None
+        return parameter.ranks[self._place] if parameter is not None and parameter.ranks else 0
+
+    def factors(self, name: str) -> Halves | None:
+        """Kept as they are in the bundle, in float32, not rounded to the base's dtype."""
+        if not (directions := self.num_directions(name)):
+            return None if directions is None else nothing_added(self.specs[name].shape)
+        with self._opened() as file:
+            u, s, vh = (file.get_tensor(f"{self._names[name]}.{key}").float() for key in ("U", "S", "Vh"))
+            return u * s, vh
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        """The file of factors. Raises SourceError where it cannot be read."""
         try:
             with safe_open(self._factors, framework="pt") as file:
-                if self._parameters[name].policy == "full":
-                    values += file.get_tensor(f"{name}.delta")
-                elif f"{name}.U" in file.keys():  # noqa: SIM118  (not a mapping)
-                    u, s, vh = (file.get_tensor(f"{name}.{key}").to(torch.float64) for key in ("U", "S", "Vh"))
-                    values += ((u * s) @ vh).view(spec.shape)
+                yield file
         except (OSError, SafetensorError) as error:
             what = f"cannot be read ({str(error)[:100]})"
             raise SourceError(what, str(self._factors), "make the bundle again") from None
-        return values.to(stored.dtype).contiguous()
 
     def close(self) -> None:
         self._base.close()

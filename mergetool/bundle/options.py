@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergetool.bundle.present import OwnHead
+    from mergetool.bundle.task_vector import TaskVector
     from mergetool.kernels.spectral import Rank
     from mergetool.tensors.source import ModelSource
 
@@ -73,6 +74,12 @@ class Experts(Protocol):
     def read(self, model: str, name: str) -> "Tensor":
         """One tensor, whole, in compute dtype; that of the base where the model lacks it."""
         ...
+
+    def change(self, model: str, name: str) -> "TaskVector":
+        """What a model changed of a tensor."""
+        from mergetool.bundle.task_vector import Difference
+
+        return Difference(self.read(model, name).sub_(self.read("base", name)))
 
     def share(self, call: Callable[[str], T], items: Sequence[str], num_threads: int) -> Sequence[T]:
         """`call` of every item, in order, by so many threads; several processes share the work."""

@@ -17,12 +17,17 @@ def columns(shape: Shape) -> int:
     return math.prod(shape[1:])
 
 
-def most_directions(name: str, shape: Shape, options: Options, num_tasks: int) -> int:
-    """Directions kept of one task; 0 where it is no matrix, or as factors neither smaller nor fit for routing."""
+def most_directions(name: str, shape: Shape, options: Options, num_tasks: int, changed: int | None = None) -> int:
+    """Directions kept of one task; 0 where it is no matrix, or as factors neither smaller nor fit for routing.
+
+    `changed`: how many directions experts changed at most, where that is known.
+    """
     if not is_matrix(name, shape, options.filter, conv=options.conv):
         return 0
     most = rank_limit(options.rank, min(shape[0], columns(shape)), num_tasks)
-    return most if isinstance(options.rank, Mapping) or is_worthwhile(shape, most, options) else 0
+    most = most if changed is None else min(most, changed)
+    by_energy = isinstance(options.rank, Mapping) and changed is None
+    return most if by_energy or is_worthwhile(shape, most, options) else 0
 
 
 def is_worthwhile(shape: Shape, rank: int, options: Options) -> bool:

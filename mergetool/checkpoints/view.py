@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from mergetool.tensors.dtypes import DType
+from mergetool.tensors.factors import Halves
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.source import FileStamp, ModelSource
 
@@ -41,6 +43,19 @@ class RenamedModel(ModelSource):
 
     def stored_as(self, name: str) -> DType:
         return self.model.stored_as(self.stored[name])
+
+    @cached_property
+    def origin(self) -> ModelSource:
+        origin = self.model.origin
+        if origin is self.model:
+            return self
+        return RenamedModel(origin, {name: own for name, own in self.stored.items() if own in origin.specs})
+
+    def num_directions(self, name: str) -> int | None:
+        return self.model.num_directions(self.stored[name])
+
+    def factors(self, name: str) -> Halves | None:
+        return self.model.factors(self.stored[name])
 
     def will_need(self, name: str, begin: int, length: int) -> None:
         self.model.will_need(self.stored[name], begin, length)

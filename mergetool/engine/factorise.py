@@ -18,6 +18,7 @@ from mergetool.bundle.manifest import Parameter
 from mergetool.bundle.options import Experts, HeadSource
 from mergetool.bundle.present import OwnHead, PresentedSource
 from mergetool.bundle.store import FactorStore
+from mergetool.bundle.task_vector import Product, TaskVector
 from mergetool.engine.context import Context
 from mergetool.engine.fit import WholeModels
 from mergetool.methods.base import expect
@@ -26,6 +27,8 @@ from mergetool.methods.group import Note
 from mergetool.planning import Plan
 from mergetool.planning.graph import BASE, Stage
 from mergetool.tensors.digests import remembered_sha256
+from mergetool.tensors.factors import nothing_added
+from mergetool.tensors.source import is_same_tensor
 
 _STORE = ".factors"
 _I = TypeVar("_I")
@@ -81,6 +84,16 @@ class WholeExperts(WholeModels, Experts):
 
     def read(self, model: str, name: str) -> Tensor:
         return super().read(self._stand_ins.get((model, name), BASE), name)
+
+    def change(self, model: str, name: str) -> TaskVector:
+        """What a model changed: adapters on the very base tell it by themselves, and no weight is read."""
+        base = self.sources[BASE]
+        source = self.sources[self._stand_ins.get((model, name), BASE)]
+        shape = self.shapes[name]
+        if source is base:
+            return Product(*nothing_added(shape), shape)
+        halves = source.factors(name) if is_same_tensor(source.origin, base, name) else None
+        return super().change(model, name) if halves is None else Product(*halves, shape)
 
     def digests(self, model: str) -> Mapping[str, str]:
         digests = {}

@@ -4,7 +4,8 @@ What fine-tuning changes in a weight matrix has few directions that matter. Each
 vectors, as many as fit side by side with those of the others, so all experts together take about a third more than the
 matrices they change, however many there are. Whoever knows the task gets its expert back nearly as good as it was:
 `models: {sst2: {source: out/library, select: sst2}}` in a recipe, or `load_bundle(path)(tasks=["sst2"], ...)`.
-Classifiers as transformers saves them keep their own heads and labels.
+Classifiers as transformers saves them keep their own heads and labels. LoRA adapters on the base are kept by their own
+factors, without forming a fine-tune.
 
 Reference: Gargiulo et al., Task Singular Vectors, CVPR 2025, https://arxiv.org/abs/2412.00081, section 4.1.
 Differs from the paper: what a model did not change takes no space; factors are rounded to bfloat16 unless `factors`

@@ -129,11 +129,13 @@ def open_models(recipe: Recipe, lookup: Lookup, inner: Mapping[str, Plan] = NONE
 
     Raises SourceError, HubError or PlanError.
     """
-    opened = {}
+    opened: dict[str, ModelSource] = {}
     references = {**({BASE: recipe.base} if recipe.base else {}), **recipe.models}
     for name, reference in references.items():
         with at("base" if name == BASE else f"model {name!r}"):
-            if name in inner:
+            if reference.adapter is not None:
+                opened[name] = lookup.open_adapter(name, reference.adapter, opened.get(BASE))
+            elif name in inner:
                 opened[name] = lookup.adapted(name, PlannedModel(inner[name]), reference.adapters)
             else:
                 opened[name] = lookup.open(name, reference.source, reference.adapters, reference.select)

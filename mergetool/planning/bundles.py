@@ -3,7 +3,7 @@
 How many directions there are to keep is only known when the models are read; planned is what there is at most.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
@@ -12,11 +12,13 @@ from mergetool.bundle.files import factors_path, model_files, small_files
 from mergetool.bundle.options import Options
 from mergetool.bundle.present import PresentedSource
 from mergetool.bundle.ranks import bytes_within, factor_specs, full_spec, most_directions
+from mergetool.bundle.task_vector import directions_of
 from mergetool.methods.base import expect
 from mergetool.methods.families.bundle import BundleMethod
 from mergetool.planning.graph import BASE, Plan, PlannedFile, Shard, Slot, Step
 from mergetool.planning.operations import Factorise
 from mergetool.tensors.header import TensorSpec, lay_out
+from mergetool.tensors.source import is_same_tensor
 
 
 def as_bundle(plan: Plan) -> Plan:
@@ -24,7 +26,7 @@ def as_bundle(plan: Plan) -> Plan:
     options = expect(plan.recipe.method, BundleMethod).options()
     tasks = tuple(plan.recipe.models)
     steps = [
-        _factorised(step, slot.spec, options, tasks)
+        _factorised(step, slot.spec, options, _added(plan, step, tasks))
         for step in plan.steps
         if step.operation.arithmetic
         for slot in step.slots
@@ -41,12 +43,39 @@ def as_bundle(plan: Plan) -> Plan:
     )
 
 
-def _factorised(step: Step, spec: TensorSpec, options: Options, tasks: tuple[str, ...]) -> Step:
+def _added(plan: Plan, step: Step, tasks: Sequence[str]) -> list[int | None]:
+    """How many directions every task's adapters add to the base's tensor; None where it must be read to tell."""
+    base = plan.sources[BASE]
+    sources = {name: plan.sources[each.source] for name, each in zip(step.operation.models, step.models, strict=True)}
+    return [
+        0
+        if (source := sources.get(task, base)) is base
+        else source.num_directions(step.name)
+        if is_same_tensor(source.origin, base, step.name)
+        else None
+        for task in tasks
+    ]
+
+
+def _factorised(step: Step, spec: TensorSpec, options: Options, added: Sequence[int | None]) -> Step:
     """The step whose slots are the factors of all tasks, each task's in a file of its own."""
-    rank = most_directions(spec.name, spec.shape, options, len(tasks))
-    specs = factor_specs(spec.name, spec.shape, rank, options) if rank else [full_spec(spec.name, spec.shape, options)]
-    slots = tuple(Slot(spec, shard) for shard in range(len(tasks)) for spec in specs)
-    return replace(step, slots=slots, work=spec, operation=Factorise(step.operation.models, rank))
+    changed = directions_of(added)
+    rank = most_directions(spec.name, spec.shape, options, len(added), changed)
+    slots = [
+        Slot(part, shard)
+        for shard, own in enumerate(added)
+        for part in ([] if changed == 0 else _parts(spec, rank, own, options))
+    ]
+    operation = Factorise(step.operation.models, rank, changed)
+    return replace(step, slots=tuple(slots), work=spec, operation=operation)
+
+
+def _parts(spec: TensorSpec, rank: int, added: int | None, options: Options) -> list[TensorSpec]:
+    """What one task's file holds of a tensor."""
+    if not rank:
+        return [full_spec(spec.name, spec.shape, options)]
+    own = rank if added is None else min(rank, added)
+    return factor_specs(spec.name, spec.shape, own, options) if own else []
 
 
 def _shard(index: int, task: str, steps: Iterable[Step]) -> Shard:

@@ -144,19 +144,22 @@ class Factorise(_Plain):
 
     models: tuple[str, ...]
     rank: int
+    changed: int | None = None
+    """How many directions adapters changed at most, where that is known and no weight is read."""
     arithmetic = True
     buffers = 16
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return "factors" if self.rank else "in full"
+        return "unchanged" if self.changed == 0 else "factors" if self.rank else "in full"
 
     @property
     def numbers(self) -> Mapping[str, Any]:
         return {"rank": self.rank} if self.rank else {}
 
     def granularity(self, spec: TensorSpec) -> Granularity:
-        return "tensor"
+        by_itself = self.changed == 0 or (self.changed is not None and self.rank > 0)
+        return "element" if by_itself else "tensor"
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,12 @@ from typing import Any
 from mergetool.errors import RecipeError
 from mergetool.layouts.base import Layout
 from mergetool.methods.base import Method
+from mergetool.recipe.adapters import is_alone, makes_adapter
 from mergetool.recipe.document import Document
 
 _OF_ADAPTERS = ("rank", "base")
 _OF_CHECKPOINTS = ("shard_size", "keep_float32")
 _NEW_WORDS = ("tokenizer", "chat_template")
-
-
-def makes_adapter(data: Mapping[str, Any]) -> bool:
-    """Whether a recipe's data ask for an adapter."""
-    return _output(data).get("kind") == "adapter"
 
 
 def check_kind(document: Document, kind: type[Method], layout: Layout) -> Iterator[RecipeError]:
@@ -29,10 +25,10 @@ def check_kind(document: Document, kind: type[Method], layout: Layout) -> Iterat
                 yield document.error(("output", key), what, f"remove `{key}`, or write kind: adapter")
         return
     yield from _check_method(document, kind, layout)
-    if "base" not in data and kind.needs_base != "required":
+    if "base" not in data and kind.needs_base != "required" and not is_alone(data):
         what = "an adapter holds what is changed of a base, and the recipe has none"
         yield document.error(("output", "kind"), what, "add base: PATH")
-    if output.get("rank") is None:
+    if output.get("rank") is None and not is_alone(data):
         what = "a change has as many directions as its tensor is wide, and an adapter keeps the leading ones"
         fix = "add rank: 32, or a share such as rank: {energy: 0.99}, or rank: exact for all of them"
         yield document.error(("output",), what, fix)

@@ -6,7 +6,8 @@ from typing import Any
 from mergetool.errors import RecipeError
 from mergetool.layouts.base import Layout
 from mergetool.methods.base import Method
-from mergetool.recipe.adapter_output import check_kind, makes_adapter
+from mergetool.recipe.adapter_output import check_kind
+from mergetool.recipe.adapters import adapter_problems, has_adapters, is_alone, makes_adapter, names_base
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.render import suggestion
 from mergetool.recipe.words import AUTO, TEMPLATES, UNION, is_place, models_named
@@ -20,9 +21,10 @@ def cross_checks(
     """Checks that need several sections, of what was written: a mistake elsewhere hides none of these."""
     data: Mapping[str, Any] = document.data
     models = data.get("models")
-    has_base = "base" in data
+    has_base = names_base(data)
+    yield from adapter_problems(document)
     if kind is not None:
-        yield from _check_base(document, kind, has_base)
+        yield from _check_base(document, kind)
         yield from check_kind(document, kind, layout)
     if isinstance(models, dict):
         yield from _check_names(document, models)
@@ -99,11 +101,11 @@ def _check_heads(document: Document, models: Mapping[str, Any], method: type[Met
             yield document.error(("models", name, "head"), what, "remove `head`, or use the method mass")
 
 
-def _check_base(document: Document, kind: type[Method], has_base: bool) -> Iterator[RecipeError]:
-    name = kind.method_name()
-    if kind.needs_base == "required" and not has_base:
+def _check_base(document: Document, kind: type[Method]) -> Iterator[RecipeError]:
+    name, has_base = kind.method_name(), "base" in document.data
+    if kind.needs_base == "required" and not has_base and not is_alone(document.data):
         yield document.error(("merge", "method"), f"{name} needs the common ancestor of the models", "add base: PATH")
-    if kind.needs_base == "unused" and has_base and not makes_adapter(document.data):
+    if kind.needs_base == "unused" and has_base and not (has_adapters(document.data) or makes_adapter(document.data)):
         fix = "remove `base`, or list it under `models` to merge it too"
         yield document.error(("base",), f"{name} does not use a base, so this would have no effect", fix)
     if "architecture" in document.data and not kind.uses_architecture:
@@ -184,7 +186,7 @@ def check_override(
 def _check_use(
     document: Document, place: Place, name: Any, models: Collection[str], others: Sequence[str] = ()
 ) -> Iterator[RecipeError]:
-    known = [*(["base"] if "base" in document.data else []), *models]
+    known = [*(["base"] if names_base(document.data) else []), *models]
     if isinstance(name, str) and name not in (*known, *others):
         fix = suggestion(name, (*known, *others)) or f"one of: {', '.join((*known, *others))}"
         yield document.error(place, f"there is no model {name!r}", fix)

@@ -18,6 +18,7 @@ from mergetool.layouts import registry as layouts
 from mergetool.layouts.base import Layout
 from mergetool.layouts.same import Same
 from mergetool.methods.base import Method
+from mergetool.recipe.adapters import is_alone, names_base, on_their_base
 from mergetool.recipe.candidate import other_documents
 from mergetool.recipe.checks import check_override, cross_checks
 from mergetool.recipe.document import Document, Place, parse_value, read_documents
@@ -166,7 +167,7 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
         problems += _check_tried(document, method)
     if problems or method is None:
         raise RecipeError.of(problems)
-    return Recipe(
+    recipe = Recipe(
         base=given.get("base"),
         models=given["models"],
         architecture=given.get("architecture"),
@@ -187,6 +188,7 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
         warnings=tuple(document.warnings),
         chat_template=given.get("chat_template"),
     )
+    return recipe if is_alone(data) else on_their_base(recipe)
 
 
 def _check_inner(document: Document, around: Around) -> Recipe:
@@ -273,5 +275,5 @@ def _checked_layout(
 def layout_problems(document: Document, layout: Layout) -> list[RecipeError]:
     """What is wrong with a layout, seen together with the names of the models."""
     models = document.data.get("models")
-    wrong = layout.problems(tuple(models), "base" in document.data) if isinstance(models, dict) else ()
+    wrong = layout.problems(tuple(models), names_base(document.data)) if isinstance(models, dict) else ()
     return [document.error(each.place, each.what, each.fix) for each in wrong]

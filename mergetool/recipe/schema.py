@@ -47,17 +47,18 @@ INLINE = "a recipe written here"
 
 
 def _as_reference(value: Any) -> Any:
-    """The long form of a reference; a model that another recipe makes is called by that recipe's file."""
+    """The long form of a reference; what stands for a source is called so, too."""
     if isinstance(value, str):
         return {"source": value}
-    if not isinstance(value, dict) or value.get("recipe") is None:
+    if not isinstance(value, dict):
         return value
-    return {**value, "source": value["recipe"] if isinstance(value["recipe"], str) else INLINE}
+    instead = next((value[key] for key in ("recipe", "adapter") if value.get(key) is not None), None)
+    return value if instead is None else {**value, "source": instead if isinstance(instead, str) else INLINE}
 
 
-def _source_or_recipe(schema: dict[str, Any]) -> None:
-    """Either is required, which the class itself cannot say."""
-    schema["anyOf"] = [{"required": [key]} for key in ("source", "recipe")]
+def _one_of_three(schema: dict[str, Any]) -> None:
+    """One is required, which the class itself cannot say."""
+    schema["anyOf"] = [{"required": [key]} for key in ("source", "recipe", "adapter")]
     schema["required"] = [key for key in schema["required"] if key != "source"]
     if not schema["required"]:
         del schema["required"]
@@ -77,13 +78,18 @@ class HeadReference(Section):
 class ModelReference(Section):
     """Where a model is: a folder, a file of weights, a model on the Hub, or the result of another recipe."""
 
-    model_config = ConfigDict(json_schema_extra=_source_or_recipe)
+    model_config = ConfigDict(json_schema_extra=_one_of_three)
 
     source: PathText = Field(
         description="a folder, a file of weights, or a model on the Hub (`org/name@revision`); a bundle with `select`"
     )
     adapters: tuple[PathText, ...] = Field(
         (), description="PEFT adapters (folders or Hub ids), merged into the model in this order while it is read"
+    )
+    adapter: PathText | None = Field(
+        None,
+        description="instead of `source`, of a model: a PEFT adapter (a folder or Hub id), merged into the `base` of "
+        "the recipe",
     )
     select: Annotated[str, Field(min_length=1, strict=True)] | None = Field(
         None, description="the task whose expert is meant, where `source` is a bundle"
@@ -159,8 +165,10 @@ class Output(Section):
     shard_size: Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str)] = Field(
         5 * 10**9, description="largest size of one output file, in bytes or like 5GB"
     )
-    kind: Literal["checkpoint", "adapter"] = Field(
-        "checkpoint", description="whole weights, or a LoRA adapter for `base` that PEFT loads"
+    kind: Literal["checkpoint", "adapter"] | None = Field(
+        None,
+        description="whole weights, or a LoRA adapter for `base` that PEFT loads; by default an adapter where all models"
+        " are adapters and there is no base, else a checkpoint",
     )
     rank: Annotated[
         int | dict[str, float] | Literal["exact"] | None,
@@ -228,6 +236,11 @@ class Recipe:
     """What was found when it was read that its author should know."""
 
     @property
+    def adapters_alone(self) -> bool:
+        """Whether its models are adapters and nothing else, to be opened by themselves."""
+        return all(reference.adapter is not None for reference in self.models.values())
+
+    @property
     def all_warnings(self) -> tuple[str, ...]:
         """What was found in it and in the recipes inside it."""
         inner = [f"{name}: {text}" for name, each in self.inner.items() for text in each.all_warnings]
@@ -236,7 +249,9 @@ class Recipe:
     @property
     def result(self) -> str:
         """The kind of output that a run leaves."""
-        return self.method.result if self.method.result != "checkpoint" else self.output.kind
+        if self.method.result != "checkpoint":
+            return self.method.result
+        return "adapter" if self.adapters_alone or self.output.kind == "adapter" else "checkpoint"
 
     @property
     def architecture_file(self) -> Path | None:

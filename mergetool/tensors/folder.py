@@ -12,6 +12,8 @@ from mergetool.tensors.side_files import CONFIG_NAME, read_config
 from mergetool.tensors.source import NOTHING, WEIGHT_NAMES, ModelSource, OpenFile, SafetensorsSource, weight_map
 
 _ADAPTER_NAME = "adapter_config.json"
+NO_MODEL = "write {adapter: ADAPTER} for the base with it, or {source: MODEL, adapters: [ADAPTER]}"
+"""The fix where an adapter is named as a model."""
 
 
 def open_model(path: Path, elsewhere: Mapping[Path, OpenFile] = NOTHING) -> ModelSource:
@@ -59,7 +61,7 @@ def _open_folder(path: Path, elsewhere: Mapping[Path, OpenFile]) -> ModelSource:
         chosen, remark = weights
         return _open_set(path, chosen, remark, elsewhere)
     if _ADAPTER_NAME in files:
-        raise SourceError("is a LoRA adapter, not a model", str(path), "write {source: MODEL, adapters: [ADAPTER]}")
+        raise SourceError("is a LoRA adapter, not a model", str(path), NO_MODEL)
     folders = {each.name for each in here if each.is_dir()}
     if (known := foreign_folder(path, files, folders)) is not None:
         raise known

@@ -27,6 +27,8 @@ from mergetool.tensors.io import read_error, read_exact
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergetool.tensors.factors import Halves
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 WEIGHT_NAMES = (INDEX_NAME, SINGLE_NAME, "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -98,11 +100,39 @@ class ModelSource(ABC):
         """The dtype a copy of this tensor takes where the output keeps each tensor's own."""
         return self.specs[name].dtype
 
+    @property
+    def origin(self) -> "ModelSource":
+        """The model that this one is with directions added (see `factors`); itself, where there is none."""
+        return self
+
+    def num_directions(self, name: str) -> int | None:
+        """At most how many directions were added to the origin's tensor (0: it is that); None where it is another."""
+        return None
+
+    def factors(self, name: str) -> "Halves | None":
+        """B (rows, r) and A (r, all else), float32: the origin's tensor plus B A is this one. None: not known so."""
+        return None
+
     def will_need(self, name: str, begin: int, length: int) -> None:  # noqa: B027  (optional: a hint)
         """Hint that bytes [begin, begin + length) of tensor `name` are wanted soon."""
 
     def close(self) -> None:  # noqa: B027  (optional: nothing to close in memory)
         """Release what is open. Reading again reopens it."""
+
+
+def is_same_tensor(one: ModelSource, other: ModelSource, name: str) -> bool:
+    """Whether two sources give a tensor as one and the same place of one file holds it."""
+    if one is other:
+        return True
+    plain = one.origin is one and other.origin is other
+    known = plain and name in one.specs and name in other.specs and bool(one.files) and bool(other.files)
+    return known and one.specs[name] == other.specs[name] and _place(one, name) == _place(other, name)
+
+
+def _place(source: ModelSource, name: str) -> tuple[str, int, int, int]:
+    index, offset = source.position(name)
+    stamp = source.files[index]
+    return str(stamp.path.resolve()), stamp.size, stamp.mtime_ns, offset
 
 
 @dataclass

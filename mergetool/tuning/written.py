@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergetool.planning.sources import is_on_hub
+from mergetool.recipe.adapters import over
 from mergetool.recipe.load import load_recipe
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.writer import write_file
@@ -29,9 +30,11 @@ def write_recipe(path: Path, recipe: Recipe, output: str) -> str:
 
 def parent_recipe(recipe: Recipe, name: str) -> Recipe:
     """The recipe that gives one of the models itself (or the base), stored as the search's result is."""
-    source = recipe.document["base"] if name == "base" and recipe.base else recipe.document["models"][name]
+    written = recipe.document
+    is_base = name == "base" and recipe.base is not None
+    source = written["base"] if is_base else over(written.get("base"), written["models"][name])
     data: dict[str, Any] = {
-        "models": {"the-base" if name == "base" else name: source},
+        "models": {"the-base" if is_base else name: source},
         "merge": {"method": "passthrough"},
     }
     output = {key: value for key, value in recipe.document.get("output", {}).items() if key not in ("path", "hub")}
@@ -52,7 +55,7 @@ def moved(recipe: Recipe, folder: Path) -> dict[str, Any]:
     def reference(value: Any) -> Any:
         if isinstance(value, str):
             return there(value)
-        moved = {**value, "source": there(value["source"])}
+        moved = {**value, **{key: there(value[key]) for key in ("source", "adapter") if key in value}}
         if "adapters" in value:
             moved["adapters"] = [there(path) for path in value["adapters"]]
         if isinstance(value.get("head"), dict):

@@ -1,6 +1,7 @@
 """Models from the Hub: resolved, planned from headers, fetched once, recorded; and every way in which that can fail."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -125,8 +126,25 @@ def test_adapters_and_bases_come_from_the_hub_too(hub, call, tmp_path):
     delta = 2.0 * low[f"{name}.lora_B.weight"].double() @ low[f"{name}.lora_A.weight"].double()
     merged = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.weight"]
     assert (merged.double() - (base + delta + (b - base))).abs().max() < 1e-5
+    assert call("run", "r.yaml", "-o", "short", "--set", "models.chat={adapter: org/lora}").code == 0
+    assert (tmp_path / "short/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+    assert re.search("adapter: org/lora@[0-9a-f]{40}", (tmp_path / "short/README.md").read_text())
     wrong = call("plan", "r.yaml", "--json", "--set", "models.b=org/lora")
     assert (wrong.code, wrong.answer["what"]) == (8, "is a LoRA adapter, not a model")
+
+
+def test_folders_of_adapters_in_a_repository_are_told(hub, call, tmp_path):
+    (tmp_path / "both/chat").mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "both/chat" / name).write_text("{}")
+    hub.upload("org/both", tmp_path / "both")
+    models = {"chat": {"adapter": "org/both"}}
+    write_recipe(tmp_path / "r.yaml", base="org/base", models=models, merge={"method": "task-arithmetic"})
+    wrong = call("plan", "r.yaml", "--json")
+    assert wrong.answer["what"] == "no LoRA adapter in the repository itself, but in its folders chat"
+    assert wrong.answer["fix"].endswith(
+        "hf download org/both --include 'chat/*' --local-dir both && echo name both/chat"
+    )
 
 
 @pytest.mark.parametrize(("made_for", "told"), [("org/other", True), ("ORG/Base", False), ("/home/me/base", False)])

@@ -5,7 +5,7 @@ length of every row, or, where the stored weight is transposed, of every column:
 tensor and are kept.
 
 Reference: Liu et al., DoRA, https://arxiv.org/abs/2402.09353, section 4.1: `W' = m (W + s B A) / |W + s B A|`.
-Differs from the paper: nothing (PEFT's axes: outputs of a layer, columns of an embedding).
+Differs from the paper: nothing (PEFT's axes: outputs of a layer, columns of an embedding), but that rows of zeros stay.
 """
 
 from collections import OrderedDict
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mergetool.checkpoints.adapters.changes import Added, Block, Change, LowRank, Magnitude, Rows
 from mergetool.tensors.dtypes import torch_dtype
+from mergetool.tensors.factors import Halves
 from mergetool.tensors.io import bytes_of
 from mergetool.tensors.source import ModelSource
 
@@ -71,6 +72,16 @@ class Arithmetic:
 
     # ------------------------------------------------------------------ low-rank products
 
+    def halves(self, change: Change, term: LowRank) -> Halves:
+        """B and A of one matrix, as the tensor stores their product; the factor is in B."""
+        a, b = self.matrix(term.a), self.matrix(term.b)
+        if term.block is not None:
+            rows = slice(term.block.first, term.block.first + change.shape[0])
+            a = a.view(term.block.count, -1, a.shape[1])[term.block.index]
+            b = b.view(b.shape[0], -1, term.block.count)[rows, :, term.block.index]
+        left, right = (a.mT, b.mT) if term.transposed else (b, a)
+        return left * term.factor, right
+
     def _product(self, change: Change, term: LowRank, first: int, last: int) -> "Tensor":
         """Rows [first, last) of B A, or of its transpose, as the tensor stores it."""
         if term.block is not None:
@@ -104,10 +115,10 @@ class Arithmetic:
         wanted = self.matrix(magnitude.own).reshape(-1)
         if magnitude.by_row:
             lengths = torch.linalg.vector_norm(rows.view(-1, change.width), dim=1)
-            return wanted[first : first + len(lengths)].div(lengths).unsqueeze(1)
+            return _over(wanted[first : first + len(lengths)], lengths).unsqueeze(1)
         with self._pass_lock:
             if change.name not in self._scales:
-                self._scales[change.name] = wanted / self._column_lengths(change)
+                self._scales[change.name] = _over(wanted, self._column_lengths(change))
         return self._scales[change.name]
 
     def _column_lengths(self, change: Change) -> "Tensor":
@@ -157,6 +168,11 @@ class Arithmetic:
             while sum(kept.numel() for kept in self._kept.values()) > _KEPT_ELEMENTS:
                 self._kept.popitem(last=False)
         return tensor
+
+
+def _over(magnitudes: "Tensor", lengths: "Tensor") -> "Tensor":
+    """What rows are multiplied by. One of zeros has no direction: it stays, where peft's 0/0 is no number."""
+    return (magnitudes / lengths).masked_fill_(lengths == 0, 0)
 
 
 def _rows_of(source: ModelSource, name: str, first: int, last: int) -> "Tensor":

@@ -32,6 +32,11 @@ class LowRank:
     transposed: bool = False
     block: Block | None = None
 
+    @property
+    def is_of_all_experts(self) -> bool:
+        """Whether the tensor holds all layers of a mixture, each with a product of its own."""
+        return self.block is not None and self.block.index is None
+
 
 @dataclass(frozen=True)
 class Added:
@@ -74,6 +79,13 @@ class Change:
     @property
     def is_copy(self) -> bool:
         return not self.terms and self.magnitude is None and not self.rows
+
+    @property
+    def products(self) -> tuple[LowRank, ...] | None:
+        """The terms, where the tensor is the model's own of this name plus products of matrices; else None."""
+        products = tuple(term for term in self.terms if isinstance(term, LowRank) and not term.is_of_all_experts)
+        plain = not self.is_own and self.origin == self.name and self.magnitude is None and not self.rows
+        return products if plain and 0 < len(products) == len(self.terms) else None
 
     @property
     def width(self) -> int:

@@ -20,6 +20,7 @@ from mergetool.checkpoints.adapters.keys import words
 from mergetool.checkpoints.adapters.refusals import REFUSED_FIELDS, refuse_what_is_no_lora
 from mergetool.errors import SourceError
 from mergetool.tensors.io import read_error
+from mergetool.tensors.side_files import CONFIG_NAME as MODEL_CONFIG_NAME
 
 CONFIG_NAME = "adapter_config.json"
 _AGAIN = "save the adapter again"
@@ -31,7 +32,7 @@ _HONOURED = words(
 _OF_TRAINING = words(
     "peft_version revision inference_mode target_modules exclude_modules layers_to_transform layers_pattern"
     " lora_dropout loftq_config eva_config corda_config lora_ga_config velora_config monteclora_config runtime_config"
-    " megatron_core qalora_group_size merge_weights enable_lora"
+    " megatron_core qalora_group_size merge_weights"
 )
 """They say which modules were trained and how; what came out is told by the tensors."""
 
@@ -119,9 +120,20 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise read_error(error, str(path)) from error
+        raise _no_adapter(path.parent) or read_error(error, str(path)) from error
     except (ValueError, RecursionError) as error:
         raise SourceError(f"is not valid JSON ({str(error)[:100]})", str(path), _AGAIN) from None
+
+
+def _no_adapter(folder: Path) -> SourceError | None:
+    """What lies in a folder instead of an adapter, where that is known: a model, adapters in folders of their own."""
+    if folder.is_file() or (folder / MODEL_CONFIG_NAME).is_file():
+        return SourceError("is a model, not an adapter", str(folder), "write {source: PATH} instead of {adapter: PATH}")
+    inside = sorted(each.parent.name for each in folder.glob(f"*/{CONFIG_NAME}")) if folder.is_dir() else []
+    if not inside:
+        return None
+    what = f"no {CONFIG_NAME} in this folder, but in its folders {', '.join(inside)}"
+    return SourceError(what, str(folder), f"name one of them: {folder / inside[0]}")
 
 
 def _patterns(fields: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:

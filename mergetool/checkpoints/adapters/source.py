@@ -16,6 +16,7 @@ from mergetool.checkpoints.adapters.matching import Matching
 from mergetool.checkpoints.adapters.settings import CONFIG_NAME, read_settings
 from mergetool.checkpoints.vocabulary import tokens_of
 from mergetool.tensors.dtypes import BY_NAME, DType
+from mergetool.tensors.factors import Halves, nothing_added, side_by_side
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import NOTHING, FileStamp, ModelSource, OpenFile
@@ -114,6 +115,30 @@ class AdapterSource(ModelSource):
     def close(self) -> None:
         self._model.close()
         self._adapter.close()
+
+    # ------------------------------------------------------------------ what is added
+
+    @property
+    def origin(self) -> ModelSource:
+        return self._model.origin
+
+    def num_directions(self, name: str) -> int | None:
+        change = self._changes.get(name)
+        before = self._model.num_directions(name) if self._model.origin is not self._model else 0
+        if change is None or before is None:
+            return before
+        if change.products is None:
+            return None
+        own = self._adapter.specs
+        return before + sum(own[term.a].shape[0] // (term.block.count if term.block else 1) for term in change.products)
+
+    def factors(self, name: str) -> Halves | None:
+        if self.num_directions(name) is None:
+            return None
+        parts = [before] if (before := self._model.factors(name)) is not None else []  # of an adapter beneath
+        if (change := self._changes.get(name)) is not None:
+            parts += [self._arithmetic.halves(change, term) for term in change.products or ()]
+        return side_by_side(parts) if parts else nothing_added(self.specs[name].shape)
 
     # ------------------------------------------------------------------ helpers
 

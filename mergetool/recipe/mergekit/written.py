@@ -43,7 +43,7 @@ def _moved(reference: Any, folder: Path, names: Collection[str]) -> Any:
     return seen if seen.startswith(".") or not reference.startswith(".") else f"./{seen}"
 
 
-_PATHS = ("source", "adapters", "weights", "head")
+_PATHS = ("source", "adapter", "adapters", "weights", "head")
 
 
 class _Dumper(yaml.SafeDumper):

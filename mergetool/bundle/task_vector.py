@@ -1,0 +1,93 @@
+"""What an expert changed of one tensor: a dense difference, or the product of two factors that an adapter holds."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from mergetool.bundle.store import FactorStore
+from mergetool.kernels.spectral import Factors, factors_of_product
+
+
+class TaskVector(Protocol):
+    """A tensor's task vector."""
+
+    @property
+    def num_directions(self) -> int | None:
+        """How many directions it has at most, where that is known without computing them."""
+        ...
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether all of it is zero."""
+        ...
+
+    @property
+    def is_finite(self) -> bool: ...
+
+    def factors(self, store: FactorStore, k: int) -> Factors:
+        """At most k leading live singular triplets, float64, of the tensor seen as (rows, everything else)."""
+        ...
+
+    def dense(self) -> Tensor:
+        """All of it, in the tensor's shape; not to be changed."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """The expert's tensor minus the base's. Its factors are worth keeping in the store."""
+
+    delta: Tensor
+    num_directions = None
+
+    @property
+    def is_nothing(self) -> bool:
+        return not bool(self.delta.any())
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.delta.isfinite().all())
+
+    def factors(self, store: FactorStore, k: int) -> Factors:
+        return store.factors(self.delta.flatten(1), k)
+
+    def dense(self) -> Tensor:
+        return self.delta
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """B A, as an adapter holds it. Its factors are quicker made again than read."""
+
+    b: Tensor
+    a: Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def num_directions(self) -> int:
+        return self.b.shape[1]
+
+    @property
+    def is_nothing(self) -> bool:
+        return not (bool(self.b.any()) and bool(self.a.any()))
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.b.isfinite().all()) and bool(self.a.isfinite().all())
+
+    def factors(self, store: FactorStore, k: int) -> Factors:
+        if self.is_nothing:
+            empty = self.b.new_zeros(0).double()
+            return Factors(empty.expand(len(self.b), 0), empty, empty.expand(self.a.shape[1], 0))
+        return factors_of_product(self.b, self.a, k)
+
+    def dense(self) -> Tensor:
+        return (self.b @ self.a).view(self.shape)
+
+
+def directions_of(known: Iterable[int | None]) -> int | None:
+    """How many directions one of several changes has at most; None where that is not known of all."""
+    numbers = list(known)
+    return None if None in numbers else max(number or 0 for number in numbers)

@@ -1,0 +1,31 @@
+"""What was added to a tensor, as two factors: B A, with B (rows, r) and A (r, everything else), float32.
+
+A source that knows its tensors as those of another model, its `origin`, plus such products says so with
+`ModelSource.factors`: whoever can work with few directions then never forms a dense matrix, nor reads the origin.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Halves = tuple["Tensor", "Tensor"]
+"""B and A; the factor that an adapter puts on its product is in B."""
+
+
+def nothing_added(shape: tuple[int, ...]) -> Halves:
+    """No directions, of a tensor of this shape."""
+    import torch
+
+    return torch.zeros(shape[0] if shape else 1, 0), torch.zeros(0, math.prod(shape[1:]))
+
+
+def side_by_side(parts: Sequence[Halves]) -> Halves:
+    """The sum of several products, as one."""
+    import torch
+
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([b for b, _ in parts], 1), torch.cat([a for _, a in parts], 0)
