@@ -111,14 +111,17 @@ class Worker(Bench[Step]):
 
     def pair(self, step: Step, notes: list[Note], operation: Pair, stats: Stats) -> None:
         """Make what a step changes of the base, and write it as two factors."""
-        from mergetool.engine.change import factors
+        from mergetool.engine.change import factors, merged
 
-        changed = self._changed(_sliced(step), notes, stats)
         with at(f"{operation.name}: {step.name}"):
-            self._check_change(changed, step)
-            pair, lost = factors(changed.flatten(1), operation)
-        notes += [(RANK, float(pair.a.shape[0])), *([(LOST, lost)] if lost else [])]
-        for slot, half in zip(step.slots, (pair.a, pair.b) * (len(step.slots) // 2), strict=True):
+            if operation.factored:
+                pair, lost = merged(self._plan, step, operation, notes)
+            else:
+                changed = self._changed(_sliced(step), notes, stats)
+                self._check_change(changed, step)
+                pair, lost = factors(changed.flatten(1), operation)
+        notes += [(RANK, pair.a.shape[0] / operation.experts), *([(LOST, lost)] if lost else [])]
+        for slot, half in zip(step.slots, (pair.a, pair.b / operation.times), strict=True):
             self._put(replace(step, slots=(slot,)), 0, half.to(self._compute), notes)
 
     def _changed(self, step: Step, notes: list[Note], stats: Stats) -> Tensor:

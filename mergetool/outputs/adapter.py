@@ -13,7 +13,7 @@ from mergetool.checkpoints.adapters.files import WEIGHTS_NAME
 from mergetool.checkpoints.adapters.forms import Form, Place, always_kept
 from mergetool.checkpoints.adapters.keys import PREFIX
 from mergetool.checkpoints.adapters.settings import CONFIG_NAME
-from mergetool.checkpoints.adapters.written import Written, task_of
+from mergetool.checkpoints.adapters.written import Held, config_text
 from mergetool.errors import MergeError
 from mergetool.outputs.record import LOST, RANK, Record
 from mergetool.outputs.redaction import redacted
@@ -22,11 +22,12 @@ from mergetool.planning.graph import BASE, Shard, Slot
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.header import TensorSpec, lay_out
 from mergetool.tensors.io import bytes_of
-from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import ModelSource, SafetensorsSource
 from mergetool.tensors.writer import SlotWriter, write_file
 
 _CHUNK = 1 << 22
+_ADDED = ".lora_B.bias"
+"""What is added to the bias of a layer is called so."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ def slot_files(plan: Plan) -> Sequence[Shard]:
 
 def write_beside(plan: Plan, folder: Path, record: Record) -> None:
     """The file without what is not needed, and what PEFT reads beside it. Raises MergeError where nothing is left."""
-    task = task_of(read_config(plan.sources[BASE].folder))
     with closing(SafetensorsSource([folder / WEIGHTS_NAME], None)) as written:
         ranks = {name: int(_measured(record, name, RANK)) for name, form in plan.forms.items() if form.is_product}
         saved = _changed_modules(plan, written)
@@ -53,14 +53,14 @@ def write_beside(plan: Plan, folder: Path, record: Record) -> None:
             raise MergeError(what, "output.kind", "name models that differ from the base")
         if ranks and not any(ranks.values()):
             ranks[next(iter(ranks))] = 1  # of zeros: PEFT opens no adapter without any
-        saved |= always_kept(plan.forms, task)
+        saved |= always_kept(plan.forms, plan.about.task)
         wrapped = {plan.forms[name].target for name, rank in ranks.items() if rank}
         kept = [each for step in plan.steps for each in _kept(step, plan.forms[step.name], ranks, saved, wrapped)]
         shard = Shard(f".{WEIGHTS_NAME}.tmp", *lay_out([each.spec for each in kept], {"format": "pt"}))
         _copy(written, folder, shard, kept)
     (folder / shard.name).replace(folder / WEIGHTS_NAME)
     record.outputs.pop(WEIGHTS_NAME, None)
-    write_file(folder / CONFIG_NAME, _config(plan, ranks, saved, task))
+    write_file(folder / CONFIG_NAME, _config(plan, ranks, saved))
 
 
 def notes(plan: Plan, folder: Path, record: Record) -> Mapping[str, int]:
@@ -133,6 +133,7 @@ def _kept(
 def _cut(slot: Slot, rank: int, form: Form) -> TensorSpec:
     """A factor with as many directions as there are."""
     spec, shape = slot.spec, slot.spec.shape
+    rank *= form.experts
     cut = (rank, *shape[1:]) if spec.name == form.a else (shape[0], rank, *shape[2:])
     return TensorSpec(spec.name, spec.dtype, cut)
 
@@ -150,20 +151,14 @@ def _copy(written: ModelSource, folder: Path, shard: Shard, kept: Sequence[_Kept
         writer.close()
 
 
-def _config(plan: Plan, ranks: Mapping[str, int], saved: Collection[str], task: str | None) -> str:
+def _config(plan: Plan, ranks: Mapping[str, int], saved: Collection[str]) -> str:
     """adapter_config.json."""
-    recipe = plan.recipe
-    assert recipe.base is not None
-    origin = plan.origins.get(BASE, ())
-    name = recipe.output.base or (origin[0].repo if origin and origin[0].repo else recipe.base.source)
-    products = {form.target: ranks[name] for name, form in plan.forms.items() if form.is_product and ranks[name]}
-    return Written(
-        ranks=products,
+    products = {name: form for name, form in plan.forms.items() if form.is_product and ranks[name]}
+    held = Held(
+        ranks={form.module: ranks[name] for name, form in products.items() if not form.parameter},
+        parameters={form.parameter: ranks[name] for name, form in products.items() if form.parameter},
         saved={place for place in saved if not place.startswith(PREFIX)},
-        biases=any(place.startswith(PREFIX) for place in saved),
-        modules=plan.modules,
-        base=str(redacted(name, recipe.folder)),
-        revision=origin[0].commit if origin and origin[0].repo and recipe.output.base is None else None,
-        turned=any(form.turned for form in plan.forms.values()),
-        task=task,
-    ).text()
+        biases=any(place.startswith(PREFIX) and not place.endswith(_ADDED) for place in saved),
+        added=any(place.endswith(_ADDED) for place in saved),
+    )
+    return config_text(replace(plan.about, base=redacted(plan.about.base, plan.recipe.folder)), held)

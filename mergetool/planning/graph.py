@@ -15,6 +15,7 @@ from typing import Any
 from mergetool.alignment.models import Headers
 from mergetool.arch.code import code_of
 from mergetool.checkpoints.adapters.forms import Form
+from mergetool.checkpoints.adapters.written import About
 from mergetool.methods.base import Granularity
 from mergetool.planning.operations import Operation
 from mergetool.planning.sources import Provenance
@@ -206,8 +207,8 @@ class Plan:
     """The plans of models that other recipes make first, by name."""
     forms: Mapping[str, Form] = field(default_factory=dict)
     """What tensors become in an adapter, by what steps work on."""
-    modules: frozenset[str] = frozenset()
-    """All modules of the network that an adapter is for, where that is known."""
+    about: About = field(default_factory=lambda: About(None))
+    """What an adapter says of itself."""
     narrow: Mapping[str, DType] = field(default_factory=dict)
     """What tensors of an intermediate result would be stored as, were it kept; where it is wider."""
 
@@ -240,6 +241,8 @@ class Plan:
 
     def bytes_read(self, step: Step, count: int) -> int:
         """Bytes of `count` elements of all operands of a step."""
+        if step.operation.bytes_read is not None:
+            return step.operation.bytes_read
         return sum(self.spec(operand).dtype.num_bytes(count) for operand in step.operands)
 
     @property

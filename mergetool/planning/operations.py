@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from mergetool.methods.base import Granularity, Params, StatisticsPass, Stats, TensorMethod
+from mergetool.methods.base import Factored, Granularity, Params, StatisticsPass, Stats, TensorMethod
 from mergetool.tensors.header import TensorSpec
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class Operation(ABC):
     arithmetic: bool = False
     """Whether values of several operands meet."""
     needs_float64: bool = False
+    bytes_read: int | None = None
+    """What it reads of its operands, where that is not all of them."""
     transposed: bool = False
     """Whether factors are those of the tensor turned, which is stored as (inputs, outputs)."""
 
@@ -71,6 +73,14 @@ class Operation(ABC):
     def granularity(self, spec: TensorSpec) -> Granularity:
         """What of a tensor it must see whole."""
         return "element"
+
+    def way(self, spec: TensorSpec) -> Factored:
+        """How it is done to products of two factors."""
+        return "product"
+
+    def coefficients(self) -> tuple[float, ...]:
+        """Where these are summed up: the factor of every model's."""
+        raise TypeError(f"{self.name} is no sum")
 
     def copies(self, reads: int) -> int:
         """Whole tensors held at once, where it must see them whole, of so many operands."""
@@ -112,6 +122,12 @@ class Copy(_Plain):
 
     name = "copy"
     models = ()
+
+    def way(self, spec: TensorSpec) -> Factored:
+        return "sum"
+
+    def coefficients(self) -> tuple[float, ...]:
+        return (1.0,)
 
     def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.copy(step, start, stop, notes)
@@ -174,6 +190,13 @@ class Pair(Operation):
     transposed: bool = False
     whole: bool = False
     """Whether the other operation sees whole tensors."""
+    factored: bool = False
+    """Whether all models are the base and factors, so that no tensor of the full size is needed."""
+    bytes_read: int | None = None
+    experts: int = 1
+    """Matrices that lie one behind the other in the tensor: the experts of a layer."""
+    times: int = 1
+    """How often PEFT adds the product."""
     arithmetic = True
     needs_float64 = True
 
@@ -195,11 +218,11 @@ class Pair(Operation):
 
     @property
     def counts(self) -> StatisticsPass | None:  # type: ignore[override]
-        return self.inner.counts
+        return None if self.factored else self.inner.counts
 
     @property
     def counts_model(self) -> bool:  # type: ignore[override]
-        return self.inner.counts_model
+        return not self.factored and self.inner.counts_model
 
     @property
     def numbers(self) -> Mapping[str, Any]:
@@ -209,6 +232,8 @@ class Pair(Operation):
         return "tensor"
 
     def copies(self, reads: int) -> int:
+        if self.factored:
+            return 0
         return _FACTORISING + (self.inner.copies(reads) if self.whole else 0)
 
     def treatment(self, spec: TensorSpec) -> str:
@@ -259,6 +284,12 @@ class Merge(Operation):
 
     def granularity(self, spec: TensorSpec) -> Granularity:
         return self.method.granularity_in(spec.name, spec.shape)
+
+    def way(self, spec: TensorSpec) -> Factored:
+        return self.method.in_factors(spec.name, spec.shape)
+
+    def coefficients(self) -> tuple[float, ...]:
+        return self.method.coefficients(self.params)
 
     def treatment(self, spec: TensorSpec) -> str:
         return self.method.treatment(spec.name, spec.shape)

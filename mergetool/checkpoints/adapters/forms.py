@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from mergetool.arch.matrices import is_matrix
 from mergetool.checkpoints.adapters.keys import PREFIX
 from mergetool.checkpoints.adapters.places import TASK_HEADS, leaf_of
+from mergetool.checkpoints.adapters.sites import Site, SiteKind
 
 Shape = tuple[int, ...]
 
@@ -61,6 +62,10 @@ class Form:
     places: tuple[Place, ...] = ()
     alone: bool = False
     """Whether it may be kept without the rest of its module, as biases are."""
+    experts: int = 1
+    """Matrices that lie one behind the other in the tensor."""
+    times: int = 1
+    """How often PEFT adds the product."""
 
     @property
     def is_product(self) -> bool:
@@ -127,6 +132,22 @@ def _parent(name: str, parts: Mapping[str, Part]) -> str | None:
         return None
     below = [other for part in parts.values() for other in part.names if other.startswith(f"{parent}.")]
     return None if any(each.isdecimal() for other in below for each in other.split(".")) else parent
+
+
+def form_at(site: Site) -> Form:
+    """The form of what an adapter holds: the one that it has there."""
+    module, hung = site.module, site.hung
+    if site.is_product:
+        halves, end = (("lora_A", "lora_B"), ".weight")
+        if site.kind is SiteKind.EMBEDDING:
+            halves, end = (("lora_embedding_A", "lora_embedding_B"), "")
+        a, b = (f"{PREFIX}{hung}.{half}{end}" for half in halves)
+        parameter = site.name if site.kind is SiteKind.PARAMETER else ""
+        return Form(module, a, b, False, site.kernel, parameter, experts=site.experts, times=site.times)
+    if site.kind is SiteKind.ADDED:
+        return Form(module, places=(Place(f"{PREFIX}{hung}.lora_B.bias", module),), alone=True)
+    key = f"{PREFIX}{site.hung}.{leaf_of(site.name)}" if site.hung else PREFIX + site.name
+    return Form(module, places=(Place(key, module),), alone=site.kind is SiteKind.BIAS)
 
 
 def modules_of(names: Iterable[str]) -> frozenset[str]:
