@@ -27,6 +27,8 @@ from mergetool.tensors.io import bytes_of
 
 _BYTES_PER_ELEMENT = 8
 _MOST_VIEWS = 1024
+_ROUNDING = 1e-9
+"""What factors leave out of a change below this is no loss, but rounding."""
 _VARIANCE = "running_var"
 """What batch norms call the variances that they divide by the roots of."""
 _RUN = 1 << 14
@@ -98,9 +100,7 @@ class Worker(Bench[Step]):
             _check_variance(step.name, merged)
         self._put(step, start, merged, notes)
 
-    def merged(
-        self, step: Step, start: int, stop: int, notes: list[Note], operation: Merge, stats: Stats
-    ) -> Tensor:
+    def merged(self, step: Step, start: int, stop: int, notes: list[Note], operation: Merge, stats: Stats) -> Tensor:
         """What a method makes of a slice."""
         group = self._group(step, start, stop)
         group.notes = notes
@@ -120,7 +120,7 @@ class Worker(Bench[Step]):
                 changed = self._changed(_sliced(step), notes, stats)
                 self._check_change(changed, step)
                 pair, lost = factors(changed.flatten(1), operation)
-        notes += [(RANK, pair.a.shape[0] / operation.experts), *([(LOST, lost)] if lost else [])]
+        notes += [(RANK, pair.a.shape[0] / operation.experts), *([(LOST, lost)] if lost > _ROUNDING else [])]
         for slot, half in zip(step.slots, (pair.a, pair.b / operation.times), strict=True):
             self._put(replace(step, slots=(slot,)), 0, half.to(self._compute), notes)
 

@@ -72,7 +72,7 @@ def _in_memory(names: Collection[str], network: Any) -> dict[str, str]:
         return {name: name for name in names}
     every = get_model_conversion_mapping(network)
     renamings = [each for each in every if isinstance(each, WeightRenaming)]
-    others = [each for each in every if not isinstance(each, WeightRenaming)]
+    others: list[Any] = [each for each in every if not isinstance(each, WeightRenaming)]
     state, prefix = network.state_dict(), network.base_model_prefix
     told = {name: rename_source_key(name, renamings, others, prefix, state) for name in names}
     return {name: renamed for name, (renamed, merged) in told.items() if merged is None}

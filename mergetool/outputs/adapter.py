@@ -103,9 +103,7 @@ def _differs(base: ModelSource, name: str, written: ModelSource, spec: TensorSpe
     )
 
 
-def _equal(
-    base: ModelSource, known: TensorSpec, written: ModelSource, spec: TensorSpec, start: int, stop: int
-) -> bool:
+def _equal(base: ModelSource, known: TensorSpec, written: ModelSource, spec: TensorSpec, start: int, stop: int) -> bool:
     import torch
 
     halves = []

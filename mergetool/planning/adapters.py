@@ -144,7 +144,7 @@ def _changed(plan: Plan, step: Step, form: Form) -> Step:
 def _check_rank(plan: Plan, step: Step, keep: int | float | None) -> None:
     """Raise PlanError where a full matrix would be left of adapters without anybody having asked for it."""
     if keep is None and plan.recipe.output.rank is None:
-        what = f"{step.operation.name} leaves a matrix of more directions than its models have, and an adapter keeps few"
+        what = f"{step.operation.name} leaves a matrix of many directions, and an adapter keeps few"
         fix = "add output: {rank: 32}, or a share such as {rank: {energy: 0.99}}, or {rank: exact} for all of them"
         raise PlanError(what, step.name, fix)
 

@@ -116,15 +116,11 @@ class OnTop(ModelSource):
         return self._adapter if name in self._adapter.specs else self._beneath
 
 
-def as_models(
-    recipe: Recipe, adapters: Mapping[str, AdapterAlone], base: ModelSource | None
-) -> dict[str, ModelSource]:
+def as_models(recipe: Recipe, adapters: Mapping[str, AdapterAlone], base: ModelSource | None) -> dict[str, ModelSource]:
     """The adapters as models on one base. Raises PlanError where a tensor is a change here and a value there."""
     _check_kinds(adapters)
     sites = sites_of(adapters)
-    changes = {
-        name: _zeros(name, adapters) for name, site in sites.items() if not site.is_full
-    }
+    changes = {name: _zeros(name, adapters) for name, site in sites.items() if not site.is_full}
     full = {name: site for name, site in sites.items() if site.is_full}
     own: dict[str, str] = {}
     if base is not None and full:

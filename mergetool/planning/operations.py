@@ -102,9 +102,7 @@ class Operation(ABC):
         """Make elements [start, stop) of the step."""
         raise TypeError(f"{self.name}: models are taken apart as a whole, not slice by slice")
 
-    def values(
-        self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats
-    ) -> "Tensor":
+    def values(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> "Tensor":
         """Elements [start, stop) as they are before they are stored."""
         raise TypeError(f"{self.name} makes no tensor by itself")
 
@@ -132,9 +130,7 @@ class Copy(_Plain):
     def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.copy(step, start, stop, notes)
 
-    def values(
-        self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats
-    ) -> "Tensor":
+    def values(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> "Tensor":
         return bench.stored(step, start, stop)
 
 
@@ -303,7 +299,5 @@ class Merge(Operation):
     def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.merge(step, start, stop, notes, self, stats)
 
-    def values(
-        self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats
-    ) -> "Tensor":
+    def values(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> "Tensor":
         return bench.merged(step, start, stop, notes, self, stats)

@@ -51,7 +51,8 @@ def names_base(data: Mapping[str, Any]) -> bool:
     """Whether a recipe's data has a base that it can refer to."""
     merge = data.get("merge")
     kind = registry().get(str(merge.get("method"))) if isinstance(merge, dict) else None
-    only_below = kind is not None and kind.needs_base == "unused" and has_adapters(data)
+    unused = kind is not None and kind.needs_base == "unused"
+    only_below = unused and has_adapters(data) and not makes_adapter(data)
     return "base" in data and not only_below
 
 

@@ -167,8 +167,8 @@ class Output(Section):
     )
     kind: Literal["checkpoint", "adapter"] | None = Field(
         None,
-        description="whole weights, or a LoRA adapter for `base` that PEFT loads; by default an adapter where all models"
-        " are adapters and there is no base, else a checkpoint",
+        description="whole weights, or a LoRA adapter for `base` that PEFT loads; by default an adapter where all "
+        "models are adapters and there is no base, else a checkpoint",
     )
     rank: Annotated[
         int | dict[str, float] | Literal["exact"] | None,

@@ -133,7 +133,8 @@ def test_factors_are_those_of_the_svd_and_the_lock_says_what_they_lose(tmp_path,
         assert measured[name]["rank"] == kept
         assert measured[name]["lost by the rank"] == pytest.approx(float(1 - share[kept - 1]) ** 0.5, rel=1e-6)
         own = name.removesuffix(".weight")
-        assert settings["rank_pattern"].get(own, settings["r"]) == settings["alpha_pattern"].get(own, settings["r"]) == kept
+        assert settings["rank_pattern"].get(own, settings["r"]) == kept
+        assert settings["alpha_pattern"].get(own, settings["lora_alpha"]) == kept
     (note,) = result.notes
     assert note.startswith("cut to the rank: up to 0.")
     assert result.notes[note] == len(layers)
