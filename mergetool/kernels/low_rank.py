@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from mergetool.kernels.rng import normal, stream_key
-from mergetool.kernels.spectral import Factors, energy_rank, live_factors, with_signs
+from mergetool.kernels.spectral import Factors, truncated_svd, with_signs
 
 Keep = int | float | None
 """How much of a matrix is kept: so many directions, as many as hold a share of the squared norm, or all that count."""
@@ -37,11 +37,15 @@ _BESIDE = 8
 """Directions that a search for leading ones carries beside those asked for: it converges in fewer passes."""
 _BLOCK = 64
 """Directions that it adds in a pass where nobody says how many are asked for."""
-_SETTLED = 1e-5
+_SETTLED = 3e-5
 """A search ends once a pass finds less than this share of what is left out."""
 _PASSES = 30
+_DEPENDENT = 1e-13
+"""What a pass finds below this share of the squared norm is rounding."""
 _SLICE = 1 << 21
 """Entries of a matrix that are looked at together."""
+_SMALL = 1024
+"""Smaller dimension up to which the whole Gram matrix is no dearer than a search."""
 
 
 class Pair(NamedTuple):
@@ -90,15 +94,15 @@ def _nothing(like: Pair) -> Pair:
 def triplets(pair: Pair) -> Factors:
     """The singular triplets of b a, at most r of them, without those that are rounding."""
     if not pair.b.any() or not pair.a.any():
-        return _factors(_nothing(pair))
+        nothing = _nothing(pair)
+        return Factors(nothing.b, nothing.b.new_ones(0), nothing.a.mT)
     left, small_b = torch.linalg.qr(_exact(pair.b))
     right, small_a = torch.linalg.qr(_exact(pair.a).mT)
     u, s, vh = torch.linalg.svd(small_b @ small_a.mT, full_matrices=False)
-    return with_signs(Factors(left @ u, s, right @ vh.mT)).live(max(pair.shape) * _ROUNDING)
-
-
-def _factors(pair: Pair) -> Factors:
-    return Factors(pair.b, pair.b.new_ones(pair.b.shape[1]), pair.a.mT)
+    # What is rounding is told from the parts of the sum, which may cancel, not from the sum.
+    parts = float(torch.linalg.vector_norm(small_b, dim=0) @ torch.linalg.vector_norm(small_a, dim=0))
+    live = int((s > max(pair.shape) * _ROUNDING * parts).sum())
+    return with_signs(Factors(left @ u, s, right @ vh.mT).leading(live))
 
 
 def truncated(pair: Pair, keep: Keep) -> tuple[Pair, float]:
@@ -118,9 +122,9 @@ def _cut(every: Factors, keep: Keep) -> tuple[Pair, float]:
 
 def _count(s: Tensor, energy: float, keep: Keep) -> int:
     """How many of these singular values, descending, are kept of a matrix with this squared norm."""
-    if isinstance(keep, float) and len(s):
-        return energy_rank(s, keep) if float(s.square().sum()) >= energy * keep * (1 - 1e-12) else len(s)
-    return len(s) if keep is None else min(int(keep), len(s))
+    if isinstance(keep, float):
+        return min(int((s.square().cumsum(0) < energy * keep * (1 - 1e-12)).sum()) + 1, len(s))
+    return len(s) if keep is None else min(keep, len(s))
 
 
 def balanced(factors: Factors) -> Pair:
@@ -166,12 +170,24 @@ def lifted(cores: Cores, core: Tensor) -> Pair:
 
 def leading(matrix: Tensor, keep: Keep) -> tuple[Pair, float]:
     """The best approximation of a matrix that `keep` allows, and what it loses, as `truncated` says it of a pair."""
-    if not isinstance(keep, int):
-        return _cut(live_factors(matrix, min(matrix.shape)), keep)
+    if not isinstance(keep, int) or min(matrix.shape) <= _SMALL:
+        return _cut_of(matrix, keep)
     if matrix.shape[0] < matrix.shape[1]:
         turned, lost = leading(matrix.mT, keep)
         return Pair(turned.a.mT, turned.b.mT), lost
     return leading_of_rows(lambda start, stop: matrix[start:stop], matrix.shape, keep, device=matrix.device)
+
+
+def _cut_of(matrix: Tensor, keep: Keep) -> tuple[Pair, float]:
+    """`leading` from the whole Gram matrix of the smaller side."""
+    exact, size = _exact(matrix), min(matrix.shape)
+    if not exact.any():
+        return Pair(exact[:, :0], exact[:0]), 0.0
+    found = truncated_svd(exact, min(keep, size) if isinstance(keep, int) else size)
+    found = found.live(max(matrix.shape) * _ROUNDING)
+    if not isinstance(keep, int):
+        return _cut(found, keep)
+    return balanced(found), float(torch.linalg.vector_norm(exact - found.dense()) / torch.linalg.vector_norm(exact))
 
 
 def leading_of_rows(
@@ -241,23 +257,30 @@ def _search(matrix: _Rows, keep: Keep) -> Tensor:
     """
     width = min(matrix.n, matrix.m, keep + _BESIDE if isinstance(keep, int) else _BLOCK)
     like = torch.empty(matrix.n, width, dtype=torch.float64, device=matrix.device)
-    new = torch.linalg.qr(normal(stream_key(0, "leading directions"), 0, like))[0]
+    new = _orthonormal(normal(stream_key(0, "leading directions"), 0, like))
     basis, projected, found = new[:, :0], new.new_zeros(0, 0), -1.0
     for _ in range(_PASSES):
         image, energy = matrix.gram_times(new)
         basis = torch.cat([basis, new], 1)
         projected = _bordered(projected, basis.mT @ image)
-        values, vectors = torch.linalg.eigh(projected)
-        values, vectors = values.flip(0).clamp_(min=0), vectors.flip(1)
-        count = _count(values.sqrt(), energy, keep)
-        before, found = found, float(values[:count].sum())
-        enough = not isinstance(keep, float) or found >= energy * keep * (1 - 1e-12)
-        if enough and keep is not None and found - before <= _SETTLED * max(energy - found, _ROUNDING * energy):
+        before, found = found, _held(projected, energy, keep)
+        if found - before <= _SETTLED * max(energy - found, _ROUNDING * energy) and _is_enough(found, energy, keep):
             break
         new = _beyond(image, basis, energy)
         if not new.shape[1]:
             break
-    return basis @ vectors[:, :count]
+    vectors: Tensor = torch.linalg.eigh(projected)[1].flip(1)
+    return basis @ (vectors[:, :keep] if isinstance(keep, int) else vectors)
+
+
+def _held(projected: Tensor, energy: float, keep: Keep) -> float:
+    """The squared norm that the best directions hold, as many as are kept, of those found so far."""
+    values = torch.linalg.eigvalsh(projected).flip(0).clamp_(min=0)
+    return float(values[: _count(values.sqrt(), energy, keep)].sum())
+
+
+def _is_enough(found: float, energy: float, keep: Keep) -> bool:
+    return isinstance(keep, int) or found >= energy * (1.0 if keep is None else keep) * (1 - 1e-12)
 
 
 def _bordered(projected: Tensor, columns: Tensor) -> Tensor:
@@ -274,9 +297,16 @@ def _beyond(image: Tensor, basis: Tensor, energy: float) -> Tensor:
     """Orthonormal columns for what of `image` lies outside the span of `basis`, without rounding."""
     rest = image - basis @ (basis.mT @ image)
     rest -= basis @ (basis.mT @ rest)
-    u, s, _ = torch.linalg.svd(rest, full_matrices=False)
-    live = u[:, s > 1e-13 * energy][:, : basis.shape[0] - basis.shape[1]]
-    return torch.linalg.qr(live - basis @ (basis.mT @ live))[0]
+    live, small = torch.linalg.qr(rest)
+    if not float(small.diagonal().abs().min()) > _DEPENDENT * energy:
+        u, s, _ = torch.linalg.svd(small)
+        live = live @ u[:, s > _DEPENDENT * energy][:, : basis.shape[0] - basis.shape[1]]
+    return _orthonormal(live - basis @ (basis.mT @ live))
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    q: Tensor = torch.linalg.qr(columns)[0]
+    return q
 
 
 def _exact(x: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
-from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup, TensorMethod
-from mergetool.methods.group import Note
+from mergetool.methods.base import Note, Params, StatisticsPass, Stats, TensorGroup, TensorMethod
 
 if TYPE_CHECKING:
     import torch
