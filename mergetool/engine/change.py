@@ -12,16 +12,16 @@ from mergetool.methods.base import Params
 from mergetool.methods.families.low_rank import Products, merged_products
 from mergetool.methods.group import Note
 from mergetool.planning.graph import Plan, Step
-from mergetool.planning.operations import Pair
+from mergetool.planning.operations import Decompose
 from mergetool.tensors.factors import Halves, nothing_added
 
 
-def factors(changed: Tensor, operation: Pair) -> tuple[Product, float]:
+def factors(changed: Tensor, operation: Decompose) -> tuple[Product, float]:
     """B (m, r) and A (r, n) of a change (m, n), and the share of its length (Frobenius norm) that they leave out."""
     return leading(changed.mT if operation.transposed else changed, operation.keep)
 
 
-def merged(plan: Plan, step: Step, operation: Pair, notes: list[Note]) -> tuple[Product, float]:
+def merged(plan: Plan, step: Step, operation: Decompose, notes: list[Note]) -> tuple[Product, float]:
     """The same of a step whose models are the base and factors; no tensor of the full size is formed.
 
     Of experts, A of all of them one below the other, B with the directions of one expert next to those of the next.
@@ -41,7 +41,7 @@ def merged(plan: Plan, step: Step, operation: Pair, notes: list[Note]) -> tuple[
 
 
 def _merged(
-    plan: Plan, step: Step, operation: Pair, every: Sequence[Halves], notes: list[Note]
+    plan: Plan, step: Step, operation: Decompose, every: Sequence[Halves], notes: list[Note]
 ) -> tuple[Product, float]:
     pairs = [Product(b, a) for b, a in every]
     if operation.method is None:

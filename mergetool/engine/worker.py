@@ -20,7 +20,7 @@ from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup, T
 from mergetool.methods.group import Note
 from mergetool.outputs.record import INFINITE, KEPT_WIDE, LOST, NOT_FINITE, RANK
 from mergetool.planning.graph import SLICE_ELEMENTS, Operand, Plan, Step
-from mergetool.planning.operations import Bench, Merge, Pair
+from mergetool.planning.operations import Bench, Decompose, Merge
 from mergetool.planning.parents import label
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType, torch_dtype
 from mergetool.tensors.io import bytes_of
@@ -109,7 +109,7 @@ class Worker(Bench[Step]):
         assert merged.shape == group.models[0].shape, f"{step.name}: a method must not change shapes"
         return merged
 
-    def pair(self, step: Step, notes: list[Note], operation: Pair, stats: Stats) -> None:
+    def pair(self, step: Step, notes: list[Note], operation: Decompose, stats: Stats) -> None:
         """Make what a step changes of the base, and write it as two factors."""
         from mergetool.engine.change import factors, merged
 

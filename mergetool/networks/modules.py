@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from mergetool.checkpoints.adapters.forms import Part
+from mergetool.checkpoints.adapters.forms import InMemory
 from mergetool.checkpoints.adapters.places import TASK_HEADS, leaf_of
 from mergetool.errors import PlanError
-from mergetool.networks.library import class_of, first_line, library, quiet
+from mergetool.networks.library import class_of, first_line, library, module_of_library, quiet
 
 
-def parts_of(names: Collection[str], config: Mapping[str, Any], where: str) -> dict[str, Part]:
+def parts_of(names: Collection[str], config: Mapping[str, Any], where: str) -> dict[str, InMemory]:
     """What every tensor of a checkpoint is in the network that config.json names; nothing of one that it does not have.
 
     Raises SourceError or PlanError where transformers cannot build the network.
@@ -53,26 +53,23 @@ def _parameters(network: nn.Module) -> Iterator[tuple[str, nn.Module, object]]:
         yield from ((f"{path}.{name}".lstrip("."), module, each) for name, each in own)
 
 
-def _part(names: tuple[str, ...], module: str, kind: nn.Module, network: Any) -> Part:
-    from transformers.pytorch_utils import Conv1D
-
+def _part(names: tuple[str, ...], module: str, kind: nn.Module, network: Any) -> InMemory:
+    turned = isinstance(kind, module_of_library("pytorch_utils").Conv1D)
     output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
-    plain = isinstance(kind, nn.Linear | Conv1D) or (isinstance(kind, nn.Conv2d) and kind.groups == 1)
+    plain = turned or isinstance(kind, nn.Linear) or (isinstance(kind, nn.Conv2d) and kind.groups == 1)
     apart = kind is output or leaf_of(module) in TASK_HEADS or len(names) > 1
     layer = plain and not apart and names[0].endswith(".weight")
-    return Part(names, layer, isinstance(kind, Conv1D))
+    return InMemory(names, layer, turned)
 
 
 def _in_memory(names: Collection[str], network: Any) -> dict[str, str]:
     """What the network calls the tensors of a file, as transformers loads it; not those that it puts together."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:  # before transformers 5
+    mapping, loading = module_of_library("conversion_mapping"), module_of_library("core_model_loading")
+    if mapping is None or loading is None:  # before transformers 5
         return {name: name for name in names}
-    every = get_model_conversion_mapping(network)
-    renamings = [each for each in every if isinstance(each, WeightRenaming)]
-    others: list[Any] = [each for each in every if not isinstance(each, WeightRenaming)]
+    every = mapping.get_model_conversion_mapping(network)
+    renamings = [each for each in every if isinstance(each, loading.WeightRenaming)]
+    others = [each for each in every if not isinstance(each, loading.WeightRenaming)]
     state, prefix = network.state_dict(), network.base_model_prefix
-    told = {name: rename_source_key(name, renamings, others, prefix, state) for name in names}
+    told = {name: loading.rename_source_key(name, renamings, others, prefix, state) for name in names}
     return {name: renamed for name, (renamed, merged) in told.items() if merged is None}

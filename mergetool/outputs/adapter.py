@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergetool.checkpoints.adapters.files import WEIGHTS_NAME
-from mergetool.checkpoints.adapters.forms import Form, Place, always_kept
+from mergetool.checkpoints.adapters.forms import Form, InFull, always_kept
 from mergetool.checkpoints.adapters.keys import PREFIX
 from mergetool.checkpoints.adapters.settings import CONFIG_NAME
 from mergetool.checkpoints.adapters.written import Held, config_text
@@ -88,7 +88,7 @@ def _changed_modules(plan: Plan, written: ModelSource) -> set[str]:
     return changed
 
 
-def _holder(form: Form, place: Place) -> str:
+def _holder(form: Form, place: InFull) -> str:
     """What decides whether a tensor is kept: its module, or itself."""
     return place.key if form.alone and place.module == form.module else place.module
 

@@ -12,12 +12,12 @@ from math import prod
 
 from mergetool.checkpoints.adapters import AdapterAlone
 from mergetool.checkpoints.adapters.files import WEIGHTS_NAME
-from mergetool.checkpoints.adapters.forms import Form, Part, form_at, forms_of, modules_of, plain_parts, problem
+from mergetool.checkpoints.adapters.forms import Form, InMemory, form_at, forms_of, modules_of, plain_parts, problem
 from mergetool.checkpoints.adapters.places import TASK_HEADS, leaf_of
 from mergetool.checkpoints.adapters.written import About, about_together, task_of
 from mergetool.errors import PlanError
 from mergetool.planning.graph import BASE, Operand, Plan, Shard, Slot, Step
-from mergetool.planning.operations import Operation, Pair
+from mergetool.planning.operations import Decompose, Operation
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.dtypes import BY_NAME
 from mergetool.tensors.header import TensorSpec, lay_out
@@ -72,7 +72,7 @@ def of_adapters(plan: Plan, adapters: Mapping[str, AdapterAlone]) -> Plan:
     return _laid_out(replace(plan, about=about), held, {step.name: form_at(sites[step.name]) for step in held})
 
 
-def _parts(shapes: Mapping[str, tuple[int, ...]], base: ModelSource) -> dict[str, Part]:
+def _parts(shapes: Mapping[str, tuple[int, ...]], base: ModelSource) -> dict[str, InMemory]:
     """What the tensors are in the base's network."""
     config = read_config(base.folder)
     if "architectures" not in config:
@@ -137,7 +137,7 @@ def _changed(plan: Plan, step: Step, form: Form) -> Step:
     whole = step.operation.granularity(spec) == "tensor"
     read = None if directions is None else 4 * form.experts * (outputs + inputs) * sum(directions)
     known = directions is not None
-    operation = Pair(step.operation, keep, most, form.turned, whole, known, read, form.experts, form.times)
+    operation = Decompose(step.operation, keep, most, form.turned, whole, known, read, form.experts, form.times)
     return replace(step, slots=(Slot(a), Slot(b)), operation=operation)
 
 

@@ -23,7 +23,7 @@ _CONVOLUTION = 4
 
 
 @dataclass(frozen=True)
-class Part:
+class InMemory:
     """A tensor of a checkpoint, as the network has it in memory."""
 
     names: tuple[str, ...]
@@ -35,7 +35,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Place:
+class InFull:
     """A tensor that is kept in full."""
 
     key: str
@@ -59,7 +59,7 @@ class Form:
     """A convolution's axes after outputs and inputs."""
     parameter: str = ""
     """The name of a parameter that is itself a target, where it is no module's weight."""
-    places: tuple[Place, ...] = ()
+    places: tuple[InFull, ...] = ()
     alone: bool = False
     """Whether it may be kept without the rest of its module, as biases are."""
     experts: int = 1
@@ -77,9 +77,9 @@ class Form:
         return self.parameter or self.module
 
 
-def plain_parts(shapes: Mapping[str, Shape]) -> dict[str, Part]:
+def plain_parts(shapes: Mapping[str, Shape]) -> dict[str, InMemory]:
     """The tensors of a network of which nothing is known but names and shapes."""
-    return {name: Part((name,), _is_layer(name, shape)) for name, shape in shapes.items()}
+    return {name: InMemory((name,), _is_layer(name, shape)) for name, shape in shapes.items()}
 
 
 def _is_layer(name: str, shape: Shape) -> bool:
@@ -90,7 +90,7 @@ def _is_layer(name: str, shape: Shape) -> bool:
     return len(shape) == 2 or (len(shape) == _CONVOLUTION and shape[1] > 1)
 
 
-def forms_of(wanted: Collection[str], parts: Mapping[str, Part], shapes: Mapping[str, Shape]) -> dict[str, Form]:
+def forms_of(wanted: Collection[str], parts: Mapping[str, InMemory], shapes: Mapping[str, Shape]) -> dict[str, Form]:
     """The form of every wanted tensor of a network; that no adapter can hold it, `problem` says."""
     layers = {_module(part.names[0]) for part in parts.values() if part.is_layer}
     modules = {_module(name) for part in parts.values() for name in part.names if name.endswith(".weight")}
@@ -100,7 +100,7 @@ def forms_of(wanted: Collection[str], parts: Mapping[str, Part], shapes: Mapping
         names = parts[name].names
         parent = next((parent for parent in single if names[0].startswith(f"{parent}.")), None)
         if parent is not None:
-            forms[name] = Form(_module(names[0]), places=tuple(Place(PREFIX + each, parent) for each in names))
+            forms[name] = Form(_module(names[0]), places=tuple(InFull(PREFIX + each, parent) for each in names))
         elif parts[name].is_layer:
             forms[name] = _factors(parts[name], shapes[name])
         else:
@@ -110,22 +110,22 @@ def forms_of(wanted: Collection[str], parts: Mapping[str, Part], shapes: Mapping
     return forms
 
 
-def _factors(part: Part, shape: Shape) -> Form:
+def _factors(part: InMemory, shape: Shape) -> Form:
     module = _module(part.names[0])
     a, b = (f"{PREFIX}{module}.{half}.weight" for half in ("lora_A", "lora_B"))
     return Form(module, a, b, part.turned, shape[2:])
 
 
-def _place(name: str, layers: Collection[str]) -> Place:
+def _place(name: str, layers: Collection[str]) -> InFull:
     module, leaf = _module(name), leaf_of(name)
-    return Place(f"{PREFIX}{module}.base_layer.{leaf}" if module in layers else PREFIX + name, module)
+    return InFull(f"{PREFIX}{module}.base_layer.{leaf}" if module in layers else PREFIX + name, module)
 
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _parent(name: str, parts: Mapping[str, Part]) -> str | None:
+def _parent(name: str, parts: Mapping[str, InMemory]) -> str | None:
     """The module that is kept in full for a parameter that is no weight or bias; None where there is no such."""
     parent = _module(name)
     if leaf_of(name) in _LEAVES or not parent:
@@ -145,9 +145,9 @@ def form_at(site: Site) -> Form:
         parameter = site.name if site.kind is SiteKind.PARAMETER else ""
         return Form(module, a, b, False, site.kernel, parameter, experts=site.experts, times=site.times)
     if site.kind is SiteKind.ADDED:
-        return Form(module, places=(Place(f"{PREFIX}{hung}.lora_B.bias", module),), alone=True)
+        return Form(module, places=(InFull(f"{PREFIX}{hung}.lora_B.bias", module),), alone=True)
     key = f"{PREFIX}{site.hung}.{leaf_of(site.name)}" if site.hung else PREFIX + site.name
-    return Form(module, places=(Place(key, module),), alone=site.kind is SiteKind.BIAS)
+    return Form(module, places=(InFull(key, module),), alone=site.kind is SiteKind.BIAS)
 
 
 def modules_of(names: Iterable[str]) -> frozenset[str]:
@@ -159,7 +159,7 @@ def modules_of(names: Iterable[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def problem(name: str, parts: Mapping[str, Part]) -> str | None:
+def problem(name: str, parts: Mapping[str, InMemory]) -> str | None:
     """Why no adapter can hold a tensor, or None."""
     if name not in parts:
         return "in memory it is part of another tensor, or of none"
