@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mergetool.arch.matrices import MatrixFilter, is_matrix
 from mergetool.methods.base import (
+    Factored,
     Field,
     Finite,
     Fraction,
@@ -52,6 +53,11 @@ class Knots(TensorMethod):
     def needs_float64(self) -> bool:
         return self.filter != "none"
 
+    def in_factors(self, name: str, shape: tuple[int, ...]) -> Factored:
+        if not is_matrix(name, shape, self.filter, conv="mean"):
+            return "product" if self.combine == "ties" else "cores"
+        return "outputs" if self.stack == "inputs" else "inputs"
+
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         assert group.base is not None
         chosen = [index for index, weight in enumerate(p.weight) if weight]
@@ -83,6 +89,7 @@ class Knots(TensorMethod):
         import torch
 
         from mergetool.kernels.consensus import agreeing_sum_
+        from mergetool.kernels.directions import trim_
 
         if self.combine == "mean":
             total = torch.zeros_like(parts[0])
@@ -90,20 +97,10 @@ class Knots(TensorMethod):
                 total.add_(part, alpha=weight / len(parts))
             return total
         for density, part in zip(p.density, parts, strict=True):
-            _trim(part, density)
+            trim_(part, density)
         return agreeing_sum_(
             parts,
             p.weight,
             normalize=True,
             scratch=lambda _, dtype: torch.empty_like(parts[0], dtype=dtype),
         )
-
-
-def _trim(part: "Tensor", density: float) -> None:
-    """Zero, in place, all but the largest `density` of the entries; entries equal to the smallest kept stay."""
-    from mergetool.kernels.consensus import keep_largest_
-
-    count = max(1, int(density * part.numel()))
-    if count < part.numel():
-        flat = part.abs().reshape(-1)
-        keep_largest_(part, float(flat.kthvalue(part.numel() - count + 1).values), inclusive=True)

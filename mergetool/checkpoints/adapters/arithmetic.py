@@ -34,6 +34,7 @@ class Arithmetic:
         self._model = model
         self._adapter = adapter
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._num_kept = 0
         self._scales: dict[str, Tensor] = {}
         self._lock = Lock()
         self._pass_lock = Lock()
@@ -149,13 +150,13 @@ class Arithmetic:
 
     def matrix(self, name: str) -> "Tensor":
         """A whole tensor of the adapter as rows of float32; small ones are kept for the next slice."""
-        return self._keep(name, lambda: _rows_of(self._adapter, name, 0, self._adapter.specs[name].shape[0]))
+        return self._keep(name, lambda: rows_of(self._adapter, name, 0, self._adapter.specs[name].shape[0]))
 
     def _rows(self, name: str, first: int, last: int) -> "Tensor":
         with self._lock:
             if name in self._kept:
                 return self._kept[name][first:last]
-        return _rows_of(self._adapter, name, first, last)
+        return rows_of(self._adapter, name, first, last)
 
     def _keep(self, name: str, read: Callable[[], "Tensor"]) -> "Tensor":
         with self._lock:
@@ -164,9 +165,10 @@ class Arithmetic:
                 return self._kept[name]
         tensor = read()
         with self._lock:
+            self._num_kept += tensor.numel() if name not in self._kept else 0
             self._kept[name] = tensor
-            while sum(kept.numel() for kept in self._kept.values()) > _KEPT_ELEMENTS:
-                self._kept.popitem(last=False)
+            while self._num_kept > _KEPT_ELEMENTS:
+                self._num_kept -= self._kept.popitem(last=False)[1].numel()
         return tensor
 
 
@@ -175,7 +177,7 @@ def _over(magnitudes: "Tensor", lengths: "Tensor") -> "Tensor":
     return (magnitudes / lengths).masked_fill_(lengths == 0, 0)
 
 
-def _rows_of(source: ModelSource, name: str, first: int, last: int) -> "Tensor":
+def rows_of(source: ModelSource, name: str, first: int, last: int) -> "Tensor":
     """Rows of a tensor, as float32: (rows, all other axes)."""
     spec = source.specs[name]
     width = spec.num_elements // spec.shape[0]

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from torch import nn
 
 import mergetool
 from mergetool.checkpoints.adapters import AdapterAlone, AdapterSource
+from mergetool.checkpoints.adapters.refusals import REFUSED_FIELDS
+from mergetool.checkpoints.adapters.settings import HONOURED, OF_TRAINING
 from mergetool.errors import SourceError
 from mergetool.tensors.folder import open_model
 from tests.checkpoints.adapters.peft_oracle import (
@@ -99,6 +102,19 @@ def test_a_field_that_makes_more_of_it_than_plain_lora_is_refused_by_name(
 def test_fields_of_training_and_empty_ones_say_nothing(trained: Trained) -> None:
     trained.set(lora_dropout=0.3, inference_mode=False, megatron_config=None, of_tomorrow=None, target_modules="x")
     assert trained.source().warnings == ()
+
+
+def test_every_field_that_peft_has_is_known() -> None:
+    """A version with a new one must be looked at: does it change what an adapter means?"""
+    unknown = {field.name for field in fields(LoraConfig)} - HONOURED - OF_TRAINING - REFUSED_FIELDS.keys()
+    assert unknown == set()
+
+
+def test_what_other_trainers_write_is_read(trained: Trained) -> None:
+    trained.set(base_model_name_or_path=None, unsloth_fixed=True, unsloth_version="2026.1", revision="main")
+    source = assert_merged_as_by_peft(trained)
+    assert source.made_for is None
+    assert ["unsloth_fixed: True, unsloth_version" in text for text in source.warnings] == [True]
 
 
 def test_an_unknown_field_is_a_warning_that_names_it(trained: Trained) -> None:
@@ -370,6 +386,7 @@ def test_planning_with_an_adapter_imports_no_torch(trained: Trained) -> None:
         "import sys; from pathlib import Path; from mergetool.checkpoints.adapters import AdapterAlone, AdapterSource; "
         "from mergetool.tensors.folder import open_model; "
         f"AdapterSource(open_model(Path({str(trained.model)!r})), Path({str(trained.adapter)!r})); "
+        f"AdapterAlone(Path({str(trained.adapter)!r})); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
