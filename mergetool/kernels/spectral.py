@@ -130,8 +130,9 @@ def factors_of_product(b: Tensor, a: Tensor, k: int) -> Factors:
     left, small_left = torch.linalg.qr(b.to(torch.float64))
     right, small_right = torch.linalg.qr(a.mT.to(torch.float64))
     u, s, vh = torch.linalg.svd(small_left @ small_right.mT, full_matrices=False)
-    factors = _with_signs(Factors(left @ u, s, right @ vh.mT))
-    return factors.live(b.shape[1] * torch.finfo(b.dtype).eps).leading(k)
+    rounding = torch.finfo(b.dtype).eps * s[0] + torch.finfo(s.dtype).eps * small_left.norm() * small_right.norm()
+    live = int((s > b.shape[1] * rounding).sum())
+    return _with_signs(Factors(left @ u, s, right @ vh.mT)).leading(min(live, k))
 
 
 def live_factors_of(deltas: Sequence[Tensor], k: int, *, together: bool | None = None) -> list[Factors]:
