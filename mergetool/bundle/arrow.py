@@ -73,7 +73,7 @@ class Mix:
         return self if self.weights is None else replace(self, weights=self.weights[list(samples)])
 
     def change(self, x: Tensor, name: str, *, turned: bool) -> Tensor:
-        """What the experts add to what a linear layer makes of x (rows, ..., inputs); `turned`: W0 is (inputs, outputs)."""
+        """What experts add to what a linear layer makes of x (rows, ..., inputs); `turned`: W0 is (inputs, outputs)."""
         site = self.sites.site(name, x, turned=turned)
         weights = self._of_tokens(x, site) if self.weights is None else _spread(self.weights, x)
         return ((x @ site.reads) * weights.to(x)[..., site.owner]) @ site.writes
