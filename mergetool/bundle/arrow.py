@@ -30,7 +30,7 @@ class _Site:
     """(T, inputs), float32."""
 
 
-class Sites:
+class Mixer:
     """The matrices of a bundle's experts, put side by side when they are first used. Safe for several threads."""
 
     def __init__(self, factors: TaskFactors, router: Router) -> None:
@@ -64,7 +64,7 @@ class Sites:
 class Mix:
     """The shares of experts in one pass."""
 
-    sites: Sites
+    mixer: Mixer
     weights: Tensor | None = None
     """(samples, T); None: every token's own."""
 
@@ -74,12 +74,12 @@ class Mix:
 
     def change(self, x: Tensor, name: str, *, turned: bool) -> Tensor:
         """What experts add to what a linear layer makes of x (rows, ..., inputs); `turned`: W0 is (inputs, outputs)."""
-        site = self.sites.site(name, x, turned=turned)
+        site = self.mixer.site(name, x, turned=turned)
         weights = self._of_tokens(x, site) if self.weights is None else _spread(self.weights, x)
         return ((x @ site.reads) * weights.to(x)[..., site.owner]) @ site.writes
 
     def _of_tokens(self, x: Tensor, site: _Site) -> Tensor:
-        router = self.sites.router
+        router = self.mixer.router
         return shares(similarities(x.float(), site.prototypes), router.temperature, router.top_k)
 
 

@@ -52,7 +52,7 @@ class Runs:
     @classmethod
     def mixed(cls, mix: Mix, num_samples: int) -> "Runs":
         """All samples together, with shares of all experts."""
-        return cls((tuple(range(len(mix.sites.factors.manifest.tasks))),), (0, num_samples), mix)
+        return cls((tuple(range(len(mix.mixer.factors.manifest.tasks))),), (0, num_samples), mix)
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> "Runs":

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mergetool.bundle.answer import Answer as Answer
 from mergetool.bundle.answer import Scored, answer
-from mergetool.bundle.arrow import Mix, Sites
+from mergetool.bundle.arrow import Mix, Mixer
 from mergetool.bundle.batch import check_batch, lengths_in, num_samples, take
 from mergetool.bundle.calibration import read_calibration
 from mergetool.bundle.classes import ClassNetwork, load_networks, stored_dtype
@@ -85,7 +85,7 @@ class MassModel(nn.Module):
         self.calibration = read_calibration(folder)
         router = manifest.router
         self.first_pass = None if router is None else FirstPass(base, factors, router, folder)
-        self._sites = None if router is None or router.per is None else Sites(factors, router)
+        self._mixer = None if router is None or router.per is None else Mixer(factors, router)
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -152,7 +152,7 @@ class MassModel(nn.Module):
         check_batch(inputs)
         routing = self._routing(tasks, inputs)
         groups = [tuple(self.task_names.index(name) for name in chosen) for chosen in routing.tasks]
-        mix = self._sites.mix(routing.coefficients) if self._sites is not None and tasks == "route" else None
+        mix = self._mixer.mix(routing.coefficients) if self._mixer is not None and tasks == "route" else None
         if all(task.head is None for task in self.manifest.tasks):
             outputs = self._second_pass(groups, inputs, mix)
             best = [self.task_names[task] for task in routing.coefficients.argmax(-1).tolist()]
@@ -246,8 +246,8 @@ class MassModel(nn.Module):
         tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
         options = {key: value for key, value in inputs.items() if key not in tensors}
         check_batch(tensors)
-        if self._sites is not None and tasks == "route":
-            return self._generate_mixed(self._sites, tensors, options)
+        if self._mixer is not None and tasks == "route":
+            return self._generate_mixed(self._mixer, tensors, options)
         routing = self._routing(tasks, tensors)
         groups = [tuple(self.task_names.index(name) for name in chosen) for chosen in routing.tasks]
         rows: dict[int, Tensor] = {}
@@ -261,10 +261,10 @@ class MassModel(nn.Module):
         ordered = [rows[sample] for sample in range(len(groups))]
         return nn.utils.rnn.pad_sequence(ordered, batch_first=True, padding_value=pad)
 
-    def _generate_mixed(self, sites: Sites, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
+    def _generate_mixed(self, mixer: Mixer, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
         """All prompts at once, with shares of all experts; those of a sequence are those of its prompt."""
         count = num_samples(inputs)
-        mix = Mix(sites) if sites.router.per == "token" else Mix(sites, self.route(**inputs).coefficients)
+        mix = Mix(mixer) if mixer.router.per == "token" else Mix(mixer, self.route(**inputs).coefficients)
         with self._grouped.using(Runs.mixed(mix, count)):
             generated: Tensor = self.base.generate(**inputs, **options)  # type: ignore[operator]
         return generated

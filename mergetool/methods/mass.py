@@ -10,9 +10,16 @@ transformers saves them (`...ForSequenceClassification`, token, image, audio and
 answering) are named as any model, `reviews: ./reviews`: an expert's own head, its pooler, its padding rule and its
 labels are found in its folder and kept whole, and `base` may be with or without a head. A head that was saved apart is
 given with its model: `{source: ./sst2, head: {weights: ./sst2/head.safetensors, pool: mean}}`. Language models have
-none.
+none. Experts may be LoRA adapters, `{adapter: ./lora}`, which are kept by their own factors.
 
-Reference: Crisostomi et al., MASS: MoErging through Adaptive Subspace Selection, https://arxiv.org/abs/2504.05342.
+`router: {kind: arrow}` mixes all experts instead of choosing a group: at every matrix of a linear layer a token x gives
+the `top_k` experts with the largest |x . v| shares by a softmax over `temperature`, where v is the top right singular
+vector of the expert's change (for LoRA, of B A). With `per: sequence` an input has one set of shares everywhere, from
+its pooled features. What is no such matrix is that of all tasks as one group.
+
+Reference: Crisostomi et al., MASS: MoErging through Adaptive Subspace Selection, https://arxiv.org/abs/2504.05342;
+Ostapenko et al., Towards Modular LLMs by Building and Reusing a Library of LoRAs, https://arxiv.org/abs/2405.11157
+(Arrow).
 Differs from the paper: the router reads what goes into the output projections of all attention blocks of the base
 (`layers: auto`), where theirs reads one matrix of a merged model; the share of a feature that a task's directions
 explain is turned into a likelihood, which is fair between tasks of different rank and keeps how sure the router is,

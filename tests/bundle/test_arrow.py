@@ -1,6 +1,7 @@
 """Arrow in a bundle: shares of all experts, token by token or for a sequence, against naive float64 and PEFT's own."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -193,6 +194,20 @@ def test_experts_with_heads_of_their_own_class_answer(tmp_path):
         answer = model(**text_inputs())
         assert set(answer.task) <= set(names)
         assert all(tasks == (task,) for tasks, task in zip(answer.tasks, answer.task, strict=True))
+
+
+@pytest.mark.parametrize("per", ["token", "sequence"])
+def test_threads_get_their_own_answers(adapted, per, tmp_path):
+    family, folder = adapted
+    model = opened(folder, tmp_path / "out", per=per, top_k=2)
+    inputs = tiny_inputs(family)
+    batches = [{key: value[[i, (i + 3) % 7]] for key, value in inputs.items()} for i in range(7)] * 4
+    calls = [(batch, {} if place % 3 else {"tasks": ["b"]}) for place, batch in enumerate(batches)]
+    expected = [model(**batch, **known).logits for batch, known in calls]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda call: model(**call[0], **call[1]).logits, calls))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_one_expert_a_sequence_is_that_expert(adapted, tmp_path):
