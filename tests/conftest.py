@@ -46,6 +46,16 @@ REAL_RUNS = {"slices", "workers", "memory", "device"}
 """Laws that run from files to files; the others are tried with each method's defaults only."""
 
 
+@pytest.fixture(scope="session")
+def forks():
+    """Commands in processes of their own: one server for all tests of a worker."""
+    from tests.forks import Forks
+
+    server = Forks()
+    yield server
+    server.close()
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(CACHE, ignore_errors=True)
 

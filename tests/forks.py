@@ -3,24 +3,33 @@
 huggingface_hub is not imported there, as it looks at the environment once, when it is.
 
 With KILL_AT=n in its environment a command is killed (SIGKILL) before it makes, renames or removes the n-th file or
-folder in whose path is KILL_IN; with "KILL_AFTER=module:function n" after the n-th call of a function.
+folder in whose path is KILL_IN; with "KILL_AFTER=module:function n" after the n-th call of a function; with
+"HOLD=module:function n" it holds still then (`tests.held`).
 """
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 from tests.held import JOURNALLED
 
 _SERVER = """
-import json, os, signal, sys
+import gc, json, os, signal, sys
 import mergetool.cli.app, mergetool.cli.show, mergetool.engine, mergetool.planning, mergetool.engine.worker
-import mergetool.engine.fit, torch.distributed, tests.held
+import mergetool.engine.fit, mergetool.engine.fork, mergetool.outputs.checkpoint, mergetool.tuning.run, tests.held
+import torch.distributed
+from mergetool.methods import registry
+from mergetool.recipe.load import sections
+
+registry(), sections()  # and all modules that these import
+gc.freeze()
 
 def kill_at(left, place):
     def hook(event, arguments):
@@ -52,7 +61,7 @@ def start(wanted):
         tests.held.kill_after(target, int(count))
     if "HOLD" in os.environ:
         target, count = os.environ["HOLD"].split()
-        tests.held.hold(target, int(count))
+        tests.held.heed(tests.held.hold(target, int(count)))
     code = 70
     try:
         mergetool.cli.main()
@@ -69,16 +78,83 @@ for line in sys.stdin:
 """
 
 
+class Running:
+    """Some processes of one command; the first of them can be asked what `subprocess.Popen` can."""
+
+    def __init__(self, server, arguments, cwd, envs):
+        self._server, self._place, self.ended = server, tempfile.TemporaryDirectory(), []
+        self._paths = [
+            tuple(str(Path(self._place.name) / f"{way}{n}") for way in ("out", "err")) for n, _ in enumerate(envs)
+        ]
+        for path in (path for pair in self._paths for path in pair):
+            Path(path).touch()  # a process may be killed before it opens them
+        wanted = [
+            {"arguments": arguments, "cwd": cwd, "env": env, "out": out, "err": err}
+            for env, (out, err) in zip(envs, self._paths, strict=True)
+        ]
+        server.stdin.write(json.dumps(wanted) + "\n")
+        server.stdin.flush()
+        self.pids = json.loads(server.stdout.readline())
+        self.pid = self.pids[0]
+
+    def wait(self):
+        """Exit code, stdout and stderr of every process, when all have ended."""
+        if not self.ended:
+            codes = json.loads(self._server.stdout.readline())
+            with self._place:
+                self.ended = [
+                    SimpleNamespace(code=code, out=Path(out).read_text(), err=Path(err).read_text())
+                    for code, (out, err) in zip(codes, self._paths, strict=True)
+                ]
+        return self.ended
+
+    def poll(self):
+        """The exit code, or None while it runs."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:  # the server has taken note of its end
+            return self.wait()[0].code
+        return None
+
+    def send_signal(self, number):
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout=None):
+        """stdout and stderr; `returncode` is known then."""
+        (done,) = self.wait()
+        return done.out, done.err
+
+    @property
+    def returncode(self):
+        return self.wait()[0].code
+
+    def end(self):
+        for pid in self.pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.wait()
+
+
 class Forks:
     """Runs the command line."""
 
     def __init__(self):
         command = [sys.executable, "-c", _SERVER]
         self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._running = None
 
     def run(self, arguments, *, cwd, env):
         """Exit code, stdout and stderr of `mergetool *arguments`."""
         return self.start(arguments, cwd=cwd, envs=[env]).wait()[0]
+
+    def open(self, *arguments, held=None):
+        """A command here and with this environment; `held`: what is counted and how often, until it holds still."""
+        env = {**os.environ, **({"HOLD": f"{held[0]} {held[1]}"} if held else {})}
+        return self.start(arguments, cwd=Path.cwd(), envs=[env])
 
     def team(self, size, arguments, *, cwd, held=None):
         """The same command in processes that know of one another, as a launcher starts them.
@@ -95,28 +171,11 @@ class Forks:
         return self.start(arguments, cwd=cwd, envs=envs)
 
     def start(self, arguments, *, cwd, envs):
-        """The command once for each environment; one `start` at a time, `wait` before the next."""
-        place = tempfile.TemporaryDirectory()
-        paths = [(str(Path(place.name) / f"out{n}"), str(Path(place.name) / f"err{n}")) for n in range(len(envs))]
-        for path in (path for pair in paths for path in pair):
-            Path(path).touch()  # a process may be killed before it opens them
-        wanted = [
-            {"arguments": [*map(str, arguments)], "cwd": str(cwd), "env": env, "out": out, "err": err}
-            for env, (out, err) in zip(envs, paths, strict=True)
-        ]
-        self._server.stdin.write(json.dumps(wanted) + "\n")
-        self._server.stdin.flush()
-        pids = json.loads(self._server.stdout.readline())
-
-        def wait():
-            codes = json.loads(self._server.stdout.readline())
-            with place:
-                return [
-                    SimpleNamespace(code=code, out=Path(out).read_text(), err=Path(err).read_text())
-                    for code, (out, err) in zip(codes, paths, strict=True)
-                ]
-
-        return SimpleNamespace(pids=pids, wait=wait)
+        """The command once for each environment. One `start` at a time: what a failed test left running is killed."""
+        if self._running is not None and not self._running.ended:
+            self._running.end()
+        self._running = Running(self._server, [*map(str, arguments)], str(cwd), envs)
+        return self._running
 
     def close(self):
         self._server.stdin.close()

@@ -49,11 +49,10 @@ def _after(target, count, act):
     setattr(owner, name, counted)
 
 
-def main():
-    """Run the command line, held; an interruption lets it go on to its end, SIGUSR1 just lets it go on."""
+def heed(go):
+    """An interruption lets a held command go on to its end, SIGUSR1 just lets it go on."""
     import mergetool.cli as cli
 
-    go = hold(sys.argv[1], int(sys.argv[2]))
     interrupt = cli._interrupt
 
     def interrupted(*arguments):
@@ -63,5 +62,12 @@ def main():
     cli._interrupt = interrupted
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in a shell's background
     signal.signal(signal.SIGUSR1, lambda *_: go.set())
+
+
+def main():
+    """Run the command line, held."""
+    import mergetool.cli as cli
+
+    heed(hold(sys.argv[1], int(sys.argv[2])))
     sys.argv = ["mergetool", *sys.argv[3:]]
     cli.main()

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from mergetool._version import __version__
+from mergetool.cli.against import hold_against, refuse_idle
 from mergetool.cli.answers import deliver, inspect_bundle, print_answer, say_pushed, say_result, say_steps
 from mergetool.cli.commands import Quiet, Verbose, command, existing, is_follower, method_names, set_manner
 from mergetool.cli.progress import ProgressBar, waiting
@@ -178,15 +179,31 @@ def inspect(
     table(("", ""), list(facts.items()))
 
 
-@command(app, "mergetool verify merged --load")
+@command(app, "mergetool verify merged --against recipe.yaml")
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A merged checkpoint (or any model).")],
     load: Annotated[bool, typer.Option("--load", help="Open it with transformers, too, and run one step.")] = False,
+    against: Annotated[
+        Path | None, typer.Option(metavar="RECIPE", help="Is it what this recipe says, tensor by tensor?")
+    ] = None,
+    settings: Settings = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Workers for --against.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Most memory for --against.")] = None,
+    trust_code: Annotated[bool, typer.Option("--trust-code", help="Run Python files that the recipe names.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a result against its lock and its config.json, and scan its weights for values that are not finite."""
+    """Check a result against its lock and its config.json, and scan its weights for values that are not finite.
+
+    With --against: is it what a recipe says, to the rounding of its dtype? Exit 0: yes; 3: no; 5: cannot tell.
+    """
     from mergetool.bundle import is_bundle
 
+    asked = {"--set": settings, "--workers": workers, "--memory": memory, "--trust-code": trust_code}
+    if against is not None:
+        refuse_idle({"--load": load}, "--against, which reads weights only")
+        hold_against(path, against, settings or (), workers, _size(memory), trust_code=trust_code, as_json=as_json)
+        return
+    refuse_idle(asked, "no --against RECIPE")
     if is_bundle(path):
         from mergetool.bundle.verify import verify_bundle
 

@@ -5,7 +5,6 @@ work         threads take jobs: hash inputs, count, merge, sync and hash finishe
 finish       index, config, tokenizer, card, lock file; then one rename
 """
 
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -201,16 +200,20 @@ def _make_inner(plan: Plan, staging: Staging, flags: Flags, progress: Progress, 
     if not plan.inner:
         return {}
     team.leader_first(lambda: _check_room(plan, staging))
-    digests = dict(staging.journal.done.hashes)
+    done = run_inner(plan, dict(staging.journal.done.hashes), flags, progress, team)
+    staging.journal.done.hashes.update(known_digests(plan))
+    return done
+
+
+def run_inner(plan: Plan, digests: dict[str, str], flags: Flags, progress: Progress, team: Team) -> dict[str, Result]:
+    """Run recipes inside a plan, into the folder of its parts. `digests` of input files are taken as they are."""
 
     def make(inner: Plan) -> Result | None:
         costs = estimate(inner, workers=flags.workers, memory=flags.memory, processes=team.local_size)
         asked = replace(flags, output=inner.output, overwrite=False, resume=True)
         return _claim_and_run(inner, costs, digests, asked, progress, team)
 
-    done = make_inner(plan, make, progress, team)
-    staging.journal.done.hashes.update(known_digests(plan))
-    return done
+    return make_inner(plan, make, progress, team)
 
 
 def _check_room(plan: Plan, staging: Staging) -> None:
@@ -285,20 +288,13 @@ def _context(plan: Plan, writer: SlotWriter, journal: Journal, costs: Costs, pro
 def _work(run: Context, writer: SlotWriter, costs: Costs, flags: Flags, journal: Journal) -> None:
     """All stages, by threads that hash what is known to be needed while the rest gets ready."""
     run.hashes.begin(run.to_do)
-    threads = [threading.Thread(target=run.schedule.work, daemon=True) for _ in range(costs.workers)]
-    for thread in threads:
-        thread.start()
     with ExitStack() as beside:
         loop = partial(SyncLoop, schedule=run.schedule, writer=writer, journal=journal, team=run.team)
         run.begin_beside = lambda merging: beside.enter_context(loop(merging))
         try:
-            _stages(run, costs, flags, journal)
-        except BaseException as error:
-            run.schedule.stop(error)
-            raise
+            with run.schedule.threads():
+                _stages(run, costs, flags, journal)
         finally:
-            for thread in threads:
-                thread.join()
             run.record.workers_memory = run.pool.close()
 
 

@@ -9,9 +9,10 @@ anything to compute, at most half of the threads hash, and both kinds get done a
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Condition
+from threading import Condition, Thread
 from typing import Any
 
 
@@ -92,6 +93,21 @@ class Schedule:
     def wait(self) -> None:
         """Wait until all is done. Raises the first error of any job."""
         self.wait_for(lambda: self._finished)
+
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """While inside, as many threads as there are to be take jobs. Where something fails, they end what they do."""
+        threads = [Thread(target=self.work, daemon=True) for _ in range(self.num_threads)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        except BaseException as error:
+            self.stop(error)
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
 
     def work(self) -> None:
         """One thread's life: take jobs until there are none left or something failed."""

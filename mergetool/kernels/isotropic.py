@@ -19,20 +19,25 @@ from torch import Tensor
 from mergetool.kernels.spectral import Factors, concatenated, live_factors, orthogonalised
 
 
-def isotropic(total: Tensor) -> Tensor:
-    """Iso-C of a sum of task vectors (m, n): its polar factor times the mean of its r singular values; float64."""
+def isotropic(total: Tensor, size: int) -> Tensor:
+    """Iso-C of a sum of task vectors: its polar factor times the mean of its r singular values; float64.
+
+    It may be a core of that sum (m, n): `size` is r.
+    """
     factors = live_factors(total, min(total.shape))
-    return (factors.u @ factors.v.mT) * (factors.s.sum() / min(total.shape))
+    return (factors.u @ factors.v.mT) * (factors.s.sum() / size)
 
 
-def isotropic_in_spaces(deltas: Sequence[Tensor], common: float) -> Tensor:
-    """Iso-CTS of task vectors (m, n each); float64. `common` in [0, 1] is the share of directions that are common."""
-    size = min(deltas[0].shape)
+def isotropic_in_spaces(deltas: Sequence[Tensor], common: float, size: int) -> Tensor:
+    """Iso-CTS of task vectors; float64. `common` in [0, 1] is the share of directions that are common.
+
+    They may be cores of matrices (m, n): `size` is r.
+    """
     num_common, num_own = space_sizes(size, len(deltas), common)
     total = deltas[0].clone()
     for delta in deltas[1:]:
         total += delta
-    shared = live_factors(total, size).leading(num_common)
+    shared = live_factors(total, min(total.shape)).leading(num_common)
     own = [_outside(delta, shared.u, num_own) for delta in deltas] if num_own else []
     merged = orthogonalised(concatenated([*own, shared]))
     return (merged.u @ merged.v.mT) * (merged.s.sum() / size)

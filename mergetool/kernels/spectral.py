@@ -90,8 +90,8 @@ def truncated_svd(delta: Tensor, k: int) -> Factors:
     finite.
     """
     if delta.shape[-2] < delta.shape[-1]:
-        return _with_signs(_truncated_svd(delta.mT, k).mT)
-    return _with_signs(_truncated_svd(delta, k))
+        return with_signs(_truncated_svd(delta.mT, k).mT)
+    return with_signs(_truncated_svd(delta, k))
 
 
 def _truncated_svd(delta: Tensor, k: int) -> Factors:
@@ -104,7 +104,8 @@ def _truncated_svd(delta: Tensor, k: int) -> Factors:
     return Factors(basis @ u, s, right @ vh.mT)
 
 
-def _with_signs(factors: Factors) -> Factors:
+def with_signs(factors: Factors) -> Factors:
+    """The same matrix, its triplets turned so that the largest entry of every left vector is positive."""
     largest = factors.u.gather(-2, factors.u.abs().argmax(-2, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(factors.u.dtype)
     return Factors(factors.u * signs, factors.s, factors.v * signs)
@@ -119,20 +120,6 @@ def live_factors(delta: Tensor, k: int) -> Factors:
         empty = delta.new_zeros(0, dtype=torch.float64)
         return Factors(empty.expand(delta.shape[0], 0), empty, empty.expand(delta.shape[1], 0))
     return truncated_svd(delta, k).live(max(delta.shape) * torch.finfo(delta.dtype).eps)
-
-
-def factors_of_product(b: Tensor, a: Tensor, k: int) -> Factors:
-    """The at most k leading live triplets of b a, b (m, r) and a (r, n), in float64, without multiplying it out.
-
-    Those of the core between orthonormal bases of what b writes and a reads: exact, whatever was rounded in a dense
-    product is not in it. Triplets below the rounding of b and a themselves are left out.
-    """
-    left, small_left = torch.linalg.qr(b.to(torch.float64))
-    right, small_right = torch.linalg.qr(a.mT.to(torch.float64))
-    u, s, vh = torch.linalg.svd(small_left @ small_right.mT, full_matrices=False)
-    rounding = torch.finfo(b.dtype).eps * s[0] + torch.finfo(s.dtype).eps * small_left.norm() * small_right.norm()
-    live = int((s > b.shape[1] * rounding).sum())
-    return _with_signs(Factors(left @ u, s, right @ vh.mT)).leading(min(live, k))
 
 
 def live_factors_of(deltas: Sequence[Tensor], k: int, *, together: bool | None = None) -> list[Factors]:

@@ -20,6 +20,11 @@ _BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.\w+|(attn|attention)\.(masked_)?bias
 """What old files hold of a layer besides its weights."""
 
 
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is none of the network's weights: libraries make it anew, and leave it out when they save."""
+    return _BUFFERS.fullmatch(name) is not None
+
+
 @dataclass(frozen=True)
 class Placed:
     """A slice, and which of the layout's overrides are its own."""
@@ -157,7 +162,7 @@ def _label(model: str) -> str:
 
 
 def _weights(suffixes: Iterable[str]) -> frozenset[str]:
-    return frozenset(each for each in suffixes if not _BUFFERS.fullmatch(each))
+    return frozenset(each for each in suffixes if not is_buffer(each))
 
 
 def having(sources: Sources, tensors: Mapping[str, str], base: str) -> dict[str, str]:

@@ -49,6 +49,9 @@ class ArceeFusion(TensorMethod):
         places = [int(share * (num_elements - 1)) for share in (0.25, 0.5, 0.75)]  # from the smallest
         return find(_importance, [(0, num_elements - place) for place in places], num_elements, bits, _threshold)
 
+    def needs_weights(self) -> str | None:
+        return "it measures changes against the base's weights"
+
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         (importance,) = _importance(group, p)
         (delta,) = group.deltas

@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from mergetool.alignment.models import Headers
 from mergetool.arch.matrices import MatrixFilter
-from mergetool.methods.group import TensorGroup
+from mergetool.methods.group import Note, TensorGroup
 from mergetool.methods.values import (
     RANK,
     Finite,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RANK",
     "AnyTensorMethod",
+    "Factored",
     "Field",
     "Finite",
     "Fraction",
@@ -51,6 +52,7 @@ __all__ = [
     "Granularity",
     "MatrixFilter",
     "Method",
+    "Note",
     "Params",
     "PerModel",
     "Positive",
@@ -76,6 +78,13 @@ Params = SimpleNamespace
 
 Granularity = Literal["element", "row", "tensor"]
 """What must not be torn apart: nothing, rows, or the whole tensor."""
+
+Factored = Literal["sum", "cores", "outputs", "inputs", "product"]
+"""How products of thin matrices, the changes that adapters make, are merged (`families.low_rank`).
+
+sum: as a combination with known `coefficients`. cores: in bases of what all of them write and read. outputs, inputs: in
+a basis of what they write, or of what they read; the other side stays as it is. product: entry by entry, or row by row.
+"""
 
 Stats = Mapping[str, tuple[float, ...]]
 """What passes found out about one tensor (or the whole model): small, exact, and savable as JSON."""
@@ -211,6 +220,10 @@ class Method(BaseModel):
         """Why these numbers cannot work together (found while planning), or None."""
         return None
 
+    def needs_weights(self) -> str | None:
+        """Why it cannot merge adapters by themselves, without the weights that they change; None where it can."""
+        return "it looks at whole models"
+
 
 class TensorMethod(Method):
     """A method that sees each output tensor once, after optional statistics passes."""
@@ -244,6 +257,21 @@ class TensorMethod(Method):
     def treatment(self, name: str, shape: tuple[int, ...]) -> str:
         """What is done to a tensor, in a word: the method's name, but where it treats some more simply."""
         return self.method_name() or ""
+
+    def needs_weights(self) -> str | None:
+        return None
+
+    def in_factors(self, name: str, shape: tuple[int, ...]) -> Factored:
+        """How it merges what adapters change of this tensor.
+
+        Where something is turned, `merge` sees cores instead of task vectors, on a base of zeros; `group.shape` is
+        that of the tensor. So only what turns along with inputs (outputs) may say so, whatever basis they are in.
+        """
+        return "product"
+
+    def coefficients(self, p: Params) -> tuple[float, ...]:
+        """The factor of every model's task vector, where these are only summed up."""
+        raise NotImplementedError
 
     @property
     def needs_float64(self) -> bool:

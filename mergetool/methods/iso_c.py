@@ -27,10 +27,10 @@ class IsoC(MatrixMethod):
     method: Literal["iso-c"] = "iso-c"
     neutral: ClassVar = {"filter": "none"}
 
-    def merged(self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float]) -> "Tensor":
+    def merged(self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float], size: int) -> "Tensor":
         from mergetool.kernels.isotropic import isotropic
 
         total = matrices[0].mul_(weights[0])
         for matrix, weight in zip(matrices[1:], weights[1:], strict=True):
             total.add_(matrix, alpha=weight)
-        return isotropic(total)
+        return isotropic(total, size)

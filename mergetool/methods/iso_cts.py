@@ -28,7 +28,7 @@ class IsoCts(MatrixMethod):
     common: Unit = Field(0.8, description="share of the directions that is common to all tasks")
     neutral: ClassVar = {"filter": "none"}
 
-    def merged(self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float]) -> "Tensor":
+    def merged(self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float], size: int) -> "Tensor":
         from mergetool.kernels.isotropic import isotropic_in_spaces
 
-        return isotropic_in_spaces([m.mul_(w) for m, w in zip(matrices, weights, strict=True)], self.common)
+        return isotropic_in_spaces([m.mul_(w) for m, w in zip(matrices, weights, strict=True)], self.common, size)

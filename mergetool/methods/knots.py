@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mergetool.arch.matrices import MatrixFilter, is_matrix
 from mergetool.methods.base import (
+    Factored,
     Field,
     Finite,
     Fraction,
@@ -51,6 +52,11 @@ class Knots(TensorMethod):
     @property
     def needs_float64(self) -> bool:
         return self.filter != "none"
+
+    def in_factors(self, name: str, shape: tuple[int, ...]) -> Factored:
+        if not is_matrix(name, shape, self.filter, conv="mean"):
+            return "product" if self.combine == "ties" else "cores"
+        return "outputs" if self.stack == "inputs" else "inputs"
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         assert group.base is not None

@@ -10,7 +10,7 @@ Differs from the paper: weights may differ by model and along depth, and need no
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.methods.base import Field, Finite, Params, PerModel, Stats, TensorGroup, TensorMethod, cancel
+from mergetool.methods.base import Factored, Field, Finite, Params, PerModel, Stats, TensorGroup, TensorMethod, cancel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +31,13 @@ class Linear(TensorMethod):
         if (self.normalize and cancel(p.weight)) or not any(p.weight):
             return f"the weights {p.weight} add up to 0, so their average does not exist"
         return None
+
+    def in_factors(self, name: str, shape: tuple[int, ...]) -> Factored:
+        return "sum"
+
+    def coefficients(self, p: Params) -> tuple[float, ...]:
+        total = sum(p.weight) if self.normalize else 1.0
+        return tuple(weight / total for weight in p.weight)
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         total = sum(p.weight) if self.normalize else 1.0

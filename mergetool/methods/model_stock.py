@@ -14,7 +14,16 @@ model that leaves a tensor as it was agrees with nobody. `per: row` takes an ang
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.methods.base import Field, Granularity, Params, StatisticsPass, Stats, TensorGroup, TensorMethod
+from mergetool.methods.base import (
+    Factored,
+    Field,
+    Granularity,
+    Params,
+    StatisticsPass,
+    Stats,
+    TensorGroup,
+    TensorMethod,
+)
 from mergetool.methods.families.gram import Gram, gram
 
 if TYPE_CHECKING:
@@ -41,6 +50,9 @@ class ModelStock(TensorMethod):
 
     def granularity_in(self, name: str, shape: tuple[int, ...]) -> Granularity:
         return "row" if self.per == "row" else "element"
+
+    def in_factors(self, name: str, shape: tuple[int, ...]) -> Factored:
+        return "inputs" if self.per == "row" else "cores"
 
     def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
         return Gram(self.found, p) if self.per == "tensor" else None

@@ -14,6 +14,7 @@ belongs to one index of the first axis, a column everything else; a tensor of on
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mergetool.methods.base import (
+    Factored,
     Field,
     Finite,
     Granularity,
@@ -47,6 +48,9 @@ class Nuslerp(SphereMethod):
 
     def granularity_in(self, name: str, shape: tuple[int, ...]) -> Granularity:
         return "element" if self.per == "tensor" else "row" if self.per == "row" else "tensor"
+
+    def in_factors(self, name: str, shape: tuple[int, ...]) -> Factored:
+        return "cores" if self.per == "tensor" else "inputs" if self.per == "row" else "outputs"
 
     def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
         return super().statistics_pass(p, num_elements, bits) if self.per == "tensor" else None

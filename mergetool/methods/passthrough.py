@@ -9,7 +9,7 @@ Differs from the paper: nothing.
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.methods.base import Field, Finite, Params, Scheduled, Stats, TensorGroup, TensorMethod
+from mergetool.methods.base import Factored, Field, Finite, Params, Scheduled, Stats, TensorGroup, TensorMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +24,12 @@ class Passthrough(TensorMethod):
     max_models: ClassVar = 1
     granularity: ClassVar = "element"
     buffers: ClassVar = 0
+
+    def in_factors(self, name: str, shape: tuple[int, ...]) -> Factored:
+        return "sum"
+
+    def coefficients(self, p: Params) -> tuple[float, ...]:
+        return (float(p.scale),)
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         (model,) = group.models

@@ -62,6 +62,9 @@ class Slerp(TensorMethod):
     def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
         return _Products()
 
+    def needs_weights(self) -> str | None:
+        return "it turns whole weights into one another; `nuslerp` turns task vectors"
+
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         first, second, note = _coefficients(p.t, *stats["products"])
         if note:

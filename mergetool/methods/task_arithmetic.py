@@ -10,7 +10,18 @@ Differs from the paper: weights may differ by model, and `normalize` can divide 
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.methods.base import Field, Finite, Params, PerModel, Scheduled, Stats, TensorGroup, TensorMethod, cancel
+from mergetool.methods.base import (
+    Factored,
+    Field,
+    Finite,
+    Params,
+    PerModel,
+    Scheduled,
+    Stats,
+    TensorGroup,
+    TensorMethod,
+    cancel,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +43,13 @@ class TaskArithmetic(TensorMethod):
         if self.normalize and cancel(p.weight):
             return f"the weights {p.weight} add up to 0, so they cannot be normalised"
         return None
+
+    def in_factors(self, name: str, shape: tuple[int, ...]) -> Factored:
+        return "sum"
+
+    def coefficients(self, p: Params) -> tuple[float, ...]:
+        factor = p.scale / sum(p.weight) if self.normalize else p.scale
+        return tuple(factor * weight for weight in p.weight)
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         factor = p.scale / sum(p.weight) if self.normalize else p.scale

@@ -36,5 +36,12 @@ class Ties(TrimmedMethod):
     def pass_scope(self) -> Literal["tensor", "model"]:
         return self.scope
 
+    def needs_weights(self) -> str | None:
+        return (
+            "`scope: model` has one threshold for whole models; write `scope: tensor`"
+            if self.scope == "model"
+            else None
+        )
+
     def bands(self, p: Params, num_elements: int) -> list[tuple[int, int]]:
         return [(1, max(1, int(density * num_elements))) for density in p.density]

@@ -22,7 +22,7 @@ factors are computed three times unless the run has a `--cache`.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.methods.base import RANK, Field, Rank, TensorGroup
+from mergetool.methods.base import RANK, Factored, Field, Rank, TensorGroup
 from mergetool.methods.families.matrix import MatrixMethod
 
 if TYPE_CHECKING:
@@ -43,16 +43,21 @@ class TsvMerge(MatrixMethod):
     uses_factors: ClassVar = True
     neutral: ClassVar = {"rank": 1.0}
 
-    def merged(self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float]) -> "Tensor | None":
+    def in_factors(self, name: str, shape: tuple[int, ...]) -> Factored:
+        return "cores" if self.null_policy == "drop" else "product"  # arbitrary directions lie outside all cores
+
+    def merged(
+        self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float], size: int
+    ) -> "Tensor | None":
         import torch
 
         from mergetool.kernels.spectral import concatenated, interference, orthogonalised, rank_limit
 
-        most = rank_limit(self.rank, min(matrices[0].shape), len(matrices))
+        most = rank_limit(self.rank, size, len(matrices))
         if most == 0:
             group.note("too small for the rank asked for: averaged")
             return None
-        parts = zip(self._factors(group, matrices, most), weights, strict=True)
+        parts = zip(self._factors(group, matrices, min(most, *matrices[0].shape)), weights, strict=True)
         every = concatenated([factors.scaled(weight) for factors, weight in parts])
         group.measure("interference", interference(every.to(torch.float32)).normalised)
         return orthogonalised(every, fill=self.null_policy == "reference").to(matrices[0].dtype).dense()

@@ -131,7 +131,7 @@ def open_models(recipe: Recipe, lookup: Lookup, inner: Mapping[str, Plan] = NONE
     for name, reference in references.items():
         with at("base" if name == BASE else f"model {name!r}"):
             if reference.adapter is not None:
-                opened[name] = lookup.open_adapter(name, reference.adapter)
+                opened[name] = lookup.open_adapter(name, reference.adapter, opened.get(BASE))
             elif name in inner:
                 opened[name] = lookup.adapted(name, PlannedModel(inner[name]), reference.adapters)
             else:

@@ -55,6 +55,7 @@ class Lookup:
         self._folder = folder
         self._as_stored = as_stored
         self._found = {} if found is None else found
+        self._trained_on: dict[str, str] = {}
         self.warnings: list[str] = []
         self.pins: dict[str, str] = {}
         self.origins: dict[str, tuple[Provenance, ...]] = {}
@@ -79,20 +80,36 @@ class Lookup:
             added = self._place(adapter, adapter=True)
             model = AdapterSource(model, added.path, added.elsewhere)
             self.warnings += [f"{name}: {text}" for text in model.warnings]
-            self.warnings += [] if origin is None else _made_for_another(name, origin, model.made_for)
+            others = [] if origin is None else _made_for_another(origin, model.folder, model.made_for)
+            self.warnings += [f"{name}: {text}" for text in others]
             origins.append(added.origin)
         self.origins[name] = tuple(origins)
         told = [f"{name}: {remark}" for remark in model.remarks]
         self.warnings += [text for text in told if text not in self.warnings]
         return model
 
-    def open_adapter(self, name: str, adapter: str) -> AdapterAlone:
-        """Open an adapter by itself. Raises SourceError or HubError."""
+    def open_adapter(self, name: str, adapter: str, base: ModelSource | None = None) -> AdapterAlone:
+        """Open an adapter by itself; it must fit the base, if there is one. Raises SourceError or HubError."""
         place = self._place(adapter, adapter=True)
         source = AdapterAlone(place.path, place.elsewhere)
-        self.warnings += [f"{name}: {text}" for text in source.warnings]
+        warnings = source.warnings
+        if base is not None:
+            warnings = (*warnings, *AdapterSource(base, place.path, place.elsewhere).warnings)
+            for origin in self.origins["base"][:1]:  # none where a recipe makes it
+                warnings = (*warnings, *_made_for_another(origin, base.folder, source.made_for))
+        self.warnings += [f"{name}: {text}" for text in dict.fromkeys(warnings)]
+        self._compare_bases(name, source.made_for)
         self.origins[name] = (place.origin,)
         return source
+
+    def _compare_bases(self, name: str, made_for: str | None) -> None:
+        """A warning where adapters that are merged with each other were trained on two repositories."""
+        if (trained := hub_name(made_for or "")) is None:
+            return
+        self._trained_on[name] = trained.repo
+        first, repo = next(iter(self._trained_on.items()))
+        if repo.lower() != trained.repo.lower():
+            self.warnings.append(f"{name} was trained on {trained.repo}, {first} on {repo}: are they of one model?")
 
     def folder(self, text: str) -> Path:
         """The folder of a tokenizer's files. Raises SourceError or HubError."""
@@ -163,13 +180,19 @@ class Lookup:
                 repository.fetch()
 
 
-def _made_for_another(name: str, model: Provenance, made_for: str | None) -> list[str]:
-    """A warning where an adapter was trained on another repository; paths of other machines say nothing."""
-    trained, asked = hub_name(made_for or ""), hub_name(model.reference)
-    names = {model.repo.lower(), asked.repo.lower() if asked else ""} if model.repo else set()
-    if trained is None or not names or trained.repo.lower() in names:
-        return []
-    return [f"{name}: its adapter was trained on {trained.repo}, and is applied to {model.repo}"]
+def _made_for_another(origin: Provenance, folder: Path | None, made_for: str | None) -> list[str]:
+    """A warning where an adapter was trained on another model: another repository, or a path that is there.
+
+    Paths of other machines say nothing.
+    """
+    trained, asked = hub_name(made_for or ""), hub_name(origin.reference)
+    if trained is not None and origin.repo:
+        same = trained.repo.lower() in (origin.repo.lower(), asked.repo.lower() if asked else "")
+    else:
+        place = Path(made_for or "")
+        same = folder is None or not place.is_absolute() or not place.is_dir() or place.samefile(folder)
+    name = trained.repo if trained else made_for
+    return [] if same else [f"its adapter was trained on {name}, and is applied to {origin.repo or folder}"]
 
 
 def is_on_hub(folder: Path, text: str) -> bool:

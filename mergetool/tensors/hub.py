@@ -11,7 +11,7 @@ again. A Hub that does not answer is no reason to stop when the cache holds the 
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -148,8 +148,7 @@ class Repository:
             for name in _ADAPTER_FILES[1:]:
                 if {_ADAPTER_FILES[0], name} <= self.sizes.keys():
                     return [name]
-            looked = ", ".join(_ADAPTER_FILES[1:])
-            raise HubError(f"no LoRA adapter in this repository (looked for {looked})", str(self), _OTHER)
+            raise self._without_adapter()
         chosen = self._chosen()
         if chosen is not None:
             places = weight_map(self.folder, chosen) if is_index(chosen) else {chosen: chosen}
@@ -157,6 +156,19 @@ class Repository:
         if _ADAPTER_FILES[0] in self.sizes:
             raise HubError("is a LoRA adapter, not a model", str(self), NO_MODEL)
         raise self._without_weights()
+
+    def _without_adapter(self) -> HubError:
+        inside = sorted(name.rpartition("/")[0] for name in self.sizes if name.endswith(f"/{_ADAPTER_FILES[0]}"))
+        if not inside:
+            looked = ", ".join(_ADAPTER_FILES[1:])
+            return HubError(f"no LoRA adapter in this repository (looked for {looked})", str(self), _OTHER)
+        what = f"no LoRA adapter in the repository itself, but in its folders {', '.join(inside)}"
+        return HubError(what, str(self), self._fetch_one_of(inside))
+
+    def _fetch_one_of(self, folders: Sequence[str]) -> str:
+        place = self.name.rpartition("/")[2]
+        command = f"hf download {self.name} --include '{folders[0]}/*' --local-dir {place}"
+        return f"run: {command} && echo name {place}/{folders[0]}"
 
     def _chosen(self) -> str | None:
         """The file or index that would be read of the whole repository, were it here."""
@@ -177,10 +189,7 @@ class Repository:
         inside = sorted({name.split("/")[0] for name in self.sizes if name.count("/") == 1 and _is_weights(name)})
         if inside:
             what = f"no weights in the repository itself, but in its folders {', '.join(inside)}"
-            place = self.name.rpartition("/")[2]
-            command = f"hf download {self.name} --include '{inside[0]}/*' --local-dir {place}"
-            fix = f"run: {command} && echo name {place}/{inside[0]}"
-            return HubError(what, str(self), fix)
+            return HubError(what, str(self), self._fetch_one_of(inside))
         known = foreign_folder(Path(self.name), files, set())
         if known is not None:
             return HubError(known.what, str(self), known.fix)

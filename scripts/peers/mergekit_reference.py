@@ -47,11 +47,16 @@ def main() -> None:
 
 
 def merge(folder: Path, case: str, recipe: dict[str, object]) -> dict[str, np.ndarray]:
-    """Run mergekit on one recipe, with `folder` current as its relative paths expect."""
+    """What mergekit makes of one recipe."""
+    return read(run_merge_in(folder, case, recipe))
+
+
+def run_merge_in(folder: Path, case: str, recipe: dict[str, object]) -> Path:
+    """Run mergekit on one recipe, with `folder` current as its relative paths expect. Returns the result's folder."""
     options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
     with contextlib.chdir(folder):
         run_merge(MergeConfiguration.model_validate(recipe), f"out/{case}", options)
-    return read(folder / "out" / case)
+    return folder / "out" / case
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:

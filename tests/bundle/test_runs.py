@@ -1,8 +1,6 @@
 """Bundles through recipes: built by a run, resumed after a kill, taken apart again by other recipes."""
 
 import json
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,7 +13,6 @@ from mergetool.bundle.manifest import read_manifest
 from mergetool.errors import OutputError, PlanError, RecipeError, SourceError
 from tests.bundle.tiny import tiny_inputs, tiny_model, write_models
 from tests.files import Watch
-from tests.held import HELD
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +87,11 @@ def test_a_run_that_was_killed_finds_the_factors_it_had_computed(models, tmp_pat
     assert not list(result.path.glob(".*"))
 
 
-def test_a_build_that_is_killed_outright_goes_on(models, tmp_path):
+def test_a_build_that_is_killed_outright_goes_on(models, tmp_path, forks):
     document = recipe(models) | {"output": {"path": str(tmp_path / "out")}}
     (tmp_path / "r.yaml").write_text(json.dumps(document))
-    held = ["-c", HELD, "mergetool.bundle.store:live_factors", "6"]
-    command = [sys.executable, *held, "run", str(tmp_path / "r.yaml"), "--workers", "1"]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    held = ("mergetool.bundle.store:live_factors", 6)
+    run = forks.open("run", tmp_path / "r.yaml", "--workers", "1", held=held)
     factors = tmp_path / "out.partial" / ".factors"
     while run.poll() is None and len(list(factors.glob("*.safetensors"))) < 5:
         time.sleep(0.001)

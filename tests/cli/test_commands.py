@@ -34,7 +34,7 @@ FLAGS = {
     "validate": {"recipe", "--online", "--set", "--json"},
     "plan": {"recipe", "--set", "--workers", "--memory", "--full", "--machines", "--json"},
     "inspect": {"reference", "--json"},
-    "verify": {"path", "--load", "--json"},
+    "verify": {"path", "--load", "--against", "--set", "--workers", "--memory", "--trust-code", "--json"},
     "methods": {"name", "--json"},
     "init": {"method", "-o", "--output"},
     "schema": set(),

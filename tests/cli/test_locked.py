@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -12,7 +10,7 @@ from tests.files import content, tensors, write_model, write_models, write_recip
 
 
 @pytest.fixture
-def job(tmp_path):
+def job(tmp_path, forks):
     """Runs a command as a CI job would; a recipe and its models lie in the current folder."""
     write_models(tmp_path)
     write_recipe(
@@ -23,24 +21,11 @@ def job(tmp_path):
     )
 
     def run(*arguments):
-        command = [sys.executable, "-m", "mergetool", *arguments]
         environment = {**os.environ, "CI": "true", "TERM": "xterm-256color"}
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            cwd=tmp_path,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-        )
-        assert "\033" not in done.stdout + done.stderr
-        assert "\r" not in done.stderr
-        return (
-            done.returncode,
-            json.loads(done.stdout) if done.stdout.startswith(("{", "[")) else done.stdout,
-            done.stderr,
-        )
+        done = forks.run(arguments, cwd=tmp_path, env=environment)
+        assert "\033" not in done.out + done.err
+        assert "\r" not in done.err
+        return done.code, json.loads(done.out) if done.out.startswith(("{", "[")) else done.out, done.err
 
     return run
 

@@ -9,14 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.files import tensors, write_model, write_models, write_raw, write_recipe
-from tests.held import HELD, JOURNALLED
+from tests.held import JOURNALLED
 
 
 @pytest.fixture
@@ -264,35 +263,20 @@ def test_ctrl_c_at_any_moment_is_no_bug(here, seed):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_whoever_ends_a_run_is_told_what_is_kept_and_how_to_go_on(here, number, code):
-    shapes = {f"layers.{layer}.weight": (512, 512) for layer in range(40)}
+def test_whoever_ends_a_run_is_told_what_is_kept_and_how_to_go_on(here, forks, number, code):
+    shapes = {f"layers.{layer}.weight": (128, 128) for layer in range(40)}
     write_models(here, shapes=shapes)
     write_recipe("long.yaml", base="base", models={"a": "a", "b": "b"}, merge={"method": "tsv-merge"})
-    command = [
-        sys.executable,
-        "-c",
-        HELD,
-        JOURNALLED,
-        "3",
-        "run",
-        "long.yaml",
-        "-o",
-        "kept",
-        "--workers",
-        "1",
-        "--json",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    running = forks.open("run", "long.yaml", "-o", "kept", "--workers", "1", "--json", held=(JOURNALLED, 3))
     journal = here / "kept.partial.journal"
     while running.poll() is None and not (journal.exists() and journal.read_bytes().count(b'"unit"') >= 3):
         time.sleep(0.002)
     running.send_signal(number)
-    out, told = (text.decode() for text in running.communicate())
+    out, told = running.communicate()
     assert running.returncode == json.loads(out)["exit_code"] == code
     assert "interrupted; what was finished is kept" in told
     (again,) = re.findall(r"this goes on from there: mergetool (.*)", told)
-    code, out, err = 0, *(text.decode() for text in process(*again.split()).communicate())
+    out, err = forks.open(*again.split()).communicate()
     assert json.loads(out)["tensors"] == 40, err
 
 

@@ -46,11 +46,14 @@ def recipe(folder, models, names="ab", merge=TIES):
     )
 
 
-def start(path, *, units=None, **options):
+@pytest.fixture
+def start(forks):
     """A run with three workers; with `units`, one that waits for a signal once so many units are done."""
-    program = ["-m", "mergetool"] if units is None else ["-c", HELD, JOURNALLED, str(units)]
-    command = [sys.executable, *program, "run", str(path), "--workers", "3"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+    def run(path, *, units=None):
+        return forks.open("run", path, "--workers", "3", held=units and (JOURNALLED, units))
+
+    return run
 
 
 def children(process):
@@ -88,7 +91,7 @@ def all_end(pids):
 @pytest.mark.parametrize(
     "merge", [TIES, {**TIES, "scope": "model"}, {"method": "linear"}, {"method": "slerp", "t": 0.3}]
 )
-def test_processes_write_what_threads_write(tmp_path, models, merge):
+def test_processes_write_what_threads_write(tmp_path, models, merge, start):
     path = recipe(tmp_path, models, merge=merge)
     mergetool.run(path, output=tmp_path / "threads", workers=3)
     process = start(path)
@@ -98,7 +101,7 @@ def test_processes_write_what_threads_write(tmp_path, models, merge):
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "threads/model.safetensors").read_bytes()
 
 
-def test_an_error_in_a_worker_is_told_like_any_other(tmp_path, models):
+def test_an_error_in_a_worker_is_told_like_any_other(tmp_path, models, start):
     process = start(recipe(tmp_path, models, ["a", "broken"], {"method": "task-arithmetic"}))
     _, told = process.communicate()
     assert process.returncode == 5
@@ -108,7 +111,7 @@ def test_an_error_in_a_worker_is_told_like_any_other(tmp_path, models):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_worker_that_is_killed_ends_the_run_which_then_resumes(tmp_path, models):
+def test_a_worker_that_is_killed_ends_the_run_which_then_resumes(tmp_path, models, start):
     path = recipe(tmp_path, models)
     mergetool.run(path, output=tmp_path / "whole")
     process = start(path, units=1)
@@ -125,7 +128,7 @@ def test_a_worker_that_is_killed_ends_the_run_which_then_resumes(tmp_path, model
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
-def test_workers_do_not_outlive_a_killed_run_nor_hold_its_lock(tmp_path, models):
+def test_workers_do_not_outlive_a_killed_run_nor_hold_its_lock(tmp_path, models, start):
     process = start(recipe(tmp_path, models), units=1)
     workers = forked(process)
     process.kill()
@@ -136,7 +139,8 @@ def test_workers_do_not_outlive_a_killed_run_nor_hold_its_lock(tmp_path, models)
 
 
 def test_ctrl_c_reaches_all_and_the_parent_decides(tmp_path, models):
-    process = start(recipe(tmp_path, models), units=1, start_new_session=True)
+    command = [sys.executable, "-c", HELD, JOURNALLED, "1", "run", str(recipe(tmp_path, models)), "--workers", "3"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     workers = forked(process)
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate()

@@ -21,7 +21,7 @@ from mergetool.planning.key import plan_key
 from mergetool.recipe import load_recipe
 from tests.dense import write_dense
 from tests.files import StoppedError, Watch, content, tensors, write_model, write_models, write_recipe, write_sparse
-from tests.forks import Forks, clean_environment
+from tests.forks import clean_environment
 from tests.words import models as words
 from tests.zoo.build import build, tuned
 
@@ -29,13 +29,6 @@ FIRST = {"models": {"a": "a", "b": "b"}, "merge": {"method": "linear", "weight":
 ROOT = Path(__file__).resolve().parents[2]
 DEEP = {"recipe": {"models": {"y": {"recipe": "first.yaml"}, "c": "c"}, "merge": {"method": "slerp"}}}
 TIES = {"method": "ties", "density": 0.4}
-
-
-@pytest.fixture(scope="module")
-def forks():
-    server = Forks()
-    yield server
-    server.close()
 
 
 @pytest.fixture

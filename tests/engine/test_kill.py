@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import torch
 import mergetool
 from mergetool.errors import OutputError
 from tests.files import write_model, write_recipe
-from tests.held import HELD, JOURNALLED
+from tests.held import JOURNALLED
 
 NUM_TENSORS, SHAPE = 48, (700, 1000)
 
@@ -44,11 +43,14 @@ def recipe_for(folder, models, **merge):
     )
 
 
-def start(recipe, *arguments, units=None, **options):
+@pytest.fixture
+def start(forks):
     """A run of its own; with `units`, one that waits for a signal once so many units are done."""
-    program = ["-m", "mergetool"] if units is None else ["-c", HELD, JOURNALLED, str(units)]
-    command = [sys.executable, *program, "run", str(recipe), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+    def run(recipe, *arguments, units=None):
+        return forks.open("run", recipe, *arguments, held=units and (JOURNALLED, units))
+
+    return run
 
 
 def ended(process, with_signal=None):
@@ -94,7 +96,9 @@ def undisturbed(models, tmp_path_factory):
 
 
 @pytest.mark.parametrize("scope", ["tensor", "model"])
-def test_a_run_killed_again_and_again_gives_the_same_bytes_and_repeats_no_unit(scope, models, undisturbed, tmp_path):
+def test_a_run_killed_again_and_again_gives_the_same_bytes_and_repeats_no_unit(
+    scope, models, undisturbed, tmp_path, start
+):
     recipe, output = recipe_for(tmp_path, models, scope=scope), tmp_path / "out"
     moments = random.Random(scope)
     kills = 0
@@ -119,7 +123,7 @@ def test_a_run_killed_again_and_again_gives_the_same_bytes_and_repeats_no_unit(s
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
-def test_an_interrupted_run_says_so_and_goes_on(models, undisturbed, tmp_path):
+def test_an_interrupted_run_says_so_and_goes_on(models, undisturbed, tmp_path, start):
     recipe, output = recipe_for(tmp_path, models), tmp_path / "out"
     process = start(recipe, units=4)
     wait_for(lambda: len(units(output)) > 3, process)
@@ -131,7 +135,7 @@ def test_an_interrupted_run_says_so_and_goes_on(models, undisturbed, tmp_path):
     assert weights(output) == undisturbed["tensor"]
 
 
-def stopped_midway(models, folder):
+def stopped_midway(start, models, folder):
     """A recipe, and the unfinished output that a kill left."""
     recipe = recipe_for(folder, models)
     process = start(recipe, units=6)
@@ -140,8 +144,8 @@ def stopped_midway(models, folder):
     return recipe, folder / "out.partial"
 
 
-def test_after_a_reboot_only_synced_units_are_trusted(models, undisturbed, tmp_path):
-    recipe, partial = stopped_midway(models, tmp_path)
+def test_after_a_reboot_only_synced_units_are_trusted(models, undisturbed, tmp_path, start):
+    recipe, partial = stopped_midway(start, models, tmp_path)
     journal = tmp_path / "out.partial.journal"
     lines = journal.read_text().splitlines()
     header = json.loads(lines[0]) | {"boot": "another"}
@@ -158,9 +162,9 @@ def test_after_a_reboot_only_synced_units_are_trusted(models, undisturbed, tmp_p
 
 def test_a_file_size_limit_is_met_before_any_work_and_leaves_no_output(models, tmp_path):
     recipe = recipe_for(tmp_path, models)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))  # noqa: E731
-    ignore = lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), limit())  # noqa: E731
-    process = start(recipe, preexec_fn=ignore)
+    limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 4900; exec "$@"', "limited"]  # kB
+    command = [*limited, sys.executable, "-m", "mergetool", "run", str(recipe)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     code, told = ended(process)
     assert code == 6
     assert "fix:" in told

@@ -6,16 +6,9 @@ import shutil
 import pytest
 
 from tests.files import content, write_models, write_recipe
-from tests.forks import Forks, clean_environment
+from tests.forks import clean_environment
 
 RESULT = {"mergetool.json", "README.md", "model.safetensors"}
-
-
-@pytest.fixture(scope="module")
-def forks():
-    server = Forks()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

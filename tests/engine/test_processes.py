@@ -15,7 +15,7 @@ from mergetool.engine.processes import Team
 from mergetool.planning import make_plan
 from mergetool.recipe import load_recipe
 from tests.files import content, tensors, write_models, write_recipe
-from tests.forks import Forks, free_port
+from tests.forks import free_port
 
 SHAPES = {f"model.layers.{layer}.mlp.weight": (24, 16 + layer) for layer in range(9)} | {
     "model.embed_tokens.weight": (2100, 2048),  # two units
@@ -28,13 +28,6 @@ MERGES = {
     "ties-model": {"method": "ties", "density": 0.3, "scope": "model"},
     "tsv-merge": {"method": "tsv-merge"},
 }
-
-
-@pytest.fixture(scope="module")
-def forks():
-    server = Forks()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.files import tensors, write_model, write_recipe
-from tests.forks import Forks, clean_environment
+from tests.forks import clean_environment
 from tests.hub.server import TOKEN, Hub
 
 SHAPES = {"model.embed_tokens.weight": (48, 32), "model.layers.0.mlp.weight": (32, 32), "lm_head.weight": (48, 32)}
@@ -27,13 +27,6 @@ def hub(tmp_path):
     server = Hub(tmp_path / "hub")
     for seed, name in enumerate(("base", "a", "b")):
         server.upload(f"org/{name}", model_folder(tmp_path / "made" / name, seed))
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="session")
-def forks():
-    server = Forks()
     yield server
     server.close()
 

@@ -133,6 +133,20 @@ def test_adapters_and_bases_come_from_the_hub_too(hub, call, tmp_path):
     assert (wrong.code, wrong.answer["what"]) == (8, "is a LoRA adapter, not a model")
 
 
+def test_folders_of_adapters_in_a_repository_are_told(hub, call, tmp_path):
+    (tmp_path / "both/chat").mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "both/chat" / name).write_text("{}")
+    hub.upload("org/both", tmp_path / "both")
+    models = {"chat": {"adapter": "org/both"}}
+    write_recipe(tmp_path / "r.yaml", base="org/base", models=models, merge={"method": "task-arithmetic"})
+    wrong = call("plan", "r.yaml", "--json")
+    assert wrong.answer["what"] == "no LoRA adapter in the repository itself, but in its folders chat"
+    assert wrong.answer["fix"].endswith(
+        "hf download org/both --include 'chat/*' --local-dir both && echo name both/chat"
+    )
+
+
 @pytest.mark.parametrize(("made_for", "told"), [("org/other", True), ("ORG/Base", False), ("/home/me/base", False)])
 def test_an_adapter_of_another_repository_is_told_and_a_pickled_one_is_fetched(hub, call, tmp_path, made_for, told):
     folder = tmp_path / "lora"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mergetool.kernels.arrow import mean_similarity, prototypes, shares, similarities
-from mergetool.kernels.spectral import factors_of_product, truncated_svd
+from mergetool.kernels.low_rank import Pair, triplets
 
 
 def product(rank, rows=9, columns=7, seed=0):
@@ -16,13 +16,13 @@ def product(rank, rows=9, columns=7, seed=0):
 
 def test_the_prototype_of_rank_one_is_the_row_of_a():
     b, a = product(1)
-    basis = factors_of_product(b, a, 1).v.mT
+    basis = triplets(Pair(b, a)).v.mT
     torch.testing.assert_close(prototypes([basis])[0].abs(), (a[0] / a[0].norm()).double().abs(), rtol=0, atol=1e-7)
 
 
 def test_prototypes_do_not_change_where_b_and_a_share_their_length_otherwise():
     b, a = product(3)
-    plain, scaled = (prototypes([factors_of_product(*halves, 3).v.mT]) for halves in ((b, a), (b * 8, a / 2)))
+    plain, scaled = (prototypes([triplets(Pair(*halves)).v.mT]) for halves in ((b, a), (b * 8, a / 2)))
     torch.testing.assert_close(plain.abs(), scaled.abs(), rtol=0, atol=1e-6)
 
 
@@ -53,18 +53,3 @@ def test_the_mean_over_matrices_does_not_depend_on_the_length_of_features():
     torch.testing.assert_close(mean_similarity([100 * z, other / 7], [v, w]), expected)
     ones = similarities(z / z.square().mean(1, keepdim=True).sqrt(), v)
     torch.testing.assert_close(mean_similarity([z], [v]), ones)
-
-
-@pytest.mark.parametrize(("rank", "k"), [(3, 3), (3, 2), (5, 1), (12, 7)])
-def test_factors_of_a_product_are_those_of_the_dense_matrix(rank, k):
-    b, a = product(rank)
-    found, expected = factors_of_product(b, a, k), truncated_svd(b.double() @ a.double(), min(k, rank, 7))
-    torch.testing.assert_close(found.s, expected.s, rtol=1e-10, atol=0)
-    torch.testing.assert_close(found.u, expected.u, rtol=0, atol=1e-8)
-    torch.testing.assert_close(found.v, expected.v, rtol=0, atol=1e-8)
-
-
-def test_directions_that_cancel_are_left_out():
-    b, a = product(2)
-    assert factors_of_product(torch.cat([b, -b], 1), torch.cat([a, a]), 4).rank == 0
-    assert factors_of_product(torch.cat([b, b], 1), torch.cat([a, a]), 4).rank == 2

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -174,7 +172,7 @@ exec(BUILD)
 """
 
 
-def test_a_recipe_runs_no_code_unless_the_user_says_so(folder, monkeypatch):
+def test_a_recipe_runs_no_code_unless_the_user_says_so(folder, monkeypatch, forks):
     (folder / "spy.py").write_text(SPY)
     options = {**MLP_REPAIR, "network": "spy.py:mlp"}
     path = recipe(folder, unrelated(), options)
@@ -188,14 +186,10 @@ def test_a_recipe_runs_no_code_unless_the_user_says_so(folder, monkeypatch):
     mergetool.plan(path)
     assert not (folder / "spy.ran").exists()
     assert not list(folder.glob("out*"))
-    assert main_code("run", str(path)) == 2
+    assert forks.open("run", path).returncode == 2
     assert not (folder / "spy.ran").exists()
-    assert main_code("run", str(path), "--trust-code") == 0
+    assert forks.open("run", path, "--trust-code").returncode == 0
     assert (folder / "spy.ran").exists()
-
-
-def main_code(*arguments):
-    return subprocess.run([sys.executable, "-m", "mergetool", *arguments], capture_output=True, check=False).returncode
 
 
 def test_code_and_data_are_in_the_lock_and_a_change_of_them_starts_over(folder, monkeypatch):

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
 
 import mergetool
 from mergetool.errors import RecipeError, SourceError
@@ -15,7 +17,7 @@ from mergetool.recipe import load_recipe
 from mergetool.recipe.schema import Recipe
 from mergetool.testing.toys import assert_same_bytes, read
 from mergetool.tuning.written import moved, parent_recipe
-from tests.checkpoints.adapters.peft_oracle import train
+from tests.checkpoints.adapters.peft_oracle import SMALL, train
 from tests.checkpoints.adapters.test_oracle import llama
 
 
@@ -45,6 +47,7 @@ def in_full(folder: Path, method: str = "task-arithmetic", below: tuple[str, ...
 
 @pytest.mark.parametrize("method", ["task-arithmetic", "ties", "linear"])
 def test_an_adapter_is_the_base_with_it(folder: Path, method: str, tmp_path: Path) -> None:
+    assert (recipe(folder, method=method).base is None) is (method == "linear")
     short = mergetool.run(recipe(folder, method=method), output=tmp_path / "short").path
     assert_same_bytes(read(short), read(mergetool.run(in_full(folder, method), output=tmp_path / "full").path))
 
@@ -143,3 +146,35 @@ def test_the_file_of_a_recipe_says_it_so(folder: Path) -> None:
     data = recipe(folder).document
     (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(data)))
     assert load_recipe(folder / "recipe.yaml").models["a"].adapters == ("./lora-a",)
+
+
+UNLIKE = {
+    "a": {"target_modules": ["query"], "r": 4, "use_rslora": True, "bias": "all"},
+    "b": {
+        "target_modules": r".*\.(value|dense)",
+        "exclude_modules": r".*layer\.0\.output.*",
+        "rank_pattern": {"layer.1.attention.self.value": 2},
+        "alpha_pattern": {"value": 3},
+        "lora_bias": True,
+    },
+    "c": {"target_modules": ["key"], "layers_to_transform": [1], "modules_to_save": ["pooler"], "use_dora": True},
+}
+
+
+def test_adapters_that_agree_in_nothing_add_up(tmp_path: Path) -> None:
+    """Other layers, ranks, factors, biases: what comes out is the base and all that peft makes of each."""
+    torch.manual_seed(1)
+    model = BertModel(BertConfig(**SMALL, max_position_embeddings=32))
+    made = {name: train(tmp_path / name, model, **settings) for name, settings in UNLIKE.items()}
+    base = load_file(made["a"].model / "model.safetensors")
+    data = {
+        "base": str(made["a"].model),
+        "models": {name: {"adapter": str(trained.adapter)} for name, trained in made.items()},
+        "merge": {"method": "task-arithmetic", "weight": {"a": 1.0, "b": -0.5, "c": 0.25}},
+    }
+    found = read(mergetool.run(data, output=tmp_path / "out").path)
+    assert found.keys() == base.keys()
+    for name, start in base.items():
+        changes = [trained.merged[name].double() - start.double() for trained in made.values()]
+        wanted = start.double() + changes[0] - 0.5 * changes[1] + 0.25 * changes[2]
+        torch.testing.assert_close(found[name].double(), wanted, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergetool.checkpoints.adapters.arithmetic import Arithmetic
+from mergetool.checkpoints.adapters.arithmetic import Arithmetic, rows_of
 from mergetool.checkpoints.adapters.files import changes_nothing, open_weights
 from mergetool.checkpoints.adapters.settings import CONFIG_NAME, read_settings
 from mergetool.checkpoints.adapters.sites import Site, SiteKind, Sites
@@ -60,11 +60,11 @@ class AdapterAlone(ModelSource):
         (experts, outputs, rank) and (experts, rank, inputs).
         """
         site = self.sites[name]
-        a, b = (self._arithmetic.matrix(own) for own in site.own)
+        a, b = (rows_of(self._adapter, own, 0, self._adapter.specs[own].shape[0]) for own in site.own)
         if site.experts > 1:  # in A they lie one below the other, in B they are interleaved
             a = a.view(site.experts, site.rank, -1)
             b = b.view(len(b), site.rank, site.experts).permute(2, 0, 1)
-        return b * site.factor, a.clone()
+        return b.mul_(site.factor), a
 
     # ------------------------------------------------------------------ a model
 

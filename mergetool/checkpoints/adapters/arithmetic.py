@@ -5,7 +5,7 @@ length of every row, or, where the stored weight is transposed, of every column:
 tensor and are kept.
 
 Reference: Liu et al., DoRA, https://arxiv.org/abs/2402.09353, section 4.1: `W' = m (W + s B A) / |W + s B A|`.
-Differs from the paper: nothing (PEFT's axes: outputs of a layer, columns of an embedding).
+Differs from the paper: nothing (PEFT's axes: outputs of a layer, columns of an embedding), but that rows of zeros stay.
 """
 
 from collections import OrderedDict
@@ -34,6 +34,7 @@ class Arithmetic:
         self._model = model
         self._adapter = adapter
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._num_kept = 0
         self._scales: dict[str, Tensor] = {}
         self._lock = Lock()
         self._pass_lock = Lock()
@@ -115,10 +116,10 @@ class Arithmetic:
         wanted = self.matrix(magnitude.own).reshape(-1)
         if magnitude.by_row:
             lengths = torch.linalg.vector_norm(rows.view(-1, change.width), dim=1)
-            return wanted[first : first + len(lengths)].div(lengths).unsqueeze(1)
+            return _over(wanted[first : first + len(lengths)], lengths).unsqueeze(1)
         with self._pass_lock:
             if change.name not in self._scales:
-                self._scales[change.name] = wanted / self._column_lengths(change)
+                self._scales[change.name] = _over(wanted, self._column_lengths(change))
         return self._scales[change.name]
 
     def _column_lengths(self, change: Change) -> "Tensor":
@@ -149,13 +150,13 @@ class Arithmetic:
 
     def matrix(self, name: str) -> "Tensor":
         """A whole tensor of the adapter as rows of float32; small ones are kept for the next slice."""
-        return self._keep(name, lambda: _rows_of(self._adapter, name, 0, self._adapter.specs[name].shape[0]))
+        return self._keep(name, lambda: rows_of(self._adapter, name, 0, self._adapter.specs[name].shape[0]))
 
     def _rows(self, name: str, first: int, last: int) -> "Tensor":
         with self._lock:
             if name in self._kept:
                 return self._kept[name][first:last]
-        return _rows_of(self._adapter, name, first, last)
+        return rows_of(self._adapter, name, first, last)
 
     def _keep(self, name: str, read: Callable[[], "Tensor"]) -> "Tensor":
         with self._lock:
@@ -164,13 +165,19 @@ class Arithmetic:
                 return self._kept[name]
         tensor = read()
         with self._lock:
+            self._num_kept += tensor.numel() if name not in self._kept else 0
             self._kept[name] = tensor
-            while sum(kept.numel() for kept in self._kept.values()) > _KEPT_ELEMENTS:
-                self._kept.popitem(last=False)
+            while self._num_kept > _KEPT_ELEMENTS:
+                self._num_kept -= self._kept.popitem(last=False)[1].numel()
         return tensor
 
 
-def _rows_of(source: ModelSource, name: str, first: int, last: int) -> "Tensor":
+def _over(magnitudes: "Tensor", lengths: "Tensor") -> "Tensor":
+    """What rows are multiplied by. One of zeros has no direction: it stays, where peft's 0/0 is no number."""
+    return (magnitudes / lengths).masked_fill_(lengths == 0, 0)
+
+
+def rows_of(source: ModelSource, name: str, first: int, last: int) -> "Tensor":
     """Rows of a tensor, as float32: (rows, all other axes)."""
     spec = source.specs[name]
     width = spec.num_elements // spec.shape[0]

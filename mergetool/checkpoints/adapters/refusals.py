@@ -22,6 +22,7 @@ _MERGEABLE_FIELDS = frozenset({"kasa_config", "use_bdlora"})
 REFUSED_FIELDS: Mapping[str, str] = {
     "alora_invocation_tokens": "it acts after its invocation tokens only (activated LoRA), so no weights can hold it",
     "layer_replication": "it was trained on repeated layers, which the model does not have",
+    "enable_lora": "its factors are those of parts of a fused layer, as peft wrote them before 0.3",
     "arrow_config": "it chooses among adapters for every token (Arrow), so no weights can hold it",
     "use_bdlora": "its factors are block-diagonal (BD-LoRA), not the plain A and B of LoRA",
     "kasa_config": "it was trained on a base without its smallest directions (KaSA), not on the base as it is",
@@ -53,11 +54,20 @@ def refuse_what_is_no_lora(settings: Mapping[str, Any], folder: Path, base: Path
     for field, why in REFUSED_FIELDS.items():
         if settings.get(field):
             fix = by_peft(settings, folder, base) if field in _MERGEABLE_FIELDS else _LEAVE_OUT
+            fix = _repeated(settings[field]) if field == "layer_replication" else fix
             raise SourceError(f"{field} is set: {why}", where, fix)
     start = str(settings.get("init_lora_weights")).lower()
     if start.startswith(_TAKES_FROM_BASE):
         what = f"init_lora_weights is {start!r}: the start of its training was taken out of the base"
         raise SourceError(what, where, _way_on(start, settings, folder, base))
+
+
+def _repeated(ranges: Any) -> str:
+    """How to repeat the layers: PEFT cannot merge into layers that share their weights."""
+    pairs = [[int(each) for each in pair] for pair in ranges] if isinstance(ranges, list) else []
+    slices = ", ".join(f"{{m: {pair}}}" for pair in pairs)
+    inner = f"{{models: {{m: MODEL}}, slices: [{slices}], merge: {{method: passthrough}}}}"
+    return f"repeat them in the model, {{recipe: {inner}}}, and set layer_replication to null in adapter_config.json"
 
 
 def _way_on(start: str, settings: Mapping[str, Any], folder: Path, base: Path | None) -> str:

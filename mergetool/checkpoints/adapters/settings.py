@@ -24,15 +24,15 @@ from mergetool.tensors.side_files import CONFIG_NAME as MODEL_CONFIG_NAME
 
 CONFIG_NAME = "adapter_config.json"
 _AGAIN = "save the adapter again"
-_HONOURED = words(
+HONOURED = words(
     "peft_type task_type auto_mapping base_model_name_or_path r lora_alpha use_rslora rank_pattern alpha_pattern"
     " fan_in_fan_out use_dora bias lora_bias modules_to_save trainable_token_indices init_lora_weights"
     " target_parameters ensure_weight_tying"
 )
-_OF_TRAINING = words(
+OF_TRAINING = words(
     "peft_version revision inference_mode target_modules exclude_modules layers_to_transform layers_pattern"
     " lora_dropout loftq_config eva_config corda_config lora_ga_config velora_config monteclora_config runtime_config"
-    " megatron_core qalora_group_size merge_weights enable_lora"
+    " megatron_core qalora_group_size merge_weights"
 )
 """They say which modules were trained and how; what came out is told by the tensors."""
 
@@ -154,7 +154,7 @@ def _patterned(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def _warnings(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    known = _HONOURED | _OF_TRAINING | REFUSED_FIELDS.keys()
+    known = HONOURED | OF_TRAINING | REFUSED_FIELDS.keys()
     unknown = [f"{name}: {value!r}"[:100] for name, value in fields.items() if name not in known and value]
     warnings = [f"{CONFIG_NAME} holds what no LoRA has, and it was ignored: {', '.join(unknown)}"] if unknown else []
     if fields.get("init_lora_weights") == "lora_ga":

@@ -101,6 +101,9 @@ class Sites:
         """Embeddings of which single rows were trained."""
         keys = read_keys(own, self._where)
         self._hung = by_site(keys)
+        self._wrappers: dict[str, list[str]] = {}
+        for hung in sorted(self._hung, key=len, reverse=True):  # from the innermost on
+            self._wrappers.setdefault(unwrapped(hung), []).append(hung)
         for hung, parts in self._hung.items():
             self._add(hung, parts)
         for key in keys:
@@ -168,7 +171,7 @@ class Sites:
         PEFT wraps a module once for each of its parameters, in the order in which the module has them.
         """
         module, named = unwrapped(hung), self._settings.parameters()
-        wrappers = sorted((each for each in self._hung if unwrapped(each) == module), key=len, reverse=True)
+        wrappers = self._wrappers[module]
         leaves = {leaf for leaf in named if self._settings.targets(f"{module}.{leaf}")}
         if not leaves and len(wrappers) == 1 and leaf_of(module) != "experts":
             return None

@@ -2,10 +2,12 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mergetool.arch.matrices import MatrixFilter, is_matrix, query_key_value
 from mergetool.methods.base import (
+    Factored,
     Field,
     Finite,
     Granularity,
@@ -41,9 +43,18 @@ class MatrixMethod(TensorMethod):
     buffers: ClassVar = 16
 
     @abstractmethod
-    def merged(self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float]) -> "Tensor | None":
+    def merged(
+        self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float], size: int
+    ) -> "Tensor | None":
         """The merged task vector (m, n), in any dtype, of these (finite, weights not 0), or None where the mean has
-        to do. The matrices may be overwritten only if it is not None."""
+        to do. The matrices may be overwritten only if it is not None. They may be cores of larger ones: `size` is the
+        smaller dimension of those."""
+
+    def needs_weights(self) -> str | None:
+        return None if self.fuse == "none" else "`fuse: qkv` lays whole weights together; write `fuse: none`"
+
+    def in_factors(self, name: str, shape: tuple[int, ...]) -> Factored:
+        return "cores"
 
     @property
     def needs_float64(self) -> bool:
@@ -86,6 +97,7 @@ class MatrixMethod(TensorMethod):
         if not all(bool(matrix.isfinite().all()) for matrix in matrices):  # the check of the result will say whose
             group.note("holds values that are not finite: averaged")
             return None
-        update = self.merged(group, matrices, [weight for _, weight in chosen])
+        size = min(sum(member.shape[0] for member in members), prod(group.shape[1:]))
+        update = self.merged(group, matrices, [weight for _, weight in chosen], size)
         before = sum(member.shape[0] for member in members[: members.index(group)])
-        return None if update is None else update[before : before + group.shape[0]]
+        return None if update is None else update[before : before + len(group.models[0])]

@@ -6,7 +6,7 @@ A base, where there is one, is the centre of the sphere: directions and lengths 
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from mergetool.methods.base import Granularity, Params, StatisticsPass, Stats, TensorGroup, TensorMethod
+from mergetool.methods.base import Factored, Granularity, Params, StatisticsPass, Stats, TensorGroup, TensorMethod
 from mergetool.methods.families.gram import Gram, vectors_of
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ class SphereMethod(TensorMethod):
     @property
     def needs_float64(self) -> bool:
         return True
+
+    def in_factors(self, name: str, shape: tuple[int, ...]) -> Factored:
+        return "cores"
 
     @abstractmethod
     def factors(self, gram: "Tensor", p: Params) -> "Tensor | None":

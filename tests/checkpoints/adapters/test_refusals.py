@@ -5,19 +5,34 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+import yaml
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mergetool
 from mergetool.checkpoints.adapters import AdapterAlone, AdapterSource
+from mergetool.checkpoints.adapters.refusals import REFUSED_FIELDS
+from mergetool.checkpoints.adapters.settings import HONOURED, OF_TRAINING
 from mergetool.errors import SourceError
 from mergetool.tensors.folder import open_model
 from tests.checkpoints.adapters.peft_oracle import (
@@ -63,6 +78,7 @@ def follow(advice: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
         {"alora_invocation_tokens": [1]},
         {"layer_replication": [[0, 2], [1, 2]]},
+        {"enable_lora": [True, False, True]},
         {"arrow_config": {"top_k": 2}},
         {"use_bdlora": {"nblocks": 2}},
         {"kasa_config": {"beta": 1.0}},
@@ -86,6 +102,19 @@ def test_a_field_that_makes_more_of_it_than_plain_lora_is_refused_by_name(
 def test_fields_of_training_and_empty_ones_say_nothing(trained: Trained) -> None:
     trained.set(lora_dropout=0.3, inference_mode=False, megatron_config=None, of_tomorrow=None, target_modules="x")
     assert trained.source().warnings == ()
+
+
+def test_every_field_that_peft_has_is_known() -> None:
+    """A version with a new one must be looked at: does it change what an adapter means?"""
+    unknown = {field.name for field in fields(LoraConfig)} - HONOURED - OF_TRAINING - REFUSED_FIELDS.keys()
+    assert unknown == set()
+
+
+def test_what_other_trainers_write_is_read(trained: Trained) -> None:
+    trained.set(base_model_name_or_path=None, unsloth_fixed=True, unsloth_version="2026.1", revision="main")
+    source = assert_merged_as_by_peft(trained)
+    assert source.made_for is None
+    assert ["unsloth_fixed: True, unsloth_version" in text for text in source.warnings] == [True]
 
 
 def test_an_unknown_field_is_a_warning_that_names_it(trained: Trained) -> None:
@@ -191,6 +220,55 @@ def test_kinds_that_peft_can_merge_come_with_a_command_that_does(
     mergetool.run(recipe, output=tmp_path / "out")
     found = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(ids).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_were_repeated_are_repeated_as_advised(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    base, settings = llama(), {"target_modules": ["q_proj"], "r": 2, "layer_replication": [[0, 2], [1, 2]]}
+    base.save_pretrained(tmp_path / "model")
+    with quiet():
+        adapted = get_peft_model(base, LoraConfig(**settings))
+        disturb(adapted)
+        adapted.save_pretrained(tmp_path / "adapter")
+        ids = torch.arange(3, 9)[None]
+        wanted = adapted.eval()(ids).logits
+    with pytest.raises(SourceError) as caught:
+        AdapterSource(open_model(tmp_path / "model"), tmp_path / "adapter")
+    written = re.search(r"\{recipe: .*\}\}", caught.value.fix)
+    assert written
+    reference = yaml.safe_load(written[0].replace("MODEL", str(tmp_path / "model")))
+    Trained(tmp_path / "model", tmp_path / "adapter", {}).set(layer_replication=None)
+    models = {"a": reference | {"adapters": [str(tmp_path / "adapter")]}}
+    mergetool.run({"models": models, "merge": {"method": "passthrough"}}, output=tmp_path / "out")
+    found = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdaLoraConfig(target_modules=["q_proj"], total_step=9),
+        LoKrConfig(target_modules=["q_proj"], r=2),
+        VeraConfig(target_modules=["q_proj"], r=2),
+        OFTConfig(target_modules=["q_proj"], oft_block_size=4),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_other_kinds_are_refused_by_name(config: Any, tmp_path: Path) -> None:
+    with quiet():
+        get_peft_model(llama(), config).save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match=f"peft_type is '{config.peft_type.value}'") as caught:
+        AdapterAlone(tmp_path)
+    assert "merge it with peft" in caught.value.fix
+
+
+def test_a_folder_of_adapters_says_which_there_are(trained: Trained) -> None:
+    """peft saves a second adapter into a folder of its own."""
+    outer = trained.adapter.parent / "both"
+    shutil.copytree(trained.adapter, outer / "chat")
+    with pytest.raises(SourceError, match="but in its folders chat") as caught:
+        AdapterAlone(outer)
+    AdapterAlone(Path(caught.value.fix.removeprefix("name one of them: ")))
 
 
 def test_kinds_that_are_no_part_of_weights_are_left_out(tmp_path: Path) -> None:
@@ -308,6 +386,7 @@ def test_planning_with_an_adapter_imports_no_torch(trained: Trained) -> None:
         "import sys; from pathlib import Path; from mergetool.checkpoints.adapters import AdapterAlone, AdapterSource; "
         "from mergetool.tensors.folder import open_model; "
         f"AdapterSource(open_model(Path({str(trained.model)!r})), Path({str(trained.adapter)!r})); "
+        f"AdapterAlone(Path({str(trained.adapter)!r})); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

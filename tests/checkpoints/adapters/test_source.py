@@ -15,6 +15,7 @@ from mergetool.checkpoints.adapters import AdapterSource
 from mergetool.errors import SourceError
 from mergetool.tensors.folder import open_model
 from mergetool.tensors.io import bytes_of
+from tests.checkpoints.adapters.peft_oracle import merged_by_peft, train
 from tests.files import StoppedError, stop_after
 
 LLAMA = LlamaConfig(
@@ -224,3 +225,48 @@ def test_a_run_does_not_go_on_with_another_alpha(tmp_path: Path) -> None:
     names = [Path(entry["file"]).name for entry in lock["inputs"]["m"]]
     assert names == ["model.safetensors", "adapter_model.safetensors", "adapter_config.json"]
     assert all(entry["sha256"] for entry in lock["inputs"]["m"])
+
+
+def test_a_row_of_zeros_keeps_its_length_whatever_its_magnitude(tmp_path: Path) -> None:
+    """peft divides zero by zero there; all other rows are as it merges them."""
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LLAMA)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[3] = 0
+    trained = train(tmp_path, model, target_modules=["q_proj", "embed_tokens"], use_dora=True, r=2)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    tensors = load_file(trained.adapter / "adapter_model.safetensors")
+    tensors[name][3] = 0
+    save_file(tensors, trained.adapter / "adapter_model.safetensors")
+    wanted = merged_by_peft(tmp_path, model)["model.layers.0.self_attn.q_proj.weight"]
+    assert wanted[3].isnan().all()
+    found = read_all(trained.source(), "model.layers.0.self_attn.q_proj.weight", 37)
+    torch.testing.assert_close(found, wanted.nan_to_num(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_column_of_zeros_stays_zero_too(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel(GPT2)
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight[:, 5] = 0
+    trained = train(tmp_path, model, target_modules=["c_attn"], use_dora=True, init_lora_weights=True, r=2)
+    tensors = load_file(trained.adapter / "adapter_model.safetensors")
+    tensors["base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"][5] = 0
+    save_file(tensors, trained.adapter / "adapter_model.safetensors")
+    wanted = merged_by_peft(tmp_path, model)["transformer.h.0.attn.c_attn.weight"]
+    assert wanted[:, 5].isnan().all()
+    found = read_all(trained.source(), "transformer.h.0.attn.c_attn.weight", 37)
+    torch.testing.assert_close(found, wanted.nan_to_num(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_adapters_are_added_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    folder, adapter, _ = save_with_adapter(tmp_path, LlamaForCausalLM(LLAMA), **CASES["plain"][1])
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    module = "model.layers.0.self_attn.q_proj"
+    a, b = (tensors[f"base_model.model.{module}.lora_{half}.weight"].double() for half in "AB")
+    wanted = load_file(folder / "model.safetensors")[f"{module}.weight"].double() + 6 / 4 * b @ a
+    found = read_all(AdapterSource(open_model(folder), adapter), f"{module}.weight", 37)
+    assert (found - wanted).norm() <= 1e-6 * wanted.norm()

@@ -1,0 +1,313 @@
+"""Products of two thin matrices, as adapters have them: add up, cut, and merge them without ever being multiplied out.
+
+The change that a low-rank adapter makes to a weight is `b a`. Sums of such products are products again: the halves side
+by side. Their singular vectors come from those of a small core, because with b = Q R and a^T = P L
+
+    b a = Q (R L^T) P^T
+
+so that R L^T, as small as the ranks, has all that matters. What several products write lies in the span of their b
+together, what they read in that of their a: in orthonormal bases Q, P of these spaces each of them is a small core
+Q^T b_t a_t P, and whatever only turns along when inputs and outputs are turned can be done to the cores instead.
+
+Of a matrix that is no product the leading triplets are found by block Lanczos on its Gram matrix: a few passes over
+its rows, which may be made anew each time, so that it need not exist as a whole.
+
+Everything is computed, and returned, in float64.
+
+Legend: m rows and n columns of a weight, r columns of one b, R directions of all together.
+
+Reference: Panariello et al., Accurate and efficient low-rank model merging in core space, NeurIPS 2025,
+https://arxiv.org/abs/2509.17786 (cores); Golub and Underwood, The block Lanczos method, 1977.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergetool.kernels.rng import normal, stream_key
+from mergetool.kernels.spectral import Factors, truncated_svd, with_signs
+
+Keep = int | float | None
+"""How much of a matrix is kept: so many directions, as many as hold a share of the squared norm, or all that count."""
+
+_ROUNDING = torch.finfo(torch.float64).eps
+_BESIDE = 8
+"""Directions that a search for leading ones carries beside those asked for: it converges in fewer passes."""
+_BLOCK = 64
+"""Directions that it adds in a pass where nobody says how many are asked for."""
+_SETTLED = 3e-5
+"""A search ends once a pass finds less than this share of what is left out."""
+_PASSES = 30
+_DEPENDENT = 1e-13
+"""What a pass finds below this share of the squared norm is rounding."""
+_SLICE = 1 << 21
+"""Entries of a matrix that are looked at together."""
+_SMALL = 1024
+"""Smaller dimension up to which the whole Gram matrix is no dearer than a search."""
+
+
+class Pair(NamedTuple):
+    """The matrix b a (m, n)."""
+
+    b: Tensor
+    """(m, r)."""
+    a: Tensor
+    """(r, n)."""
+
+    def dense(self) -> Tensor:
+        """The matrix itself, in float64."""
+        return _exact(self.b) @ _exact(self.a)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.b.shape[0], self.a.shape[1]
+
+
+class Cores(NamedTuple):
+    """Matrices `outputs @ core @ inputs`; a side that is None is not turned."""
+
+    outputs: Tensor | None
+    """(m, R), orthonormal columns."""
+    inputs: Tensor | None
+    """(R, n), orthonormal rows."""
+    cores: list[Tensor]
+
+
+# Pairs
+
+
+def concatenated(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
+    """The sum of weight * b a, exactly: halves side by side. Products of weight 0 are left out."""
+    kept = [(pair, weight) for pair, weight in zip(pairs, weights, strict=True) if weight]
+    halves = [(_exact(pair.b) * weight, _exact(pair.a)) for pair, weight in kept] or [_nothing(pairs[0])]
+    return Pair(torch.cat([b for b, _ in halves], 1), torch.cat([a for _, a in halves]))
+
+
+def _nothing(like: Pair) -> Pair:
+    m, n = like.shape
+    return Pair(_exact(like.b).new_zeros(m, 0), _exact(like.a).new_zeros(0, n))
+
+
+def triplets(pair: Pair) -> Factors:
+    """The singular triplets of b a, at most r of them, without those that are rounding."""
+    if not pair.b.any() or not pair.a.any():
+        nothing = _nothing(pair)
+        return Factors(nothing.b, nothing.b.new_ones(0), nothing.a.mT)
+    left, small_b = torch.linalg.qr(_exact(pair.b))
+    right, small_a = torch.linalg.qr(_exact(pair.a).mT)
+    u, s, vh = torch.linalg.svd(small_b @ small_a.mT, full_matrices=False)
+    # What is rounding is told from the parts of the sum, which may cancel, not from the sum.
+    parts = float(torch.linalg.vector_norm(small_b, dim=0) @ torch.linalg.vector_norm(small_a, dim=0))
+    live = int((s > max(pair.shape) * _ROUNDING * parts).sum())
+    return with_signs(Factors(left @ u, s, right @ vh.mT).leading(live))
+
+
+def truncated(pair: Pair, keep: Keep) -> tuple[Pair, float]:
+    """The best approximation of b a that `keep` allows, and what it loses (Frobenius norm, relative).
+
+    The square roots of its singular values are on both halves.
+    """
+    return _cut(triplets(pair), keep)
+
+
+def _cut(every: Factors, keep: Keep) -> tuple[Pair, float]:
+    energy = every.s.square()
+    kept = every.leading(_count(every.s, float(energy.sum()), keep))
+    lost = float(energy[kept.rank :].sum() / energy.sum()) ** 0.5 if every.rank else 0.0
+    return balanced(kept), lost
+
+
+def _count(s: Tensor, energy: float, keep: Keep) -> int:
+    """How many of these singular values, descending, are kept of a matrix with this squared norm."""
+    if isinstance(keep, float):
+        return min(int((s.square().cumsum(0) < energy * keep * (1 - 1e-12)).sum()) + 1, len(s))
+    return len(s) if keep is None else min(keep, len(s))
+
+
+def balanced(factors: Factors) -> Pair:
+    """Factors as a pair, the square roots of singular values on both halves."""
+    root = factors.s.sqrt()
+    return Pair(factors.u * root, (factors.v * root).mT)
+
+
+def in_cores(pairs: Sequence[Pair], *, outputs: bool = True, inputs: bool = True) -> Cores:
+    """The same matrices in orthonormal bases of all that they write and read, exactly."""
+    left = _basis(torch.cat([_exact(pair.b) for pair in pairs], 1)) if outputs else None
+    right = _basis(torch.cat([_exact(pair.a) for pair in pairs]).mT) if inputs else None
+    cores = []
+    for pair in pairs:
+        b, a = _exact(pair.b), _exact(pair.a)
+        cores.append((b if left is None else left.mT @ b) @ (a if right is None else a @ right))
+    return Cores(left, None if right is None else right.mT, cores)
+
+
+def _basis(columns: Tensor) -> Tensor:
+    """Orthonormal columns that span what these do; none for zeros."""
+    if not columns.any():
+        return columns[:, :0]
+    q, small = torch.linalg.qr(columns)
+    u, s, _ = torch.linalg.svd(small, full_matrices=False)
+    live = int((s > s[0] * max(columns.shape) * _ROUNDING).sum())
+    return with_signs(Factors(q @ u[:, :live], s[:live], u[:, :live])).u
+
+
+def lifted(cores: Cores, core: Tensor) -> Pair:
+    """The pair that a core stands for; its rank is that of the thinner side."""
+    core = _exact(core)
+    left = torch.eye(core.shape[0], dtype=core.dtype, device=core.device) if cores.outputs is None else cores.outputs
+    if cores.inputs is None:
+        return Pair(left, core)
+    if cores.outputs is None or core.shape[1] < core.shape[0]:
+        return Pair(left @ core, cores.inputs)
+    return Pair(left, core @ cores.inputs)
+
+
+# Matrices that are no products
+
+
+def leading(matrix: Tensor, keep: Keep) -> tuple[Pair, float]:
+    """The best approximation of a matrix that `keep` allows, and what it loses, as `truncated` says it of a pair."""
+    if not isinstance(keep, int) or min(matrix.shape) <= _SMALL:
+        return _cut_of(matrix, keep)
+    if matrix.shape[0] < matrix.shape[1]:
+        turned, lost = leading(matrix.mT, keep)
+        return Pair(turned.a.mT, turned.b.mT), lost
+    return leading_of_rows(lambda start, stop: matrix[start:stop], matrix.shape, keep, device=matrix.device)
+
+
+def _cut_of(matrix: Tensor, keep: Keep) -> tuple[Pair, float]:
+    """`leading` from the whole Gram matrix of the smaller side."""
+    exact, size = _exact(matrix), min(matrix.shape)
+    if not exact.any():
+        return Pair(exact[:, :0], exact[:0]), 0.0
+    found = truncated_svd(exact, min(keep, size) if isinstance(keep, int) else size)
+    found = found.live(max(matrix.shape) * _ROUNDING)
+    if not isinstance(keep, int):
+        return _cut(found, keep)
+    return balanced(found), float(torch.linalg.vector_norm(exact - found.dense()) / torch.linalg.vector_norm(exact))
+
+
+def leading_of_rows(
+    read: Callable[[int, int], Tensor],
+    shape: Sequence[int],
+    keep: Keep,
+    *,
+    rows: int | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Pair, float]:
+    """`leading` of a matrix of which `read(start, stop)` gives rows, on `device`: asked for all of them several times.
+
+    Raises ValueError for a matrix that is not finite.
+    """
+    m, n = shape
+    matrix = _Rows(read, m, n, rows or max(1, _SLICE // n), device)
+    space = _search(matrix, keep)
+    written, left_out, energy = matrix.within(space)
+    if not space.shape[1] or not energy:
+        return Pair(space.new_zeros(m, 0), space.new_zeros(0, n)), 0.0
+    left, small = torch.linalg.qr(written)
+    u, s, vh = torch.linalg.svd(small, full_matrices=False)
+    every = with_signs(Factors(left @ u, s, space @ vh.mT)).live(max(m, n) * _ROUNDING)
+    kept = every.leading(_count(every.s, energy, keep))
+    lost = left_out + float(every.s[kept.rank :].square().sum())
+    return balanced(kept), (lost / energy) ** 0.5
+
+
+class _Rows(NamedTuple):
+    """A matrix (m, n) that is seen by blocks of rows only."""
+
+    read: Callable[[int, int], Tensor]
+    m: int
+    n: int
+    rows: int
+    device: torch.device | str
+
+    def blocks(self) -> "list[tuple[int, int]]":
+        return [(start, min(start + self.rows, self.m)) for start in range(0, self.m, self.rows)]
+
+    def gram_times(self, x: Tensor) -> tuple[Tensor, float]:
+        """D^T D x for x (n, k), and the squared norm of D."""
+        total, energy = torch.zeros_like(x), 0.0
+        for start, stop in self.blocks():
+            block = _exact(self.read(start, stop))
+            total.addmm_(block.mT, block @ x)
+            energy += float(torch.linalg.vector_norm(block)) ** 2
+        if not energy < float("inf"):
+            raise ValueError("the matrix holds infinities or not-a-numbers")
+        return total, energy
+
+    def within(self, x: Tensor) -> tuple[Tensor, float, float]:
+        """D x for orthonormal x (n, k); the squared norms of D outside their span, and of D."""
+        written, outside, energy = x.new_empty(self.m, x.shape[1]), 0.0, 0.0
+        for start, stop in self.blocks():
+            block = _exact(self.read(start, stop))
+            energy += float(torch.linalg.vector_norm(block)) ** 2
+            torch.mm(block, x, out=written[start:stop])
+            outside += float(torch.linalg.vector_norm(block - written[start:stop] @ x.mT)) ** 2
+        return written, outside, energy
+
+
+def _search(matrix: _Rows, keep: Keep) -> Tensor:
+    """Orthonormal columns (n, k) near the leading right singular vectors, as many as are kept.
+
+    Block Lanczos with full orthogonalisation: all that was found is kept, so that a pass gains more than the last.
+    """
+    width = min(matrix.n, matrix.m, keep + _BESIDE if isinstance(keep, int) else _BLOCK)
+    like = torch.empty(matrix.n, width, dtype=torch.float64, device=matrix.device)
+    new = _orthonormal(normal(stream_key(0, "leading directions"), 0, like))
+    basis, projected, found = new[:, :0], new.new_zeros(0, 0), -1.0
+    for _ in range(_PASSES):
+        image, energy = matrix.gram_times(new)
+        basis = torch.cat([basis, new], 1)
+        projected = _bordered(projected, basis.mT @ image)
+        before, found = found, _held(projected, energy, keep)
+        if found - before <= _SETTLED * max(energy - found, _ROUNDING * energy) and _is_enough(found, energy, keep):
+            break
+        new = _beyond(image, basis, energy)
+        if not new.shape[1]:
+            break
+    vectors: Tensor = torch.linalg.eigh(projected)[1].flip(1)
+    return basis @ (vectors[:, :keep] if isinstance(keep, int) else vectors)
+
+
+def _held(projected: Tensor, energy: float, keep: Keep) -> float:
+    """The squared norm that the best directions hold, as many as are kept, of those found so far."""
+    values = torch.linalg.eigvalsh(projected).flip(0).clamp_(min=0)
+    return float(values[: _count(values.sqrt(), energy, keep)].sum())
+
+
+def _is_enough(found: float, energy: float, keep: Keep) -> bool:
+    return isinstance(keep, int) or found >= energy * (1.0 if keep is None else keep) * (1 - 1e-12)
+
+
+def _bordered(projected: Tensor, columns: Tensor) -> Tensor:
+    """A symmetric matrix grown by its last columns."""
+    old, size = projected.shape[0], columns.shape[0]
+    grown = columns.new_zeros(size, size)
+    grown[:old, :old] = projected
+    grown[:, old:] = columns
+    grown[old:] = columns.mT
+    return (grown + grown.mT) / 2
+
+
+def _beyond(image: Tensor, basis: Tensor, energy: float) -> Tensor:
+    """Orthonormal columns for what of `image` lies outside the span of `basis`, without rounding."""
+    rest = image - basis @ (basis.mT @ image)
+    rest -= basis @ (basis.mT @ rest)
+    live, small = torch.linalg.qr(rest)
+    if not float(small.diagonal().abs().min()) > _DEPENDENT * energy:
+        u, s, _ = torch.linalg.svd(small)
+        live = live @ u[:, s > _DEPENDENT * energy][:, : basis.shape[0] - basis.shape[1]]
+    return _orthonormal(live - basis @ (basis.mT @ live))
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    q: Tensor = torch.linalg.qr(columns)[0]
+    return q
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.float64)

@@ -1,0 +1,108 @@
+"""Adapters merged by themselves come to what their dense task vectors come to, method by method."""
+
+import numpy as np
+import pytest
+import torch
+
+from mergetool.kernels.low_rank import Pair
+from mergetool.methods import registry
+from mergetool.methods.base import TensorMethod
+from mergetool.methods.families.low_rank import Products, merged_pair, merged_products, merged_rows
+from mergetool.testing.cases import all_cases
+
+RANKS = (2, 1, 3)
+TENSORS = {
+    "layers.0.mlp.up_proj.weight": (12, 8),
+    "layers.0.mlp.down_proj.weight": (8, 12),
+    "model.embed_tokens.weight": (20, 6),
+    "conv.weight": (8, 3, 2, 2),
+}
+CASES = [case for case in all_cases() if issubclass(case.kind, TensorMethod)]
+ALONE = [case for case in CASES if case.kind(**case.settings).needs_weights() is None]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def products(name, models, shape=None, ranks=RANKS):
+    shape = shape or TENSORS[name]
+    n = torch.Size(shape[1:]).numel()
+    pairs = [
+        Pair(randn(shape[0], rank, seed=7 * rank + place), randn(rank, n, seed=place + 50))
+        for place, rank in enumerate(ranks[: len(models)])
+    ]
+    return Products(name, shape, tuple(models), pairs, seed=5)
+
+
+def in_factors(case, found, keep=None):
+    """The merged change as a dense matrix, without cutting anything; what it is made of is as small as it can be."""
+    method = case.kind(**case.settings)
+    p = method.params(0.0, found.names)
+    if method.in_factors(found.name, found.shape) == "product":
+        rows = merged_rows(method, found, p, dtype=torch.float64)
+        return torch.cat([rows(start, min(start + 5, found.shape[0])) for start in range(0, found.shape[0], 5)])
+    return merged_pair(method, found, p).dense()
+
+
+def densely(case, found):
+    models = {
+        name: {found.name: pair.dense().view(found.shape)} for name, pair in zip(found.names, found.pairs, strict=True)
+    }
+    base = {found.name: torch.zeros(found.shape, dtype=torch.float64)}
+    return case.merge(base, models, dtype="float64", seed=found.seed)[found.name].flatten(1)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("case", ALONE, ids=str)
+def test_adapters_alone_come_to_what_their_task_vectors_come_to(case, name):
+    for setting in (case, case.uneven()):
+        found = products(name, case.names)
+        torch.testing.assert_close(in_factors(setting, found), densely(setting, found), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", ALONE, ids=str)
+def test_a_model_that_leaves_a_tensor_counts_as_one_without_change(case):
+    found = products("layers.0.mlp.up_proj.weight", case.names, ranks=(2, 0, 3))
+    torch.testing.assert_close(in_factors(case, found), densely(case, found), rtol=0, atol=1e-9)
+    nothing = products("layers.0.mlp.up_proj.weight", case.names, ranks=(0, 0, 0))
+    assert not in_factors(case, nothing).any()
+
+
+@pytest.mark.parametrize("case", [case for case in ALONE if case.option != "null_policy=reference"], ids=str)
+def test_what_is_kept_is_the_best_of_its_rank(case):
+    found = products("layers.0.mlp.up_proj.weight", case.names)
+    for pair in found.pairs:  # all agree somewhat
+        pair.b[:, 0], pair.a[0] = found.pairs[0].b[:, 0], found.pairs[0].a[0]
+    method = case.kind(**case.settings)
+    pair, lost = merged_products(method, found, method.params(0.0, found.names), 2)
+    s = torch.linalg.svdvals(densely(case, found))
+    assert pair.b.shape == (12, 2)
+    assert float((pair.dense() - densely(case, found)).norm() / s.norm()) == pytest.approx(lost, abs=1e-6)
+    assert lost == pytest.approx(float(s[2:].norm() / s.norm()), abs=1e-5)
+
+
+ORACLES = {"task-arithmetic": 2.0793536651, "tsv-merge": 2.1482931842, "iso-c": 1.3756656819 * (6 / 9) ** 0.5}
+"""Frobenius norms from independent float64 code, whose Iso-C also raises the 3 of 9 directions that nobody changed."""
+
+
+@pytest.mark.parametrize("method", ORACLES)
+def test_adapters_merge_in_core_space_as_others_found(method):
+    def drawn(seed, *shape):
+        return torch.from_numpy(np.random.RandomState(seed).randn(*shape))
+
+    pairs = [Pair(drawn(600 + t, 10, 2), drawn(700 + t, 2, 9) / 10) for t in range(3)]
+    found = Products("mlp.weight", (10, 9), ("a", "b", "c"), pairs)
+    kind = registry()[method]()
+    merged = merged_pair(kind, found, kind.params(0.0, found.names))
+    assert float(merged.dense().norm()) == pytest.approx(ORACLES[method], rel=1e-9)
+
+
+def test_methods_that_need_weights_say_why():
+    reasons = {str(case): case.kind(**case.settings).needs_weights() for case in CASES if case not in ALONE}
+    assert set(reasons) == {"arcee-fusion", "slerp", "ties scope=model", *(f"{m} fuse=qkv" for m in MATRIX)}
+    assert "`nuslerp`" in reasons["slerp"]
+    assert "scope: tensor" in reasons["ties scope=model"]
+
+
+MATRIX = ("tsv-merge", "iso-c", "iso-cts")
