@@ -22,13 +22,15 @@ from mergetool.errors import (
 )
 
 if TYPE_CHECKING:
-    from mergetool.api import load_bundle, load_recipe, merge_state_dicts, plan, run
+    from mergetool.api import diff, load_bundle, load_recipe, merge_state_dicts, plan, run
     from mergetool.arch.derived import Architecture, derive_architecture
     from mergetool.methods.base import Method
+    from mergetool.outputs.difference import Comparison
     from mergetool.outputs.result import Result
 
 __all__ = [
     "Architecture",
+    "Comparison",
     "EvaluationError",
     "HubError",
     "MergeError",
@@ -41,6 +43,7 @@ __all__ = [
     "SourceError",
     "__version__",
     "derive_architecture",
+    "diff",
     "load_bundle",
     "load_recipe",
     "merge_state_dicts",
@@ -50,9 +53,11 @@ __all__ = [
 
 _LAZY = {
     "Architecture": "mergetool.arch.derived",
+    "Comparison": "mergetool.outputs.difference",
     "Method": "mergetool.methods.base",
     "Result": "mergetool.outputs.result",
     "derive_architecture": "mergetool.arch.derived",
+    "diff": "mergetool.api",
     "load_bundle": "mergetool.api",
     "load_recipe": "mergetool.api",
     "merge_state_dicts": "mergetool.api",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergetool.bundle.mass_model import MassModel
+    from mergetool.outputs.difference import Comparison
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
@@ -62,6 +63,26 @@ def run(
 def plan(recipe: RecipeLike, *, settings: Sequence[str] = ()) -> Plan:
     """Plan a recipe from headers alone. Raises RecipeError, SourceError or PlanError."""
     return make_plan(_loaded(recipe, settings))
+
+
+def diff(
+    a: str | Path,
+    b: str | Path,
+    base: str | Path | None = None,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> "Comparison":
+    """Compare two models (folders, files, names on the Hub), two adapters, or two locks, tensor by tensor.
+
+    With a `base`, their task vectors are compared, too. The result has `rows`, a table of all tensors with the most
+    changed first, `layers`, `roles`, `files`, `identical`, and `to_json()`. Raises SourceError or HubError.
+    """
+    from mergetool.engine.devices import one_thread
+    from mergetool.outputs.differing import difference
+
+    with one_thread():
+        return difference(str(a), str(b), None if base is None else str(base), workers=workers, listener=progress)
 
 
 def load_bundle(

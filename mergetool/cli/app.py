@@ -14,6 +14,7 @@ from mergetool._version import __version__
 from mergetool.cli.against import hold_against, refuse_idle
 from mergetool.cli.answers import deliver, inspect_bundle, print_answer, say_pushed, say_result, say_steps
 from mergetool.cli.commands import Quiet, Verbose, command, existing, is_follower, method_names, set_manner
+from mergetool.cli.diff import diff
 from mergetool.cli.progress import ProgressBar, waiting
 from mergetool.cli.show import manner, say, say_of_more, show_methods, table
 from mergetool.errors import RecipeError
@@ -219,6 +220,9 @@ def verify(
         with waiting("verifying"):
             report = verify_output(path, load=load)
     print_answer(report if as_json else f"{path}: {report['summary']}", as_json=as_json)
+
+
+command(app, "mergetool diff base merged --top 10")(diff)
 
 
 @command(app, "mergetool push merged org/merged --private")

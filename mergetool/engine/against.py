@@ -37,7 +37,7 @@ from mergetool.planning.inner import inside
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.dtypes import BY_NAME
-from mergetool.tensors.folder import open_model
+from mergetool.tensors.folder import is_adapter, open_model
 from mergetool.tensors.io import bytes_of
 from mergetool.tensors.source import ModelSource
 
@@ -118,7 +118,7 @@ def _beyond_us(path: Path, recipe: Recipe) -> tuple[str, str] | None:
     method = recipe.method.method_name()
     if is_bundle(path):
         return "it is a bundle of experts, which holds no merged weights", f"mergetool verify {path}"
-    if (path / "adapter_config.json").is_file():
+    if is_adapter(path):
         return "it is an adapter, not a checkpoint", "merge it into its base first: adapters: [ADAPTER]"
     if recipe.method.searches:
         return f"{method} searches for its numbers", "give the recipe that it wrote beside its result"

@@ -4,18 +4,13 @@ Other prefixes, experts fused or one by one, tied heads stored or left out, othe
 tokens, and padding rows make no difference. What is left over on either side does.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
 
 from mergetool.checkpoints.family import assemble
-from mergetool.checkpoints.gathered import GatheredModel, vocabulary_axis
-from mergetool.checkpoints.token_rows import ZERO, RowMap
+from mergetool.checkpoints.other_rows import OtherRows, Rows
 from mergetool.checkpoints.view import RenamedModel
-from mergetool.checkpoints.vocabulary import Vocabulary, chat_template_of, disagreement, tokens_of
-from mergetool.checkpoints.vocabulary_axes import axes_of
+from mergetool.checkpoints.vocabulary import chat_template_of
 from mergetool.engine.comparing import Opposite
 from mergetool.layouts.stacking import is_buffer
 from mergetool.planning import Plan
@@ -46,8 +41,9 @@ def matched(plan: Plan, found: ModelSource) -> Matched:
     planned = PlannedModel(plan)
     family = assemble({_RECIPE: planned, _CHECKPOINT: found}, _RECIPE, whole=True)
     wanted, there = family.sources[_RECIPE], family.sources[_CHECKPOINT]
-    rows = _Rows(wanted, there)
-    result = Matched(rows.shown(), problems=rows.problems, remarks=[*rows.remarks, *_beside(planned, found)])
+    rows = OtherRows(wanted, there)
+    remarks = [*_words_about_rows(rows), *_beside(planned, found)]
+    result = Matched(rows.shown, problems=[*_lost_tokens(rows)], remarks=remarks)
     for name, spec in wanted.specs.items():
         if name in result.source.specs:
             _pair(result, wanted, name, spec, rows.skipped.get(name))
@@ -63,7 +59,7 @@ def _pair(
     wanted: ModelSource,
     name: str,
     spec: TensorSpec,
-    skipped: np.ndarray[Any, np.dtype[np.bool_]] | None,
+    skipped: Rows | None,
 ) -> None:
     there = result.source.specs[name]
     if there.shape != spec.shape:
@@ -85,56 +81,19 @@ def _leftover(result: Matched, names: Sequence[str], verb: str) -> None:
             told.append(f"it {verb} {len(chosen)} {kind}: {', '.join(chosen[:3])}{more}")
 
 
-class _Rows:
-    """The rows of tokens, where the checkpoint has them in another order, or another number of them."""
+def _lost_tokens(rows: OtherRows) -> Iterator[str]:
+    for tokens, verb in ((rows.lacked, "lacks"), (rows.more, "has, and the recipe's result lacks,")):
+        if tokens:
+            yield f"it {verb} {len(tokens)} tokens, such as {tokens[0]!r}"
+    for name, count in rows.rowless.items():
+        yield f"{name} has no rows for {count} tokens"
 
-    def __init__(self, wanted: ModelSource, there: ModelSource) -> None:
-        self._wanted, self._there = wanted, there
-        self.skipped: dict[str, np.ndarray[Any, np.dtype[np.bool_]]] = {}
-        self.problems: list[str] = []
-        self.remarks: list[str] = []
 
-    def shown(self) -> ModelSource:
-        """The checkpoint with its rows in the order of the result."""
-        ours, theirs = (tokens_of(source.tokenizer_folder) for source in (self._wanted, self._there))
-        differ = disagreement(self._wanted.tokenizer_folder, self._there.tokenizer_folder)
-        if differ is not None:
-            self.remarks.append(f"the tokens stand in another order: {differ}")
-        ours, theirs = ours or theirs, theirs or ours
-        if ours is None or theirs is None:
-            return self._there
-        self._tell_lost(ours, theirs)
-        maps = dict(self._maps(ours, Vocabulary(theirs), moved=differ is not None))
-        return GatheredModel(self._there, maps, {_CHECKPOINT: self._there}) if maps else self._there
-
-    def _tell_lost(self, ours: Mapping[int, str], theirs: Mapping[int, str]) -> None:
-        here, there = set(ours.values()), set(theirs.values())
-        for lost, verb in ((here - there, "lacks"), (there - here, "has, and the recipe's result lacks,")):
-            if lost:
-                self.problems.append(f"it {verb} {len(lost)} tokens, such as {min(lost)!r}")
-
-    def _maps(self, ours: Mapping[int, str], theirs: Vocabulary, *, moved: bool) -> Iterator[tuple[str, RowMap]]:
-        for name in axes_of(self._wanted):
-            if name not in self._there.specs:
-                continue
-            shapes = [list(source.specs[name].shape) for source in (self._wanted, self._there)]
-            axis = vocabulary_axis(self._wanted.specs[name].shape)
-            wanted, held = (shape.pop(axis) for shape in shapes)
-            if shapes[0] == shapes[1] and (moved or wanted != held):
-                yield name, self._map(name, wanted, held, ours, theirs)
-
-    def _map(self, name: str, wanted: int, held: int, ours: Mapping[int, str], theirs: Vocabulary) -> RowMap:
-        """Where each row of the result is in the checkpoint; padding is passed over."""
-        row = np.full(wanted, -1, np.int64)
-        for number, text in ours.items():
-            place = theirs.ids.get(text, -1)
-            if number < wanted and place < held:
-                row[number] = place
-        if wanted != held:
-            self.remarks.append(f"{name} has {held} rows here, {wanted} by the recipe: rows of tokens are compared")
-        skipped = self.skipped[name] = row < 0
-        source = np.where(skipped, ZERO, 0).astype(np.int16)
-        return RowMap((_CHECKPOINT,), source, np.where(skipped, 0, row), {}, len(ours), 0)
+def _words_about_rows(rows: OtherRows) -> Iterator[str]:
+    if rows.order is not None:
+        yield f"the tokens stand in another order: {rows.order}"
+    for name, (wanted, held) in rows.sizes.items():
+        yield f"{name} has {held} rows here, {wanted} by the recipe: rows of tokens are compared"
 
 
 def _beside(planned: ModelSource, found: ModelSource) -> Iterator[str]:

@@ -49,6 +49,8 @@ class Worker(Bench[Step]):
         self._stored_bytes = bytes_of(self._stored)
         self._buffers: dict[tuple[object, torch.dtype], Tensor] = {}
         self._views: dict[tuple[object, torch.dtype, tuple[int, ...]], Tensor] = {}
+        self._kept: dict[tuple[int, int], dict[object, Tensor]] | None = None
+        """What passes over slices of the step in hand keep for its merge."""
         if any(step.operation.granularity(step.spec) == "tensor" for step in plan.steps):
             load_linear_algebra(device)
 
@@ -58,6 +60,22 @@ class Worker(Bench[Step]):
         params = Params(**step.operation.numbers)
         with own_stream(self._device):
             return counts.observe((self._group(step, begin, end) for begin, end in slices), params)
+
+    def visit(self, step: Step, counts: StatisticsPass) -> tuple[Stats, list[Note], list[int]]:
+        """Count over a step that is a single unit, and make it; also of how many elements each pass has read one.
+
+        What a pass keeps is there for the merge, and what it has read may still be in the cache.
+        """
+        ((start, stop),) = step.pieces()
+        outcome: StatisticsPass | Stats = counts
+        shares, self._kept = [], {}
+        try:
+            while not isinstance(outcome, Mapping):
+                shares.append(outcome.one_in)
+                outcome = outcome.conclude(combined(outcome, [self.count(step, start, stop, outcome)]))
+            return outcome, self.perform(step, start, stop, outcome), shares
+        finally:
+            self._kept = None
 
     def perform(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
         """Make and write elements [start, stop) of a step; returns what is to be noted about them.
@@ -140,6 +158,7 @@ class Worker(Bench[Step]):
             new=self._scratch(shape),
             other=partial(self._other, step),
             store=self._store,
+            kept=None if self._kept is None else self._kept.setdefault((start, stop), {}),
         )
 
     def _other(self, step: Step, name: str) -> TensorGroup | None:

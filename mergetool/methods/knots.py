@@ -89,6 +89,7 @@ class Knots(TensorMethod):
         import torch
 
         from mergetool.kernels.consensus import agreeing_sum_
+        from mergetool.kernels.directions import trim_
 
         if self.combine == "mean":
             total = torch.zeros_like(parts[0])
@@ -96,20 +97,10 @@ class Knots(TensorMethod):
                 total.add_(part, alpha=weight / len(parts))
             return total
         for density, part in zip(p.density, parts, strict=True):
-            _trim(part, density)
+            trim_(part, density)
         return agreeing_sum_(
             parts,
             p.weight,
             normalize=True,
             scratch=lambda _, dtype: torch.empty_like(parts[0], dtype=dtype),
         )
-
-
-def _trim(part: "Tensor", density: float) -> None:
-    """Zero, in place, all but the largest `density` of the entries; entries equal to the smallest kept stay."""
-    from mergetool.kernels.consensus import keep_largest_
-
-    count = max(1, int(density * part.numel()))
-    if count < part.numel():
-        flat = part.abs().reshape(-1)
-        keep_largest_(part, float(flat.kthvalue(part.numel() - count + 1).values), inclusive=True)

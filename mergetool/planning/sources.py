@@ -4,16 +4,17 @@ What is there as a path is meant as a path; else `org/name` and `org/name@revisi
 each plan. A plan needs headers only, which are read from a distance; a run fetches the files and plans again.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mergetool.bundle import is_bundle
 from mergetool.checkpoints.adapters import AdapterAlone, AdapterSource
+from mergetool.checkpoints.adapters.places import plain
 from mergetool.checkpoints.codes import describes_codes
 from mergetool.checkpoints.quantised import plain_numbers
-from mergetool.errors import HubError, SourceError
+from mergetool.errors import HubError, PlanError, SourceError
 from mergetool.recipe.schema import ModelReference, Recipe, expanded
 from mergetool.recipe.words import UNION
 from mergetool.tensors.folder import open_model
@@ -56,6 +57,8 @@ class Lookup:
         self._as_stored = as_stored
         self._found = {} if found is None else found
         self._trained_on: dict[str, str] = {}
+        self._called: dict[str, dict[str, str]] = {}
+        """What adapters by themselves call their tensors: plain name -> name."""
         self.warnings: list[str] = []
         self.pins: dict[str, str] = {}
         self.origins: dict[str, tuple[Provenance, ...]] = {}
@@ -84,8 +87,7 @@ class Lookup:
             self.warnings += [f"{name}: {text}" for text in others]
             origins.append(added.origin)
         self.origins[name] = tuple(origins)
-        told = [f"{name}: {remark}" for remark in model.remarks]
-        self.warnings += [text for text in told if text not in self.warnings]
+        self._warn(f"{name}: {remark}" for remark in model.remarks)
         return model
 
     def open_adapter(self, name: str, adapter: str, base: ModelSource | None = None) -> AdapterAlone:
@@ -97,8 +99,9 @@ class Lookup:
             warnings = (*warnings, *AdapterSource(base, place.path, place.elsewhere).warnings)
             for origin in self.origins["base"][:1]:  # none where a recipe makes it
                 warnings = (*warnings, *_made_for_another(origin, base.folder, source.made_for))
-        self.warnings += [f"{name}: {text}" for text in dict.fromkeys(warnings)]
+        self._warn(f"{name}: {text}" for text in warnings)
         self._compare_bases(name, source.made_for)
+        self._compare_names(name, source)
         self.origins[name] = (place.origin,)
         return source
 
@@ -109,7 +112,22 @@ class Lookup:
         self._trained_on[name] = trained.repo
         first, repo = next(iter(self._trained_on.items()))
         if repo.lower() != trained.repo.lower():
-            self.warnings.append(f"{name} was trained on {trained.repo}, {first} on {repo}: are they of one model?")
+            self._warn([f"{name} was trained on {trained.repo}, {first} on {repo}: are they of one model?"])
+
+    def _warn(self, texts: Iterable[str]) -> None:
+        """Say what was not said before, as when a plan is made again."""
+        self.warnings += [text for text in dict.fromkeys(texts) if text not in self.warnings]
+
+    def _compare_names(self, name: str, source: AdapterAlone) -> None:
+        """Raises PlanError where adapters call one layer by two names: they are of two classes of one network."""
+        called = {plain(site): site for site in source.sites}
+        for other, names in self._called.items():
+            for each in called.keys() & names.keys():
+                if called[each] != names[each]:
+                    what = f"it is {called[each]!r} in {name}, {names[each]!r} in {other}"
+                    fix = "name base: MODEL, and each as {source: MODEL, adapters: [ADAPTER]}: the model's names tell"
+                    raise PlanError(f"{what}: one tensor by two names", name, fix)
+        self._called[name] = called
 
     def folder(self, text: str) -> Path:
         """The folder of a tokenizer's files. Raises SourceError or HubError."""

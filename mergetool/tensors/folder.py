@@ -16,6 +16,12 @@ NO_MODEL = "write {adapter: ADAPTER} for the base with it, or {source: MODEL, ad
 """The fix where an adapter is named as a model."""
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    names = {each.name for each in path.iterdir() if not each.is_dir()} if path.is_dir() else set()
+    return _ADAPTER_NAME in names and not weight_sets(names)
+
+
 def open_model(path: Path, elsewhere: Mapping[Path, OpenFile] = NOTHING) -> ModelSource:
     """Open a model by path: a file of weights, an index, or a folder, of which the set is read that its library opens.
 

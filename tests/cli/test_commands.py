@@ -35,6 +35,7 @@ FLAGS = {
     "plan": {"recipe", "--set", "--workers", "--memory", "--full", "--machines", "--json"},
     "inspect": {"reference", "--json"},
     "verify": {"path", "--load", "--against", "--set", "--workers", "--memory", "--trust-code", "--json"},
+    "diff": {"a", "b", "--base", "--top", "--exit-code", "--workers", "--json"},
     "methods": {"name", "--json"},
     "init": {"method", "-o", "--output"},
     "schema": set(),

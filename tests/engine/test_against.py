@@ -372,6 +372,15 @@ def test_another_order_of_tokens_and_padding_are_the_same_checkpoint(speakers, t
     assert ask(folder, path, **UNION).answer == "no"
 
 
+def test_rows_that_are_cut_off_are_a_no(speakers, tmp_path):
+    folder, merged = speakers
+    path = shutil.copytree(merged, tmp_path / "made")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        change(path, name, lambda rows: rows[:-3])
+    found = ask(folder, path, **UNION)
+    assert (found.answer, "lm_head.weight has no rows for 3 tokens" in found.reason) == ("no", True)
+
+
 def test_tokens_that_only_one_of_them_has_are_a_no(speakers, tmp_path):
     folder, merged = speakers
     found = ask(folder, merged, **(UNION | {"tokenizer": {"source": "a"}}))

@@ -105,4 +105,4 @@ def test_methods_that_need_weights_say_why():
     assert "scope: tensor" in reasons["ties scope=model"]
 
 
-MATRIX = ("tsv-merge", "iso-c", "iso-cts")
+MATRIX = ("dc-merge", "tsv-merge", "iso-c", "iso-cts")

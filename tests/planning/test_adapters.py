@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 
 import mergetool
-from mergetool.errors import SourceError
+from mergetool.errors import PlanError, SourceError
 from mergetool.planning.sources import Lookup
 from mergetool.tensors.folder import open_model
 from tests.checkpoints.adapters.peft_oracle import LLAMA, Trained, train
@@ -43,6 +44,29 @@ def test_adapters_of_two_repositories_are_told(trained: Trained) -> None:
         made_for(folder / name, base)
         lookup.open_adapter(name, f"./{name}")
     assert lookup.warnings == ["e was trained on org/two, a on org/one: are they of one model?"]
+
+
+def test_one_layer_by_two_names_is_no_two_layers(tmp_path: Path) -> None:
+    """Adapters of a model and of the same model without its head; on the base, both are of one layer, as advised."""
+    torch.manual_seed(1)
+    one = train(tmp_path / "one", llama(), target_modules=["q_proj"], r=2)
+    hf.LlamaModel.from_pretrained(one.model).save_pretrained(tmp_path / "bare")
+    two = train(tmp_path / "two", hf.LlamaModel.from_pretrained(tmp_path / "bare"), target_modules=["q_proj"], r=2)
+    lookup = Lookup(tmp_path)
+    lookup.open_adapter("one", str(one.adapter))
+    with pytest.raises(PlanError, match="one tensor by two names") as caught:
+        lookup.open_adapter("two", str(two.adapter))
+    assert "{source: MODEL, adapters: [ADAPTER]}" in caught.value.fix
+    models = {
+        name: {"source": str(one.model), "adapters": [str(each.adapter)]}
+        for name, each in zip("ab", (one, two), strict=True)
+    }
+    data = {"base": str(one.model), "models": models, "merge": {"method": "task-arithmetic"}}
+    found = load_file(mergetool.run(data, output=tmp_path / "out").path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    start = load_file(one.model / "model.safetensors")[name]
+    wanted = one.merged[name] + two.merged[name.removeprefix("model.")] - start
+    torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_an_adapter_must_fit_the_base(trained: Trained, tmp_path: Path) -> None:

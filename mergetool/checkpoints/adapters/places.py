@@ -45,7 +45,7 @@ class Places:
 
     def experts(self, module: str) -> dict[int, dict[str, str]]:
         """Layers of a mixture that the model stores one by one: index -> last part of the module -> tensor."""
-        return self._experts.get(_plain(module).rpartition(".")[0], {})
+        return self._experts.get(plain(module).rpartition(".")[0], {})
 
     @cached_property
     def _experts(self) -> dict[str, dict[int, dict[str, str]]]:
@@ -54,7 +54,7 @@ class Places:
             head, mark, tail = name.rpartition(".experts.")
             index, _, leaf = tail.partition(".")
             if mark and index.isdecimal() and leaf.endswith(".weight"):
-                layers = experts.setdefault(_plain(head), {})
+                layers = experts.setdefault(plain(head), {})
                 layers.setdefault(int(index), {})[leaf.removesuffix(".weight")] = name
         return experts
 
@@ -108,5 +108,6 @@ def leaf_of(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A name without the parts that only say where in memory something is hung."""
     return ".".join(_RENAMED.get(part, part) for part in name.split(".") if part not in _NEUTRAL)

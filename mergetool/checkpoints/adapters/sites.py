@@ -128,8 +128,9 @@ class Sites:
         self._put(self._product(hung, a, b, embedding=embedding))
         if Part.BIAS in parts:
             spec, factor = self._own[parts[Part.BIAS]], self._settings.factor(module, a.shape[0])
+            self._check_length(spec, b.shape[0])
             self._put(Site(f"{module}.bias", SiteKind.ADDED, module, hung, (spec.name,), spec.shape, factor=factor))
-        self._add_magnitude(hung, parts)
+        self._add_magnitude(hung, parts, b.shape[0])
 
     def _product(self, hung: str, a: TensorSpec, b: TensorSpec, *, embedding: bool) -> Site:
         module = unwrapped(hung)
@@ -183,14 +184,21 @@ class Sites:
         fix = f"apply it to its model, whose shapes tell: {{source: MODEL, adapters: [{self._settings.folder}]}}"
         raise SourceError(what, f"{self._where}: {hung}", fix)
 
-    def _add_magnitude(self, hung: str, parts: Mapping[Part, str]) -> None:
+    def _add_magnitude(self, hung: str, parts: Mapping[Part, str], outputs: int) -> None:
         uses, own = self._settings.fields.get("use_dora") is True, parts.get(Part.MAGNITUDE)
         if uses != (own is not None):
             what = f"use_dora is {uses}, but there is {'a' if own else 'no'} magnitude for {hung}"
             raise SourceError(what, self._settings.where, _AGAIN)
         if own is not None:
             module, shape = unwrapped(hung), self._own[own].shape
+            self._check_length(self._own[own], outputs)
             self._put(Site(f"{module}.{Part.MAGNITUDE}", SiteKind.MAGNITUDE, module, hung, (own,), shape))
+
+    def _check_length(self, spec: TensorSpec, outputs: int) -> None:
+        """One number for every output."""
+        if spec.num_elements != outputs or not spec.dtype.is_float:
+            what = f"it is {list(spec.shape)} ({spec.dtype.name}) for {outputs} outputs"
+            raise SourceError(what, f"{self._where}: {spec.name}", _AGAIN)
 
     # ------------------------------------------------------------------ whole tensors
 

@@ -173,6 +173,20 @@ def test_embeddings_that_peft_saves_beside_their_factors_are_the_bases(tmp_path:
     assert "held in full, too" in source.warnings[0]
 
 
+@pytest.mark.parametrize(
+    "case", ["kind: dora", "kind: dora of embeddings", "kind: dora of convolutions", "kind: tokens"]
+)
+def test_what_needs_the_base_is_read_and_told(case: str, tmp_path: Path) -> None:
+    make, settings = CASES[case]
+    trained = train(tmp_path, make(), **settings)
+    source = AdapterAlone(trained.adapter)
+    assert len(source.needs_base) == 1
+    lengths = {site.module: site.shape for site in source.sites.values() if site.kind == "magnitude"}
+    products = {site.module: site.shape[0] for site in source.sites.values() if site.is_product}
+    assert "tokens" in case or lengths.keys() == products.keys()
+    assert all(torch.Size(shape).numel() == products[module] for module, shape in lengths.items())
+
+
 def test_what_means_nothing_without_the_base_is_told(tmp_path: Path) -> None:
     magnitude = {"x.lora_magnitude_vector": torch.ones(2)}
     source = written(tmp_path, PAIR | magnitude, use_dora=True)
@@ -214,6 +228,9 @@ def test_experts_whose_parameters_nothing_tells_are_told_by_their_model(tmp_path
         ({"c.lora_A.weight": torch.ones(2, 3, 3), "c.lora_B.weight": torch.ones(4, 2, 3)}, {}, "B A is no matrix"),
         (PAIR, {"r": 3, "target_parameters": ["x.w"]}, "2 is no multiple of the rank, 3"),
         (PAIR, {"lora_alpha": None}, "the alpha of x is None"),
+        (PAIR | {"x.lora_B.bias": torch.ones(3)}, {}, "it is [3] (F32) for 2 outputs"),
+        (PAIR | {"x.lora_B.bias": torch.ones(2).int()}, {}, "it is [2] (I32) for 2 outputs"),
+        (PAIR | {"x.lora_magnitude_vector": torch.ones(3)}, {"use_dora": True}, "it is [3] (F32) for 2 outputs"),
     ],
 )
 def test_what_has_no_meaning_is_refused(

@@ -1,0 +1,59 @@
+"""Sums of slices come to what float64 says of whole tensors."""
+
+import math
+
+import pytest
+import torch
+
+from mergetool.kernels.differences import Sums, cosine, ratio, sums
+
+
+def three(length=1000, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(length, generator=generator, dtype=torch.float64)
+    a, b = (base + 0.1 * torch.randn(length, generator=generator, dtype=torch.float64) for _ in range(2))
+    b[: length // 2] = a[: length // 2]
+    return a, b, base
+
+
+@pytest.mark.parametrize("slices", [1, 3, 7])
+def test_slices_add_up_to_the_whole(slices):
+    a, b, base = three()
+    parts = zip(a.chunk(slices), b.chunk(slices), base.chunk(slices), strict=True)
+    found = sum((sums(*part) for part in parts), Sums())
+    assert (found.entries, found.changed, found.broken) == (1000, 500, 0)
+    assert found.relative == pytest.approx(float((b - a).norm() / a.norm()), rel=1e-12)
+    assert found.cosine == pytest.approx(float(torch.cosine_similarity(a, b, dim=0)), rel=1e-12)
+    assert found.largest == float((b - a).abs().max())
+    da, db = a - base, b - base
+    assert ratio(found.da2, found.base2) == pytest.approx(float(da.norm() / base.norm()), rel=1e-12)
+    assert ratio(found.db2, found.base2) == pytest.approx(float(db.norm() / base.norm()), rel=1e-12)
+    assert cosine(found.dadb, found.da2, found.db2) == pytest.approx(float(torch.cosine_similarity(da, db, dim=0)))
+    assert found.opposed == int((da.sign() * db.sign() < 0).sum())
+
+
+def test_one_tensor_twice_is_known_to_be_the_same():
+    a, _, base = three()
+    assert sums(a, a) == sums(a, a.clone())
+    assert sums(a, a, base) == sums(a, a.clone(), base)
+    assert sums(a, a).changed == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_counted_and_left_out(value):
+    a, b, base = (torch.tensor(values, dtype=torch.float64) for values in ([1.0, 2, 3], [1.0, 4, 3], [0.0, 0, 1]))
+    b[2] = value
+    found = sums(a, b, base)
+    assert (found.entries, found.changed, found.broken, found.largest) == (3, 2, 1, math.inf)
+    assert (found.a2, found.b2, found.off2, found.dadb) == (5.0, 17.0, 4.0, 9.0)
+    a[2] = value
+    both = sums(a, b)
+    assert (both.changed, both.broken, both.largest) == (1, 1, 2.0)
+    assert sums(a, a).changed == 0
+
+
+def test_nothing_has_no_direction():
+    zeros, ones = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    assert math.isnan(sums(zeros, ones).cosine)
+    assert (sums(zeros, ones).relative, sums(zeros, zeros).relative) == (math.inf, 0.0)
+    assert sums(zeros[:0], ones[:0]) == Sums()
