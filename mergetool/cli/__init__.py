@@ -44,6 +44,7 @@ def main() -> None:
     if isinstance(sys.stdout, TextIOWrapper):  # a file name may be no Unicode, and a terminal may know only ASCII
         sys.stdout.reconfigure(errors="backslashreplace")
     gc.set_threshold(100_000, 50, 50)  # importing torch makes many objects and no garbage
+    sys.setswitchinterval(2e-4)  # threads that hash meanwhile must not wait 5 ms for the lock after every block
     code = _run()
     for number, handler in handlers.items():
         signal.signal(number, handler)

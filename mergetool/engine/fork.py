@@ -62,6 +62,11 @@ class Fork:
         notes: list[Note] = self._ask("perform", step.index, start, stop, stats)
         return notes
 
+    def visit(self, step: Step, counts: StatisticsPass) -> tuple[Stats, list[Note], list[int]]:
+        """See `Worker.visit`. Raises MergeError when the process has died."""
+        made: tuple[Stats, list[Note], list[int]] = self._ask("visit", step.index, 0, 0, counts)
+        return made
+
     def close(self) -> int:
         """End the process. Returns the bytes of memory that it had for itself, as far as is known."""
         own = 0
@@ -130,6 +135,8 @@ def _answer(
     try:
         if kind == "count":
             return pickle.dumps((worker.count(steps[step], start, stop, extra).numpy(), None))
+        if kind == "visit":
+            return pickle.dumps((worker.visit(steps[step], extra), None))
         return pickle.dumps((worker.perform(steps[step], start, stop, extra), None))
     except MergetoolError as error:
         return pickle.dumps((None, error))

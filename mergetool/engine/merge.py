@@ -5,7 +5,7 @@ from functools import partial
 
 from mergetool.engine.context import Context
 from mergetool.engine.count import Counting
-from mergetool.methods.base import Stats
+from mergetool.methods.base import StatisticsPass, Stats
 from mergetool.methods.group import Note
 from mergetool.planning import Step
 from mergetool.planning.graph import Stage
@@ -63,6 +63,8 @@ class MergeStage:
             elif step.operation.counts_model:
                 assert self._run.counted is not None
                 self._queue(step, self._run.counted, first=False)
+            elif len(step.pieces()) == 1 and self._run.log.known(self._stage.name, [step]) is None:
+                self._queue_visit(step, step.operation.counts)
             else:
                 then = partial(self._queue, step, first=True)
                 Counting(self._run, self._stage.name, [step], then, everywhere=False).begin()
@@ -79,6 +81,24 @@ class MergeStage:
             for start, stop in self.mine(step)
         ]
         self._run.schedule.add(jobs, first=first)
+
+    def _queue_visit(self, step: Step, counts: StatisticsPass) -> None:
+        """Count over a step that is one unit, and merge it, in one go."""
+        ((start, stop),) = step.pieces()
+        run, after = partial(self._visit, step, counts), partial(self._visited, step)
+        self._run.schedule.add([self._run.job(step, start, stop, run, after)])
+
+    def _visit(self, step: Step, counts: StatisticsPass) -> tuple[Stats, list[Note], list[int]]:
+        stats, notes, shares = self._run.pool.mine().visit(step, counts)
+        self._run.log.unit(self._stage.name, step, 0, notes)
+        return stats, notes, shares
+
+    def _visited(self, step: Step, result: tuple[Stats, list[Note], list[int]]) -> None:
+        stats, notes, shares = result
+        ((start, stop),) = step.pieces()
+        self._run.log.counted(self._stage.name, [step], stats)
+        self._run.record.bytes_read += sum(self._run.plan.bytes_read(step, stop) // share for share in shares)
+        self._performed(step, start, stop, notes)
 
     def _perform(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
         notes = self._run.pool.mine().perform(step, start, stop, stats)

@@ -15,18 +15,21 @@ from torch import Tensor
 from mergetool.bundle.store import FactorStore
 from mergetool.engine.devices import LEAST_SLICE, free_device, load_linear_algebra, own_stream
 from mergetool.engine.sinks import Sink
+from mergetool.engine.storable import lost_in, within
 from mergetool.errors import MergeError, at
 from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup, TensorMethod
 from mergetool.methods.group import Note
-from mergetool.outputs.record import INFINITE, KEPT_WIDE, NOT_FINITE
+from mergetool.outputs.record import INFINITE, KEPT_WIDE, LOST, NOT_FINITE, RANK
 from mergetool.planning.graph import SLICE_ELEMENTS, Operand, Plan, Step
-from mergetool.planning.operations import Bench, Merge
+from mergetool.planning.operations import Bench, Decompose, Merge
 from mergetool.planning.parents import label
-from mergetool.tensors.dtypes import BY_TORCH_NAME, DType, torch_dtype
+from mergetool.tensors.dtypes import BY_TORCH_NAME, torch_dtype
 from mergetool.tensors.io import bytes_of
 
 _BYTES_PER_ELEMENT = 8
 _MOST_VIEWS = 1024
+_ROUNDING = 1e-9
+"""What factors leave out of a change below this is no loss, but rounding."""
 _VARIANCE = "running_var"
 """What batch norms call the variances that they divide by the roots of."""
 _RUN = 1 << 14
@@ -49,15 +52,34 @@ class Worker(Bench[Step]):
         self._stored_bytes = bytes_of(self._stored)
         self._buffers: dict[tuple[object, torch.dtype], Tensor] = {}
         self._views: dict[tuple[object, torch.dtype, tuple[int, ...]], Tensor] = {}
+        self._kept: dict[tuple[int, int], dict[object, Tensor]] | None = None
+        """What passes over slices of the step in hand keep for its merge."""
         if any(step.operation.granularity(step.spec) == "tensor" for step in plan.steps):
             load_linear_algebra(device)
 
     def count(self, step: Step, start: int, stop: int, counts: StatisticsPass) -> Tensor:
         """Summed counts of a pass over elements [start, stop) of a step."""
+        step = _sliced(step)
         slices = self._slices(step, start, stop) if counts.one_in == 1 else _runs(step, start, stop, counts.one_in)
         params = Params(**step.operation.numbers)
         with own_stream(self._device):
             return counts.observe((self._group(step, begin, end) for begin, end in slices), params)
+
+    def visit(self, step: Step, counts: StatisticsPass) -> tuple[Stats, list[Note], list[int]]:
+        """Count over a step that is a single unit, and make it; also of how many elements each pass has read one.
+
+        What a pass keeps is there for the merge, and what it has read may still be in the cache.
+        """
+        ((start, stop),) = step.pieces()
+        outcome: StatisticsPass | Stats = counts
+        shares, self._kept = [], {}
+        try:
+            while not isinstance(outcome, Mapping):
+                shares.append(outcome.one_in)
+                outcome = outcome.conclude(combined(outcome, [self.count(step, start, stop, outcome)]))
+            return outcome, self.perform(step, start, stop, outcome), shares
+        finally:
+            self._kept = None
 
     def perform(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
         """Make and write elements [start, stop) of a step; returns what is to be noted about them.
@@ -92,14 +114,58 @@ class Worker(Bench[Step]):
 
     def merge(self, step: Step, start: int, stop: int, notes: list[Note], operation: Merge, stats: Stats) -> None:
         """Have a method merge a slice."""
+        merged = self.merged(step, start, stop, notes, operation, stats)
+        if step.name.endswith(_VARIANCE):
+            _check_variance(step.name, merged)
+        self._put(step, start, merged, notes)
+
+    def merged(self, step: Step, start: int, stop: int, notes: list[Note], operation: Merge, stats: Stats) -> Tensor:
+        """What a method makes of a slice."""
         group = self._group(step, start, stop)
         group.notes = notes
         with at(f"{operation.name}: {step.name}"):
             merged = _merge(operation.method, group, operation.params, stats)
         assert merged.shape == group.models[0].shape, f"{step.name}: a method must not change shapes"
-        if step.name.endswith(_VARIANCE):
-            _check_variance(step.name, merged)
-        self._put(step, start, merged, notes)
+        return merged
+
+    def pair(self, step: Step, notes: list[Note], operation: Decompose, stats: Stats) -> None:
+        """Make what a step changes of the base, and write it as two factors."""
+        from mergetool.engine.change import factors, merged
+
+        with at(f"{operation.name}: {step.name}"):
+            if operation.factored:
+                pair, lost = merged(self._plan, step, operation, notes)
+            else:
+                changed = self._changed(_sliced(step), notes, stats)
+                self._check_change(changed, step)
+                pair, lost = factors(changed.flatten(1), operation)
+        notes += [(RANK, pair.a.shape[0] / operation.experts), *([(LOST, lost)] if lost > _ROUNDING else [])]
+        for slot, half in zip(step.slots, (pair.a, pair.b / operation.times), strict=True):
+            self._put(replace(step, slots=(slot,)), 0, half.to(self._compute), notes)
+
+    def _changed(self, step: Step, notes: list[Note], stats: Stats) -> Tensor:
+        """The whole result of a step without the base, in the compute dtype; made slice by slice where that may be."""
+        changed = torch.empty(step.spec.shape, dtype=self._compute, device=self._device)
+        flat = changed.view(-1)
+        assert step.base is not None
+        for start, stop in self._slices(step, 0, step.spec.num_elements):
+            part = flat[start:stop]
+            part.copy_(step.operation.values(self, step, start, stop, notes, stats).reshape(-1))
+            part.sub_(self._read(step.base, start, (stop - start,), "base of a change"))
+        return changed
+
+    def _check_change(self, changed: Tensor, step: Step) -> None:
+        """Raise MergeError for what has no factors, whatever `check.non_finite` says."""
+        if within(changed, step.spec.dtype):
+            return
+        first = int((~torch.isfinite(changed).reshape(-1)).int().argmax())
+        what = f"what is changed is not finite at flat index {first}{self._culprit(step, first)}"
+        fix = f"repair or replace that model, or keep the base's: overrides: [{{match: {step.name!r}, use: base}}]"
+        raise MergeError(what, "", fix)
+
+    def stored(self, step: Step, start: int, stop: int) -> Tensor:
+        """Elements of the only operand."""
+        return self._read(step.models[0], start, (stop - start,), 0)
 
     def fill(self, step: Step, start: int, stop: int, notes: list[Note], value: float) -> None:
         """Write a constant."""
@@ -140,6 +206,7 @@ class Worker(Bench[Step]):
             new=self._scratch(shape),
             other=partial(self._other, step),
             store=self._store,
+            kept=None if self._kept is None else self._kept.setdefault((start, stop), {}),
         )
 
     def _other(self, step: Step, name: str) -> TensorGroup | None:
@@ -200,7 +267,7 @@ class Worker(Bench[Step]):
         """Check that the values survive storage, cast once, write."""
         dtype = step.spec.dtype
         flat = merged if merged.dim() == 1 else merged.reshape(-1)
-        if not _within(flat, dtype):
+        if not within(flat, dtype):
             shared = self._shared_infinities(step, start, len(flat))
             flat = torch.where(shared != 0, shared, flat)
             self._judge(step, start, flat, notes, shared != 0)
@@ -221,7 +288,7 @@ class Worker(Bench[Step]):
             if stored != step.spec.dtype:
                 self._put(step, start, values, notes)
                 return
-            if not _within(values, stored):
+            if not within(values, stored):
                 self._judge(step, start, values, notes, values == -math.inf)  # a mask is copied as it is
         begin, end = start * stored.bits // 8, stored.num_bytes(stop)
         for offset in range(begin, end, len(self._stored)):
@@ -237,7 +304,7 @@ class Worker(Bench[Step]):
     def _judge(self, step: Step, start: int, values: Tensor, notes: list[Note], meant: Tensor | None = None) -> None:
         """Count what would not be finite once stored, and stop or note it, as the recipe says; not what is `meant`."""
         dtype = step.spec.dtype
-        bad = _lost(values, dtype)
+        bad = lost_in(values, dtype)
         if meant is not None and bool(meant.any()):
             bad &= ~meant
             notes.append(INFINITE)
@@ -280,6 +347,11 @@ class Worker(Bench[Step]):
         return ""
 
 
+def _sliced(step: Step) -> Step:
+    """A step as it is done slice by slice, where more follows."""
+    return step if step.operation.sliced is step.operation else replace(step, operation=step.operation.sliced)
+
+
 def _check_variance(name: str, values: Tensor) -> None:
     """Raise MergeError for variances below zero: a batch norm takes their roots, and everything becomes NaN."""
     lowest = float(values.min())
@@ -312,20 +384,3 @@ def _merge(method: TensorMethod, group: TensorGroup, params: Params, stats: Stat
         if "without overflow" not in str(error):
             raise
         raise MergeError(f"{error}", "", "use smaller numbers, or set compute.dtype: float64") from None
-
-
-def _lost(values: Tensor, dtype: DType) -> Tensor:
-    """Which values are not finite, or not once stored. (Casts to some 8-bit floats give the largest number instead.)"""
-    stored = torch_dtype(dtype)
-    half_a_step = torch.finfo(stored).eps * 2.0 ** (math.frexp(dtype.largest)[1] - 2)
-    kept = torch.isfinite(values) & torch.isfinite(values.to(stored).to(values.dtype))
-    return ~kept | (values.abs() > dtype.largest + half_a_step)
-
-
-def _within(values: Tensor, dtype: DType) -> bool:
-    """Whether all values are finite and none is too large for `dtype`. One pass."""
-    if values.numel() == 0:
-        return True
-    low, high = torch.aminmax(values)
-    largest = max(-float(low), float(high))  # NaN compares false below
-    return largest <= dtype.largest

@@ -85,7 +85,7 @@ def agreeing_mean_(values: Sequence[Tensor], weights: Sequence[float], *, scratc
     for value, weight in zip(values, weights, strict=True):
         total.add_(value.mul_(sign).clamp_(min=0.0), alpha=weight)
         count.add_(value.sign_(), alpha=weight)
-    return total.mul_(sign).div_(count.masked_fill_(count == 0, 1.0))
+    return total.mul_(sign).div_(count.add_(torch.eq(count, 0.0, out=sign)))  # 1 where nothing is counted
 
 
 def _never_zero_(count: Tensor, weights: Sequence[float]) -> Tensor:

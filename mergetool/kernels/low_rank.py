@@ -93,31 +93,55 @@ def _nothing(like: Pair) -> Pair:
 
 def triplets(pair: Pair) -> Factors:
     """The singular triplets of b a, at most r of them, without those that are rounding."""
-    if not pair.b.any() or not pair.a.any():
-        nothing = _nothing(pair)
-        return Factors(nothing.b, nothing.b.new_ones(0), nothing.a.mT)
-    left, small_b = torch.linalg.qr(_exact(pair.b))
-    right, small_a = torch.linalg.qr(_exact(pair.a).mT)
-    u, s, vh = torch.linalg.svd(small_b @ small_a.mT, full_matrices=False)
-    # What is rounding is told from the parts of the sum, which may cancel, not from the sum.
-    parts = float(torch.linalg.vector_norm(small_b, dim=0) @ torch.linalg.vector_norm(small_a, dim=0))
-    live = int((s > max(pair.shape) * _ROUNDING * parts).sum())
-    return with_signs(Factors(left @ u, s, right @ vh.mT).leading(live))
+    return _triplets(pair, None)[0]
 
 
 def truncated(pair: Pair, keep: Keep) -> tuple[Pair, float]:
     """The best approximation of b a that `keep` allows, and what it loses (Frobenius norm, relative).
 
-    The square roots of its singular values are on both halves.
+    Directions that are rounding are never kept. The square roots of singular values are on both halves.
     """
-    return _cut(triplets(pair), keep)
-
-
-def _cut(every: Factors, keep: Keep) -> tuple[Pair, float]:
-    energy = every.s.square()
-    kept = every.leading(_count(every.s, float(energy.sum()), keep))
-    lost = float(energy[kept.rank :].sum() / energy.sum()) ** 0.5 if every.rank else 0.0
+    kept, lost = _triplets(pair, keep)
     return balanced(kept), lost
+
+
+def _triplets(pair: Pair, keep: Keep) -> tuple[Factors, float]:
+    if not pair.b.any() or not pair.a.any():
+        nothing = _nothing(pair)
+        return Factors(nothing.b, nothing.b.new_ones(0), nothing.a.mT), 0.0
+    left, right = _Reflections.of(_exact(pair.b)), _Reflections.of(_exact(pair.a).mT)
+    u, s, vh = torch.linalg.svd(left.small @ right.small.mT, full_matrices=False)
+    # What is rounding is told from the parts of the sum, which may cancel, not from the sum.
+    parts = float(torch.linalg.vector_norm(left.small, dim=0) @ torch.linalg.vector_norm(right.small, dim=0))
+    s = s[s > max(pair.shape) * _ROUNDING * parts]
+    count = _count(s, float(s.square().sum()), keep)
+    return with_signs(Factors(left.turn(u[:, :count]), s[:count], right.turn(vh[:count].mT))), _share(s, count)
+
+
+def _share(s: Tensor, count: int) -> float:
+    """What is lost with all but the first `count` of these singular values."""
+    energy = s.square()
+    return float(energy[count:].sum() / energy.sum()) ** 0.5 if count < len(s) else 0.0
+
+
+class _Reflections(NamedTuple):
+    """x = Q R with Q as LAPACK leaves it: a few of its combinations cost less than its columns."""
+
+    reflectors: Tensor
+    scales: Tensor
+    small: Tensor
+    """R, (min(m, k), k)."""
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Reflections":
+        reflectors, scales = torch.geqrf(x)
+        return cls(reflectors, scales, reflectors[: min(x.shape)].triu())
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Q x."""
+        padded = torch.nn.functional.pad(x, (0, 0, 0, len(self.reflectors) - len(x)))
+        turned: Tensor = torch.ormqr(self.reflectors[:, : len(self.scales)], self.scales, padded)
+        return turned
 
 
 def _count(s: Tensor, energy: float, keep: Keep) -> int:
@@ -135,23 +159,22 @@ def balanced(factors: Factors) -> Pair:
 
 def in_cores(pairs: Sequence[Pair], *, outputs: bool = True, inputs: bool = True) -> Cores:
     """The same matrices in orthonormal bases of all that they write and read, exactly."""
-    left = _basis(torch.cat([_exact(pair.b) for pair in pairs], 1)) if outputs else None
-    right = _basis(torch.cat([_exact(pair.a) for pair in pairs]).mT) if inputs else None
-    cores = []
-    for pair in pairs:
-        b, a = _exact(pair.b), _exact(pair.a)
-        cores.append((b if left is None else left.mT @ b) @ (a if right is None else a @ right))
+    writing, reading = [_exact(pair.b) for pair in pairs], [_exact(pair.a).mT for pair in pairs]
+    left, writing = _in_basis(writing) if outputs else (None, writing)
+    right, reading = _in_basis(reading) if inputs else (None, reading)
+    cores = [b @ a.mT for b, a in zip(writing, reading, strict=True)]
     return Cores(left, None if right is None else right.mT, cores)
 
 
-def _basis(columns: Tensor) -> Tensor:
-    """Orthonormal columns that span what these do; none for zeros."""
+def _in_basis(parts: "list[Tensor]") -> "tuple[Tensor, list[Tensor]]":
+    """Orthonormal columns (m, R) that span what the columns of all parts do, and the parts in that basis (R, r)."""
+    columns = torch.cat(parts, 1)
     if not columns.any():
-        return columns[:, :0]
-    q, small = torch.linalg.qr(columns)
-    u, s, _ = torch.linalg.svd(small, full_matrices=False)
-    live = int((s > s[0] * max(columns.shape) * _ROUNDING).sum())
-    return with_signs(Factors(q @ u[:, :live], s[:live], u[:, :live])).u
+        return columns[:, :0], [part[:0] for part in parts]
+    every = _Reflections.of(columns)
+    u, s, _ = torch.linalg.svd(every.small, full_matrices=False)
+    u = u[:, s > s[0] * max(columns.shape) * _ROUNDING]
+    return every.turn(u), list((u.mT @ every.small).split([part.shape[1] for part in parts], 1))
 
 
 def lifted(cores: Cores, core: Tensor) -> Pair:
@@ -186,7 +209,8 @@ def _cut_of(matrix: Tensor, keep: Keep) -> tuple[Pair, float]:
     found = truncated_svd(exact, min(keep, size) if isinstance(keep, int) else size)
     found = found.live(max(matrix.shape) * _ROUNDING)
     if not isinstance(keep, int):
-        return _cut(found, keep)
+        count = _count(found.s, float(found.s.square().sum()), keep)
+        return balanced(found.leading(count)), _share(found.s, count)
     return balanced(found), float(torch.linalg.vector_norm(exact - found.dense()) / torch.linalg.vector_norm(exact))
 
 

@@ -30,7 +30,7 @@ class ArceeFusion(TensorMethod):
     needs_base: ClassVar = "required"
     max_models: ClassVar = 1
     granularity: ClassVar = "row"
-    buffers: ClassVar = 4
+    buffers: ClassVar = 7
     exempt: ClassVar = {
         "single": "most of the model's changes are left out, whatever the settings",
         "float64": "most of the model's changes are left out, whatever the settings",
@@ -53,10 +53,12 @@ class ArceeFusion(TensorMethod):
         return "it measures changes against the base's weights"
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+        from mergetool.kernels.masks import apply_, mask_below
+
         (importance,) = _importance(group, p)
         (delta,) = group.deltas
         assert group.base is not None
-        return group.base.add_(delta.masked_fill_(importance < stats["threshold"][0], 0.0))
+        return group.base.add_(apply_(delta, mask_below(importance, stats["threshold"][0], group.scratch)))
 
 
 def _threshold(quartiles: Stats) -> Stats:
@@ -72,6 +74,8 @@ def _importance(group: TensorGroup, p: Params) -> "Sequence[Tensor]":
     """
     import torch
 
+    from mergetool.kernels.sums import wide_row_sums
+
     assert group.base is not None
     (delta,) = group.deltas
     if delta.dim() == 0:
@@ -79,8 +83,8 @@ def _importance(group: TensorGroup, p: Params) -> "Sequence[Tensor]":
     weights, grown = group.scratch("weights"), group.scratch("grown")
     torch.sub(group.base, group.base.amax(-1, keepdim=True), out=weights).exp_()
     torch.expm1(delta, out=grown).mul_(weights)
-    whole = weights.sum(-1, dtype=torch.float64, keepdim=True)
-    shift = grown.sum(-1, dtype=torch.float64, keepdim=True) / whole
-    mean = grown.add_(weights).mul_(delta).sum(-1, dtype=torch.float64, keepdim=True) / whole / (1.0 + shift)
+    whole = wide_row_sums(weights, group.scratch)
+    shift = wide_row_sums(grown, group.scratch) / whole
+    mean = wide_row_sums(grown.add_(weights).mul_(delta), group.scratch) / whole / (1.0 + shift)
     divergence = (mean - shift.log1p()).clamp_(min=0.0).to(delta.dtype)
     return [torch.mul(delta, divergence, out=weights).abs_()]

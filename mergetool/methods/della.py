@@ -36,7 +36,7 @@ class _Della(SparseMethod):
         "1/p", description="after dropping: divide each entry by its chance, restore the L1 norm, or leave as it is"
     )
     granularity: ClassVar = "row"
-    buffers: ClassVar = 12
+    buffers: ClassVar = 14
     pass_depends_on: ClassVar = ("density", "epsilon")
     exempt: ClassVar = {
         "seed-free": "draws which entries are kept",
@@ -57,6 +57,19 @@ class _Della(SparseMethod):
 
     def _drop(self, group: TensorGroup, place: int, density: float, epsilon: float) -> None:
         """Zero what is to go of one model's task vector; divide the rest, if asked to."""
+        from mergetool.kernels.masks import packed, unpack
+
+        delta, kept, key = group.deltas[place], group.kept, ("della", place)
+        if kept is not None and key in kept:
+            delta.mul_(unpack(kept[key], group.scratch("chances")))
+            return
+        choice = self._choice(group, place, density, epsilon)
+        if kept is not None and choice.device.type == "cpu":
+            kept[key] = packed(choice)
+        delta.mul_(choice)
+
+    def _choice(self, group: TensorGroup, place: int, density: float, epsilon: float) -> "Tensor":
+        """1 where an entry of one model's task vector is kept, else 0; what chances divide, if they do, is divided."""
         import torch
 
         from mergetool.kernels.rng import draw, stream_key
@@ -71,7 +84,7 @@ class _Della(SparseMethod):
         key = stream_key(group.seed, group.name, group.names[place], "della")
         words, hashing = (group.scratch(name, torch.int32).view(-1) for name in ("draws", "hashing"))
         draws = draw(key, group.start, words, hashing).view_as(delta)  # from -2^15 up
-        delta.mul_(chances.sub_(draws).sub_(_RESOLUTION // 2).clamp_(0, 1))
+        return chances.sub_(draws).sub_(_RESOLUTION // 2).clamp_(0, 1)
 
 
 class DellaLinear(_Della):

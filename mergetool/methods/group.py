@@ -42,6 +42,9 @@ class TensorGroup:
     store: "FactorStore | None" = None
     """Where factors of task vectors are kept between runs, if anywhere."""
     notes: list[Note] = field(default_factory=list)
+    kept: "dict[object, Tensor] | None" = None
+    """What was found on the way over this very slice and is dear to find again; None where passes and merges are done
+    by whoever is free. It must be small, and nobody may count on it."""
 
     def measure(self, what: str, value: float) -> None:
         """Record a number about this tensor; it goes into the lock, and its mean into the summary of the run."""

@@ -41,7 +41,7 @@ class ModelStock(TensorMethod):
     needs_base: ClassVar = "required"
     min_models: ClassVar = 2
     granularity: ClassVar = "row"
-    buffers: ClassVar = 2
+    buffers: ClassVar = 4
     pass_depends_on: ClassVar = ()
 
     @property

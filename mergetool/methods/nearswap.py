@@ -28,9 +28,11 @@ class _MeanChange(StatisticsPass):
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
         import torch
 
+        from mergetool.kernels.sums import wide_sum
+
         total = torch.zeros(1, dtype=torch.float64)
         for group in groups:
-            total += group.deltas[0].abs_().sum(dtype=torch.float64).to("cpu")
+            total += wide_sum(group.deltas[0].abs_(), group.scratch).to("cpu")
         return total
 
     def conclude(self, total: "Tensor") -> Stats:
@@ -48,7 +50,7 @@ class Nearswap(TensorMethod):
     needs_base: ClassVar = "required"
     max_models: ClassVar = 1
     granularity: ClassVar = "element"
-    buffers: ClassVar = 1
+    buffers: ClassVar = 3
     pass_depends_on: ClassVar = ()
     neutral: ClassVar = {"t": 1e6}
     exempt: ClassVar = {"units limit=absolute": "the limit has a size of its own"}

@@ -39,14 +39,16 @@ class _Shares(StatisticsPass):
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
         import torch
 
-        total = torch.zeros(2, 0, dtype=torch.int64)
+        from mergetool.kernels.masks import count_nonzero, mask_equal
+
+        parts = []
         for group in groups:
             changed, count = _changes(group, p.epsilon)
-            own = count == 1.0
-            sums = [((delta != 0.0).sum(), ((delta != 0.0) & own).sum()) for delta in changed]
-            counts = torch.tensor([[int(every - alone), int(alone)] for every, alone in sums]).T
-            total = counts if not total.numel() else total + counts
-        return total
+            own = mask_equal(count, 1.0, group.scratch)
+            every = torch.tensor([count_nonzero(delta) for delta in changed])
+            alone = torch.tensor([count_nonzero(delta, own) for delta in changed])
+            parts.append(torch.stack([every - alone, alone]))
+        return torch.stack(parts).sum(0)
 
     def conclude(self, total: "Tensor") -> Stats:
         shared, alone = total.tolist()
@@ -60,7 +62,7 @@ class _Ram(TensorMethod):
     epsilon: Scheduled[Positive] = Field(1e-5, description="what is no larger is no change")
     needs_base: ClassVar = "required"
     granularity: ClassVar = "element"
-    buffers: ClassVar = 4
+    buffers: ClassVar = 5
     exempt: ClassVar = {"units": "changes are told from rounding by a size of their own"}
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
@@ -98,8 +100,8 @@ def _changes(group: TensorGroup, epsilon: float) -> "tuple[list[Tensor], Tensor]
     """Task vectors without what is no change, and by how many models each entry was changed."""
     import torch
 
-    count, sign = group.scratch("count").zero_(), group.scratch("sign")
+    count, changed = group.scratch("count").zero_(), group.scratch("sign")
     for delta in group.deltas:
         torch.ops.aten.hardshrink.out(delta, epsilon, out=delta)
-        count.add_(torch.sign(delta, out=sign).abs_())
+        count.add_(torch.ne(delta, 0.0, out=changed))
     return group.deltas, count

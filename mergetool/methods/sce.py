@@ -47,10 +47,9 @@ class _Differing(StatisticsPass):
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
         import torch
 
-        total = torch.zeros(1, dtype=torch.int64)
-        for group in groups:
-            total += (_variance(group, p)[0] != 0).sum().to("cpu")
-        return total
+        from mergetool.kernels.masks import count_nonzero
+
+        return torch.tensor([sum(count_nonzero(_variance(group, p)[0]) for group in groups)])
 
     def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
         differing = int(total)
@@ -72,11 +71,13 @@ class _Energies(StatisticsPass):
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
         import torch
 
+        from mergetool.kernels.sums import wide_sum
+
         parts = []
         for group in groups:
             _select(group, p, self.known)
             product = group.scratch("total")
-            squares = [torch.mul(delta, delta, out=product).sum(dtype=torch.float64) for delta in group.deltas]
+            squares = [wide_sum(torch.mul(delta, delta, out=product), group.scratch) for delta in group.deltas]
             parts.append(torch.stack(squares).to("cpu"))
         return torch.stack(parts).sum(0)
 
@@ -100,7 +101,7 @@ class Sce(TensorMethod):
     )
     needs_base: ClassVar = "required"
     granularity: ClassVar = "element"
-    buffers: ClassVar = 4
+    buffers: ClassVar = 6
     neutral: ClassVar = {"density": 1.0}
 
     @property
@@ -138,8 +139,10 @@ def _variance(group: TensorGroup, p: Params) -> "Sequence[Tensor]":
 
 def _select(group: TensorGroup, p: Params, stats: Stats) -> None:
     """Zero, in place, the changes that are not selected."""
+    from mergetool.kernels.masks import apply_, mask_below
+
     if "threshold" not in stats:
         return
-    dropped = _variance(group, p)[0] < stats["threshold"][0]
+    mask = mask_below(_variance(group, p)[0], stats["threshold"][0], group.scratch)
     for delta in group.deltas:
-        delta.masked_fill_(dropped, 0.0)
+        apply_(delta, mask)

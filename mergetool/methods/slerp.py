@@ -30,11 +30,13 @@ class _Products(StatisticsPass):
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
         import torch
 
+        from mergetool.kernels.sums import wide_sum
+
         total = torch.zeros(3, dtype=torch.float64)
         for group in groups:
             a, b = group.models
             pairs = ((a, a), (b, b), (a, b))
-            products = [torch.mul(x, y, out=group.scratch("product")).sum(dtype=torch.float64) for x, y in pairs]
+            products = [wide_sum(torch.mul(x, y, out=group.scratch("product")), group.scratch) for x, y in pairs]
             total += torch.stack(products).to("cpu")  # added up here, wherever the slice is
         return total
 
@@ -51,7 +53,7 @@ class Slerp(TensorMethod):
     min_models: ClassVar = 2
     max_models: ClassVar = 2
     granularity: ClassVar = "element"
-    buffers: ClassVar = 1
+    buffers: ClassVar = 3
     pass_depends_on: ClassVar = ()
     exempt: ClassVar = {"order": "t counts from the first model to the second"}
 

@@ -7,6 +7,7 @@ import torch
 import mergetool
 from mergetool.engine.memory import merge_into
 from mergetool.engine.sinks import MemorySink
+from mergetool.engine.worker import Worker
 from mergetool.planning import make_plan
 from mergetool.planning.graph import Shard, Slot
 from mergetool.planning.operations import Initialise
@@ -63,3 +64,23 @@ def mergetool_tensors(folder):
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
+
+
+def test_counting_and_merging_in_one_go_writes_what_doing_one_after_the_other_writes(tmp_path):
+    """A tensor of one unit is counted and merged by the same worker, which keeps what is dear for the merge."""
+    write_models(tmp_path, shapes={"w": (40, 30)})
+    models = {name: str(tmp_path / name) for name in "ab"}
+    merge = {"method": "della", "rescale": "l1", "density": 0.5}
+    plan = make_plan(load_recipe({"base": str(tmp_path / "base"), "models": models, "merge": merge}))
+    (step,), counts = plan.steps, plan.steps[0].operation.counts
+    apart, together = (Worker(plan, MemorySink(plan), torch.device("cpu")) for _ in range(2))
+    stats = counts.conclude(apart.count(step, 0, 1200, counts))
+    notes = apart.perform(step, 0, 1200, stats)
+    assert together.visit(step, counts) == (stats, notes, [1])
+    assert torch.equal(apart._sink.tensors["w"], together._sink.tensors["w"])
+
+
+def test_what_passes_read_is_told_however_they_are_done(tmp_path):
+    write_models(tmp_path, shapes={"w": (40, 30)})
+    recipe = {"models": {name: str(tmp_path / name) for name in "ab"}, "merge": {"method": "slerp"}}
+    assert mergetool.run(recipe, output=tmp_path / "out").bytes_read == 2 * 2 * 4 * 1200

@@ -30,11 +30,17 @@ def gram(vectors: "Sequence[Tensor]", product: "Tensor", per: Per) -> "Tensor":
         for i, first in enumerate(vectors)
         for second in vectors[: i + 1]
     ]
-    products = torch.zeros(len(pairs[0]), len(vectors), len(vectors), dtype=torch.float64, device=product.device)
-    places = [(i, j) for i in range(len(vectors)) for j in range(i + 1)]
-    for (i, j), values in zip(places, pairs, strict=True):
-        products[:, i, j] = products[:, j, i] = values
-    return products
+    return _matrices(torch.stack(pairs, 1), len(vectors))
+
+
+def _matrices(pairs: "Tensor", count: int) -> "Tensor":
+    """Symmetric matrices (K, N, N) from their lower halves (K, N (N + 1) / 2), row after row."""
+    import torch
+
+    rows, columns = torch.tril_indices(count, count, device=pairs.device)
+    matrices = pairs.new_empty(len(pairs), count, count)
+    matrices[:, rows, columns] = matrices[:, columns, rows] = pairs
+    return matrices
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,27 @@ class Gram(StatisticsPass):
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
         import torch
 
-        parts = [gram(vectors_of(group), group.scratch("product"), "row").sum(0).to("cpu") for group in groups]
-        return torch.stack(parts).sum(0)  # added up here, wherever the slices are
+        parts = []
+        for group in groups:
+            count, pairs = len(group.models), _pairs(group)
+            parts.append(pairs.to("cpu"))
+        return _matrices(torch.stack(parts).sum(0)[None], count)[0]  # added up here, wherever the slices are
 
     def conclude(self, total: "Tensor") -> Stats:
         return self.then(total, self.params)
+
+
+def _pairs(group: TensorGroup) -> "Tensor":
+    """Inner products of a slice, the lower half of their matrix, row after row."""
+    import torch
+
+    from mergetool.kernels.sums import wide_sum
+
+    vectors, product = vectors_of(group), group.scratch("product")
+    return torch.stack(
+        [
+            wide_sum(torch.mul(first, second, out=product), group.scratch)
+            for i, first in enumerate(vectors)
+            for second in vectors[: i + 1]
+        ]
+    )

@@ -44,12 +44,14 @@ class _Norms(StatisticsPass):
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
         import torch
 
+        from mergetool.kernels.sums import wide_sum
+
         total = torch.zeros(2, len(p.weight), dtype=torch.float64)
         for group in groups:
             deltas = [delta.abs_() for delta in group.deltas]
-            whole = [delta.sum(dtype=torch.float64) for delta in deltas]
+            whole = [wide_sum(delta, group.scratch) for delta in deltas]
             self.method.thin(group, p, self.known)
-            kept = [delta.sum(dtype=torch.float64) for delta in deltas]
+            kept = [wide_sum(delta, group.scratch) for delta in deltas]
             total += torch.stack((*whole, *kept)).view_as(total).to("cpu")  # added up here, wherever the slice is
         return total
 
@@ -71,7 +73,7 @@ class SparseMethod(TensorMethod):
     normalize: bool = Field(False, strict=True, description="divide by the sum of the weights")
     needs_base: ClassVar = "required"
     granularity: ClassVar[Granularity] = "element"
-    buffers: ClassVar = 6
+    buffers: ClassVar = 8
     neutral: ClassVar = {"density": 1.0, "normalize": True}
     votes: ClassVar[bool] = False
     """Whether only entries with the elected sign are added up."""

@@ -20,7 +20,7 @@ class SphereMethod(TensorMethod):
 
     needs_base: ClassVar = "optional"
     granularity: ClassVar[Granularity] = "element"
-    buffers: ClassVar = 2
+    buffers: ClassVar = 4
 
     @property
     def needs_float64(self) -> bool:

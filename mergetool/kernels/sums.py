@@ -1,0 +1,26 @@
+"""Sums in float64 of numbers that are stored in float32.
+
+torch's own (`sum(dtype=float64)`) widens everything first, into memory that it asks the system for at every call: on
+slices, new pages cost as much as the sum. Here the room is given.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Scratch = Callable[[str, torch.dtype], Tensor]
+
+
+def wide_sum(x: Tensor, scratch: Scratch) -> Tensor:
+    """The sum of all entries (a tensor without axes, float64). `scratch(name, dtype)` is shaped like `x`."""
+    return _widened(x, scratch).sum()
+
+
+def wide_row_sums(x: Tensor, scratch: Scratch) -> Tensor:
+    """The sums along the last axis (..., 1), float64."""
+    return _widened(x, scratch).sum(-1, keepdim=True)
+
+
+def _widened(x: Tensor, scratch: Scratch) -> Tensor:
+    return x if x.dtype == torch.float64 else scratch("wide", torch.float64).copy_(x)
