@@ -92,7 +92,7 @@ class Hashes(NoHashes):
     def written(self, step: Step, start: int, stop: int) -> None:
         for slot in step.slots:
             place = self._plan.shards[slot.shard].header.slots[slot.spec.name].begin
-            begin, end = start * slot.spec.dtype.bits // 8, slot.spec.dtype.num_bytes(stop)
+            begin, end = step.span(slot, start, stop)
             self._outputs[slot.shard].add(place + begin, place + end)
             self._hash_output(slot.shard)
 

@@ -18,15 +18,17 @@ from mergetool.engine.sinks import Sink
 from mergetool.errors import MergeError, at
 from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup, TensorMethod
 from mergetool.methods.group import Note
-from mergetool.outputs.record import INFINITE, KEPT_WIDE, NOT_FINITE
+from mergetool.outputs.record import INFINITE, KEPT_WIDE, LOST, NOT_FINITE, RANK
 from mergetool.planning.graph import SLICE_ELEMENTS, Operand, Plan, Step
-from mergetool.planning.operations import Bench, Merge
+from mergetool.planning.operations import Bench, Decompose, Merge
 from mergetool.planning.parents import label
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType, torch_dtype
 from mergetool.tensors.io import bytes_of
 
 _BYTES_PER_ELEMENT = 8
 _MOST_VIEWS = 1024
+_ROUNDING = 1e-9
+"""What factors leave out of a change below this is no loss, but rounding."""
 _VARIANCE = "running_var"
 """What batch norms call the variances that they divide by the roots of."""
 _RUN = 1 << 14
@@ -56,6 +58,7 @@ class Worker(Bench[Step]):
 
     def count(self, step: Step, start: int, stop: int, counts: StatisticsPass) -> Tensor:
         """Summed counts of a pass over elements [start, stop) of a step."""
+        step = _sliced(step)
         slices = self._slices(step, start, stop) if counts.one_in == 1 else _runs(step, start, stop, counts.one_in)
         params = Params(**step.operation.numbers)
         with own_stream(self._device):
@@ -110,14 +113,58 @@ class Worker(Bench[Step]):
 
     def merge(self, step: Step, start: int, stop: int, notes: list[Note], operation: Merge, stats: Stats) -> None:
         """Have a method merge a slice."""
+        merged = self.merged(step, start, stop, notes, operation, stats)
+        if step.name.endswith(_VARIANCE):
+            _check_variance(step.name, merged)
+        self._put(step, start, merged, notes)
+
+    def merged(self, step: Step, start: int, stop: int, notes: list[Note], operation: Merge, stats: Stats) -> Tensor:
+        """What a method makes of a slice."""
         group = self._group(step, start, stop)
         group.notes = notes
         with at(f"{operation.name}: {step.name}"):
             merged = _merge(operation.method, group, operation.params, stats)
         assert merged.shape == group.models[0].shape, f"{step.name}: a method must not change shapes"
-        if step.name.endswith(_VARIANCE):
-            _check_variance(step.name, merged)
-        self._put(step, start, merged, notes)
+        return merged
+
+    def pair(self, step: Step, notes: list[Note], operation: Decompose, stats: Stats) -> None:
+        """Make what a step changes of the base, and write it as two factors."""
+        from mergetool.engine.change import factors, merged
+
+        with at(f"{operation.name}: {step.name}"):
+            if operation.factored:
+                pair, lost = merged(self._plan, step, operation, notes)
+            else:
+                changed = self._changed(_sliced(step), notes, stats)
+                self._check_change(changed, step)
+                pair, lost = factors(changed.flatten(1), operation)
+        notes += [(RANK, pair.a.shape[0] / operation.experts), *([(LOST, lost)] if lost > _ROUNDING else [])]
+        for slot, half in zip(step.slots, (pair.a, pair.b / operation.times), strict=True):
+            self._put(replace(step, slots=(slot,)), 0, half.to(self._compute), notes)
+
+    def _changed(self, step: Step, notes: list[Note], stats: Stats) -> Tensor:
+        """The whole result of a step without the base, in the compute dtype; made slice by slice where that may be."""
+        changed = torch.empty(step.spec.shape, dtype=self._compute, device=self._device)
+        flat = changed.view(-1)
+        assert step.base is not None
+        for start, stop in self._slices(step, 0, step.spec.num_elements):
+            part = flat[start:stop]
+            part.copy_(step.operation.values(self, step, start, stop, notes, stats).reshape(-1))
+            part.sub_(self._read(step.base, start, (stop - start,), "base of a change"))
+        return changed
+
+    def _check_change(self, changed: Tensor, step: Step) -> None:
+        """Raise MergeError for what has no factors, whatever `check.non_finite` says."""
+        if _within(changed, step.spec.dtype):
+            return
+        first = int((~torch.isfinite(changed).reshape(-1)).int().argmax())
+        what = f"what is changed is not finite at flat index {first}{self._culprit(step, first)}"
+        fix = f"repair or replace that model, or keep the base's: overrides: [{{match: {step.name!r}, use: base}}]"
+        raise MergeError(what, "", fix)
+
+    def stored(self, step: Step, start: int, stop: int) -> Tensor:
+        """Elements of the only operand."""
+        return self._read(step.models[0], start, (stop - start,), 0)
 
     def fill(self, step: Step, start: int, stop: int, notes: list[Note], value: float) -> None:
         """Write a constant."""
@@ -297,6 +344,11 @@ class Worker(Bench[Step]):
                     place = "" if length == 1 else f" at flat index {begin + int(bad.nonzero()[0])}"
                     return f": it is not finite in {label(operand.source)}{place}"
         return ""
+
+
+def _sliced(step: Step) -> Step:
+    """A step as it is done slice by slice, where more follows."""
+    return step if step.operation.sliced is step.operation else replace(step, operation=step.operation.sliced)
 
 
 def _check_variance(name: str, values: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from mergetool.errors import MergetoolError, SourceError
@@ -16,6 +17,14 @@ def library(what: str, where: str, kind: type[MergetoolError] = SourceError) -> 
     except ImportError:
         raise kind(f"{what} needs transformers, which is not installed", where, INSTALL) from None
     return transformers
+
+
+def module_of_library(name: str) -> Any:
+    """One of its modules; None where this version has no such."""
+    try:
+        return import_module(f"transformers.{name}")
+    except ImportError:
+        return None
 
 
 def class_of(config: Mapping[str, Any], where: str, what: str = "model") -> Any:

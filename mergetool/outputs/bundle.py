@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mergetool.outputs.record import Record
 from mergetool.planning import Plan
 from mergetool.planning.graph import Shard
 from mergetool.units import filesize
@@ -13,11 +14,11 @@ def slot_files(plan: Plan) -> Sequence[Shard]:
     return ()
 
 
-def write_beside(plan: Plan, folder: Path) -> None:
+def write_beside(plan: Plan, folder: Path, record: Record) -> None:
     """The manifest knows the hash of every file, so nothing more may come."""
 
 
-def notes(plan: Plan, folder: Path) -> Mapping[str, int]:
+def notes(plan: Plan, folder: Path, record: Record) -> Mapping[str, int]:
     """What the factors take of the whole."""
     factors = sum((folder / shard.name).stat().st_size for shard in plan.shards)
     written = sum((folder / file.name).stat().st_size for file in plan.files)

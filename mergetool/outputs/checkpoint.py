@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mergetool.outputs.record import Record
 from mergetool.planning import Plan
 from mergetool.planning.graph import Shard
 from mergetool.planning.outcome import write_small_files
@@ -15,13 +16,13 @@ def slot_files(plan: Plan) -> Sequence[Shard]:
     return plan.shards
 
 
-def write_beside(plan: Plan, folder: Path) -> None:
+def write_beside(plan: Plan, folder: Path, record: Record) -> None:
     """Index, config.json as it is true of the result, and all files that belong to it."""
     _write_index(plan, folder)
     write_small_files(plan, folder, copy_file)
 
 
-def notes(plan: Plan, folder: Path) -> Mapping[str, int]:
+def notes(plan: Plan, folder: Path, record: Record) -> Mapping[str, int]:
     """Tensors say all that is to be said."""
     return {}
 

@@ -21,18 +21,18 @@ class OutputKind(Protocol):
         """The files whose slots stages fill; they get their size before any work."""
         ...
 
-    def write_beside(self, plan: Plan, folder: Path) -> None:
-        """Everything but the weights, the card and the lock."""
+    def write_beside(self, plan: Plan, folder: Path, record: Record) -> None:
+        """Everything but the weights, the card and the lock. Files that are written anew lose their digests."""
         ...
 
-    def notes(self, plan: Plan, folder: Path) -> Mapping[str, int]:
+    def notes(self, plan: Plan, folder: Path, record: Record) -> Mapping[str, int]:
         """Remarks about the whole output, for people: how many tensors each is about."""
         ...
 
 
 def output_of(plan: Plan) -> OutputKind:
     """The kind of output that a plan asks for."""
-    module: OutputKind = import_module(f"mergetool.outputs.{plan.recipe.method.result}")
+    module: OutputKind = import_module(f"mergetool.outputs.{plan.recipe.result}")
     return module
 
 
@@ -40,7 +40,7 @@ def finish(plan: Plan, staging: Staging, records: Sequence[Record], seconds: flo
     """Write everything but the weights into the unfinished folder; the lock comes last."""
     folder, output = staging.partial, output_of(plan)
     record = Record.of(records)
-    output.write_beside(plan, folder)
+    output.write_beside(plan, folder, record)
     written = sum((folder / file.name).stat().st_size for file in plan.files)
     result = Result(
         path=staging.output,
@@ -51,7 +51,7 @@ def finish(plan: Plan, staging: Staging, records: Sequence[Record], seconds: flo
         num_tensors=plan.num_tensors,
         resumed=staging.journal.resumed or record.resumed,
         num_processes=len(records),
-        notes={**output.notes(plan, folder), **summary(record.notes)},
+        notes={**output.notes(plan, folder, record), **summary(record.notes)},
         warnings=(*plan.warnings, *same_content(plan, record.inputs)),
     )
     describe_run(plan, staging, record, result)

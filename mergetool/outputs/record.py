@@ -14,6 +14,8 @@ NOT_FINITE = "holds values that are not finite"
 KEPT_WIDE = "stays in float32 (output.keep_float32)"
 INFINITE = "holds infinite values, as all that it was made from"
 """What is noted of tensors that were let through, so that a later look at them knows."""
+RANK, LOST = "rank", "lost by the rank"
+"""What is measured of changes that are kept as factors: directions, and the share of its length that the rest has."""
 
 
 @dataclass

@@ -11,8 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from mergetool.bundle.present import present
+from mergetool.checkpoints.adapters import AdapterAlone
 from mergetool.checkpoints.family import assemble
-from mergetool.errors import at
+from mergetool.errors import PlanError, at
+from mergetool.planning.adapters import as_adapter, of_adapters
+from mergetool.planning.alone import as_models
 from mergetool.planning.draft import Draft
 from mergetool.planning.graph import BASE, Plan, Shard, Slot, Step, compute_bits
 from mergetool.planning.inner import NONE, PlannedModel, place_of, with_inner
@@ -21,6 +24,7 @@ from mergetool.planning.parents import check_shares, words_about
 from mergetool.planning.passes import with_partners, with_passes
 from mergetool.planning.sources import Lookup
 from mergetool.planning.words import in_one_vocabulary
+from mergetool.recipe.adapters import on_their_base
 from mergetool.recipe.candidate import first_candidate
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.header import TensorSpec, lay_out
@@ -55,16 +59,35 @@ def make_plan(
     parts = parts or parts_path(output or recipe.folder / "result")
     inner = {name: _inner(name, each, lookup, parts, whole=whole) for name, each in recipe.inner.items()}
     opened = dict(sources) if sources is not None else open_models(recipe, lookup, inner)
+    if recipe.adapters_alone:
+        return _of_adapters(recipe, opened, output, lookup)
     if recipe.method.result == "bundle" and BASE in opened:
         opened = present(opened, [name for name, reference in recipe.models.items() if reference.head is not None])
     plan = with_inner(_planned(recipe, opened, output, lookup, whole=whole), inner)
+    if recipe.result == "adapter":
+        return as_adapter(plan)
     check_vocabulary(plan)
     plan = replace(plan, warnings=(*plan.warnings, *words_about_result(plan)))
-    if recipe.method.result != "bundle":
+    if recipe.result != "bundle":
         return plan
     from mergetool.planning.bundles import as_bundle
 
     return as_bundle(plan)
+
+
+def _of_adapters(recipe: Recipe, opened: Mapping[str, ModelSource], output: Path | None, lookup: Lookup) -> Plan:
+    """The plan of adapters by themselves; on their base where they mean nothing without it."""
+    adapters = {name: source for name, source in opened.items() if isinstance(source, AdapterAlone)}
+    needing = {name: source.needs_base[0] for name, source in adapters.items() if source.needs_base}
+    if not needing:
+        models = as_models(recipe, adapters, opened.get(BASE))
+        return of_adapters(_planned(recipe, models, output, lookup, whole=False), adapters)
+    name, why = next(iter(needing.items()))
+    if recipe.base is None:
+        raise PlanError(f"it needs its base: {why}", f"model {name!r}", "add base: MODEL, and output: {rank: 32}")
+    if recipe.output.rank is None:
+        raise PlanError(f"no few directions hold what it changes: {why}", f"model {name!r}", "add output: {rank: 32}")
+    return make_plan(on_their_base(recipe), output, lookup=lookup)
 
 
 def _planned(

@@ -39,7 +39,7 @@ def step_memory(plan: Plan, step: Step) -> int:
     if held <= SLICE_ELEMENTS:
         return 0
     moved = sum(operand.view.granularity != "element" for operand in step.operands)  # stored, and as the view shows it
-    copies = len(step.reads) + moved + step.operation.buffers + 1
+    copies = step.operation.copies(len(step.reads)) + moved
     copies *= 1 + len(step.partners)
     return held * plan.compute_bits // 8 * copies
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from mergetool.alignment.models import Headers
 from mergetool.arch.code import code_of
+from mergetool.checkpoints.adapters.forms import Form
+from mergetool.checkpoints.adapters.written import About
 from mergetool.methods.base import Granularity
 from mergetool.planning.operations import Operation
 from mergetool.planning.sources import Provenance
@@ -131,9 +133,15 @@ class Step:
         length = max(self.row, UNIT_ELEMENTS // self.row * self.row)
         return [(start, min(start + length, total)) for start in range(0, total, length)] or [(0, 0)]
 
+    def span(self, slot: Slot, start: int, stop: int) -> tuple[int, int]:
+        """[begin, end) of the bytes of a slot that working on elements [start, stop) fills."""
+        if self.work is not None:  # made as a whole, into slots of other shapes
+            return 0, slot.spec.num_bytes
+        return slot.spec.dtype.num_bytes(start), slot.spec.dtype.num_bytes(stop)
+
     def bytes_written(self, start: int, stop: int) -> int:
-        """Bytes of elements [start, stop), in all slots."""
-        return sum(slot.spec.dtype.num_bytes(stop - start) for slot in self.slots)
+        """Bytes that working on elements [start, stop) fills, in all slots."""
+        return sum(end - begin for begin, end in (self.span(slot, start, stop) for slot in self.slots))
 
 
 @dataclass(frozen=True)
@@ -197,6 +205,10 @@ class Plan:
     """The vocabulary, where the models' are not one."""
     inner: "Mapping[str, Plan]" = field(default_factory=dict)
     """The plans of models that other recipes make first, by name."""
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    """What tensors become in an adapter, by what steps work on."""
+    about: About = field(default_factory=lambda: About(None))
+    """What an adapter says of itself."""
     narrow: Mapping[str, DType] = field(default_factory=dict)
     """What tensors of an intermediate result would be stored as, were it kept; where it is wider."""
 
@@ -229,6 +241,8 @@ class Plan:
 
     def bytes_read(self, step: Step, count: int) -> int:
         """Bytes of `count` elements of all operands of a step."""
+        if step.operation.bytes_read is not None:
+            return step.operation.bytes_read
         return sum(self.spec(operand).dtype.num_bytes(count) for operand in step.operands)
 
     @property

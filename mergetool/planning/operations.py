@@ -9,11 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from mergetool.methods.base import Granularity, Params, StatisticsPass, Stats, TensorMethod
+from mergetool.methods.base import Factored, Granularity, Params, StatisticsPass, Stats, TensorMethod
 from mergetool.tensors.header import TensorSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mergetool.methods.group import Note
+
+_FACTORISING = 6
+"""Whole tensors that taking one apart needs: what was changed, in float64 and turned."""
 
 _S = TypeVar("_S", contravariant=True)
 """A step, as whoever carries it out knows it."""
@@ -25,6 +30,11 @@ class Bench(Protocol[_S]):
     def copy(self, step: _S, start: int, stop: int, notes: "list[Note]") -> None: ...
     def fill(self, step: _S, start: int, stop: int, notes: "list[Note]", value: float) -> None: ...
     def merge(self, step: _S, start: int, stop: int, notes: "list[Note]", operation: "Merge", stats: Stats) -> None: ...
+    def pair(self, step: _S, notes: "list[Note]", operation: "Decompose", stats: Stats) -> None: ...
+    def stored(self, step: _S, start: int, stop: int) -> "Tensor": ...
+    def merged(
+        self, step: _S, start: int, stop: int, notes: "list[Note]", operation: "Merge", stats: Stats
+    ) -> "Tensor": ...
 
 
 class Operation(ABC):
@@ -45,15 +55,36 @@ class Operation(ABC):
     arithmetic: bool = False
     """Whether values of several operands meet."""
     needs_float64: bool = False
+    bytes_read: int | None = None
+    """What it reads of its operands, where that is not all of them."""
+    transposed: bool = False
+    """Whether factors are those of the tensor turned, which is stored as (inputs, outputs)."""
 
     @property
     def numbers(self) -> Mapping[str, Any]:
         """The numbers that it goes by here."""
         return {}
 
+    @property
+    def sliced(self) -> "Operation":
+        """What is done slice by slice: itself, or a part that the rest waits for."""
+        return self
+
     def granularity(self, spec: TensorSpec) -> Granularity:
         """What of a tensor it must see whole."""
         return "element"
+
+    def way(self, spec: TensorSpec) -> Factored:
+        """How it is done to products of two factors."""
+        return "product"
+
+    def coefficients(self) -> tuple[float, ...]:
+        """Where these are summed up: the factor of every model's."""
+        raise TypeError(f"{self.name} is no sum")
+
+    def copies(self, reads: int) -> int:
+        """Whole tensors held at once, where it must see them whole, of so many operands."""
+        return reads + self.buffers + 1
 
     def treatment(self, spec: TensorSpec) -> str:
         """What is done to a tensor, in a word."""
@@ -71,6 +102,10 @@ class Operation(ABC):
         """Make elements [start, stop) of the step."""
         raise TypeError(f"{self.name}: models are taken apart as a whole, not slice by slice")
 
+    def values(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> "Tensor":
+        """Elements [start, stop) as they are before they are stored."""
+        raise TypeError(f"{self.name} makes no tensor by itself")
+
 
 class _Plain(Operation):
     """No method has a part in it."""
@@ -86,8 +121,17 @@ class Copy(_Plain):
     name = "copy"
     models = ()
 
+    def way(self, spec: TensorSpec) -> Factored:
+        return "sum"
+
+    def coefficients(self) -> tuple[float, ...]:
+        return (1.0,)
+
     def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.copy(step, start, stop, notes)
+
+    def values(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> "Tensor":
+        return bench.stored(step, start, stop)
 
 
 @dataclass(frozen=True)
@@ -131,6 +175,77 @@ class Factorise(_Plain):
 
 
 @dataclass(frozen=True)
+class Decompose(Operation):
+    """What another operation changes of the base, as the product of two matrices: B (m, r) and A (r, n)."""
+
+    inner: Operation
+    keep: int | float | None
+    """At most so many directions, or as many as hold this share of the energy, or all."""
+    most: int
+    """Directions that there is room for."""
+    transposed: bool = False
+    whole: bool = False
+    """Whether the other operation sees whole tensors."""
+    factored: bool = False
+    """Whether all models are the base and factors, so that no tensor of the full size is needed."""
+    bytes_read: int | None = None
+    experts: int = 1
+    """Matrices that lie one behind the other in the tensor: the experts of a layer."""
+    times: int = 1
+    """How often PEFT adds the product."""
+    arithmetic = True
+    needs_float64 = True
+
+    @property
+    def sliced(self) -> Operation:
+        return self.inner
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.inner.name
+
+    @property
+    def method(self) -> TensorMethod | None:  # type: ignore[override]
+        return self.inner.method
+
+    @property
+    def models(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.inner.models
+
+    @property
+    def counts(self) -> StatisticsPass | None:  # type: ignore[override]
+        return None if self.factored else self.inner.counts
+
+    @property
+    def counts_model(self) -> bool:  # type: ignore[override]
+        return not self.factored and self.inner.counts_model
+
+    @property
+    def numbers(self) -> Mapping[str, Any]:
+        return {**self.inner.numbers, "rank": self.keep if isinstance(self.keep, float) else self.most}
+
+    def granularity(self, spec: TensorSpec) -> Granularity:
+        return "tensor"
+
+    def copies(self, reads: int) -> int:
+        if self.factored:
+            return 0
+        return _FACTORISING + (self.inner.copies(reads) if self.whole else 0)
+
+    def treatment(self, spec: TensorSpec) -> str:
+        return f"{self.inner.treatment(spec)}, as factors"
+
+    def partners(self, name: str) -> tuple[str, ...]:
+        return self.inner.partners(name)
+
+    def counting(self, num_elements: int, bits: int) -> Operation:
+        return replace(self, inner=self.inner.counting(num_elements, bits))
+
+    def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
+        bench.pair(step, notes, self, stats)
+
+
+@dataclass(frozen=True)
 class Merge(Operation):
     """A method with its numbers at this depth."""
 
@@ -166,6 +281,12 @@ class Merge(Operation):
     def granularity(self, spec: TensorSpec) -> Granularity:
         return self.method.granularity_in(spec.name, spec.shape)
 
+    def way(self, spec: TensorSpec) -> Factored:
+        return self.method.in_factors(spec.name, spec.shape)
+
+    def coefficients(self) -> tuple[float, ...]:
+        return self.method.coefficients(self.params)
+
     def treatment(self, spec: TensorSpec) -> str:
         return self.method.treatment(spec.name, spec.shape)
 
@@ -177,3 +298,6 @@ class Merge(Operation):
 
     def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.merge(step, start, stop, notes, self, stats)
+
+    def values(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> "Tensor":
+        return bench.merged(step, start, stop, notes, self, stats)

@@ -1,7 +1,8 @@
 """Models that are adapters: `models: {math: {adapter: ./lora}}`.
 
-With a base, such a model is the base with the adapter on top, as `{source: BASE, adapters: [./lora]}` says in full. A
-method that uses no base may have one for their sake; nothing else can then refer to it.
+Where all models are adapters and the result is one, they are merged by themselves, without the weights of a base. Else
+such a model is the base with the adapter on top, as `{source: BASE, adapters: [./lora]}` says in full. A method that
+uses no base may have one for their sake; nothing else can then refer to it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,11 +30,29 @@ def has_adapters(data: Mapping[str, Any]) -> bool:
     return isinstance(models, dict) and any(map(is_adapter, models.values()))
 
 
+def makes_adapter(data: Mapping[str, Any]) -> bool:
+    """Whether a recipe's data ask for an adapter: in so many words, or by adapters as models and no base."""
+    output = data.get("output")
+    kind = output.get("kind") if isinstance(output, dict) else None
+    return kind == "adapter" or (kind is None and "base" not in data and _all_adapters(data))
+
+
+def is_alone(data: Mapping[str, Any]) -> bool:
+    """Whether a recipe's data are adapters, to be merged by themselves."""
+    return makes_adapter(data) and _all_adapters(data)
+
+
+def _all_adapters(data: Mapping[str, Any]) -> bool:
+    models = data.get("models")
+    return isinstance(models, dict) and bool(models) and all(map(is_adapter, models.values()))
+
+
 def names_base(data: Mapping[str, Any]) -> bool:
     """Whether a recipe's data has a base that it can refer to."""
     merge = data.get("merge")
     kind = registry().get(str(merge.get("method"))) if isinstance(merge, dict) else None
-    only_below = kind is not None and kind.needs_base == "unused" and has_adapters(data)
+    unused = kind is not None and kind.needs_base == "unused"
+    only_below = unused and has_adapters(data) and not makes_adapter(data)
     return "base" in data and not only_below
 
 
@@ -63,7 +82,7 @@ def _problems(document: Document, place: Place, reference: Mapping[str, Any]) ->
         full = {"source": reference.get("source", "MODEL"), "adapters": f"[{reference['adapter']}]"}
         fix = f"remove `{key}`, or write {{source: {full['source']}, adapters: {full['adapters']}}}"
         yield document.error((*place, key), f"`adapter` is a model by itself, so `{key}` cannot go with it", fix)
-    if "base" not in document.data:
+    if "base" not in document.data and not makes_adapter(document.data):
         what = "an adapter is a model only together with the model that it was trained on, and the recipe has no base"
         yield document.error((*place, "adapter"), what, "add base: MODEL")
 

@@ -6,7 +6,8 @@ from typing import Any
 from mergetool.errors import RecipeError
 from mergetool.layouts.base import Layout
 from mergetool.methods.base import Method
-from mergetool.recipe.adapters import adapter_problems, has_adapters, names_base
+from mergetool.recipe.adapter_output import check_kind
+from mergetool.recipe.adapters import adapter_problems, has_adapters, is_alone, makes_adapter, names_base
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.render import suggestion
 from mergetool.recipe.words import AUTO, TEMPLATES, UNION, is_place, models_named
@@ -24,6 +25,7 @@ def cross_checks(
     yield from adapter_problems(document)
     if kind is not None:
         yield from _check_base(document, kind)
+        yield from check_kind(document, kind, layout)
     if isinstance(models, dict):
         yield from _check_names(document, models)
         if kind is not None:
@@ -101,9 +103,9 @@ def _check_heads(document: Document, models: Mapping[str, Any], method: type[Met
 
 def _check_base(document: Document, kind: type[Method]) -> Iterator[RecipeError]:
     name, has_base = kind.method_name(), "base" in document.data
-    if kind.needs_base == "required" and not has_base:
+    if kind.needs_base == "required" and not has_base and not is_alone(document.data):
         yield document.error(("merge", "method"), f"{name} needs the common ancestor of the models", "add base: PATH")
-    if kind.needs_base == "unused" and has_base and not has_adapters(document.data):
+    if kind.needs_base == "unused" and has_base and not (has_adapters(document.data) or makes_adapter(document.data)):
         fix = "remove `base`, or list it under `models` to merge it too"
         yield document.error(("base",), f"{name} does not use a base, so this would have no effect", fix)
     if "architecture" in document.data and not kind.uses_architecture:

@@ -149,6 +149,9 @@ class Inside:
                 f"run it first (mergetool run {path} -o FOLDER), then name an expert: {{source: FOLDER, select: TASK}}"
             )
             yield self.document.error(place, what, fix)
+        elif recipe.result == "adapter":
+            what = "an adapter is not a model by itself"
+            yield self.document.error(place, what, "write output: {kind: checkpoint} in it")
 
 
 def count(recipe: Recipe) -> int:

@@ -18,7 +18,7 @@ from mergetool.layouts import registry as layouts
 from mergetool.layouts.base import Layout
 from mergetool.layouts.same import Same
 from mergetool.methods.base import Method
-from mergetool.recipe.adapters import names_base, on_their_base
+from mergetool.recipe.adapters import is_alone, names_base, on_their_base
 from mergetool.recipe.candidate import other_documents
 from mergetool.recipe.checks import check_override, cross_checks
 from mergetool.recipe.document import Document, Place, parse_value, read_documents
@@ -188,7 +188,7 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
         warnings=tuple(document.warnings),
         chat_template=given.get("chat_template"),
     )
-    return on_their_base(recipe)
+    return recipe if is_alone(data) else on_their_base(recipe)
 
 
 def _check_inner(document: Document, around: Around) -> Recipe:

@@ -140,6 +140,15 @@ class HubOutput(Section):
     pull_request: bool = Field(False, strict=True, description="open a pull request instead of a commit")
 
 
+def _rank(value: Any) -> Any:
+    """A rank as it is written: a number, `exact`, or a share of energy."""
+    whole = type(value) is int and value > 0
+    share = isinstance(value, dict) and set(value) == {"energy"} and type(value["energy"]) in (int, float)
+    if whole or value in ("exact", None) or (share and 0 < value["energy"] < 1):
+        return value
+    raise ValueError("expected a whole number above 0 such as 32, exact, or {energy: 0.99} (a share between 0 and 1)")
+
+
 class Output(Section):
     """Where the result goes and how it is stored."""
 
@@ -155,6 +164,22 @@ class Output(Section):
     )
     shard_size: Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str)] = Field(
         5 * 10**9, description="largest size of one output file, in bytes or like 5GB"
+    )
+    kind: Literal["checkpoint", "adapter"] | None = Field(
+        None,
+        description="whole weights, or a LoRA adapter for `base` that PEFT loads; by default an adapter where all "
+        "models are adapters and there is no base, else a checkpoint",
+    )
+    rank: Annotated[
+        int | dict[str, float] | Literal["exact"] | None,
+        BeforeValidator(_rank, json_schema_input_type=int | dict[str, float] | Literal["exact"] | None),
+    ] = Field(
+        None,
+        description="of an adapter's products: at most so many directions, as many as hold a share of what was changed "
+        "(`{energy: 0.99}`), or all that there are",
+    )
+    base: Annotated[str, Field(min_length=1, strict=True)] | None = Field(
+        None, description="what the adapter calls its base model, where that is not what the recipe's `base` is called"
     )
     hub: HubOutput | None = Field(None, description="push the result there, once it is complete")
 
@@ -220,6 +245,13 @@ class Recipe:
         """What was found in it and in the recipes inside it."""
         inner = [f"{name}: {text}" for name, each in self.inner.items() for text in each.all_warnings]
         return (*inner, *self.warnings)
+
+    @property
+    def result(self) -> str:
+        """The kind of output that a run leaves."""
+        if self.method.result != "checkpoint":
+            return self.method.result
+        return "adapter" if self.adapters_alone or self.output.kind == "adapter" else "checkpoint"
 
     @property
     def architecture_file(self) -> Path | None:

@@ -95,7 +95,8 @@ def test_a_wrong_adapter_is_refused_at_its_place(case: str) -> None:
 
 
 def test_adapters_without_a_base_are_asked_for_one(folder: Path) -> None:
-    data = {"models": {"a": {"adapter": "./lora-a"}}, "merge": {"method": "passthrough"}}
+    output = {"kind": "checkpoint"}
+    data = {"models": {"a": {"adapter": "./lora-a"}}, "merge": {"method": "passthrough"}, "output": output}
     with pytest.raises(RecipeError, match="the recipe has no base") as caught:
         load_recipe(data, folder=folder)
     assert caught.value.fix == "add base: MODEL"

@@ -1,0 +1,178 @@
+"""The plan of an adapter: what is changed of the base, as factors of every layer, or in full where there are none.
+
+A tensor that is the base's own leaves nothing. How many directions there are, and what is changed at all, is only known
+when the models are read; planned is what there is at most.
+
+Reference: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+
+from mergetool.checkpoints.adapters import AdapterAlone
+from mergetool.checkpoints.adapters.files import WEIGHTS_NAME
+from mergetool.checkpoints.adapters.forms import Form, InMemory, form_at, forms_of, modules_of, plain_parts, problem
+from mergetool.checkpoints.adapters.places import TASK_HEADS, leaf_of
+from mergetool.checkpoints.adapters.written import About, about_together, task_of
+from mergetool.errors import PlanError
+from mergetool.planning.graph import BASE, Operand, Plan, Shard, Slot, Step
+from mergetool.planning.operations import Decompose, Operation
+from mergetool.recipe.schema import Recipe
+from mergetool.tensors.dtypes import BY_NAME
+from mergetool.tensors.header import TensorSpec, lay_out
+from mergetool.tensors.side_files import read_config
+from mergetool.tensors.source import ModelSource, is_same_tensor
+
+
+def as_adapter(plan: Plan) -> Plan:
+    """The plan with steps that make factors. Raises PlanError for what an adapter of this base cannot hold."""
+    base = plan.sources[BASE]
+    held = [step for step in plan.steps if not _is_of_base(step)]
+    if not held:
+        raise PlanError("nothing of the base is changed", "plan", "name a model beside the base")
+    shapes = {name: spec.shape for name, spec in base.specs.items()} | {step.name: step.spec.shape for step in held}
+    parts = _parts(shapes, base)
+    for step in held:
+        _check(plan, step, problem(step.name, parts))
+    names = [slot.spec.name for step in held for slot in step.slots if slot.spec.name in parts]
+    every = forms_of(names, parts, shapes)
+    forms = {step.name: _joined(step, every) for step in held}
+    name, revision = _base_name(plan)
+    about = About(
+        name,
+        revision,
+        task_of(read_config(base.folder)),
+        modules_of(name for part in parts.values() for name in part.names),
+        turned=any(form.turned for form in forms.values()),
+    )
+    return _laid_out(replace(plan, about=about), held, forms)
+
+
+def _base_name(plan: Plan) -> tuple[str | None, str | None]:
+    """What the adapter calls its base, and the revision."""
+    recipe, origin = plan.recipe, next(iter(plan.origins.get(BASE, ())), None)
+    if recipe.output.base is not None or recipe.base is None:
+        return recipe.output.base, None
+    return (recipe.base.source, None) if origin is None or origin.repo is None else (origin.repo, origin.commit)
+
+
+def of_adapters(plan: Plan, adapters: Mapping[str, AdapterAlone]) -> Plan:
+    """The plan of adapters by themselves: what any of them changes, by the names that they have for it."""
+    method = plan.recipe.method
+    if (why := method.needs_weights()) is not None:
+        fix = "add base: MODEL and output: {kind: checkpoint}, or choose another method (mergetool methods)"
+        raise PlanError(f"{method.method_name()} cannot merge adapters by themselves: {why}", "merge.method", fix)
+    sites = {name: site for adapter in adapters.values() for name, site in adapter.sites.items()}
+    held = [step for step in plan.steps if not _is_of_base(step)]
+    name, revision = _base_name(plan)
+    settings = [adapter.settings for adapter in adapters.values()]
+    name = name or next((each.made_for for each in settings if each.made_for), None)
+    about = about_together(settings, name, revision, read_config(plan.sources[BASE].folder))
+    return _laid_out(replace(plan, about=about), held, {step.name: form_at(sites[step.name]) for step in held})
+
+
+def _parts(shapes: Mapping[str, tuple[int, ...]], base: ModelSource) -> dict[str, InMemory]:
+    """What the tensors are in the base's network."""
+    config = read_config(base.folder)
+    if "architectures" not in config:
+        return plain_parts(shapes)
+    from mergetool.networks.modules import parts_of
+
+    return parts_of(shapes, config, f"the base: {base.folder}")
+
+
+def _joined(step: Step, forms: Mapping[str, Form]) -> Form:
+    """The form of a tensor that has several names."""
+    several = [forms[slot.spec.name] for slot in step.slots if slot.spec.name in forms]
+    if len(several) > 1 and any(form.is_product for form in several):
+        fix = f"keep the base's: overrides: [{{match: {step.name!r}, use: base}}], or write kind: checkpoint"
+        raise PlanError("several layers share it, which an adapter changes one by one", step.name, fix)
+    return replace(several[0], places=tuple(dict.fromkeys(place for form in several for place in form.places)))
+
+
+def _laid_out(plan: Plan, held: Sequence[Step], forms: Mapping[str, Form]) -> Plan:
+    steps = [_changed(plan, step, forms[step.name]) for step in held]
+    shard = Shard(WEIGHTS_NAME, *lay_out([slot.spec for step in steps for slot in step.slots], {"format": "pt"}))
+    placed = tuple(
+        replace(step, index=index, slots=tuple(replace(slot, shard=0) for slot in step.slots))
+        for index, step in enumerate(steps)
+    )
+    return replace(plan, steps=placed, shards=(shard,), bytes_at_most=shard.header.file_size, forms=forms)
+
+
+def _is_of_base(step: Step) -> bool:
+    """Whether a step only copies from the base. (PEFT looks for task heads in every adapter.)"""
+    copied = not step.operation.arithmetic and all(each.source == BASE for each in step.models)
+    return copied and leaf_of(step.name.rpartition(".")[0]) not in TASK_HEADS
+
+
+def _check(plan: Plan, step: Step, why: str | None) -> None:
+    fix = f"keep the base's: overrides: [{{match: {step.name!r}, use: base}}], or write kind: checkpoint"
+    if why is not None:
+        raise PlanError(f"an adapter cannot hold it: {why}", step.name, fix)
+    known = plan.sources[BASE].specs.get(step.name)
+    if known is not None and known.shape != step.spec.shape:
+        what = f"it is {list(step.spec.shape)} in the result, {list(known.shape)} in the base"
+        raise PlanError(f"{what}: an adapter cannot change sizes", step.name, fix)
+
+
+def _changed(plan: Plan, step: Step, form: Form) -> Step:
+    """A step whose slots are the two factors of what it changes, or the tensor by PEFT's names."""
+    if not form.is_product:
+        slots = tuple(Slot(replace(step.spec, name=place.key)) for place in form.places)
+        return replace(step, slots=slots, work=step.spec)
+    step = replace(step, work=step.spec, base=Operand(BASE, step.name))
+    spec, keep = step.spec, _keep(plan.recipe)
+    rows, columns = spec.shape[-2:] if form.experts > 1 else (spec.shape[0], prod(spec.shape[1:]))
+    outputs, inputs = (columns, rows) if form.turned else (rows, columns)
+    directions = _directions(plan, step)
+    most = min(outputs, inputs, keep if isinstance(keep, int) else inputs)
+    if directions is not None and step.operation.way(spec) != "product":
+        most = min(most, sum(directions))
+    else:
+        _check_rank(plan, step, keep)
+    a = TensorSpec(form.a, spec.dtype, (form.experts * most, inputs // prod(form.kernel), *form.kernel))
+    b = TensorSpec(form.b, spec.dtype, (outputs, form.experts * most, *(1 for _ in form.kernel)))
+    whole = step.operation.granularity(spec) == "tensor"
+    read = None if directions is None else 4 * form.experts * (outputs + inputs) * sum(directions)
+    known = directions is not None
+    operation = Decompose(step.operation, keep, most, form.turned, whole, known, read, form.experts, form.times)
+    return replace(step, slots=(Slot(a), Slot(b)), operation=operation)
+
+
+def _check_rank(plan: Plan, step: Step, keep: int | float | None) -> None:
+    """Raise PlanError where a full matrix would be left of adapters without anybody having asked for it."""
+    if keep is None and plan.recipe.output.rank is None:
+        what = f"{step.operation.name} leaves a matrix of many directions, and an adapter keeps few"
+        fix = "add output: {rank: 32}, or a share such as {rank: {energy: 0.99}}, or {rank: exact} for all of them"
+        raise PlanError(what, step.name, fix)
+
+
+def _directions(plan: Plan, step: Step) -> list[int] | None:
+    """At most how many directions every model adds to the base; None where one is no sum of base and factors."""
+    base = plan.sources[BASE]
+    found: list[int] = []
+    for operand in step.models:
+        source = plan.sources[operand.source]
+        count = 0 if operand.source == BASE else source.num_directions(operand.tensor)
+        beneath = operand.source == BASE or is_same_tensor(source.origin, base, operand.tensor)
+        if count is None or not beneath:
+            return None
+        found.append(count)
+    alone = plan.recipe.adapters_alone
+    return found if alone or _is_relative(step.operation) else None
+
+
+def _is_relative(operation: Operation) -> bool:
+    """Whether a sum of base and factors is merged as the sum of the base and of what the factors come to."""
+    if operation.method is None or operation.method.needs_base == "required":
+        return True
+    return operation.way(TensorSpec("", BY_NAME["F32"], ())) == "sum" and sum(operation.coefficients()) == 1.0
+
+
+def _keep(recipe: Recipe) -> int | float | None:
+    rank = recipe.output.rank
+    if isinstance(rank, dict):
+        return float(rank["energy"])
+    return None if isinstance(rank, str) else rank
