@@ -15,6 +15,7 @@ from torch import Tensor
 from mergetool.bundle.store import FactorStore
 from mergetool.engine.devices import LEAST_SLICE, free_device, load_linear_algebra, own_stream
 from mergetool.engine.sinks import Sink
+from mergetool.engine.storable import lost_in, within
 from mergetool.errors import MergeError, at
 from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup, TensorMethod
 from mergetool.methods.group import Note
@@ -22,7 +23,7 @@ from mergetool.outputs.record import INFINITE, KEPT_WIDE, LOST, NOT_FINITE, RANK
 from mergetool.planning.graph import SLICE_ELEMENTS, Operand, Plan, Step
 from mergetool.planning.operations import Bench, Decompose, Merge
 from mergetool.planning.parents import label
-from mergetool.tensors.dtypes import BY_TORCH_NAME, DType, torch_dtype
+from mergetool.tensors.dtypes import BY_TORCH_NAME, torch_dtype
 from mergetool.tensors.io import bytes_of
 
 _BYTES_PER_ELEMENT = 8
@@ -155,7 +156,7 @@ class Worker(Bench[Step]):
 
     def _check_change(self, changed: Tensor, step: Step) -> None:
         """Raise MergeError for what has no factors, whatever `check.non_finite` says."""
-        if _within(changed, step.spec.dtype):
+        if within(changed, step.spec.dtype):
             return
         first = int((~torch.isfinite(changed).reshape(-1)).int().argmax())
         what = f"what is changed is not finite at flat index {first}{self._culprit(step, first)}"
@@ -266,7 +267,7 @@ class Worker(Bench[Step]):
         """Check that the values survive storage, cast once, write."""
         dtype = step.spec.dtype
         flat = merged if merged.dim() == 1 else merged.reshape(-1)
-        if not _within(flat, dtype):
+        if not within(flat, dtype):
             shared = self._shared_infinities(step, start, len(flat))
             flat = torch.where(shared != 0, shared, flat)
             self._judge(step, start, flat, notes, shared != 0)
@@ -287,7 +288,7 @@ class Worker(Bench[Step]):
             if stored != step.spec.dtype:
                 self._put(step, start, values, notes)
                 return
-            if not _within(values, stored):
+            if not within(values, stored):
                 self._judge(step, start, values, notes, values == -math.inf)  # a mask is copied as it is
         begin, end = start * stored.bits // 8, stored.num_bytes(stop)
         for offset in range(begin, end, len(self._stored)):
@@ -303,7 +304,7 @@ class Worker(Bench[Step]):
     def _judge(self, step: Step, start: int, values: Tensor, notes: list[Note], meant: Tensor | None = None) -> None:
         """Count what would not be finite once stored, and stop or note it, as the recipe says; not what is `meant`."""
         dtype = step.spec.dtype
-        bad = _lost(values, dtype)
+        bad = lost_in(values, dtype)
         if meant is not None and bool(meant.any()):
             bad &= ~meant
             notes.append(INFINITE)
@@ -383,20 +384,3 @@ def _merge(method: TensorMethod, group: TensorGroup, params: Params, stats: Stat
         if "without overflow" not in str(error):
             raise
         raise MergeError(f"{error}", "", "use smaller numbers, or set compute.dtype: float64") from None
-
-
-def _lost(values: Tensor, dtype: DType) -> Tensor:
-    """Which values are not finite, or not once stored. (Casts to some 8-bit floats give the largest number instead.)"""
-    stored = torch_dtype(dtype)
-    half_a_step = torch.finfo(stored).eps * 2.0 ** (math.frexp(dtype.largest)[1] - 2)
-    kept = torch.isfinite(values) & torch.isfinite(values.to(stored).to(values.dtype))
-    return ~kept | (values.abs() > dtype.largest + half_a_step)
-
-
-def _within(values: Tensor, dtype: DType) -> bool:
-    """Whether all values are finite and none is too large for `dtype`. One pass."""
-    if values.numel() == 0:
-        return True
-    low, high = torch.aminmax(values)
-    largest = max(-float(low), float(high))  # NaN compares false below
-    return largest <= dtype.largest
