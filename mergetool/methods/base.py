@@ -14,6 +14,7 @@ docstring is its documentation and must have a `Reference:` and a `Differs from 
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar
 
@@ -187,6 +188,7 @@ class Method(BaseModel):
         return (sys.modules[cls.__module__].__doc__ or cls.__doc__ or cls.__name__).strip()
 
     @classmethod
+    @cache
     def schedulables(cls) -> dict[str, Schedulable]:
         """The numeric fields that may vary by tensor (and by model)."""
         marked = {}
