@@ -103,6 +103,8 @@ class Hashes(NoHashes):
 
     def _hash_output(self, shard: int) -> None:
         """Have an output file hashed as far as it is finished."""
+        if self._plan.shards[shard].sparse:
+            return
         if self._settled and self._mine.hashes_output(shard) and self._outputs[shard].take():
             run, after = partial(self._sync_and_hash, shard), partial(self._output_hashed, shard)
             self._schedule.add([Job(run=run, after=after, hashes=True)], first=True)

@@ -57,9 +57,10 @@ def write_beside(plan: Plan, folder: Path, record: Record) -> None:
         wrapped = {plan.forms[name].target for name, rank in ranks.items() if rank}
         kept = [each for step in plan.steps for each in _kept(step, plan.forms[step.name], ranks, saved, wrapped)]
         shard = Shard(f".{WEIGHTS_NAME}.tmp", *lay_out([each.spec for each in kept], {"format": "pt"}))
-        _copy(written, folder, shard, kept)
-    (folder / shard.name).replace(folder / WEIGHTS_NAME)
-    record.outputs.pop(WEIGHTS_NAME, None)
+        if shard.header != plan.shards[0].header:
+            _copy(written, folder, shard, kept)
+            (folder / shard.name).replace(folder / WEIGHTS_NAME)
+            record.outputs.pop(WEIGHTS_NAME, None)
     write_file(folder / CONFIG_NAME, _config(plan, ranks, saved))
 
 

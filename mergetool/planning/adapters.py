@@ -24,6 +24,13 @@ from mergetool.tensors.header import TensorSpec, lay_out
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import ModelSource, is_same_tensor
 
+_FACTORS = 16
+"""What merging factors holds at once, over their size in float32: in float64, turned, and what comes out."""
+_ROWS = 1 << 21
+"""Entries of products that are looked at together, and as many of what is sought in them."""
+_TURNS, _PASSES, _WIDTH = 12, 12, 96
+"""How often factors are turned, and how often and by how many directions products are searched, measured."""
+
 
 def as_adapter(plan: Plan) -> Plan:
     """The plan with steps that make factors. Raises PlanError for what an adapter of this base cannot hold."""
@@ -93,7 +100,8 @@ def _joined(step: Step, forms: Mapping[str, Form]) -> Form:
 
 def _laid_out(plan: Plan, held: Sequence[Step], forms: Mapping[str, Form]) -> Plan:
     steps = [_changed(plan, step, forms[step.name]) for step in held]
-    shard = Shard(WEIGHTS_NAME, *lay_out([slot.spec for step in steps for slot in step.slots], {"format": "pt"}))
+    layout = lay_out([slot.spec for step in steps for slot in step.slots], {"format": "pt"})
+    shard = Shard(WEIGHTS_NAME, *layout, sparse=isinstance(plan.recipe.output.rank, str | dict))
     placed = tuple(
         replace(step, index=index, slots=tuple(replace(slot, shard=0) for slot in step.slots))
         for index, step in enumerate(steps)
@@ -135,9 +143,10 @@ def _changed(plan: Plan, step: Step, form: Form) -> Step:
     a = TensorSpec(form.a, spec.dtype, (form.experts * most, inputs // prod(form.kernel), *form.kernel))
     b = TensorSpec(form.b, spec.dtype, (outputs, form.experts * most, *(1 for _ in form.kernel)))
     whole = step.operation.granularity(spec) == "tensor"
-    read = None if directions is None else 4 * form.experts * (outputs + inputs) * sum(directions)
     known = directions is not None
-    operation = Decompose(step.operation, keep, most, form.turned, whole, known, read, form.experts, form.times)
+    entries = 0 if directions is None else form.experts * (outputs + inputs) * sum(directions)
+    cost = _cost(step, entries, sum(directions)) if directions else (None, None, _flops(spec, keep))
+    operation = Decompose(step.operation, keep, most, form.turned, whole, known, *cost, form.experts, form.times)
     return replace(step, slots=(Slot(a), Slot(b)), operation=operation)
 
 
@@ -151,6 +160,23 @@ def _together(step: Step, directions: Sequence[int]) -> int:
         fix = f"choose merge: {{method: linear}} and output: {{rank: {ranks[-1]}}}"
         raise PlanError(what, step.name, fix)
     return max(directions)
+
+
+def _cost(step: Step, entries: int, count: int) -> tuple[int, int, float]:
+    """Bytes read, bytes held and multiply-adds for factors with so many entries and directions."""
+    operation, spec = step.operation, step.spec
+    read, held, flops = entries * spec.dtype.bits // 8, 4 * _FACTORS * entries, _TURNS * entries * count
+    if operation.way(spec) == "product":
+        seen = spec.num_elements if operation.granularity(spec) == "tensor" else min(_ROWS, spec.num_elements)
+        held += 4 * seen * operation.copies(len(step.models))
+        flops += _PASSES * spec.num_elements * (count + _WIDTH)
+    return read, held, float(flops)
+
+
+def _flops(spec: TensorSpec, keep: int | float | None) -> float:
+    """Multiply-adds for the leading directions of a matrix, or for all of them."""
+    shorter = min(spec.shape[0], spec.num_elements // max(1, spec.shape[0]))
+    return float(spec.num_elements * (min(3 * shorter, _PASSES * _WIDTH) if isinstance(keep, int) else 12 * shorter))
 
 
 def _check_rank(plan: Plan, step: Step, keep: int | float | None) -> None:

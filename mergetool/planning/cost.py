@@ -14,6 +14,8 @@ from mergetool.units import filesize, memsize
 
 RUNTIME_BYTES = 300_000_000
 """Python and torch themselves, measured on Linux with a CPU build of torch."""
+_NETWORK_BYTES = 200_000_000
+"""transformers, and a network without its weights, where the plan asks it for modules."""
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _SPARE = 64_000_000
 """Headers, journal, thread stacks, fragmentation."""
@@ -33,6 +35,8 @@ class Costs:
 
 def step_memory(plan: Plan, step: Step) -> int:
     """Bytes that a step holds beyond a worker's buffers: whole tensors where a method must see them whole."""
+    if step.operation.bytes_held is not None:
+        return step.operation.bytes_held
     held = min(step.row, max(1, step.spec.num_elements))
     if held <= SLICE_ELEMENTS:
         return 0
@@ -66,7 +70,7 @@ def _estimate(plan: Plan, workers: int | None, memory: int | None, processes: in
     one = SLICE_ELEMENTS * (plan.compute_bits // 8 * (streams + temporaries + 2) + 8)
     whole = sorted((step_memory(plan, step) for step in plan.steps), reverse=True)
     largest = whole[0] if whole else 0
-    fixed = RUNTIME_BYTES + _SPARE + plan.words.memory
+    fixed = RUNTIME_BYTES + _SPARE + plan.words.memory + (_NETWORK_BYTES if plan.about.modules else 0)
     budget = memory if memory is not None else int(0.8 * available_memory()) // processes
     cores = len(os.sched_getaffinity(0))
     count = workers or max(1, min(cores, 32) // processes)
@@ -100,12 +104,15 @@ def _fit_memory(plan: Plan, threads: int, memory: int | None) -> int:
 
 
 def check_disk(plan: Plan, output: Path, is_made: Callable[[Plan], bool] = lambda _: False) -> None:
-    """Raise OutputError when the output, and results of recipes inside that are read for it, cannot fit on the disk."""
+    """Raise OutputError when the output, and results of recipes inside that are read for it, cannot fit on the disk.
+
+    How much of a sparse file there will be, nobody knows yet: where the disk is full, the run ends, and can go on.
+    """
     place = output.parent
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    needed = bytes_on_disk(plan, is_made)
+    needed = bytes_on_disk(plan, is_made) - sum(each.header.file_size for each in plan.shards if each.sparse)
     if free < needed:
         more = " (with what the recipes inside it make)" if plan.inner else ""
         raise OutputError(

@@ -85,12 +85,16 @@ def _working_seconds(plan: Plan, machine: Machine) -> float:
 
 def _element_operations(step: Step) -> float:
     """Every stream of a slice is read, widened and used; every temporary is written and read."""
+    if step.operation.bytes_held is not None:
+        return 0.0
     whole = step.operation.granularity(step.spec) == "tensor"
     temporaries = 0 if whole else step.operation.buffers
     return step.spec.num_elements * (len(step.reads) + 1 + temporaries)
 
 
 def _flops(step: Step) -> float:
+    if step.operation.flops is not None:
+        return step.operation.flops
     if step.operation.granularity(step.spec) != "tensor" or len(step.spec.shape) < 2:
         return 0.0
     rows = step.spec.shape[0]

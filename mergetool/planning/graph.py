@@ -159,6 +159,8 @@ class Shard:
     name: str
     prefix: bytes
     header: Header
+    sparse: bool = False
+    """Whether most of it may stay empty: nothing is reserved on the disk, and it is written anew in the end."""
 
 
 @dataclass(frozen=True)

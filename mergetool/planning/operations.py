@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from mergetool.methods.group import Note
 
-_FACTORISING = 6
-"""Whole tensors that taking one apart needs: what was changed, in float64 and turned."""
+_CUTTING, _TURNING = 9, 26
+"""Whole tensors that taking one apart needs, measured: for a few directions of it, and for all of them."""
 
 _S = TypeVar("_S", contravariant=True)
 """A step, as whoever carries it out knows it."""
@@ -56,6 +56,10 @@ class Operation(ABC):
     needs_float64: bool = False
     bytes_read: int | None = None
     """What it reads of its operands, where that is not all of them."""
+    bytes_held: int | None = None
+    """What it holds, where that is no number of whole tensors."""
+    flops: float | None = None
+    """Multiply-adds, where they are not those of decomposing every operand."""
     transposed: bool = False
     """Whether factors are those of the tensor turned, which is stored as (inputs, outputs)."""
 
@@ -172,6 +176,8 @@ class Decompose(Operation):
     factored: bool = False
     """Whether all models are the base and factors, so that no tensor of the full size is needed."""
     bytes_read: int | None = None
+    bytes_held: int | None = None
+    flops: float | None = None
     experts: int = 1
     """Matrices that lie one behind the other in the tensor: the experts of a layer."""
     times: int = 1
@@ -213,7 +219,8 @@ class Decompose(Operation):
     def copies(self, reads: int) -> int:
         if self.factored:
             return 0
-        return _FACTORISING + (self.inner.copies(reads) if self.whole else 0)
+        own = _CUTTING if isinstance(self.keep, int) else _TURNING
+        return own + (self.inner.copies(reads) if self.whole else 0)
 
     def treatment(self, spec: TensorSpec) -> str:
         return f"{self.inner.treatment(spec)}, as factors"

@@ -31,6 +31,8 @@ class FileLayout(Protocol):
     def prefix(self) -> bytes: ...
     @property
     def header(self) -> Header: ...
+    @property
+    def sparse(self) -> bool: ...
 
 
 def partial_path(output: Path) -> Path:
@@ -65,7 +67,7 @@ class SlotWriter:
             self._fds.append(fd)
             if os.fstat(fd).st_size != size:
                 os.ftruncate(fd, 0)
-                _reserve(fd, size)
+                os.ftruncate(fd, size) if layout.sparse else _reserve(fd, size)
         except OSError as error:
             raise write_error(error, str(path)) from error
         write_exact(fd, memoryview(layout.prefix), 0, str(path))

@@ -3,15 +3,20 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import mergetool
 from mergetool.errors import OutputError, PlanError
-from mergetool.planning import cost
+from mergetool.planning import cost, make_plan
 from mergetool.planning.cost import available_memory, check_disk, estimate
-from tests.files import write_model, write_models, write_sparse
+from mergetool.recipe.load import load_recipe
+from mergetool.tensors.writer import SlotWriter
+from tests.files import write_model, write_models, write_recipe, write_sparse
 
 GIB = 2**30
 
@@ -87,3 +92,43 @@ def test_the_workers_are_the_cores_that_this_process_may_use(narrow):
     finally:
         os.sched_setaffinity(0, cores)
     assert estimate(narrow, workers=None, memory=16 * GIB).workers == min(len(cores), 32)
+
+
+RUN = """
+import sys, mergetool
+recipe = sys.argv[1]
+print(mergetool.run(recipe, workers=2).peak_memory)
+"""
+
+
+@pytest.mark.parametrize("rank", [8, {"energy": 0.9}])
+def test_an_adapter_takes_no_more_memory_than_planned(tmp_path, rank):
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=768, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tuned")
+    output = {"path": "out", "kind": "adapter", "rank": rank}
+    merge = {"base": "base", "models": {"a": "tuned"}, "merge": {"method": "passthrough"}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", **merge, output=output)
+    planned = estimate(make_plan(load_recipe(recipe)), workers=2, memory=None)
+    assert planned.workers == 2
+    told = subprocess.check_output([sys.executable, "-c", RUN, recipe], text=True)
+    assert planned.peak_memory / 2 < int(told) < planned.peak_memory
+
+
+def test_room_for_all_directions_is_not_taken_from_the_disk(tmp_path):
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=768, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    merge = {"base": "base", "models": {"a": "base"}, "merge": {"method": "passthrough"}}
+    for rank, sparse in ((8, False), ({"energy": 0.9}, True)):
+        output = {"path": "out", "kind": "adapter", "rank": rank}
+        (shard,) = make_plan(load_recipe(write_recipe(tmp_path / "r.yaml", **merge, output=output))).shards
+        assert shard.sparse == sparse
+        SlotWriter(tmp_path, [shard]).close()
+        taken = (tmp_path / shard.name).stat()
+        assert taken.st_size == shard.header.file_size
+        assert (taken.st_blocks * 512 < shard.header.file_size / 10) == sparse
+        (tmp_path / shard.name).unlink()
