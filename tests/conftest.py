@@ -61,6 +61,7 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # first, not when the other workers are done
     for item in items:
         if is_fast(item):
             item.add_marker(pytest.mark.fast)

@@ -211,6 +211,7 @@ class _Work:
             top_k=options.top_k,
             temperature=options.temperature,
             redundancy=options.redundancy if merged else None,
+            per=options.per,
         )
 
     def without_redundancy(self, name: str, parameters: Mapping[str, Parameter]) -> Parameter:

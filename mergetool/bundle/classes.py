@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mergetool.bundle.answer import Scored
+from mergetool.bundle.arrow import Mix
 from mergetool.bundle.batch import take
 from mergetool.bundle.factors import Group, TaskFactors
 from mergetool.bundle.grouped import GroupedModel, Runs, SeveralGroups
@@ -81,26 +82,29 @@ class ClassNetwork(nn.Module):
         self.readers = nn.ModuleDict({str(each.task): _reader(each, loaded, shared, self._player) for each in owns})
         self._kinds: dict[int, HeadKind] = {each.task: each.head.kind for each in owns}
 
-    def scores(self, groups: Sequence[Group], inputs: Mapping[str, Any]) -> dict[int, Scored]:
-        """What every task of this network says of the samples in whose group it is."""
+    def scores(self, groups: Sequence[Group], inputs: Mapping[str, Any], mix: Mix | None = None) -> dict[int, Scored]:
+        """What every task of this network says of the samples in whose group it is.
+
+        With `mix`, the network has shares of all experts for them, and not the weights of their groups.
+        """
         inputs = {key: value for key, value in inputs.items() if key not in _UNUSED}
         try:
-            return self._scores(groups, inputs)
+            return self._scores(groups, inputs, mix)
         except SeveralGroups:
             self.grouped.mixable = False
-            return self._scores(groups, inputs)
+            return self._scores(groups, inputs, mix)
 
-    def _scores(self, groups: Sequence[Group], inputs: Mapping[str, Any]) -> dict[int, Scored]:
+    def _scores(self, groups: Sequence[Group], inputs: Mapping[str, Any], mix: Mix | None) -> dict[int, Scored]:
         samples = [sample for sample, group in enumerate(groups) if self._kinds.keys() & set(group)]
         scored: dict[int, list[Scored]] = {}
-        for part in self._parts(samples, groups):
-            batch, runs = take(inputs, part), Runs.of([groups[sample] for sample in part])
+        for part in self._parts(samples, groups) if mix is None else [samples] if samples else []:
+            batch, runs = take(inputs, part), _runs(part, groups, mix)
             with self.grouped.using(runs):
                 said = self._recorder.record(partial(self.base, **batch))
             for task in self._kinds:
                 if rows := [row for row, sample in enumerate(part) if task in groups[sample]]:
-                    chosen = [groups[part[row]] for row in rows]
-                    values = self._read(task, rows_of(said, rows, len(part)), chosen, take(batch, rows))
+                    own = _runs([part[row] for row in rows], groups, mix)
+                    values = self._read(task, rows_of(said, rows, len(part)), own, take(batch, rows))
                     scored.setdefault(task, []).append(Scored([part[row] for row in rows], values))
         return {task: Scored.joined(parts) for task, parts in scored.items()}
 
@@ -112,14 +116,21 @@ class ClassNetwork(nn.Module):
         distinct = sorted({groups[sample] for sample in ordered})
         return [[sample for sample in ordered if groups[sample] == group] for group in distinct]
 
-    def _read(self, task: int, said: Said, groups: Sequence[Group], inputs: Mapping[str, Any]) -> Tensor:
+    def _read(self, task: int, said: Said, runs: Runs, inputs: Mapping[str, Any]) -> Tensor:
         """(samples, classes), (samples, tokens, classes), or (samples, tokens, start and end)."""
-        with self.grouped.using(Runs.of(groups)), self._player.playing(said):
+        with self.grouped.using(runs), self._player.playing(said):
             output = self.readers[str(task)](**inputs)
         if self._kinds[task] == "span":
             return torch.stack([output.start_logits, output.end_logits], -1).float()
         logits: Tensor = output.logits
         return logits.float()
+
+
+def _runs(samples: Sequence[int], groups: Sequence[Group], mix: Mix | None) -> Runs:
+    """How these samples are run together."""
+    if mix is not None:
+        return Runs.mixed(mix.take(samples), len(samples))
+    return Runs.of([groups[sample] for sample in samples])
 
 
 def load_networks(

@@ -24,6 +24,7 @@ from mergetool.bundle.local import make_local, replaced
 from mergetool.bundle.manifest import Pool, Router
 from mergetool.bundle.readout import pool_tokens
 from mergetool.errors import SourceError
+from mergetool.kernels.arrow import mean_similarity, prototypes
 from mergetool.kernels.routing import mean_distance
 
 if TYPE_CHECKING:
@@ -87,8 +88,11 @@ class FirstPass:
         self._merged = [(module, {k: v.to(device) for k, v in values.items()}) for module, values in self._merged]
 
     def distances(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """(samples, tasks): the distance of each sample from the span of each task's directions."""
-        return mean_distance(self.features(inputs), self.bases, self._router.norm)
+        """(samples, tasks): of each sample from each task's directions, or minus its similarity to its first one."""
+        features = self.features(inputs)
+        if self._router.norm == "arrow":
+            return -mean_similarity(features, [prototypes(bases) for bases in self.bases])
+        return mean_distance(features, self.bases, self._router.norm)
 
     def features(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Pooled inputs (samples, features), float32, of every routing matrix. Stops the pass at the last one."""

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (as everybody calls it)
 
+from mergetool.bundle.arrow import Mix
 from mergetool.bundle.factors import Group, TaskFactors
 from mergetool.bundle.local import make_local, own_tensor, pending, replaced
 from mergetool.errors import SourceError
@@ -45,6 +46,13 @@ class Runs:
 
     groups: tuple[Group, ...]
     bounds: tuple[int, ...]
+    mix: Mix | None = None
+    """The shares of all experts in linear layers, where there is one group, that of all tasks."""
+
+    @classmethod
+    def mixed(cls, mix: Mix, num_samples: int) -> "Runs":
+        """All samples together, with shares of all experts."""
+        return cls((tuple(range(len(mix.mixer.factors.manifest.tasks))),), (0, num_samples), mix)
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> "Runs":
@@ -104,6 +112,8 @@ class GroupedModel:
         self._passes = _Passes()
         for place in self._places:
             make_local(place.module, partial(self._offered, place) if place.forward is not None else None)
+            if place.turned:
+                place.module.register_forward_hook(partial(self._mixed, place))
 
     @contextmanager
     def using(self, runs: Runs) -> Iterator[None]:
@@ -123,6 +133,13 @@ class GroupedModel:
         if runs is None or key not in place.names:
             return None
         return pending(_get(place.module, key), partial(place.of_one_group, key, runs, self.factors))
+
+    def _mixed(self, place: "_Place", _: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor | None:
+        """What a layer that stores its weight as (inputs, outputs) makes with all experts' shares."""
+        runs = self._passes.current
+        if runs is None or runs.mix is None:
+            return None
+        return output + runs.mix.change(arguments[0], place.names["weight"], turned=True)
 
     def _install(self) -> None:
         for place in self._places:
@@ -182,10 +199,13 @@ class _Place:
     forward: "Callable[[_Place, Runs, TaskFactors, Any], Tensor] | None"
     """How it runs for several groups; None: its parameters are replaced for the whole pass."""
     mixable: bool
+    turned: bool = False
+    """Whether it is a linear layer that stores its weight as (inputs, outputs), kept as factors."""
 
     def whole(self, runs: Runs, factors: TaskFactors) -> dict[str, Tensor]:
         """All changed parameters, by their names in the module."""
-        return {key: self._whole(key, runs, factors) for key in self.names}
+        left = {"weight"} if self.turned and runs.mix is not None else set()
+        return {key: self._whole(key, runs, factors) for key in self.names.keys() - left}
 
     def of_one_group(self, key: str, runs: Runs, factors: TaskFactors) -> Tensor:
         """A whole parameter of the only group. Raises SeveralGroups where there are others."""
@@ -270,6 +290,8 @@ def _place(path: str, module: nn.Module, names: dict[str, str], factors: TaskFac
         return _Place(module, names, _layer_norm, mixable=True)
     if type(module).__name__.endswith("Norm") and set(names) == {"weight"} and module.weight.ndim == 1 and not spectral:
         return _Place(module, names, _scaled_norm, mixable=True)
+    if type(module).__name__ == "Conv1D":  # GPT-2's linear layers
+        return _Place(module, names, None, mixable=False, turned="weight" in spectral)
     leaf = [_get(module, key) for key in names]
     per_sample = not shared and all(value.ndim > 1 and value.shape[0] == 1 for value in leaf)
     return _Place(module, names, None, mixable=per_sample)
@@ -289,6 +311,8 @@ def _linear(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> Tenso
             for (group, run), bias in zip(runs_of_rows, biases, strict=True)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if runs.mix is not None:
+        return F.linear(x, weight, biases[0]) + runs.mix.change(x, name, turned=False)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     for (group, run), bias in zip(runs_of_rows, biases, strict=True):
         out[run] = _low_rank(x[run], weight, bias, group, name, factors)

@@ -20,7 +20,8 @@ FORMAT_VERSIONS = (1, 2)
 
 Pool = Literal["cls", "mean", "last"]
 HeadRule = Literal["joint", "log-softmax", "max", "mean"]
-Norm = Literal["likelihood", "l2", "l1", "mahalanobis"]
+Norm = Literal["likelihood", "l2", "l1", "mahalanobis", "arrow"]
+Per = Literal["token", "sequence"]
 Mode = Literal["weighted", "topk", "top1"]
 Features = Literal["base", "merged"]
 Storage = Literal["bfloat16", "float16", "float32"]
@@ -101,6 +102,8 @@ class Router(_Part):
     top_k: int
     temperature: float
     redundancy: float | None = None
+    per: Per | None = None
+    """Of Arrow's router: what has shares of its own."""
 
 
 class Manifest(_Part):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mergetool.bundle.answer import Answer as Answer
 from mergetool.bundle.answer import Scored, answer
+from mergetool.bundle.arrow import Mix, Mixer
 from mergetool.bundle.batch import check_batch, lengths_in, num_samples, take
 from mergetool.bundle.calibration import read_calibration
 from mergetool.bundle.classes import ClassNetwork, load_networks, stored_dtype
@@ -34,6 +35,7 @@ from mergetool.bundle.manifest import ClassHead, Head, Manifest, Pool, read_mani
 from mergetool.bundle.readout import head_scores, pool_tokens
 from mergetool.bundle.verify import base_folder, check_base, check_files
 from mergetool.errors import PlanError
+from mergetool.kernels.arrow import shares
 from mergetool.kernels.routing import coefficients, select
 
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ class MassModel(nn.Module):
         self.calibration = read_calibration(folder)
         router = manifest.router
         self.first_pass = None if router is None else FirstPass(base, factors, router, folder)
+        self._mixer = None if router is None or router.per is None else Mixer(factors, router)
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -130,7 +133,10 @@ class MassModel(nn.Module):
         if self.calibration is not None:
             distances = distances - distances.new_tensor(self.calibration.offsets)
             temperature *= self.calibration.temperature
-        weights = coefficients(distances, router.mode, temperature)
+        if router.norm == "arrow":
+            weights = shares(-distances, temperature, router.top_k)
+        else:
+            weights = coefficients(distances, router.mode, temperature)
         chosen = select(weights, router.threshold, router.top_k)
         names = tuple(tuple(self.task_names[task] for task in tasks) for tasks in chosen)
         return Routing(names, weights, distances)
@@ -146,13 +152,14 @@ class MassModel(nn.Module):
         check_batch(inputs)
         routing = self._routing(tasks, inputs)
         groups = [tuple(self.task_names.index(name) for name in chosen) for chosen in routing.tasks]
+        mix = self._mixer.mix(routing.coefficients) if self._mixer is not None and tasks == "route" else None
         if all(task.head is None for task in self.manifest.tasks):
-            outputs = self._second_pass(groups, inputs)
+            outputs = self._second_pass(groups, inputs, mix)
             best = [self.task_names[task] for task in routing.coefficients.argmax(-1).tolist()]
             return Answer(tuple(best), routing.tasks, routing.coefficients, outputs)
-        scored = self._ask_heads(groups, inputs)
+        scored = self._ask_heads(groups, inputs, mix)
         for network in self.networks:
-            scored |= network.scores(groups, inputs)  # type: ignore[operator]
+            scored |= network.scores(groups, inputs, mix)  # type: ignore[operator]
         return answer(self.manifest, routing.tasks, routing.coefficients, scored)
 
     def _routing(self, tasks: Sequence[str] | Literal["route"], inputs: Mapping[str, Tensor]) -> Routing:
@@ -174,13 +181,15 @@ class MassModel(nn.Module):
                 raise PlanError(f"there is no task {name!r}", "tasks", known)
         return tuple(name for name in self.task_names if name in tasks)
 
-    def _second_pass(self, groups: Sequence[Group], inputs: Mapping[str, Tensor]) -> Tensor:
+    def _second_pass(self, groups: Sequence[Group], inputs: Mapping[str, Tensor], mix: Mix | None = None) -> Tensor:
         """Last layer (samples, tokens, features) or logits of language models, in the order of the samples.
 
         One pass for samples of all groups is tried first. Whether the model's code allows that shows only as it runs:
         a module that reads another one's weight finds not one value but one for each group. It then has them one after
         the other, here and in every later call.
         """
+        if mix is not None:
+            return self._pass(Runs.mixed(mix, len(groups)), inputs)
         try:
             return self._run_groups(groups, inputs)
         except SeveralGroups:
@@ -237,6 +246,8 @@ class MassModel(nn.Module):
         tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
         options = {key: value for key, value in inputs.items() if key not in tensors}
         check_batch(tensors)
+        if self._mixer is not None and tasks == "route":
+            return self._generate_mixed(self._mixer, tensors, options)
         routing = self._routing(tasks, tensors)
         groups = [tuple(self.task_names.index(name) for name in chosen) for chosen in routing.tasks]
         rows: dict[int, Tensor] = {}
@@ -250,15 +261,24 @@ class MassModel(nn.Module):
         ordered = [rows[sample] for sample in range(len(groups))]
         return nn.utils.rnn.pad_sequence(ordered, batch_first=True, padding_value=pad)
 
+    def _generate_mixed(self, mixer: Mixer, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
+        """All prompts at once, with shares of all experts; those of a sequence are those of its prompt."""
+        count = num_samples(inputs)
+        mix = Mix(mixer) if mixer.router.per == "token" else Mix(mixer, self.route(**inputs).coefficients)
+        with self._grouped.using(Runs.mixed(mix, count)):
+            generated: Tensor = self.base.generate(**inputs, **options)  # type: ignore[operator]
+        return generated
+
     # ---------------------------------------------------------------- heads
 
-    def _ask_heads(self, groups: Sequence[Group], inputs: Mapping[str, Tensor]) -> dict[int, Scored]:
+    def _ask_heads(self, groups: Sequence[Group], inputs: Mapping[str, Tensor], mix: Mix | None) -> dict[int, Scored]:
         """What matrices say of the samples in whose group their tasks are."""
         samples = [i for i, group in enumerate(groups) if any(self._heads[task] is not None for task in group)]
         if not samples:
             return {}
         asked = take(inputs, samples)
-        hidden = self._second_pass([groups[sample] for sample in samples], asked).float()
+        mix = None if mix is None else mix.take(samples)
+        hidden = self._second_pass([groups[sample] for sample in samples], asked, mix).float()
         pooled: dict[Pool, Tensor] = {}
         scored = {}
         for place, (task, weights) in enumerate(zip(self.manifest.tasks, self._heads, strict=True)):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from mergetool.arch.matrices import MatrixFilter
-from mergetool.bundle.manifest import Features, HeadRule, Mode, Norm, Pool, Storage
+from mergetool.bundle.manifest import Features, HeadRule, Mode, Norm, Per, Pool, Storage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,7 @@ class RouterOptions:
     top_k: int
     temperature: float
     redundancy: float
+    per: Per | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Protocol
 from torch import Tensor
 
 from mergetool.bundle.store import FactorStore
-from mergetool.kernels.spectral import Factors, factors_of_product
+from mergetool.kernels.low_rank import Pair, triplets
+from mergetool.kernels.spectral import Factors
 
 
 class TaskVector(Protocol):
@@ -78,10 +79,7 @@ class Product:
         return bool(self.b.isfinite().all()) and bool(self.a.isfinite().all())
 
     def factors(self, store: FactorStore, k: int) -> Factors:
-        if self.is_nothing:
-            empty = self.b.new_zeros(0).double()
-            return Factors(empty.expand(len(self.b), 0), empty, empty.expand(self.a.shape[1], 0))
-        return factors_of_product(self.b, self.a, k)
+        return triplets(Pair(self.b, self.a)).leading(k)
 
     def dense(self) -> Tensor:
         return (self.b @ self.a).view(self.shape)

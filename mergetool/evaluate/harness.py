@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def load_task(options: TaskOptions, folder: Path, *, trust_code: bool = False) -
         raise EvaluationError("no such file or folder", str(include), "check `include`")
     try:
         with quiet(), _uncounted():
-            manager = TaskManager(include_path=include, include_defaults=include is None)
+            manager = _own_tasks() if include is None else TaskManager(include_path=include, include_defaults=False)
             if options.name not in manager.all_tasks:
                 raise _unknown(options, manager.all_tasks, folder)
             if include is not None and not trust_code:
@@ -92,6 +93,14 @@ def load_task(options: TaskOptions, folder: Path, *, trust_code: bool = False) -
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     return task
+
+
+@cache
+def _own_tasks() -> Any:
+    """lm-eval's own tasks: looking through its folder lasts seconds, and it does not change meanwhile."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 @contextmanager

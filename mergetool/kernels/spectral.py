@@ -122,19 +122,6 @@ def live_factors(delta: Tensor, k: int) -> Factors:
     return truncated_svd(delta, k).live(max(delta.shape) * torch.finfo(delta.dtype).eps)
 
 
-def factors_of_product(b: Tensor, a: Tensor, k: int) -> Factors:
-    """The at most k leading live triplets of b a, b (m, r) and a (r, n), in float64, without multiplying it out.
-
-    Those of the core between orthonormal bases of what b writes and a reads: exact, whatever was rounded in a dense
-    product is not in it. Triplets below the rounding of b and a themselves are left out.
-    """
-    left, small_left = torch.linalg.qr(b.to(torch.float64))
-    right, small_right = torch.linalg.qr(a.mT.to(torch.float64))
-    u, s, vh = torch.linalg.svd(small_left @ small_right.mT, full_matrices=False)
-    factors = with_signs(Factors(left @ u, s, right @ vh.mT))
-    return factors.live(b.shape[1] * torch.finfo(b.dtype).eps).leading(k)
-
-
 def live_factors_of(deltas: Sequence[Tensor], k: int, *, together: bool | None = None) -> list[Factors]:
     """`live_factors` of matrices of one shape, all `together` in one batch: by default where they are not on the CPU.
 

@@ -14,6 +14,7 @@ docstring is its documentation and must have a `Reference:` and a `Differs from 
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar
 
@@ -79,11 +80,12 @@ Params = SimpleNamespace
 Granularity = Literal["element", "row", "tensor"]
 """What must not be torn apart: nothing, rows, or the whole tensor."""
 
-Factored = Literal["sum", "cores", "outputs", "inputs", "product"]
+Factored = Literal["sum", "cores", "outputs", "inputs", "product", "halves"]
 """How products of thin matrices, the changes that adapters make, are merged (`families.low_rank`).
 
 sum: as a combination with known `coefficients`. cores: in bases of what all of them write and read. outputs, inputs: in
 a basis of what they write, or of what they read; the other side stays as it is. product: entry by entry, or row by row.
+halves: the thin matrices by themselves, whatever their product.
 """
 
 Stats = Mapping[str, tuple[float, ...]]
@@ -186,6 +188,7 @@ class Method(BaseModel):
         return (sys.modules[cls.__module__].__doc__ or cls.__doc__ or cls.__name__).strip()
 
     @classmethod
+    @cache
     def schedulables(cls) -> dict[str, Schedulable]:
         """The numeric fields that may vary by tensor (and by model)."""
         marked = {}
@@ -218,6 +221,10 @@ class Method(BaseModel):
 
     def problem(self, p: Params) -> str | None:
         """Why these numbers cannot work together (found while planning), or None."""
+        return None
+
+    def needs_adapters(self) -> str | None:
+        """Why it can merge nothing but adapters by themselves; None where it can."""
         return None
 
     def needs_weights(self) -> str | None:
@@ -271,6 +278,13 @@ class TensorMethod(Method):
 
     def coefficients(self, p: Params) -> tuple[float, ...]:
         """The factor of every model's task vector, where these are only summed up."""
+        raise NotImplementedError
+
+    def half_coefficients(self, scales: Sequence[float], p: Params) -> Sequence[tuple[float, float]]:
+        """The factors of every model's two thin matrices, where these are summed up by themselves.
+
+        The first thin matrix of model i, the one that writes, has been multiplied by `scales[i]`.
+        """
         raise NotImplementedError
 
     @property

@@ -10,9 +10,16 @@ transformers saves them (`...ForSequenceClassification`, token, image, audio and
 answering) are named as any model, `reviews: ./reviews`: an expert's own head, its pooler, its padding rule and its
 labels are found in its folder and kept whole, and `base` may be with or without a head. A head that was saved apart is
 given with its model: `{source: ./sst2, head: {weights: ./sst2/head.safetensors, pool: mean}}`. Language models have
-none.
+none. Experts may be LoRA adapters, `{adapter: ./lora}`, which are kept by their own factors.
 
-Reference: Crisostomi et al., MASS: MoErging through Adaptive Subspace Selection, https://arxiv.org/abs/2504.05342.
+`router: {kind: arrow}` mixes all experts instead of choosing a group: at every matrix of a linear layer a token x gives
+the `top_k` experts with the largest |x . v| shares by a softmax over `temperature`, where v is the top right singular
+vector of the expert's change (for LoRA, of B A). With `per: sequence` an input has one set of shares everywhere, from
+its pooled features. What is no such matrix is that of all tasks as one group.
+
+Reference: Crisostomi et al., MASS: MoErging through Adaptive Subspace Selection, https://arxiv.org/abs/2504.05342;
+Ostapenko et al., Towards Modular LLMs by Building and Reusing a Library of LoRAs, https://arxiv.org/abs/2405.11157
+(Arrow).
 Differs from the paper: the router reads what goes into the output projections of all attention blocks of the base
 (`layers: auto`), where theirs reads one matrix of a merged model; the share of a feature that a task's directions
 explain is turned into a likelihood, which is fair between tasks of different rank and keeps how sure the router is,
@@ -27,7 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from mergetool.bundle.manifest import Features, HeadRule, Mode, Norm, Pool
+from mergetool.bundle.manifest import Features, HeadRule, Mode, Per, Pool
 from mergetool.methods.base import Field, Finite, Unit
 from mergetool.methods.families.bundle import BundleMethod
 
@@ -40,6 +47,15 @@ class RouterSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    kind: Literal["mass", "arrow"] = Field(
+        "mass",
+        description="choose a few tasks for an input and merge them (mass), or give all experts shares by their first "
+        "directions (arrow)",
+    )
+    per: Per | None = Field(
+        None, description="whose shares they are (arrow only): every token's at every matrix (token), or an input's"
+    )
+
     layers: Literal["auto"] | tuple[str, ...] = Field(
         "auto",
         description="matrices whose inputs are compared: auto (the output projections of all attention blocks; where "
@@ -49,7 +65,7 @@ class RouterSettings(BaseModel):
         "base", description="what the first pass runs: the base, or the merge of all experts (takes more space)"
     )
     pool: Pool = Field("mean", description="which token's features, or the mean of all")
-    norm: Norm = Field(
+    norm: Literal["likelihood", "l2", "l1", "mahalanobis"] = Field(
         "likelihood", description="how distances are measured: minus log-likelihood, or a norm of what is left"
     )
     mode: Mode = Field(
@@ -70,6 +86,9 @@ class RouterSettings(BaseModel):
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "RouterSettings":
+        idle = ("per",) if self.kind == "mass" else ("features", "norm", "mode", "threshold", "redundancy")
+        if written := [field for field in idle if field in self.model_fields_set]:
+            raise ValueError(f"`{written[0]}` would have no effect with `kind: {self.kind}`: leave it out")
         if self.redundancy is not None and self.features == "base":
             raise ValueError("without `features: merged` nothing is merged, so this would have no effect")
         return self
@@ -94,8 +113,10 @@ class Mass(BundleMethod):
     def options(self) -> "Options":
         from mergetool.bundle.options import Options, RouterOptions
 
-        router = self.router.model_dump()
+        router = self.router.model_dump(exclude={"kind"})
         if router["redundancy"] is None:
             router["redundancy"] = 0.3
+        if self.router.kind == "arrow":
+            router |= {"norm": "arrow", "threshold": 0.0, "per": self.router.per or "token"}
         kept = Options("mass", self.rank, self.filter, self.conv, self.factors, self.most, self.base)
         return replace(kept, router=RouterOptions(**router), heads=self.heads)

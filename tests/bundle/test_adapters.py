@@ -211,6 +211,14 @@ def test_workers_do_not_matter_and_a_killed_run_goes_on(llama, tmp_path, monkeyp
     assert read_manifest(first).files == read_manifest(third).files
 
 
+def test_an_adapter_that_is_named_alone_is_on_the_recipes_base(llama, tmp_path):
+    document = recipe(llama)
+    expected = mergetool.run(document, output=tmp_path / "expected").path
+    document["models"] = {task: {"adapter": str(llama / task)} for task in "abc"}
+    found = mergetool.run(document, output=tmp_path / "found").path
+    assert read_manifest(found).files == read_manifest(expected).files
+
+
 def test_adapters_and_fine_tunes_may_share_a_bundle(llama, tmp_path):
     one = recipe(llama, "passthrough", tasks=["b"])
     del one["base"]

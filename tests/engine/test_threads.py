@@ -30,28 +30,56 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_bytes_do_not_depend_on_threads_or_workers(name, models, tmp_path):
-    path = write_recipe(
-        tmp_path / "r.yaml",
+def recipe_of(name, models, folder):
+    return write_recipe(
+        folder / f"{name}.yaml",
         **({} if name == "slerp" else {"base": str(models / "base")}),
         models={model: str(models / model) for model in "ab"},
         merge=METHODS[name],
     )
-    found = []
+
+
+@pytest.fixture(scope="module")
+def merged(models, tmp_path_factory):
+    """By the threads that torch may use and the workers: a folder with the result of every method."""
+    folder = tmp_path_factory.mktemp("merged")
+    recipes = [recipe_of(name, models, folder) for name in METHODS]
     for threads, workers in ((1, 2), (2, 1)):
-        output = tmp_path / f"out-{threads}-{workers}"
-        command = [sys.executable, "-m", "mergetool", "run", str(path), "-o", str(output), "--workers", str(workers)]
+        command = [
+            sys.executable,
+            "-c",
+            MERGE_ALL,
+            str(folder / f"{threads}-{workers}"),
+            str(workers),
+            *map(str, recipes),
+        ]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, timeout=300)
-        found.append(load_file(output / "model.safetensors"))
+    return sorted(folder.glob("*-*/"))
+
+
+MERGE_ALL = """
+import sys
+from pathlib import Path
+import mergetool
+out, workers, *recipes = sys.argv[1:]
+for recipe in recipes:
+    mergetool.run(recipe, output=Path(out) / Path(recipe).stem, workers=int(workers), fork=True)
+"""
+"""As the command does it, which forks its workers."""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bytes_do_not_depend_on_threads_or_workers(name, models, merged):
+    results = [load_file(folder / name / "model.safetensors") for folder in merged]
+    assert len(results) == 2
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         base, *given = (load_file(models / model / "model.safetensors") for model in ("base", "a", "b"))
         own = None if name == "slerp" else base
-        found.append(mergetool.merge_state_dicts(METHODS[name], dict(zip("ab", given, strict=True)), own))
+        results.append(mergetool.merge_state_dicts(METHODS[name], dict(zip("ab", given, strict=True)), own))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(torch.equal(other[tensor], value) for tensor, value in found[0].items())
+    for other in results[1:]:
+        assert all(torch.equal(other[tensor], value) for tensor, value in results[0].items())

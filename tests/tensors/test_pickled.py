@@ -128,8 +128,7 @@ class Canary:
         return Path.mkdir, (Path(self.path),)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "last.ckpt"])
-@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(("name", "legacy"), [("pytorch_model.bin", False), ("last.ckpt", True)])
 def test_code_is_refused_and_the_command_that_is_named_converts_the_file(name, legacy, tmp_path):
     canary = tmp_path / "canary"
     loaded = {"model": STATE, "args": argparse.Namespace(lr=0.1), "x": Canary(canary), "optimizer": {"s": [1]}}

@@ -49,6 +49,7 @@ class Matching:
         if not self.changes:
             raise SourceError("the adapter changes nothing", where, "name a folder that peft saved an adapter to")
         self.warnings += whole.warnings
+        self._warn_of_lost_biases()
         self._check_vocabulary()
 
     # ------------------------------------------------------------------ one module
@@ -202,6 +203,16 @@ class Matching:
             text = f"{module} is tied to another layer: merged, as by PEFT, its change reaches both of them"
             self.warnings += [text] if text not in self.warnings else []
 
+    def _warn_of_lost_biases(self) -> None:
+        """From 0.9 on PEFT trained the biases of adapted layers, and for long did not save them."""
+        if self._settings.fields.get("bias") != "lora_only":
+            return
+        biases = {site: self._places.counterpart(f"{unwrapped(site)}.bias") for site in self._sites}
+        lost = [unwrapped(site) for site, bias in biases.items() if bias is not None and bias not in self.changes]
+        if lost:
+            what = f"bias is 'lora_only', but the file lacks the biases of {len(lost)} layers ({lost[0]} first)"
+            self.warnings.append(f"{what}, which many versions of peft trained and did not save: they stay the model's")
+
     def _check_vocabulary(self) -> None:
         """Tensors that had a row for every token must have one afterwards."""
         grown = [
@@ -235,7 +246,8 @@ def _names_in_memory(keys: Sequence[Key], settings: Settings) -> Iterator[str]:
         if key.part is Part.WHOLE:
             yield key.module
             continue
-        leaves = ["weight", "bias"] if key.part is Part.BIAS else ["weight", *settings.parameters()]
+        has_bias = key.part is Part.BIAS or settings.fields.get("bias") == "lora_only"
+        leaves = ["weight", *(["bias"] if has_bias else []), *settings.parameters()]
         leaves += experts.FUSED if leaf_of(key.module) == "experts" else ()
         leaves += [_IN_PROJECTION] if f"{key.site}.base_layer.out_proj" in sites else []
         yield from (f"{key.module}.{leaf}" for leaf in leaves)
