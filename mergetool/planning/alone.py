@@ -109,6 +109,9 @@ class OnTop(ModelSource):
             return self._beneath.factors(name)
         return self._adapter.factors(name) if self._adapter.sites[name].is_product else None
 
+    def scale(self, name: str) -> float:
+        return self._adapter.sites[name].factor if name in self._adapter.sites else 1.0
+
     def close(self) -> None:
         self._adapter.close()
 

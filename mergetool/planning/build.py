@@ -53,6 +53,7 @@ def make_plan(
     """
     if recipe.method.searches:
         recipe = first_candidate(recipe)
+    _check_adapters(recipe)
     lookup = lookup or Lookup(recipe.folder)
     if output is None and recipe.output.path is not None:
         output = recipe.path_of(recipe.output.path)
@@ -73,6 +74,15 @@ def make_plan(
     from mergetool.planning.bundles import as_bundle
 
     return as_bundle(plan)
+
+
+def _check_adapters(recipe: Recipe) -> None:
+    """Raise PlanError where whole models meet a method for adapters by themselves."""
+    why = recipe.method.needs_adapters()
+    if why is not None and not recipe.adapters_alone:
+        what = f"{recipe.method.method_name()} merges nothing but adapters by themselves: {why}"
+        fix = "write every model as {adapter: PATH} and output: {kind: adapter}, or choose merge: {method: linear}"
+        raise PlanError(what, "merge.method", fix)
 
 
 def _of_adapters(recipe: Recipe, opened: Mapping[str, ModelSource], output: Path | None, lookup: Lookup) -> Plan:

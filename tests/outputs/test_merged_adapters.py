@@ -358,3 +358,15 @@ def test_the_result_can_be_merged_again(tmp_path):
     _, whole = recipes(tmp_path, "task-arithmetic")
     mergetool.run(whole)
     assert_same_merge(tmp_path, again)
+
+
+def test_layers_that_no_adapter_changes_stay_where_all_that_is_changed_is_kept_in_full(tmp_path):
+    """PEFT opens no adapter without factors: one of zeros is written, where no adapter has any."""
+    again = three(tmp_path, llama, target_modules=["embed_tokens"], use_dora=True)
+    alone, whole = recipes(tmp_path, "linear")
+    mergetool.run(whole)
+    output = {"path": "out", "kind": "adapter", "rank": "exact"}
+    mergetool.run(
+        write_recipe(tmp_path / "based.yaml", **{"base": "base", **load_recipe(alone).document, "output": output})
+    )
+    assert_same_merge(tmp_path, again)
