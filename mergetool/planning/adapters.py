@@ -132,7 +132,7 @@ def _changed(plan: Plan, step: Step, form: Form) -> Step:
     directions = _directions(plan, step)
     most = min(outputs, inputs, keep if isinstance(keep, int) else inputs)
     if directions is not None and step.operation.way(spec) != "product":
-        most = min(most, _together(step, directions))
+        most = max(1, min(most, _together(step, directions)))  # room for a direction of zeros: PEFT wants one
     else:
         _check_rank(plan, step, keep)
     a = TensorSpec(form.a, spec.dtype, (form.experts * most, inputs // prod(form.kernel), *form.kernel))
