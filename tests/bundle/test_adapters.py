@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import mergetool
@@ -75,7 +75,7 @@ def recipe(folder, method="tsv-compress", *, tasks=None, beside="base", **merge)
 
 
 def forbid_dense(monkeypatch):
-    """Let no matrix be decomposed, and no weight of a base be read."""
+    """Let no matrix be taken apart, and no weight of a base be read."""
 
     def never(*_, **__):
         raise AssertionError("a dense matrix was formed")
@@ -278,3 +278,26 @@ def test_an_expert_of_a_library_gives_its_factors_back(adapted, tmp_path):
             assert b.shape[1] == expert.num_directions(name) <= before.num_directions(name)
             expected = torch.matmul(*before.factors(name))
             torch.testing.assert_close(b @ a, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("keeps", ["copy", "reference"])
+def test_a_library_gives_an_expert_back_as_an_adapter(adapted, keeps, tmp_path, monkeypatch):
+    family, folder = adapted
+    library = mergetool.run(recipe(folder, base=keeps, **EXACT), output=tmp_path / "library").path
+    document = {
+        "base": str(library / "base" if keeps == "copy" else folder / "base"),
+        "models": {"b": {"source": str(library), "select": "b"}},
+        "merge": {"method": "passthrough"},
+        "output": {"kind": "adapter", "rank": "exact"},
+    }
+    forbid_dense(monkeypatch)
+    out = mergetool.run(document, output=tmp_path / "b").path
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logits = []
+        for adapter in (folder / "b", out):
+            model = PeftModel.from_pretrained(type(tiny_model(family)).from_pretrained(folder / "base"), adapter)
+            with torch.no_grad():
+                logits.append(model.eval()(**tiny_inputs(family)).logits)
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4)
