@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -12,7 +13,7 @@ from mergetool.bundle import build, store
 from mergetool.bundle.expert import open_expert
 from mergetool.bundle.manifest import read_manifest
 from mergetool.checkpoints.adapters import AdapterSource
-from mergetool.errors import MergeError
+from mergetool.errors import MergeError, PlanError
 from mergetool.tensors.folder import open_model
 from mergetool.tensors.io import bytes_of
 from mergetool.tensors.source import SafetensorsSource
@@ -301,3 +302,35 @@ def test_a_library_gives_an_expert_back_as_an_adapter(adapted, keeps, tmp_path, 
             with torch.no_grad():
                 logits.append(model.eval()(**tiny_inputs(family)).logits)
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4)
+
+
+def save_classifiers(folder):
+    """Two adapters with heads, trained on a base that has none."""
+    tiny_model("bert").save_pretrained(folder / "base")
+    for seed, task in enumerate("ab"):
+        model = transformers.BertForSequenceClassification.from_pretrained(folder / "base", num_labels=3)
+        save_adapter(model, folder / task, seed, r=4, task_type="SEQ_CLS", target_modules=["query", "value"])
+
+
+def test_heads_of_adapters_answer_where_the_base_names_their_class(tmp_path):
+    save_classifiers(tmp_path)
+    kind = transformers.AutoModelForSequenceClassification
+    document = {
+        "base": str(tmp_path / "base"),
+        "models": {task: {"adapter": str(tmp_path / task)} for task in "ab"},
+        "merge": {"method": "mass", "factors": "float32"},
+    }
+    with pytest.raises(PlanError, match=r"brings a head, classifier.bias.*: BertModel") as refused:
+        mergetool.run(document, output=tmp_path / "out")
+    assert "save the base by AutoModelForSequenceClassification, as base" in refused.value.fix
+    kind.from_pretrained(tmp_path / "base", num_labels=3).save_pretrained(tmp_path / "named")
+    document["base"] = str(tmp_path / "named")
+    model = mergetool.load_bundle(mergetool.run(document, output=tmp_path / "out").path)
+    assert {p.policy for p in model.manifest.parameters.values()} == {"svd", "skip"}
+    inputs = tiny_inputs("bert")
+    for task in "ab":
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            alone = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "named"), tmp_path / task).eval()
+            expected = alone(**inputs).logits
+        torch.testing.assert_close(model(tasks=[task], **inputs).logits, expected, rtol=0, atol=1e-5)
