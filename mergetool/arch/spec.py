@@ -80,10 +80,6 @@ class ArchSpec:
         places = incidences(self.layouts(matched=False)).get(space, ())
         return tuple(dict.fromkeys((place.tensor, place.axis) for place in places))
 
-    def depth_of(self, name: str) -> tuple[int, int] | None:
-        """(layer, number of layers) of a tensor; None if it belongs to no layer. Raises KeyError if unknown."""
-        return self.tensors[name].depth
-
     def digest(self) -> str:
         """sha256 over spaces and layouts: permutations stored with it fit this network and no other."""
         content = {

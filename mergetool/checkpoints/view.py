@@ -57,6 +57,9 @@ class RenamedModel(ModelSource):
     def factors(self, name: str) -> Halves | None:
         return self.model.factors(self.stored[name])
 
+    def scale(self, name: str) -> float:
+        return self.model.scale(self.stored[name])
+
     def will_need(self, name: str, begin: int, length: int) -> None:
         self.model.will_need(self.stored[name], begin, length)
 

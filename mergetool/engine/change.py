@@ -48,7 +48,8 @@ def _merged(
         product, lost = truncated(concatenated(pairs, operation.inner.coefficients()), operation.keep)
     else:
         shape = step.spec.shape[-2:] if operation.experts > 1 else step.spec.shape
-        products = Products(step.key, shape, operation.models, pairs, plan.seed, notes)
+        scales = tuple(plan.sources[operand.source].scale(operand.tensor) for operand in step.models)
+        products = Products(step.key, shape, operation.models, pairs, plan.seed, notes, scales)
         numbers = Params(**operation.inner.numbers)
         product, lost = merged_products(operation.method, products, numbers, operation.keep)
     return (Product(product.a.mT, product.b.mT) if operation.transposed else product), lost

@@ -36,10 +36,6 @@ class MergeStage:
         ]
 
     @property
-    def num_mine(self) -> int:
-        return sum(len(self.mine(step)) for step in self._stage.steps)
-
-    @property
     def complete(self) -> bool:
         """Whether every unit is written, whoever has written it."""
         return not self._left

@@ -167,10 +167,6 @@ class Worker(Bench[Step]):
         """Elements of the only operand."""
         return self._read(step.models[0], start, (stop - start,), 0)
 
-    def fill(self, step: Step, start: int, stop: int, notes: list[Note], value: float) -> None:
-        """Write a constant."""
-        self._put(step, start, torch.full((stop - start,), value, dtype=self._compute, device=self._device), notes)
-
     def _is_kept_wide(self, step: Step) -> bool:
         asked = self._plan.recipe.output.dtype
         return asked != "source" and step.spec.dtype.is_float and step.spec.dtype.bits > BY_TORCH_NAME[asked].bits

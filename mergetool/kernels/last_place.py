@@ -64,21 +64,26 @@ def distance(expected: Tensor, found: Tensor, wanted: torch.dtype, noise: float)
     same = is_rounded(expected, found, wanted)
     if bool(same.all()):
         return Distance()
+    other = int((~same).sum())
     values = found.to(expected.dtype)
-    apart = (values - expected).abs().masked_fill_(same, 0.0).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    apart = (values - expected).abs_().masked_fill_(same, 0.0).nan_to_num_(nan=torch.inf, posinf=torch.inf)
     typical = expected.square().mean().sqrt().nan_to_num(0.0, 0.0, 0.0)
     sizes = torch.maximum(expected.abs(), values.abs()).nan_to_num_(0.0, 0.0, 0.0)
     dtype = coarser(found.dtype, wanted)
-    units = last_place(sizes, dtype)
-    beyond = apart > units / 2 + noise * torch.maximum(sizes, typical)
-    far = beyond & (apart > SEVERAL * last_place(torch.maximum(sizes, typical), dtype))
+    least = torch.finfo(dtype).eps / 4  # half a unit in the last place is more than that, relative to the number
+    doubtful = (apart > sizes * least + noise * torch.maximum(sizes, typical)).nonzero().flatten()
+    return Distance(other) if len(doubtful) == 0 else _judged(other, apart, sizes, typical, doubtful, dtype, noise)
+
+
+def _judged(
+    other: int, apart: Tensor, sizes: Tensor, typical: Tensor, doubtful: Tensor, dtype: torch.dtype, noise: float
+) -> Distance:
+    """The same for entries that a quick look does not explain."""
+    apart, sizes = apart[doubtful], sizes[doubtful]
+    units, wide = last_place(sizes, dtype), torch.maximum(sizes, typical)
+    beyond = apart > units / 2 + noise * wide
+    far = beyond & (apart > SEVERAL * last_place(wide, dtype))
     judged = apart.masked_fill(~beyond, 0.0)
     place = int(judged.argmax())
-    return Distance(
-        int((~same).sum()),
-        int(beyond.sum()),
-        int(far.sum()),
-        float(judged[place]),
-        float(judged[place] / units[place]),
-        place,
-    )
+    worst, unit = float(judged[place]), float(units[place])
+    return Distance(other, int(beyond.sum()), int(far.sum()), worst, worst / unit, int(doubtful[place]))

@@ -86,6 +86,21 @@ def concatenated(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     return Pair(torch.cat([b for b, _ in halves], 1), torch.cat([a for _, a in halves]))
 
 
+def summed_halves(pairs: Sequence[Pair], weights: Sequence[tuple[float, float]]) -> Pair:
+    """The sum of weighted b, times the sum of weighted a: not the sum of the products, but as thin as each of them.
+
+    Pairs of rank 0 have no part in it. Raises ValueError where the others differ in rank.
+    """
+    parts = [(pair, on) for pair, on in zip(pairs, weights, strict=True) if pair.b.shape[1]]
+    ranks = [pair.b.shape[1] for pair, _ in parts]
+    if len(set(ranks)) > 1:
+        raise ValueError(f"thin matrices of the ranks {ranks} cannot be added up by themselves")
+    total = _nothing(pairs[0]) if not parts else Pair(*(0.0 * _exact(half) for half in parts[0][0]))
+    for pair, (on_b, on_a) in parts:
+        total = Pair(total.b + on_b * _exact(pair.b), total.a + on_a * _exact(pair.a))
+    return total
+
+
 def _nothing(like: Pair) -> Pair:
     m, n = like.shape
     return Pair(_exact(like.b).new_zeros(m, 0), _exact(like.a).new_zeros(0, n))

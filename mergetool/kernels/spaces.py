@@ -105,10 +105,6 @@ class Group:
         """Number of coordinates of the root space."""
         return self.spaces[0].size
 
-    def children(self, name: str) -> tuple[Space, ...]:
-        """The spaces nested directly within space `name`."""
-        return tuple(space for space in self.spaces if space.within == name)
-
 
 def length(layout: Layout) -> int:
     """Number of indices along an axis of this layout."""

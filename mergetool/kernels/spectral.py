@@ -249,15 +249,13 @@ class Interference:
     """Sum of the absolute entries of (U^T U - I) S (V^T V - I): the measure of the paper."""
     normalised: float
     """`total` / sum of the singular values, comparable between matrices."""
-    frobenius: float
-    """Frobenius norm of the same matrix, unlike `total` independent of bases inside equal singular values."""
 
 
 def interference(every: Factors) -> Interference:
     """Singular task interference of the tasks whose `concatenated` factors these are (paper, section 3.3)."""
     if not every.s.any():
-        return Interference(0.0, 0.0, 0.0)
+        return Interference(0.0, 0.0)
     identity = torch.eye(every.rank, dtype=every.s.dtype, device=every.s.device)
     overlap = ((every.u.mT @ every.u - identity) * every.s) @ (every.v.mT @ every.v - identity)
     total = float(overlap.abs().sum())
-    return Interference(total, total / float(every.s.abs().sum()), float(overlap.norm()))
+    return Interference(total, total / float(every.s.abs().sum()))

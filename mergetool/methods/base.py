@@ -74,23 +74,39 @@ __all__ = [
 _I = TypeVar("_I")
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound="Method")
-Params = SimpleNamespace
-"""A method's numbers for one tensor: floats, and tuples (one per model of the group) for per-model fields."""
-
 Granularity = Literal["element", "row", "tensor"]
 """What must not be torn apart: nothing, rows, or the whole tensor."""
 
-Factored = Literal["sum", "cores", "outputs", "inputs", "product"]
+Factored = Literal["sum", "cores", "outputs", "inputs", "product", "halves"]
 """How products of thin matrices, the changes that adapters make, are merged (`families.low_rank`).
 
 sum: as a combination with known `coefficients`. cores: in bases of what all of them write and read. outputs, inputs: in
 a basis of what they write, or of what they read; the other side stays as it is. product: entry by entry, or row by row.
+halves: the thin matrices by themselves, whatever their product.
 """
 
 Stats = Mapping[str, tuple[float, ...]]
 """What passes found out about one tensor (or the whole model): small, exact, and savable as JSON."""
 
 _REGISTRY: dict[str, type["Method"]] = {}
+
+
+class Params(SimpleNamespace):
+    """A method's numbers for one tensor: floats, and tuples (one per model of the group) for per-model fields.
+
+    Names that mean the same in every method have a type; those of single methods are what its fields say.
+    """
+
+    weight: tuple[float, ...]
+    gamma: tuple[float, ...]
+    scale: float
+    t: float
+    noise: float
+    r: float
+    alpha: float
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"the numbers of a tensor stay as they are: {name} cannot be set")
 
 
 class StatisticsPass(Protocol):
@@ -222,6 +238,10 @@ class Method(BaseModel):
         """Why these numbers cannot work together (found while planning), or None."""
         return None
 
+    def needs_adapters(self) -> str | None:
+        """Why it can merge nothing but adapters by themselves; None where it can."""
+        return None
+
     def needs_weights(self) -> str | None:
         """Why it cannot merge adapters by themselves, without the weights that they change; None where it can."""
         return "it looks at whole models"
@@ -273,6 +293,13 @@ class TensorMethod(Method):
 
     def coefficients(self, p: Params) -> tuple[float, ...]:
         """The factor of every model's task vector, where these are only summed up."""
+        raise NotImplementedError
+
+    def half_coefficients(self, scales: Sequence[float], p: Params) -> Sequence[tuple[float, float]]:
+        """The factors of every model's two thin matrices, where these are summed up by themselves.
+
+        The first thin matrix of model i, the one that writes, has been multiplied by `scales[i]`.
+        """
         raise NotImplementedError
 
     @property

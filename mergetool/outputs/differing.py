@@ -195,7 +195,7 @@ class _Pair:
     def _tensor(self, name: str, parts: list[_Part]) -> TensorDifference:
         dtypes = tuple(source.specs[name].dtype.name for source in self._holders(name))
         shape = self.sources[_A].specs[name].shape
-        rounded = dtypes[0] != dtypes[1] and all(each.rounded for each in parts)
+        rounded = all(each.rounded for each in parts)
         return TensorDifference(name, shape, dtypes, sum((each.sums for each in parts), Sums()), rounded)
 
 

@@ -133,7 +133,7 @@ def _changed(plan: Plan, step: Step, form: Form) -> Step:
     directions = _directions(plan, step)
     most = min(outputs, inputs, keep if isinstance(keep, int) else inputs)
     if directions is not None and step.operation.way(spec) != "product":
-        most = min(most, sum(directions))
+        most = max(1, min(most, _together(step, directions)))  # room for a direction of zeros: PEFT wants one
     else:
         _check_rank(plan, step, keep)
     a = TensorSpec(form.a, spec.dtype, (form.experts * most, inputs // prod(form.kernel), *form.kernel))
@@ -143,6 +143,18 @@ def _changed(plan: Plan, step: Step, form: Form) -> Step:
     known = directions is not None
     operation = Decompose(step.operation, keep, most, form.turned, whole, known, read, form.experts, form.times)
     return replace(step, slots=(Slot(a), Slot(b)), operation=operation)
+
+
+def _together(step: Step, directions: Sequence[int]) -> int:
+    """Directions of the result at most, of models that add so many."""
+    if step.operation.way(step.spec) != "halves":
+        return sum(directions)
+    ranks = sorted({count for count in directions if count})
+    if len(ranks) > 1:
+        what = f"adapters have the ranks {', '.join(map(str, ranks))} here, and their matrices cannot be added up"
+        fix = f"choose merge: {{method: linear}} and output: {{rank: {ranks[-1]}}}"
+        raise PlanError(what, step.name, fix)
+    return max(directions)
 
 
 def _check_rank(plan: Plan, step: Step, keep: int | float | None) -> None:

@@ -53,6 +53,7 @@ def make_plan(
     """
     if recipe.method.searches:
         recipe = first_candidate(recipe)
+    _check_adapters(recipe)
     lookup = lookup or Lookup(recipe.folder)
     if output is None and recipe.output.path is not None:
         output = recipe.path_of(recipe.output.path)
@@ -75,6 +76,15 @@ def make_plan(
     return as_bundle(plan)
 
 
+def _check_adapters(recipe: Recipe) -> None:
+    """Raise PlanError where whole models meet a method for adapters by themselves."""
+    why = recipe.method.needs_adapters()
+    if why is not None and not recipe.adapters_alone:
+        what = f"{recipe.method.method_name()} merges nothing but adapters by themselves: {why}"
+        fix = "write every model as {adapter: PATH} and output: {kind: adapter}, or choose merge: {method: linear}"
+        raise PlanError(what, "merge.method", fix)
+
+
 def _of_adapters(recipe: Recipe, opened: Mapping[str, ModelSource], output: Path | None, lookup: Lookup) -> Plan:
     """The plan of adapters by themselves; on their base where they mean nothing without it."""
     adapters = {name: source for name, source in opened.items() if isinstance(source, AdapterAlone)}
@@ -84,7 +94,9 @@ def _of_adapters(recipe: Recipe, opened: Mapping[str, ModelSource], output: Path
         return of_adapters(_planned(recipe, models, output, lookup, whole=False), adapters)
     name, why = next(iter(needing.items()))
     if recipe.base is None:
-        raise PlanError(f"it needs its base: {why}", f"model {name!r}", "add base: MODEL, and output: {rank: 32}")
+        raise PlanError(
+            f"it needs its base: {why}", f"model {name!r}", "add base: MODEL, and output: {kind: adapter, rank: 32}"
+        )
     if recipe.output.rank is None:
         raise PlanError(f"no few directions hold what it changes: {why}", f"model {name!r}", "add output: {rank: 32}")
     return make_plan(on_their_base(recipe), output, lookup=lookup)

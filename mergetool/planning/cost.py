@@ -25,8 +25,6 @@ class Costs:
 
     workers: int
     peak_memory: int
-    worker_memory: int
-    """Buffers that one worker keeps."""
     step_memory: int
     """What all tensors that must be held whole may take together."""
     bytes_in: int
@@ -84,7 +82,7 @@ def _estimate(plan: Plan, workers: int | None, memory: int | None, processes: in
     step_budget = max(largest, budget - fixed - count * one)
     together = min(step_budget, sum(whole[:count]))
     peak = fixed + max(count * one + together, _fit_memory(plan, cores, memory))
-    return Costs(count, peak, one, step_budget, plan.bytes_in, plan.bytes_out)
+    return Costs(count, peak, step_budget, plan.bytes_in, plan.bytes_out)
 
 
 def _fit_memory(plan: Plan, threads: int, memory: int | None) -> int:

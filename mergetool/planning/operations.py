@@ -1,4 +1,4 @@
-"""What a step does with its operands: copy one, fill with a constant, or merge them by a method.
+"""What a step does with its operands: copy one, or merge them by a method.
 
 An operation says what people and the planner ask of it (name, numbers, buffers, what must be seen whole), and tells a
 bench which of its few moves to make. How a move is made is the engine's matter.
@@ -28,7 +28,6 @@ class Bench(Protocol[_S]):
     """Who carries out the moves, for elements [start, stop) of a step. What is to be noted goes to `notes`."""
 
     def copy(self, step: _S, start: int, stop: int, notes: "list[Note]") -> None: ...
-    def fill(self, step: _S, start: int, stop: int, notes: "list[Note]", value: float) -> None: ...
     def merge(self, step: _S, start: int, stop: int, notes: "list[Note]", operation: "Merge", stats: Stats) -> None: ...
     def pair(self, step: _S, notes: "list[Note]", operation: "Decompose", stats: Stats) -> None: ...
     def stored(self, step: _S, start: int, stop: int) -> "Tensor": ...
@@ -132,22 +131,6 @@ class Copy(_Plain):
 
     def values(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> "Tensor":
         return bench.stored(step, start, stop)
-
-
-@dataclass(frozen=True)
-class Initialise(_Plain):
-    """A constant, where no model has anything to give."""
-
-    value: float = 0.0
-    name = "initialise"
-    models = ()
-
-    @property
-    def numbers(self) -> Mapping[str, Any]:
-        return {"value": self.value}
-
-    def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
-        bench.fill(step, start, stop, notes, self.value)
 
 
 @dataclass(frozen=True)

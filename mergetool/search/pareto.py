@@ -17,15 +17,3 @@ def front(scores: NDArray[np.float64]) -> list[int]:
         if not dominated and not repeated:
             kept.append(place)
     return sorted(kept, key=lambda place: (-scores[place, 0], place))
-
-
-def hypervolume(scores: NDArray[np.float64], worst: NDArray[np.float64]) -> float:
-    """Area (two objectives) between the point `worst` and what the rows dominate; higher is better."""
-    points = scores[front(scores)]
-    points = points[(points > worst).all(axis=1)]
-    area, height = 0.0, float(worst[1])
-    for first, second in points[np.argsort(-points[:, 0])]:
-        if second > height:
-            area += float((first - worst[0]) * (second - height))
-            height = float(second)
-    return area

@@ -113,6 +113,10 @@ class ModelSource(ABC):
         """B (rows, r) and A (r, all else), float32: the origin's tensor plus B A is this one. None: not known so."""
         return None
 
+    def scale(self, name: str) -> float:
+        """What `factors` has multiplied B by: alpha / r of an adapter, where there is one."""
+        return 1.0
+
     def will_need(self, name: str, begin: int, length: int) -> None:  # noqa: B027  (optional: a hint)
         """Hint that bytes [begin, begin + length) of tensor `name` are wanted soon."""
 

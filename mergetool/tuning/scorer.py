@@ -54,10 +54,6 @@ class Spent:
     merge_seconds: float = 0.0
     evaluate_seconds: float = 0.0
 
-    @property
-    def total_items(self) -> int:
-        return sum(self.items.values())
-
 
 class Scorer:
     """Scores subjects, and keeps what it learnt."""

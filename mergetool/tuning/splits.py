@@ -4,8 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from mergetool.errors import EvaluationError
 from mergetool.evaluate.items import TaskItems
 
@@ -48,8 +46,3 @@ def split(tasks: Sequence[TaskItems], report_share: float, seed: int) -> Splits:
 def _draw(seed: int, digest: str) -> bytes:
     """A place in a random order that depends on the seed and the document alone."""
     return hashlib.sha256(f"{seed} {digest}".encode()).digest()
-
-
-def random_subset(pool: Sequence[int], num_items: int, rng: np.random.Generator) -> list[int]:
-    """Sorted ids drawn without replacement."""
-    return sorted(int(item) for item in rng.choice(pool, size=min(num_items, len(pool)), replace=False))

@@ -24,7 +24,7 @@ def test_layers_with_telling_shapes_are_ordered_whatever_they_are_called():
     assert hidden(spec, "hidden1.weight", 0) == [[(9, "hidden.1")]]
     assert hidden(spec, "out.weight", 1) == [[(7, "hidden.2")]]
     assert hidden(spec, "out.bias", 0) == [[(4, None)]]
-    assert spec.depth_of("out.bias") == (3, 4)
+    assert spec.tensors["out.bias"].depth == (3, 4)
 
 
 def test_two_runs_that_fit_in_either_order_are_refused():

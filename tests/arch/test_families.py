@@ -129,7 +129,7 @@ def test_rms_norm_streams_are_signed_and_grouped_heads_are_nested(case):
     assert groups["residual"].kind == "signed"
     nested = {space.name: (space.size, space.within) for space in groups["kv.0"].spaces}
     assert nested == {"kv.0": (3, None), "q.0": (2, "kv.0"), "vo.0": (4, "kv.0")}
-    assert spec.depth_of("model.layers.1.mlp.up_proj.weight") == (1, 2)
+    assert spec.tensors["model.layers.1.mlp.up_proj.weight"].depth == (1, 2)
     assert spec.axes_in("vocab") == (("lm_head.weight", 0), ("model.embed_tokens.weight", 0))
 
 
@@ -160,7 +160,7 @@ def test_running_statistics_move_but_are_not_matched():
     assert "bn1.running_var" in spec.layouts(matched=False)
     assert "bn1.running_var" not in spec.layouts()
     assert spec.tensors["bn1.num_batches_tracked"].axes == ()
-    assert spec.depth_of("layer2.1.conv1.weight") == (3, 6)
+    assert spec.tensors["layer2.1.conv1.weight"].depth == (3, 6)
 
 
 def test_a_padding_shortcut_keeps_the_old_channels_in_the_middle():

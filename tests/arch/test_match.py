@@ -154,8 +154,8 @@ def test_describe_never_fails_and_still_tells_depth(llama):
     unknown = describe({"encoder.block.0.w": (2, 3), "encoder.block.4.w": (2, 3), "norm.w": (3,), "scale": ()})
     assert unknown.family == "structural"
     assert unknown.groups == ()
-    assert unknown.depth_of("encoder.block.4.w") == (1, 2)
-    assert unknown.depth_of("norm.w") is None
+    assert unknown.tensors["encoder.block.4.w"].depth == (1, 2)
+    assert unknown.tensors["norm.w"].depth is None
     assert unknown.tensors["scale"].axes == ()
 
 

@@ -20,7 +20,7 @@ from mergetool.errors import RecipeError, SourceError
 from mergetool.recipe import load_recipe
 from tests.alignment import nets
 from tests.dense import write_dense
-from tests.files import tensors, write_model, write_models
+from tests.files import Watch, tensors, write_model, write_models
 from tests.peers.checkpoints import write_families
 from tests.words.models import build
 
@@ -70,9 +70,9 @@ def home(tmp_path_factory):
     return folder
 
 
-def ask(home, path, seed=0, flags=None, **sections):
+def ask(home, path, seed=0, flags=None, progress=None, **sections):
     recipe = load_recipe({**sections, "compute": {"seed": seed}}, folder=home)
-    return verify_against(path, recipe, flags)
+    return verify_against(path, recipe, flags, progress)
 
 
 def adapted(kind=""):
@@ -270,6 +270,49 @@ def test_a_file_cut_off_is_an_error_of_the_checkpoint(home, tmp_path):
     with pytest.raises(SourceError) as caught:
         ask(home, path, **linear())
     assert str(path) in caught.value.where
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_tensors_are_compared_to_their_last_entry(tmp_path, dtype):
+    write_models(tmp_path, names=("a", "b"), shapes={"model.layers.0.up.weight": (701, 1001)}, dtype=dtype)
+    path = made(tmp_path, tmp_path, linear())
+    assert ask(tmp_path, path, flags=Flags(workers=2), **linear()).tensors == {"same": 1}
+
+    def edit(value):
+        value[700, 1000] += 1
+        return value
+
+    found = ask(tmp_path, change(path, "model.layers.0.up.weight", edit), **linear())
+    assert (found.answer, found.worst[0].beyond, found.worst[0].place) == ("no", 1, 701 * 1001 - 1)
+
+
+def test_a_little_training_is_not_taken_for_roundings(tmp_path):
+    for seed, name in enumerate("ab"):  # they differ by a unit in the last place, mostly
+        llama(seed, 5e-5).bfloat16().save_pretrained(tmp_path / name)
+    assert ask(tmp_path, made(tmp_path, tmp_path, linear()), **linear()).answer == "yes"
+    assert ask(tmp_path, tmp_path / "a", **linear()).answer == "no"
+
+
+class Cuts(Watch):
+    """Cuts a file off when tensors begin to be compared."""
+
+    def __init__(self, path):
+        super().__init__()
+        self._path = path
+
+    def start(self, total, label, unit="B"):
+        if label == "comparing":
+            os.truncate(self._path, 40_000)
+
+
+def test_whose_file_it_is_that_ends_early_decides(home, tmp_path):
+    path = made(home, tmp_path, linear())
+    for name in "ab":
+        shutil.copytree(home / name, tmp_path / name)
+    found = ask(tmp_path, path, progress=Cuts(tmp_path / "a" / "model.safetensors"), **linear())
+    assert (found.answer, "the file ends at byte" in found.reason) == ("cannot tell", True)
+    with pytest.raises(SourceError, match="the file ends at byte"):
+        ask(home, path, progress=Cuts(path / "model.safetensors"), **linear())
 
 
 # ---------------------------------------------------------------- cannot tell

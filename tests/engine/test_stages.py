@@ -1,37 +1,13 @@
-"""The stage runner with plans that no recipe makes yet, and with slots that one step fills together."""
-
-from dataclasses import replace
+"""The stage runner: slots that one step fills together, and passes and merges in one go."""
 
 import torch
 
 import mergetool
-from mergetool.engine.memory import merge_into
 from mergetool.engine.sinks import MemorySink
 from mergetool.engine.worker import Worker
 from mergetool.planning import make_plan
-from mergetool.planning.graph import Shard, Slot
-from mergetool.planning.operations import Initialise
 from mergetool.recipe import load_recipe
-from mergetool.tensors.dtypes import BY_NAME
-from mergetool.tensors.header import TensorSpec, lay_out
 from tests.files import write_model, write_models
-
-
-def test_a_constant_is_written_into_every_slot(tmp_path):
-    """An operation without operands, in a step of two slots, through the stages of a run."""
-    write_models(tmp_path, shapes={"w": (5,)})
-    recipe = load_recipe({"models": {"a": str(tmp_path / "a")}, "merge": {"method": "linear"}})
-    plan = make_plan(recipe)
-    (step,) = plan.steps
-    other = Slot(TensorSpec("v", BY_NAME["F32"], (5,)))
-    (header,) = [Shard("model.safetensors", *lay_out([step.spec, other.spec], {}))]
-    filled = replace(step, slots=(*step.slots, other), operation=Initialise(0.5), models=(), base=None)
-    sink = MemorySink(plan := replace(plan, steps=(filled,), shards=(header,)))
-    merge_into(plan, sink)
-    assert {name: (str(each.dtype), each.tolist()) for name, each in sink.tensors.items()} == {
-        "w": ("torch.float32", [0.5] * 5),
-        "v": ("torch.float32", [0.5] * 5),
-    }
 
 
 def test_second_names_of_a_tensor_are_slots_of_one_step(tmp_path):

@@ -144,7 +144,7 @@ def test_groups_gather_what_is_nested_outer_spaces_first():
     kinds = {group.name: group.kind for group in groups(SPACES)}
     assert kinds == {"d": "signed", "n": "flip", "f": "permutation", "kv": "nested"}
     nested = groups(SPACES)[-1]
-    assert [space.name for space in nested.children("kv")] == ["q", "vo"]
+    assert [space.name for space in nested.spaces if space.within == "kv"] == ["q", "vo"]
     assert nested.size == 2
 
 

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 import mergetool
@@ -12,6 +14,7 @@ from mergetool.cli.app import app
 from mergetool.methods import registry
 from mergetool.methods.families.bundle import BundleMethod
 from mergetool.methods.families.search import SearchMethod
+from mergetool.recipe.adapters import has_adapters
 from mergetool.recipe.documentation import method_facts
 from mergetool.testing.toys import INTEGERS, MLP, SHAPES, read, toy_models, write
 from tests.dense import write_dense
@@ -71,6 +74,8 @@ def test_its_recipe_runs_from_end_to_end(name, tmp_path):
     if registry()[name].arranges:
         names = ("base", *document["models"])
         paths = {key: str(write_dense(tmp_path / "models" / key, seed=seed)) for seed, key in enumerate(names)}
+    elif has_adapters(document):
+        paths = {key: write_adapter(tmp_path, key) for key in document["models"]}
     elif issubclass(registry()[name], SearchMethod):
         tasks = [task["name"] for task in document["merge"]["tasks"]]
         paths = World().write(tmp_path, tuple(document["models"]), tasks)
@@ -88,8 +93,18 @@ def test_its_recipe_runs_from_end_to_end(name, tmp_path):
     assert result.warnings == ()
     if issubclass(registry()[name], BundleMethod):
         assert read_manifest(result.path).names == tuple(document["models"])
-    elif not registry()[name].arranges:
+    elif not registry()[name].arranges and not has_adapters(document):
         assert read(result.path).keys() == read(Path(next(iter(paths.values())))).keys()
+
+
+def write_adapter(folder, name):
+    """An adapter, by PEFT, of a network of two layers; where it lies, as a recipe names it."""
+    model = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"])
+    )
+    torch.nn.init.normal_(model.base_model.model[0].lora_B.default.weight)
+    model.save_pretrained(folder / name)
+    return {"adapter": str(folder / name)}
 
 
 def test_every_recipe_here_is_valid():

@@ -1,5 +1,8 @@
 """Adapters merged by themselves come to what their dense task vectors come to, method by method."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -106,3 +109,25 @@ def test_methods_that_need_weights_say_why():
 
 
 MATRIX = ("dc-merge", "tsv-merge", "iso-c", "iso-cts")
+
+
+WAYS = {
+    "sums are sums": {"sum"},
+    "in cores": {"cores"},
+    "one side turned": {"outputs", "inputs"},
+    "entry by entry": {"product"},
+    "half by half": {"halves"},
+}
+
+
+def test_the_page_about_adapters_says_how_every_method_does_it():
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text("utf-8")
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| ")]
+    said = {how.strip(): re.findall(r"`(.*?)`", methods) for how, methods, *_ in rows}
+    for how, ways in WAYS.items():
+        found = [
+            case.method
+            for case in ALONE
+            if not case.option and case.kind().in_factors("mlp.up_proj.weight", (8, 8)) in ways
+        ]
+        assert said[how] == sorted([*found, *(["factor-sum"] if how == "half by half" else [])])

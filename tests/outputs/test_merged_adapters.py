@@ -259,6 +259,7 @@ def test_values_without_a_base_are_refused_and_the_advice_works(tmp_path):
     alone, _ = recipes(tmp_path, "linear")
     with pytest.raises(PlanError, match="hold it in full") as caught:
         mergetool.run(alone)
+    assert "add base: MODEL and output: {kind: adapter}, or take one of them" in caught.value.fix
     assert "use: a" in caught.value.fix
     recipes(tmp_path, "linear", overrides=[{"match": "lm_head.weight", "use": "a"}])
     mergetool.run(tmp_path / "alone.yaml")
@@ -282,7 +283,7 @@ def test_dora_needs_its_base_and_the_advice_works(tmp_path):
     alone, whole = recipes(tmp_path, "linear")
     with pytest.raises(PlanError, match="needs its base") as caught:
         mergetool.run(alone)
-    assert caught.value.fix == "add base: MODEL, and output: {rank: 32}"
+    assert caught.value.fix == "add base: MODEL, and output: {kind: adapter, rank: 32}"
     mergetool.run(whole)
     data = {"base": "base", **load_recipe(alone).document, "output": {"path": "out", "kind": "adapter", "rank": 32}}
     mergetool.run(write_recipe(tmp_path / "based.yaml", **data))
@@ -357,4 +358,16 @@ def test_the_result_can_be_merged_again(tmp_path):
     mergetool.run(twice)
     _, whole = recipes(tmp_path, "task-arithmetic")
     mergetool.run(whole)
+    assert_same_merge(tmp_path, again)
+
+
+def test_layers_that_no_adapter_changes_stay_where_all_that_is_changed_is_kept_in_full(tmp_path):
+    """PEFT opens no adapter without factors: one of zeros is written, where no adapter has any."""
+    again = three(tmp_path, llama, target_modules=["embed_tokens"], use_dora=True)
+    alone, whole = recipes(tmp_path, "linear")
+    mergetool.run(whole)
+    output = {"path": "out", "kind": "adapter", "rank": "exact"}
+    mergetool.run(
+        write_recipe(tmp_path / "based.yaml", **{"base": "base", **load_recipe(alone).document, "output": output})
+    )
     assert_same_merge(tmp_path, again)

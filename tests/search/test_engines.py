@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mergetool.search.engines import make_engine, sobol_points
-from mergetool.search.pareto import front, hypervolume
+from mergetool.search.pareto import front
 from mergetool.search.space import Gene, SearchSpace
 
 ALGORITHMS = ("random", "sobol", "cma-es", "ga", "nsga2")
@@ -83,6 +83,18 @@ def two_hills(points):
     x = np.array(points)
     g = 1.0 + 4.5 * x[:, 1:].sum(axis=1)
     return np.stack([1.0 - x[:, 0], 1.0 - g * (1.0 - np.sqrt(x[:, 0] / g))], axis=1)
+
+
+def hypervolume(scores, worst):
+    """Area (two objectives) between the point `worst` and what the rows dominate; higher is better."""
+    points = scores[front(scores)]
+    points = points[(points > worst).all(axis=1)]
+    area, height = 0.0, float(worst[1])
+    for first, second in points[np.argsort(-points[:, 0])]:
+        if second > height:
+            area += float((first - worst[0]) * (second - height))
+            height = float(second)
+    return area
 
 
 def test_a_front_is_found_and_nothing_in_it_is_dominated():

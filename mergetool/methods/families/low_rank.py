@@ -38,6 +38,8 @@ class Products:
     pairs: "Sequence[Pair]"
     seed: int = 0
     notes: list[Note] = field(default_factory=list)
+    scales: tuple[float, ...] | None = None
+    """What each b has been multiplied by, where that matters: alpha / r of an adapter (default: 1)."""
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -57,12 +59,15 @@ def merged_products(method: TensorMethod, products: Products, p: Params, keep: "
 
 def merged_pair(method: TensorMethod, products: Products, p: Params) -> "Pair":
     """The merged change, exactly, by a method that needs no whole products."""
-    from mergetool.kernels.low_rank import concatenated, in_cores, lifted
+    from mergetool.kernels.low_rank import concatenated, in_cores, lifted, summed_halves
 
     way = method.in_factors(products.name, products.shape)
     assert way != "product", f"{method.method_name()} sees rows of products"
     if way == "sum":
         return concatenated(products.pairs, method.coefficients(p))
+    if way == "halves":
+        scales = products.scales or (1.0,) * len(products.pairs)
+        return summed_halves(products.pairs, method.half_coefficients(scales, p))
     cores = in_cores(products.pairs, outputs=way != "inputs", inputs=way != "outputs")
     if not cores.cores[0].numel():
         return concatenated(products.pairs, [0.0] * len(products.pairs))
