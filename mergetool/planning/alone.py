@@ -171,4 +171,8 @@ def _check_values(recipe: Recipe, adapters: Mapping[str, AdapterAlone], names: l
             what = f"{listed([label(model) for model in having])} hold it in full"
             lacks = "the base lacks it" if has_base else "without the base's nothing tells what they changed of it"
             fix = f"take one of them: overrides: [{{match: {name!r}, use: {having[0]}}}]"
-            raise PlanError(f"{what}, and {lacks}", name, fix if has_base else f"add base: MODEL, or {fix}")
+            raise PlanError(
+                f"{what}, and {lacks}",
+                name,
+                fix if has_base else f"add base: MODEL and output: {{kind: adapter}}, or {fix}",
+            )
