@@ -221,12 +221,12 @@ def _cut_of(matrix: Tensor, keep: Keep) -> tuple[Pair, float]:
     exact, size = _exact(matrix), min(matrix.shape)
     if not exact.any():
         return Pair(exact[:, :0], exact[:0]), 0.0
-    found = truncated_svd(exact, min(keep, size) if isinstance(keep, int) else size)
-    found = found.live(max(matrix.shape) * _ROUNDING)
+    factors = truncated_svd(exact, min(keep, size) if isinstance(keep, int) else size)
+    factors = factors.live(max(matrix.shape) * _ROUNDING)
     if not isinstance(keep, int):
-        count = _count(found.s, float(found.s.square().sum()), keep)
-        return balanced(found.leading(count)), _share(found.s, count)
-    return balanced(found), float(torch.linalg.vector_norm(exact - found.dense()) / torch.linalg.vector_norm(exact))
+        count = _count(factors.s, float(factors.s.square().sum()), keep)
+        return balanced(factors.leading(count)), _share(factors.s, count)
+    return balanced(factors), float(torch.linalg.vector_norm(exact - factors.dense()) / torch.linalg.vector_norm(exact))
 
 
 def leading_of_rows(
@@ -297,13 +297,13 @@ def _search(matrix: _Rows, keep: Keep) -> Tensor:
     width = min(matrix.n, matrix.m, keep + _BESIDE if isinstance(keep, int) else _BLOCK)
     like = torch.empty(matrix.n, width, dtype=torch.float64, device=matrix.device)
     new = _orthonormal(normal(stream_key(0, "leading directions"), 0, like))
-    basis, projected, found = new[:, :0], new.new_zeros(0, 0), -1.0
+    basis, projected, held = new[:, :0], new.new_zeros(0, 0), -1.0
     for _ in range(_PASSES):
         image, energy = matrix.gram_times(new)
         basis = torch.cat([basis, new], 1)
         projected = _bordered(projected, basis.mT @ image)
-        before, found = found, _held(projected, energy, keep)
-        if found - before <= _SETTLED * max(energy - found, _ROUNDING * energy) and _is_enough(found, energy, keep):
+        before, held = held, _held(projected, energy, keep)
+        if held - before <= _SETTLED * max(energy - held, _ROUNDING * energy) and _is_enough(held, energy, keep):
             break
         new = _beyond(image, basis, energy)
         if not new.shape[1]:
@@ -318,8 +318,8 @@ def _held(projected: Tensor, energy: float, keep: Keep) -> float:
     return float(values[: _count(values.sqrt(), energy, keep)].sum())
 
 
-def _is_enough(found: float, energy: float, keep: Keep) -> bool:
-    return isinstance(keep, int) or found >= energy * (1.0 if keep is None else keep) * (1 - 1e-12)
+def _is_enough(held: float, energy: float, keep: Keep) -> bool:
+    return isinstance(keep, int) or held >= energy * (1.0 if keep is None else keep) * (1 - 1e-12)
 
 
 def _bordered(projected: Tensor, columns: Tensor) -> Tensor:

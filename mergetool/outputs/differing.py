@@ -186,7 +186,7 @@ class _Pair:
         by_name: dict[str, list[_Part]] = {name: [] for name in self.names}
         for (name, _, _), part in zip(self.pieces(), parts, strict=True):
             by_name[name].append(part)
-        tensors = most_changed_first(self._tensor(name, found) for name, found in by_name.items())
+        tensors = most_changed_first(self._tensor(name, own) for name, own in by_name.items())
         files = settings_beside(self._stored[_A], self._stored[_B], self.rows)
         only = self.only_a, self.only_b
         total, remarks = added(tensors), tuple(self.remarks)
@@ -225,8 +225,8 @@ def _sums(a: "Tensor", b: "Tensor", base: "Tensor | None" = None) -> Sums:
     whole = a.dtype == b.dtype and not a.is_floating_point()
     first = a.double()
     second = first if a.dtype == b.dtype and torch.equal(a, b) else b.double()
-    found = sums(first, second, None if base is None else base.double())
-    return replace(found, changed=int((a != b).sum())) if whole else found  # float64 cannot tell large ones apart
+    summed = sums(first, second, None if base is None else base.double())
+    return replace(summed, changed=int((a != b).sum())) if whole else summed  # float64 cannot tell large ones apart
 
 
 def _is_rounding(a: "Tensor", b: "Tensor") -> bool:

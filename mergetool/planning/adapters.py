@@ -164,16 +164,16 @@ def _check_rank(plan: Plan, step: Step, keep: int | float | None) -> None:
 def _directions(plan: Plan, step: Step) -> list[int] | None:
     """At most how many directions every model adds to the base; None where one is no sum of base and factors."""
     base = plan.sources[BASE]
-    found: list[int] = []
+    counts: list[int] = []
     for operand in step.models:
         source = plan.sources[operand.source]
         count = 0 if operand.source == BASE else source.num_directions(operand.tensor)
         beneath = operand.source == BASE or is_same_tensor(source.origin, base, operand.tensor)
         if count is None or not beneath:
             return None
-        found.append(count)
+        counts.append(count)
     alone = plan.recipe.adapters_alone
-    return found if alone or _is_relative(step.operation) else None
+    return counts if alone or _is_relative(step.operation) else None
 
 
 def _is_relative(operation: Operation) -> bool:

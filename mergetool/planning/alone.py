@@ -136,11 +136,11 @@ def as_models(recipe: Recipe, adapters: Mapping[str, AdapterAlone], base: ModelS
 
 def sites_of(adapters: Mapping[str, AdapterAlone]) -> dict[str, Site]:
     """Every tensor that any of the adapters changes, as the first one does."""
-    found: dict[str, Site] = {}
+    sites: dict[str, Site] = {}
     for adapter in adapters.values():
         for name in sorted(adapter.sites, key=adapter.position):
-            found.setdefault(name, adapter.sites[name])
-    return found
+            sites.setdefault(name, adapter.sites[name])
+    return sites
 
 
 def _zeros(name: str, adapters: Mapping[str, AdapterAlone]) -> TensorSpec:

@@ -117,7 +117,7 @@ def _counted(
     method: TensorMethod, p: Params, parts: Sequence[Callable[[], TensorGroup]], num_elements: int, bits: int
 ) -> Stats:
     """What the method's passes find out about the whole tensor."""
-    found: StatisticsPass | Stats | None = method.statistics_pass(p, num_elements, bits)
-    while found is not None and not isinstance(found, Mapping):
-        found = found.conclude(found.observe((part() for part in parts), p))
-    return found or {}
+    concluded: StatisticsPass | Stats | None = method.statistics_pass(p, num_elements, bits)
+    while concluded is not None and not isinstance(concluded, Mapping):
+        concluded = concluded.conclude(concluded.observe((part() for part in parts), p))
+    return concluded or {}
