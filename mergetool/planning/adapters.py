@@ -28,7 +28,7 @@ from mergetool.tensors.source import ModelSource, is_same_tensor
 def as_adapter(plan: Plan) -> Plan:
     """The plan with steps that make factors. Raises PlanError for what an adapter of this base cannot hold."""
     base = plan.sources[BASE]
-    held = [step for step in plan.steps if not _is_of_base(step)]
+    held = [step for step in plan.steps if not _is_of_base(step, _directions(plan, step))]
     if not held:
         raise PlanError("nothing of the base is changed", "plan", "name a model beside the base")
     shapes = {name: spec.shape for name, spec in base.specs.items()} | {step.name: step.spec.shape for step in held}
@@ -101,10 +101,14 @@ def _laid_out(plan: Plan, held: Sequence[Step], forms: Mapping[str, Form]) -> Pl
     return replace(plan, steps=placed, shards=(shard,), bytes_at_most=shard.header.file_size, forms=forms)
 
 
-def _is_of_base(step: Step) -> bool:
-    """Whether a step only copies from the base. (PEFT looks for task heads in every adapter.)"""
+def _is_of_base(step: Step, added: Sequence[int] | None = None) -> bool:
+    """Whether a step leaves the base's tensor: copies it, or no model `added` to it.
+
+    PEFT looks for task heads in every adapter.
+    """
     copied = not step.operation.arithmetic and all(each.source == BASE for each in step.models)
-    return copied and leaf_of(step.name.rpartition(".")[0]) not in TASK_HEADS
+    same = copied or (added is not None and not any(added))
+    return same and leaf_of(step.name.rpartition(".")[0]) not in TASK_HEADS
 
 
 def _check(plan: Plan, step: Step, why: str | None) -> None:
