@@ -12,6 +12,7 @@ import pytest
 
 import mergetool
 from mergetool.methods import registry
+from mergetool.methods.base import Params
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "mergetool").rglob("*.py"))
@@ -40,6 +41,21 @@ def test_functions_stay_short():
         if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > MAX_FUNCTION
     }
     assert long == {}
+
+
+def test_a_number_that_has_a_type_is_of_that_type_in_every_method():
+    """One for all models, or one for each: what `Params` promises to methods and to mypy."""
+    per_model = {name: kind == tuple[float, ...] for name, kind in Params.__annotations__.items()}
+    marks = {(name, key): mark for name, kind in registry().items() for key, mark in kind.schedulables().items()}
+    assert [place for place, mark in marks.items() if per_model.get(place[1], mark.per_model) != mark.per_model] == []
+    assert per_model.keys() <= {key for _, key in marks}
+
+
+def test_the_numbers_of_a_tensor_cannot_be_changed_by_a_method():
+    numbers = registry()["ties"].model_validate({"density": 0.5}).params(0.0, ("a", "b"))
+    assert (numbers.density, numbers.scale) == ((0.5, 0.5), 1.0)
+    with pytest.raises(AttributeError, match="stay as they are"):
+        numbers.scale = 2.0
 
 
 def test_no_two_classes_have_one_name():

@@ -38,11 +38,11 @@ def hold_against(
         from mergetool.engine.run import Flags
 
         flags = Flags(workers=workers, memory=memory, trust_code=trust_code)
-        found = verify_against(path, asked, flags, progress)
-    for remark in found.remarks:
+        agreement = verify_against(path, asked, flags, progress)
+    for remark in agreement.remarks:
         say(f"note: {remark}")
-    if found.error is None or as_json:
-        print_answer(found.as_dict() if as_json else f"{path}: yes: {found.reason}", as_json=as_json)
-    if found.error is not None:
-        explain(found.error, as_json=False)
-        raise typer.Exit(found.error.exit_code)
+    if agreement.error is None or as_json:
+        print_answer(agreement.as_dict() if as_json else f"{path}: yes: {agreement.reason}", as_json=as_json)
+    if agreement.error is not None:
+        explain(agreement.error, as_json=False)
+        raise typer.Exit(agreement.error.exit_code)

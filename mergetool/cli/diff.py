@@ -31,41 +31,41 @@ def diff(
     from mergetool.api import diff as compare
 
     with ProgressBar(quiet=manner.quiet) as progress:
-        found = compare(a, b, base, workers=workers, progress=progress)
-    for remark in found.remarks:
+        comparison = compare(a, b, base, workers=workers, progress=progress)
+    for remark in comparison.remarks:
         say(f"note: {remark}")
     if as_json:
-        print(found.to_json())
+        print(comparison.to_json())
     else:
-        _show(found, top)
-    if exit_code and not found.identical:
+        _show(comparison, top)
+    if exit_code and not comparison.identical:
         raise typer.Exit(1)
 
 
-def _show(found: "Comparison", top: int) -> None:
+def _show(comparison: "Comparison", top: int) -> None:
     """What people want to know, the most telling first."""
-    print_answer(found.summary(), as_json=False)
-    if found.identical:
+    print_answer(comparison.summary(), as_json=False)
+    if comparison.identical:
         return
-    columns = (*_FIGURES, *(_OF_CHANGES if found.base is not None else ()))
-    changed = [row for row in found.rows if row["state"] != "identical"]
+    columns = (*_FIGURES, *(_OF_CHANGES if comparison.base is not None else ()))
+    changed = [row for row in comparison.rows if row["state"] != "identical"]
     if changed and top:
         more = f" ({top} of {len(changed)}: --top {len(changed)} shows all)" if len(changed) > top else ""
         _titled(f"Tensors, most changed first{more}", ("tensor", *columns), changed[:top])
-        _titled("By layer", ("name", "tensors", "changed", *columns), found.layers)
-        _titled("By role", ("name", "tensors", "changed", *columns), found.roles)
-    for title, names in (("Only in the first", found.only_a), ("Only in the second", found.only_b)):
+        _titled("By layer", ("name", "tensors", "changed", *columns), comparison.layers)
+        _titled("By role", ("name", "tensors", "changed", *columns), comparison.roles)
+    for title, names in (("Only in the first", comparison.only_a), ("Only in the second", comparison.only_b)):
         if names:
             print(f"\n{title}\n{_listed(names, top)}")
-    if found.reshaped:
+    if comparison.reshaped:
         print("\nOf two shapes")
-        table(("tensor", "a", "b"), found.reshaped)
-    if found.files:
+        table(("tensor", "a", "b"), comparison.reshaped)
+    if comparison.files:
         print("\nBeside the weights")
-        shown = found.files if manner.verbose else found.files[:_MOST_SETTINGS]
+        shown = comparison.files if manner.verbose else comparison.files[:_MOST_SETTINGS]
         table(("file", "key", "a", "b"), [(each.file, each.key, _short(each.a), _short(each.b)) for each in shown])
-        if len(shown) < len(found.files):
-            say(f"{len(found.files) - len(shown)} more settings: -v shows them all")
+        if len(shown) < len(comparison.files):
+            say(f"{len(comparison.files) - len(shown)} more settings: -v shows them all")
 
 
 def _titled(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -73,14 +73,14 @@ class Compared:
         """Whether it is nearer to the result than to any input."""
         return bool(self.moved) and self.off <= _NEARER**2 * min(self.moved)
 
-    def add(self, found: Distance, start: int, expected: Tensor, values: Tensor, moved: Sequence[float]) -> None:
+    def add(self, apart: Distance, start: int, expected: Tensor, values: Tensor, moved: Sequence[float]) -> None:
         """One more slice, which begins at this element."""
-        self.other += found.other
-        self.beyond += found.beyond
-        self.far += found.far
-        if found.beyond and (found.worst > self.worst or not self.worst):
-            self.worst, self.units, self.place = found.worst, found.units, start + found.place
-            self.expected, self.found = float(expected[found.place]), float(values[found.place])
+        self.other += apart.other
+        self.beyond += apart.beyond
+        self.far += apart.far
+        if apart.beyond and (apart.worst > self.worst or not self.worst):
+            self.worst, self.units, self.place = apart.worst, apart.units, start + apart.place
+            self.expected, self.found = float(expected[apart.place]), float(values[apart.place])
         if moved:
             self.off += _squares(values, expected)
             self.moved = [sum(pair) for pair in zip(self.moved or [0.0] * len(moved), moved, strict=True)]
@@ -157,11 +157,11 @@ class ComparingSink:
             values = self._values(place.name, first, len(expected))
             if place.skipped is not None:
                 expected = _only_known(expected, values, first, self._made[name], place.skipped)
-            found = distance(expected, values, wanted, noise)
-            if found.other:
-                moved = self._moved(step, name, first, expected) if found.beyond and not found.far else ()
+            apart = distance(expected, values, wanted, noise)
+            if apart.other:
+                moved = self._moved(step, name, first, expected) if apart.beyond and not apart.far else ()
                 with self._lock:
-                    self.compared[place.name].add(found, first, expected, values, moved)
+                    self.compared[place.name].add(apart, first, expected, values, moved)
 
     def _moved(self, step: Step, name: str, start: int, expected: Tensor) -> Sequence[float]:
         """How far a slice of the result is from every input; nothing where they cannot be laid on each other."""
@@ -187,8 +187,8 @@ class ComparingSink:
         apart = abs(float(values[place]) - float(expected[place]))
         start = begin * 8 // (dtype.bits if whole else 8)
         with self._lock:
-            found = Distance(count, count, count, apart, 0.0, place)
-            self.compared[name].add(found, start, expected, values, ())
+            difference = Distance(count, count, count, apart, 0.0, place)
+            self.compared[name].add(difference, start, expected, values, ())
 
     def _values(self, name: str, start: int, count: int) -> Tensor:
         with self._watched():

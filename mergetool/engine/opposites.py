@@ -4,13 +4,13 @@ Other prefixes, experts fused or one by one, tied heads stored or left out, othe
 tokens, and padding rows make no difference. What is left over on either side does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mergetool.checkpoints.family import assemble
 from mergetool.checkpoints.other_rows import OtherRows, Rows
 from mergetool.checkpoints.view import RenamedModel
-from mergetool.checkpoints.vocabulary import chat_template_of
+from mergetool.checkpoints.vocabulary import chat_template_of, tokens_of
 from mergetool.engine.comparing import Opposite
 from mergetool.layouts.stacking import is_buffer
 from mergetool.planning import Plan
@@ -34,6 +34,8 @@ class Matched:
     problems: list[str] = field(default_factory=list)
     """What makes it another checkpoint, before a weight is read."""
     remarks: list[str] = field(default_factory=list)
+    unordered: Collection[str] = ()
+    """Tensors whose rows are tokens in an order that nothing tells."""
 
 
 def matched(plan: Plan, found: ModelSource) -> Matched:
@@ -44,6 +46,8 @@ def matched(plan: Plan, found: ModelSource) -> Matched:
     rows = OtherRows(wanted, there)
     remarks = [*_words_about_rows(rows), *_beside(planned, found)]
     result = Matched(rows.shown, problems=[*_lost_tokens(rows)], remarks=remarks)
+    if plan.words.texts is not None and tokens_of(found.tokenizer_folder) is None:
+        result.unordered = plan.words.rows.keys()
     for name, spec in wanted.specs.items():
         if name in result.source.specs:
             _pair(result, wanted, name, spec, rows.skipped.get(name))

@@ -88,11 +88,15 @@ class Judged:
 
     def _decided(self) -> tuple[Answer, str, str]:
         problems = self._pairs.problems
-        known = [each for each in self._different if each.name not in self._drawn]
+        unordered = [each for each in self._different if each.name in self._pairs.unordered]
+        known = [each for each in self._different if each.name not in self._drawn and each not in unordered]
         again = f"to have what it says: mergetool run {self._plan.recipe.name} -o FOLDER"
         if problems or known:
             told = [*([self._told(known)] if known else []), *problems]
             return "no", "; ".join(told), again
+        if unordered:
+            what = f"{unordered[0].name} differs, and there is no tokenizer beside it to tell which row is which token"
+            return "cannot tell", what, "put the tokenizer that belongs to it beside it: tokenizer.json"
         if self._different:
             return "cannot tell", *self._words_about_draws()
         if self._off:

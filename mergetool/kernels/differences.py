@@ -65,15 +65,15 @@ def sums(a: Tensor, b: Tensor, base: Tensor | None = None) -> Sums:
     off = b - a
     low, high = torch.aminmax(off) if len(off) else (off.sum(), off.sum())
     largest = max(-float(low), float(high))
-    found = Sums(len(a), int(off.count_nonzero()), 0, a2, b2, _product(a, b), _product(off, off), largest)
-    return found if base is None else _with_changes(found, a, b, base)
+    summed = Sums(len(a), int(off.count_nonzero()), 0, a2, b2, _product(a, b), _product(off, off), largest)
+    return summed if base is None else _with_changes(summed, a, b, base)
 
 
-def _with_changes(found: Sums, a: Tensor, b: Tensor, base: Tensor) -> Sums:
+def _with_changes(summed: Sums, a: Tensor, b: Tensor, base: Tensor) -> Sums:
     da, db = a - base, b - base
     da2, db2, dadb = _product(da, da), _product(db, db), _product(da, db)
     opposed = int((da * db < 0).sum())
-    return replace(found, base2=_product(base, base), da2=da2, db2=db2, dadb=dadb, opposed=opposed)
+    return replace(summed, base2=_product(base, base), da2=da2, db2=db2, dadb=dadb, opposed=opposed)
 
 
 def _unsound(a: Tensor, b: Tensor, base: Tensor | None) -> Sums:
@@ -83,10 +83,10 @@ def _unsound(a: Tensor, b: Tensor, base: Tensor | None) -> Sums:
     if base is not None:
         sound &= torch.isfinite(base)
         base = base.masked_fill(~sound, 0.0)
-    found = sums(a.masked_fill(~sound, 0.0), b.masked_fill(~sound, 0.0), base)
+    summed = sums(a.masked_fill(~sound, 0.0), b.masked_fill(~sound, 0.0), base)
     lost = bool((differs & ~sound).any())
-    largest = math.inf if lost else found.largest
-    return replace(found, changed=int(differs.sum()), broken=int((~sound).sum()), largest=largest)
+    largest = math.inf if lost else summed.largest
+    return replace(summed, changed=int(differs.sum()), broken=int((~sound).sum()), largest=largest)
 
 
 def _product(a: Tensor, b: Tensor) -> float:

@@ -66,13 +66,42 @@ class Pair(NamedTuple):
         return self.b.shape[0], self.a.shape[1]
 
 
-class Cores(NamedTuple):
-    """Matrices `outputs @ core @ inputs`; a side that is None is not turned."""
+class _Reflections(NamedTuple):
+    """x = Q R with Q as LAPACK leaves it: a few of its combinations cost less than its columns."""
 
-    outputs: Tensor | None
-    """(m, R), orthonormal columns."""
-    inputs: Tensor | None
-    """(R, n), orthonormal rows."""
+    reflectors: Tensor
+    scales: Tensor
+    small: Tensor
+    """R, (min(m, k), k)."""
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Reflections":
+        reflectors, scales = torch.geqrf(x)
+        return cls(reflectors, scales, reflectors[: min(x.shape)].triu())
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Q x."""
+        padded = torch.nn.functional.pad(x, (0, 0, 0, len(self.reflectors) - len(x)))
+        turned: Tensor = torch.ormqr(self.reflectors[:, : len(self.scales)], self.scales, padded)
+        return turned
+
+
+class Basis(NamedTuple):
+    """Orthonormal columns (m, R), not all of which need be made."""
+
+    reflections: _Reflections
+    turned: Tensor
+
+    def times(self, x: Tensor) -> Tensor:
+        """The basis times x (R, k)."""
+        return self.reflections.turn(self.turned @ x)
+
+
+class Cores(NamedTuple):
+    """Matrices `outputs core inputs^T`; a side without a basis is not turned."""
+
+    outputs: Basis | None
+    inputs: Basis | None
     cores: list[Tensor]
 
 
@@ -139,26 +168,6 @@ def _share(s: Tensor, count: int) -> float:
     return float(energy[count:].sum() / energy.sum()) ** 0.5 if count < len(s) else 0.0
 
 
-class _Reflections(NamedTuple):
-    """x = Q R with Q as LAPACK leaves it: a few of its combinations cost less than its columns."""
-
-    reflectors: Tensor
-    scales: Tensor
-    small: Tensor
-    """R, (min(m, k), k)."""
-
-    @classmethod
-    def of(cls, x: Tensor) -> "_Reflections":
-        reflectors, scales = torch.geqrf(x)
-        return cls(reflectors, scales, reflectors[: min(x.shape)].triu())
-
-    def turn(self, x: Tensor) -> Tensor:
-        """Q x."""
-        padded = torch.nn.functional.pad(x, (0, 0, 0, len(self.reflectors) - len(x)))
-        turned: Tensor = torch.ormqr(self.reflectors[:, : len(self.scales)], self.scales, padded)
-        return turned
-
-
 def _count(s: Tensor, energy: float, keep: Keep) -> int:
     """How many of these singular values, descending, are kept of a matrix with this squared norm."""
     if isinstance(keep, float):
@@ -177,30 +186,26 @@ def in_cores(pairs: Sequence[Pair], *, outputs: bool = True, inputs: bool = True
     writing, reading = [_exact(pair.b) for pair in pairs], [_exact(pair.a).mT for pair in pairs]
     left, writing = _in_basis(writing) if outputs else (None, writing)
     right, reading = _in_basis(reading) if inputs else (None, reading)
-    cores = [b @ a.mT for b, a in zip(writing, reading, strict=True)]
-    return Cores(left, None if right is None else right.mT, cores)
+    return Cores(left, right, [b @ a.mT for b, a in zip(writing, reading, strict=True)])
 
 
-def _in_basis(parts: "list[Tensor]") -> "tuple[Tensor, list[Tensor]]":
-    """Orthonormal columns (m, R) that span what the columns of all parts do, and the parts in that basis (R, r)."""
-    columns = torch.cat(parts, 1)
-    if not columns.any():
-        return columns[:, :0], [part[:0] for part in parts]
-    every = _Reflections.of(columns)
+def _in_basis(parts: "list[Tensor]") -> "tuple[Basis, list[Tensor]]":
+    """A basis of what the columns of all parts span, and the parts in it (R, r)."""
+    every = _Reflections.of(torch.cat(parts, 1))
     u, s, _ = torch.linalg.svd(every.small, full_matrices=False)
-    u = u[:, s > s[0] * max(columns.shape) * _ROUNDING]
-    return every.turn(u), list((u.mT @ every.small).split([part.shape[1] for part in parts], 1))
+    u = u[:, s > s.max() * max(every.reflectors.shape) * _ROUNDING] if len(s) else u
+    return Basis(every, u), list((u.mT @ every.small).split([part.shape[1] for part in parts], 1))
 
 
-def lifted(cores: Cores, core: Tensor) -> Pair:
-    """The pair that a core stands for; its rank is that of the thinner side."""
+def lifted(cores: Cores, core: Tensor, keep: Keep) -> tuple[Pair, float]:
+    """The best approximation that `keep` allows of the matrix that a core stands for, and what it loses."""
     core = _exact(core)
-    left = torch.eye(core.shape[0], dtype=core.dtype, device=core.device) if cores.outputs is None else cores.outputs
-    if cores.inputs is None:
-        return Pair(left, core)
-    if cores.outputs is None or core.shape[1] < core.shape[0]:
-        return Pair(left @ core, cores.inputs)
-    return Pair(left, core @ cores.inputs)
+    one = torch.eye(min(core.shape), dtype=core.dtype, device=core.device)
+    pair, lost = truncated(Pair(core, one) if core.shape[1] <= core.shape[0] else Pair(one, core), keep)
+    b = pair.b if cores.outputs is None else cores.outputs.times(pair.b)
+    a = pair.a.mT if cores.inputs is None else cores.inputs.times(pair.a.mT)
+    turned = with_signs(Factors(b, b.new_ones(b.shape[1]), a))
+    return Pair(turned.u, turned.v.mT), lost
 
 
 # Matrices that are no products
@@ -221,19 +226,19 @@ def _cut_of(matrix: Tensor, keep: Keep) -> tuple[Pair, float]:
     exact, size = _exact(matrix), min(matrix.shape)
     if not exact.any():
         return Pair(exact[:, :0], exact[:0]), 0.0
-    found = truncated_svd(exact, min(keep, size) if isinstance(keep, int) else size)
-    found = found.live(max(matrix.shape) * _ROUNDING)
+    factors = truncated_svd(exact, min(keep, size) if isinstance(keep, int) else size)
+    factors = factors.live(max(matrix.shape) * _ROUNDING)
     if not isinstance(keep, int):
-        count = _count(found.s, float(found.s.square().sum()), keep)
-        return balanced(found.leading(count)), _share(found.s, count)
-    return balanced(found), _outside(exact, found) / float(torch.linalg.vector_norm(exact))
+        count = _count(factors.s, float(factors.s.square().sum()), keep)
+        return balanced(factors.leading(count)), _share(factors.s, count)
+    return balanced(factors), _outside(exact, factors) / float(torch.linalg.vector_norm(exact))
 
 
-def _outside(matrix: Tensor, found: Factors) -> float:
+def _outside(matrix: Tensor, factors: Factors) -> float:
     """The length of what these factors leave out, a few rows at a time."""
-    rows, written = max(1, _SLICE // (8 * matrix.shape[1])), found.u * found.s
+    rows, written = max(1, _SLICE // (8 * matrix.shape[1])), factors.u * factors.s
     parts = [
-        torch.linalg.vector_norm(matrix[start : start + rows] - written[start : start + rows] @ found.v.mT)
+        torch.linalg.vector_norm(matrix[start : start + rows] - written[start : start + rows] @ factors.v.mT)
         for start in range(0, len(matrix), rows)
     ]
     return float(torch.linalg.vector_norm(torch.stack(parts)))
@@ -307,13 +312,13 @@ def _search(matrix: _Rows, keep: Keep) -> Tensor:
     width = min(matrix.n, matrix.m, keep + _BESIDE if isinstance(keep, int) else _BLOCK)
     like = torch.empty(matrix.n, width, dtype=torch.float64, device=matrix.device)
     new = _orthonormal(normal(stream_key(0, "leading directions"), 0, like))
-    basis, projected, found = new[:, :0], new.new_zeros(0, 0), -1.0
+    basis, projected, held = new[:, :0], new.new_zeros(0, 0), -1.0
     for _ in range(_PASSES):
         image, energy = matrix.gram_times(new)
         basis = torch.cat([basis, new], 1)
         projected = _bordered(projected, basis.mT @ image)
-        before, found = found, _held(projected, energy, keep)
-        if found - before <= _SETTLED * max(energy - found, _ROUNDING * energy) and _is_enough(found, energy, keep):
+        before, held = held, _held(projected, energy, keep)
+        if held - before <= _SETTLED * max(energy - held, _ROUNDING * energy) and _is_enough(held, energy, keep):
             break
         new = _beyond(image, basis, energy)
         if not new.shape[1]:
@@ -328,8 +333,8 @@ def _held(projected: Tensor, energy: float, keep: Keep) -> float:
     return float(values[: _count(values.sqrt(), energy, keep)].sum())
 
 
-def _is_enough(found: float, energy: float, keep: Keep) -> bool:
-    return isinstance(keep, int) or found >= energy * (1.0 if keep is None else keep) * (1 - 1e-12)
+def _is_enough(held: float, energy: float, keep: Keep) -> bool:
+    return isinstance(keep, int) or held >= energy * (1.0 if keep is None else keep) * (1 - 1e-12)
 
 
 def _bordered(projected: Tensor, columns: Tensor) -> Tensor:

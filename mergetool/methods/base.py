@@ -74,9 +74,6 @@ __all__ = [
 _I = TypeVar("_I")
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound="Method")
-Params = SimpleNamespace
-"""A method's numbers for one tensor: floats, and tuples (one per model of the group) for per-model fields."""
-
 Granularity = Literal["element", "row", "tensor"]
 """What must not be torn apart: nothing, rows, or the whole tensor."""
 
@@ -92,6 +89,24 @@ Stats = Mapping[str, tuple[float, ...]]
 """What passes found out about one tensor (or the whole model): small, exact, and savable as JSON."""
 
 _REGISTRY: dict[str, type["Method"]] = {}
+
+
+class Params(SimpleNamespace):
+    """A method's numbers for one tensor: floats, and tuples (one per model of the group) for per-model fields.
+
+    Names that mean the same in every method have a type; those of single methods are what its fields say.
+    """
+
+    weight: tuple[float, ...]
+    gamma: tuple[float, ...]
+    scale: float
+    t: float
+    noise: float
+    r: float
+    alpha: float
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"the numbers of a tensor stay as they are: {name} cannot be set")
 
 
 class StatisticsPass(Protocol):

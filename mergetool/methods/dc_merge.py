@@ -50,7 +50,7 @@ class DcMerge(MatrixMethod):
             group.note("too small for the rank asked for: averaged")
             return None
         tasks = []
-        for found, weight in zip(live_factors_of(matrices, min(most, *matrices[0].shape)), weights, strict=True):
-            task = kept(found, self.rank)
+        for factors, weight in zip(live_factors_of(matrices, min(most, *matrices[0].shape)), weights, strict=True):
+            task = kept(factors, self.rank)
             tasks.append(Factors(task.u, weight * smoothed(task.s, self.smooth, self.rho), task.v))
         return merged_in_common_basis(tasks, self.density, vote=self.combine == "ties")

@@ -64,7 +64,7 @@ class Knots(TensorMethod):
         if not chosen:
             return group.base
         deltas = [group.deltas[index] for index in chosen]
-        p = Params(scale=p.scale, **{key: [getattr(p, key)[i] for i in chosen] for key in ("weight", "density")})
+        p = Params(scale=p.scale, **{key: tuple(getattr(p, key)[i] for i in chosen) for key in ("weight", "density")})
         finite = all(bool(delta.isfinite().all()) for delta in deltas)
         if not finite or not is_matrix(group.name, group.shape, self.filter, conv="mean"):
             return group.base.add_(self._combined(deltas, p), alpha=p.scale)

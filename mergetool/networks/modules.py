@@ -23,12 +23,12 @@ def parts_of(names: Collection[str], config: Mapping[str, Any], where: str) -> d
         shared.setdefault(id(parameter), []).append(name)
         owner[name] = (name.rpartition(".")[0], module)
     known = {name: names for names in shared.values() for name in names}
-    found = {}
+    parts = {}
     for stored, name in _in_memory(names, network).items():
         if name in known:
             first, *_ = several = (name, *(other for other in known[name] if other != name))
-            found[stored] = _part(several, *owner[first], network)
-    return found
+            parts[stored] = _part(several, *owner[first], network)
+    return parts
 
 
 def _empty(config: Mapping[str, Any], where: str) -> Any:

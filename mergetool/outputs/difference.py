@@ -53,20 +53,20 @@ class FileDifference:
 
 def measures(sums: Sums, *, based: bool) -> dict[str, Any]:
     """The figures of some tensors; with a base, those of both task vectors, too."""
-    found = {
+    figures = {
         "relative": sums.relative,
         "cosine": sums.cosine,
         "share_changed": sums.changed / max(1, sums.entries),
         "max": sums.largest,
     }
     if based:
-        found |= {
+        figures |= {
             "change_a": ratio(sums.da2, sums.base2),
             "change_b": ratio(sums.db2, sums.base2),
             "cosine_of_changes": cosine(sums.dadb, sums.da2, sums.db2),
             "share_opposed": sums.opposed / max(1, sums.entries),
         }
-    return found
+    return figures
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ class Comparison:
             groups.setdefault(key(each.name), []).append(each)
         based = self.base is not None
         return [
-            {"name": name, "tensors": len(found), "changed": sum(each.state != IDENTICAL for each in found)}
-            | measures(added(found), based=based)
-            for name, found in groups.items()
+            {"name": name, "tensors": len(own), "changed": sum(each.state != IDENTICAL for each in own)}
+            | measures(added(own), based=based)
+            for name, own in groups.items()
         ]
 
     def summary(self) -> str:

@@ -83,9 +83,9 @@ def difference_of_locks(one: str, other: str) -> Comparison:
 
 def _lock(path: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        lock = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or "mergetool" not in found:
+        lock = None
+    if not isinstance(lock, dict) or "mergetool" not in lock:
         raise SourceError("is not a lock that a run has written", str(path), "name a mergetool.json, or a model")
-    return found
+    return lock

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mergetool.checkpoints.adapters import AdapterAlone
 from mergetool.checkpoints.adapters.places import Places
-from mergetool.checkpoints.adapters.sites import Site
+from mergetool.checkpoints.adapters.sites import Site, hung_together
 from mergetool.errors import PlanError
 from mergetool.planning.graph import BASE
 from mergetool.planning.parents import label, listed
@@ -135,12 +135,12 @@ def as_models(recipe: Recipe, adapters: Mapping[str, AdapterAlone], base: ModelS
 
 
 def sites_of(adapters: Mapping[str, AdapterAlone]) -> dict[str, Site]:
-    """Every tensor that any of the adapters changes, as the first one does."""
-    found: dict[str, Site] = {}
+    """Every tensor that any of the adapters changes, as the first one does, hung where one adapter of all has it."""
+    sites: dict[str, Site] = {}
     for adapter in adapters.values():
         for name in sorted(adapter.sites, key=adapter.position):
-            found.setdefault(name, adapter.sites[name])
-    return found
+            sites.setdefault(name, adapter.sites[name])
+    return hung_together(sites)
 
 
 def _zeros(name: str, adapters: Mapping[str, AdapterAlone]) -> TensorSpec:
@@ -171,4 +171,8 @@ def _check_values(recipe: Recipe, adapters: Mapping[str, AdapterAlone], names: l
             what = f"{listed([label(model) for model in having])} hold it in full"
             lacks = "the base lacks it" if has_base else "without the base's nothing tells what they changed of it"
             fix = f"take one of them: overrides: [{{match: {name!r}, use: {having[0]}}}]"
-            raise PlanError(f"{what}, and {lacks}", name, fix if has_base else f"add base: MODEL, or {fix}")
+            raise PlanError(
+                f"{what}, and {lacks}",
+                name,
+                fix if has_base else f"add base: MODEL and output: {{kind: adapter}}, or {fix}",
+            )

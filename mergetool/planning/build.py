@@ -94,7 +94,9 @@ def _of_adapters(recipe: Recipe, opened: Mapping[str, ModelSource], output: Path
         return of_adapters(_planned(recipe, models, output, lookup, whole=False), adapters)
     name, why = next(iter(needing.items()))
     if recipe.base is None:
-        raise PlanError(f"it needs its base: {why}", f"model {name!r}", "add base: MODEL, and output: {rank: 32}")
+        raise PlanError(
+            f"it needs its base: {why}", f"model {name!r}", "add base: MODEL, and output: {kind: adapter, rank: 32}"
+        )
     if recipe.output.rank is None:
         raise PlanError(f"no few directions hold what it changes: {why}", f"model {name!r}", "add output: {rank: 32}")
     return make_plan(on_their_base(recipe), output, lookup=lookup)

@@ -135,7 +135,7 @@ class Step:
 
     def span(self, slot: Slot, start: int, stop: int) -> tuple[int, int]:
         """[begin, end) of the bytes of a slot that working on elements [start, stop) fills."""
-        if self.work is not None:  # made as a whole, into slots of other shapes
+        if self.work is not None and slot.spec.shape != self.work.shape:  # made as a whole
             return 0, slot.spec.num_bytes
         return slot.spec.dtype.num_bytes(start), slot.spec.dtype.num_bytes(stop)
 

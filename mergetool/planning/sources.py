@@ -51,11 +51,11 @@ class Lookup:
     """Looks references up. Paths are relative to `folder`. With `as_stored`, quantised weights stay codes."""
 
     def __init__(
-        self, folder: Path, found: dict[tuple[str, bool], Repository] | None = None, *, as_stored: bool = False
+        self, folder: Path, repositories: dict[tuple[str, bool], Repository] | None = None, *, as_stored: bool = False
     ) -> None:
         self._folder = folder
         self._as_stored = as_stored
-        self._found = {} if found is None else found
+        self._repositories = {} if repositories is None else repositories
         self._trained_on: dict[str, str] = {}
         self._called: dict[str, dict[str, str]] = {}
         """What adapters by themselves call their tensors: plain name -> name."""
@@ -66,7 +66,7 @@ class Lookup:
 
     def inside(self, folder: Path) -> "Lookup":
         """What looks up for a recipe inside this one; what is missing is known here, too."""
-        return Lookup(folder, self._found)
+        return Lookup(folder, self._repositories)
 
     def open(self, name: str, source: str, adapters: tuple[str, ...] = (), select: str | None = None) -> ModelSource:
         """Open a model with its adapters, or one expert of a bundle. Raises SourceError or HubError."""
@@ -158,7 +158,7 @@ class Lookup:
 
     def _repository(self, name: HubName, text: str, *, adapter: bool) -> Repository:
         key = (str(name), adapter)
-        if key not in self._found:
+        if key not in self._repositories:
             try:
                 repository = find(name, adapter=adapter)
             except HubError as error:
@@ -167,10 +167,10 @@ class Lookup:
                     error.what = f"there is no folder {place}; and as a model on the Hub: {error.what}"
                     error.fix = f"check the path: a folder of this name would have to be {place}; else {error.fix}"
                 raise
-            self._found[key] = repository
+            self._repositories[key] = repository
             if repository.name != name.repo:
                 self.warnings.append(f"{name.repo} is called {repository.name} now: write that")
-        return self._found[key]
+        return self._repositories[key]
 
     def pin(self, text: str, *, adapter: bool) -> str:
         """A reference that will mean the same tomorrow: a repository at its commit, a path as it is."""
@@ -186,13 +186,13 @@ class Lookup:
         """Files that are still to be fetched, with their sizes."""
         return {
             f"{repository}/{name}": size
-            for repository in self._found.values()
+            for repository in self._repositories.values()
             for name, size in repository.missing.items()
         }
 
     def fetch(self, say: Callable[[str], None]) -> None:
         """Download what is missing. Raises HubError or OutputError."""
-        for repository in self._found.values():
+        for repository in self._repositories.values():
             if missing := repository.missing:
                 say(f"fetching {repository}: {len(missing)} files, {filesize(sum(missing.values()))}")
                 repository.fetch()

@@ -87,7 +87,7 @@ def test_a_traced_transformer_has_the_spaces_of_its_family_file(case):
     by_hand = resolve(None, shapes, model.config.to_dict())
     spec = derive(model, **batch)
     assert places(spec) == places(by_hand)
-    assert spec.tied == tuple(tuple(reversed(names)) for names in by_hand.tied) or spec.tied == by_hand.tied
+    assert [*map(sorted, spec.tied)] == [*map(sorted, by_hand.tied)]
 
 
 class Encoder(nn.Module):

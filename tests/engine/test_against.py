@@ -415,6 +415,22 @@ def test_another_order_of_tokens_and_padding_are_the_same_checkpoint(speakers, t
     assert ask(folder, path, **UNION).answer == "no"
 
 
+def test_rows_in_an_order_that_nothing_tells_cannot_be_told(speakers, tmp_path):
+    folder, merged = speakers
+    path = shutil.copytree(merged, tmp_path / "made")
+    order = torch.randperm(load_file(path / "model.safetensors")["lm_head.weight"].shape[0]).tolist()
+    renumbered(path, order)
+    kept = (path / "tokenizer.json").read_text()
+    (path / "tokenizer.json").unlink()
+    found = ask(folder, path, **UNION)
+    assert (found.answer, "no tokenizer beside it" in found.reason) == ("cannot tell", True)
+    assert found.fix.endswith("tokenizer.json")
+    (path / "tokenizer.json").write_text(kept)
+    assert ask(folder, path, **UNION).answer == "yes"
+    (path / "tokenizer.json").unlink()
+    assert ask(folder, change(path, Q_PROJ, lambda value: value + 1), **UNION).answer == "no"
+
+
 def test_rows_that_are_cut_off_are_a_no(speakers, tmp_path):
     folder, merged = speakers
     path = shutil.copytree(merged, tmp_path / "made")

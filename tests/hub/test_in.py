@@ -133,6 +133,32 @@ def test_adapters_and_bases_come_from_the_hub_too(hub, call, tmp_path):
     assert (wrong.code, wrong.answer["what"]) == (8, "is a LoRA adapter, not a model")
 
 
+def test_adapters_by_themselves_are_planned_from_headers_and_name_their_base(hub, call, tmp_path):
+    name = "base_model.model.model.layers.0.mlp"
+    shapes = {f"{name}.lora_A.weight": (2, 32), f"{name}.lora_B.weight": (32, 2)}
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "org/base"}
+    for seed in (8, 9):
+        folder = tmp_path / f"lora{seed}"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        write_model(folder, tensors(seed, shapes), file="adapter_model.safetensors")
+        hub.upload(f"org/lora{seed}", folder)
+    models = {f"m{seed}": {"adapter": f"org/lora{seed}"} for seed in (8, 9)}
+    write_recipe(tmp_path / "r.yaml", models=models, merge={"method": "linear"})
+    planned = call("plan", "r.yaml", "--json")
+    assert planned.code == 0, planned.err
+    assert not list((tmp_path / "hf").rglob("adapter_model.safetensors"))
+    done = call("run", "r.yaml", "-o", "out")
+    assert done.code == 0, done.err
+    made = load_file(tmp_path / "out/adapter_model.safetensors")
+    halves = [tensors(seed, shapes) for seed in (8, 9)]
+    wanted = sum(each[f"{name}.lora_B.weight"].double() @ each[f"{name}.lora_A.weight"].double() for each in halves)
+    product = made[f"{name}.lora_B.weight"].double() @ made[f"{name}.lora_A.weight"].double()
+    assert (product - wanted).norm() < 1e-6 * wanted.norm()  # 4 / 2 of each, by halves
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+    assert re.search("adapter: org/lora8@[0-9a-f]{40}", (tmp_path / "out/README.md").read_text())
+
+
 def test_folders_of_adapters_in_a_repository_are_told(hub, call, tmp_path):
     (tmp_path / "both/chat").mkdir(parents=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):

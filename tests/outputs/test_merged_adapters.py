@@ -259,6 +259,7 @@ def test_values_without_a_base_are_refused_and_the_advice_works(tmp_path):
     alone, _ = recipes(tmp_path, "linear")
     with pytest.raises(PlanError, match="hold it in full") as caught:
         mergetool.run(alone)
+    assert "add base: MODEL and output: {kind: adapter}, or take one of them" in caught.value.fix
     assert "use: a" in caught.value.fix
     recipes(tmp_path, "linear", overrides=[{"match": "lm_head.weight", "use": "a"}])
     mergetool.run(tmp_path / "alone.yaml")
@@ -282,7 +283,7 @@ def test_dora_needs_its_base_and_the_advice_works(tmp_path):
     alone, whole = recipes(tmp_path, "linear")
     with pytest.raises(PlanError, match="needs its base") as caught:
         mergetool.run(alone)
-    assert caught.value.fix == "add base: MODEL, and output: {rank: 32}"
+    assert caught.value.fix == "add base: MODEL, and output: {kind: adapter, rank: 32}"
     mergetool.run(whole)
     data = {"base": "base", **load_recipe(alone).document, "output": {"path": "out", "kind": "adapter", "rank": 32}}
     mergetool.run(write_recipe(tmp_path / "based.yaml", **data))

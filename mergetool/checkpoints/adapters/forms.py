@@ -152,11 +152,11 @@ def form_at(site: Site) -> Form:
 
 def modules_of(names: Iterable[str]) -> frozenset[str]:
     """All modules that lie on the way to parameters of these names."""
-    found = set()
+    modules = set()
     for name in names:
         while name := _module(name):
-            found.add(name)
-    return frozenset(found)
+            modules.add(name)
+    return frozenset(modules)
 
 
 def problem(name: str, parts: Mapping[str, InMemory]) -> str | None:

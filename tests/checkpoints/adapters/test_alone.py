@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+import mergetool
 from mergetool.checkpoints.adapters import AdapterAlone, Site
 from mergetool.errors import SourceError
 from mergetool.tensors.io import bytes_of
@@ -109,6 +110,23 @@ def test_what_it_adds_is_what_pefts_merge_adds(case: str, tmp_path: Path) -> Non
             assert b.shape[-1] == a.shape[-2] == site.rank
     changed = {name for name, (change, _) in dense.items() if change.abs().max() > 0}
     assert changed - TIED == source.sites.keys() - TIED
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["conv1d: biases", "kind: convolutions, attention", "kind: resnet", "mixture: patterns", "with both biases"],
+)
+def test_what_is_written_again_adds_the_same(case: str, tmp_path: Path) -> None:
+    """An adapter by itself, in and out: peft makes the same of both."""
+    make, settings = (CASES | MORE)[case]
+    torch.manual_seed(1)
+    model = make()
+    trained = train(tmp_path, model, **settings)
+    recipe = {"models": {"a": {"adapter": str(trained.adapter)}}, "merge": {"method": "passthrough"}}
+    written = mergetool.run(recipe, output=tmp_path / "out").path
+    wanted, found = added_by_peft(trained, model), added_by_peft(Trained(trained.model, written, {}), model)
+    for name, (_, result) in wanted.items():
+        torch.testing.assert_close(found[name][1], result, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_tied_layers_that_were_trained_together_are_two_sites_of_one_weight(tmp_path: Path) -> None:
