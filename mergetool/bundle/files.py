@@ -25,6 +25,7 @@ class _Layout:
     name: str
     prefix: bytes
     header: Header
+    sparse: bool = False
 
 
 class TensorWriter:

@@ -9,6 +9,7 @@ Reference: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from mergetool.checkpoints.adapters import AdapterAlone
 from mergetool.checkpoints.adapters.files import WEIGHTS_NAME
@@ -152,8 +153,10 @@ def _changed(plan: Plan, step: Step, form: Form) -> Step:
     whole = step.operation.granularity(spec) == "tensor"
     known = directions is not None
     entries = 0 if directions is None else form.experts * (outputs + inputs) * sum(directions)
-    cost = _cost(step, entries, sum(directions)) if directions else (None, None, _flops(spec, keep))
-    operation = Decompose(step.operation, keep, most, form.turned, whole, known, *cost, form.experts, form.times)
+    operation = replace(
+        Decompose(step.operation, keep, most, form.turned, whole, known, experts=form.experts, times=form.times),
+        **_cost(step, entries, sum(directions)) if directions else {"flops": _flops(spec, keep)},
+    )
     return replace(step, slots=(Slot(a), Slot(b)), operation=operation)
 
 
@@ -169,15 +172,15 @@ def _together(step: Step, directions: Sequence[int]) -> int:
     return max(directions)
 
 
-def _cost(step: Step, entries: int, count: int) -> tuple[int, int, float]:
-    """Bytes read, bytes held and multiply-adds for factors with so many entries and directions."""
+def _cost(step: Step, entries: int, count: int) -> dict[str, Any]:
+    """What it takes to merge factors of so many entries and directions."""
     operation, spec = step.operation, step.spec
     read, held, flops = entries * spec.dtype.bits // 8, 4 * _FACTORS * entries, _TURNS * entries * count
     if operation.way(spec) == "product":
         seen = spec.num_elements if operation.granularity(spec) == "tensor" else min(_ROWS, spec.num_elements)
         held += 4 * seen * operation.copies(len(step.models))
         flops += _PASSES * spec.num_elements * (count + _WIDTH)
-    return read, held, float(flops)
+    return {"bytes_read": read, "bytes_held": held, "flops": float(flops)}
 
 
 def _flops(spec: TensorSpec, keep: int | float | None) -> float:
