@@ -2,9 +2,9 @@
 
     MergetoolError            what went wrong, where, and what to type to fix it
      +- RecipeError       2   the recipe is wrong
-     +- SourceError       3   a model is missing, truncated, corrupt or hostile
+     +- SourceError       3   a model is missing, truncated, corrupt or hostile, or not what a recipe says
      +- PlanError         4   models do not fit together, or do not fit the memory given
-     +- MergeError        5   a result is not finite, a fit did not converge
+     +- MergeError        5   a result is not finite, a fit did not converge; what --against cannot tell
      +- OutputError       6   exists, is an input, no space, cannot be written, another run holds it
      +- EvaluationError   7   a task is unknown or failed
      +- HubError          8   the Hub refused, or cannot be reached

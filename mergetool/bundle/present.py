@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mergetool.arch.heads import HeadKind, embeds, head_kind, is_general, is_pooler
+from mergetool.checkpoints.adapters import AdapterSource
+from mergetool.checkpoints.adapters.places import TASK_HEADS
 from mergetool.checkpoints.names import match
 from mergetool.checkpoints.view import RenamedModel
 from mergetool.errors import PlanError
@@ -63,6 +65,7 @@ def present(sources: Mapping[str, ModelSource], explicit: Collection[str]) -> di
     architectures = {name: _architecture(source) for name, source in experts.items()}
     plain = [name for name in experts if name not in explicit]
     for name in plain:
+        _check_adapter(name, architectures[name], experts[name])
         _check_kind(name, architectures[name], experts[name], sources[BASE])
     kinds = {name: head_kind(architectures[name]) for name in plain}
     if not any(kinds.values()):
@@ -142,6 +145,16 @@ def _check_kind(name: str, architecture: str, source: ModelSource, base: ModelSo
         what = f"it is a {architecture}, whose head ({own[0]}, ...) a bundle cannot keep"
         fix = "give a classifier of sequences, images, audio, video or tokens, or a question answering model"
         raise PlanError(what, f"model {name!r}", fix)
+
+
+def _check_adapter(name: str, architecture: str, source: ModelSource) -> None:
+    """Refuse an adapter's head where nothing says of which class it is, rather than leave it out."""
+    added = sorted(source.added) if isinstance(source, AdapterSource) and head_kind(architecture) is None else []
+    heads = [own for own in added if TASK_HEADS & set(own.split("."))]
+    if heads:
+        what = f"its adapter brings a head, {heads[0]}, and config.json of the model beneath names a class without one"
+        fix = "name the class that was trained, e.g. save the base by AutoModelForSequenceClassification, as base"
+        raise PlanError(f"{what}: {architecture or 'none'}", f"model {name!r}", fix)
 
 
 def _check_met(name: str, architecture: str, source: ModelSource, base: str, met: int) -> None:

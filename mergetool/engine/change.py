@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mergetool.errors import MergeError
 from mergetool.kernels.low_rank import Pair as Product
 from mergetool.kernels.low_rank import concatenated, leading, truncated
 from mergetool.methods.base import Params
@@ -13,6 +14,7 @@ from mergetool.methods.families.low_rank import Products, merged_products
 from mergetool.methods.group import Note
 from mergetool.planning.graph import Plan, Step
 from mergetool.planning.operations import Decompose
+from mergetool.planning.parents import label
 from mergetool.tensors.factors import Halves, nothing_added
 
 
@@ -28,6 +30,8 @@ def merged(plan: Plan, step: Step, operation: Decompose, notes: list[Note]) -> t
     """
     shape = step.spec.shape
     every = [plan.sources[operand.source].factors(operand.tensor) or nothing_added(shape) for operand in step.models]
+    for operand, found in zip(step.models, every, strict=True):
+        _check_finite(operand.source, found)
     if operation.experts == 1:
         return _merged(plan, step, operation, every, notes)
     parts = []
@@ -38,6 +42,13 @@ def merged(plan: Plan, step: Step, operation: Decompose, notes: list[Note]) -> t
     a = torch.cat([pad(product.a, (0, 0, 0, rank - product.a.shape[0])) for product, _ in parts])
     b = torch.stack([pad(product.b, (0, rank - product.b.shape[1])) for product, _ in parts], 2).flatten(1)
     return Product(b, a), max(lost for _, lost in parts)
+
+
+def _check_finite(model: str, halves: Halves) -> None:
+    """Raise MergeError for factors that hold what no decomposition can take."""
+    if not all(bool(torch.isfinite(half).all()) for half in halves):
+        fix = "save that adapter again, or leave it out"
+        raise MergeError(f"{label(model)} has factors that are not finite", "", fix)
 
 
 def _merged(

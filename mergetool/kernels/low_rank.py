@@ -66,13 +66,42 @@ class Pair(NamedTuple):
         return self.b.shape[0], self.a.shape[1]
 
 
-class Cores(NamedTuple):
-    """Matrices `outputs @ core @ inputs`; a side that is None is not turned."""
+class _Reflections(NamedTuple):
+    """x = Q R with Q as LAPACK leaves it: a few of its combinations cost less than its columns."""
 
-    outputs: Tensor | None
-    """(m, R), orthonormal columns."""
-    inputs: Tensor | None
-    """(R, n), orthonormal rows."""
+    reflectors: Tensor
+    scales: Tensor
+    small: Tensor
+    """R, (min(m, k), k)."""
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Reflections":
+        reflectors, scales = torch.geqrf(x)
+        return cls(reflectors, scales, reflectors[: min(x.shape)].triu())
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Q x."""
+        padded = torch.nn.functional.pad(x, (0, 0, 0, len(self.reflectors) - len(x)))
+        turned: Tensor = torch.ormqr(self.reflectors[:, : len(self.scales)], self.scales, padded)
+        return turned
+
+
+class Basis(NamedTuple):
+    """Orthonormal columns (m, R), not all of which need be made."""
+
+    reflections: _Reflections
+    turned: Tensor
+
+    def times(self, x: Tensor) -> Tensor:
+        """The basis times x (R, k)."""
+        return self.reflections.turn(self.turned @ x)
+
+
+class Cores(NamedTuple):
+    """Matrices `outputs core inputs^T`; a side without a basis is not turned."""
+
+    outputs: Basis | None
+    inputs: Basis | None
     cores: list[Tensor]
 
 
@@ -139,26 +168,6 @@ def _share(s: Tensor, count: int) -> float:
     return float(energy[count:].sum() / energy.sum()) ** 0.5 if count < len(s) else 0.0
 
 
-class _Reflections(NamedTuple):
-    """x = Q R with Q as LAPACK leaves it: a few of its combinations cost less than its columns."""
-
-    reflectors: Tensor
-    scales: Tensor
-    small: Tensor
-    """R, (min(m, k), k)."""
-
-    @classmethod
-    def of(cls, x: Tensor) -> "_Reflections":
-        reflectors, scales = torch.geqrf(x)
-        return cls(reflectors, scales, reflectors[: min(x.shape)].triu())
-
-    def turn(self, x: Tensor) -> Tensor:
-        """Q x."""
-        padded = torch.nn.functional.pad(x, (0, 0, 0, len(self.reflectors) - len(x)))
-        turned: Tensor = torch.ormqr(self.reflectors[:, : len(self.scales)], self.scales, padded)
-        return turned
-
-
 def _count(s: Tensor, energy: float, keep: Keep) -> int:
     """How many of these singular values, descending, are kept of a matrix with this squared norm."""
     if isinstance(keep, float):
@@ -177,30 +186,26 @@ def in_cores(pairs: Sequence[Pair], *, outputs: bool = True, inputs: bool = True
     writing, reading = [_exact(pair.b) for pair in pairs], [_exact(pair.a).mT for pair in pairs]
     left, writing = _in_basis(writing) if outputs else (None, writing)
     right, reading = _in_basis(reading) if inputs else (None, reading)
-    cores = [b @ a.mT for b, a in zip(writing, reading, strict=True)]
-    return Cores(left, None if right is None else right.mT, cores)
+    return Cores(left, right, [b @ a.mT for b, a in zip(writing, reading, strict=True)])
 
 
-def _in_basis(parts: "list[Tensor]") -> "tuple[Tensor, list[Tensor]]":
-    """Orthonormal columns (m, R) that span what the columns of all parts do, and the parts in that basis (R, r)."""
-    columns = torch.cat(parts, 1)
-    if not columns.any():
-        return columns[:, :0], [part[:0] for part in parts]
-    every = _Reflections.of(columns)
+def _in_basis(parts: "list[Tensor]") -> "tuple[Basis, list[Tensor]]":
+    """A basis of what the columns of all parts span, and the parts in it (R, r)."""
+    every = _Reflections.of(torch.cat(parts, 1))
     u, s, _ = torch.linalg.svd(every.small, full_matrices=False)
-    u = u[:, s > s[0] * max(columns.shape) * _ROUNDING]
-    return every.turn(u), list((u.mT @ every.small).split([part.shape[1] for part in parts], 1))
+    u = u[:, s > s.max() * max(every.reflectors.shape) * _ROUNDING] if len(s) else u
+    return Basis(every, u), list((u.mT @ every.small).split([part.shape[1] for part in parts], 1))
 
 
-def lifted(cores: Cores, core: Tensor) -> Pair:
-    """The pair that a core stands for; its rank is that of the thinner side."""
+def lifted(cores: Cores, core: Tensor, keep: Keep) -> tuple[Pair, float]:
+    """The best approximation that `keep` allows of the matrix that a core stands for, and what it loses."""
     core = _exact(core)
-    left = torch.eye(core.shape[0], dtype=core.dtype, device=core.device) if cores.outputs is None else cores.outputs
-    if cores.inputs is None:
-        return Pair(left, core)
-    if cores.outputs is None or core.shape[1] < core.shape[0]:
-        return Pair(left @ core, cores.inputs)
-    return Pair(left, core @ cores.inputs)
+    one = torch.eye(min(core.shape), dtype=core.dtype, device=core.device)
+    pair, lost = truncated(Pair(core, one) if core.shape[1] <= core.shape[0] else Pair(one, core), keep)
+    b = pair.b if cores.outputs is None else cores.outputs.times(pair.b)
+    a = pair.a.mT if cores.inputs is None else cores.inputs.times(pair.a.mT)
+    turned = with_signs(Factors(b, b.new_ones(b.shape[1]), a))
+    return Pair(turned.u, turned.v.mT), lost
 
 
 # Matrices that are no products

@@ -1,7 +1,7 @@
 """Compare two checkpoints tensor by tensor, in slices, by several threads; with a base, their task vectors, too."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -54,23 +54,29 @@ def difference(
     if is_lock(a) or is_lock(b):
         return difference_of_locks(a, b)
     with ExitStack() as opened:
-        sources = {name: opened.enter_context(closing(each)) for name, each in _opened(a, b, base, listener).items()}
+        sources, warnings = _opened(a, b, base, listener)
+        for source in sources.values():
+            opened.enter_context(closing(source))
         pair = _Pair(sources, listener)
         with ThreadPoolExecutor(workers or min(32, len(os.sched_getaffinity(0)))) as pool:
             parts = list(pool.map(pair.compare, pair.pieces()))
-        return pair.found(a, b, base, parts)
+        found = pair.found(a, b, base, parts)
+        return replace(found, remarks=(*warnings, *found.remarks))
 
 
-def _opened(a: str, b: str, base: str | None, listener: Listener | None) -> dict[str, ModelSource]:
-    """All that is compared, with its weights here."""
+def _opened(
+    a: str, b: str, base: str | None, listener: Listener | None
+) -> tuple[dict[str, ModelSource], Sequence[str]]:
+    """All that is compared, with its weights here, and what people should know of it."""
     given = {_A: a, _B: b, **({_BASE: base} if base is not None else {})}
     _check_kinds(given)
     lookup = Lookup(Path.cwd())
     opened = _look_up(lookup, given)
     if lookup.missing:
         lookup.fetch(listener.say if listener is not None else lambda _: None)
+        lookup.warnings.clear()
         opened = _look_up(lookup, given)
-    return opened
+    return opened, lookup.warnings
 
 
 def _look_up(lookup: Lookup, given: Mapping[str, str]) -> dict[str, ModelSource]:

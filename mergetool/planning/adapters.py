@@ -16,6 +16,7 @@ from mergetool.checkpoints.adapters.forms import Form, InMemory, form_at, forms_
 from mergetool.checkpoints.adapters.places import TASK_HEADS, leaf_of
 from mergetool.checkpoints.adapters.written import About, about_together, task_of
 from mergetool.errors import PlanError
+from mergetool.planning.alone import sites_of
 from mergetool.planning.graph import BASE, Operand, Plan, Shard, Slot, Step
 from mergetool.planning.operations import Decompose, Operation
 from mergetool.recipe.schema import Recipe
@@ -28,7 +29,7 @@ from mergetool.tensors.source import ModelSource, is_same_tensor
 def as_adapter(plan: Plan) -> Plan:
     """The plan with steps that make factors. Raises PlanError for what an adapter of this base cannot hold."""
     base = plan.sources[BASE]
-    held = [step for step in plan.steps if not _is_of_base(step)]
+    held = [step for step in plan.steps if not _is_of_base(step, _directions(plan, step))]
     if not held:
         raise PlanError("nothing of the base is changed", "plan", "name a model beside the base")
     shapes = {name: spec.shape for name, spec in base.specs.items()} | {step.name: step.spec.shape for step in held}
@@ -44,6 +45,7 @@ def as_adapter(plan: Plan) -> Plan:
         revision,
         task_of(read_config(base.folder)),
         modules_of(name for part in parts.values() for name in part.names),
+        whole=True,
         turned=any(form.turned for form in forms.values()),
     )
     return _laid_out(replace(plan, about=about), held, forms)
@@ -63,12 +65,13 @@ def of_adapters(plan: Plan, adapters: Mapping[str, AdapterAlone]) -> Plan:
     if (why := method.needs_weights()) is not None:
         fix = "add base: MODEL and output: {kind: checkpoint}, or choose another method (mergetool methods)"
         raise PlanError(f"{method.method_name()} cannot merge adapters by themselves: {why}", "merge.method", fix)
-    sites = {name: site for adapter in adapters.values() for name, site in adapter.sites.items()}
+    sites = sites_of(adapters)
     held = [step for step in plan.steps if not _is_of_base(step)]
     name, revision = _base_name(plan)
     settings = [adapter.settings for adapter in adapters.values()]
     name = name or next((each.made_for for each in settings if each.made_for), None)
     about = about_together(settings, name, revision, read_config(plan.sources[BASE].folder))
+    about = replace(about, modules=frozenset(site.module for site in sites.values()))
     return _laid_out(replace(plan, about=about), held, {step.name: form_at(sites[step.name]) for step in held})
 
 
@@ -101,10 +104,14 @@ def _laid_out(plan: Plan, held: Sequence[Step], forms: Mapping[str, Form]) -> Pl
     return replace(plan, steps=placed, shards=(shard,), bytes_at_most=shard.header.file_size, forms=forms)
 
 
-def _is_of_base(step: Step) -> bool:
-    """Whether a step only copies from the base. (PEFT looks for task heads in every adapter.)"""
+def _is_of_base(step: Step, added: Sequence[int] | None = None) -> bool:
+    """Whether a step leaves the base's tensor: copies it, or no model `added` to it.
+
+    PEFT looks for task heads in every adapter.
+    """
     copied = not step.operation.arithmetic and all(each.source == BASE for each in step.models)
-    return copied and leaf_of(step.name.rpartition(".")[0]) not in TASK_HEADS
+    same = copied or (added is not None and not any(added))
+    return same and leaf_of(step.name.rpartition(".")[0]) not in TASK_HEADS
 
 
 def _check(plan: Plan, step: Step, why: str | None) -> None:

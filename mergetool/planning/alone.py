@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mergetool.checkpoints.adapters import AdapterAlone
 from mergetool.checkpoints.adapters.places import Places
-from mergetool.checkpoints.adapters.sites import Site
+from mergetool.checkpoints.adapters.sites import Site, hung_together
 from mergetool.errors import PlanError
 from mergetool.planning.graph import BASE
 from mergetool.planning.parents import label, listed
@@ -135,12 +135,12 @@ def as_models(recipe: Recipe, adapters: Mapping[str, AdapterAlone], base: ModelS
 
 
 def sites_of(adapters: Mapping[str, AdapterAlone]) -> dict[str, Site]:
-    """Every tensor that any of the adapters changes, as the first one does."""
+    """Every tensor that any of the adapters changes, as the first one does, hung where one adapter of all has it."""
     sites: dict[str, Site] = {}
     for adapter in adapters.values():
         for name in sorted(adapter.sites, key=adapter.position):
             sites.setdefault(name, adapter.sites[name])
-    return sites
+    return hung_together(sites)
 
 
 def _zeros(name: str, adapters: Mapping[str, AdapterAlone]) -> TensorSpec:

@@ -186,7 +186,8 @@ def check_override(
 def _check_use(
     document: Document, place: Place, name: Any, models: Collection[str], others: Sequence[str] = ()
 ) -> Iterator[RecipeError]:
-    known = [*(["base"] if names_base(document.data) else []), *models]
+    has_base = names_base(document.data) or is_alone(document.data)  # what adapters leave as it is
+    known = [*(["base"] if has_base else []), *models]
     if isinstance(name, str) and name not in (*known, *others):
         fix = suggestion(name, (*known, *others)) or f"one of: {', '.join((*known, *others))}"
         yield document.error(place, f"there is no model {name!r}", fix)

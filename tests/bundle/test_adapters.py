@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import mergetool
@@ -12,7 +13,7 @@ from mergetool.bundle import build, store
 from mergetool.bundle.expert import open_expert
 from mergetool.bundle.manifest import read_manifest
 from mergetool.checkpoints.adapters import AdapterSource
-from mergetool.errors import MergeError
+from mergetool.errors import MergeError, PlanError
 from mergetool.tensors.folder import open_model
 from mergetool.tensors.io import bytes_of
 from mergetool.tensors.source import SafetensorsSource
@@ -75,7 +76,7 @@ def recipe(folder, method="tsv-compress", *, tasks=None, beside="base", **merge)
 
 
 def forbid_dense(monkeypatch):
-    """Let no matrix be decomposed, and no weight of a base be read."""
+    """Let no matrix be taken apart, and no weight of a base be read."""
 
     def never(*_, **__):
         raise AssertionError("a dense matrix was formed")
@@ -278,3 +279,58 @@ def test_an_expert_of_a_library_gives_its_factors_back(adapted, tmp_path):
             assert b.shape[1] == expert.num_directions(name) <= before.num_directions(name)
             expected = torch.matmul(*before.factors(name))
             torch.testing.assert_close(b @ a, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("keeps", ["copy", "reference"])
+def test_a_library_gives_an_expert_back_as_an_adapter(adapted, keeps, tmp_path, monkeypatch):
+    family, folder = adapted
+    library = mergetool.run(recipe(folder, base=keeps, **EXACT), output=tmp_path / "library").path
+    document = {
+        "base": str(library / "base" if keeps == "copy" else folder / "base"),
+        "models": {"b": {"source": str(library), "select": "b"}},
+        "merge": {"method": "passthrough"},
+        "output": {"kind": "adapter", "rank": "exact"},
+    }
+    forbid_dense(monkeypatch)
+    out = mergetool.run(document, output=tmp_path / "b").path
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logits = []
+        for adapter in (folder / "b", out):
+            model = PeftModel.from_pretrained(type(tiny_model(family)).from_pretrained(folder / "base"), adapter)
+            with torch.no_grad():
+                logits.append(model.eval()(**tiny_inputs(family)).logits)
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4)
+
+
+def save_classifiers(folder):
+    """Two adapters with heads, trained on a base that has none."""
+    tiny_model("bert").save_pretrained(folder / "base")
+    for seed, task in enumerate("ab"):
+        model = transformers.BertForSequenceClassification.from_pretrained(folder / "base", num_labels=3)
+        save_adapter(model, folder / task, seed, r=4, task_type="SEQ_CLS", target_modules=["query", "value"])
+
+
+def test_heads_of_adapters_answer_where_the_base_names_their_class(tmp_path):
+    save_classifiers(tmp_path)
+    kind = transformers.AutoModelForSequenceClassification
+    document = {
+        "base": str(tmp_path / "base"),
+        "models": {task: {"adapter": str(tmp_path / task)} for task in "ab"},
+        "merge": {"method": "mass", "factors": "float32"},
+    }
+    with pytest.raises(PlanError, match=r"brings a head, classifier.bias.*: BertModel") as refused:
+        mergetool.run(document, output=tmp_path / "out")
+    assert "save the base by AutoModelForSequenceClassification, as base" in refused.value.fix
+    kind.from_pretrained(tmp_path / "base", num_labels=3).save_pretrained(tmp_path / "named")
+    document["base"] = str(tmp_path / "named")
+    model = mergetool.load_bundle(mergetool.run(document, output=tmp_path / "out").path)
+    assert {p.policy for p in model.manifest.parameters.values()} == {"svd", "skip"}
+    inputs = tiny_inputs("bert")
+    for task in "ab":
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            alone = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "named"), tmp_path / task).eval()
+            expected = alone(**inputs).logits
+        torch.testing.assert_close(model(tasks=[task], **inputs).logits, expected, rtol=0, atol=1e-5)

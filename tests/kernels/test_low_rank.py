@@ -105,12 +105,24 @@ def test_every_matrix_is_its_core_in_the_common_bases(outputs, inputs):
     pairs = [pair(12, 15, 2, seed) for seed in range(3)]
     found = in_cores(pairs, outputs=outputs, inputs=inputs)
     assert found.cores[0].shape == (6 if outputs else 12, 6 if inputs else 15)
-    if outputs:
-        torch.testing.assert_close(found.outputs.mT @ found.outputs, torch.eye(6).double())
-    if inputs:
-        torch.testing.assert_close(found.inputs @ found.inputs.mT, torch.eye(6).double())
+    for basis in (each for each in (found.outputs, found.inputs) if each is not None):
+        columns = basis.times(torch.eye(6).double())
+        torch.testing.assert_close(columns.mT @ columns, torch.eye(6).double())
     for each, core in zip(pairs, found.cores, strict=True):
-        torch.testing.assert_close(dense(lifted(found, core)), dense(each), rtol=0, atol=1e-12)
+        whole, lost = lifted(found, core, None)
+        torch.testing.assert_close(dense(whole), dense(each), rtol=0, atol=1e-12)
+        assert lost == 0
+
+
+@pytest.mark.parametrize("outputs", [True, False])
+@pytest.mark.parametrize("inputs", [True, False])
+def test_a_lifted_core_is_cut_as_its_matrix_is(outputs, inputs):
+    pairs = [pair(12, 15, 2, seed) for seed in range(3)]
+    found = in_cores(pairs, outputs=outputs, inputs=inputs)
+    (cut, lost), (expected, loss) = lifted(found, sum(found.cores), 2), truncated(concatenated(pairs, [1.0] * 3), 2)
+    torch.testing.assert_close(cut.b, expected.b)
+    torch.testing.assert_close(cut.a, expected.a)
+    assert lost == pytest.approx(loss)
 
 
 def test_bases_hold_no_more_than_what_is_used():
@@ -118,7 +130,8 @@ def test_bases_hold_no_more_than_what_is_used():
     found = in_cores([one, Pair(2 * one.b, one.a), Pair(torch.zeros(12, 4), torch.ones(4, 15)), pair(12, 15, 9, 1)])
     assert found.cores[0].shape == (11, 12)  # 2 + 9, and the row of ones that nothing is made of
     assert in_cores([Pair(torch.zeros(12, 4), torch.zeros(4, 15))]).cores[0].shape == (0, 0)
-    assert lifted(in_cores([Pair(torch.zeros(12, 4), torch.zeros(4, 15))]), torch.zeros(0, 0)).dense().shape == (12, 15)
+    nothing, lost = lifted(in_cores([Pair(torch.zeros(12, 4), torch.zeros(4, 15))]), torch.zeros(0, 0), None)
+    assert (nothing.b.shape, nothing.a.shape, lost) == ((12, 0), (0, 15), 0.0)
 
 
 # Matrices that are no products

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 
 from mergetool.kernels.low_rank import Pair
 from mergetool.methods.factor_sum import FactorSum
-from mergetool.methods.families.low_rank import Products, merged_pair
+from mergetool.methods.families.low_rank import Products, merged_products
 
 
 def network():
@@ -38,9 +38,8 @@ def ours(layer, names, weights, form):
         b, a = halves(layer, name)
         pairs.append(Pair(b * scale, a))
     kernel = FactorSum(weight=dict(zip(names, weights, strict=True)), form=form).kernel()
-    return merged_pair(
-        kernel, Products("0.weight", (8, 10), tuple(names), pairs, scales=scales), kernel.params(0.0, names)
-    )
+    products = Products("0.weight", (8, 10), tuple(names), pairs, scales=scales)
+    return merged_products(kernel, products, kernel.params(0.0, names), None)[0]
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.7, -0.4, 0.2), (2.0, 0.0, -1.0)])
@@ -73,9 +72,11 @@ def test_adapters_that_leave_a_layer_have_no_part_in_its_sum():
     kernel = FactorSum(form="lorahub").kernel()
     one, nothing = Pair(torch.ones(3, 2), torch.ones(2, 4)), Pair(torch.zeros(3, 0), torch.zeros(0, 4))
     products = Products("w", (3, 4), ("a", "b"), [one, nothing])
-    torch.testing.assert_close(merged_pair(kernel, products, kernel.params(0.0, ("a", "b"))).dense(), one.dense())
+    torch.testing.assert_close(
+        merged_products(kernel, products, kernel.params(0.0, ("a", "b")), None)[0].dense(), one.dense()
+    )
     products = Products("w", (3, 4), ("a", "b"), [nothing, nothing])
-    assert not merged_pair(kernel, products, kernel.params(0.0, ("a", "b"))).dense().any()
+    assert not merged_products(kernel, products, kernel.params(0.0, ("a", "b")), None)[0].dense().any()
 
 
 def test_different_ranks_cannot_be_added_up():

@@ -10,7 +10,7 @@ import torch
 from mergetool.kernels.low_rank import Pair
 from mergetool.methods import registry
 from mergetool.methods.base import TensorMethod
-from mergetool.methods.families.low_rank import Products, merged_pair, merged_products, merged_rows
+from mergetool.methods.families.low_rank import Products, merged_products, merged_rows
 from mergetool.testing.cases import all_cases
 
 RANKS = (2, 1, 3)
@@ -45,7 +45,7 @@ def in_factors(case, found, keep=None):
     if method.in_factors(found.name, found.shape) == "product":
         rows = merged_rows(method, found, p, dtype=torch.float64)
         return torch.cat([rows(start, min(start + 5, found.shape[0])) for start in range(0, found.shape[0], 5)])
-    return merged_pair(method, found, p).dense()
+    return merged_products(method, found, p, None)[0].dense()
 
 
 def densely(case, found):
@@ -97,7 +97,7 @@ def test_adapters_merge_in_core_space_as_others_found(method):
     pairs = [Pair(drawn(600 + t, 10, 2), drawn(700 + t, 2, 9) / 10) for t in range(3)]
     found = Products("mlp.weight", (10, 9), ("a", "b", "c"), pairs)
     kind = registry()[method]()
-    merged = merged_pair(kind, found, kind.params(0.0, found.names))
+    merged, _ = merged_products(kind, found, kind.params(0.0, found.names), None)
     assert float(merged.dense().norm()) == pytest.approx(ORACLES[method], rel=1e-9)
 
 

@@ -197,6 +197,19 @@ def test_two_locks_tell_which_settings_made_the_difference(tmp_path):
         mergetool.diff(paths[0] / "mergetool.json", tmp_path / "a")
 
 
+def test_quantised_weights_are_compared_as_the_numbers_that_they_stand_for(tmp_path):
+    weight, name = torch.linspace(-1, 1, 64).view(8, 8), "model.layers.0.mlp.up_proj.weight"
+    write_model(tmp_path / "a", {name: weight}, {"model_type": "llama"})
+    codes = {name: (weight * 256).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.full((1, 1), 1 / 256)}
+    quantised = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+    write_model(tmp_path / "b", codes, {"model_type": "llama", "quantization_config": quantised})
+    found = mergetool.diff(tmp_path / "a", tmp_path / "b")
+    exact = codes[name].double() / 256
+    assert found.rows[0]["relative"] == pytest.approx(float((exact - weight).norm() / weight.norm()), rel=1e-6)
+    assert len(found.rows) == 1
+    assert any(remark.startswith("B: ") and "quantised" in remark for remark in found.remarks), found.remarks
+
+
 def test_a_bundle_is_no_model(tmp_path):
     write_models(tmp_path)
     recipe = {

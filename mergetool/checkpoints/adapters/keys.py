@@ -18,7 +18,8 @@ from mergetool.errors import SourceError
 from mergetool.tensors.header import TensorSpec
 
 PREFIX = "base_model.model."
-_WRAPPED = ".base_layer"
+WRAPPED = ".base_layer"
+"""What PEFT hangs between a module and what it wraps."""
 _PARTS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|trainable_tokens_delta"
 _CHANGE = re.compile(rf"(?P<module>.+?)\.(?P<part>{_PARTS})(?:\.(?P<adapter>[^.]+))??(?:\.(?P<leaf>weight|bias))?")
 _COMPILED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module)\.")
@@ -101,7 +102,7 @@ def words(text: str) -> frozenset[str]:
 
 def unwrapped(site: str) -> str:
     """The module at a site."""
-    return site.replace(_WRAPPED, "")
+    return site.replace(WRAPPED, "")
 
 
 def read_keys(names: Collection[str], where: str) -> list[Key]:
@@ -113,7 +114,13 @@ def read_keys(names: Collection[str], where: str) -> list[Key]:
             what, where, f"save one alone: model.save_pretrained(PATH, selected_adapters=[{adapters[0]!r}])"
         )
     known = {"default", *adapters}
-    return [key for name in sorted(names) if (key := _key(name, where, known)) is not None]
+    keys = [key for name in sorted(names) if (key := _key(name, where, known)) is not None]
+    return [key for key in keys if not _is_second_copy(key, names)]
+
+
+def _is_second_copy(key: Key, names: Container[str]) -> bool:
+    """Whether it is `X.modules_to_save.weight` beside `X.weight`, which PEFT writes for words of another number."""
+    return bool(_SAVED.fullmatch(key.own)) and PREFIX + key.site in names
 
 
 def _key(own: str, where: str, adapters: Collection[str]) -> Key | None:

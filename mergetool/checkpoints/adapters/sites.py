@@ -5,11 +5,20 @@ Shapes are PEFT's own, outputs first, whichever way round the network stores the
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from mergetool.checkpoints.adapters.changes import Added, Block, Change, LowRank
-from mergetool.checkpoints.adapters.keys import Key, Part, by_site, factors_at, read_keys, times_added, unwrapped
+from mergetool.checkpoints.adapters.keys import (
+    WRAPPED,
+    Key,
+    Part,
+    by_site,
+    factors_at,
+    read_keys,
+    times_added,
+    unwrapped,
+)
 from mergetool.checkpoints.adapters.places import leaf_of
 from mergetool.checkpoints.adapters.settings import Settings
 from mergetool.errors import SourceError
@@ -226,3 +235,23 @@ class Sites:
             what = f"{site.name} is brought twice, as {other.own[0]} too"
             raise SourceError(what, f"{self._where}: {site.own[0]}", _AGAIN)
         self.found[site.name] = site
+
+
+def hung_together(sites: Mapping[str, Site]) -> dict[str, Site]:
+    """Sites of several adapters, as one has them: PEFT wraps a module once for each parameter, the last one outermost.
+
+    Raises SourceError where nothing tells the order of the parameters.
+    """
+    several: dict[str, list[Site]] = {}
+    for site in sites.values():
+        if site.kind is SiteKind.PARAMETER:
+            several.setdefault(site.module, []).append(site)
+    hung: dict[str, str] = {}
+    for module, parameters in several.items():
+        leaves = [leaf_of(site.name) for site in parameters]
+        if len(leaves) > 1 and not set(leaves) <= set(_ORDER):
+            what = f"nothing tells in which order {module} has its parameters {', '.join(leaves)}"
+            raise SourceError(what, module, "add base: MODEL and output: {kind: checkpoint}")
+        outermost = sorted(parameters, key=lambda site: (*_ORDER, *leaves).index(leaf_of(site.name)), reverse=True)
+        hung |= {site.name: module + WRAPPED * depth for depth, site in enumerate(outermost)}
+    return {name: replace(site, hung=hung.get(name, site.hung)) for name, site in sites.items()}

@@ -41,7 +41,9 @@ class About:
     revision: str | None = None
     task: str | None = None
     modules: frozenset[str] = frozenset()
-    """All modules of the network; none where only adapters are known."""
+    """The modules of the network that are known."""
+    whole: bool = False
+    """Whether these are all."""
     proven: frozenset[str] = frozenset()
     """Names of targets that PEFT found all of them by, in the adapters that this one is made of."""
     turned: bool = False
@@ -130,7 +132,7 @@ def _short(chosen: Collection[str], about: About) -> list[str]:
     for leaf, having in of_leaf.items():
         here = having & set(chosen)
         means_others = any(module.endswith(leaf) for module in every - having)  # as PEFT looks modules_to_save up
-        known = leaf in about.proven or bool(about.modules)
+        known = leaf in about.proven or about.whole
         short = here == having and known and not leaf.isdecimal() and not means_others
         names |= {leaf} if here and short else here
     return sorted(names)

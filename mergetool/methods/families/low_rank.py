@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
-from mergetool.methods.base import Note, Params, StatisticsPass, Stats, TensorGroup, TensorMethod
+from mergetool.methods.base import Factored, Note, Params, StatisticsPass, Stats, TensorGroup, TensorMethod
 
 if TYPE_CHECKING:
     import torch
@@ -49,35 +49,36 @@ class Products:
 
 def merged_products(method: TensorMethod, products: Products, p: Params, keep: "Keep") -> "tuple[Pair, float]":
     """The merged change as a product, as much of it as is kept, and what that loses (Frobenius norm, relative)."""
-    from mergetool.kernels.low_rank import leading_of_rows, truncated
+    from mergetool.kernels.low_rank import concatenated, leading_of_rows, summed_halves, truncated
 
-    if method.in_factors(products.name, products.shape) != "product":
-        return truncated(merged_pair(method, products, p), keep)
-    device = products.pairs[0].b.device
-    return leading_of_rows(merged_rows(method, products, p), products.matrix, keep, device=device)
+    match method.in_factors(products.name, products.shape):
+        case "sum":
+            return truncated(concatenated(products.pairs, method.coefficients(p)), keep)
+        case "halves":
+            scales = products.scales or (1.0,) * len(products.pairs)
+            return truncated(summed_halves(products.pairs, method.half_coefficients(scales, p)), keep)
+        case "product":
+            device = products.pairs[0].b.device
+            return leading_of_rows(merged_rows(method, products, p), products.matrix, keep, device=device)
+        case way:
+            return _merged_cores(method, products, p, keep, way)
 
 
-def merged_pair(method: TensorMethod, products: Products, p: Params) -> "Pair":
-    """The merged change, exactly, by a method that needs no whole products."""
-    from mergetool.kernels.low_rank import concatenated, in_cores, lifted, summed_halves
+def _merged_cores(
+    method: TensorMethod, products: Products, p: Params, keep: "Keep", way: Factored
+) -> "tuple[Pair, float]":
+    from mergetool.kernels.low_rank import in_cores, lifted
 
-    way = method.in_factors(products.name, products.shape)
-    assert way != "product", f"{method.method_name()} sees rows of products"
-    if way == "sum":
-        return concatenated(products.pairs, method.coefficients(p))
-    if way == "halves":
-        scales = products.scales or (1.0,) * len(products.pairs)
-        return summed_halves(products.pairs, method.half_coefficients(scales, p))
     cores = in_cores(products.pairs, outputs=way != "inputs", inputs=way != "outputs")
     if not cores.cores[0].numel():
-        return concatenated(products.pairs, [0.0] * len(products.pairs))
+        return lifted(cores, cores.cores[0], keep)
     flat = method.granularity_in(products.name, products.shape) == "element"
 
     def group() -> TensorGroup:
         return _group(method, products, [core.flatten() if flat else core.clone() for core in cores.cores])
 
     stats = _counted(method, p, [group], prod(products.shape), 64)
-    return lifted(cores, method.merge(group(), p, stats).view_as(cores.cores[0]))
+    return lifted(cores, method.merge(group(), p, stats).view_as(cores.cores[0]), keep)
 
 
 def merged_rows(method: TensorMethod, products: Products, p: Params, *, dtype: "torch.dtype | None" = None) -> "Rows":

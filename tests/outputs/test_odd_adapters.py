@@ -1,0 +1,238 @@
+"""Adapters as they lie about: of several towers, of experts, of new words, broken, alike, or idle."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import mergetool
+from mergetool.errors import MergeError, PlanError
+from tests.checkpoints.adapters.peft_oracle import LLAMA, SMALL, quiet
+from tests.outputs.test_merged_adapters import (
+    ALL,
+    MOE,
+    assert_same_merge,
+    llama,
+    merged_by_peft,
+    recipes,
+    start,
+    train,
+)
+
+VISION = {key: SMALL[key] for key in list(SMALL)[1:]} | {"image_size": 32, "patch_size": 16}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def merge(folder, again, method="linear", rank=None, names="ab", **settings):
+    """Merge both ways, and see that PEFT finds all that the adapter says it has, and that both are the same."""
+    alone, whole = recipes(folder, method, rank, names, **settings)
+    mergetool.run(alone)
+    mergetool.run(whole)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        PeftModel.from_pretrained(again(), folder / "out")
+    assert_same_merge(folder, again)
+
+
+def two(folder, make=llama, first=None, second=None):
+    again = start(folder, make)
+    train(folder, "a", again(), 1, **{"target_modules": ALL, "r": 2, **(first or {})})
+    train(folder, "b", again(), 2, **{"target_modules": ALL, "r": 3, **(second or {})})
+    return again
+
+
+def clip():
+    words = {**SMALL, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2}
+    return hf.CLIPModel(hf.CLIPConfig(text_config=words, vision_config=dict(VISION), projection_dim=16))
+
+
+def gemma3():
+    text = {**LLAMA, "head_dim": 8, "sliding_window": 8}
+    config = hf.Gemma3Config(text_config=text, vision_config=dict(VISION), mm_tokens_per_image=4)
+    return hf.Gemma3ForConditionalGeneration(config)
+
+
+def t5():
+    sizes = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return hf.T5ForConditionalGeneration(hf.T5Config(decoder_start_token_id=0, **sizes))
+
+
+def whisper():
+    config = hf.WhisperConfig(vocab_size=61, num_mel_bins=8, d_model=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config.update(dict.fromkeys(("encoder_layers", "decoder_layers"), 2))
+    config.update(dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4))
+    config.update(dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 48))
+    config.update(dict.fromkeys(("max_source_positions", "max_target_positions"), 16) | {"decoder_start_token_id": 1})
+    return hf.WhisperForConditionalGeneration(config)
+
+
+def mixtral():
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**MOE))
+
+
+TEXT_ONLY = {"target_modules": r"text_model\..*\.(q_proj|fc1)"}
+OF_LANGUAGE = {"target_modules": r".*language_model.*\.(q_proj|down_proj)"}
+CASES = {
+    "two towers, one adapter of one": (clip, {"target_modules": ["q_proj"]}, TEXT_ONLY),
+    "gemma3, language only": (gemma3, {"target_modules": ["q_proj"]}, OF_LANGUAGE),
+    "t5": (t5, {"target_modules": ["q", "v"]}, {"target_modules": ["q", "wo", "shared"]}),
+    "vit": (
+        lambda: hf.ViTForImageClassification(hf.ViTConfig(**VISION)),
+        {"target_modules": "all-linear"},
+        {"target_modules": ["projection"]},
+    ),
+    "convolutions along one axis": (whisper, {"target_modules": ["q_proj", "conv1"]}, {"target_modules": ["conv2"]}),
+    "regex and excluded": (
+        llama,
+        {"target_modules": r"model\.layers\.\d+\.self_attn\.(q|v)_proj"},
+        {"target_modules": "all-linear", "exclude_modules": r".*\.1\..*"},
+    ),
+    "the output layer": (llama, {"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["lm_head"]}),
+    "parameters as targets": (
+        llama,
+        {"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"]},
+        {"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"]},
+    ),
+    "experts of several ranks": (
+        mixtral,
+        {"target_modules": ["q_proj"], "target_parameters": EXPERTS},
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": EXPERTS[:1],
+            "rank_pattern": {"mlp.experts.gate_up_proj": 5},
+        },
+    ),
+    "experts, each adapter of another part": (
+        mixtral,
+        {"target_modules": ["q_proj"], "target_parameters": EXPERTS[1:]},
+        {"target_modules": ["q_proj"], "target_parameters": EXPERTS[:1]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_two_adapters_are_summed(tmp_path, case):
+    make, first, second = CASES[case]
+    merge(tmp_path, two(tmp_path, make, first, second))
+
+
+@pytest.mark.parametrize("method", ["linear", "tsv-merge", "iso-c", "knots", "multislerp"])
+def test_the_same_adapter_twice(tmp_path, method):
+    again = two(tmp_path)
+    shutil.rmtree(tmp_path / "b")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    merge(tmp_path, again, method)
+
+
+@pytest.mark.parametrize("method", ["linear", "tsv-merge", "iso-c", "knots"])
+def test_one_of_them_changes_nothing(tmp_path, method):
+    again = two(tmp_path)
+    with quiet():
+        get_peft_model(again(), LoraConfig(target_modules=ALL, r=2)).save_pretrained(tmp_path / "b")
+    merge(tmp_path, again, method)
+
+
+def test_nothing_at_all_is_refused(tmp_path):
+    again = start(tmp_path, llama)
+    for name in "ab":
+        with quiet():
+            get_peft_model(again(), LoraConfig(target_modules=ALL, r=2)).save_pretrained(tmp_path / name)
+    alone, _ = recipes(tmp_path, "linear", names="ab")
+    with pytest.raises(MergeError, match="nothing of the base is changed"):
+        mergetool.run(alone)
+
+
+def test_overrides_that_leave_modules_out(tmp_path):
+    """PEFT finds no k_proj in one layer, and no q_proj in the other."""
+    overrides = [
+        {"match": "*.1.*k_proj.*", "use": "a"},
+        {"match": "*.0.*k_proj.*", "use": "base"},
+        {"match": "*.1.*q_proj.*", "weight": 0.0},
+    ]
+    scale = {"gradient": [0.2, 1.0]}
+    merge(tmp_path, two(tmp_path), "task-arithmetic", weight={"a": 0.0, "b": -1.5}, scale=scale, overrides=overrides)
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["target_modules"] == [
+        "down_proj",
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.k_proj",
+    ]
+
+
+def test_densities_of_modules(tmp_path):
+    overrides = [{"match": "*.q_proj.*", "density": 0.8}]
+    merge(tmp_path, two(tmp_path), "ties", "exact", density=0.3, overrides=overrides)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["linear", "tsv-merge", "ties"])
+def test_what_is_not_finite_is_refused_and_the_advice_works(tmp_path, value, method):
+    again = two(tmp_path)
+    path = tmp_path / "b" / "adapter_model.safetensors"
+    state = load_file(path)
+    next(tensor for name, tensor in state.items() if "q_proj.lora_A" in name)[0, 0] = value
+    save_file(state, path, {"format": "pt"})
+    alone, _ = recipes(tmp_path, method, "exact", names="ab")
+    with pytest.raises(MergeError, match=r"q_proj.weight: model 'b' has factors that are not finite") as caught:
+        mergetool.run(alone)
+    assert not (tmp_path / "out").exists()
+    assert caught.value.fix == "save that adapter again, or leave it out"
+    merge(tmp_path, again, method, "exact", names="a")
+
+
+def larger(again, count):
+    with quiet():
+        model = again()
+        model.resize_token_embeddings(count)
+    return model
+
+
+def test_new_words_of_one_adapter_are_kept(tmp_path):
+    """PEFT writes such modules under two names and the base's beside them."""
+    again = start(tmp_path, llama)
+    words = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    train(tmp_path, "a", larger(again, 64), 1, target_modules=ALL, r=2, **words)
+    train(tmp_path, "b", again(), 2, target_modules=ALL, r=2)
+    assert "base_model.model.lm_head.modules_to_save.weight" in load_file(tmp_path / "a/adapter_model.safetensors")
+    mergetool.run(recipes(tmp_path, "linear", names="ab")[0])
+    made, own = (merged_by_peft(lambda: larger(again, 64), tmp_path / name) for name in ("out", "a"))
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(made[name], own[name])
+
+
+def test_new_words_of_two_adapters_are_refused_and_the_advice_works(tmp_path):
+    again = start(tmp_path, llama)
+    words = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    for seed, name in enumerate("ab"):
+        train(tmp_path, name, larger(again, 64 + seed), seed, target_modules=ALL, r=2, **words)
+    alone, _ = recipes(tmp_path, "linear", names="ab")
+    with pytest.raises(PlanError, match="hold it in full") as caught:
+        mergetool.run(alone)
+    assert "use: a" in caught.value.fix
+    recipes(tmp_path, "linear", names="ab", overrides=[{"match": "*", "use": "a"}])
+    mergetool.run(alone)
+    made, own = (merged_by_peft(lambda: larger(again, 64), tmp_path / name) for name in ("out", "a"))
+    assert torch.equal(made["lm_head.weight"], own["lm_head.weight"])
+
+
+def test_precisions_may_differ(tmp_path):
+    again = two(tmp_path)
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({key: value.bfloat16() for key, value in load_file(path).items()}, path)
+    merge(tmp_path, again)
+    assert {t.dtype for t in load_file(tmp_path / "out" / "adapter_model.safetensors").values()} == {torch.float32}
+
+
+def test_fifty_adapters(tmp_path):
+    again = start(tmp_path, llama)
+    names = [f"a{index}" for index in range(50)]
+    for seed, name in enumerate(names):
+        train(tmp_path, name, again(), seed, target_modules=["q_proj"], r=1)
+    merge(tmp_path, again, names=names)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 32
