@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from tests.held import JOURNALLED
 
 _SERVER = """
-import gc, json, os, signal, sys
+import gc, json, os, signal, sys, tempfile
 import mergetool.cli.app, mergetool.cli.show, mergetool.engine, mergetool.planning, mergetool.engine.worker
 import mergetool.engine.fit, mergetool.engine.fork, mergetool.outputs.checkpoint, mergetool.tuning.run, tests.held
 import torch.distributed
@@ -52,6 +52,7 @@ def start(wanted):
     os.chdir(wanted["cwd"])
     os.environ.clear()
     os.environ.update(wanted["env"])
+    tempfile.tempdir = None  # look at the new environment
     sys.argv = ["mergetool", *wanted["arguments"]]
     sys.stdin = open(0)
     if "KILL_AT" in os.environ:
@@ -89,7 +90,7 @@ class Running:
         for path in (path for pair in self._paths for path in pair):
             Path(path).touch()  # a process may be killed before it opens them
         wanted = [
-            {"arguments": arguments, "cwd": cwd, "env": env, "out": out, "err": err}
+            {"arguments": arguments, "cwd": cwd, "env": {**env, "TMPDIR": self._place.name}, "out": out, "err": err}
             for env, (out, err) in zip(envs, self._paths, strict=True)
         ]
         server.stdin.write(json.dumps(wanted) + "\n")

@@ -153,6 +153,8 @@ class Method(BaseModel):
     """Whether it tries candidates of another method; its settings are then that one's."""
     arranges: ClassVar[bool] = False
     """Whether a layout comes with it, so that a recipe can have no other (`mergetool.layouts`)."""
+    needs_adapters: ClassVar[str] = ""
+    """Why it can merge nothing but adapters by themselves, where that is so."""
     varies: ClassVar[bool] = True
     """Whether its settings may differ from tensor to tensor (overrides)."""
 
@@ -236,10 +238,6 @@ class Method(BaseModel):
 
     def problem(self, p: Params) -> str | None:
         """Why these numbers cannot work together (found while planning), or None."""
-        return None
-
-    def needs_adapters(self) -> str | None:
-        """Why it can merge nothing but adapters by themselves; None where it can."""
         return None
 
     def needs_weights(self) -> str | None:

@@ -79,12 +79,10 @@ class FactorSum(Method):
     weight: PerModel[Finite] = Field(1.0, description="weight of each adapter")
     form: Form = Field("peft", description="what B and A are multiplied by: the root of the weight, or the weight")
     needs_base: ClassVar = "optional"
+    needs_adapters: ClassVar = "it adds up the thin matrices that adapters have, and whole weights have none"
 
     def kernel(self) -> TensorMethod:
         return _Halves(weight=self.weight, form=self.form)
 
     def needs_weights(self) -> str | None:
         return None
-
-    def needs_adapters(self) -> str | None:
-        return "it adds up the thin matrices that adapters have, and whole weights have none"

@@ -87,7 +87,9 @@ class RouterSettings(BaseModel):
     @model_validator(mode="after")
     def _has_an_effect(self) -> "RouterSettings":
         idle = ("per",) if self.kind == "mass" else ("features", "norm", "mode", "threshold", "redundancy")
-        if written := [field for field in idle if field in self.model_fields_set]:
+        fields = type(self).model_fields
+        written = [field for field in idle if getattr(self, field) != fields[field].default]
+        if written:
             raise ValueError(f"`{written[0]}` would have no effect with `kind: {self.kind}`: leave it out")
         if self.redundancy is not None and self.features == "base":
             raise ValueError("without `features: merged` nothing is merged, so this would have no effect")

@@ -78,8 +78,8 @@ def make_plan(
 
 def _check_adapters(recipe: Recipe) -> None:
     """Raise PlanError where whole models meet a method for adapters by themselves."""
-    why = recipe.method.needs_adapters()
-    if why is not None and not recipe.adapters_alone:
+    why = recipe.method.needs_adapters
+    if why and not recipe.adapters_alone:
         what = f"{recipe.method.method_name()} merges nothing but adapters by themselves: {why}"
         fix = "write every model as {adapter: PATH} and output: {kind: adapter}, or choose merge: {method: linear}"
         raise PlanError(what, "merge.method", fix)

@@ -26,13 +26,15 @@ def _head(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _models(facts: dict[str, Any]) -> Iterator[str]:
-    if facts["base"] != "unused":
+    alone = bool(registry()[facts["name"]].needs_adapters)
+    if facts["base"] != "unused" and not alone:
         yield _line(
             "base: ./models/base", "the common ancestor of the models: a folder, a .safetensors file or org/name"
         )
     yield "models:"
     for name in _NAMES[: facts["max_models"]]:
-        yield _line(f"  {name}: ./models/{name}", "a name of your choice, and where that model is")
+        place = f"{{adapter: ./adapters/{name}}}" if alone else f"./models/{name}"
+        yield _line(f"  {name}: {place}", "a name of your choice, and where that model is")
 
 
 def _merge(facts: dict[str, Any]) -> Iterator[str]:

@@ -32,6 +32,7 @@ def settings(text):
 def test_every_method_has_a_recipe_to_begin_with_that_is_valid_and_names_every_field(call, here, name):  # noqa: F811
     assert call("init", name, "-o", "recipe.yaml") == (0, "recipe.yaml\n", "")
     assert call("validate", "recipe.yaml")[0] == 0
+    assert load_recipe(here / "recipe.yaml").adapters_alone == bool(registry()[name].needs_adapters)
     text = (here / "recipe.yaml").read_text()
     for key in registry()[name].model_fields:
         assert re.search(rf"^  (# )?{key}:", text, re.MULTILINE), key
