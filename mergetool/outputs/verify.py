@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from mergetool.checkpoints.adapters import AdapterAlone
+from mergetool.checkpoints.adapters.files import open_weights
+from mergetool.checkpoints.adapters.settings import CONFIG_NAME
 from mergetool.checkpoints.agreement import disagreements_with_files
 from mergetool.errors import SourceError
 from mergetool.outputs.opening import open_and_run
@@ -26,7 +29,7 @@ def verify_output(path: Path, *, load: bool = False) -> dict[str, Any]:
 
     With `load`, transformers opens it and runs one step. Raises SourceError for the first kind of damage.
     """
-    source = open_model(path)
+    source = _opened_adapter(path, load=load) if (path / CONFIG_NAME).is_file() else open_model(path)
     lock_path = path / LOCK_NAME
     checked = _check_lock(lock_path) if lock_path.is_file() else None
     _check_config(source, path)
@@ -46,6 +49,15 @@ def verify_output(path: Path, *, load: bool = False) -> dict[str, Any]:
         "tensors": len(source.specs),
         "summary": f"{files}; {len(source.specs)} tensors are finite{opened}",
     }
+
+
+def _opened_adapter(path: Path, *, load: bool) -> ModelSource:
+    """The tensors of an adapter, whose settings say what each of them is. Raises SourceError where they do not."""
+    if load:
+        what, fix = "is a LoRA adapter, which transformers cannot open by itself", "leave --load out"
+        raise SourceError(what, str(path), fix)
+    AdapterAlone(path).close()
+    return open_weights(path)
 
 
 def _check_config(source: ModelSource, path: Path) -> None:

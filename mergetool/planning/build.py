@@ -91,6 +91,8 @@ def _of_adapters(recipe: Recipe, opened: Mapping[str, ModelSource], output: Path
     needing = {name: source.needs_base[0] for name, source in adapters.items() if source.needs_base}
     if not needing:
         models = as_models(recipe, adapters, opened.get(BASE))
+        if recipe.base is not None and not models[BASE].files:
+            lookup.only_named(recipe.base.source)
         return of_adapters(_planned(recipe, models, output, lookup, whole=False), adapters)
     name, why = next(iter(needing.items()))
     if recipe.base is None:

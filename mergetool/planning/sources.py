@@ -56,6 +56,7 @@ class Lookup:
         self._folder = folder
         self._as_stored = as_stored
         self._repositories = {} if repositories is None else repositories
+        self._only_named: set[tuple[str, bool]] = set()
         self._trained_on: dict[str, str] = {}
         self._called: dict[str, dict[str, str]] = {}
         """What adapters by themselves call their tensors: plain name -> name."""
@@ -181,18 +182,23 @@ class Lookup:
         self.pins[text] = f"{repository.name}@{repository.commit}"
         return self.pins[text]
 
+    def only_named(self, text: str) -> None:
+        """Fetch no weights of a model: adapters by themselves read no more of their base than headers."""
+        if (name := hub_name(text)) is not None:
+            self._only_named.add((str(name), False))
+
     @property
     def missing(self) -> dict[str, int]:
         """Files that are still to be fetched, with their sizes."""
-        return {
-            f"{repository}/{name}": size
-            for repository in self._repositories.values()
-            for name, size in repository.missing.items()
-        }
+        return {f"{repository}/{name}": size for repository in self._read for name, size in repository.missing.items()}
+
+    @property
+    def _read(self) -> list[Repository]:
+        return [repository for key, repository in self._repositories.items() if key not in self._only_named]
 
     def fetch(self, say: Callable[[str], None]) -> None:
         """Download what is missing. Raises HubError or OutputError."""
-        for repository in self._repositories.values():
+        for repository in self._read:
             if missing := repository.missing:
                 say(f"fetching {repository}: {len(missing)} files, {filesize(sum(missing.values()))}")
                 repository.fetch()

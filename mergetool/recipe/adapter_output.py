@@ -40,13 +40,18 @@ def check_kind(document: Document, kind: type[Method], layout: Layout) -> Iterat
         if key in data:
             what = "an adapter has the vocabulary and the templates of its base"
             yield document.error((key,), what, f"remove `{key}`, or write kind: checkpoint")
+    if "evaluate" in data:
+        what = "an adapter is no model by itself, so there is nothing to score"
+        fix = "remove `evaluate`, or add base: MODEL and output: {kind: checkpoint}"
+        yield document.error(("evaluate",), what, fix)
 
 
 def _check_method(document: Document, kind: type[Method], layout: Layout) -> Iterator[RecipeError]:
     name = kind.method_name()
     if kind.searches or kind.result != "checkpoint" or kind.uses_architecture or kind.arranges:
         what = f"what {name} leaves is no change of one base, so no adapter can hold it"
-        yield document.error(("output", "kind"), what, "remove `kind`, or choose another method (mergetool methods)")
+        fix = "remove `kind`" if "kind" in _output(document.data) else "add base: MODEL"
+        yield document.error(("output", "kind"), what, f"{fix}, or choose another method (mergetool methods)")
     if type(layout).model_fields and not kind.arranges:
         section = next(iter(type(layout).model_fields))
         what = f"`{section}` makes another network than the base, so no adapter can hold it"

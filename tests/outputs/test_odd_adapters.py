@@ -11,8 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import mergetool
-from mergetool.errors import MergeError, PlanError
+from mergetool.errors import MergeError, PlanError, RecipeError, SourceError
+from mergetool.outputs.verify import verify_output
 from tests.checkpoints.adapters.peft_oracle import LLAMA, SMALL, quiet
+from tests.files import write_recipe
 from tests.outputs.test_merged_adapters import (
     ALL,
     MOE,
@@ -236,3 +238,47 @@ def test_fifty_adapters(tmp_path):
         train(tmp_path, name, again(), seed, target_modules=["q_proj"], r=1)
     merge(tmp_path, again, names=names)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 32
+
+
+@pytest.mark.parametrize(
+    ("more", "words", "advice"),
+    [
+        ({"merge": {"method": "mass"}}, "what mass leaves is no change of one base", {"base": "base"}),
+        (
+            {"merge": {"method": "linear"}, "evaluate": [{"name": "arc_easy"}]},
+            "nothing to score",
+            {"base": "base", "output": {"path": "out", "kind": "checkpoint"}},
+        ),
+    ],
+)
+def test_what_no_adapter_can_be_is_refused_and_the_advice_works(tmp_path, more, words, advice):
+    two(tmp_path)
+    sections = {"models": {name: {"adapter": name} for name in "ab"}, "output": {"path": "out"}, **more}
+    with pytest.raises(RecipeError, match=words) as caught:
+        mergetool.load_recipe(write_recipe(tmp_path / "recipe.yaml", **sections))
+    assert "add base: MODEL" in caught.value.fix
+    mergetool.load_recipe(write_recipe(tmp_path / "recipe.yaml", **sections | advice))
+
+
+def test_a_merged_adapter_is_verified(tmp_path):
+    two(tmp_path)
+    mergetool.run(recipes(tmp_path, "linear", names="ab")[0])
+    report = verify_output(tmp_path / "out")
+    assert report["summary"] == "3 files match the lock; 12 tensors are finite"
+    with pytest.raises(SourceError, match="cannot open by itself") as caught:
+        verify_output(tmp_path / "out", load=True)
+    assert caught.value.fix == "leave --load out"
+    path = tmp_path / "out" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(SourceError, match="the lock says"):
+        verify_output(tmp_path / "out")
+
+
+def test_an_adapter_that_is_not_finite_does_not_verify(tmp_path):
+    two(tmp_path)
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    state = load_file(path)
+    next(iter(state.values()))[0, 0] = float("nan")
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(SourceError, match="not finite"):
+        verify_output(tmp_path / "a")

@@ -1,0 +1,84 @@
+"""Adapters and their base on the Hub: what is fetched, what the result calls its base, and that PEFT finds it there."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import transformers as hf
+
+from tests.checkpoints.adapters.peft_oracle import LLAMA
+from tests.files import write_recipe
+from tests.forks import clean_environment
+from tests.hub.server import Hub
+from tests.outputs.test_merged_adapters import start, train
+
+OPEN = """
+import sys
+from peft import AutoPeftModelForCausalLM
+print(AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]).active_peft_config.r)
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub that holds org/base and adapters for it, org/a and org/b."""
+    server = Hub(tmp_path / "hub")
+    made = tmp_path / "made"
+    made.mkdir()
+    again = start(made, lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)))
+    server.upload("org/base", made / "base")
+    for seed, name in enumerate("ab"):
+        train(made, name, again(), seed, target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+        path = made / name / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "org/base"}))
+        server.upload(f"org/{name}", made / name)
+    yield server
+    server.close()
+
+
+def recipe(folder, **more):
+    sections = {
+        "models": {name: {"adapter": f"org/{name}"} for name in "ab"},
+        "merge": {"method": "task-arithmetic"},
+        "output": {"path": "out", "kind": "adapter"},
+        **more,
+    }
+    return write_recipe(folder / "recipe.yaml", **sections)
+
+
+def opened_by_peft(hub, folder):
+    environment = clean_environment() | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(folder / "hf-of-peft"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    command = [sys.executable, "-c", OPEN, str(folder / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("base", [{}, {"base": "org/base"}])
+def test_a_base_that_is_only_named_is_not_fetched_and_peft_finds_it(hub, call, tmp_path, base):
+    done = call("run", recipe(tmp_path, **base))
+    assert done.code == 0, done.err
+    assert not list((tmp_path / "hf").glob("hub/models--org--base/snapshots/*/model.safetensors"))
+    assert list((tmp_path / "hf").glob("hub/models--org--a/snapshots/*/adapter_model.safetensors"))
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "org/base"
+    assert settings["revision"] == (hub.refs("org/base")["main"] if base else None)
+    assert opened_by_peft(hub, tmp_path) == 4
+
+
+def test_a_base_whose_values_are_needed_is_fetched(hub, call, tmp_path):
+    done = call("run", recipe(tmp_path, base="org/base", merge={"method": "ties"}, output={"path": "whole"}))
+    assert done.code == 0, done.err
+    assert list((tmp_path / "hf").glob("hub/models--org--base/snapshots/*/model.safetensors"))
+
+
+def test_output_base_is_what_the_result_calls_its_base(hub, call, tmp_path):
+    done = call("run", recipe(tmp_path, output={"path": "out", "base": str(tmp_path / "made" / "base")}))
+    assert done.code == 0, done.err
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "made/base"
