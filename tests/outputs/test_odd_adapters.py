@@ -17,6 +17,7 @@ from tests.checkpoints.adapters.peft_oracle import LLAMA, SMALL, quiet
 from tests.files import write_recipe
 from tests.outputs.test_merged_adapters import (
     ALL,
+    BERT,
     MOE,
     assert_same_merge,
     llama,
@@ -282,3 +283,23 @@ def test_an_adapter_that_is_not_finite_does_not_verify(tmp_path):
     save_file(state, path, {"format": "pt"})
     with pytest.raises(SourceError, match="not finite"):
         verify_output(tmp_path / "a")
+
+
+def test_adapters_of_a_network_with_a_head_and_of_the_one_inside_are_refused_and_the_advice_works(tmp_path):
+    kind = hf.BertForMaskedLM
+    again = start(tmp_path, lambda: kind(BERT))
+    train(tmp_path, "a", again(), 1, target_modules=["query"], r=2)
+    train(tmp_path, "b", hf.BertModel.from_pretrained(tmp_path / "base"), 2, target_modules=["query"], r=2)
+    for names in ("ab", "ba"):
+        with pytest.raises(PlanError, match="one tensor by two names") as caught:
+            mergetool.run(recipes(tmp_path, "linear", names=names)[0])
+    assert "{source: MODEL, adapters: [ADAPTER]}" in caught.value.fix
+    sections = {
+        "base": "base",
+        "models": {name: {"source": "base", "adapters": [name]} for name in "ab"},
+        "merge": {"method": "task-arithmetic", "scale": 0.5},
+    }
+    output = {"path": "out", "kind": "adapter", "rank": "exact"}
+    mergetool.run(write_recipe(tmp_path / "made.yaml", **sections, output=output))
+    mergetool.run(write_recipe(tmp_path / "whole.yaml", **sections, output={"path": "whole"}))
+    assert_same_merge(tmp_path, again)
