@@ -8,7 +8,7 @@ themselves only, and all must have one rank.
 
 `form: lorahub` multiplies both matrices of an adapter by its weight: an adapter's own change counts by the square of
 it. `form: peft` multiplies both by the root, so that it counts by the weight: what PEFT's `add_weighted_adapter` does
-under `combination_type: linear`, which is its default.
+under `combination_type: linear`.
 
 Reference: Huang et al., LoraHub, COLM 2024, https://arxiv.org/abs/2307.13269, section 3.3; PEFT's
 `add_weighted_adapter`.

@@ -4,7 +4,7 @@ What is there as a path is meant as a path; else `org/name` and `org/name@revisi
 each plan. A plan needs headers only, which are read from a distance; a run fetches the files and plans again.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -123,9 +123,9 @@ class Lookup:
         """Raises PlanError where adapters call one layer by two names: they are of two classes of one network."""
         called = {plain(site): site for site in source.sites}
         for other, names in self._called.items():
-            for each in called.keys() & names.keys():
-                if called[each] != names[each]:
-                    what = f"it is {called[each]!r} in {name}, {names[each]!r} in {other}"
+            for here, there in (*_alike(called, names), *((there, here) for here, there in _alike(names, called))):
+                if here != there:
+                    what = f"it is {here!r} in {name}, {there!r} in {other}"
                     fix = "name base: MODEL, and each as {source: MODEL, adapters: [ADAPTER]}: the model's names tell"
                     raise PlanError(f"{what}: one tensor by two names", name, fix)
         self._called[name] = called
@@ -202,6 +202,14 @@ class Lookup:
             if missing := repository.missing:
                 say(f"fetching {repository}: {len(missing)} files, {filesize(sum(missing.values()))}")
                 repository.fetch()
+
+
+def _alike(called: Mapping[str, str], names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Pairs of names for one tensor: a model inside one with a head is a part of it (`bert.encoder`, `encoder`)."""
+    for each, own in called.items():
+        for known in (each, each.partition(".")[2]):
+            if known in names:
+                yield own, names[known]
 
 
 def _made_for_another(origin: Provenance, folder: Path | None, made_for: str | None) -> list[str]:

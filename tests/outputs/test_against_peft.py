@@ -1,8 +1,8 @@
 """Adapters merged by themselves, held against PEFT's `add_weighted_adapter`.
 
-PEFT merges products in `svd`, `cat` and the kinds that end in `_svd`: there both agree. Its `linear`, `ties`, `dare_*`
-and `magnitude_prune` merge the factors one by one, which is no merge of what the adapters do. Where PEFT is silently
-wrong, the truth is the dense sum in float64.
+PEFT merges products in `svd`, `cat` and the kinds that end in `_svd`: there both agree. Its `linear` (here
+`factor-sum`), `ties`, `dare_*` and `magnitude_prune` merge the factors one by one, which is no merge of what the
+adapters do. Where PEFT is silently wrong, the truth is the dense sum in float64.
 """
 
 import pytest
@@ -84,6 +84,7 @@ def merge_on_base(folder, weights=WEIGHTS, rank=None, **output):
 @pytest.mark.parametrize(
     ("kind", "settings", "method", "own"),
     [
+        ("linear", {}, "factor-sum", {"weight": WEIGHTS}),
         ("cat", {}, "task-arithmetic", {"weight": WEIGHTS}),
         ("svd", {"svd_rank": 9}, "task-arithmetic", {"weight": WEIGHTS}),
         ("svd", {"svd_rank": 4}, "task-arithmetic", {"weight": WEIGHTS, "rank": 4}),

@@ -17,6 +17,7 @@ from tests.checkpoints.adapters.peft_oracle import LLAMA, SMALL, quiet
 from tests.files import write_recipe
 from tests.outputs.test_merged_adapters import (
     ALL,
+    BERT,
     MOE,
     assert_same_merge,
     llama,
@@ -282,3 +283,46 @@ def test_an_adapter_that_is_not_finite_does_not_verify(tmp_path):
     save_file(state, path, {"format": "pt"})
     with pytest.raises(SourceError, match="not finite"):
         verify_output(tmp_path / "a")
+
+
+def test_adapters_of_a_network_with_a_head_and_of_the_one_inside_are_refused_and_the_advice_works(tmp_path):
+    kind = hf.BertForMaskedLM
+    again = start(tmp_path, lambda: kind(BERT))
+    train(tmp_path, "a", again(), 1, target_modules=["query"], r=2)
+    train(tmp_path, "b", hf.BertModel.from_pretrained(tmp_path / "base"), 2, target_modules=["query"], r=2)
+    for names in ("ab", "ba"):
+        with pytest.raises(PlanError, match="one tensor by two names") as caught:
+            mergetool.run(recipes(tmp_path, "linear", names=names)[0])
+    assert "{source: MODEL, adapters: [ADAPTER]}" in caught.value.fix
+    sections = {
+        "base": "base",
+        "models": {name: {"source": "base", "adapters": [name]} for name in "ab"},
+        "merge": {"method": "task-arithmetic", "scale": 0.5},
+    }
+    output = {"path": "out", "kind": "adapter", "rank": "exact"}
+    mergetool.run(write_recipe(tmp_path / "made.yaml", **sections, output=output))
+    mergetool.run(write_recipe(tmp_path / "whole.yaml", **sections, output={"path": "whole"}))
+    assert_same_merge(tmp_path, again)
+
+
+def test_words_that_are_trained_with_the_output_layer_that_is_tied_to_them(tmp_path):
+    again = start(tmp_path, lambda: llama(tie_word_embeddings=True))
+    for seed, name in enumerate("ab"):
+        words = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+        train(tmp_path, name, again(), seed, target_modules=["q_proj"], r=2, **words)
+    sections = {
+        "base": "base",
+        "models": {name: {"adapter": name} for name in "ab"},
+        "merge": {"method": "task-arithmetic", "scale": 0.6},
+    }
+    mergetool.run(write_recipe(tmp_path / "made.yaml", **sections, output={"path": "out", "kind": "adapter"}))
+    mergetool.run(write_recipe(tmp_path / "whole.yaml", **sections, output={"path": "whole"}))
+    assert_same_merge(tmp_path, again)
+
+
+def test_adapters_of_two_networks_are_refused(tmp_path):
+    two(tmp_path)
+    train(tmp_path, "b", hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA | {"hidden_size": 64})), 2, target_modules=ALL, r=2)
+    with pytest.raises(PlanError, match=r"model 'a' changes \[32, 48\], model 'b' \[64, 48\]") as caught:
+        mergetool.run(recipes(tmp_path, "linear", names="ab")[0])
+    assert "leave one of them out" in caught.value.fix
