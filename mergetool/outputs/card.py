@@ -52,7 +52,7 @@ def _front(plan: Plan) -> Mapping[str, Any]:
     return front | {"tags": ["merge", "mergetool"]}
 
 
-def _adapter(plan: Plan) -> Mapping[str, Any]:
+def _adapter(plan: Plan) -> dict[str, Any]:
     """What the Hub needs to list an adapter under its base: not a folder of this machine."""
     base = plan.about.base
     if base is None or not is_on_hub(plan.recipe.folder, base):
