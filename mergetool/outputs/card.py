@@ -8,7 +8,7 @@ from mergetool._version import __version__
 from mergetool.outputs.redaction import redacted
 from mergetool.planning import Plan
 from mergetool.planning.inner import inside
-from mergetool.planning.sources import Provenance, pinned_document
+from mergetool.planning.sources import Provenance, is_on_hub, pinned_document
 
 
 def card(plan: Plan) -> str:
@@ -45,9 +45,19 @@ def _front(plan: Plan) -> Mapping[str, Any]:
     if licences and None not in licences:
         same = len(licences) == 1
         front |= {"license": licences.pop()} if same else {"license": "other", "license_name": "several"}
+    if plan.forms:
+        return front | _adapter(plan) | {"tags": ["merge", "mergetool", "lora"]}
     if repos:
         front |= {"base_model": repos, "base_model_relation": "merge"}
     return front | {"tags": ["merge", "mergetool"]}
+
+
+def _adapter(plan: Plan) -> dict[str, Any]:
+    """What the Hub needs to list an adapter under its base: not a folder of this machine."""
+    base = plan.about.base
+    if base is None or not is_on_hub(plan.recipe.folder, base):
+        return {"library_name": "peft"}
+    return {"library_name": "peft", "base_model": base, "base_model_relation": "adapter"}
 
 
 def _everything(plan: Plan) -> Mapping[str, tuple[Provenance, ...]]:

@@ -42,6 +42,8 @@ def as_adapter(plan: Plan) -> Plan:
         raise PlanError("nothing of the base is changed", "plan", "name a model beside the base")
     shapes = {name: spec.shape for name, spec in base.specs.items()} | {step.name: step.spec.shape for step in held}
     parts = _parts(shapes, base)
+    if not any(step.name in parts and parts[step.name].is_layer for step in held):
+        held += _first_layer(plan.steps, parts)
     for step in held:
         _check(plan, step, problem(step.name, parts))
     names = [slot.spec.name for step in held for slot in step.slots if slot.spec.name in parts]
@@ -57,6 +59,11 @@ def as_adapter(plan: Plan) -> Plan:
         turned=any(form.turned for form in forms.values()),
     )
     return _laid_out(replace(plan, about=about), held, forms)
+
+
+def _first_layer(steps: Sequence[Step], parts: Mapping[str, InMemory]) -> Sequence[Step]:
+    """A layer that is as in the base: PEFT opens no adapter without factors, so that some of zeros are written."""
+    return [step for step in steps if step.name in parts and parts[step.name].is_layer][:1]
 
 
 def _base_name(plan: Plan) -> tuple[str | None, str | None]:

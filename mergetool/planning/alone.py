@@ -128,7 +128,7 @@ def as_models(recipe: Recipe, adapters: Mapping[str, AdapterAlone], base: ModelS
     own: dict[str, str] = {}
     if base is not None and full:
         places = Places(base.specs, read_config(base.folder), full)
-        own = {name: stored for name in full if (stored := places.counterpart(name)) is not None}
+        own = {name: stored for name, site in full.items() if (stored := _stored_as(places, site)) is not None}
     _check_values(recipe, adapters, [name for name in full if name not in own], has_base=base is not None)
     beneath = Beneath(changes, base, own)
     return {BASE: beneath, **{name: OnTop(adapter, beneath) for name, adapter in adapters.items()}}
@@ -150,6 +150,11 @@ def _zeros(name: str, adapters: Mapping[str, AdapterAlone]) -> TensorSpec:
     return TensorSpec(name, widest, having[0].specs[name].shape)
 
 
+def _stored_as(places: Places, site: Site) -> str | None:
+    """The base's tensor that a value takes the place of; of an output layer that it ties, its input embeddings."""
+    return places.counterpart(site.name) or places.shared(site.module, site.shape)
+
+
 def _check_kinds(adapters: Mapping[str, AdapterAlone]) -> None:
     seen: dict[str, str] = {}
     for model, adapter in adapters.items():
@@ -160,6 +165,9 @@ def _check_kinds(adapters: Mapping[str, AdapterAlone]) -> None:
                 what = f"{label(first)} has it as {other.kind}, {label(model)} as {site.kind}"
                 fix = "add base: MODEL and output: {kind: checkpoint}, or leave one of them out"
                 raise PlanError(what, name, fix)
+            if not site.is_full and site.shape != other.shape:
+                what = f"{label(first)} changes {list(other.shape)}, {label(model)} {list(site.shape)}"
+                raise PlanError(what, name, "leave one of them out: they were trained on two networks")
 
 
 def _check_values(recipe: Recipe, adapters: Mapping[str, AdapterAlone], names: list[str], *, has_base: bool) -> None:

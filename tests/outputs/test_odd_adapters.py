@@ -303,3 +303,26 @@ def test_adapters_of_a_network_with_a_head_and_of_the_one_inside_are_refused_and
     mergetool.run(write_recipe(tmp_path / "made.yaml", **sections, output=output))
     mergetool.run(write_recipe(tmp_path / "whole.yaml", **sections, output={"path": "whole"}))
     assert_same_merge(tmp_path, again)
+
+
+def test_words_that_are_trained_with_the_output_layer_that_is_tied_to_them(tmp_path):
+    again = start(tmp_path, lambda: llama(tie_word_embeddings=True))
+    for seed, name in enumerate("ab"):
+        words = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+        train(tmp_path, name, again(), seed, target_modules=["q_proj"], r=2, **words)
+    sections = {
+        "base": "base",
+        "models": {name: {"adapter": name} for name in "ab"},
+        "merge": {"method": "task-arithmetic", "scale": 0.6},
+    }
+    mergetool.run(write_recipe(tmp_path / "made.yaml", **sections, output={"path": "out", "kind": "adapter"}))
+    mergetool.run(write_recipe(tmp_path / "whole.yaml", **sections, output={"path": "whole"}))
+    assert_same_merge(tmp_path, again)
+
+
+def test_adapters_of_two_networks_are_refused(tmp_path):
+    two(tmp_path)
+    train(tmp_path, "b", hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA | {"hidden_size": 64})), 2, target_modules=ALL, r=2)
+    with pytest.raises(PlanError, match=r"model 'a' changes \[32, 48\], model 'b' \[64, 48\]") as caught:
+        mergetool.run(recipes(tmp_path, "linear", names="ab")[0])
+    assert "leave one of them out" in caught.value.fix
