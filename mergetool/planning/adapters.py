@@ -17,6 +17,7 @@ from mergetool.checkpoints.adapters.forms import Form, InMemory, form_at, forms_
 from mergetool.checkpoints.adapters.places import TASK_HEADS, leaf_of
 from mergetool.checkpoints.adapters.written import About, about_together, task_of
 from mergetool.errors import PlanError
+from mergetool.methods.families.low_rank import HELD
 from mergetool.planning.alone import sites_of
 from mergetool.planning.graph import BASE, Operand, Plan, Shard, Slot, Step
 from mergetool.planning.operations import Decompose, Operation
@@ -185,8 +186,9 @@ def _cost(step: Step, entries: int, count: int) -> dict[str, Any]:
     read, held, flops = entries * spec.dtype.bits // 8, 4 * _FACTORS * entries, _TURNS * entries * count
     if operation.way(spec) == "product":
         seen = spec.num_elements if operation.granularity(spec) == "tensor" else min(_ROWS, spec.num_elements)
-        held += 4 * seen * operation.copies(len(step.models))
-        flops += _PASSES * spec.num_elements * (count + _WIDTH)
+        kept = spec.num_elements if spec.num_elements <= HELD else 0
+        held += 4 * seen * operation.copies(len(step.models)) + 4 * kept
+        flops += spec.num_elements * ((1 if kept else _PASSES) * count + _PASSES * _WIDTH)
     return {"bytes_read": read, "bytes_held": held, "flops": float(flops)}
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     Rows = Callable[[int, int], Tensor]
 
+HELD = 1 << 26
+"""Entries of a merged matrix that are kept while its leading part is sought: 256 MiB."""
 _SLICE = 1 << 20
 """Entries of each product that are looked at together."""
 
@@ -59,9 +61,24 @@ def merged_products(method: TensorMethod, products: Products, p: Params, keep: "
             return truncated(summed_halves(products.pairs, method.half_coefficients(scales, p)), keep)
         case "product":
             device = products.pairs[0].b.device
-            return leading_of_rows(merged_rows(method, products, p), products.matrix, keep, device=device)
+            return leading_of_rows(
+                _held(merged_rows(method, products, p), products), products.matrix, keep, device=device
+            )
         case way:
             return _merged_cores(method, products, p, keep, way)
+
+
+def _held(rows: "Rows", products: Products) -> "Rows":
+    """Rows that are asked for several times: made once, where the whole of them is not too much to hold."""
+    import torch
+
+    m, n = products.matrix
+    if m * n > HELD:
+        return rows
+    whole = torch.empty(m, n, device=products.pairs[0].b.device)
+    for start in range(0, m, step := max(1, _SLICE // n)):
+        whole[start : start + step] = rows(start, min(start + step, m))
+    return lambda start, stop: whole[start:stop]
 
 
 def _merged_cores(
