@@ -1,13 +1,12 @@
 """What a finished run leaves, one file for each kind, and the last steps that all kinds share."""
 
-import resource
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
 from mergetool.outputs.lock import describe_run, same_content, summary
-from mergetool.outputs.record import Record
+from mergetool.outputs.record import Record, peak_memory
 from mergetool.outputs.result import Result
 from mergetool.outputs.staging import Staging
 from mergetool.planning import Plan
@@ -47,7 +46,7 @@ def finish(plan: Plan, staging: Staging, records: Sequence[Record], seconds: flo
         seconds=seconds,
         bytes_read=record.bytes_read,
         bytes_written=written,
-        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + record.workers_memory,
+        peak_memory=peak_memory() + record.workers_memory,
         num_tensors=plan.num_tensors,
         resumed=staging.journal.resumed or record.resumed,
         num_processes=len(records),

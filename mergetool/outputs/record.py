@@ -1,7 +1,11 @@
 """What a run learns while it works, and how what several processes learnt is put together."""
 
+import resource
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergetool.methods.group import Note
@@ -51,6 +55,19 @@ class Record:
             for name, notes in record.notes.items():
                 joined.note(name, notes)
         return joined
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had, as far as the system tells.
+
+    Not what getrusage tells on Linux, if that can be helped: it counts the process that started this one.
+    """
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def joined_counts(counts: "list[list[Tensor | None]]") -> "list[Tensor | None]":
