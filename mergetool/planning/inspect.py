@@ -6,6 +6,7 @@ from typing import Any
 
 from mergetool.errors import at
 from mergetool.planning.sources import Lookup
+from mergetool.tensors.folder import is_adapter
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import ModelSource, SafetensorsSource
 
@@ -13,6 +14,8 @@ from mergetool.tensors.source import ModelSource, SafetensorsSource
 def facts_about(reference: str | Path) -> dict[str, Any]:
     """Headers of a model, here or on the Hub, as JSON-able facts. Raises SourceError for one that is damaged."""
     lookup = Lookup(Path.cwd(), as_stored=True)
+    if is_adapter(Path(reference)):
+        return _about_adapter(Path(reference), lookup)
     with at("inspect"):
         source = lookup.open("model", str(reference))
     origin = lookup.origins["model"][0]
@@ -37,6 +40,29 @@ def facts_about(reference: str | Path) -> dict[str, Any]:
         ],
     }
     return facts
+
+
+def _about_adapter(folder: Path, lookup: Lookup) -> dict[str, Any]:
+    """What a folder with an adapter holds: changes of a model's tensors, in factors or in full."""
+    with at("inspect"):
+        adapter = lookup.open_adapter("adapter", str(folder))
+    products = [site for site in adapter.sites.values() if site.is_product]
+    return {
+        "path": str(folder),
+        "licence": lookup.origins["adapter"][0].licence or "unknown",
+        "architecture": "LoRA adapter",
+        "base": adapter.made_for or "unknown",
+        "products": len(products),
+        "ranks": sorted({site.rank for site in products}),
+        "in full": len(adapter.sites) - len(products),
+        "needs its base": list(adapter.needs_base),
+        "files": {stamp.path.name: stamp.size for stamp in adapter.files},
+        "remarks": list(lookup.warnings),
+        "tensors": [
+            {"name": s.name, "dtype": adapter.stored_as(s.name).name, "shape": list(s.shape), "bytes": s.num_bytes}
+            for s in adapter.specs.values()
+        ],
+    }
 
 
 def _architecture(config: dict[str, Any]) -> str:

@@ -10,7 +10,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import mergetool
+from mergetool.engine.sinks import MemorySink
+from mergetool.engine.worker import Worker
 from mergetool.errors import MergeError, PlanError, RecipeError
+from mergetool.planning import make_plan
+from mergetool.recipe.load import load_recipe
+from tests.elsewhere import DEVICE, Elsewhere
 from tests.files import write_recipe
 
 SMALL = {
@@ -218,3 +223,24 @@ def test_what_has_no_effect_or_no_meaning_is_refused(tmp_path, change, words):
     with pytest.raises(RecipeError) as caught:
         mergetool.load_recipe(path)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("rank", [4, {"energy": 0.9}, "exact"])
+def test_a_device_makes_the_same_changes(tmp_path, rank):
+    fine_tuned(*NETWORKS["llama"], tmp_path)
+    plan = make_plan(load_recipe(recipe(tmp_path, rank=rank)))
+    here, there = MemorySink(plan), MemorySink(plan)
+    _perform(plan, here, torch.device("cpu"))
+    with Elsewhere():
+        _perform(plan, there, DEVICE)
+    for name in here.tensors:
+        torch.testing.assert_close(there.tensors[name], here.tensors[name], rtol=0, atol=1e-6)
+
+
+def _perform(plan, sink, device):
+    for tensor in sink.tensors.values():
+        tensor.zero_()
+    worker = Worker(plan, sink, device)
+    for step in plan.steps:
+        for start, stop in step.pieces():
+            worker.perform(step, start, stop, {})

@@ -12,10 +12,13 @@ import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from typer.testing import CliRunner
 
 import mergetool
+from mergetool.cli.app import app
 from mergetool.errors import PlanError, SourceError
 from mergetool.planning import make_plan
+from mergetool.planning.inspect import facts_about
 from mergetool.recipe.load import load_recipe
 from tests.checkpoints.adapters.peft_oracle import LLAMA, SMALL, quiet
 from tests.files import write_recipe
@@ -371,3 +374,17 @@ def test_layers_that_no_adapter_changes_stay_where_all_that_is_changed_is_kept_i
         write_recipe(tmp_path / "based.yaml", **{"base": "base", **load_recipe(alone).document, "output": output})
     )
     assert_same_merge(tmp_path, again)
+
+
+def test_inspect_tells_what_an_adapter_holds(tmp_path):
+    again = start(tmp_path, llama)
+    train(tmp_path, "a", again(), 1, target_modules=ALL, r=4, rank_pattern={"k_proj": 2}, modules_to_save=["lm_head"])
+    facts = facts_about(tmp_path / "a")
+    assert (facts["products"], facts["ranks"], facts["in full"]) == (6, [2, 4], 1)
+    assert facts["base"] == str(tmp_path / "base")
+    shapes = {entry["name"]: entry["shape"] for entry in facts["tensors"]}
+    assert shapes["model.layers.0.mlp.down_proj.weight"] == [32, 48]
+    json.dumps(facts)
+    told = CliRunner().invoke(app, ["inspect", str(tmp_path / "a")])
+    assert told.exit_code == 0
+    assert "LoRA adapter" in told.stdout
