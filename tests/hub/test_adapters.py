@@ -10,7 +10,7 @@ import transformers as hf
 from tests.checkpoints.adapters.peft_oracle import LLAMA
 from tests.files import write_recipe
 from tests.forks import clean_environment
-from tests.hub.server import Hub
+from tests.hub.server import TOKEN, Hub
 from tests.outputs.test_merged_adapters import start, train
 
 OPEN = """
@@ -82,3 +82,14 @@ def test_output_base_is_what_the_result_calls_its_base(hub, call, tmp_path):
     assert done.code == 0, done.err
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "made/base"
+
+
+def test_an_adapter_is_pushed_and_merged_again_from_there(hub, call, tmp_path):
+    output = {"path": "out", "kind": "adapter", "hub": {"repo": "me/merged", "create": True}}
+    done = call("run", recipe(tmp_path, output=output), token=TOKEN)
+    assert done.code == 0, done.err
+    assert set(hub.files("me/merged")) == {path.name for path in (tmp_path / "out").iterdir()} | {".gitattributes"}
+    twice = {"ab": {"adapter": "me/merged"}, "a": {"adapter": "org/a"}}
+    done = call("run", recipe(tmp_path, models=twice, output={"path": "twice"}))
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "twice" / "adapter_config.json").read_text())["r"] == 4
