@@ -281,7 +281,8 @@ def test_many_runs_started_at_once_make_one_result(recipe, tmp_path):
 
     def run():
         try:
-            results.append(mergetool.run(recipe, workers=1).path)
+            done = mergetool.run(recipe, workers=1)
+            results.append("done already" if done.resumed else done.path)  # one that begins when another has ended
         except OutputError as error:
             results.append(error.what)
 
@@ -291,7 +292,7 @@ def test_many_runs_started_at_once_make_one_result(recipe, tmp_path):
     for thread in threads:
         thread.join()
     assert results.count(tmp_path / "out") == 1
-    others = {"another run is writing this output", "exists already"}
+    others = {"another run is writing this output", "exists already", "done already"}
     assert all(
         result in others or "cannot be written" in str(result) for result in results if result != tmp_path / "out"
     )
