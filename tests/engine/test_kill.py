@@ -69,9 +69,12 @@ def weights(folder):
 
 def units(folder):
     """The units that the journal of an unfinished output calls done."""
-    journal = folder.with_name(f"{folder.name}.partial.journal")
+    try:
+        journal = folder.with_name(f"{folder.name}.partial.journal").read_bytes()
+    except FileNotFoundError:  # not begun, or ended at this very moment
+        return []
     found = []
-    for line in journal.read_bytes().splitlines() if journal.exists() else []:
+    for line in journal.splitlines():
         try:
             record = json.loads(line)
         except ValueError:
