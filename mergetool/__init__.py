@@ -22,13 +22,15 @@ from mergetool.errors import (
 )
 
 if TYPE_CHECKING:
-    from mergetool.api import diff, load_bundle, load_recipe, merge_state_dicts, plan, run
+    from mergetool.analysis.result import Analysis
+    from mergetool.api import analyze, diff, load_bundle, load_recipe, merge_state_dicts, plan, run
     from mergetool.arch.derived import Architecture, derive_architecture
     from mergetool.methods.base import Method
     from mergetool.outputs.difference import Comparison
     from mergetool.outputs.result import Result
 
 __all__ = [
+    "Analysis",
     "Architecture",
     "Comparison",
     "EvaluationError",
@@ -42,6 +44,7 @@ __all__ = [
     "Result",
     "SourceError",
     "__version__",
+    "analyze",
     "derive_architecture",
     "diff",
     "load_bundle",
@@ -52,10 +55,12 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Analysis": "mergetool.analysis.result",
     "Architecture": "mergetool.arch.derived",
     "Comparison": "mergetool.outputs.difference",
     "Method": "mergetool.methods.base",
     "Result": "mergetool.outputs.result",
+    "analyze": "mergetool.api",
     "derive_architecture": "mergetool.arch.derived",
     "diff": "mergetool.api",
     "load_bundle": "mergetool.api",

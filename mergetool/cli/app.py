@@ -12,6 +12,7 @@ import typer
 
 from mergetool._version import __version__
 from mergetool.cli.against import hold_against, refuse_idle
+from mergetool.cli.analyze import analyze
 from mergetool.cli.answers import deliver, inspect_bundle, print_answer, say_pushed, say_result, say_steps
 from mergetool.cli.commands import Quiet, Verbose, command, existing, is_follower, method_names, set_manner
 from mergetool.cli.diff import diff
@@ -220,6 +221,9 @@ def verify(
         with waiting("verifying"):
             report = verify_output(path, load=load)
     print_answer(report if as_json else f"{path}: {report['summary']}", as_json=as_json)
+
+
+command(app, "mergetool analyze recipe.yaml -o report")(analyze)
 
 
 command(app, "mergetool diff base merged --top 10")(diff)
