@@ -22,8 +22,9 @@ from mergetool.errors import (
 )
 
 if TYPE_CHECKING:
+    from mergetool.analysis.compared import ComparedRuns
     from mergetool.analysis.result import Analysis
-    from mergetool.api import analyze, diff, load_bundle, load_recipe, merge_state_dicts, plan, run
+    from mergetool.api import analyze, compare, diff, load_bundle, load_recipe, merge_state_dicts, plan, run
     from mergetool.arch.derived import Architecture, derive_architecture
     from mergetool.methods.base import Method
     from mergetool.outputs.difference import Comparison
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Analysis",
     "Architecture",
+    "ComparedRuns",
     "Comparison",
     "EvaluationError",
     "HubError",
@@ -45,6 +47,7 @@ __all__ = [
     "SourceError",
     "__version__",
     "analyze",
+    "compare",
     "derive_architecture",
     "diff",
     "load_bundle",
@@ -57,10 +60,12 @@ __all__ = [
 _LAZY = {
     "Analysis": "mergetool.analysis.result",
     "Architecture": "mergetool.arch.derived",
+    "ComparedRuns": "mergetool.analysis.compared",
     "Comparison": "mergetool.outputs.difference",
     "Method": "mergetool.methods.base",
     "Result": "mergetool.outputs.result",
     "analyze": "mergetool.api",
+    "compare": "mergetool.api",
     "derive_architecture": "mergetool.arch.derived",
     "diff": "mergetool.api",
     "load_bundle": "mergetool.api",

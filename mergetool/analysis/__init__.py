@@ -1,1 +1,1 @@
-"""What the models of a recipe are to each other, before they are merged: one pass over their weights, and advice."""
+"""What models and merges are, in figures: looked at before a merge and after it."""

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergetool.cli.answers import print_answer
 from mergetool.cli.progress import ProgressBar
 from mergetool.cli.show import manner, say, table
 
 if TYPE_CHECKING:
     from mergetool.analysis.result import Analysis
 
+_FILE = "analysis.json"
 _MODELS = ("model", "norm", "relative", "share_changed", "kinship", "share_of_sum", "density_90", "effective_rank")
 _PAIRS = ("a", "b", "cosine", "kinship", "opposed")
 
@@ -37,12 +37,12 @@ def analyze(
         analysis = look(asked, workers=workers, progress=progress, output=output)
     for remark in analysis.facts["remarks"]:
         say(f"note: {remark}")
+    if output is not None:
+        say(f"written: {output / _FILE}")
     if as_json:
         print(analysis.to_json())
-        return
-    _show(analysis)
-    if output is not None:
-        print_answer(output, as_json=False)
+    else:
+        _show(analysis)
 
 
 def _show(analysis: "Analysis") -> None:

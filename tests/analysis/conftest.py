@@ -1,8 +1,11 @@
-"""A base and three fine-tunes, made once."""
+"""A base and three fine-tunes, made once; and the browser of the tests of pages."""
 
 import pytest
 
 from tests.analysis.models import ancestor, fine_tuned
+from tests.pages.conftest import browser
+
+__all__ = ["browser", "family", "recipe"]
 
 
 @pytest.fixture(scope="session")
