@@ -23,7 +23,7 @@ from mergetool.engine.processes import Team
 from mergetool.engine.run import Flags, Progress, run_inner
 from mergetool.errors import PlanError
 from mergetool.outputs.settings_beside import settings_beside
-from mergetool.planning import make_plan
+from mergetool.planning import Plan, make_plan
 from mergetool.planning.alone import as_models
 from mergetool.planning.build import open_models
 from mergetool.planning.graph import BASE
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Renumbered:
+class OtherNumbers:
     """A model some of whose rows are of other tokens than the rows of the same numbers in the first one."""
 
     stored: ModelSource
@@ -48,7 +48,7 @@ class Renumbered:
     """Of all rows that both have."""
 
     @classmethod
-    def of(cls, first: ModelSource, other: ModelSource) -> "Renumbered | None":
+    def of(cls, first: ModelSource, other: ModelSource) -> "OtherNumbers | None":
         ours, theirs = (tokens_of(source.tokenizer_folder) or {} for source in (first, other))
         both = sorted(ours.keys() & theirs.keys())
         rows = tuple(number for number in both if ours[number] != theirs[number])
@@ -67,7 +67,7 @@ class Beside:
     """Tensors with a row for every token."""
     skipped: Mapping[str, Rows] = field(default_factory=dict)
     """Rows that are not compared, by tensor."""
-    renumbered: "Mapping[str, Renumbered]" = field(default_factory=dict)
+    renumbered: "Mapping[str, OtherNumbers]" = field(default_factory=dict)
     """Models whose tokenizers say that some rows are of other tokens than in the first one."""
     settings: tuple[Row, ...] = ()
     """What lies beside the weights of a model and is not as beside the first one's."""
@@ -115,18 +115,18 @@ def beside(recipe: Recipe, progress: Progress) -> Iterator[Beside]:
     """
     _check_layout(recipe)
     with ExitStack() as held:
+        folder = held.enter_context(tempfile.TemporaryDirectory(prefix="mergetool-analyze-"))
         lookup = Lookup(recipe.folder)
-        opened, reference = _opened(recipe, lookup)
+        found = _opened(recipe, lookup, Path(folder))
         if lookup.missing:
             lookup.fetch(progress.say)
             lookup.warnings.clear()
-            opened, reference = _opened(recipe, lookup)
-        if recipe.inner:
-            folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="mergetool-analyze-")))
-            opened = _made(recipe, lookup, folder, progress)
-        for source in opened.values():
+            found = _opened(recipe, lookup, Path(folder))
+        if found.plan is not None:
+            run_inner(found.plan, {}, Flags(), progress, Team())
+        for source in found.sources.values():
             held.enter_context(closing(source))
-        yield _beside(opened, tuple(recipe.models), reference, lookup.warnings)
+        yield _beside(found, tuple(recipe.models), lookup.warnings)
 
 
 def _check_layout(recipe: Recipe) -> None:
@@ -138,40 +138,42 @@ def _check_layout(recipe: Recipe) -> None:
         raise PlanError(what, "slices", fix + "{method: linear}")
 
 
-def _opened(recipe: Recipe, lookup: Lookup) -> tuple[dict[str, ModelSource], Reference]:
-    """The models (of recipes inside, what is planned), and what their changes are measured from."""
+@dataclass(frozen=True)
+class _Opened:
+    """Models as they are in their files, or as recipes inside will make them."""
+
+    sources: Mapping[str, ModelSource]
+    reference: Reference
+    plan: Plan | None = None
+    """With the recipes inside, where there are any."""
+
+
+def _opened(recipe: Recipe, lookup: Lookup, folder: Path) -> _Opened:
+    """All models; results of recipes inside will lie in the folder."""
     if recipe.adapters_alone:
         if recipe.base is not None:
-            return _opened(replace(on_their_base(recipe), base=recipe.base), lookup)
+            return _opened(replace(on_their_base(recipe), base=recipe.base), lookup, folder)
         adapters = open_models(recipe, lookup)
         alone = {name: source for name, source in adapters.items() if isinstance(source, AdapterAlone)}
-        return as_models(recipe, alone, None), "zero"
-    inner = {name: make_plan(each, lookup=lookup.inside(each.folder)) for name, each in recipe.inner.items()}
-    opened = open_models(recipe, lookup, inner)
-    return opened, "base" if BASE in opened else "mean"
+        return _Opened(as_models(recipe, alone, None), "zero")
+    plan = make_plan(recipe, folder / "result", lookup=lookup, whole=True) if recipe.inner else None
+    opened = open_models(recipe, lookup, {} if plan is None else plan.inner)
+    return _Opened(opened, "base" if BASE in opened else "mean", plan)
 
 
-def _made(recipe: Recipe, lookup: Lookup, folder: Path, progress: Progress) -> dict[str, ModelSource]:
-    """The models, once the recipes inside have been run."""
-    plan = make_plan(recipe, folder / "result", lookup=lookup, whole=True)
-    run_inner(plan, {}, Flags(), progress, Team())
-    return open_models(recipe, lookup, plan.inner)
-
-
-def _beside(
-    opened: Mapping[str, ModelSource], models: tuple[str, ...], reference: Reference, warnings: list[str]
-) -> Beside:
+def _beside(found: _Opened, models: tuple[str, ...], warnings: list[str]) -> Beside:
+    opened, reference = found.sources, found.reference
     leader = BASE if BASE in opened else models[0]
     family = assemble(opened, leader)
     ordered = {leader: family.sources[leader], **{name: family.sources[name] for name in models}}
-    sources, renumbered, skipped = dict(ordered), dict[str, Renumbered](), dict[str, Rows]()
+    sources, renumbered, skipped = dict(ordered), dict[str, OtherNumbers](), dict[str, Rows]()
     settings: list[Row] = []
     for name, source in ordered.items():
         if name == leader or reference == "zero":
             continue
         rows = OtherRows(ordered[leader], source)
         sources[name] = rows.shown
-        if (others := Renumbered.of(ordered[leader], source)) is not None:
+        if (others := OtherNumbers.of(ordered[leader], source)) is not None:
             renumbered[name] = others
         for tensor, some in rows.skipped.items():
             skipped[tensor] = np.logical_or(skipped[tensor], some) if tensor in skipped else some

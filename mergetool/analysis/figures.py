@@ -15,7 +15,7 @@ from mergetool.analysis.beside import Beside
 from mergetool.analysis.measure import DIRECTIONS, Matrix, Measured, interference_by_chance, kept_directions
 from mergetool.arch.depth import structural_depths
 from mergetool.kernels.differences import cosine, ratio
-from mergetool.kernels.task_vectors import Array, Tally, density_of_energy, energy_in_largest
+from mergetool.kernels.task_vectors import Array, SliceSums, density_of_energy, energy_in_largest
 
 Row = dict[str, Any]
 OUTSIDE = "outside the layers"
@@ -24,7 +24,7 @@ _ENERGY = 0.9
 
 
 @dataclass(frozen=True)
-class Place:
+class Standing:
     """Where a tensor stands in the network."""
 
     layer: str
@@ -34,10 +34,10 @@ class Place:
     """What stands behind that number: the same in every layer."""
 
 
-class Group:
+class Together:
     """Figures of some tensors together."""
 
-    def __init__(self, tallies: Iterable[Tally], models: Beside) -> None:
+    def __init__(self, tallies: Iterable[SliceSums], models: Beside) -> None:
         self.tally = reduce(add, (each.in_full() for each in tallies))
         self._models = models
         self.count = len(models.models)
@@ -132,13 +132,14 @@ class Figures:
         self.models, self.measured = models, measured
         self.places = places(list(measured.tallies))
         self.whole = self.group(measured.tallies)
-        inside = [name for name in measured.tallies if self.places[name].depth is not None]
-        self.inside = self.group(inside or [name for name in measured.tallies if name not in models.tokens])
+        matrices = [name for name in measured.tallies if len(models.shape(name)) > 1 and name not in models.tokens]
+        inside = [name for name in matrices if self.places[name].depth is not None]
+        self.inside = self.group(inside or matrices or measured.tallies)
         self.tokens = self.group(models.tokens & measured.tallies.keys())
 
-    def group(self, names: Iterable[str]) -> Group | None:
+    def group(self, names: Iterable[str]) -> Together | None:
         tallies = [self.measured.tallies[name] for name in self.measured.tallies if name in set(names)]
-        return Group(tallies, self.models) if tallies else None
+        return Together(tallies, self.models) if tallies else None
 
     def rows(self) -> dict[str, list[Row]]:
         """Every section."""
@@ -180,7 +181,7 @@ class Figures:
         known = [value for value in values if not math.isnan(value)]
         return median(known) if known else math.nan
 
-    def _groups(self, head: Callable[[Place], Row]) -> list[tuple[Row, list[str], Group]]:
+    def _groups(self, head: Callable[[Standing], Row]) -> list[tuple[Row, list[str], Together]]:
         groups: dict[tuple[Any, ...], list[str]] = {}
         heads: dict[tuple[Any, ...], Row] = {}
         for name in sorted(self.measured.tallies, key=self._order):
@@ -196,7 +197,7 @@ class Figures:
         place = self.places[name]
         return ("", -1) if place.depth is None else (place.layer.rpartition(".")[0], place.depth)
 
-    def _facts(self, groups: Sequence[tuple[Row, list[str], Group]]) -> Iterator[Row]:
+    def _facts(self, groups: Sequence[tuple[Row, list[str], Together]]) -> Iterator[Row]:
         for head, names, group in groups:
             yield head | {"tensors": len(names)} | group.facts() | {"interference": self.interference(names)}
 
@@ -212,8 +213,8 @@ class Figures:
                 "dtypes": sorted({source.specs[name].dtype.name for name in tallies}),
                 "identical": sum(not each.changed[i] for each in tallies.values()),
                 "tensors": len(tallies),
-                "kinship_layers": _of(self.inside, partial(Group.kinship, i=-1, j=i)),
-                "kinship_tokens": _of(self.tokens, partial(Group.kinship, i=-1, j=i)),
+                "kinship_layers": _of(self.inside, partial(Together.kinship, i=-1, j=i)),
+                "kinship_tokens": _of(self.tokens, partial(Together.kinship, i=-1, j=i)),
                 "share_of_norms": whole.gram[i, i] / norms2 if norms2 else math.nan,
                 "density_90": density_of_energy(magnitudes, whole.tally.entries, _ENERGY),
                 "effective_rank": self.median_of(i, lambda each: each.effective_rank),
@@ -234,12 +235,12 @@ class Figures:
                     "state": "changed" if found.changed.any() else "identical",
                     "base_norm": math.sqrt(found.gram[0, 0]),
                 }
-                | Group([found], self.models).facts()
+                | Together([found], self.models).facts()
             )
 
     def _tensors_by_model(self) -> Iterator[Row]:
         for name, found in self.measured.tallies.items():
-            for i, row in enumerate(Group([found], self.models).by_model()):
+            for i, row in enumerate(Together([found], self.models).by_model()):
                 yield {"tensor": name} | self._place(name) | {"identical": not found.changed[i]} | row
 
     def _place(self, name: str) -> Row:
@@ -298,18 +299,18 @@ class Figures:
             yield {"tensor": name} | self._place(name) | {"a": a, "b": b, "kept": kept} | shares
 
 
-def places(names: Sequence[str]) -> Mapping[str, Place]:
+def places(names: Sequence[str]) -> Mapping[str, Standing]:
     """Layer, depth and role of every tensor."""
     depths = structural_depths(names)
     return {name: _placed(name, depth) for name, depth in depths.items()}
 
 
-def _placed(name: str, depth: tuple[int, int] | None) -> Place:
+def _placed(name: str, depth: tuple[int, int] | None) -> Standing:
     parts = name.split(".")
     number = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
     if depth is None or number is None:
-        return Place(OUTSIDE, None, name)
-    return Place(".".join(parts[: number + 1]), depth[0], ".".join(parts[number + 1 :]))
+        return Standing(OUTSIDE, None, name)
+    return Standing(".".join(parts[: number + 1]), depth[0], ".".join(parts[number + 1 :]))
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -317,5 +318,5 @@ def _mean(values: Iterable[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _of(group: Group | None, figure: Callable[[Group], float]) -> float:
+def _of(group: Together | None, figure: Callable[[Together], float]) -> float:
     return math.nan if group is None else figure(group)

@@ -17,13 +17,13 @@ from operator import add
 from threading import BoundedSemaphore, Lock, local
 from typing import TYPE_CHECKING
 
-from mergetool.analysis.beside import Beside, Renumbered
+from mergetool.analysis.beside import Beside, OtherNumbers
 from mergetool.arch.matrices import is_matrix
 from mergetool.engine.run import Progress
 from mergetool.kernels.differences import ratio
 from mergetool.kernels.sketch import Spectrum, shared, spectrum
 from mergetool.kernels.spectral import Factors, Interference, concatenated, interference
-from mergetool.kernels.task_vectors import Tally, tally
+from mergetool.kernels.task_vectors import SliceSums, tally
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.io import bytes_of
 from mergetool.tensors.source import ModelSource
@@ -69,7 +69,7 @@ class Matrix:
 class Measured:
     """All that was found, by tensor."""
 
-    tallies: dict[str, Tally]
+    tallies: dict[str, SliceSums]
     matrices: dict[str, Matrix]
     rows: dict[str, float]
     """Of models whose tokenizers number tokens otherwise: how far those rows are from the first model's rows of the
@@ -88,7 +88,7 @@ def measure(models: Beside, progress: Progress, workers: int | None = None) -> M
     held = [name for name in chosen if _size(models, name) <= _LARGEST_MATRIX]
     twice = held if models.reference == "mean" else []
     progress.start(sum(map(pass_.size, (*models.names, *held, *twice))), "analyzing")
-    tallies: dict[str, Tally] = {}
+    tallies: dict[str, SliceSums] = {}
     matrices: dict[str, Matrix] = {}
     with ThreadPoolExecutor(count) as pool:
         for name, found in _in_order(pool, count, pass_.jobs(frozenset(held))):
@@ -114,12 +114,12 @@ def _size(models: Beside, name: str) -> int:
     return models.sources[models.leader].specs[name].num_elements
 
 
-Job = tuple[str, Callable[[], Tally | Matrix]]
+Job = tuple[str, Callable[[], SliceSums | Matrix]]
 
 
-def _in_order(pool: ThreadPoolExecutor, count: int, jobs: Iterable[Job]) -> Iterator[tuple[str, Tally | Matrix]]:
+def _in_order(pool: ThreadPoolExecutor, count: int, jobs: Iterable[Job]) -> Iterator[tuple[str, SliceSums | Matrix]]:
     """Results in the order of the jobs, of which no more are begun than keep all threads busy."""
-    waiting: deque[tuple[str, Future[Tally | Matrix]]] = deque()
+    waiting: deque[tuple[str, Future[SliceSums | Matrix]]] = deque()
     try:
         for name, job in jobs:
             waiting.append((name, pool.submit(job)))
@@ -165,7 +165,7 @@ class _Pass:
             if name in each.stored.specs and each.stored.specs[name].shape == self._models.shape(name)
         }
 
-    def _apart(self, name: str, other: Renumbered) -> float:
+    def _apart(self, name: str, other: OtherNumbers) -> float:
         width = _size(self._models, name) // self._models.shape(name)[0]
         one, two = (self._room(use, width, self._dtype(name)) for use in ("below", "change"))
         apart2 = norm2 = 0.0
@@ -176,7 +176,7 @@ class _Pass:
             norm2 += float(one.square().sum())
         return ratio(apart2, norm2)
 
-    def _piece(self, piece: Piece) -> Tally:
+    def _piece(self, piece: Piece) -> SliceSums:
         name, start, stop = piece
         one_in = sampled(_size(self._models, name))
         slices = (self._slice(name, begin, min(begin + SLICE, stop)) for begin in range(start, stop, SLICE))
@@ -273,7 +273,7 @@ class _Pass:
         return whole
 
 
-def _bound(call: Callable[..., Tally | Matrix], argument: Piece | str) -> Callable[[], Tally | Matrix]:
+def _bound(call: Callable[..., SliceSums | Matrix], argument: Piece | str) -> Callable[[], SliceSums | Matrix]:
     return lambda: call(argument)
 
 

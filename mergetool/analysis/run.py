@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 
 from mergetool._version import __version__
-from mergetool.analysis.advice import Advice, Adviser
+from mergetool.analysis.advice import WEIGHTS, Advice, Adviser
 from mergetool.analysis.beside import Beside, beside
 from mergetool.analysis.figures import Figures, Row
+from mergetool.analysis.hints import hints
 from mergetool.analysis.measure import Measured, measure
+from mergetool.analysis.methods import methods_to_try
+from mergetool.analysis.problems import problems
 from mergetool.analysis.result import Analysis, plain
 from mergetool.engine.devices import one_thread
 from mergetool.engine.run import Progress, Silent
@@ -37,8 +40,7 @@ def analyze_recipe(recipe: Recipe, progress: Progress | None = None, workers: in
 
 def _analysis(recipe: Recipe, models: Beside, measured: Measured, seconds: float) -> Analysis:
     figures = Figures(models, measured)
-    adviser = Adviser(figures)
-    advice = adviser.advice()
+    advice = advise(Adviser(figures))
     order, linkage = clusters(figures)
     facts = {
         "version": VERSION,
@@ -58,6 +60,12 @@ def _analysis(recipe: Recipe, models: Beside, measured: Measured, seconds: float
         "cost": _cost(figures, measured, seconds),
     }
     return Analysis(plain(facts))
+
+
+def advise(adviser: Adviser) -> list[Advice]:
+    """Problems first; models that do not belong are left out of what comes after them."""
+    found = [*problems(adviser), *hints(adviser), *methods_to_try(adviser)]
+    return sorted(found, key=lambda each: WEIGHTS.index(each.weight))
 
 
 def _whole(figures: Figures) -> Row:

@@ -61,7 +61,7 @@ class Drawn:
 
 
 @dataclass
-class Tally:
+class SliceSums:
     """All sums of some slices."""
 
     entries: int
@@ -75,8 +75,8 @@ class Tally:
     """(n + 1,): entries that are not finite; they are in no other sum."""
     drawn: Drawn
 
-    def __add__(self, other: "Tally") -> "Tally":
-        return Tally(
+    def __add__(self, other: "SliceSums") -> "SliceSums":
+        return SliceSums(
             self.entries + other.entries,
             self.gram + other.gram,
             self.changed + other.changed,
@@ -85,12 +85,12 @@ class Tally:
             self.drawn + other.drawn,
         )
 
-    def in_full(self) -> "Tally":
+    def in_full(self) -> "SliceSums":
         """With what was counted in a part of the entries as it would be in all of them, for adding up tensors."""
         return replace(self, drawn=self.drawn * (self.entries / max(1, self.drawn.entries)))
 
 
-def tally(x: Tensor, drawn: int) -> Tally:
+def tally(x: Tensor, drawn: int) -> SliceSums:
     """The sums of a slice, of which the first `drawn` entries are looked at more closely."""
     gram = (x @ x.mT).double().numpy()
     broken = np.zeros(len(x), np.int64)
@@ -101,7 +101,7 @@ def tally(x: Tensor, drawn: int) -> Tally:
     nonzero = (changes != 0).numpy()
     changed = np.array([np.count_nonzero(row) for row in nonzero], np.int64)
     largest = torch.maximum(changes.amax(1), -changes.amin(1)).double().numpy()
-    return Tally(x.shape[1], gram, changed, largest, broken, _drawn(x[:, :drawn].contiguous()))
+    return SliceSums(x.shape[1], gram, changed, largest, broken, _drawn(x[:, :drawn].contiguous()))
 
 
 def _sound(x: Tensor) -> tuple[Tensor, Array]:
