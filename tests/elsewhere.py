@@ -161,15 +161,10 @@ class Elsewhere(TorchFunctionMode):
         data = data.to(*rest, **kwargs)
         if there and isinstance(tensor, There) and data is tensor.data_here:
             return tensor
-        if watch is not None and there != isinstance(tensor, There):
-            watch.wait()
-        out = (
-            _there(data if isinstance(tensor, There) else data.clone())
-            if there
-            else data.clone()
-            if isinstance(tensor, There)
-            else data
-        )
+        between = there != isinstance(tensor, There)
+        out = _there(data.clone() if between else data) if there else data.clone() if between else data
+        if between and watch is not None:
+            watch.waited_for(out)
         self._check(out)
         return out
 

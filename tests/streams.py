@@ -167,6 +167,12 @@ class Streams:
         """Its memory belongs to the current stream: others must wait until that is there."""
         self._note([], [tensor])
 
+    def waited_for(self, copy):
+        """A copy between the host and the device has been made, and the host has waited for it."""
+        self.counts["up" if isinstance(copy, There) else "down"] += copy.numel() * copy.element_size()
+        self.counts["copies"] += 1
+        self.wait()
+
     def copied(self, target, source, *, later):
         """A copy between the host and the device, `later` if the host goes on meanwhile."""
         up = isinstance(target, There)
