@@ -52,7 +52,7 @@ class Descent:
 
     @property
     def step(self) -> float:
-        """Length of the step along the gradient that the task vector is, in units of a learning rate; NaN without a gradient."""
+        """Length of the step along the gradient, as a learning rate; NaN where there is no gradient."""
         return -self.product / self.gradient2 if self.gradient2 else math.nan
 
     def linearity(self, before: float, after: float) -> float:
