@@ -56,16 +56,17 @@ def _differing(
     file: str, one: Mapping[str, Any], other: Mapping[str, Any], without: frozenset[str] = frozenset()
 ) -> Iterator[FileDifference]:
     """Keys that have other values, or that only one has (its other value is None)."""
-    ours, theirs = dict(_leaves(one)), dict(_leaves(other))
+    ours, theirs = dict(leaves(one)), dict(leaves(other))
     for key in sorted({*ours, *theirs}):
         if key.partition(".")[0] not in without and ours.get(key) != theirs.get(key):
             yield FileDifference(file, key, ours.get(key), theirs.get(key))
 
 
-def _leaves(value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Values that are no mappings, under dotted keys."""
     for key, each in value.items():
         if isinstance(each, Mapping) and each:
-            yield from _leaves(each, f"{before}{key}.")
+            yield from leaves(each, f"{before}{key}.")
         else:
             yield f"{before}{key}", each
 
