@@ -67,4 +67,4 @@ def descent(moved: Tensor, gradient: Tensor, squares: Tensor | None = None) -> D
     if squares is None:
         return Descent(*sums)
     scaled = gradient / (squares.double().sqrt() + _SMALL)
-    return Descent(*sums, float(torch.dot(scaled, scaled)), float(torch.dot(moved, scaled)))
+    return Descent(*sums, *(float(torch.dot(scaled, other)) for other in (scaled, moved)))
