@@ -23,6 +23,9 @@ _SCORES = ("task", "run", "metric", "items", "score", "low", "high", "retention"
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that runs have left, two or more.")],
     base: Annotated[str | None, typer.Option(metavar="C", help="Compare what they changed of this model.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write compare.html and compare.json there.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads (default: one per core).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
@@ -33,10 +36,22 @@ def compare(
         found = laid_beside(*map(existing, runs), base=base, workers=workers, progress=progress)
     for remark in found.remarks:
         say(f"note: {remark}")
+    if output is not None:
+        _write(found, output)
     if as_json:
         print(found.to_json())
     else:
         _show(found)
+
+
+def _write(found: "ComparedRuns", folder: Path) -> None:
+    """Everything as data, and as a page."""
+    from mergetool.tensors.writer import make_folder, write_file
+
+    make_folder(folder)
+    write_file(folder / "compare.json", found.to_json() + "\n")
+    write_file(folder / "compare.html", found.to_html())
+    say(f"written: {folder / 'compare.html'}")
 
 
 def _show(found: "ComparedRuns") -> None:
