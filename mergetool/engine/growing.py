@@ -46,11 +46,10 @@ def change_bundle(
     _check_names(bundle, manifest, add, remove)
     check_files(bundle, manifest, hashes=True)
     check_base(bundle, manifest, hashes=True)
-    in_place = output.resolve() == bundle.resolve()
     asked = _recipe(bundle, manifest, add, remove)
     if (bundle / "calibration.json").is_file():
         progress.say("warning: its calibration was for other experts and is left out: calibrate again")
-    return run_recipe(asked, replace(flags, output=output, in_place=in_place, push=False), progress)
+    return run_recipe(asked, replace(flags, output=output, push=False), progress)
 
 
 def _is_done(manifest: Manifest, add: Mapping[str, Any], remove: Sequence[str]) -> bool:
@@ -83,7 +82,7 @@ def _recipe(bundle: Path, manifest: Manifest, add: Mapping[str, Any], remove: Se
     inputs, origins = (
         {name: lock[key][name] for name in stayed if name in lock.get(key, {})} for key in ("inputs", "origins")
     )
-    past = Past({task.name: task for task in kept}, inputs, origins)
+    past = Past(bundle.absolute(), {task.name: task for task in kept}, inputs, origins)
     models = {task.name: told["models"][task.name] for task in kept if task.name in told.get("models", {})}
     return replace(asked, past=past, document={**told, "models": models | dict(add)}, name=place)
 

@@ -82,8 +82,6 @@ class Flags:
     """Whether Python code that the recipe names may be run."""
     push: bool | None = None
     """Whether to push to `output.hub`; None: if the recipe has one."""
-    in_place: bool = False
-    """Whether the result may take the place of one of its inputs."""
     locked: bool = False
     """Whether recipe and inputs must be what an earlier lock says."""
 
@@ -146,7 +144,7 @@ def _claim(plan: Plan, flags: Flags, team: Team) -> Staging:
     assert plan.output is not None
     if not team.leads:
         return Staging.joined(plan, plan.output, team.rank)
-    replaces = flags.in_place
+    replaces = plan.recipe.past.place == plan.output
     return Staging(plan, plan.output, overwrite=flags.overwrite or replaces, resume=flags.resume, in_place=replaces)
 
 

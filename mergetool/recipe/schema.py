@@ -204,6 +204,8 @@ class Override(Section):
 class Past:
     """What is known of models that are taken from an earlier result: where that one had them from."""
 
+    place: Path | None = None
+    """That result, which a new one may replace."""
     tasks: Mapping[str, Task] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
     """By model, as in a lock."""
