@@ -1,13 +1,17 @@
 """Finished results side by side, as a page."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mergetool._version import __version__
 from mergetool.analysis.compared import ComparedRuns
+from mergetool.errors import OutputError
 from mergetool.pages import Chapter, Column, Facts, Note, Page, Picture, Piece, Table, bars, heat, render
+from mergetool.tensors.writer import make_folder, write_file
 from mergetool.units import timespan
 
+PAGE_NAME = "compare.html"
 _COSTS = (
     Column("result"),
     Column("method", "code"),
@@ -30,6 +34,18 @@ _OF_CHANGES = (
     Column("cosine of changes", "number", "between the two task vectors"),
     Column("share opposed", "share", "of the entries that the two move in opposite directions"),
 )
+
+
+def write_compared(found: ComparedRuns, folder: Path) -> Path:
+    """Write `compare.json` and the page, whose path is returned. Raises OutputError."""
+    make_folder(folder)
+    write_file(folder / "compare.json", found.to_json() + "\n")
+    try:
+        write_file(folder / PAGE_NAME, page(found))
+    except ModuleNotFoundError as error:
+        where = str(folder / PAGE_NAME)
+        raise OutputError(f"{error.name} is not installed", where, "pip install 'mergetool[report]'") from None
+    return folder / PAGE_NAME
 
 
 def page(found: ComparedRuns) -> str:
@@ -98,7 +114,8 @@ def _retention(found: ComparedRuns) -> Iterator[Chapter]:
 
 def _pairs(found: ComparedRuns) -> Iterator[Chapter]:
     if found.pairs:
-        columns = ["task", "a", "b", Column("a - b", "signed"), Column("low", "signed"), Column("high", "signed")]
+        signed = (Column(name, "signed") for name in ("a - b", "low", "high"))
+        columns: list[Column | str] = ["task", "a", "b", *signed]
         told = [row["low"] > 0 or row["high"] < 0 for row in found.pairs]
         table = _table(columns, ("task", "a", "b", "difference", "low", "high"), found.pairs, told)
         lead = "Two results on the same items: where the interval leaves out 0 (bold), one is better than by chance."

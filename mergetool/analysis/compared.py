@@ -4,10 +4,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from mergetool.errors import OutputError
 from mergetool.outputs.difference import finite_or_text
 
-INSTALL = "pip install 'mergetool[report]'"
 Row = dict[str, Any]
 
 
@@ -51,12 +49,3 @@ class ComparedRuns:
     def to_json(self) -> str:
         """All that was found, as JSON."""
         return json.dumps(self.as_dict(), indent=2, ensure_ascii=False, default=str)
-
-    def to_html(self) -> str:
-        """All that was found, as a page. Raises OutputError where the extra `report` is not installed."""
-        try:
-            from mergetool.analysis.compare_page import page
-
-            return page(self)
-        except ModuleNotFoundError as error:
-            raise OutputError(f"{error.name} is not installed", "the page", INSTALL) from None

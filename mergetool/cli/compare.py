@@ -33,25 +33,15 @@ def compare(
     from mergetool.api import compare as laid_beside
 
     with ProgressBar(quiet=manner.quiet) as progress:
-        found = laid_beside(*map(existing, runs), base=base, workers=workers, progress=progress)
+        found = laid_beside(*map(existing, runs), base=base, output=output, workers=workers, progress=progress)
     for remark in found.remarks:
         say(f"note: {remark}")
     if output is not None:
-        _write(found, output)
+        say(f"written: {output / 'compare.html'}, and compare.json")
     if as_json:
         print(found.to_json())
     else:
         _show(found)
-
-
-def _write(found: "ComparedRuns", folder: Path) -> None:
-    """Everything as data, and as a page."""
-    from mergetool.tensors.writer import make_folder, write_file
-
-    make_folder(folder)
-    write_file(folder / "compare.json", found.to_json() + "\n")
-    write_file(folder / "compare.html", found.to_html())
-    say(f"written: {folder / 'compare.html'}")
 
 
 def _show(found: "ComparedRuns") -> None:
