@@ -189,7 +189,7 @@ class Tally:
             [(each >= bracket.low) ^ above for each, bracket, above in zip(words, brackets, larger, strict=True)]
         )
         sizes = torch.stack((torch.stack(larger).sum(1), inside.sum(1))).tolist()
-        kept = torch.masked_select(torch.stack(words), inside).to("cpu").split(sizes[1])
+        kept = torch.split(torch.masked_select(torch.stack(words), inside).to("cpu"), sizes[1])
         for tally, above, part in zip(tallies, sizes[0], kept, strict=True):
             tally._larger += above
             tally._kept.append(part - tally._bracket.low)
