@@ -25,7 +25,7 @@ class Seen(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.elements, self.text = [], ""
+        self.elements, self.text, self.pieces = [], "", []
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -33,6 +33,7 @@ class Seen(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+        self.pieces += [data.strip()] if data.strip() else []
 
 
 def test_names_of_strangers_stay_text(html):
@@ -115,6 +116,7 @@ def lines_of_nothing():
         (12345, "count", "12,345"),
         (2_500_000, "bytes", "2.5 MB"),
         (0.25, "signed", "+0.250"),
+        (-1e-9, "signed", "0.000"),
         (3.2, "seconds", "3.2 s"),
         (True, "text", "yes"),
         ("name", "number", "name"),
