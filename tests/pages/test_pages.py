@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +79,15 @@ def test_without_the_extra_the_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ModuleNotFoundError, match="jinja2"):
         render(Page("a"))
+
+
+def test_the_example_of_the_documentation_writes_a_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "pages.md").read_text("utf-8")
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], {})
+    written = (tmp_path / "scores.html").read_text("utf-8")
+    assert Seen(written).pieces[0] == "Two ways to merge"
+    assert written.count("<svg") == 1
 
 
 def test_a_row_that_does_not_fit_its_columns_is_a_mistake():
