@@ -24,7 +24,17 @@ from mergetool.errors import (
 if TYPE_CHECKING:
     from mergetool.analysis.compared import ComparedRuns
     from mergetool.analysis.result import Analysis
-    from mergetool.api import analyze, compare, diff, load_bundle, load_recipe, merge_state_dicts, plan, run
+    from mergetool.api import (
+        analyze,
+        change_bundle,
+        compare,
+        diff,
+        load_bundle,
+        load_recipe,
+        merge_state_dicts,
+        plan,
+        run,
+    )
     from mergetool.arch.derived import Architecture, derive_architecture
     from mergetool.methods.base import Method
     from mergetool.outputs.difference import Comparison
@@ -47,6 +57,7 @@ __all__ = [
     "SourceError",
     "__version__",
     "analyze",
+    "change_bundle",
     "compare",
     "derive_architecture",
     "diff",
@@ -65,6 +76,7 @@ _LAZY = {
     "Method": "mergetool.methods.base",
     "Result": "mergetool.outputs.result",
     "analyze": "mergetool.api",
+    "change_bundle": "mergetool.api",
     "compare": "mergetool.api",
     "derive_architecture": "mergetool.arch.derived",
     "diff": "mergetool.api",

@@ -144,7 +144,8 @@ def _claim(plan: Plan, flags: Flags, team: Team) -> Staging:
     assert plan.output is not None
     if not team.leads:
         return Staging.joined(plan, plan.output, team.rank)
-    return Staging(plan, plan.output, overwrite=flags.overwrite, resume=flags.resume)
+    replaces = plan.recipe.past.place == plan.output
+    return Staging(plan, plan.output, overwrite=flags.overwrite or replaces, resume=flags.resume, in_place=replaces)
 
 
 def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tuple[Plan, Costs, dict[str, str]]:
@@ -300,7 +301,8 @@ def _work(run: Context, writer: SlotWriter, costs: Costs, flags: Flags, journal:
 
 def _stages(run: Context, costs: Costs, flags: Flags, journal: Journal) -> None:
     device = "cpu" if run.plan.recipe.method.result == "bundle" else flags.device
-    with run.pool.ready(device, flags.cache if run.plan.recipe.method.uses_factors else None):
+    workers = costs.workers * run.team.local_size
+    with run.pool.ready(device, flags.cache if run.plan.recipe.method.uses_factors else None, workers):
         run.record.device = run.pool.device
         if run.pool.device != "cpu":
             run.teller.say(f"merging on {run.pool.device}")
