@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mergetool.bundle.store import FactorStore
 from mergetool.engine.devices import LEAST_SLICE, free_device, load_linear_algebra, own_stream
+from mergetool.engine.measured import Measured
 from mergetool.engine.sinks import Sink
 from mergetool.engine.storable import lost_in, within
 from mergetool.errors import MergeError, at
@@ -202,6 +203,7 @@ class Worker(Bench[Step]):
             new=self._scratch(shape),
             other=partial(self._other, step),
             store=self._store,
+            measured=Measured(self._plan, step, start, shape, self._read) if step.statistics else None,
             kept=None if self._kept is None else self._kept.setdefault((start, stop), {}),
         )
 
