@@ -22,7 +22,7 @@ from mergetool.errors import (
 )
 
 if TYPE_CHECKING:
-    from mergetool.api import diff, load_bundle, load_recipe, merge_state_dicts, plan, run
+    from mergetool.api import diff, load_bundle, load_recipe, measure, merge_state_dicts, plan, run
     from mergetool.arch.derived import Architecture, derive_architecture
     from mergetool.methods.base import Method
     from mergetool.outputs.difference import Comparison
@@ -46,6 +46,7 @@ __all__ = [
     "diff",
     "load_bundle",
     "load_recipe",
+    "measure",
     "merge_state_dicts",
     "plan",
     "run",
@@ -60,6 +61,7 @@ _LAZY = {
     "diff": "mergetool.api",
     "load_bundle": "mergetool.api",
     "load_recipe": "mergetool.api",
+    "measure": "mergetool.api",
     "merge_state_dicts": "mergetool.api",
     "plan": "mergetool.api",
     "run": "mergetool.api",

@@ -85,6 +85,34 @@ def diff(
         return difference(str(a), str(b), None if base is None else str(base), workers=workers, listener=progress)
 
 
+def measure(
+    model: str | Path,
+    statistic: str,
+    data: str | Path,
+    *,
+    field: str = "text",
+    samples: int | None = 256,
+    length: int | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    device: str = "cpu",
+    cache: str | Path | None = None,
+    **settings: Any,
+) -> "dict[str, Tensor]":
+    """Measure a statistic of one model (`gram`, `fisher`, ...) on a file of JSON lines, by the names of its weights.
+
+    The options are those of the section `calibration`; `settings` are the statistic's own, such as `labels` of
+    `fisher`. It is kept in the cache and found there again. Raises a MergetoolError.
+    """
+    from mergetool.engine.measure import measure_one
+    from mergetool.recipe.data import Data
+    from mergetool.recipe.schema import Compute
+
+    asked = Data(data=str(Path(data).absolute()), field=field, samples=samples, length=length)
+    compute = Compute.model_validate({"dtype": dtype, "seed": seed})
+    return measure_one(str(model), statistic, asked, settings, compute, device, None if cache is None else Path(cache))
+
+
 def load_bundle(
     path: str | Path, *, dtype: "torch.dtype | None" = None, verify: bool = True, cache_bytes: int | None = None
 ) -> "MassModel":

@@ -3,14 +3,26 @@
 Each is kept in the cache when it is whole, so a run that was killed goes on with the next model.
 """
 
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mergetool.engine.context import Context
-from mergetool.errors import at
+from mergetool.errors import RecipeError, at
 from mergetool.planning.graph import Stage
-from mergetool.planning.measures import StatisticSource
-from mergetool.statistics.measure import Measuring, measured
+from mergetool.planning.measures import StatisticSource, measuring
+from mergetool.planning.sources import Lookup
+from mergetool.recipe.data import Data
+from mergetool.recipe.schema import Compute
+from mergetool.statistics.base import Statistic
+from mergetool.statistics.measure import STATISTICS, Measuring, measured
 from mergetool.statistics.store import StatisticStore
+from mergetool.tensors.source import SafetensorsSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MeasureStage:
@@ -55,3 +67,40 @@ class MeasureStage:
         run.teller.say(f"{name} of {asked.where}: {how}")
         run.record.statistics[asked.where] = asked.describe() | {"key": key}
         return path
+
+
+def measure_one(
+    reference: str,
+    statistic: str,
+    data: Data,
+    settings: Mapping[str, Any],
+    compute: Compute,
+    device: str,
+    cache: Path | None,
+) -> "dict[str, Tensor]":
+    """A statistic of one model, by the names of its weights. Raises SourceError, PlanError or MergeError."""
+    import torch
+    from safetensors.torch import load_file
+
+    lookup = Lookup(Path.cwd())
+    lookup.open("model", reference).close()
+    lookup.fetch(lambda _: None)
+    with closing(lookup.open("model", reference)) as source:
+        asked = measuring(_statistic(statistic, settings), source, data, compute, reference)
+        store = StatisticStore(cache)
+        path = measured(asked, store, asked.key(), torch.device(device), lambda _: None)
+    found, shared = load_file(path), StatisticSource.given(SafetensorsSource([path], None))
+    return {name: found[shared.stored_name(name)] for name in shared.specs}
+
+
+def _statistic(name: str, settings: Mapping[str, Any]) -> Statistic:
+    kind = STATISTICS.get(name)
+    if kind is None:
+        raise RecipeError(f"there is no statistic {name!r}", "measure", f"one of: {', '.join(STATISTICS)}")
+    try:
+        return kind(**settings)
+    except TypeError:
+        known = [each.name for each in fields(kind)]  # type: ignore[arg-type]
+        raise RecipeError(
+            f"{name} has no such setting: {', '.join(settings)}", "measure", f"known: {', '.join(known) or 'none'}"
+        ) from None

@@ -19,7 +19,7 @@ _WHOLE = "save the model whole, with save_pretrained, and its config.json beside
 
 
 @dataclass(frozen=True)
-class Network:
+class RunningNetwork:
     """A model of transformers, ready to run, and the names of its tensors in the checkpoint."""
 
     model: Any
@@ -65,7 +65,7 @@ class Network:
                 yield part.name, held.view(self.shapes[part.name])
 
 
-def load_network(source: ModelSource, dtype: torch.dtype, device: torch.device, where: str) -> Network:
+def load_network(source: ModelSource, dtype: torch.dtype, device: torch.device, where: str) -> RunningNetwork:
     """The network of a model's own class, its weights read from `source`. Raises SourceError."""
     assert source.folder is not None
     kind = class_of(read_config(source.folder), where)
@@ -85,7 +85,7 @@ def load_network(source: ModelSource, dtype: torch.dtype, device: torch.device, 
     if missing := sorted(told["missing_keys"]):
         what = f"{len(missing)} tensors of {kind.__name__} are not in the model: {missing[0]}"
         raise SourceError(what, where, _WHOLE)
-    return Network(model.eval().to(device), places_of(model, shapes), shapes, where)
+    return RunningNetwork(model.eval().to(device), places_of(model, shapes), shapes, where)
 
 
 def _read(source: ModelSource, name: str) -> Tensor:

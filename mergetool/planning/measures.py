@@ -12,8 +12,8 @@ from types import MappingProxyType
 from mergetool.errors import PlanError, at
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.data import Data, data_of
-from mergetool.recipe.schema import Recipe
-from mergetool.statistics.base import Form
+from mergetool.recipe.schema import Compute, Recipe
+from mergetool.statistics.base import Extent, Statistic
 from mergetool.statistics.measure import STATISTICS, Measuring
 from mergetool.statistics.store import SHARED, TURNED
 from mergetool.tensors.dtypes import BY_TORCH_NAME
@@ -30,7 +30,7 @@ class StatisticSource(ModelSource):
 
     folder = None
 
-    def __init__(self, form: Form, dtype: str, asked: Measuring | None = None) -> None:
+    def __init__(self, form: Extent, dtype: str, asked: Measuring | None = None) -> None:
         self.form, self.asked = form, asked
         self.specs = {n: TensorSpec(n, BY_TORCH_NAME[dtype], shape) for n, shape in form.shapes.items()}
         self._found: ModelSource | None = None
@@ -44,7 +44,7 @@ class StatisticSource(ModelSource):
         shared = json.loads(told.get(SHARED, "{}"))
         stored = {**{name: name for name in found.specs}, **shared}
         shapes = {name: found.specs[own].shape for name, own in stored.items()}
-        made = cls(Form(shapes, frozenset(json.loads(told.get(TURNED, "[]")))), "float32")
+        made = cls(Extent(shapes, frozenset(json.loads(told.get(TURNED, "[]")))), "float32")
         made.specs = {name: replace(found.specs[own], name=name) for name, own in stored.items()}
         made._found, made._stored = found, stored
         return made
@@ -59,6 +59,10 @@ class StatisticSource(ModelSource):
         made = StatisticSource.given(SafetensorsSource([path], None))
         made.asked = self.asked
         return made
+
+    def stored_name(self, name: str) -> str:
+        """What a weight's statistic is called in the file: another weight's name where the two share it."""
+        return self._stored[name]
 
     @property
     def is_there(self) -> bool:
@@ -133,30 +137,35 @@ def _planned(recipe: Recipe, model: str, sources: Mapping[str, ModelSource], loo
     if data.measured is not None:
         with at(f"calibration.{model}.measured"):
             return StatisticSource.given(open_model(recipe.path_of(data.measured)))
+    assert data.data is not None
+    method = recipe.method.kernel()
+    statistic = STATISTICS[method.statistic](**method.measuring())
+    data = data.model_copy(update={"data": str(recipe.path_of(data.data))})
     with at(f"model {model!r}"):
-        asked = _measuring(recipe, data, sources[model], _tokenizer(recipe, data, sources, lookup), model)
+        tokenizer = _tokenizer(data, sources, lookup)
+        asked = measuring(statistic, sources[model], data, recipe.compute, f"model {model!r}", tokenizer)
     return StatisticSource(asked.form, asked.dtype, asked)
 
 
-def _measuring(recipe: Recipe, data: Data, source: ModelSource, tokenizer: Path | None, model: str) -> Measuring:
+def measuring(
+    statistic: Statistic, source: ModelSource, data: Data, compute: Compute, where: str, tokenizer: Path | None = None
+) -> Measuring:
+    """What there is to measure on a model. Raises SourceError or PlanError for data or a model that will not do."""
     from mergetool.networks.running import whole_config
     from mergetool.statistics.examples import examples_of
     from mergetool.statistics.rows import Fields, read_rows
 
-    method = recipe.method.kernel()
-    statistic = STATISTICS[method.statistic](**method.measuring())
     assert data.data is not None
     config = whole_config(source, "")
     form = statistic.form(source.specs, config, "")
     fields = Fields(data.field, data.pair, data.label)
-    rows = read_rows(recipe.path_of(data.data), fields, data.samples, labelled=statistic.labelled(config))
+    rows = read_rows(Path(data.data), fields, data.samples, labelled=statistic.labelled(config))
     assert source.folder is not None
-    examples = examples_of(rows, source.folder, config, data.length, tokenizer)
-    seed, where = recipe.compute.seed, f"model {model!r}"
-    return Measuring(statistic, source, config, examples, form, recipe.compute.dtype, seed, where)
+    examples = examples_of(rows, source.folder, config, data.length, tokenizer or source.tokenizer_folder)
+    return Measuring(statistic, source, config, examples, form, compute.dtype, compute.seed, where)
 
 
-def _tokenizer(recipe: Recipe, data: Data, sources: Mapping[str, ModelSource], lookup: Lookup) -> Path | None:
+def _tokenizer(data: Data, sources: Mapping[str, ModelSource], lookup: Lookup) -> Path | None:
     """The folder of another tokenizer than the model's own."""
     if data.tokenizer is None:
         return None

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from mergetool.networks.running import Network
+    from mergetool.networks.running import RunningNetwork
     from mergetool.statistics.examples import Example
 
 Tell = Callable[[int], None]
@@ -19,7 +19,7 @@ Tell = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Form:
+class Extent:
     """What a statistic of a model holds, as far as that is known before it is measured."""
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -56,12 +56,12 @@ class Statistic(ABC):
         return False
 
     @abstractmethod
-    def form(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Form:
+    def form(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Extent:
         """What it will hold of a model with these tensors. Raises PlanError for one that it cannot be measured on."""
 
     @abstractmethod
     def measure(
-        self, network: "Network", examples: "Sequence[Example]", names: Collection[str], seed: int, tell: Tell
+        self, network: "RunningNetwork", examples: "Sequence[Example]", names: Collection[str], seed: int, tell: Tell
     ) -> Found:
         """Measure it, for the weights of these names. Raises MergeError, which names the row, for what is no number."""
 

@@ -8,7 +8,7 @@ from typing import Any
 from mergetool.errors import PlanError, SourceError
 from mergetool.networks.library import quiet
 from mergetool.networks.tokenizer import load_tokenizer
-from mergetool.statistics.rows import Row
+from mergetool.statistics.rows import DataRow
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _ENDLESS = 1_000_000
@@ -30,7 +30,7 @@ class Example:
 
 
 def examples_of(
-    rows: Sequence[Row], folder: Path, config: Mapping[str, Any], length: int | None, tokenizer: Path | None
+    rows: Sequence[DataRow], folder: Path, config: Mapping[str, Any], length: int | None, tokenizer: Path | None
 ) -> tuple[Example, ...]:
     """Rows for the model of a folder; with `length`, rows of more tokens are cut.
 
@@ -58,14 +58,14 @@ class _Words:
         known = self._tokenizer.model_max_length
         self.most = int(known) if 0 < known < _ENDLESS else None
 
-    def inputs(self, row: Row) -> dict[str, tuple[int, ...]]:
+    def inputs(self, row: DataRow) -> dict[str, tuple[int, ...]]:
         cut = {} if self._length is None else {"truncation": True, "max_length": self._length}
         with quiet():
             made = self._tokenizer(row.text, row.pair, **cut)
         return {name: tuple(made[name]) for name in _INPUTS if name in made}
 
 
-def _ids(row: Row, length: int | None) -> dict[str, tuple[int, ...]]:
+def _ids(row: DataRow, length: int | None) -> dict[str, tuple[int, ...]]:
     ids = tuple(int(each) for each in row.text)[:length]
     return {"input_ids": ids, "attention_mask": (1,) * len(ids)}
 
@@ -93,7 +93,7 @@ def _check(ids: Sequence[int], place: str, most: int | None, config: Mapping[str
         raise SourceError(f"has the token {max(ids)}, and the model has {size}", place, fix)
 
 
-def _class_of(row: Row, config: Mapping[str, Any]) -> int | None:
+def _class_of(row: DataRow, config: Mapping[str, Any]) -> int | None:
     """The number of a row's class. Raises SourceError for one that the model's head does not have."""
     if row.label is None:
         return None

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mergetool.errors import MergeError, PlanError
-from mergetool.statistics.base import Form, Found, Statistic, Tell, tensor_of
+from mergetool.statistics.base import Extent, Found, Statistic, Tell, tensor_of
 from mergetool.statistics.gram import not_finite
 from mergetool.tensors.header import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mergetool.networks.running import Network
+    from mergetool.networks.running import RunningNetwork
     from mergetool.statistics.examples import Example
 
 Labels = Literal["sampled", "given", "exact"]
@@ -54,7 +54,7 @@ class DiagonalFisher(Statistic):
     def labelled(self, config: Mapping[str, Any]) -> bool:
         return self.labels == "given" and speaks_of(config) == "classes"
 
-    def form(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Form:
+    def form(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Extent:
         told, fix = speaks_of(config), "write labels: sampled"
         if told is None:
             kind = (config.get("architectures") or ["no class"])[0]
@@ -66,10 +66,10 @@ class DiagonalFisher(Statistic):
             raise PlanError("labels: given takes one class for each row, and it has one for each token", where, fix)
         if told == "classes" and config.get("problem_type") == "multi_label_classification":
             raise PlanError("it gives several classes to a row, which this cannot measure", where, "take regmean")
-        return Form({name: spec.shape for name, spec in specs.items() if spec.dtype.is_float})
+        return Extent({name: spec.shape for name, spec in specs.items() if spec.dtype.is_float})
 
     def measure(
-        self, network: "Network", examples: "Sequence[Example]", names: Collection[str], seed: int, tell: Tell
+        self, network: "RunningNetwork", examples: "Sequence[Example]", names: Collection[str], seed: int, tell: Tell
     ) -> Found:
         import torch
 
@@ -101,7 +101,7 @@ class DiagonalFisher(Statistic):
             return
         says = logits.log_softmax(-1)
         if self.labels == "exact":
-            yield from ((float(each.exp()), each) for each in says)
+            yield from zip(says.detach().exp().tolist(), says, strict=True)
         elif self.labels == "given" and told == "classes":
             yield 1.0, says[example.label or 0]
         elif self.labels == "given":
@@ -142,7 +142,7 @@ def _add_squares(sums: "Sequence[Tensor]", gradients: "Sequence[Tensor | None]",
             continue
         if gradient.is_sparse:  # an embedding: only rows of tokens that occur
             rows = gradient.coalesce()
-            total.index_add_(0, rows.indices()[0], rows.values().square_(), alpha=share)
+            total.index_add_(0, rows.indices()[0], rows.values().square(), alpha=share)
         else:
             total.addcmul_(gradient, gradient, value=share)
 

@@ -1,6 +1,6 @@
 """Inner products of what goes into each linear layer: the mean of `x x^T` over all tokens.
 
-Sums are kept in float64. Layers that are given the same tensor (query, key and value; gate and up) share one matrix.
+They are summed in float64. Layers that are given the same tensor (query, key and value; gate and up) share one matrix.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mergetool.errors import MergeError, PlanError
-from mergetool.statistics.base import Form, Found, Statistic, Tell, tensor_of
+from mergetool.statistics.base import Extent, Found, Statistic, Tell, tensor_of
 from mergetool.tensors.header import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mergetool.networks.running import Network
+    from mergetool.networks.running import RunningNetwork
     from mergetool.statistics.examples import Example
 
 
@@ -27,7 +27,7 @@ class InputGram(Statistic):
     cost: ClassVar = 2.0
     copies: ClassVar = 2.0
 
-    def form(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Form:
+    def form(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Extent:
         from mergetool.networks.modules import linears_of
 
         turned = linears_of(specs, config, where, "choose a method that needs no data: mergetool methods")
@@ -35,17 +35,17 @@ class InputGram(Statistic):
             raise PlanError("has no linear layer", where, "choose merge: {method: linear}")
         widths = {name: specs[name].shape[0 if turned[name] else 1] for name in turned}
         shapes = {name: (width, width) for name, width in widths.items()}
-        return Form(shapes, frozenset(name for name in turned if turned[name]))
+        return Extent(shapes, frozenset(name for name in turned if turned[name]))
 
     def measure(
-        self, network: "Network", examples: "Sequence[Example]", names: Collection[str], seed: int, tell: Tell
+        self, network: "RunningNetwork", examples: "Sequence[Example]", names: Collection[str], seed: int, tell: Tell
     ) -> Found:
         import torch
 
         from mergetool.statistics.examples import batches
 
         linears = {name: module for name, module in network.linears().items() if name in names}
-        sums = Sums(network.where)
+        sums = InputSums(network.where)
         with torch.no_grad(), sums.watching(linears):
             for batch in batches(examples):
                 sums.batch = batch
@@ -55,7 +55,7 @@ class InputGram(Statistic):
 
 
 @dataclass
-class Sums:
+class InputSums:
     """What has gone into the layers so far."""
 
     where: str

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergetool.statistics.base import Form, Statistic
+from mergetool.statistics.base import Extent, Statistic
 from mergetool.statistics.examples import Example
 from mergetool.statistics.fisher import DiagonalFisher
 from mergetool.statistics.gram import InputGram
@@ -29,7 +29,7 @@ class Measuring:
     config: Mapping[str, Any]
     """All of its config, defaults too."""
     examples: tuple[Example, ...]
-    form: Form
+    form: Extent
     dtype: str
     """What the network computes in, and the statistic is kept in."""
     seed: int

@@ -20,7 +20,7 @@ _EXAMPLE = 'write one JSON object a line: {"text": "an input"}'
 
 
 @dataclass(frozen=True)
-class Row:
+class DataRow:
     """One line of a file."""
 
     place: str
@@ -39,9 +39,9 @@ class Fields:
     label: str = "label"
 
 
-def read_rows(path: Path, fields: Fields, most: int | None = None, *, labelled: bool = False) -> tuple[Row, ...]:
+def read_rows(path: Path, fields: Fields, most: int | None = None, *, labelled: bool = False) -> tuple[DataRow, ...]:
     """The first rows of a file, all without `most`. Raises SourceError, which names the line, for a wrong one."""
-    rows: list[Row] = []
+    rows: list[DataRow] = []
     for place, data in _objects(path):
         if len(rows) == most:
             break
@@ -49,7 +49,7 @@ def read_rows(path: Path, fields: Fields, most: int | None = None, *, labelled: 
         pair = data.get(fields.pair)
         if pair is not None and not (isinstance(pair, str) and isinstance(text, str)):
             raise SourceError(f"field {fields.pair!r} is no text beside a text", place, "write it in quotes")
-        rows.append(Row(place, text, pair, _label_of(data, fields.label, place) if labelled else None))
+        rows.append(DataRow(place, text, pair, _label_of(data, fields.label, place) if labelled else None))
     if not rows:
         raise SourceError("holds no rows", str(path), _EXAMPLE)
     return tuple(rows)
