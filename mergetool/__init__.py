@@ -22,7 +22,18 @@ from mergetool.errors import (
 )
 
 if TYPE_CHECKING:
-    from mergetool.api import diff, load_bundle, load_recipe, measure, merge_state_dicts, plan, run
+    from mergetool.analysis.compared import ComparedRuns
+    from mergetool.api import (
+        change_bundle,
+        compare,
+        diff,
+        load_bundle,
+        load_recipe,
+        measure,
+        merge_state_dicts,
+        plan,
+        run,
+    )
     from mergetool.arch.derived import Architecture, derive_architecture
     from mergetool.methods.base import Method
     from mergetool.outputs.difference import Comparison
@@ -30,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Architecture",
+    "ComparedRuns",
     "Comparison",
     "EvaluationError",
     "HubError",
@@ -42,6 +54,8 @@ __all__ = [
     "Result",
     "SourceError",
     "__version__",
+    "change_bundle",
+    "compare",
     "derive_architecture",
     "diff",
     "load_bundle",
@@ -54,9 +68,12 @@ __all__ = [
 
 _LAZY = {
     "Architecture": "mergetool.arch.derived",
+    "ComparedRuns": "mergetool.analysis.compared",
     "Comparison": "mergetool.outputs.difference",
     "Method": "mergetool.methods.base",
     "Result": "mergetool.outputs.result",
+    "change_bundle": "mergetool.api",
+    "compare": "mergetool.api",
     "derive_architecture": "mergetool.arch.derived",
     "diff": "mergetool.api",
     "load_bundle": "mergetool.api",
