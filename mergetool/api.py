@@ -126,6 +126,27 @@ def load_bundle(
     return load(path, dtype=dtype, verify=verify, **kept)
 
 
+def change_bundle(
+    path: str | Path,
+    add: Mapping[str, Any] | None = None,
+    remove: Sequence[str] = (),
+    *,
+    output: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Add experts to a bundle and remove some, in its own place or into `output`; returns where it is.
+
+    `add`: models by name, as in a recipe (`"models/reviews"`, `{"adapter": "loras/poet"}`). What the bundle keeps of
+    the others is cut to make room, never computed anew. Raises a MergetoolError; the bundle is then as it was.
+    """
+    from mergetool.engine.growing import change_bundle as changed
+
+    flags = Flags(None if output is None else Path(output), workers=workers)
+    changed(Path(path), add or {}, remove, flags, progress)
+    return Path(path if output is None else output)
+
+
 def merge_state_dicts(
     method: str | Mapping[str, Any],
     models: "Mapping[str, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]]",
