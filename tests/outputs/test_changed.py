@@ -1,6 +1,5 @@
 """The small table of a card: how far a merge lies from what it was made of."""
 
-
 import pytest
 import torch
 from safetensors.torch import load_file
