@@ -8,9 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mergetool.checkpoints.view import RenamedModel
 from mergetool.errors import SourceError
@@ -21,6 +19,9 @@ from mergetool.tensors.dtypes import DType, torch_dtype
 from mergetool.tensors.io import bytes_of
 from mergetool.tensors.pickled import PickledSource
 from mergetool.tensors.source import ModelSource, SafetensorsSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _RUN, _RUNS = 4096, 2
 """Entries of a tensor that are looked at: some in a row, at some places."""
@@ -95,22 +96,26 @@ def _operands(step: Step, names: Sequence[str], plan: Plan) -> Iterator[tuple[st
             yield operand.source, operand
 
 
-def _sample(source: ModelSource, name: str) -> Tensor:
+def _sample(source: ModelSource, name: str) -> "Tensor":
     """The same places of every tensor of a shape."""
     spec = source.specs[name]
     total = spec.num_elements
     if total <= _RUN * _RUNS:
         return _read(source, name, 0, total)
     starts = [place * (total - _RUN) // (_RUNS - 1) for place in range(_RUNS)]
+    import torch
+
     return torch.cat([_read(source, name, start, _RUN) for start in starts])
 
 
-def _read(source: ModelSource, name: str, start: int, count: int) -> Tensor:
+def _read(source: ModelSource, name: str, start: int, count: int) -> "Tensor":
+    import torch
+
     dtype = source.specs[name].dtype
     stored = torch.empty(count, dtype=torch_dtype(dtype))
     source.read_bytes(name, start * dtype.bits // 8, bytes_of(stored))
     return stored.float()
 
 
-def _squares(values: Tensor) -> float:
-    return float(torch.dot(values, values))
+def _squares(values: "Tensor") -> float:
+    return float(values.dot(values))
