@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING
 
 from mergetool.checkpoints.view import RenamedModel
 from mergetool.errors import SourceError
-from mergetool.outputs.difference import layer_and_role
 from mergetool.planning import Plan, Step
 from mergetool.planning.graph import BASE, STORED, Operand
 from mergetool.tensors.dtypes import DType, torch_dtype
 from mergetool.tensors.io import bytes_of
-from mergetool.tensors.pickled import PickledSource
 from mergetool.tensors.source import ModelSource, SafetensorsSource
 
 if TYPE_CHECKING:
@@ -56,6 +54,8 @@ def changes_by_role(plan: Plan, folder: Path) -> list[RoleChange]:
 
 def _is_plain(source: ModelSource) -> bool:
     """Whether reading a few entries costs no more than that."""
+    from mergetool.tensors.pickled import PickledSource
+
     while isinstance(source, RenamedModel):
         source = source.model
     return isinstance(source, SafetensorsSource | PickledSource)
@@ -66,6 +66,8 @@ def _is_wide(dtype: DType) -> bool:
 
 
 def _roles(plan: Plan) -> dict[str, list[Step]]:
+    from mergetool.outputs.difference import layer_and_role
+
     roles: dict[str, list[Step]] = {}
     for step in plan.steps:
         if step.operation.arithmetic and step.work is None and _is_wide(step.slots[0].spec.dtype):
