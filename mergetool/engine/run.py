@@ -301,7 +301,8 @@ def _work(run: Context, writer: SlotWriter, costs: Costs, flags: Flags, journal:
 
 def _stages(run: Context, costs: Costs, flags: Flags, journal: Journal) -> None:
     device = "cpu" if run.plan.recipe.method.result == "bundle" else flags.device
-    with run.pool.ready(device, flags.cache if run.plan.recipe.method.uses_factors else None):
+    workers = costs.workers * run.team.local_size
+    with run.pool.ready(device, flags.cache if run.plan.recipe.method.uses_factors else None, workers):
         run.record.device = run.pool.device
         if run.pool.device != "cpu":
             run.teller.say(f"merging on {run.pool.device}")

@@ -46,6 +46,13 @@ def step_memory(plan: Plan, step: Step) -> int:
     return held * plan.compute_bits // 8 * copies
 
 
+def bytes_per_element(plan: Plan) -> int:
+    """What one element of every slice takes in a worker's buffers."""
+    streams = max((len(step.reads) for step in plan.steps), default=1)
+    temporaries = max((step.operation.buffers for step in plan.steps), default=0)
+    return plan.compute_bits // 8 * (streams + temporaries + 2) + 8
+
+
 def estimate(plan: Plan, *, workers: int | None, memory: int | None, processes: int = 1) -> Costs:
     """Settle workers and memory of one process. Raises PlanError when even one worker needs more than `memory`.
 
@@ -65,9 +72,7 @@ def estimate(plan: Plan, *, workers: int | None, memory: int | None, processes: 
 def _estimate(plan: Plan, workers: int | None, memory: int | None, processes: int) -> Costs:
     """The costs of a plan by itself."""
     memory = memory // processes if memory is not None else None
-    streams = max((len(step.reads) for step in plan.steps), default=1)
-    temporaries = max((step.operation.buffers for step in plan.steps), default=0)
-    one = SLICE_ELEMENTS * (plan.compute_bits // 8 * (streams + temporaries + 2) + 8)
+    one = SLICE_ELEMENTS * bytes_per_element(plan)
     whole = sorted((step_memory(plan, step) for step in plan.steps), reverse=True)
     largest = whole[0] if whole else 0
     fixed = RUNTIME_BYTES + _SPARE + plan.words.memory + (_NETWORK_BYTES if plan.about.modules else 0)
