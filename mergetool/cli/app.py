@@ -62,7 +62,9 @@ def run(
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Most memory to use, e.g. 8GiB.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at the output.")] = False,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming.")] = False,
-    cache: Annotated[Path | None, typer.Option(help="Folder that keeps factors or answers between runs.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps factors, statistics or answers between runs.")
+    ] = None,
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Run Python files that the recipe names.")] = False,
     push: Annotated[
         bool | None, typer.Option("--push/--no-push", help="Push to output.hub (default: if given).")

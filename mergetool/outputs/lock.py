@@ -93,6 +93,7 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
         "vocabulary": plan.words.rows,
         "resolved_sha256": _resolved(plan),
         **({"inner": _inner(plan)} if plan.inner else {}),
+        **({"statistics": record.statistics} if record.statistics else {}),
         "output": {"dtype": plan.recipe.output.dtype, "files": dict(sorted(record.outputs.items()))},
         "notes": _remarks(record.notes),
         "measured": _measured(record.notes),
