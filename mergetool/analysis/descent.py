@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from mergetool.analysis.advice import Advice
 from mergetool.arch.heads import embeds, is_general
 from mergetool.bundle.present import counterparts
-from mergetool.errors import PlanError, SourceError
+from mergetool.errors import SourceError
 from mergetool.kernels.differences import cosine, ratio
 from mergetool.kernels.gradients import Descent, descent
 from mergetool.outputs.difference import layer_and_role
@@ -44,8 +44,6 @@ _PIECE = 1 << 22
 """Elements that are compared at a time."""
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Where losses are looked at along a merge, in lengths of its change."""
-_NEAR = 0.9
-"""Cosine with the finished task vector from which on a checkpoint has its direction."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,7 @@ class DescentStudy:
         cache: Path | None,
         device: "torch.device",
     ) -> None:
-        """Raises PlanError for models that there are not, SourceError or PlanError for data that do not fit."""
-        check_names(data, sources, "--data")
+        """Raises SourceError or PlanError for data that do not fit."""
         self._base, self._store, self._device = base, StatisticStore(cache), device
         self._tasks = {name: Task.of(name, source, base) for name, source in sources.items()}
         self._asked = {name: self._measuring(name, path) for name, path in data.items()}
@@ -183,11 +180,11 @@ class DescentStudy:
                 continue
             tell(f"looking at the loss of {name} along the merge")
             for scale in SCALES:
-                model = OnBody(task, lambda body, scale=scale: self._moved(merged, body, scale), lambda _: "F32")
+                model = OnBody(task, partial(self._moved, merged, scale), lambda _: "F32")
                 rows.append({"model": name, "scale": scale, "loss": fmean(self.losses(name, model))})
         return rows
 
-    def _moved(self, merged: ModelSource, name: str, scale: float) -> "Tensor":
+    def _moved(self, merged: ModelSource, scale: float, name: str) -> "Tensor":
         before = self._stored(name).float()
         if name not in merged.specs:
             return before
@@ -229,14 +226,6 @@ def _parts(name: str) -> list[str]:
     return re.split(r"(\d+)", name)
 
 
-def check_names(given: Mapping[str, Path], sources: Mapping[str, ModelSource], flag: str) -> None:
-    """Raise PlanError for something that is given of a model that there is not."""
-    for name in given:
-        if name not in sources:
-            fix = f"the models are: {', '.join(sources)}"
-            raise PlanError(f"there is no model {name!r}", f"{flag} {name}={given[name]}", fix)
-
-
 def read(source: ModelSource, name: str, start: int, stop: int) -> "Tensor":
     """Elements [start, stop) of a tensor, flat, as stored."""
     import torch
@@ -258,75 +247,3 @@ def _angles(found: Descent, ends: list[float] | None = None) -> Row:
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
-
-
-# ---------------------------------------------------------------------- what that advises
-
-
-def descent_advice(rows: Rows) -> list[Advice]:
-    """The scale with the least loss, earlier checkpoints that will do, and task vectors that hurt other tasks."""
-    return [*_scale(rows.get("scales", [])), *_early(rows.get("path", [])), *_crossed(rows.get("crosstalk", []))]
-
-
-def _scale(rows: list[Row]) -> list[Advice]:
-    if not rows:
-        return []
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    loss = {(row["model"], row["scale"]): row["loss"] for row in rows}
-    mean = {scale: fmean(loss[model, scale] / loss[model, 0.0] for model in models) for scale in SCALES}
-    best = min(mean, key=lambda scale: mean[scale])
-    if best == 1.0:
-        return []
-    why = f"the tasks' losses, relative to the base's, are least at {best:g} times the merge's change, not at all of it"
-    if best == 0.0:
-        why = "on these rows no scale of this merge is better than the base"
-    return [
-        Advice(
-            kind="scale",
-            weight="warning" if best == 0.0 else "hint",
-            models=tuple(models),
-            title=f"scale the merge's change by {best:g}",
-            why=why,
-            evidence={f"at {scale:g}": value for scale, value in mean.items()},
-            formula="mean over tasks of loss(base + s (merged - base)) / loss(base)",
-            fix=f"multiply `scale` of the method by {best:g}, or try another method" if best else "try another method",
-        )
-    ]
-
-
-def _early(rows: list[Row]) -> list[Advice]:
-    found = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        path = [row for row in rows if row["model"] == model]
-        first = next((row for row in path if row["cosine"] > _NEAR), None)
-        if first is not None and first is not path[-1]:
-            found.append(
-                Advice(
-                    kind="checkpoint",
-                    weight="hint",
-                    models=(model,),
-                    title=f"{first['checkpoint']} of {model} has the direction of the finished model",
-                    why="shorter task vectors of the same direction are closer to gradients, and merge more easily",
-                    evidence={row["checkpoint"]: row["cosine"] for row in path},
-                    formula=f"the first checkpoint with cos(t_k, t) > {_NEAR}",
-                    fix=f"try it in the recipe: {model}: .../{first['checkpoint']}",
-                )
-            )
-    return found
-
-
-def _crossed(rows: list[Row]) -> list[Advice]:
-    bad = [row for row in rows if row["model"] != row["loss"] and row["crosstalk"] < -0.1]
-    return [
-        Advice(
-            kind="crosstalk",
-            weight="warning",
-            models=(row["model"], row["loss"]),
-            title=f"{row['model']} climbs the loss of {row['loss']}",
-            why=f"to first order, its task vector undoes {-row['crosstalk']:.0%} of what {row['loss']} gained",
-            evidence={"crosstalk": row["crosstalk"]},
-            formula="<g_s, t_t> / <g_s, t_s>, g_s the gradient of the loss of s at the base",
-            fix=f"give {row['model']} a smaller weight, or a method that removes interference: tsv-merge",
-        )
-        for row in bad
-    ]
