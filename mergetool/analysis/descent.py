@@ -47,7 +47,7 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
-class Task:
+class FineTune:
     """A model: its own head, and what of it is the base's body by another training."""
 
     name: str
@@ -56,7 +56,7 @@ class Task:
     """The base's name of every tensor that moved, by the model's own."""
 
     @classmethod
-    def of(cls, name: str, source: ModelSource, base: ModelSource) -> "Task":
+    def of(cls, name: str, source: ModelSource, base: ModelSource) -> "FineTune":
         met = {own: theirs for theirs, own in counterparts(base, source).items() if source.specs[own].dtype.is_float}
         main = Counter(own.partition(".")[0] for own in source.specs).most_common(1)[0][0]
         (kind, *_) = read_config(source.folder).get("architectures") or [""]
@@ -67,7 +67,7 @@ class Task:
 class OnBody(ModelSource):
     """A task's network on another body: what is not its head is read from elsewhere."""
 
-    def __init__(self, task: Task, read: "Callable[[str], Tensor]", dtype: Callable[[str], str]) -> None:
+    def __init__(self, task: FineTune, read: "Callable[[str], Tensor]", dtype: Callable[[str], str]) -> None:
         """`read` gives a tensor of the body by the base's name, `dtype` what that is stored as."""
         self._task, self._read_body = task, read
         self.folder, self.stem = task.source.folder, task.source.stem
@@ -107,7 +107,7 @@ class DescentStudy:
     ) -> None:
         """Raises SourceError or PlanError for data that do not fit."""
         self._base, self._store, self._device = base, StatisticStore(cache), device
-        self._tasks = {name: Task.of(name, source, base) for name, source in sources.items()}
+        self._tasks = {name: FineTune.of(name, source, base) for name, source in sources.items()}
         self._asked = {name: self._measuring(name, path) for name, path in data.items()}
 
     def _measuring(self, name: str, path: Path) -> Measuring:
@@ -151,7 +151,7 @@ class DescentStudy:
         asked = self._asked[name]
         return losses(load_network(model, torch.float32, self._device, asked.where), asked.examples)
 
-    def _beside(self, task: Task, other: Task, gradient: ModelSource) -> dict[str, Descent]:
+    def _beside(self, task: FineTune, other: FineTune, gradient: ModelSource) -> dict[str, Descent]:
         """By layer, the products of a task's gradient with the task vector of another one."""
         own_of = {body: own for own, body in other.body.items()}
         found: dict[str, Descent] = {}
@@ -161,7 +161,7 @@ class DescentStudy:
                 found[layer] = found.get(layer, Descent()) + self._products(own, body, other, own_of[body], gradient)
         return found
 
-    def _products(self, name: str, body: str, other: Task, own: str, gradient: ModelSource) -> Descent:
+    def _products(self, name: str, body: str, other: FineTune, own: str, gradient: ModelSource) -> Descent:
         total, size = Descent(), self._base.specs[body].num_elements
         for start in range(0, size, _PIECE):
             stop = min(size, start + _PIECE)
@@ -193,11 +193,11 @@ class DescentStudy:
 
 def path_rows(base: ModelSource, name: str, source: ModelSource, folder: Path) -> list[Row]:
     """How much of a task vector's length and direction each checkpoint of its run has, in the order of the run."""
-    task = Task.of(name, source, base)
+    task = FineTune.of(name, source, base)
     rows = []
     for place in _checkpoints(folder):
         with closing(open_model(place)) as model:
-            there = Task.of(place.name, model, base)
+            there = FineTune.of(place.name, model, base)
             own_of = {body: own for own, body in there.body.items()}
             ab = a2 = b2 = 0.0
             for own, body in task.body.items():
