@@ -22,14 +22,29 @@ from mergetool.errors import (
 )
 
 if TYPE_CHECKING:
-    from mergetool.api import diff, load_bundle, load_recipe, merge_state_dicts, plan, run
+    from mergetool.analysis.compared import ComparedRuns
+    from mergetool.analysis.result import Analysis
+    from mergetool.api import (
+        analyze,
+        change_bundle,
+        compare,
+        diff,
+        load_bundle,
+        load_recipe,
+        measure,
+        merge_state_dicts,
+        plan,
+        run,
+    )
     from mergetool.arch.derived import Architecture, derive_architecture
     from mergetool.methods.base import Method
     from mergetool.outputs.difference import Comparison
     from mergetool.outputs.result import Result
 
 __all__ = [
+    "Analysis",
     "Architecture",
+    "ComparedRuns",
     "Comparison",
     "EvaluationError",
     "HubError",
@@ -42,24 +57,34 @@ __all__ = [
     "Result",
     "SourceError",
     "__version__",
+    "analyze",
+    "change_bundle",
+    "compare",
     "derive_architecture",
     "diff",
     "load_bundle",
     "load_recipe",
+    "measure",
     "merge_state_dicts",
     "plan",
     "run",
 ]
 
 _LAZY = {
+    "Analysis": "mergetool.analysis.result",
     "Architecture": "mergetool.arch.derived",
+    "ComparedRuns": "mergetool.analysis.compared",
     "Comparison": "mergetool.outputs.difference",
     "Method": "mergetool.methods.base",
     "Result": "mergetool.outputs.result",
+    "analyze": "mergetool.api",
+    "change_bundle": "mergetool.api",
+    "compare": "mergetool.api",
     "derive_architecture": "mergetool.arch.derived",
     "diff": "mergetool.api",
     "load_bundle": "mergetool.api",
     "load_recipe": "mergetool.api",
+    "measure": "mergetool.api",
     "merge_state_dicts": "mergetool.api",
     "plan": "mergetool.api",
     "run": "mergetool.api",

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from mergetool.analysis.compared import ComparedRuns
+    from mergetool.analysis.result import Analysis
     from mergetool.bundle.mass_model import MassModel
     from mergetool.outputs.difference import Comparison
 
@@ -85,6 +87,82 @@ def diff(
         return difference(str(a), str(b), None if base is None else str(base), workers=workers, listener=progress)
 
 
+def analyze(
+    recipe: RecipeLike,
+    *,
+    settings: Sequence[str] = (),
+    workers: int | None = None,
+    progress: Progress | None = None,
+    output: str | Path | None = None,
+) -> "Analysis":
+    """What the models of a recipe are to each other, before they are merged: one pass over their weights.
+
+    The result has `advice`, `summary`, tables (`rows("models")`, `rows("pairs")`, `rows("layers")` ... ready for
+    `pandas.DataFrame`; `sections` names them) and `to_json()`. With `output`, a folder, it is written there, too.
+    Raises RecipeError, SourceError, PlanError or HubError.
+    """
+    from mergetool.analysis.run import analyze_recipe
+
+    analysis = analyze_recipe(_loaded(recipe, settings), progress, workers)
+    if output is not None:
+        analysis.write(Path(output))
+    return analysis
+
+
+def measure(
+    model: str | Path,
+    statistic: str,
+    data: str | Path,
+    *,
+    field: str = "text",
+    samples: int | None = 256,
+    length: int | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    device: str = "cpu",
+    cache: str | Path | None = None,
+    **settings: Any,
+) -> "dict[str, Tensor]":
+    """Measure a statistic of one model (`gram`, `fisher`, ...) on a file of JSON lines, by the names of its weights.
+
+    The options are those of the section `calibration`; `settings` are the statistic's own, such as `labels` of
+    `fisher`. It is kept in the cache and found there again. Raises a MergetoolError.
+    """
+    from mergetool.engine.measure import measure_one
+    from mergetool.recipe.data import Data
+    from mergetool.recipe.schema import Compute
+
+    asked = Data(data=str(Path(data).absolute()), field=field, samples=samples, length=length)
+    compute = Compute.model_validate({"dtype": dtype, "seed": seed})
+    return measure_one(str(model), statistic, asked, settings, compute, device, None if cache is None else Path(cache))
+
+
+def compare(
+    *runs: str | Path,
+    base: str | Path | None = None,
+    output: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> "ComparedRuns":
+    """Lay finished results (folders that runs have left) side by side.
+
+    Everything found is rows: `settings`, `scores`, `retention`, `pairs`, `distances`, `costs`; `rows` has one for each
+    result, and there is `to_json()`. With a `base`, what they changed of it is compared, too; into the folder `output`,
+    a page and its data are written. Raises RecipeError, SourceError, HubError or OutputError.
+    """
+    from mergetool.analysis.compare import compare_runs
+    from mergetool.engine.devices import one_thread
+
+    with one_thread():
+        paths = [Path(run) for run in runs]
+        found = compare_runs(paths, None if base is None else str(base), workers=workers, listener=progress)
+    if output is not None:
+        from mergetool.analysis.compare_page import write_compared
+
+        write_compared(found, Path(output))
+    return found
+
+
 def load_bundle(
     path: str | Path, *, dtype: "torch.dtype | None" = None, verify: bool = True, cache_bytes: int | None = None
 ) -> "MassModel":
@@ -99,6 +177,27 @@ def load_bundle(
     return load(path, dtype=dtype, verify=verify, **kept)
 
 
+def change_bundle(
+    path: str | Path,
+    add: Mapping[str, Any] | None = None,
+    remove: Sequence[str] = (),
+    *,
+    output: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Add experts to a bundle and remove some, in its own place or into `output`; returns where it is.
+
+    `add`: models by name, as in a recipe (`"models/reviews"`, `{"adapter": "loras/poet"}`). What the bundle keeps of
+    the others is cut to make room, never computed anew. Raises a MergetoolError; the bundle is then as it was.
+    """
+    from mergetool.engine.growing import change_bundle as changed
+
+    flags = Flags(None if output is None else Path(output), workers=workers)
+    changed(Path(path), add or {}, remove, flags, progress)
+    return Path(path if output is None else output)
+
+
 def merge_state_dicts(
     method: str | Mapping[str, Any],
     models: "Mapping[str, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]]",
@@ -107,6 +206,7 @@ def merge_state_dicts(
     seed: int = 0,
     dtype: str = "float32",
     architecture: str | None = None,
+    statistics: "Mapping[str, Mapping[str, Tensor]] | None" = None,
     trust_code: bool = False,
     **parameters: Any,
 ) -> "dict[str, Tensor]":
@@ -114,7 +214,8 @@ def merge_state_dicts(
 
     `method` is a name (its parameters as keywords) or the `merge` section of a recipe. `models` maps names to state
     dicts (or is a list: names are then m0, m1, ...). `dtype` is the compute dtype, float32 or float64. `architecture`
-    is for methods that ask for it, where the tensors' names do not tell. `trust_code` allows Python files that the
+    is for methods that ask for it, where the tensors' names do not tell. `statistics` maps names of models to what was
+    measured on them, by the names of weights, for methods that need that. `trust_code` allows Python files that the
     parameters name to be run. Inputs are not changed; the result holds new
     tensors with the dtypes of `base` (or of the first model), on the CPU.
     Raises RecipeError or PlanError for inputs that do not fit, MergeError for results that are not finite.
@@ -130,9 +231,10 @@ def merge_state_dicts(
         "models": dict.fromkeys(models, "in memory"),
         "merge": section,
         "compute": {"seed": seed, "dtype": dtype},
+        **({"calibration": {name: {"measured": "in memory"} for name in statistics}} if statistics else {}),
     }
     states = {**({"base": base} if base is not None else {}), **models}
-    return merge_in_memory(load_recipe(document), states, trust_code=trust_code)
+    return merge_in_memory(load_recipe(document), states, statistics or {}, trust_code=trust_code)
 
 
 def _loaded(recipe: RecipeLike, settings: Sequence[str]) -> Recipe:

@@ -95,3 +95,8 @@ class Experts(Protocol):
     def digests(self, model: str) -> Mapping[str, str]:
         """SHA-256 of a model's weight files, by file name."""
         ...
+
+    def provenance(self, task: str) -> tuple[str, Mapping[str, str]]:
+        """What an expert's folder is called, and `digests` of its files."""
+        folder = self.sources[task].folder
+        return folder.name if folder else "", self.digests(task)

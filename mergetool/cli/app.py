@@ -3,7 +3,6 @@
 stdout carries the result (a path, a table, or JSON with --json); stderr carries everything for people.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +10,15 @@ from typing import Annotated
 import typer
 
 from mergetool._version import __version__
+from mergetool.cli import bundle as bundles
 from mergetool.cli.against import hold_against, refuse_idle
+from mergetool.cli.analyze import analyze
 from mergetool.cli.answers import deliver, inspect_bundle, print_answer, say_pushed, say_result, say_steps
 from mergetool.cli.commands import Quiet, Verbose, command, existing, is_follower, method_names, set_manner
+from mergetool.cli.compare import compare
 from mergetool.cli.diff import diff
 from mergetool.cli.early import load_libraries
+from mergetool.cli.evaluate import evaluate
 from mergetool.cli.progress import ProgressBar, waiting
 from mergetool.cli.show import manner, say, say_of_more, show_methods, table
 from mergetool.errors import RecipeError
@@ -61,7 +64,9 @@ def run(
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Most memory to use, e.g. 8GiB.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at the output.")] = False,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming.")] = False,
-    cache: Annotated[Path | None, typer.Option(help="Folder that keeps factors or answers between runs.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps factors, statistics or answers between runs.")
+    ] = None,
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Run Python files that the recipe names.")] = False,
     push: Annotated[
         bool | None, typer.Option("--push/--no-push", help="Push to output.hub (default: if given).")
@@ -224,7 +229,10 @@ def verify(
     print_answer(report if as_json else f"{path}: {report['summary']}", as_json=as_json)
 
 
+app.add_typer(bundles.app, name="bundle")
+command(app, "mergetool analyze recipe.yaml -o report")(analyze)
 command(app, "mergetool diff base merged --top 10")(diff)
+command(app, "mergetool compare merged1 merged2 --base base")(compare)
 
 
 @command(app, "mergetool push merged org/merged --private")
@@ -246,82 +254,9 @@ def push(
     print_answer(pushed.as_dict() if as_json else pushed.url, as_json=as_json)
 
 
-@command(app, "mergetool calibrate bundle --input rows.jsonl")
-def calibrate(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by the method mass.")],
-    rows: Annotated[Path, typer.Option("--input", metavar="FILE", help="JSON Lines as for route, each with its task.")],
-    as_json: AsJson = False,
-) -> None:
-    """Correct a bundle's router with a few rows whose tasks are known."""
-    from mergetool.bundle.calibrate import calibrate as fit
-    from mergetool.bundle.calibration import CALIBRATION_NAME
-    from mergetool.bundle.mass_model import load_bundle
-    from mergetool.bundle.rows import read_rows
-
-    given = read_rows(rows)
-    with waiting("calibrating"):
-        calibration = fit(load_bundle(existing(bundle)), given)
-    print_answer(calibration.model_dump() if as_json else bundle / CALIBRATION_NAME, as_json=as_json)
-
-
-@command(app, "mergetool route bundle --input rows.jsonl --task maths")
-def route(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by the method mass or tsv-compress.")],
-    rows: Annotated[Path, typer.Option("--input", metavar="FILE", help='JSON Lines: {"text": ...} or model inputs.')],
-    task: Annotated[list[str] | None, typer.Option(help="Force this task (repeat for several).")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are answered together.")] = 32,
-    as_json: AsJson = False,
-) -> None:
-    """Answer rows with a bundle: which tasks they belong to, and what the right head says."""
-    from mergetool.bundle.mass_model import load_bundle
-    from mergetool.bundle.rows import answers, read_rows
-
-    given = read_rows(rows)
-    answered = answers(load_bundle(existing(bundle)), given, tasks=task, batch_size=batch_size)
-    if as_json:
-        for answer in answered:
-            print(json.dumps(answer, ensure_ascii=False), flush=True)
-        return
-    heads = ("task", "label", "probability", "tasks", "coefficients")
-    table(heads, [[answer.get(key, "-") for key in heads] for answer in answered])
-
-
-@command(app, "mergetool evaluate merged --tasks arc_easy,piqa --parent models/math")
-def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A model folder with its tokenizer.")],
-    tasks: Annotated[list[str], typer.Option(metavar="NAME", help="A task of lm-eval (repeat, or a,b,c).")],
-    include: Annotated[str | None, typer.Option(metavar="FOLDER", help="Tasks of your own: YAML files.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Which metric counts (default: the task's first).")] = None,
-    parent: Annotated[list[Path] | None, typer.Option(metavar="PATH", help="Compare with it (repeat).")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, or a torch device such as cuda:0.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that the model runs at once.")] = 32,
-    cache: Annotated[Path | None, typer.Option(help="Folder that keeps answers between runs.")] = None,
-    trust_code: Annotated[bool, typer.Option("--trust-code", help="Run Python files that tasks name.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Score a model with lm-eval, and tell what it kept of its parents' scores."""
-    from mergetool.engine.devices import device_for_networks
-    from mergetool.evaluate.assess import assess
-    from mergetool.evaluate.options import TaskOptions
-
-    names = [name for part in tasks for name in part.split(",") if name]
-    chosen = [TaskOptions(name=name, include=include, metric=metric) for name in names]
-    with waiting("scoring"):
-        scores = assess(
-            existing(path),
-            chosen,
-            parents=[existing(each) for each in parent or ()],
-            device=device_for_networks(device),
-            batch_size=batch_size,
-            cache=cache,
-            trust_code=trust_code,
-        )
-    if as_json:
-        print_answer(scores, as_json=True)
-        return
-    heads = ["task", "metric", "items", "score", "low", "high"]
-    heads += ["best_parent", "retention", "difference_low", "difference_high"] if parent else []
-    table(heads, [[facts[head] for head in heads] for facts in scores["tasks"]])
+command(app, "mergetool calibrate bundle --input rows.jsonl")(bundles.calibrate)
+command(app, "mergetool route bundle --input rows.jsonl --task maths")(bundles.route)
+command(app, "mergetool evaluate merged --tasks arc_easy,piqa --parent models/math")(evaluate)
 
 
 @command(app, "mergetool methods ties")

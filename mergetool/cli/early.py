@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from threading import Thread
 
 _LIBRARIES = (("libtorch_global_deps.so", os.RTLD_GLOBAL), ("libtorch_cpu.so", os.RTLD_LOCAL))
@@ -22,15 +23,15 @@ def load_libraries() -> Thread | None:
     with suppress(ValueError):  # a torch without a spec is a stand-in
         found = importlib.util.find_spec("torch")
         if found is not None and found.origin is not None:
-            folder = os.path.join(os.path.dirname(found.origin), "lib")
+            folder = Path(found.origin).with_name("lib")
             thread = Thread(target=_load, args=(folder,), daemon=True)
             thread.start()
             return thread
     return None
 
 
-def _load(folder: str) -> None:
+def _load(folder: Path) -> None:
     open_library = ctypes.CDLL(None).dlopen
     open_library.argtypes, open_library.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
     for name, scope in _LIBRARIES:
-        open_library(os.fsencode(os.path.join(folder, name)), scope | os.RTLD_NOW)
+        open_library(os.fsencode(folder / name), scope | os.RTLD_NOW)

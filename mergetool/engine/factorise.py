@@ -18,7 +18,7 @@ from mergetool.bundle.manifest import Parameter
 from mergetool.bundle.options import Experts, HeadSource
 from mergetool.bundle.present import OwnHead, PresentedSource
 from mergetool.bundle.store import FactorStore
-from mergetool.bundle.task_vector import Product, TaskVector
+from mergetool.bundle.task_vector import Product, TaskVector, as_stored
 from mergetool.engine.context import Context
 from mergetool.engine.fit import WholeModels
 from mergetool.methods.base import expect
@@ -92,8 +92,14 @@ class WholeExperts(WholeModels, Experts):
         shape = self.shapes[name]
         if source is base:
             return Product(*nothing_added(shape), shape)
+        if source.origin is not source and is_same_tensor(source.origin, base, name) and (kept := source.kept(name)):
+            return as_stored(kept, shape)
         halves = source.factors(name) if is_same_tensor(source.origin, base, name) else None
         return super().change(model, name) if halves is None else Product(*halves, shape)
+
+    def provenance(self, task: str) -> tuple[str, Mapping[str, str]]:
+        known = self._plan.recipe.past.tasks.get(task)
+        return super().provenance(task) if known is None else (known.source, known.files)
 
     def digests(self, model: str) -> Mapping[str, str]:
         digests = {}

@@ -75,7 +75,7 @@ class Flags:
     overwrite: bool = False
     resume: bool = True
     cache: Path | None = None
-    """Where factors of task vectors are kept between runs."""
+    """Where factors of task vectors, and statistics, are kept between runs."""
     fork: bool = False
     """Let workers live in processes of their own where that is faster; for programs without threads of their own."""
     trust_code: bool = False
@@ -144,7 +144,8 @@ def _claim(plan: Plan, flags: Flags, team: Team) -> Staging:
     assert plan.output is not None
     if not team.leads:
         return Staging.joined(plan, plan.output, team.rank)
-    return Staging(plan, plan.output, overwrite=flags.overwrite, resume=flags.resume)
+    replaces = plan.recipe.past.place == plan.output
+    return Staging(plan, plan.output, overwrite=flags.overwrite or replaces, resume=flags.resume, in_place=replaces)
 
 
 def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tuple[Plan, Costs, dict[str, str]]:
@@ -158,8 +159,8 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
     if plan.output is None:
         raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
     methods = [each.recipe.method for each in (plan, *inside(plan).values())]
-    if flags.cache is not None and not any(each.uses_factors for each in methods):
-        what = f"{recipe.method.method_name()} computes no factors, so this would have no effect"
+    if flags.cache is not None and not any(each.uses_factors or each.statistic for each in methods):
+        what = f"{recipe.method.method_name()} computes no factors and no statistics, so this would have no effect"
         raise PlanError(what, "--cache", "leave it out")
     if recipe.method.result == "bundle" and flags.device not in ("auto", "cpu"):
         what = f"{recipe.method.method_name()} computes its factors on the CPU, so this would have no effect"
@@ -249,6 +250,7 @@ def _merge(
     writer = team.leader_first(lambda: _open_writer(plan, staging))
     try:
         run = _context(plan, writer, staging.journal, costs, progress, team)
+        run.cache = flags.cache
         _work(run, writer, costs, flags, staging.journal)
     finally:
         writer.close()
@@ -300,7 +302,8 @@ def _work(run: Context, writer: SlotWriter, costs: Costs, flags: Flags, journal:
 
 def _stages(run: Context, costs: Costs, flags: Flags, journal: Journal) -> None:
     device = "cpu" if run.plan.recipe.method.result == "bundle" else flags.device
-    with run.pool.ready(device, flags.cache if run.plan.recipe.method.uses_factors else None):
+    workers = costs.workers * run.team.local_size
+    with run.pool.ready(device, flags.cache if run.plan.recipe.method.uses_factors else None, workers):
         run.record.device = run.pool.device
         if run.pool.device != "cpu":
             run.teller.say(f"merging on {run.pool.device}")

@@ -90,7 +90,12 @@ class Comparison:
     @property
     def identical(self) -> bool:
         """Whether nothing differs, in the weights and beside them."""
-        parts = (self.only_a, self.only_b, self.reshaped, self.files)
+        return not self.files and self.identical_weights
+
+    @property
+    def identical_weights(self) -> bool:
+        """Whether both have the same tensors, and these the same numbers."""
+        parts = (self.only_a, self.only_b, self.reshaped)
         return not any(parts) and all(each.state == IDENTICAL for each in self.tensors)
 
     @property
@@ -101,12 +106,12 @@ class Comparison:
     @property
     def layers(self) -> list[dict[str, Any]]:
         """A row for every layer, bottom to top, and one for what is outside them."""
-        return self._groups(lambda name: _layer_and_role(name)[0])
+        return self._groups(lambda name: layer_and_role(name)[0])
 
     @property
     def roles(self) -> list[dict[str, Any]]:
         """A row for all tensors of a role (the same name in every layer), most changed first."""
-        rows = self._groups(lambda name: _layer_and_role(name)[1])
+        rows = self._groups(lambda name: layer_and_role(name)[1])
         return sorted(rows, key=lambda row: -row["relative"])
 
     def _groups(self, key: Callable[[str], str]) -> list[dict[str, Any]]:
@@ -158,8 +163,7 @@ class Comparison:
             "files": [each.row() for each in self.files],
             "remarks": list(self.remarks),
         }
-        plain: dict[str, Any] = _plain(facts)
-        return plain
+        return finite_or_text(facts)
 
     def to_json(self) -> str:
         """All that was found, as JSON."""
@@ -176,7 +180,7 @@ def most_changed_first(tensors: Iterable[TensorDifference]) -> tuple[TensorDiffe
     return tuple(sorted(tensors, key=lambda each: (-each.sums.relative, -each.sums.largest, _natural(each.name))))
 
 
-def _layer_and_role(name: str) -> tuple[str, str]:
+def layer_and_role(name: str) -> tuple[str, str]:
     """What stands before and with the first number of a name, and what stands behind it."""
     parts = name.split(".")
     place = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
@@ -190,9 +194,14 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
+def finite_or_text(facts: dict[str, Any]) -> dict[str, Any]:
+    """The same data as JSON knows it: numbers that are not finite are texts."""
+    return {key: _plain(each) for key, each in facts.items()}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return finite_or_text(value)
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

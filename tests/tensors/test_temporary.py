@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -54,16 +55,16 @@ def test_a_folder_goes_with_its_owner(place):
 def test_what_a_living_program_holds_stays(holder):
     _, folder = holder
     folder_of(Owner())
-    assert os.path.isdir(folder)
+    assert Path(folder).is_dir()
 
 
 def test_what_a_killed_program_left_goes_with_the_next(holder):
     process, folder = holder
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert os.path.isdir(folder)
+    assert Path(folder).is_dir()
     folder_of(Owner())
-    assert not os.path.exists(folder)
+    assert not Path(folder).exists()
 
 
 def test_a_folder_that_may_not_be_locked_yet_stays(place):
@@ -77,10 +78,10 @@ def test_links_lead_nowhere_when_a_folder_is_removed(holder, place):
     process, folder = holder
     (place / "model").mkdir()
     (place / "model" / "weights").write_text("")
-    os.symlink(place / "model", os.path.join(folder, "link"))
+    (Path(folder) / "link").symlink_to(place / "model")
     os.utime(folder, (0, 0))
     process.kill()
     process.wait()
     folder_of(Owner())
-    assert not os.path.exists(folder)
+    assert not Path(folder).exists()
     assert (place / "model" / "weights").exists()
