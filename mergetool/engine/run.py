@@ -76,7 +76,7 @@ class Flags:
     overwrite: bool = False
     resume: bool = True
     cache: Path | None = None
-    """Where factors of task vectors are kept between runs."""
+    """Where factors of task vectors, and statistics, are kept between runs."""
     fork: bool = False
     """Let workers live in processes of their own where that is faster; for programs without threads of their own."""
     trust_code: bool = False
@@ -160,8 +160,8 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
     if plan.output is None:
         raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
     methods = [each.recipe.method for each in (plan, *inside(plan).values())]
-    if flags.cache is not None and not any(each.uses_factors for each in methods):
-        what = f"{recipe.method.method_name()} computes no factors, so this would have no effect"
+    if flags.cache is not None and not any(each.uses_factors or each.statistic for each in methods):
+        what = f"{recipe.method.method_name()} computes no factors and no statistics, so this would have no effect"
         raise PlanError(what, "--cache", "leave it out")
     if recipe.method.result == "bundle" and flags.device not in ("auto", "cpu"):
         what = f"{recipe.method.method_name()} computes its factors on the CPU, so this would have no effect"
@@ -256,6 +256,7 @@ def _merge(
     writer = team.leader_first(lambda: _open_writer(plan, staging))
     try:
         run = _context(plan, writer, staging.journal, costs, progress, team)
+        run.cache = flags.cache
         _work(run, writer, costs, flags, staging.journal)
     finally:
         writer.close()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mergetool.bundle.store import FactorStore
+from mergetool.engine.measured import Measured
 from mergetool.engine.sinks import Sink
 from mergetool.engine.storable import lost_in, within
 from mergetool.errors import MergeError, at
@@ -183,6 +184,7 @@ class Worker(Bench[Step]):
             new=self._scratch(shape),
             other=partial(self._other, step),
             store=self._store,
+            measured=Measured(self._plan, step, start, shape, self._read) if step.statistics else None,
             kept=None if self._kept is None else self._kept.setdefault((start, stop), {}),
         )
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from mergetool.planning.cost import available_memory
 from mergetool.planning.graph import UNIT_ELEMENTS, Plan, Step
 from mergetool.planning.inner import needed
+from mergetool.planning.measures import to_measure
+from mergetool.statistics.measure import Measuring
 
 _SVD_PASSES = 12.0
 """Multiply-adds of a decomposition, in units of rows x columns x the shorter side."""
@@ -93,14 +95,23 @@ def working_seconds(plan: Plan, machine: Machine) -> float:
         moved = plan.bytes_in + again + plan.bytes_out
         there = max(moved / machine.bus, elements * _TRAFFIC / machine.device_memory) + flops / machine.device_flops
         cores = hashing + moved / machine.copy_rate / machine.cores
-        return max(disk, cores, there / machine.devices) + _calls(plan) * _CALL + machine.device_start
-    return max(disk, (elements / machine.element_rate + flops / machine.core_flops) / machine.cores + hashing)
+        work = max(disk, cores, there / machine.devices) + _calls(plan) * _CALL + machine.device_start
+    else:
+        work = max(disk, (elements / machine.element_rate + flops / machine.core_flops) / machine.cores + hashing)
+    return work + sum(measuring_seconds(asked, machine) for asked in to_measure(plan.sources))
 
 
 def _calls(plan: Plan) -> int:
     """Of operations on a device."""
     slices = (math.ceil(step.spec.num_elements / UNIT_ELEMENTS) for step in plan.steps if step.operation.arithmetic)
     return sum(slices) * max((_CALLS * len(step.reads) for step in plan.steps), default=0)
+
+
+def measuring_seconds(asked: Measuring, machine: Machine) -> float:
+    """Seconds that measuring one statistic should take, on one device or on the cores of one machine."""
+    if machine.devices:
+        return asked.flops / machine.device_flops
+    return asked.flops / machine.core_flops / (machine.cores / machine.nodes)
 
 
 def _element_operations(step: Step) -> float:
