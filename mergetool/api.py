@@ -104,7 +104,7 @@ def analyze(
     at the base, and losses along the merge; what is measured on data is kept in the `cache`.
 
     The result has `advice`, `summary`, tables (`rows("models")`, `rows("pairs")`, `rows("layers")` ... ready for
-    `pandas.DataFrame`; `sections` names them) and `to_json()`. With `output`, a folder, it is written there, too.
+    `pandas.DataFrame`; `sections` names them) and `to_json()`; into the folder `output`, it is written, with a page.
     Raises RecipeError, SourceError, PlanError or HubError.
     """
     from mergetool.analysis.follow import Following

@@ -14,7 +14,7 @@ from mergetool.analysis.descent import Rows
 from mergetool.analysis.figures import Figures, Row
 from mergetool.analysis.follow import Following, descent_advice, followed
 from mergetool.analysis.hints import hints
-from mergetool.analysis.measure import Measured, measure
+from mergetool.analysis.measure import Readings, measure
 from mergetool.analysis.methods import methods_to_try
 from mergetool.analysis.problems import problems
 from mergetool.analysis.result import Analysis, plain
@@ -47,7 +47,7 @@ def analyze_recipe(
 
 
 def _analysis(
-    recipe: Recipe, models: Beside, measured: Measured, rows: Rows, remarks: Sequence[str], seconds: float
+    recipe: Recipe, models: Beside, measured: Readings, rows: Rows, remarks: Sequence[str], seconds: float
 ) -> Analysis:
     figures = Figures(models, measured)
     advice = advise(Adviser(figures), descent_advice(rows))
@@ -65,11 +65,17 @@ def _analysis(
         "whole": _whole(figures),
         "order": order,
         "linkage": linkage,
-        "rows": {**figures.rows(), **rows},
+        "rows": {**_with_sources(figures.rows(), recipe), **rows},
         "remarks": [*models.remarks, *_remarks(measured), *remarks],
         "cost": _cost(figures, measured, seconds),
     }
     return Analysis(plain(facts))
+
+
+def _with_sources(rows: dict[str, list[Row]], recipe: Recipe) -> dict[str, list[Row]]:
+    """With where each model is from beside its name."""
+    models = [{"model": row["model"], "source": recipe.models[row["model"]].source} | row for row in rows["models"]]
+    return rows | {"models": models}
 
 
 def advise(adviser: Adviser, more: Sequence[Advice] = ()) -> list[Advice]:
@@ -85,12 +91,12 @@ def _whole(figures: Figures) -> Row:
     return {"tensors": len(tallies)} | figures.whole.facts() | norm | {"interference": figures.interference(tallies)}
 
 
-def _remarks(measured: Measured) -> Iterator[str]:
+def _remarks(measured: Readings) -> Iterator[str]:
     if measured.skipped:
         yield f"{len(measured.skipped)} matrices are too large to be taken apart: {', '.join(measured.skipped[:3])}"
 
 
-def _cost(figures: Figures, measured: Measured, seconds: float) -> Row:
+def _cost(figures: Figures, measured: Readings, seconds: float) -> Row:
     drawn = sum(each.drawn.entries for each in measured.tallies.values())
     entries = sum(each.entries for each in measured.tallies.values())
     return {

@@ -12,7 +12,6 @@ from mergetool.errors import RecipeError
 if TYPE_CHECKING:
     from mergetool.analysis.result import Analysis
 
-_FILE = "analysis.json"
 _MODELS = ("model", "norm", "relative", "share_changed", "kinship", "share_of_sum", "density_90", "effective_rank")
 _PAIRS = ("a", "b", "cosine", "kinship", "opposed")
 _DESCENT = ("model", "rows", "loss_base", "loss_tuned", "alignment", "preconditioned", "step", "linearity")
@@ -29,7 +28,7 @@ _TABLES = (
 def analyze(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Leave analysis.json in this folder.")
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write analysis.html and analysis.json there.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads (default: one per core).")] = None,
     settings: Annotated[
@@ -58,7 +57,7 @@ def analyze(
     for remark in analysis.facts["remarks"]:
         say(f"note: {remark}")
     if output is not None:
-        say(f"written: {output / _FILE}")
+        say(f"written: {output / 'analysis.html'}, and analysis.json")
     if as_json:
         print(analysis.to_json())
     else:
