@@ -17,5 +17,7 @@ def test_a_real_analysis_stands_and_names_the_stranger_first(browser, recipe, tm
         assert "stranger" in first.locator("h3").inner_text()
         assert first.locator(".tag").inner_text() == "problem"
         assert page.locator("figure.picture svg").count() == 14
-        models = page.locator("section", has=page.get_by_role("heading", name="The models")).locator("tbody tr")
+        models = page.locator("section", has=page.get_by_role("heading", name="The models", exact=True)).locator(
+            "tbody tr"
+        )
         assert [row.split("\t")[0].strip() for row in models.all_inner_texts()] == list(found.facts["models"])
