@@ -130,7 +130,7 @@ class _Work:
             ranks=tuple(part.rank for part in factors),
             interference=interference(concatenated(factors).to(torch.float64)).normalised,
         )
-        return parameter, [part.s for part in factors]
+        return parameter, [part.s.cpu() for part in factors]
 
     def within_size(
         self, parameters: dict[str, Parameter], spectra_of: Mapping[str, list[Tensor]]

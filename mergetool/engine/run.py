@@ -161,9 +161,6 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
     if flags.cache is not None and not any(each.uses_factors for each in methods):
         what = f"{recipe.method.method_name()} computes no factors, so this would have no effect"
         raise PlanError(what, "--cache", "leave it out")
-    if recipe.method.result == "bundle" and flags.device not in ("auto", "cpu"):
-        what = f"{recipe.method.method_name()} computes its factors on the CPU, so this would have no effect"
-        raise PlanError(what, "--device", "leave it out")
     costs = estimate(plan, workers=flags.workers, memory=flags.memory, processes=team.local_size)
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")
@@ -299,8 +296,7 @@ def _work(run: Context, writer: SlotWriter, costs: Costs, flags: Flags, journal:
 
 
 def _stages(run: Context, costs: Costs, flags: Flags, journal: Journal) -> None:
-    device = "cpu" if run.plan.recipe.method.result == "bundle" else flags.device
-    with run.pool.ready(device, flags.cache if run.plan.recipe.method.uses_factors else None):
+    with run.pool.ready(flags.device, flags.cache if run.plan.recipe.method.uses_factors else None):
         run.record.device = run.pool.device
         if run.pool.device != "cpu":
             run.teller.say(f"merging on {run.pool.device}")
