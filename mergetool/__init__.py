@@ -22,7 +22,8 @@ from mergetool.errors import (
 )
 
 if TYPE_CHECKING:
-    from mergetool.api import diff, load_bundle, load_recipe, merge_state_dicts, plan, run
+    from mergetool.analysis.compared import ComparedRuns
+    from mergetool.api import compare, diff, load_bundle, load_recipe, merge_state_dicts, plan, run
     from mergetool.arch.derived import Architecture, derive_architecture
     from mergetool.methods.base import Method
     from mergetool.outputs.difference import Comparison
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Architecture",
+    "ComparedRuns",
     "Comparison",
     "EvaluationError",
     "HubError",
@@ -42,6 +44,7 @@ __all__ = [
     "Result",
     "SourceError",
     "__version__",
+    "compare",
     "derive_architecture",
     "diff",
     "load_bundle",
@@ -53,9 +56,11 @@ __all__ = [
 
 _LAZY = {
     "Architecture": "mergetool.arch.derived",
+    "ComparedRuns": "mergetool.analysis.compared",
     "Comparison": "mergetool.outputs.difference",
     "Method": "mergetool.methods.base",
     "Result": "mergetool.outputs.result",
+    "compare": "mergetool.api",
     "derive_architecture": "mergetool.arch.derived",
     "diff": "mergetool.api",
     "load_bundle": "mergetool.api",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from mergetool.analysis.compared import ComparedRuns
     from mergetool.bundle.mass_model import MassModel
     from mergetool.outputs.difference import Comparison
 
@@ -83,6 +84,26 @@ def diff(
 
     with one_thread():
         return difference(str(a), str(b), None if base is None else str(base), workers=workers, listener=progress)
+
+
+def compare(
+    *runs: str | Path,
+    base: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> "ComparedRuns":
+    """Lay finished results (folders that runs have left) side by side.
+
+    Everything found is rows: `settings`, `scores`, `retention`, `pairs`, `distances`, `costs`; `rows` has one for each
+    result, and there is `to_json()`. With a `base`, what they changed of it is compared, too. Raises RecipeError,
+    SourceError or HubError.
+    """
+    from mergetool.analysis.compare import compare_runs
+    from mergetool.engine.devices import one_thread
+
+    with one_thread():
+        paths = [Path(run) for run in runs]
+        return compare_runs(paths, None if base is None else str(base), workers=workers, listener=progress)
 
 
 def load_bundle(

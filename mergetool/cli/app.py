@@ -14,7 +14,9 @@ from mergetool._version import __version__
 from mergetool.cli.against import hold_against, refuse_idle
 from mergetool.cli.answers import deliver, inspect_bundle, print_answer, say_pushed, say_result, say_steps
 from mergetool.cli.commands import Quiet, Verbose, command, existing, is_follower, method_names, set_manner
+from mergetool.cli.compare import compare
 from mergetool.cli.diff import diff
+from mergetool.cli.evaluate import evaluate
 from mergetool.cli.progress import ProgressBar, waiting
 from mergetool.cli.show import manner, say, say_of_more, show_methods, table
 from mergetool.errors import RecipeError
@@ -223,6 +225,7 @@ def verify(
 
 
 command(app, "mergetool diff base merged --top 10")(diff)
+command(app, "mergetool compare merged1 merged2 --base base")(compare)
 
 
 @command(app, "mergetool push merged org/merged --private")
@@ -284,42 +287,7 @@ def route(
     table(heads, [[answer.get(key, "-") for key in heads] for answer in answered])
 
 
-@command(app, "mergetool evaluate merged --tasks arc_easy,piqa --parent models/math")
-def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A model folder with its tokenizer.")],
-    tasks: Annotated[list[str], typer.Option(metavar="NAME", help="A task of lm-eval (repeat, or a,b,c).")],
-    include: Annotated[str | None, typer.Option(metavar="FOLDER", help="Tasks of your own: YAML files.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Which metric counts (default: the task's first).")] = None,
-    parent: Annotated[list[Path] | None, typer.Option(metavar="PATH", help="Compare with it (repeat).")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, or a torch device such as cuda:0.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that the model runs at once.")] = 32,
-    cache: Annotated[Path | None, typer.Option(help="Folder that keeps answers between runs.")] = None,
-    trust_code: Annotated[bool, typer.Option("--trust-code", help="Run Python files that tasks name.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Score a model with lm-eval, and tell what it kept of its parents' scores."""
-    from mergetool.engine.devices import device_for_networks
-    from mergetool.evaluate.assess import assess
-    from mergetool.evaluate.options import TaskOptions
-
-    names = [name for part in tasks for name in part.split(",") if name]
-    chosen = [TaskOptions(name=name, include=include, metric=metric) for name in names]
-    with waiting("scoring"):
-        scores = assess(
-            existing(path),
-            chosen,
-            parents=[existing(each) for each in parent or ()],
-            device=device_for_networks(device),
-            batch_size=batch_size,
-            cache=cache,
-            trust_code=trust_code,
-        )
-    if as_json:
-        print_answer(scores, as_json=True)
-        return
-    heads = ["task", "metric", "items", "score", "low", "high"]
-    heads += ["best_parent", "retention", "difference_low", "difference_high"] if parent else []
-    table(heads, [[facts[head] for head in heads] for facts in scores["tasks"]])
+command(app, "mergetool evaluate merged --tasks arc_easy,piqa --parent models/math")(evaluate)
 
 
 @command(app, "mergetool methods ties")

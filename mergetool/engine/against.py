@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from mergetool.bundle import is_bundle
+from mergetool.bundle.changes import BundleChanges
 from mergetool.checkpoints.adapters import AdapterAlone
 from mergetool.checkpoints.quantised import how_quantised
 from mergetool.engine.adapters_against import compare_adapters
+from mergetool.engine.bundle_against import compare_bundles
 from mergetool.engine.comparing import Compared, ComparingSink
 from mergetool.engine.context import Context
 from mergetool.engine.logs import MemoryLog
@@ -54,8 +56,8 @@ def verify_against(
     check_trust(recipe, trusted=flags.trust_code)
     if (reason := _beyond_us(path, recipe)) is not None:
         return Agreement(path, recipe.name, "cannot tell", *reason)
-    if recipe.result == "adapter":
-        return _adapter_against(path, recipe, flags, progress)
+    if recipe.result in ("adapter", "bundle"):
+        return _made_and_held(path, recipe, flags, progress)
     with closing(open_model(path)) as found, tempfile.TemporaryDirectory(prefix="mergetool-verify-") as folder:
         if (how := how_quantised(found)) is not None:
             fix = "dequantise it first, or verify the checkpoint that it was made from"
@@ -75,33 +77,42 @@ def _not_followed(path: Path, recipe: Recipe, error: MergetoolError) -> Agreemen
     return Agreement(path, recipe.name, "cannot tell", f"{where}{error.what}", error.fix)
 
 
-def _adapter_against(path: Path, recipe: Recipe, flags: Flags, progress: Progress) -> Agreement:
-    """The same for a recipe that makes an adapter, which is made; what both add to the weights is compared."""
-    if not is_adapter(path):
+def _made_and_held(path: Path, recipe: Recipe, flags: Flags, progress: Progress) -> Agreement:
+    """The same for a recipe that makes an adapter or a bundle, which is made; what both add to weights is compared."""
+    if recipe.result == "adapter" and not is_adapter(path):
         fix = "to ask whether it has the adapter in it: models: {merged: {source: BASE, adapters: [ADAPTER]}}"
         return Agreement(path, recipe.name, "no", "it is no adapter, and the recipe makes one", fix)
-    with closing(AdapterAlone(path)) as found, tempfile.TemporaryDirectory(prefix="mergetool-verify-") as folder:
+    compare = _of_adapters if recipe.result == "adapter" else _of_bundles
+    with tempfile.TemporaryDirectory(prefix="mergetool-verify-") as folder:
         asked = replace(flags, output=Path(folder) / "result", push=False)
         try:
             run_recipe(recipe, asked, progress)
         except _OF_RECIPE as error:
             return _not_followed(path, recipe, error)
-        with closing(AdapterAlone(Path(folder) / "result")) as made:
-            pairs, compared = compare_adapters(made, found)
+        pairs, compared = compare(Path(folder) / "result", path)
         plan = make_plan(recipe, asked.output)
         return Judged(path, plan, pairs, compared, compared.keys() if drawn_tensors(plan) else ()).agreement()
+
+
+def _of_adapters(made: Path, found: Path) -> tuple[Matched, dict[str, Compared]]:
+    with closing(AdapterAlone(found)) as theirs, closing(AdapterAlone(made)) as ours:
+        return compare_adapters(ours, theirs)
+
+
+def _of_bundles(made: Path, found: Path) -> tuple[Matched, dict[str, Compared]]:
+    return compare_bundles(BundleChanges(made), BundleChanges(found))
 
 
 def _beyond_us(path: Path, recipe: Recipe) -> tuple[str, str] | None:
     """Why nothing can be compared, and what to do instead."""
     method = recipe.method.method_name()
-    if is_bundle(path):
+    if is_bundle(path) and recipe.result != "bundle":
         return "it is a bundle of experts, which holds no merged weights", f"mergetool verify {path}"
     if is_adapter(path) and recipe.result == "checkpoint":
         return "it is an adapter, not a checkpoint", "merge it into its base first: adapters: [ADAPTER]"
     if recipe.method.searches:
         return f"{method} searches for its numbers", "give the recipe that it wrote beside its result"
-    if recipe.result == "bundle":
+    if recipe.result == "bundle" and not is_bundle(path):
         return f"{method} leaves a bundle, not a checkpoint", f"mergetool verify {path}"
     return None
 

@@ -1,4 +1,4 @@
-"""Scores of a finished checkpoint, with confidence intervals, and how much it kept of what its parents could do."""
+"""Score finished checkpoints on tasks, item by item."""
 
 import hashlib
 import json
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mergetool.errors import EvaluationError, at
 from mergetool.evaluate.cache import ResponseCache
@@ -15,7 +14,7 @@ from mergetool.evaluate.harness import load_task
 from mergetool.evaluate.items import TaskItems
 from mergetool.evaluate.language_model import LanguageModel
 from mergetool.evaluate.options import TaskOptions
-from mergetool.search.interval import of_difference, of_mean
+from mergetool.evaluate.scores import Evaluation, TaskScores, digest_of_items
 
 
 def assess(
@@ -28,62 +27,43 @@ def assess(
     batch_size: int = 32,
     cache: Path | None = None,
     trust_code: bool = False,
-) -> dict[str, Any]:
-    """Score a model folder on every item of the tasks; `include` of tasks is relative to `folder`.
+) -> Evaluation:
+    """Score a model folder, and its parents, on every item of the tasks; `include` of tasks is relative to `folder`.
 
-    With parents, each task tells the best of them, the share of its score that was kept (`retention`), and the
-    interval of the difference on the same items. JSON-able. Raises EvaluationError.
+    Raises EvaluationError.
     """
     if len({task.name for task in tasks}) < len(tasks):
         raise EvaluationError("a task is named twice", "tasks", "name every task once")
     answers = ResponseCache(cache)
     loaded = {task: load_task(task, folder or Path(), trust_code=trust_code) for task in tasks}
     try:
-        scored = [_scores(path, loaded, device, batch_size, answers) for path in (model, *parents)]
+        own, *others = (_scores(path, loaded, device, batch_size, answers) for path in (model, *parents))
     finally:
         answers.close()
-    rows = []
-    for task in tasks:
-        metric, values = scored[0][task.name]
-        low, high = of_mean(values)
-        facts = {"task": task.name, "metric": metric, "items": len(values), "score": float(values.mean())}
-        facts |= {"low": low, "high": high}
-        if parents:
-            facts |= _kept(values, {str(p): part[task.name][1] for p, part in zip(parents, scored[1:], strict=True)})
-        rows.append(facts)
-    return {"model": str(model), "parents": [str(path) for path in parents], "tasks": rows}
-
-
-def _kept(values: NDArray[np.float64], parents: dict[str, NDArray[np.float64]]) -> dict[str, Any]:
-    best = max(parents, key=lambda name: float(parents[name].mean()))
-    score = float(parents[best].mean())
-    low, high = of_difference(values, parents[best])
-    return {
-        "parents": {name: float(part.mean()) for name, part in parents.items()},
-        "best_parent": best,
-        "retention": float(values.mean()) / score if score else None,
-        "difference_low": low,
-        "difference_high": high,
-    }
+    return Evaluation(str(model), own, {str(path): scores for path, scores in zip(parents, others, strict=True)})
 
 
 def _scores(
     path: Path, tasks: Mapping[TaskOptions, Any], device: str, batch_size: int, cache: ResponseCache
-) -> dict[str, tuple[str, NDArray[np.float64]]]:
-    """(metric, one score per item) by task."""
+) -> dict[str, TaskScores]:
+    """By task."""
     with at(str(path)):
         live = LanguageModel(path, device=device, batch_size=batch_size)
-        scores = {}
-        for options, task in tasks.items():
-            items = TaskItems(options, task, live.lm)
-            known = cache.get(_identity(path, live), items.keys)
-            left = [item for item, key in enumerate(items.keys) if key not in known]
-            if left:
-                new = {items.keys[item]: score for item, score in items.score(live.lm, left).items()}
-                cache.put(_identity(path, live), new)
-                known |= new
-            scores[options.name] = (items.metric, np.array([known[key].value for key in items.keys]))
-    return scores
+        return {
+            options.name: _of_task(TaskItems(options, task, live.lm), path, live, cache)
+            for options, task in tasks.items()
+        }
+
+
+def _of_task(items: TaskItems, path: Path, live: LanguageModel, cache: ResponseCache) -> TaskScores:
+    known = cache.get(_identity(path, live), items.keys)
+    left = [item for item, key in enumerate(items.keys) if key not in known]
+    if left:
+        new = {items.keys[item]: score for item, score in items.score(live.lm, left).items()}
+        cache.put(_identity(path, live), new)
+        known |= new
+    values = np.array([known[key].value for key in items.keys])
+    return TaskScores(items.name, items.metric, digest_of_items(items.keys), values)
 
 
 def _identity(path: Path, live: LanguageModel) -> str:

@@ -90,7 +90,12 @@ class Comparison:
     @property
     def identical(self) -> bool:
         """Whether nothing differs, in the weights and beside them."""
-        parts = (self.only_a, self.only_b, self.reshaped, self.files)
+        return not self.files and self.identical_weights
+
+    @property
+    def identical_weights(self) -> bool:
+        """Whether both have the same tensors, and these the same numbers."""
+        parts = (self.only_a, self.only_b, self.reshaped)
         return not any(parts) and all(each.state == IDENTICAL for each in self.tensors)
 
     @property
@@ -158,8 +163,7 @@ class Comparison:
             "files": [each.row() for each in self.files],
             "remarks": list(self.remarks),
         }
-        plain: dict[str, Any] = _plain(facts)
-        return plain
+        return finite_or_text(facts)
 
     def to_json(self) -> str:
         """All that was found, as JSON."""
@@ -190,9 +194,14 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
+def finite_or_text(facts: dict[str, Any]) -> dict[str, Any]:
+    """The same data as JSON knows it: numbers that are not finite are texts."""
+    return {key: _plain(each) for key, each in facts.items()}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return finite_or_text(value)
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

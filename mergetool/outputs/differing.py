@@ -15,6 +15,7 @@ from mergetool.checkpoints.other_rows import OtherRows, Rows
 from mergetool.errors import SourceError
 from mergetool.kernels.differences import Sums, sums
 from mergetool.outputs.difference import Comparison, TensorDifference, added, most_changed_first
+from mergetool.outputs.differing_bundles import difference_of_bundles
 from mergetool.outputs.settings_beside import difference_of_locks, is_lock, settings_beside
 from mergetool.planning.sources import Lookup
 from mergetool.tensors.dtypes import DType, torch_dtype
@@ -50,9 +51,11 @@ def difference(
     workers: int | None = None,
     listener: Listener | None = None,
 ) -> Comparison:
-    """Compare two models, two adapters or two locks. Raises SourceError or HubError."""
+    """Compare two models, two adapters, two bundles or two locks. Raises SourceError or HubError."""
     if is_lock(a) or is_lock(b):
         return difference_of_locks(a, b)
+    if base is None and is_bundle(Path(a)) and is_bundle(Path(b)):
+        return difference_of_bundles(a, b, workers)
     with ExitStack() as opened:
         sources, warnings = _opened(a, b, base, listener)
         for source in sources.values():
@@ -90,7 +93,8 @@ def _check_kinds(given: Mapping[str, str]) -> None:
     """Raise SourceError for what cannot be laid beside each other."""
     for text in given.values():
         if is_bundle(Path(text)):
-            raise SourceError("is a bundle of experts, not a model", text, f"mergetool inspect {text}")
+            fix = f"compare two bundles, without --base, or one expert: mergetool inspect {text}"
+            raise SourceError("is a bundle of experts, not a model", text, fix)
     adapters = [text for text in given.values() if is_adapter(Path(text))]
     if adapters and len(adapters) < len(given):
         fix = "compare two adapters, or ask whether a checkpoint has it in it: mergetool verify PATH --against RECIPE"

@@ -17,6 +17,7 @@ _NAMES = frozenset({"_name_or_path", "transformers_version"})
 """Keys that say where a config comes from, and nothing about the model."""
 _RUN = frozenset({"run"})
 """What a lock says of times and memory."""
+_FIRST = ("recipe", "settings", "seed", "inputs", "origins", "versions", "mergetool")
 _LONG = 200
 
 
@@ -56,16 +57,17 @@ def _differing(
     file: str, one: Mapping[str, Any], other: Mapping[str, Any], without: frozenset[str] = frozenset()
 ) -> Iterator[FileDifference]:
     """Keys that have other values, or that only one has (its other value is None)."""
-    ours, theirs = dict(_leaves(one)), dict(_leaves(other))
+    ours, theirs = dict(leaves(one)), dict(leaves(other))
     for key in sorted({*ours, *theirs}):
         if key.partition(".")[0] not in without and ours.get(key) != theirs.get(key):
             yield FileDifference(file, key, ours.get(key), theirs.get(key))
 
 
-def _leaves(value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Values that are no mappings, under dotted keys."""
     for key, each in value.items():
         if isinstance(each, Mapping) and each:
-            yield from _leaves(each, f"{before}{key}.")
+            yield from leaves(each, f"{before}{key}.")
         else:
             yield f"{before}{key}", each
 
@@ -77,8 +79,28 @@ def is_lock(text: str) -> bool:
 
 def difference_of_locks(one: str, other: str) -> Comparison:
     """What two locks say differently: recipes, inputs, seeds, versions, digests. Raises SourceError."""
-    ours, theirs = (_lock(Path(text)) for text in (one, other))
-    return Comparison(one, other, files=tuple(_differing("mergetool.json", ours, theirs, _RUN)))
+    ours, theirs = (_by_file(_lock(Path(text))) for text in (one, other))
+    found = _differing("mergetool.json", ours, theirs, _RUN)
+    return Comparison(one, other, files=tuple(sorted(found, key=_of_what_is_asked_first)))
+
+
+def _by_file(lock: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same lock, with the SHA-256 of inputs under their names."""
+    inputs = lock.get("inputs")
+    if not isinstance(inputs, dict):
+        return lock
+    files = {
+        name: {str(each["file"]): each.get("sha256") for each in listed if isinstance(each, dict) and "file" in each}
+        for name, listed in inputs.items()
+        if isinstance(listed, list)
+    }
+    return {**lock, "inputs": files}
+
+
+def _of_what_is_asked_first(each: FileDifference) -> int:
+    """What people decided stands before what came of it."""
+    section = each.key.partition(".")[0]
+    return _FIRST.index(section) if section in _FIRST else len(_FIRST)
 
 
 def _lock(path: Path) -> Mapping[str, Any]:

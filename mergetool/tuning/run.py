@@ -52,12 +52,13 @@ def search_folder(output: Path) -> Path:
 
 
 def _evaluated(recipe: Recipe, flags: Flags, result: Result) -> Result:
-    """The result with its scores among the notes, where the recipe names tasks."""
+    """The result with its scores among the notes and kept beside it, where the recipe names tasks."""
     if not recipe.evaluate or not leads():
         return result
     from mergetool.evaluate.assess import assess
+    from mergetool.outputs.scores import keep_scores
 
-    facts = assess(
+    found = assess(
         result.path,
         recipe.evaluate,
         folder=recipe.folder,
@@ -65,7 +66,9 @@ def _evaluated(recipe: Recipe, flags: Flags, result: Result) -> Result:
         cache=flags.cache,
         trust_code=flags.trust_code,
     )
-    told = (f"{f['task']}: {f['metric']} {f['score']:.4f} ({f['low']:.4f} to {f['high']:.4f})" for f in facts["tasks"])
+    keep_scores(result.path, found)
+    facts = found.facts()["tasks"]
+    told = (f"{f['task']}: {f['metric']} {f['score']:.4f} ({f['low']:.4f} to {f['high']:.4f})" for f in facts)
     return replace(result, notes={**result.notes, **dict.fromkeys(told, 1)})
 
 

@@ -36,6 +36,7 @@ FLAGS = {
     "inspect": {"reference", "--json"},
     "verify": {"path", "--load", "--against", "--set", "--workers", "--memory", "--trust-code", "--json"},
     "diff": {"a", "b", "--base", "--top", "--exit-code", "--workers", "--json"},
+    "compare": {"runs", "--base", "--workers", "--json"},
     "methods": {"name", "--json"},
     "init": {"method", "-o", "--output"},
     "schema": set(),

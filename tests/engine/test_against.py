@@ -500,6 +500,47 @@ def test_a_mixture_of_experts_is_compared_expert_by_expert(tmp_path):
     assert (found.answer, [each.name for each in found.worst]) == ("no", [expert])
 
 
+COMPRESS = {"merge": {"method": "tsv-compress", "rank": 4}}
+
+
+def test_a_bundle_is_held_against_its_recipe(home, tmp_path):
+    recipe = {**ties(), **COMPRESS}
+    path = made(home, tmp_path, recipe)
+    told = ask(home, path, **recipe)
+    assert (told.answer, told.tensors.keys()) == ("yes", {"same"})
+    for other in ({"rank": 2}, {"rank": 4, "factors": "float32"}):
+        assert ask(home, path, **{**recipe, "merge": {"method": "tsv-compress", **other}}).answer == "no"
+    other = {**recipe, "models": {"a": str(home / "a"), "b": str(home / "a16")}}
+    told = ask(home, path, **other)
+    assert told.answer == "no"
+    assert "tensors differ, most of all b: " in told.reason
+    told = ask(home, path, **{**recipe, "models": {"a": str(home / "a"), "c": str(home / "b")}})
+    assert told.reason == "its tasks are a, b, by the recipe a, c"
+
+
+def test_factors_that_were_changed_are_named(home, tmp_path):
+    recipe = {**ties(), **COMPRESS}
+    path = made(home, tmp_path, recipe)
+    file = path / "factors" / "b.safetensors"
+    factors = load_file(file)
+    factors[f"{Q_PROJ}.S"] = factors[f"{Q_PROJ}.S"] * 1.5
+    save_file(factors, file, metadata={"format": "pt"})
+    told = ask(home, path, **recipe)
+    assert told.answer == "no"
+    assert f"1 of {sum(told.tensors.values())} tensors differ, most of all b: {Q_PROJ}" in told.reason
+    factors[f"{Q_PROJ}.S"] = -factors[f"{Q_PROJ}.S"] / 1.5
+    factors[f"{Q_PROJ}.U"] = -factors[f"{Q_PROJ}.U"]  # the same change in other factors
+    save_file(factors, file, metadata={"format": "pt"})
+    assert ask(home, path, **recipe).answer == "yes"
+
+
+def test_nobody_can_tell_of_a_bundle_whose_expert_is_gone(home, tmp_path):
+    recipe = {**ties(), **COMPRESS}
+    path = made(home, tmp_path, recipe)
+    told = ask(home, path, **{**recipe, "models": {"a": str(home / "a"), "b": str(home / "gone")}})
+    assert (told.answer, "no such file" in told.reason) == ("cannot tell", True)
+
+
 def test_searches_and_bundles_are_not_followed(home, tmp_path):
     merge3 = {"method": "merge3", "inner": {"method": "linear", "weight": {"search": [0, 1]}}, "tasks": [{"name": "x"}]}
     search = {"models": linear()["models"], "merge": merge3}

@@ -11,6 +11,8 @@ from mergetool import EvaluationError, PlanError
 from mergetool.cli.app import app
 from mergetool.evaluate.assess import assess
 from mergetool.evaluate.options import TaskOptions
+from mergetool.evaluate.scores import TaskScores, summary_of_retention
+from mergetool.outputs.scores import kept_scores
 from mergetool.search.interval import of_difference, of_mean
 from tests.tuning.planted import World
 
@@ -29,8 +31,8 @@ def test_scores_retention_and_intervals_are_those_that_were_planted(folder, tmp_
     parents = [folder / "models" / name for name in ("left", "right")]
     found = assess(folder / "models" / "base", tasks, parents=parents, folder=folder, cache=tmp_path)
     again = assess(folder / "models" / "base", tasks, parents=parents, folder=folder, cache=tmp_path)
-    assert found == again
-    for facts, parent, half in zip(found["tasks"], parents, (WORLD.half, ~WORLD.half), strict=True):
+    assert found.facts() == again.facts()
+    for facts, parent, half in zip(found.facts()["tasks"], parents, (WORLD.half, ~WORLD.half), strict=True):
         best = (WORLD.margins[parent.name] > 0)[half]
         assert facts["score"] == 0.0
         assert facts["low"] == 0.0 < facts["high"] < 0.1
@@ -50,6 +52,32 @@ def test_the_command_prints_a_table_or_json(folder):
     assert [facts["score"] for facts in tasks] == pytest.approx([(WORLD.margins["left"] > 0)[WORLD.half].mean(), 0.0])
 
 
+def test_scores_of_a_result_are_kept_beside_it(folder, tmp_path):
+    models = {name: str(folder / "models" / name) for name in WORLD.names}
+    mergetool.run({"models": models, "merge": {"method": "linear"}}, output=tmp_path / "merged")
+    command = ["evaluate", str(tmp_path / "merged"), "--include", str(folder / "tasks"), "--tasks"]
+    for task in WORLD.tasks:
+        shown = CliRunner().invoke(app, [*command, task, "--parent", models["left"]])
+        assert shown.exit_code == 0, shown.output
+        assert "kept for mergetool compare: " in shown.stderr
+    kept = kept_scores(tmp_path / "merged")
+    assert list(kept.tasks) == list(WORLD.tasks)
+    assert list(kept.parents[models["left"]]) == list(WORLD.tasks)
+    assert kept.facts()["tasks"][0]["best_parent"] == models["left"]
+
+
+def test_what_is_kept_of_several_tasks_is_told_in_three_ways():
+    told = summary_of_retention([0.5, 1.0, 0.8])
+    assert told == {"mean": pytest.approx(2.3 / 3), "geometric": pytest.approx(0.4 ** (1 / 3)), "worst": 0.5}
+    assert summary_of_retention([0.0, 1.0]) == {"mean": 0.5, "geometric": 0.0, "worst": 0.0}
+
+
+@pytest.mark.parametrize("values", [[], [2.0], [-0.1], [float("nan")]])
+def test_kept_scores_that_cannot_be_are_refused(values):
+    with pytest.raises(ValueError, match="scores must be in"):
+        TaskScores.of({"task": "t", "metric": "acc", "items": "x", "values": values})
+
+
 def test_a_device_that_cannot_be_used_is_refused(folder):
     command = ["evaluate", str(folder / "models" / "left"), "--tasks", "lefts", "--include", str(folder / "tasks")]
     told = CliRunner().invoke(app, [*command, "--device", "nonsense"]).exception
@@ -66,6 +94,8 @@ def test_a_recipe_may_ask_for_scores_of_its_result(folder, tmp_path):
     }
     result = mergetool.run(recipe, output=tmp_path / "out")
     scores = [WORLD.correct((1.9, 1.9))[half].mean() for half in (WORLD.half, ~WORLD.half)]
+    kept = kept_scores(tmp_path / "out")
+    assert [kept.tasks[name].score for name in WORLD.tasks] == scores
     told = [note for note in result.notes if ": acc " in note]
     assert [note.split()[2] for note in told] == [f"{score:.4f}" for score in scores]
 

@@ -197,6 +197,20 @@ def test_two_locks_tell_which_settings_made_the_difference(tmp_path):
         mergetool.diff(paths[0] / "mergetool.json", tmp_path / "a")
 
 
+def test_locks_tell_first_what_was_asked_and_inputs_by_their_content(tmp_path):
+    write_models(tmp_path)
+    recipe = {"models": {name: str(tmp_path / name) for name in "ab"}, "merge": {"method": "linear"}}
+    one = mergetool.run(recipe, output=tmp_path / "one").path
+    write_models(tmp_path, names=("x", "y", "z", "b"))
+    two = mergetool.run(recipe, settings=["merge.weight=2"], output=tmp_path / "two").path
+    found = mergetool.diff(one / "mergetool.json", two / "mergetool.json")
+    keys = [each.key for each in found.files]
+    assert keys[:2] == ["recipe.merge.weight", "settings"]
+    assert keys[2] == "inputs.b.model.safetensors"
+    assert "inputs.a.model.safetensors" not in keys
+    assert keys.index("output.files.model.safetensors") > 2
+
+
 def test_quantised_weights_are_compared_as_the_numbers_that_they_stand_for(tmp_path):
     weight, name = torch.linspace(-1, 1, 64).view(8, 8), "model.layers.0.mlp.up_proj.weight"
     write_model(tmp_path / "a", {name: weight}, {"model_type": "llama"})
@@ -220,4 +234,6 @@ def test_a_bundle_is_no_model(tmp_path):
     path = mergetool.run(recipe, output=tmp_path / "out").path
     with pytest.raises(SourceError, match="is a bundle of experts") as caught:
         mergetool.diff(path, tmp_path / "a")
-    assert caught.value.fix == f"mergetool inspect {path}"
+    assert caught.value.fix.endswith(f"mergetool inspect {path}")
+    with pytest.raises(SourceError, match="is a bundle of experts"):
+        mergetool.diff(path, path, tmp_path / "base")

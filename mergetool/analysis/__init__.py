@@ -1,0 +1,1 @@
+"""What models and merges are, in figures: looked at before a merge and after it."""

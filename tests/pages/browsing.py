@@ -1,0 +1,49 @@
+"""A page in a real browser: what every page must stand."""
+
+import shutil
+from contextlib import contextmanager
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 380, "height": 800}
+
+
+@contextmanager
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        try:
+            yield found
+        finally:
+            found.close()
+
+
+@contextmanager
+def opened(browser, path, mode="light", size=WIDE, **options):
+    """The page, which asks for nothing but itself and has nothing to complain about."""
+    page = browser.new_page(color_scheme=mode, viewport=size, **options)
+    told, asked = [], []
+    page.on("console", lambda message: told.append(message.text))
+    page.on("pageerror", lambda error: told.append(str(error)))
+    page.on("dialog", lambda dialog: told.append(dialog.message))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    try:
+        yield page
+        assert told == []
+        assert asked == [path.as_uri()]
+    finally:
+        page.close()
+
+
+def stands(browser, path):
+    """Opens in both modes and in both widths, without a complaint, and nothing sticks out at the side."""
+    papers = set()
+    for mode in ("light", "dark"):
+        for size in (WIDE, NARROW):
+            with opened(browser, path, mode, size) as page:
+                assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+                papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert len(papers) == 2

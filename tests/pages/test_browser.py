@@ -1,0 +1,109 @@
+"""Pages in a real browser."""
+
+import pytest
+
+from mergetool.pages import Chapter, Page, Picture, lines, render
+from mergetool.pages.colours import NAMED
+from tests.pages.browsing import NARROW, opened, stands
+from tests.pages.samples import ROWS, everything
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pages") / "page.html"
+    path.write_text(render(everything()), "utf-8")
+    return path
+
+
+def test_a_page_with_one_of_everything_and_hostile_names_stands(browser, path):
+    stands(browser, path)
+
+
+NORMS = sorted(norm for _, _, norm, _, _ in ROWS if norm is not None)
+
+
+def cells(page, column, table=0):
+    rows = page.locator("figure.table").nth(table).locator("tbody tr:visible")
+    return [row.locator("td").nth(column).inner_text() for row in rows.all()]
+
+
+def test_a_table_is_sorted_by_a_click_and_what_has_no_value_comes_last(browser, path):
+    with opened(browser, path) as page:
+        head = page.get_by_role("button", name="norm")
+        head.click()
+        assert [float(text) for text in cells(page, 2)] == pytest.approx(NORMS[:-11:-1], rel=5e-3)
+        assert page.locator("th[aria-sort=descending]").inner_text() == "norm"
+        head.click()
+        assert [float(text) for text in cells(page, 2)] == pytest.approx(NORMS[:10], rel=5e-3)
+        page.get_by_role("button", name="show all 60 rows").click()
+        assert len(cells(page, 2)) == 60
+        assert cells(page, 2)[-1] == "–"
+        head.click()
+        assert cells(page, 2)[-1] == "–"
+        page.get_by_role("button", name="show the first 10 only").click()
+        assert len(cells(page, 2)) == 10
+
+
+def test_names_with_numbers_are_sorted_by_the_numbers(browser, path):
+    with opened(browser, path) as page:
+        page.get_by_role("button", name="show all 60 rows").click()
+        head = page.get_by_role("button", name="tensor", exact=True)
+        head.click()
+        assert cells(page, 0)[:5] == ["layers.0.k", "layers.0.o", "layers.0.q", "layers.0.v", "layers.1.k"]
+        assert cells(page, 0)[-1] == "layers.14.v"
+        head.click()
+        assert cells(page, 0)[0] == "layers.14.v"
+
+
+def test_without_scripts_everything_is_there(browser, path):
+    with opened(browser, path, java_script_enabled=False) as page:
+        assert page.locator("figure.table").first.locator("tbody tr:visible").count() == 60
+        assert page.locator("th button").count() == 0
+
+
+def test_every_entry_of_the_contents_leads_to_its_chapter(browser, path):
+    with opened(browser, path) as page:
+        links = page.locator("nav a").all()
+        assert len(links) == 5
+        for link in links:
+            name = link.get_attribute("href").removeprefix("#")
+            target = page.locator(f'[id="{name}"]')
+            assert target.count() == 1
+            assert target.locator("h2").inner_text() == link.inner_text()
+
+
+def test_no_two_things_have_one_name(browser, path):
+    with opened(browser, path) as page:
+        twice = "() => { const all = [...document.querySelectorAll('[id]')].map(x => x.id);"
+        assert page.evaluate(twice + "return all.filter((x, place) => all.indexOf(x) !== place); }") == []
+
+
+COLOURS = """() => {
+  const line = [...document.querySelectorAll("svg path")].find(x => x.style.stroke.includes("--s0"));
+  const [text, body] = ["svg text", "body"].map(what => getComputedStyle(document.querySelector(what)));
+  return [text.fill, getComputedStyle(line).stroke, body.color];
+}"""
+
+
+def test_plots_follow_the_mode(browser, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(render(Page("plot", "", [Chapter("one", [Picture(lines({"a": ([1, 2], [1, 2])}, "x", "y"))])])))
+    seen = {}
+    for mode in ("light", "dark"):
+        with opened(browser, path, mode) as page:
+            seen[mode] = page.evaluate(COLOURS)
+    for mode, colours in seen.items():
+        assert colours == [css(NAMED[mode][name]) for name in ("ink", "s0", "ink")]
+    assert seen["light"] != seen["dark"]
+
+
+def css(colour):
+    return f"rgb({', '.join(str(value) for value in bytes.fromhex(colour[1:]))})"
+
+
+def test_on_paper_a_page_is_light_whatever_the_mode(browser, path):
+    with opened(browser, path, "dark", NARROW) as page:
+        page.emulate_media(media="print")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == css(NAMED["light"]["paper"])
+        assert page.locator("nav").is_hidden()
+        assert page.pdf(format="A4").startswith(b"%PDF")
