@@ -1,9 +1,9 @@
 """The devices that tests try: the stand-in always, and a GPU where there is one.
 
-    @every_device
-    def test_it_works(device):
-        with present(device):
-            mergetool.run(recipe, device=device)
+@every_device
+def test_it_works(device):
+    with present(device):
+        mergetool.run(recipe, device=device)
 """
 
 import threading

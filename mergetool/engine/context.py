@@ -18,8 +18,7 @@ from mergetool.planning.cost import step_memory
 from mergetool.tensors.source import ModelSource
 
 if TYPE_CHECKING:
-    from mergetool.alignment.models import Fitted
-    from mergetool.engine.fit import WholeModels
+    from mergetool.alignment.models import Fitted, Models
     from mergetool.engine.sinks import Sink
 
 
@@ -59,7 +58,7 @@ class Context:
     """What a count over the whole model has found."""
     begin_beside: "Callable[[Merging], None]" = lambda _: None
     """Begins what goes on beside merging, until the run ends."""
-    fitted: "tuple[WholeModels, Fitted] | None" = None
+    fitted: "tuple[Models, Fitted] | None" = None
     """The whole models, and what a fit has found about them."""
 
     @property

@@ -30,9 +30,7 @@ _T = TypeVar("_T")
 class WholeModels:
     """The opened models of a plan, tensor by tensor, on the device that computes."""
 
-    def __init__(
-        self, plan: Plan, say: Callable[[str], None], team: Team, device: torch.device = torch.device("cpu")
-    ) -> None:
+    def __init__(self, plan: Plan, say: Callable[[str], None], team: Team, device: torch.device) -> None:
         self._plan = plan
         self._device = device
         self._here = threading.local()
@@ -198,6 +196,7 @@ class FinishStage:
     def _replace(self) -> None:
         assert self._run.fitted is not None
         models, fitted = self._run.fitted
+        assert isinstance(models, WholeModels)
         with closing(self._run.sink.source()) as source:
             merged = MergedModel(source, _compute(self._run.plan))
             method = expect(self._run.plan.recipe.method, FittedMethod)

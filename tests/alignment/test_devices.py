@@ -84,7 +84,7 @@ def test_soft_steps_and_signs_are_taken_on_a_device(mode, device, folder):
     state, config, _, _ = nets.tiny_transformer("LlamaForCausalLM")
     models = nets.copies(state, 3, config=config, noise=0.05)
     nets.write(folder / "models", models, config)
-    align = {"mode": mode, "init": "barycenter"}
+    align = {"mode": mode, "init": "barycenter", "starts": 1, "iterations": 3}
     (there, _), (here, _) = (merged(folder, models, each, None, align=align) for each in (device, "cpu"))
     assert (there / PERMUTATIONS).read_bytes() == (here / PERMUTATIONS).read_bytes()
     assert_near(read(there), read(here))
@@ -94,10 +94,11 @@ def test_soft_steps_and_signs_are_taken_on_a_device(mode, device, folder):
 @pytest.mark.parametrize(("architecture", "mode"), [("mlp", "full"), ("resnet", "full"), ("resnet", "bn-stats")])
 def test_a_device_repairs_as_the_cpu_does(architecture, mode, device, folder):
     state = {"mlp": nets.mlp, "resnet": nets.resnet}[architecture]()
-    models = nets.copies(state, 3, architecture=architecture, noise=0.3)
+    models = nets.copies(state, 2, architecture=architecture, noise=0.3)
     repair = {"mode": mode, "data": str(folder / f"{architecture}.safetensors")}
     repair |= {"network": f"{folder / 'build.py'}:{architecture}"}
-    (there, _), (here, _) = (merged(folder, models, each, architecture, repair=repair) for each in (device, "cpu"))
+    section = {"method": "git-rebasin", "repair": repair}
+    (there, _), (here, _) = (merged(folder, models, each, architecture, **section) for each in (device, "cpu"))
     assert (there / "alignment/repair.safetensors").is_file()
     assert_near(read(there), read(here), 1e-4)
     for name, tensor in load_file(here / "alignment/repair.safetensors").items():
