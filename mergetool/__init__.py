@@ -23,7 +23,7 @@ from mergetool.errors import (
 
 if TYPE_CHECKING:
     from mergetool.analysis.compared import ComparedRuns
-    from mergetool.api import compare, diff, load_bundle, load_recipe, merge_state_dicts, plan, run
+    from mergetool.api import change_bundle, compare, diff, load_bundle, load_recipe, merge_state_dicts, plan, run
     from mergetool.arch.derived import Architecture, derive_architecture
     from mergetool.methods.base import Method
     from mergetool.outputs.difference import Comparison
@@ -44,6 +44,7 @@ __all__ = [
     "Result",
     "SourceError",
     "__version__",
+    "change_bundle",
     "compare",
     "derive_architecture",
     "diff",
@@ -60,6 +61,7 @@ _LAZY = {
     "Comparison": "mergetool.outputs.difference",
     "Method": "mergetool.methods.base",
     "Result": "mergetool.outputs.result",
+    "change_bundle": "mergetool.api",
     "compare": "mergetool.api",
     "derive_architecture": "mergetool.arch.derived",
     "diff": "mergetool.api",

@@ -89,21 +89,27 @@ def diff(
 def compare(
     *runs: str | Path,
     base: str | Path | None = None,
+    output: str | Path | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> "ComparedRuns":
     """Lay finished results (folders that runs have left) side by side.
 
     Everything found is rows: `settings`, `scores`, `retention`, `pairs`, `distances`, `costs`; `rows` has one for each
-    result, and there is `to_json()`. With a `base`, what they changed of it is compared, too. Raises RecipeError,
-    SourceError or HubError.
+    result, and there is `to_json()`. With a `base`, what they changed of it is compared, too; into the folder `output`,
+    a page and its data are written. Raises RecipeError, SourceError, HubError or OutputError.
     """
     from mergetool.analysis.compare import compare_runs
     from mergetool.engine.devices import one_thread
 
     with one_thread():
         paths = [Path(run) for run in runs]
-        return compare_runs(paths, None if base is None else str(base), workers=workers, listener=progress)
+        found = compare_runs(paths, None if base is None else str(base), workers=workers, listener=progress)
+    if output is not None:
+        from mergetool.analysis.compare_page import write_compared
+
+        write_compared(found, Path(output))
+    return found
 
 
 def load_bundle(
@@ -118,6 +124,27 @@ def load_bundle(
 
     kept = {} if cache_bytes is None else {"cache_bytes": cache_bytes}
     return load(path, dtype=dtype, verify=verify, **kept)
+
+
+def change_bundle(
+    path: str | Path,
+    add: Mapping[str, Any] | None = None,
+    remove: Sequence[str] = (),
+    *,
+    output: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Add experts to a bundle and remove some, in its own place or into `output`; returns where it is.
+
+    `add`: models by name, as in a recipe (`"models/reviews"`, `{"adapter": "loras/poet"}`). What the bundle keeps of
+    the others is cut to make room, never computed anew. Raises a MergetoolError; the bundle is then as it was.
+    """
+    from mergetool.engine.growing import change_bundle as changed
+
+    flags = Flags(None if output is None else Path(output), workers=workers)
+    changed(Path(path), add or {}, remove, flags, progress)
+    return Path(path if output is None else output)
 
 
 def merge_state_dicts(

@@ -10,18 +10,25 @@ Only one tensor of every model is in memory at a time, a thread.
 
 import json
 import math
-from collections.abc import Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from mergetool._version import __version__
 from mergetool.arch.depth import structural_depths
-from mergetool.arch.matrices import is_attention_output
-from mergetool.bundle.files import CONFIG_NAME, TensorWriter, copy_files, factors_path, model_files, single_name
+from mergetool.bundle.files import (
+    CONFIG_NAME,
+    SPECTRA,
+    TensorWriter,
+    copy_files,
+    factors_path,
+    model_files,
+    single_name,
+    spectrum_key,
+)
 from mergetool.bundle.heads import write_class_head, write_head
 from mergetool.bundle.manifest import (
     MANIFEST_NAME,
@@ -35,6 +42,7 @@ from mergetool.bundle.manifest import (
 )
 from mergetool.bundle.options import Experts, HeadSource, Options
 from mergetool.bundle.ranks import columns, factor_specs, full_spec, is_worthwhile, most_directions
+from mergetool.bundle.routed import routing_matrices
 from mergetool.bundle.store import FactorStore
 from mergetool.bundle.task_vector import TaskVector, directions_of
 from mergetool.errors import MergeError, PlanError
@@ -43,15 +51,15 @@ from mergetool.kernels.spectral import (
     Factors,
     concatenated,
     interference,
-    kept,
     orthogonalised,
+    rank_limit,
     ranks_within,
 )
 from mergetool.tensors.dtypes import BY_TORCH_NAME, torch_dtype
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.side_files import read_config
-from mergetool.tensors.writer import write_file
+from mergetool.tensors.writer import write_file, write_tensors
 
 FIRST_PASS = "first_pass.safetensors"
 
@@ -77,19 +85,22 @@ def build(
         if experts.leads:
             work.write_first_pass(parameters, router)
     paths = experts.share(lambda task: work.write_factors(task, parameters), experts.names, num_threads)
+    files = dict(zip(experts.names, paths, strict=True))
+    measured = experts.share(lambda name: work.measured(parameters[name], name, paths), [*parameters], num_threads)
+    parameters = dict(zip(parameters, measured, strict=True))
     if not experts.leads:
         return None
-    files = dict(zip(experts.names, paths, strict=True))
     base = work.write_base()
     tasks = tuple(
         Task(
             name=name,
-            source=place.name if (place := experts.sources[name].folder) else "",
-            files=experts.digests(name),
+            source=source,
+            files=digests,
             factors=files[name],
             head=heads.get(name),
         )
         for name in experts.names
+        for source, digests in [experts.provenance(name)]
     )
     return work.finish(base, tasks, parameters, router)
 
@@ -119,25 +130,26 @@ class _Work:
             return Parameter(policy="skip", shape=shape), []
         known = directions_of(change.num_directions for change in changes)
         most = most_directions(name, shape, self.options, len(changes), known)
-        if most == 0:
+        whole = all(change.is_stored for change in changes) and known is None  # no more than that is asked for
+        if most == 0 or whole:
             return Parameter(policy="full", shape=shape), []
-        factors = [kept(change.factors(self.store, most), self.options.rank) for change in changes]
+        factors = [change.chosen(self.store, most, self.options.rank) for change in changes]
         if not is_worthwhile(shape, max(part.rank for part in factors), self.options):
             return Parameter(policy="full", shape=shape), []
-        parameter = Parameter(
-            policy="svd",
-            shape=shape,
-            ranks=tuple(part.rank for part in factors),
-            interference=interference(concatenated(factors).to(torch.float64)).normalised,
-        )
-        return parameter, [part.s.cpu() for part in factors]
+        room = rank_limit(self.options.rank, min(shape[0], columns(shape)), len(changes))
+        spectra = [change.spectrum(part, room).cpu() for change, part in zip(changes, factors, strict=True)]
+        return Parameter(policy="svd", shape=shape, ranks=tuple(part.rank for part in factors)), spectra
 
     def within_size(
         self, parameters: dict[str, Parameter], spectra_of: Mapping[str, list[Tensor]]
     ) -> dict[str, Parameter]:
         """The parameters with fewer directions where all of them would take more space than a bundle may."""
         spectra = [(name, s) for name in parameters for s in spectra_of[name]]
-        if self.options.size is None or not spectra:
+        if self.options.size is None:
+            return parameters
+        if self.experts.leads:
+            self._write_spectra(spectra_of)
+        if not spectra:
             return parameters
         width = _torch(self.options.dtype).itemsize
         base = sum(spec.num_bytes for spec in self.experts.sources["base"].specs.values())
@@ -147,7 +159,11 @@ class _Work:
         ranks: dict[str, list[int]] = {}
         for (name, _), rank in zip(spectra, ranks_within([s for _, s in spectra], costs, budget), strict=True):
             ranks.setdefault(name, []).append(rank)
-        return parameters | {name: parameters[name].model_copy(update={"ranks": tuple(r)}) for name, r in ranks.items()}
+        return parameters | {name: _at_most(parameters[name], several) for name, several in ranks.items()}
+
+    def _write_spectra(self, spectra_of: Mapping[str, list[Tensor]]) -> None:
+        values = {spectrum_key(task, name): s for name, each in spectra_of.items() for task, s in enumerate(each)}
+        write_tensors(self.folder / SPECTRA, values, {"format": "pt"})
 
     def _changes(self, name: str) -> list[TaskVector]:
         changes = [self.experts.change(task, name) for task in self.experts.names]
@@ -191,6 +207,14 @@ class _Work:
                 writer.put(f"{name}.Vh", factors.v.mT)
         return path
 
+    def measured(self, parameter: Parameter, name: str, paths: Sequence[str]) -> Parameter:
+        """The parameter with how much the tasks' factors, as they were written, are in each other's way."""
+        if parameter.policy != "svd":
+            return parameter
+        written = [_read_factors(self.folder / path, name, self.experts.device) for path in paths]
+        every = concatenated([factors for factors in written if factors is not None])
+        return parameter.model_copy(update={"interference": interference(every).normalised})
+
     # ---------------------------------------------------------------- routing
 
     def router(self, parameters: Mapping[str, Parameter]) -> Router | None:
@@ -199,7 +223,7 @@ class _Work:
         if options is None:
             return None
         one = len(self.experts.names) == 1  # nothing to choose
-        matrices = () if one else _routing_matrices(parameters, options.layers)
+        matrices = () if one else routing_matrices(parameters, options.layers)
         merged = options.features == "merged"
         return Router(
             matrices=matrices,
@@ -288,7 +312,7 @@ class _Work:
         config = read_config(self.experts.sources["base"].folder)
         write_file(self.folder / CONFIG_NAME, json.dumps(bundle_config(config), indent=2) + "\n")
         write_file(self.folder / "modeling_mass.py", _MODELING)
-        globs = ("base/*", "factors/*", "heads/**/*", FIRST_PASS, CONFIG_NAME, "modeling_mass.py")
+        globs = ("base/*", "factors/*", "heads/**/*", FIRST_PASS, SPECTRA, CONFIG_NAME, "modeling_mass.py")
         written = [path for glob in globs for path in sorted(self.folder.glob(glob)) if path.is_file()]
         manifest = Manifest(
             format_version=2 if self._layouts else 1,
@@ -329,40 +353,23 @@ def _torch(name: str) -> torch.dtype:
     return torch_dtype(BY_TORCH_NAME[name])
 
 
+def _read_factors(path: Path, name: str, device: torch.device) -> Factors | None:
+    """Factors of a tensor in a finished file, in float64; None where it has none of it."""
+    with safe_open(path, framework="pt") as file:
+        if f"{name}.U" not in file.keys():  # noqa: SIM118  (not a mapping)
+            return None
+        u, s, vh = (file.get_tensor(f"{name}.{part}").to(device).double() for part in ("U", "S", "Vh"))
+    return Factors(u, s, vh.mT)
+
+
+def _at_most(parameter: Parameter, ranks: Sequence[int]) -> Parameter:
+    """The parameter with no more directions of each task than these."""
+    fewer = tuple(min(pair) for pair in zip(parameter.ranks, ranks, strict=True))
+    return parameter.model_copy(update={"ranks": fewer})
+
+
 def _hidden_size(config: Mapping[str, object]) -> int | None:
     for key in ("hidden_size", "d_model"):
         if isinstance(value := config.get(key), int):
             return value
     return None
-
-
-def _routing_matrices(
-    parameters: Mapping[str, Parameter], layers: tuple[str, ...] | Literal["auto"]
-) -> tuple[str, ...]:
-    """Matrices whose inputs routing reads.
-
-    auto: attention's output projections inside numbered layers (of the encoder, where there are two stacks). Their
-    inputs are mixtures of values, and tell tasks apart better than those of the other kinds, or of all together, which
-    mostly read the residual stream, whose mean all tasks share. All matrices where there are none of that kind.
-    """
-    depths = structural_depths(parameters)
-    matrices = [name for name, each in parameters.items() if each.policy == "svd" and len(each.shape) == 2]
-    everyone = [name for name in matrices if all(parameters[name].ranks)]  # else some task could not be near there
-    inside = [name for name in everyone or matrices if depths[name] is not None]
-    inside = inside or [name for name in matrices if is_attention_output(name)]  # one layer, used again and again
-    if layers != "auto":
-        chosen = [name for name in inside if any(fnmatchcase(name, glob) for glob in layers)]
-        if not chosen:
-            what = f"no changed matrix inside a layer matches {', '.join(layers)}"
-            shown = inside[0] if inside else "none"
-            raise PlanError(what, "merge.router.layers", f"write layers: auto, or globs on names such as {shown}")
-        return tuple(chosen)
-    encoder = [name for name in inside if "encoder" in name.split(".")]
-    decoder = [name for name in inside if "decoder" in name.split(".")]
-    chosen = encoder if encoder and decoder else inside
-    if not chosen:
-        what = (
-            "no matrix inside a layer was changed and is kept at less than full rank, so there is nothing to route by"
-        )
-        raise PlanError(what, "merge.router", "check that the experts are fine-tunes of the base, or lower the rank")
-    return tuple([name for name in chosen if is_attention_output(name)] or chosen)

@@ -17,12 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mergetool.bundle.files import SPECTRA, spectrum_key
 from mergetool.bundle.manifest import ClassHead, Manifest, Task, read_manifest
 from mergetool.bundle.verify import base_folder, check_base, check_files
 from mergetool.checkpoints.view import RenamedModel
 from mergetool.errors import SourceError
 from mergetool.tensors.dtypes import torch_dtype
-from mergetool.tensors.factors import Halves, nothing_added
+from mergetool.tensors.factors import Halves, Kept, nothing_added
 from mergetool.tensors.folder import open_model
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import bytes_of
@@ -38,6 +39,7 @@ class ExpertSource(ModelSource):
         self._parameters = manifest.parameters
         self._place = manifest.names.index(task.name)
         self._factors = folder / task.factors
+        self._spectra = folder / SPECTRA
         self._head = head = open_model(folder / task.head.file) if isinstance(task.head, ClassHead) else None
         self._names: Mapping[str, str] = {name: name for name in base.specs}
         self._last = threading.local()
@@ -84,7 +86,7 @@ class ExpertSource(ModelSource):
             if self._parameters[name].policy == "full":
                 values += file.get_tensor(f"{name}.delta")
             elif f"{name}.U" in file.keys():  # noqa: SIM118  (not a mapping)
-                u, s, vh = (file.get_tensor(f"{name}.{key}").to(torch.float64) for key in ("U", "S", "Vh"))
+                u, s, vh = (file.get_tensor(part).to(torch.float64) for part in _triplet(name))
                 values += ((u * s) @ vh).view(spec.shape)
         return values.to(stored.dtype).contiguous()
 
@@ -106,8 +108,27 @@ class ExpertSource(ModelSource):
         if not (directions := self.num_directions(name)):
             return None if directions is None else nothing_added(self.specs[name].shape)
         with self._opened() as file:
-            u, s, vh = (file.get_tensor(f"{self._names[name]}.{key}").float() for key in ("U", "S", "Vh"))
+            u, s, vh = (file.get_tensor(part).float() for part in _triplet(self._names[name]))
             return u * s, vh
+
+    def kept(self, name: str) -> Kept | None:
+        if name not in self._names:
+            return None
+        name = self._names[name]
+        with self._opened() as file:
+            parts = (f"{name}.delta",) if f"{name}.delta" in file.keys() else _triplet(name)  # noqa: SIM118
+            found = [file.get_tensor(part) for part in parts if part in file.keys()]  # noqa: SIM118
+        b, a = nothing_added(self._base.specs[name].shape)
+        u, s, vh = found if len(found) == len(parts) > 1 else (b, torch.zeros(0), a)
+        return tuple(found) if len(parts) == 1 else (u, s, vh, self._spectrum(name, s))
+
+    def _spectrum(self, name: str, s: Tensor) -> Tensor:
+        """The singular values that were there when it was decided how many to keep."""
+        if not self._spectra.is_file():
+            return s
+        with safe_open(self._spectra, framework="pt") as file:
+            key = spectrum_key(self._place, name)
+            return file.get_tensor(key) if key in file.keys() else s  # noqa: SIM118  (not a mapping)
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
@@ -123,6 +144,11 @@ class ExpertSource(ModelSource):
         self._base.close()
         if self._head is not None:
             self._head.close()
+
+
+def _triplet(name: str) -> tuple[str, str, str]:
+    """What a bundle calls the factors of a tensor."""
+    return f"{name}.U", f"{name}.S", f"{name}.Vh"
 
 
 def open_expert(folder: Path, task: str) -> ExpertSource:

@@ -18,6 +18,9 @@ from mergetool.tensors.source import SINGLE_NAME, ModelSource, weight_map
 from mergetool.tensors.writer import SlotWriter
 
 CONFIG_NAME = "config.json"
+SPECTRA = "spectra.safetensors"
+"""Singular values that could have been kept, in float64, where `size` decides how many are: what later experts need to
+know to share the space fairly."""
 
 
 @dataclass(frozen=True)
@@ -92,3 +95,8 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     except OSError as error:
         raise write_error(error, str(target)) from error
+
+
+def spectrum_key(task: int, name: str) -> str:
+    """What `SPECTRA` calls the singular values of a task's change of a tensor."""
+    return f"{task}.{name}"

@@ -10,6 +10,7 @@ from mergetool.arch.matrices import MatrixFilter
 from mergetool.bundle.manifest import Features, HeadRule, Mode, Norm, Per, Pool, Storage
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from mergetool.bundle.present import OwnHead
@@ -88,6 +89,13 @@ class Experts(Protocol):
             return list(pool.map(call, items))
 
     @property
+    def device(self) -> "torch.device":
+        """Where to compute."""
+        import torch
+
+        return torch.device("cpu")
+
+    @property
     def leads(self) -> bool:
         """Whether this process does what is not shared. The others return None in its stead."""
         return True
@@ -95,3 +103,8 @@ class Experts(Protocol):
     def digests(self, model: str) -> Mapping[str, str]:
         """SHA-256 of a model's weight files, by file name."""
         ...
+
+    def provenance(self, task: str) -> tuple[str, Mapping[str, str]]:
+        """What an expert's folder is called, and `digests` of its files."""
+        folder = self.sources[task].folder
+        return folder.name if folder else "", self.digests(task)

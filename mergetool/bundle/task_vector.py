@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mergetool.bundle.store import FactorStore
 from mergetool.kernels.low_rank import Pair, triplets
-from mergetool.kernels.spectral import Factors
+from mergetool.kernels.spectral import Factors, Rank, kept
+from mergetool.tensors.factors import Kept
 
 
 class TaskVector(Protocol):
@@ -18,6 +19,11 @@ class TaskVector(Protocol):
     def num_directions(self) -> int | None:
         """How many directions it has at most, where that is known without computing them."""
         ...
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether it is what an earlier bundle kept."""
+        return False
 
     @property
     def is_nothing(self) -> bool:
@@ -31,13 +37,21 @@ class TaskVector(Protocol):
         """At most k leading live singular triplets, float64, of the tensor seen as (rows, everything else)."""
         ...
 
+    def chosen(self, store: FactorStore, k: int, rank: Rank) -> Factors:
+        """Of these the ones that are kept, where `rank` asks for a share of the energy."""
+        return kept(self.factors(store, k), rank)
+
+    def spectrum(self, chosen: Factors, k: int) -> Tensor:
+        """The singular values that could be kept, of which `chosen` were."""
+        return chosen.s
+
     def dense(self) -> Tensor:
         """All of it, in the tensor's shape; not to be changed."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
-class Difference:
+class Difference(TaskVector):
     """The expert's tensor minus the base's. Its factors are worth keeping in the store."""
 
     delta: Tensor
@@ -59,7 +73,7 @@ class Difference:
 
 
 @dataclass(frozen=True, eq=False)
-class Product:
+class Product(TaskVector):
     """B A, as an adapter holds it. Its factors are quicker made again than read."""
 
     b: Tensor
@@ -83,6 +97,57 @@ class Product:
 
     def dense(self) -> Tensor:
         return (self.b @ self.a).view(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredInFull(Difference):
+    """What another bundle kept in full."""
+
+    is_stored = True
+
+
+@dataclass(frozen=True, eq=False)
+class Stored(TaskVector):
+    """What another bundle kept of it: cut further, but never computed anew."""
+
+    parts: Factors
+    """In float64."""
+    values: Tensor
+    """The singular values that could have been kept."""
+    shape: tuple[int, ...]
+    is_stored = True
+
+    @property
+    def num_directions(self) -> int:
+        return self.parts.rank
+
+    @property
+    def is_nothing(self) -> bool:
+        return self.parts.rank == 0
+
+    @property
+    def is_finite(self) -> bool:
+        return all(bool(part.isfinite().all()) for part in (self.parts.u, self.parts.s, self.parts.v))
+
+    def factors(self, store: FactorStore, k: int) -> Factors:
+        return self.parts.leading(k)
+
+    def chosen(self, store: FactorStore, k: int, rank: Rank) -> Factors:
+        return self.factors(store, k)  # a share of a share would be less than was asked for
+
+    def spectrum(self, chosen: Factors, k: int) -> Tensor:
+        return self.values[:k]
+
+    def dense(self) -> Tensor:
+        return self.parts.dense().view(self.shape)
+
+
+def as_stored(kept: Kept, shape: tuple[int, ...]) -> TaskVector:
+    """A change as an earlier bundle kept it."""
+    if len(kept) == 1:
+        return StoredInFull(kept[0].float())
+    u, s, vh, values = (part.double() for part in kept)
+    return Stored(Factors(u, s, vh.mT), values, shape)
 
 
 def directions_of(known: Iterable[int | None]) -> int | None:

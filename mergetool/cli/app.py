@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from mergetool._version import __version__
+from mergetool.cli import bundle as bundles
 from mergetool.cli.against import hold_against, refuse_idle
 from mergetool.cli.answers import deliver, inspect_bundle, print_answer, say_pushed, say_result, say_steps
 from mergetool.cli.commands import Quiet, Verbose, command, existing, is_follower, method_names, set_manner
@@ -224,6 +225,7 @@ def verify(
     print_answer(report if as_json else f"{path}: {report['summary']}", as_json=as_json)
 
 
+app.add_typer(bundles.app, name="bundle")
 command(app, "mergetool diff base merged --top 10")(diff)
 command(app, "mergetool compare merged1 merged2 --base base")(compare)
 

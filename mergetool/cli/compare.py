@@ -23,6 +23,9 @@ _SCORES = ("task", "run", "metric", "items", "score", "low", "high", "retention"
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that runs have left, two or more.")],
     base: Annotated[str | None, typer.Option(metavar="C", help="Compare what they changed of this model.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write compare.html and compare.json there.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads (default: one per core).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
@@ -30,9 +33,11 @@ def compare(
     from mergetool.api import compare as laid_beside
 
     with ProgressBar(quiet=manner.quiet) as progress:
-        found = laid_beside(*map(existing, runs), base=base, workers=workers, progress=progress)
+        found = laid_beside(*map(existing, runs), base=base, output=output, workers=workers, progress=progress)
     for remark in found.remarks:
         say(f"note: {remark}")
+    if output is not None:
+        say(f"written: {output / 'compare.html'}, and compare.json")
     if as_json:
         print(found.to_json())
     else:

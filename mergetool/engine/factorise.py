@@ -19,7 +19,7 @@ from mergetool.bundle.manifest import Parameter
 from mergetool.bundle.options import Experts, HeadSource
 from mergetool.bundle.present import OwnHead, PresentedSource
 from mergetool.bundle.store import FactorStore
-from mergetool.bundle.task_vector import Product, TaskVector
+from mergetool.bundle.task_vector import Product, TaskVector, as_stored
 from mergetool.engine.context import Context
 from mergetool.engine.devices import free_device, load_linear_algebra, own_stream
 from mergetool.engine.fit import WholeModels
@@ -29,7 +29,7 @@ from mergetool.methods.group import Note
 from mergetool.planning import Plan
 from mergetool.planning.graph import BASE, Stage
 from mergetool.tensors.digests import remembered_sha256
-from mergetool.tensors.factors import nothing_added
+from mergetool.tensors.factors import Halves, nothing_added
 from mergetool.tensors.source import is_same_tensor
 
 _STORE = ".factors"
@@ -104,12 +104,20 @@ class WholeExperts(WholeModels, Experts):
         base = self.sources[BASE]
         source = self.sources[self._stand_ins.get((model, name), BASE)]
         shape = self.shapes[name]
-        own = None if source is base or not is_same_tensor(source.origin, base, name) else source.factors(name)
-        halves = nothing_added(shape) if source is base else own
-        if halves is None:
-            return super().change(model, name)
+        if source is base:
+            return self._product(nothing_added(shape), shape)
+        if source.origin is not source and is_same_tensor(source.origin, base, name) and (kept := source.kept(name)):
+            return as_stored(tuple(part.to(self.device) for part in kept), shape)
+        halves = source.factors(name) if is_same_tensor(source.origin, base, name) else None
+        return super().change(model, name) if halves is None else self._product(halves, shape)
+
+    def _product(self, halves: Halves, shape: tuple[int, ...]) -> Product:
         b, a = halves
         return Product(b.to(self.device), a.to(self.device), shape)
+
+    def provenance(self, task: str) -> tuple[str, Mapping[str, str]]:
+        known = self._plan.recipe.past.tasks.get(task)
+        return super().provenance(task) if known is None else (known.source, known.files)
 
     def digests(self, model: str) -> Mapping[str, str]:
         digests = {}

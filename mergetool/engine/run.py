@@ -144,7 +144,8 @@ def _claim(plan: Plan, flags: Flags, team: Team) -> Staging:
     assert plan.output is not None
     if not team.leads:
         return Staging.joined(plan, plan.output, team.rank)
-    return Staging(plan, plan.output, overwrite=flags.overwrite, resume=flags.resume)
+    replaces = plan.recipe.past.place == plan.output
+    return Staging(plan, plan.output, overwrite=flags.overwrite or replaces, resume=flags.resume, in_place=replaces)
 
 
 def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tuple[Plan, Costs, dict[str, str]]:

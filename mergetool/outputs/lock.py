@@ -83,7 +83,8 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
         "versions": {name: version(name) for name in ("torch", "safetensors", "numpy", "pydantic")}
         | {"python": platform.python_version(), "platform": sys.platform},
         "inputs": {
-            name: [_input(plan, record, name, stamp) for stamp in stamps] for name, stamps in plan.stamps.items()
+            name: plan.recipe.past.inputs.get(name) or [_input(plan, record, name, stamp) for stamp in stamps]
+            for name, stamps in plan.stamps.items()
         },
         "origins": {
             name: [redacted(vars(origin), plan.recipe.folder) for origin in origins]

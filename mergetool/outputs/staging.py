@@ -41,14 +41,15 @@ _ELSEWHERE = "choose another place with -o PATH"
 class Staging:
     """A claimed output. Raises OutputError when it may not be written, exists, or is being written."""
 
-    def __init__(self, plan: Plan, output: Path, *, overwrite: bool, resume: bool) -> None:
+    def __init__(self, plan: Plan, output: Path, *, overwrite: bool, resume: bool, in_place: bool = False) -> None:
+        """`in_place`: the output may be an input, which it then replaces."""
         self.output = output
         self.partial = partial_path(output)
         self.overwrite = overwrite
         self.key = plan_key(plan)
         self._inputs = [stamp for stamps in plan.stamps.values() for stamp in stamps]
         with _writing(self.partial):
-            self._check_inputs()
+            self._check_inputs(self.partial, *(() if in_place else (output,)))
             check_output(output, overwrite=overwrite)
             self._check_partial()
             check_parts(output)
@@ -96,10 +97,10 @@ class Staging:
         self.journal = Journal(self.partial, self.key, resume=True, rank=rank)
         return self
 
-    def _check_inputs(self) -> None:
+    def _check_inputs(self, *places: Path) -> None:
         inputs = [stamp.path for stamp in self._inputs]
         held = {folder for path in inputs for folder in (*path.absolute().parents, *path.resolve().parents)}
-        for place in (self.output, self.partial):
+        for place in places:
             if place.resolve() in held or place.resolve() in {path.resolve() for path in inputs}:
                 raise OutputError("the output is an input, or holds one", str(place), _ELSEWHERE)
 
@@ -251,6 +252,27 @@ def done_before(plan: Plan, output: Path, *, overwrite: bool) -> bool:
             keep_parts(output, ())
             remove_journals(partial)
             journal.close()
+    return True
+
+
+def settle(output: Path) -> bool:
+    """End a replacement that was killed between its renames, or after them. Returns whether there was one to end.
+
+    Raises OutputError where it is still going on.
+    """
+    partial, replaced = partial_path(output), _replaced(output)
+    renamed = output.exists() and not partial.exists() and (journal_path(partial).is_file() or replaced.exists())
+    between = not output.exists() and (partial / LOCK_NAME).is_file() and (replaced / LOCK_NAME).is_file()
+    if not (renamed or between):
+        return False
+    journal = Journal(partial, "", resume=True)
+    with _writing(output):
+        if between:
+            partial.rename(output)
+            sync_folder(output.parent)
+        _remove(replaced)
+        remove_journals(partial)
+    journal.close()
     return True
 
 

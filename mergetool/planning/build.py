@@ -22,7 +22,7 @@ from mergetool.planning.inner import NONE, PlannedModel, place_of, with_inner
 from mergetool.planning.outcome import check_vocabulary, words_about_result
 from mergetool.planning.parents import check_shares, words_about
 from mergetool.planning.passes import with_partners, with_passes
-from mergetool.planning.sources import Lookup
+from mergetool.planning.sources import Lookup, Provenance
 from mergetool.planning.words import in_one_vocabulary
 from mergetool.recipe.adapters import on_their_base
 from mergetool.recipe.candidate import first_candidate
@@ -104,6 +104,11 @@ def _of_adapters(recipe: Recipe, opened: Mapping[str, ModelSource], output: Path
     return make_plan(on_their_base(recipe), output, lookup=lookup)
 
 
+def _past(recipe: Recipe) -> dict[str, tuple[Provenance, ...]]:
+    """Where models that are taken from an earlier result came from."""
+    return {name: tuple(Provenance(**each) for each in told) for name, told in recipe.past.origins.items()}
+
+
 def _planned(
     recipe: Recipe, opened: Mapping[str, ModelSource], output: Path | None, lookup: Lookup, *, whole: bool
 ) -> Plan:
@@ -129,7 +134,7 @@ def _planned(
         tuple(shards),
         output,
         warnings=(*remarks, *words, *_unsplit(shards, stem, limit)),
-        origins=lookup.origins,
+        origins=lookup.origins | _past(recipe),
         bytes_missing=sum(lookup.missing.values()),
         untied=family.untied,
         layers=draft.arrangement.layers,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
-from mergetool.bundle.files import factors_path, model_files, small_files
+from mergetool.bundle.files import SPECTRA, factors_path, model_files, small_files, spectrum_key
 from mergetool.bundle.options import Options
 from mergetool.bundle.present import PresentedSource
 from mergetool.bundle.ranks import bytes_within, factor_specs, full_spec, most_directions
@@ -17,6 +17,7 @@ from mergetool.methods.base import expect
 from mergetool.methods.families.bundle import BundleMethod
 from mergetool.planning.graph import BASE, Plan, PlannedFile, Shard, Slot, Step
 from mergetool.planning.operations import Factorise
+from mergetool.tensors.dtypes import BY_NAME
 from mergetool.tensors.header import TensorSpec, lay_out
 from mergetool.tensors.source import is_same_tensor
 
@@ -106,6 +107,13 @@ def _others(plan: Plan, options: Options, steps: Iterable[Step]) -> Iterable[Pla
             own = [source.head.source.specs[name] for name in source.head.names]
             yield PlannedFile(f"{place}/head.safetensors", _size(own))
             yield from _copies(place, small_files(source.head.folder), {})
+    if options.size is not None:
+        kept = [(slot, step) for step in steps for slot in step.slots if slot.spec.name.endswith(".S")]
+        values = [
+            TensorSpec(spectrum_key(slot.shard, step.name), BY_NAME["F64"], (step.operation.numbers["rank"],))
+            for slot, step in kept
+        ]
+        yield PlannedFile(SPECTRA, _size(values), at_most=True)
     if options.router is not None and options.router.features == "merged":
         read = [replace(step.spec, dtype=base.specs[step.name].dtype) for step in steps]
         yield PlannedFile("first_pass.safetensors", _size(read), at_most=True)

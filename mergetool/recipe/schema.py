@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from mergetool.arch.code import code_of
+from mergetool.bundle.manifest import Task
 from mergetool.evaluate.options import TaskOptions
 from mergetool.layouts.base import Layout
 from mergetool.layouts.same import Same
@@ -200,6 +201,18 @@ class Override(Section):
 
 
 @dataclass(frozen=True)
+class Past:
+    """What is known of models that are taken from an earlier result: where that one had them from."""
+
+    place: Path | None = None
+    """That result, which a new one may replace."""
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """By model, as in a lock."""
+    origins: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A checked recipe. `document` is what was asked, as plain data, with defaults left out."""
 
@@ -234,6 +247,7 @@ class Recipe:
     """Whether the result is only read by another recipe: it is then kept as it was computed, unless it says how."""
     warnings: tuple[str, ...] = ()
     """What was found when it was read that its author should know."""
+    past: Past = field(default_factory=Past)
 
     @property
     def adapters_alone(self) -> bool:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 Halves = tuple["Tensor", "Tensor"]
 """B and A; the factor that an adapter puts on its product is in B."""
 
+Kept = tuple["Tensor", ...]
+"""A change as a bundle keeps it: U (rows, r), S (r), Vh (r, everything else), and the singular values that could have
+been kept, more than r where space was short; or all of it alone."""
+
 
 def nothing_added(shape: tuple[int, ...]) -> Halves:
     """No directions, of a tensor of this shape."""

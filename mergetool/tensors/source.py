@@ -27,7 +27,7 @@ from mergetool.tensors.io import read_error, read_exact
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergetool.tensors.factors import Halves
+    from mergetool.tensors.factors import Halves, Kept
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -111,6 +111,10 @@ class ModelSource(ABC):
 
     def factors(self, name: str) -> "Halves | None":
         """B (rows, r) and A (r, all else), float32: the origin's tensor plus B A is this one. None: not known so."""
+        return None
+
+    def kept(self, name: str) -> "Kept | None":
+        """The change of the origin's tensor as a bundle keeps it, as stored; None: this is no expert of one."""
         return None
 
     def scale(self, name: str) -> float:

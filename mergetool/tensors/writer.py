@@ -134,6 +134,14 @@ def write_file(path: Path, text: str) -> None:
         raise write_error(error, str(path)) from error
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those around it, where there is none. Raises OutputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(error, str(path)) from error
+
+
 def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
     """Write a small safetensors file, and wait until it is on the disk. Raises OutputError.
 

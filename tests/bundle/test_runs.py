@@ -34,6 +34,7 @@ def test_a_recipe_makes_a_bundle_that_answers(models, tmp_path):
     assert result.path == tmp_path / "out"
     assert sorted(path.name for path in result.path.iterdir()) == [
         "README.md", "base", "config.json", "factors", "heads", "manifest.json", "mergetool.json", "modeling_mass.py",
+        "spectra.safetensors",
     ]  # fmt: skip
     assert not (tmp_path / "out.partial").exists()
     answer = mergetool.load_bundle(result.path)(**tiny_inputs("bert"))
@@ -150,7 +151,7 @@ def test_a_cache_that_nothing_would_use_is_an_error(models, tmp_path):
 def test_the_interference_of_every_matrix_is_reported(models, tmp_path):
     result = mergetool.run(recipe(models, "tsv-merge", heads=False), output=tmp_path / "merged")
     measured = json.loads((result.path / "mergetool.json").read_text())["measured"]
-    bundle = mergetool.run(recipe(models), output=tmp_path / "bundle").path
+    bundle = mergetool.run(recipe(models, size=9.0, factors="float32"), output=tmp_path / "bundle").path
     expected = {name: p.interference for name, p in read_manifest(bundle).parameters.items() if p.policy == "svd"}
     assert len(measured) == 19  # six a layer and the pooler's
     for name, found in measured.items():

@@ -14,6 +14,10 @@ from mergetool.cli.app import app
 from tests.files import tensors, write_model, write_models, write_raw, write_recipe
 
 FLAGS = {
+    "bundle add": {"bundle", "experts", "--adapter", "--output", "-o", "--workers", "--json"},
+    "bundle dense": {"bundle", "expert", "--output", "-o", "--json"},
+    "bundle list": {"bundle", "--json"},
+    "bundle remove": {"bundle", "experts", "--output", "-o", "--workers", "--json"},
     "run": {
         "recipe",
         "-o",
@@ -36,7 +40,7 @@ FLAGS = {
     "inspect": {"reference", "--json"},
     "verify": {"path", "--load", "--against", "--set", "--workers", "--memory", "--trust-code", "--json"},
     "diff": {"a", "b", "--base", "--top", "--exit-code", "--workers", "--json"},
-    "compare": {"runs", "--base", "--workers", "--json"},
+    "compare": {"runs", "--base", "-o", "--output", "--workers", "--json"},
     "methods": {"name", "--json"},
     "init": {"method", "-o", "--output"},
     "schema": set(),
@@ -67,10 +71,18 @@ def recipe(tmp_path):
     return write_recipe(tmp_path / "r.yaml", models=models, merge={"method": "linear"}, output={"path": "out"})
 
 
+def every(command, before=""):
+    """Commands by what is typed, those of a group behind its name."""
+    found = {}
+    for name, each in command.commands.items():
+        found |= every(each, f"{before}{name} ") if hasattr(each, "commands") else {f"{before}{name}": each}
+    return found
+
+
 def test_the_commands_and_flags_are_frozen():
     command = typer.main.get_command(app)
     assert spelled(command) == {"--version", "--install-completion", "--show-completion", *EVERYWHERE}
-    assert {name: spelled(each) for name, each in command.commands.items()} == {
+    assert {name: spelled(each) for name, each in every(command).items()} == {
         name: flags | EVERYWHERE for name, flags in FLAGS.items()
     }
 
@@ -78,11 +90,12 @@ def test_the_commands_and_flags_are_frozen():
 def test_every_command_answers_to_h_and_shows_an_example_that_can_be_typed(call):
     command = typer.main.get_command(app)
     assert "Usage" in call("-h")[1]
-    for name, each in command.commands.items():
+    for name, each in every(command).items():
         example = each.epilog.removeprefix("Example: ")
-        assert example in " ".join(call(name, "-h")[1].split())
-        program, called, *arguments = shlex.split(example.partition(" > ")[0])
-        assert (program, called) == ("mergetool", name)
+        assert example in " ".join(call(*name.split(), "-h")[1].split())
+        words = shlex.split(example.partition(" > ")[0])
+        assert words[: 1 + name.count(" ") + 1] == ["mergetool", *name.split()]
+        arguments = words[2 + name.count(" ") :]
         each.make_context(name, arguments)  # which raises where an option or a value is wrong
 
 

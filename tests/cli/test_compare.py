@@ -34,6 +34,17 @@ def test_it_is_told_as_json(call, runs):
     assert json.loads(out)["distances"][0]["a"] == "w0.2"
 
 
+def test_a_page_and_its_data_are_written_where_asked(call, runs, tmp_path):
+    code, _, err = call("compare", *runs, "-o", tmp_path / "deep" / "compared")
+    assert (code, f"written: {tmp_path / 'deep' / 'compared' / 'compare.html'}" in err) == (0, True)
+    told = json.loads((tmp_path / "deep" / "compared" / "compare.json").read_text())
+    assert told["runs"] == {path.name: str(path) for path in runs}
+    assert "<h1" in (tmp_path / "deep" / "compared" / "compare.html").read_text()
+    (tmp_path / "file").touch()
+    code, _, err = call("compare", *runs, "-o", tmp_path / "file")
+    assert (code, "fix: " in err) == (6, True)
+
+
 def test_one_result_is_too_few_and_a_model_is_none(call, runs):
     code, _, err = call("compare", runs[0])
     assert (code, "fewer than two results" in err) == (2, True)

@@ -1,0 +1,57 @@
+"""Results side by side as a page, in a browser."""
+
+import re
+import sys
+
+import pytest
+
+import mergetool
+from mergetool import OutputError
+from mergetool.analysis.compare_page import page
+from tests.analysis.test_compare import planted, runs
+from tests.pages.browsing import opened, stands
+
+__all__ = ["runs"]
+
+
+def test_the_page_stands_and_shows_every_part(browser, runs):
+    planted(runs)
+    names = [runs / name for name in ("weak", "strong", "middle")]
+    mergetool.compare(*names, base=runs / "base", output=runs / "compared")
+    path = runs / "compared" / "compare.html"
+    stands(browser, path)
+    with opened(browser, path) as shown:
+        titles = shown.locator("h2").all_inner_texts()
+        assert titles == [
+            "Scores",
+            "Kept of the best parent",
+            "Differences on the same items",
+            "What the recipes say differently",
+            "Distances between the weights",
+            "Time and size",
+        ]
+        assert shown.locator("svg").count() >= 2
+        assert "merge.method" in shown.inner_text("body")
+    assert path.stat().st_size < 300_000
+
+
+def test_names_with_markup_are_shown_as_they_are(runs):
+    name = "<script>alert(1)</script>"
+    recipe = {"models": {"a": str(runs / "a")}, "merge": {"method": "linear"}}
+    folder = mergetool.run(recipe, output=runs / name.replace("/", "-")).path
+    text = page(mergetool.compare(runs / "weak", folder))
+    assert folder.name not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+def test_without_scores_the_page_says_what_there_is(runs):
+    text = page(mergetool.compare(runs / "weak", runs / "strong"))
+    assert not re.search(r"<h2[^>]*>\s*Scores", text)
+    assert "merge.weight.a" in text
+
+
+def test_without_jinja_the_install_line_is_told(runs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(OutputError, match="jinja2 is not installed") as caught:
+        mergetool.compare(runs / "weak", runs / "strong", output=runs / "compared")
+    assert caught.value.fix == "pip install 'mergetool[report]'"
