@@ -23,7 +23,17 @@ from mergetool.errors import (
 
 if TYPE_CHECKING:
     from mergetool.analysis.compared import ComparedRuns
-    from mergetool.api import change_bundle, compare, diff, load_bundle, load_recipe, merge_state_dicts, plan, run
+    from mergetool.api import (
+        change_bundle,
+        compare,
+        diff,
+        load_bundle,
+        load_recipe,
+        measure,
+        merge_state_dicts,
+        plan,
+        run,
+    )
     from mergetool.arch.derived import Architecture, derive_architecture
     from mergetool.methods.base import Method
     from mergetool.outputs.difference import Comparison
@@ -50,6 +60,7 @@ __all__ = [
     "diff",
     "load_bundle",
     "load_recipe",
+    "measure",
     "merge_state_dicts",
     "plan",
     "run",
@@ -67,6 +78,7 @@ _LAZY = {
     "diff": "mergetool.api",
     "load_bundle": "mergetool.api",
     "load_recipe": "mergetool.api",
+    "measure": "mergetool.api",
     "merge_state_dicts": "mergetool.api",
     "plan": "mergetool.api",
     "run": "mergetool.api",

@@ -86,6 +86,34 @@ def diff(
         return difference(str(a), str(b), None if base is None else str(base), workers=workers, listener=progress)
 
 
+def measure(
+    model: str | Path,
+    statistic: str,
+    data: str | Path,
+    *,
+    field: str = "text",
+    samples: int | None = 256,
+    length: int | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    device: str = "cpu",
+    cache: str | Path | None = None,
+    **settings: Any,
+) -> "dict[str, Tensor]":
+    """Measure a statistic of one model (`gram`, `fisher`, ...) on a file of JSON lines, by the names of its weights.
+
+    The options are those of the section `calibration`; `settings` are the statistic's own, such as `labels` of
+    `fisher`. It is kept in the cache and found there again. Raises a MergetoolError.
+    """
+    from mergetool.engine.measure import measure_one
+    from mergetool.recipe.data import Data
+    from mergetool.recipe.schema import Compute
+
+    asked = Data(data=str(Path(data).absolute()), field=field, samples=samples, length=length)
+    compute = Compute.model_validate({"dtype": dtype, "seed": seed})
+    return measure_one(str(model), statistic, asked, settings, compute, device, None if cache is None else Path(cache))
+
+
 def compare(
     *runs: str | Path,
     base: str | Path | None = None,
@@ -155,6 +183,7 @@ def merge_state_dicts(
     seed: int = 0,
     dtype: str = "float32",
     architecture: str | None = None,
+    statistics: "Mapping[str, Mapping[str, Tensor]] | None" = None,
     trust_code: bool = False,
     **parameters: Any,
 ) -> "dict[str, Tensor]":
@@ -162,7 +191,8 @@ def merge_state_dicts(
 
     `method` is a name (its parameters as keywords) or the `merge` section of a recipe. `models` maps names to state
     dicts (or is a list: names are then m0, m1, ...). `dtype` is the compute dtype, float32 or float64. `architecture`
-    is for methods that ask for it, where the tensors' names do not tell. `trust_code` allows Python files that the
+    is for methods that ask for it, where the tensors' names do not tell. `statistics` maps names of models to what was
+    measured on them, by the names of weights, for methods that need that. `trust_code` allows Python files that the
     parameters name to be run. Inputs are not changed; the result holds new
     tensors with the dtypes of `base` (or of the first model), on the CPU.
     Raises RecipeError or PlanError for inputs that do not fit, MergeError for results that are not finite.
@@ -178,9 +208,10 @@ def merge_state_dicts(
         "models": dict.fromkeys(models, "in memory"),
         "merge": section,
         "compute": {"seed": seed, "dtype": dtype},
+        **({"calibration": {name: {"measured": "in memory"} for name in statistics}} if statistics else {}),
     }
     states = {**({"base": base} if base is not None else {}), **models}
-    return merge_in_memory(load_recipe(document), states, trust_code=trust_code)
+    return merge_in_memory(load_recipe(document), states, statistics or {}, trust_code=trust_code)
 
 
 def _loaded(recipe: RecipeLike, settings: Sequence[str]) -> Recipe:

@@ -1,11 +1,16 @@
 """A stand-in for a device: its tensors keep their data here, and are as strict as those of a GPU.
 
-`torch.device("xpu")` is taken for it (nothing is pinned and there are no streams). An operation that mixes its tensors
-with others, and whatever reads its memory directly (numpy, addresses), fails as on a real device. A single number may
-lie on the CPU where an operation goes entry by entry and only reads it; an accumulator of one number may not.
-`double=False`: it has no float64 either, as mps has none.
+`torch.device("xpu")` is taken for it. What fails here as on a real device:
 
-Linear algebra is loaded when it is first used, as torch loads CUDA's, and that only one thread may do at a time.
+- an operation that mixes its tensors with others; a single number may lie on the CPU where an operation goes entry by
+  entry and only reads it, but an accumulator of one number may not, nor may what is put at places of a tensor
+- whatever reads its memory directly (numpy, addresses)
+- float64 with `double=False`: mps has none
+- linear algebra that two threads use for the first time at once: it is loaded then, as torch loads CUDA's
+- with `tests.streams`: memory that two streams use at once, pinned memory that is changed while it is copied, or read
+  before its values have come; and the waits of the host are counted
+
+Nothing is too small to be computed there while it is active.
 """
 
 import threading
@@ -15,6 +20,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from mergetool.engine import devices
+
+watch = None
+"""Who hears of all that is done, where the stand-in has streams (`tests.streams`)."""
 DEVICE = torch.device("xpu", 0)
 _INDEXED = {"aten::index", "aten::index_put_"}
 """The places may lie on the CPU, the values may not."""
@@ -35,6 +44,7 @@ class There(torch.Tensor):
             cls, here.shape, strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype
         )
         made.data_here = here
+        made.past = None
         return made
 
     device = property(lambda _: DEVICE)
@@ -50,12 +60,17 @@ class There(torch.Tensor):
         name = func._schema.name
         if name.removeprefix("aten::").startswith(_ALGEBRA):
             algebra.load()
+        if watch is not None:
+            if name == "aten::copy_" and not all(isinstance(each, There) for each in args[:2]):
+                watch.copied(*args[:2], later=args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+                return args[0]
+            watch.ran(func, args, kwargs)
         out = func(*_here(args), **_here(kwargs))
         if name.endswith("_") and not name.endswith("__"):
             return args[0]
         if "out" in kwargs:
             return kwargs["out"]
-        return _there(out)
+        return _there(out, args)
 
 
 def _check_one_device(func, args, kwargs):
@@ -92,6 +107,14 @@ class _Algebra:
 
 
 algebra = _Algebra()
+_entering, _inside, _least = threading.Lock(), [0], devices.LEAST_SLICE
+
+
+def _nothing_is_small(more):
+    """Modes belong to threads, the size that a device is worth to all."""
+    with _entering:
+        _inside[0] += more
+        devices.LEAST_SLICE = 0 if _inside[0] else _least
 
 
 class Elsewhere(TorchFunctionMode):
@@ -101,25 +124,33 @@ class Elsewhere(TorchFunctionMode):
         super().__init__()
         self.double = double
 
+    def __enter__(self):
+        _nothing_is_small(1)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        _nothing_is_small(-1)
+        return super().__exit__(*error)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func in _FORBIDDEN and isinstance(args[0], There):
             raise TypeError(f"{func.__name__}: the memory of a device cannot be read directly")
         if func is torch.Tensor.cpu:
-            return args[0].data_here.clone() if isinstance(args[0], There) else args[0]
+            return self._moved(args[0], "cpu")
         if func is torch.Tensor.tolist:
-            return _here(args[0]).tolist()
+            return _here(self._moved(args[0], "cpu")).tolist()
         if func is torch._has_compatible_shallow_copy_type:  # by which modules that move decide to make new parameters
             return isinstance(args[0], There) is isinstance(args[1], There)
         if func is torch.Tensor.to:
             return self._moved(*args, **kwargs)
-        device = kwargs.pop("device", None)
+        device, pinned = kwargs.pop("device", None), kwargs.pop("pin_memory", False)
         there = device is not None and torch.device(device).type == DEVICE.type
         out = func(*args, **kwargs, **({} if there or device is None else {"device": device}))
         if there:
             out = _there(out)
         self._check(out)
-        return out
+        return watch.pin(out) if pinned and watch is not None else out
 
     def _moved(self, tensor, *args, **kwargs):
         target = next((each for each in args if isinstance(each, torch.device | str)), kwargs.pop("device", None))
@@ -132,7 +163,10 @@ class Elsewhere(TorchFunctionMode):
         data = data.to(*rest, **kwargs)
         if there and isinstance(tensor, There) and data is tensor.data_here:
             return tensor
-        out = There(data if isinstance(tensor, There) else data.clone()) if there else data
+        between = there != isinstance(tensor, There)
+        out = _there(data.clone() if between else data) if there else data.clone() if between else data
+        if between and watch is not None:
+            watch.waited_for(out)
         self._check(out)
         return out
 
@@ -148,7 +182,22 @@ def _here(values):
     return tree_map(lambda each: each.data_here if isinstance(each, There) else each, values)
 
 
-def _there(values):
-    return tree_map(
-        lambda each: There(each) if isinstance(each, torch.Tensor) and not isinstance(each, There) else each, values
-    )
+def _there(values, given=()):
+    """What an operation made on the device; views have the past of what they are of."""
+    known = {each.data_here.untyped_storage().data_ptr(): each.past for each in _tensors(given) if each.numel()}
+
+    def made(value):
+        if not isinstance(value, torch.Tensor) or isinstance(value, There):
+            return value
+        out = There(value)
+        if watch is not None:
+            out.past = known.get(value.untyped_storage().data_ptr()) or watch.past()
+            if out.past.written == ():
+                watch.made(out)
+        return out
+
+    return tree_map(made, values)
+
+
+def _tensors(values):
+    return [each for each in tree_flatten(values)[0] if isinstance(each, There)]

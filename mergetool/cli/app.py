@@ -3,7 +3,6 @@
 stdout carries the result (a path, a table, or JSON with --json); stderr carries everything for people.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -63,7 +62,9 @@ def run(
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Most memory to use, e.g. 8GiB.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at the output.")] = False,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of resuming.")] = False,
-    cache: Annotated[Path | None, typer.Option(help="Folder that keeps factors or answers between runs.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps factors, statistics or answers between runs.")
+    ] = None,
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Run Python files that the recipe names.")] = False,
     push: Annotated[
         bool | None, typer.Option("--push/--no-push", help="Push to output.hub (default: if given).")
@@ -249,46 +250,8 @@ def push(
     print_answer(pushed.as_dict() if as_json else pushed.url, as_json=as_json)
 
 
-@command(app, "mergetool calibrate bundle --input rows.jsonl")
-def calibrate(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by the method mass.")],
-    rows: Annotated[Path, typer.Option("--input", metavar="FILE", help="JSON Lines as for route, each with its task.")],
-    as_json: AsJson = False,
-) -> None:
-    """Correct a bundle's router with a few rows whose tasks are known."""
-    from mergetool.bundle.calibrate import calibrate as fit
-    from mergetool.bundle.calibration import CALIBRATION_NAME
-    from mergetool.bundle.mass_model import load_bundle
-    from mergetool.bundle.rows import read_rows
-
-    given = read_rows(rows)
-    with waiting("calibrating"):
-        calibration = fit(load_bundle(existing(bundle)), given)
-    print_answer(calibration.model_dump() if as_json else bundle / CALIBRATION_NAME, as_json=as_json)
-
-
-@command(app, "mergetool route bundle --input rows.jsonl --task maths")
-def route(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by the method mass or tsv-compress.")],
-    rows: Annotated[Path, typer.Option("--input", metavar="FILE", help='JSON Lines: {"text": ...} or model inputs.')],
-    task: Annotated[list[str] | None, typer.Option(help="Force this task (repeat for several).")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are answered together.")] = 32,
-    as_json: AsJson = False,
-) -> None:
-    """Answer rows with a bundle: which tasks they belong to, and what the right head says."""
-    from mergetool.bundle.mass_model import load_bundle
-    from mergetool.bundle.rows import answers, read_rows
-
-    given = read_rows(rows)
-    answered = answers(load_bundle(existing(bundle)), given, tasks=task, batch_size=batch_size)
-    if as_json:
-        for answer in answered:
-            print(json.dumps(answer, ensure_ascii=False), flush=True)
-        return
-    heads = ("task", "label", "probability", "tasks", "coefficients")
-    table(heads, [[answer.get(key, "-") for key in heads] for answer in answered])
-
-
+command(app, "mergetool calibrate bundle --input rows.jsonl")(bundles.calibrate)
+command(app, "mergetool route bundle --input rows.jsonl --task maths")(bundles.route)
 command(app, "mergetool evaluate merged --tasks arc_easy,piqa --parent models/math")(evaluate)
 
 

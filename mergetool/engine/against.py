@@ -193,8 +193,8 @@ class _Comparing:
         self.advance, self.say = progress.advance, progress.say
         self._start = progress.start
 
-    def start(self, total_bytes: int, label: str) -> None:
-        self._start(total_bytes, "comparing" if total_bytes else label)
+    def start(self, total: int, label: str, unit: str = "B") -> None:
+        self._start(total, "comparing" if total and unit == "B" else label, unit)
 
 
 def _keeping(plan: Plan) -> Plan:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mergetool.engine.hashing import NoHashes
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 class Teller(Protocol):
     """The part of a progress display that stages talk to."""
 
-    def start(self, total_bytes: int, label: str) -> None: ...
-    def advance(self, num_bytes: int) -> None: ...
+    def start(self, total: int, label: str, unit: str = "B") -> None: ...
+    def advance(self, count: int) -> None: ...
     def say(self, text: str) -> None: ...
 
 
@@ -58,6 +59,8 @@ class Context:
     """What a count over the whole model has found."""
     begin_beside: "Callable[[Merging], None]" = lambda _: None
     """Begins what goes on beside merging, until the run ends."""
+    cache: Path | None = None
+    """Where statistics are kept, if not in the user's cache."""
     fitted: "tuple[Models, Fitted] | None" = None
     """The whole models, and what a fit has found about them."""
 

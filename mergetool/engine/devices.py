@@ -1,13 +1,13 @@
-"""Where the arithmetic happens: on the CPU, or on a device that every worker feeds through a stream of its own.
+"""Where the arithmetic happens: on the CPU, or on a device on which every worker computes in a stream of its own.
 
-A worker copies a slice from pinned memory, computes, and copies back, all in its stream, and waits for nobody else's:
-while one computes, another copies. `auto` is the first device that can be used: CUDA, Metal, the CPU.
+What all workers copy to a device goes through one stream, and what they copy back through another: a bus has two ways.
 """
 
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergetool.errors import PlanError
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     import torch
 
 LEAST_SLICE = 1 << 14
-"""Elements below which slices are not worth a device."""
+"""Elements below which slices, or tensors, are not worth a device."""
 _local = threading.local()
 _loading = threading.Lock()
 _loaded: set[str] = set()
 """Devices whose linear algebra is ready."""
+_ways: dict[Any, "Ways"] = {}
 
 
 def own_device(asked: str) -> str:
@@ -89,21 +90,51 @@ def one_thread() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-@contextmanager
-def own_stream(device: "torch.device") -> Iterator[None]:
-    """Do what is inside in this thread's own stream of the device; nothing special where there are no streams."""
-    if device.type != "cuda":
-        yield
-        return
+def library(device: "torch.device") -> Any:
+    """torch's module for the streams of a device; None where there are none."""
     import torch
 
-    cuda: Any = torch.cuda
-    streams: dict[Any, Any] = _local.__dict__.setdefault("streams", {})
-    if device not in streams:
-        streams[device] = cuda.Stream(device)
-    with cuda.stream(streams[device]):
+    return torch.cuda if device.type == "cuda" else None
+
+
+@contextmanager
+def own_stream(device: "torch.device") -> Iterator[None]:
+    """Do what is inside in this thread's own stream of the device; nothing special where there are no streams.
+
+    Whoever works inside waits for what others are to see.
+    """
+    streams = library(device)
+    if streams is None:
         yield
-        streams[device].synchronize()
+        return
+    known: dict[Any, Any] = _local.__dict__.setdefault("streams", {})
+    if (streams, device) not in known:
+        known[streams, device] = streams.Stream(device)
+    with streams.stream(known[streams, device]):
+        yield
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The streams in which all copies to a device are made, and all from it."""
+
+    up: Any
+    down: Any
+
+
+def ways(device: "torch.device") -> Ways:
+    """Those of a device that has streams, the same for every thread."""
+    streams = library(device)
+    with _loading:
+        if (streams, device) not in _ways:
+            _ways[streams, device] = Ways(streams.Stream(device), streams.Stream(device))
+        return _ways[streams, device]
+
+
+def free_memory(device: "torch.device") -> int | None:
+    """Bytes that a device has left, as far as is known."""
+    streams = library(device)
+    return None if streams is None else int(streams.mem_get_info(device)[0])
 
 
 def load_linear_algebra(device: "torch.device") -> None:
@@ -123,7 +154,6 @@ def load_linear_algebra(device: "torch.device") -> None:
 
 def free_device(device: "torch.device") -> None:
     """Give back what torch keeps of a device's memory for itself."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()
+    streams = library(device)
+    if streams is not None:
+        streams.empty_cache()

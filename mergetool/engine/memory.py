@@ -1,6 +1,7 @@
 """Merges that stay in memory: the same stages, with slots in tensors and one thread, that of the caller."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -17,14 +18,16 @@ from mergetool.planning import Plan, make_plan
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.source import MemorySource
 
+NONE: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
+
 
 class _Silent:
     """Nobody to tell."""
 
-    def start(self, total_bytes: int, label: str) -> None:
+    def start(self, total: int, label: str, unit: str = "B") -> None:
         pass
 
-    def advance(self, num_bytes: int) -> None:
+    def advance(self, count: int) -> None:
         pass
 
     def say(self, text: str) -> None:
@@ -32,13 +35,21 @@ class _Silent:
 
 
 def merge_in_memory(
-    recipe: Recipe, tensors: Mapping[str, Mapping[str, Tensor]], *, trust_code: bool = False
+    recipe: Recipe,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    statistics: Mapping[str, Mapping[str, Tensor]] = NONE,
+    *,
+    trust_code: bool = False,
 ) -> dict[str, Tensor]:
-    """Merge state dicts by name (the base under "base"). Stages, methods and checks are those of a run."""
+    """Merge state dicts by name (the base under "base"), with what was measured on them.
+
+    Stages, methods and checks are those of a run.
+    """
     check_trust(recipe, trusted=trust_code)
     _check_result(recipe)
     sources = {name: MemorySource(state, name) for name, state in tensors.items()}
-    plan = make_plan(recipe, sources=sources, whole=True)
+    measured = {name: MemorySource(state, f"statistic of {name}") for name, state in statistics.items()}
+    plan = make_plan(recipe, sources=sources, whole=True, statistics=measured)
     sink = MemorySink(plan)
     merge_into(plan, sink)
     return sink.tensors

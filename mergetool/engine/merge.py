@@ -11,7 +11,7 @@ from mergetool.planning import Step
 from mergetool.planning.graph import Stage
 
 Unit = tuple[int, int]
-"""(index of a step, first element)."""
+"""(index of a step, first element); within a step, [start, stop)."""
 
 
 class MergeStage:
@@ -69,14 +69,24 @@ class MergeStage:
         jobs = [
             self._run.job(
                 step,
-                start,
-                stop,
-                partial(self._perform, step, start, stop, stats),
-                partial(self._performed, step, start, stop),
+                units[0][0],
+                units[-1][1],
+                partial(self._perform, step, units, stats),
+                partial(self._performed, step, units),
             )
-            for start, stop in self.mine(step)
+            for units in self._together(step)
         ]
         self._run.schedule.add(jobs, first=first)
+
+    def _together(self, step: Step) -> list[list[Unit]]:
+        """[start, stop) of the units that are left to this process, by what a worker makes in one go."""
+        made: list[list[Unit]] = []
+        for start, stop in self.mine(step):
+            if made and made[-1][-1][1] == start and stop - made[-1][0][0] <= self._run.pool.length:
+                made[-1].append((start, stop))
+            else:
+                made.append([(start, stop)])
+        return made
 
     def _queue_visit(self, step: Step, counts: StatisticsPass) -> None:
         """Count over a step that is one unit, and merge it, in one go."""
@@ -94,19 +104,21 @@ class MergeStage:
         ((start, stop),) = step.pieces()
         self._run.log.counted(self._stage.name, [step], stats)
         self._run.record.bytes_read += sum(self._run.plan.bytes_read(step, stop) // share for share in shares)
-        self._performed(step, start, stop, notes)
+        self._performed(step, [(start, stop)], notes)
 
-    def _perform(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
-        notes = self._run.pool.mine().perform(step, start, stop, stats)
-        self._run.log.unit(self._stage.name, step, start, notes)
+    def _perform(self, step: Step, units: list[Unit], stats: Stats) -> list[Note]:
+        notes = self._run.pool.mine().perform(step, units[0][0], units[-1][1], stats)
+        for start, _ in units:
+            self._run.log.unit(self._stage.name, step, start, notes)
         return notes
 
-    def _performed(self, step: Step, start: int, stop: int, notes: list[Note]) -> None:
-        self._run.record.bytes_read += self._run.plan.bytes_read(step, stop - start)
+    def _performed(self, step: Step, units: list[Unit], notes: list[Note]) -> None:
         self._run.record.note(step.name, notes)
-        self.finished.append((step.index, start))
-        self._written((step.index, start))
-        self._run.hashes.read(step)
+        for start, stop in units:
+            self._run.record.bytes_read += self._run.plan.bytes_read(step, stop - start)
+            self.finished.append((step.index, start))
+            self._written((step.index, start))
+            self._run.hashes.read(step)
 
     def others_merged(self, units: Iterable[Unit]) -> None:
         """Other processes have written these units."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mergetool.engine.devices import one_thread, usable_device
 from mergetool.planning import Plan
+from mergetool.planning.graph import UNIT_ELEMENTS
 
 if TYPE_CHECKING:
     from mergetool.bundle.store import FactorStore
@@ -22,25 +23,40 @@ class WorkerPool:
     def __init__(self, plan: Plan, sink: "Sink") -> None:
         self.plan = plan
         self.device = "cpu"
+        self.length = UNIT_ELEMENTS
+        """Elements of a step that are given to a worker at once: whole units."""
         self._sink = sink
         self.store: FactorStore | None = None
         self._threads = 1
+        self._slice: int | None = None
         self._local = threading.local()
         self._forks: list[Fork] = []
         self._idle: list[Fork] = []
 
     @contextmanager
-    def ready(self, device: str, cache: Path | None) -> Iterator[None]:
+    def ready(self, device: str, cache: Path | None, workers: int = 1) -> Iterator[None]:
         """Import torch (threads may be hashing meanwhile), check the device, and leave each worker one thread.
+
+        So many workers, of all processes here, share the device's memory.
 
         Raises PlanError for a device that cannot be used.
         """
         from mergetool.bundle.store import FactorStore
 
         self.device = usable_device(device, double=self.plan.needs_float64)
+        self._share_memory(workers)
         self.store = FactorStore(cache) if cache else None
         with one_thread() as self._threads:
             yield
+
+    def _share_memory(self, workers: int) -> None:
+        if self.device != "cpu":
+            import torch
+
+            from mergetool.engine.device_worker import slice_elements
+
+            self._slice = slice_elements(self.plan, torch.device(self.device), workers)
+            self.length = max(UNIT_ELEMENTS, self._slice)
 
     @contextmanager
     def resting(self, processes: int) -> Iterator[None]:
@@ -88,7 +104,11 @@ class WorkerPool:
 
         from mergetool.engine.worker import Worker
 
-        return Worker(self.plan, self._sink, torch.device(self.device), self.store)
+        if self.device == "cpu":
+            return Worker(self.plan, self._sink, self.store)
+        from mergetool.engine.device_worker import DeviceWorker
+
+        return DeviceWorker(self.plan, self._sink, torch.device(self.device), self.store, self._slice)
 
     def close(self) -> int:
         """End the processes, when no thread uses them any more. Returns the bytes of memory they had of their own."""

@@ -75,7 +75,7 @@ class Flags:
     overwrite: bool = False
     resume: bool = True
     cache: Path | None = None
-    """Where factors of task vectors are kept between runs."""
+    """Where factors of task vectors, and statistics, are kept between runs."""
     fork: bool = False
     """Let workers live in processes of their own where that is faster; for programs without threads of their own."""
     trust_code: bool = False
@@ -159,8 +159,8 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
     if plan.output is None:
         raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
     methods = [each.recipe.method for each in (plan, *inside(plan).values())]
-    if flags.cache is not None and not any(each.uses_factors for each in methods):
-        what = f"{recipe.method.method_name()} computes no factors, so this would have no effect"
+    if flags.cache is not None and not any(each.uses_factors or each.statistic for each in methods):
+        what = f"{recipe.method.method_name()} computes no factors and no statistics, so this would have no effect"
         raise PlanError(what, "--cache", "leave it out")
     costs = estimate(plan, workers=flags.workers, memory=flags.memory, processes=team.local_size)
     for warning in plan.warnings:
@@ -247,6 +247,7 @@ def _merge(
     writer = team.leader_first(lambda: _open_writer(plan, staging))
     try:
         run = _context(plan, writer, staging.journal, costs, progress, team)
+        run.cache = flags.cache
         _work(run, writer, costs, flags, staging.journal)
     finally:
         writer.close()
@@ -297,7 +298,8 @@ def _work(run: Context, writer: SlotWriter, costs: Costs, flags: Flags, journal:
 
 
 def _stages(run: Context, costs: Costs, flags: Flags, journal: Journal) -> None:
-    with run.pool.ready(flags.device, flags.cache if run.plan.recipe.method.uses_factors else None):
+    workers = costs.workers * run.team.local_size
+    with run.pool.ready(flags.device, flags.cache if run.plan.recipe.method.uses_factors else None, workers):
         run.record.device = run.pool.device
         if run.pool.device != "cpu":
             run.teller.say(f"merging on {run.pool.device}")

@@ -17,7 +17,7 @@ class Stages(Protocol):
 
 def run_stages(run: Context, shown: Callable[[], None] = lambda: None) -> None:
     """Do all that a plan asks for. `shown` is called once all operands can be read as merging will see them."""
-    fits = [stage for stage in run.plan.stages if stage.name in ("fit", "gates")]
+    fits = [stage for stage in run.plan.stages if stage.name in ("fit", "gates", "measure")]
     for stage in fits:
         _kind(stage)(run, stage).work()
     shown()
@@ -36,6 +36,10 @@ def _kind(stage: Stage) -> Callable[[Context, Stage], Stages]:
         from mergetool.engine.gates import GateStage
 
         return GateStage
+    if stage.name == "measure":
+        from mergetool.engine.measure import MeasureStage
+
+        return MeasureStage
     if stage.name == "factorise":
         from mergetool.engine.factorise import FactoriseStage
 

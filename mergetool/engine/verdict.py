@@ -141,7 +141,10 @@ def drawn_tensors(plan: Plan) -> set[str]:
     steps = (
         step
         for step in plan.steps
-        if inner or draws(step.operation.method) or any(operand.source == GATES for operand in step.operands)
+        if inner
+        or draws(step.operation.method)
+        or step.statistics
+        or any(operand.source == GATES for operand in step.operands)
     )
     return {slot.spec.name for step in steps for slot in step.slots}
 

@@ -2,6 +2,7 @@
 
 For methods that may see a slice at a time, a slice is about 256 Ki elements: every operation then runs on data that
 is still in the processor's cache, which is where the speed comes from. Memory is the same however large a tensor is.
+What is different on a device is in `device_worker`.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mergetool.bundle.store import FactorStore
-from mergetool.engine.devices import LEAST_SLICE, free_device, load_linear_algebra, own_stream
+from mergetool.engine.measured import Measured
 from mergetool.engine.sinks import Sink
 from mergetool.engine.storable import lost_in, within
 from mergetool.errors import MergeError, at
@@ -39,31 +40,30 @@ _RUN = 1 << 14
 class Worker(Bench[Step]):
     """Counts over units and makes them. Used by one thread at a time."""
 
-    def __init__(self, plan: Plan, sink: Sink, device: torch.device, store: FactorStore | None = None) -> None:
+    _device = torch.device("cpu")
+
+    def __init__(self, plan: Plan, sink: Sink, store: FactorStore | None = None) -> None:
         self._plan = plan
         self._store = store
         self._sink = sink
-        self._device = device
         self._compute = torch.float64 if plan.compute_bits == 64 else torch.float32
-        pinned = device.type == "cuda"  # copies from such memory are faster, and leave the processor alone
-        self._stored = torch.empty(SLICE_ELEMENTS * _BYTES_PER_ELEMENT, dtype=torch.uint8, pin_memory=pinned)
+        self._stored = torch.empty(SLICE_ELEMENTS * _BYTES_PER_ELEMENT, dtype=torch.uint8)
         self._length = SLICE_ELEMENTS
-        self._on_cpu: Worker | None = None
         self._stored_bytes = bytes_of(self._stored)
         self._buffers: dict[tuple[object, torch.dtype], Tensor] = {}
         self._views: dict[tuple[object, torch.dtype, tuple[int, ...]], Tensor] = {}
         self._kept: dict[tuple[int, int], dict[object, Tensor]] | None = None
         """What passes over slices of the step in hand keep for its merge."""
-        if any(step.operation.granularity(step.spec) == "tensor" for step in plan.steps):
-            load_linear_algebra(device)
 
     def count(self, step: Step, start: int, stop: int, counts: StatisticsPass) -> Tensor:
         """Summed counts of a pass over elements [start, stop) of a step."""
-        step = _sliced(step)
-        slices = self._slices(step, start, stop) if counts.one_in == 1 else _runs(step, start, stop, counts.one_in)
+        return self._count(step, start, stop, counts)
+
+    def _count(self, step: Step, start: int, stop: int, counts: StatisticsPass) -> Tensor:
+        step = sliced(step)
+        slices = self._slices(step, start, stop) if counts.one_in == 1 else runs_of(step, start, stop, counts.one_in)
         params = Params(**step.operation.numbers)
-        with own_stream(self._device):
-            return counts.observe((self._group(step, begin, end) for begin, end in slices), params)
+        return counts.observe((self._group(step, begin, end) for begin, end in slices), params)
 
     def visit(self, step: Step, counts: StatisticsPass) -> tuple[Stats, list[Note], list[int]]:
         """Count over a step that is a single unit, and make it; also of how many elements each pass has read one.
@@ -82,28 +82,10 @@ class Worker(Bench[Step]):
             self._kept = None
 
     def perform(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
-        """Make and write elements [start, stop) of a step; returns what is to be noted about them.
+        """Make and write elements [start, stop) of a step; returns what is to be noted about them."""
+        return self._perform(step, start, stop, stats)
 
-        A device that has no memory left gets smaller slices; what cannot be sliced further is made on the CPU.
-        """
-        if self._on_cpu is not None and step.row > self._length:
-            return self._on_cpu.perform(step, start, stop, stats)
-        try:
-            with own_stream(self._device):
-                return self._perform_slices(step, start, stop, stats)
-        except torch.cuda.OutOfMemoryError:
-            free_device(self._device)
-            if step.row <= self._length // 2 and self._length > LEAST_SLICE:
-                self._length //= 2
-                note = f"the device has too little memory: slices of {self._length} elements"
-                return [note, *self.perform(step, start, stop, stats)]
-            self._on_cpu = self._on_cpu or Worker(self._plan, self._sink, torch.device("cpu"), self._store)
-            return [
-                "the device has too little memory: merged on the CPU",
-                *self._on_cpu.perform(step, start, stop, stats),
-            ]
-
-    def _perform_slices(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
+    def _perform(self, step: Step, start: int, stop: int, stats: Stats) -> list[Note]:
         notes: list[Note] = []
         if start == 0 and self._is_kept_wide(step):
             notes.append(KEPT_WIDE)
@@ -136,7 +118,7 @@ class Worker(Bench[Step]):
             if operation.factored:
                 pair, lost = merged(self._plan, step, operation, notes)
             else:
-                changed = self._changed(_sliced(step), notes, stats)
+                changed = self._changed(sliced(step), notes, stats)
                 self._check_change(changed, step)
                 pair, lost = factors(changed.flatten(1), operation)
         notes += [(RANK, pair.a.shape[0] / operation.experts), *([(LOST, lost)] if lost > _ROUNDING else [])]
@@ -202,6 +184,7 @@ class Worker(Bench[Step]):
             new=self._scratch(shape),
             other=partial(self._other, step),
             store=self._store,
+            measured=Measured(self._plan, step, start, shape, self._read) if step.statistics else None,
             kept=None if self._kept is None else self._kept.setdefault((start, stop), {}),
         )
 
@@ -239,13 +222,13 @@ class Worker(Bench[Step]):
         model = self._plan.sources[operand.source]
         dtype = model.specs[name].dtype
         itemsize = dtype.bits // 8
-        if torch_dtype(dtype) == self._compute and values.device.type == "cpu":
+        if torch_dtype(dtype) == self._compute:
             model.read_bytes(name, start * itemsize, bytes_of(values))
             return values
         for begin in range(0, length, SLICE_ELEMENTS):
             count = min(SLICE_ELEMENTS, length - begin)
             model.read_bytes(name, (start + begin) * itemsize, self._stored_bytes[: count * itemsize])
-            part = self._stored_as(torch_dtype(dtype), count).to(self._device)  # where it is also widened
+            part = self._stored_as(torch_dtype(dtype), count)
             if count == length:
                 values.copy_(part if values.dim() == 1 else part.view(shape))
             else:
@@ -268,12 +251,13 @@ class Worker(Bench[Step]):
             flat = torch.where(shared != 0, shared, flat)
             self._judge(step, start, flat, notes, shared != 0)
         stored = flat
-        if flat.dtype != torch_dtype(dtype) or flat.device.type != "cpu":
+        if flat.dtype != torch_dtype(dtype):
             stored = self._buffer("out", (len(flat),), torch_dtype(dtype)).copy_(flat)
-        if stored.device.type != "cpu":
-            room = self._stored_as(stored.dtype, len(stored)) if len(stored) <= SLICE_ELEMENTS else None
-            stored = stored.cpu() if room is None else room.copy_(stored)
-        self._write(step, start * dtype.bits // 8, bytes_of(stored.contiguous()))
+        self._store_at(step, start * dtype.bits // 8, stored.contiguous())
+
+    def _store_at(self, step: Step, begin: int, stored: Tensor) -> None:
+        """Write what is rounded already, from this byte of the tensor on."""
+        self._write(step, begin, bytes_of(stored))
 
     def copy(self, step: Step, start: int, stop: int, notes: list[Note]) -> None:
         """An operand as it is: bit for bit, or cast where another storage dtype is asked for."""
@@ -343,7 +327,7 @@ class Worker(Bench[Step]):
         return ""
 
 
-def _sliced(step: Step) -> Step:
+def sliced(step: Step) -> Step:
     """A step as it is done slice by slice, where more follows."""
     return step if step.operation.sliced is step.operation else replace(step, operation=step.operation.sliced)
 
@@ -356,7 +340,7 @@ def _check_variance(name: str, values: Tensor) -> None:
         raise MergeError(f"a variance of {lowest:.3g}: every answer would be NaN", name, fix)
 
 
-def _runs(step: Step, start: int, stop: int, one_in: int) -> list[tuple[int, int]]:
+def runs_of(step: Step, start: int, stop: int, one_in: int) -> list[tuple[int, int]]:
     """A sample of one in `one_in` of the elements [start, stop), in runs long enough to be worth reading."""
     length = max(step.row, _RUN // step.row * step.row)
     return [(begin, min(begin + length, stop)) for begin in range(start, stop, length * one_in)]

@@ -118,7 +118,7 @@ def _counters(count: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _all_counters(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, dtype=torch.int32, device=device)
+    return torch.arange(count, dtype=torch.int32).to(device)  # which has ended when it returns: all streams will use it
 
 
 def _xor_shift(x: Tensor, by: int, shifted: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ finds it just as exactly, and shows bad luck.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +69,16 @@ class RankSearch:
         low = self.prefix << (self.shift + _DIGIT)
         return _offsets(words, low, _BINS << self.shift) >> self.shift
 
+    def counted(self, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
+        """A digit for every entry of a slice, and whether it counts (1 or 0): nobody must know how many do."""
+        words = magnitudes.view(torch.int32 if self.bits == 32 else torch.int64)
+        if self.is_first:
+            digits = (words >> self.shift) & (self.num_bins - 1)  # whatever bits a NaN has, it is in a bin
+            return digits, torch.ones((), dtype=torch.int64, device=words.device).expand(len(words))
+        offsets = words - (self.prefix << (self.shift + _DIGIT))
+        inside = (offsets >= 0) & (offsets < _BINS << self.shift)
+        return (offsets >> self.shift) & (_BINS - 1), inside.long()
+
     def narrow(self, histogram: Tensor) -> "RankSearch | RankedMagnitude":
         """The next pass, or the result, from the summed histogram.
 
@@ -96,17 +107,23 @@ class Count:
         self._kept: list[Tensor] = []
 
     def add(self, magnitudes: Tensor) -> None:
-        """Count a slice of |x| (1-D)."""
+        """Count a slice of |x| (1-D). On a device the host goes on without waiting for it."""
+        if magnitudes.device.type != "cpu":
+            digits, counted = self._search.counted(magnitudes)
+            if self._total.device != digits.device:
+                self._total = torch.zeros_like(self._total, device=digits.device)
+            self._total.index_add_(0, digits, counted)
+            return
         digits = self._search.digits(magnitudes)
         if self._search.is_first:
-            self._total += torch.bincount(digits, minlength=len(self._total)).to("cpu")
+            self._total += torch.bincount(digits, minlength=len(self._total))
         else:
             self._kept.append(digits)  # few are left in question: one histogram at the end
 
     def histogram(self) -> Tensor:
-        """Counts (num_bins,), int64, on the CPU."""
+        """Counts (num_bins,), int64, where the slices are."""
         if self._kept:
-            self._total += torch.bincount(torch.cat(self._kept), minlength=len(self._total)).to("cpu")
+            self._total += torch.bincount(torch.cat(self._kept), minlength=len(self._total))
             self._kept.clear()
         return self._total
 
@@ -154,13 +171,28 @@ class Tally:
         self._kept: list[Tensor] = []
 
     def add(self, magnitudes: Tensor) -> None:
-        """Look through a slice of |x| (1-D, float32)."""
+        """Look through a slice of |x| (1-D, float32, on the CPU)."""
         words, bracket = magnitudes.view(torch.int32), self._bracket
-        if words.device.type == "cpu":  # numpy is several times as fast as torch here
-            self._larger += int(np.count_nonzero(words.numpy() >= bracket.end))
-        else:
-            self._larger += int((words >= bracket.end).sum())
-        self._kept.append(_offsets(words, bracket.low, bracket.end - bracket.low).to("cpu"))
+        self._larger += int(np.count_nonzero(words.numpy() >= bracket.end))  # several times as fast as torch
+        self._kept.append(_offsets(words, bracket.low, bracket.end - bracket.low))
+
+    @staticmethod
+    def add_all(tallies: Sequence["Tally"], magnitudes: Sequence[Tensor]) -> None:
+        """Look through a slice for each. On a device the host waits for all of them together."""
+        if magnitudes[0].device.type == "cpu":
+            for tally, each in zip(tallies, magnitudes, strict=True):
+                tally.add(each)
+            return
+        brackets, words = [tally._bracket for tally in tallies], [each.view(torch.int32) for each in magnitudes]
+        larger = [each >= bracket.end for each, bracket in zip(words, brackets, strict=True)]
+        inside = torch.stack(
+            [(each >= bracket.low) ^ above for each, bracket, above in zip(words, brackets, larger, strict=True)]
+        )
+        sizes = torch.stack((torch.stack(larger).sum(1), inside.sum(1))).tolist()
+        kept = torch.split(torch.masked_select(torch.stack(words), inside).to("cpu"), sizes[1])
+        for tally, above, part in zip(tallies, sizes[0], kept, strict=True):
+            tally._larger += above
+            tally._kept.append(part - tally._bracket.low)
 
     def table(self) -> Tensor:
         """Shape (1 + distinct values, 2), int32, on the CPU: a value's bits and how often it comes.
@@ -183,9 +215,7 @@ def places_of(x: Tensor, magnitude: float) -> Tensor:
 
 
 def _offsets(words: Tensor, low: int, length: int) -> Tensor:
-    """`words - low` of those in [low, low + length). On a CPU numpy compacts several times as fast as torch."""
-    if words.device.type != "cpu":
-        return words[(words >= low) & (words < low + length)] - low
+    """`words - low` of those in [low, low + length), on the CPU: numpy compacts several times as fast as torch."""
     array = words.numpy()
     unsigned = np.subtract(array, low, dtype=array.dtype).view(np.uint32 if words.dtype == torch.int32 else np.uint64)
     return torch.from_numpy(np.compress(unsigned < unsigned.dtype.type(length), unsigned).view(array.dtype))

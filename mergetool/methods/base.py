@@ -155,12 +155,18 @@ class Method(BaseModel):
     """Whether a layout comes with it, so that a recipe can have no other (`mergetool.layouts`)."""
     needs_adapters: ClassVar[str] = ""
     """Why it can merge nothing but adapters by themselves, where that is so."""
+    statistic: ClassVar[str] = ""
+    """The statistic of every model that it needs, if any (`mergetool.statistics`)."""
     varies: ClassVar[bool] = True
     """Whether its settings may differ from tensor to tensor (overrides)."""
 
     def stages(self) -> tuple[str, ...]:
         """What a run does, one after the other."""
-        return ("count", "merge")
+        return (*(("measure",) if self.statistic else ()), "count", "merge")
+
+    def measuring(self) -> Mapping[str, Any]:
+        """Settings of the statistic that it needs."""
+        return {}
 
     def kernel(self) -> "TensorMethod":
         """The method that merges tensors: itself, or one inside."""
@@ -308,6 +314,10 @@ class TensorMethod(Method):
     def partners(self, name: str) -> tuple[str, ...]:
         """Other tensors that `merge` reads for this one."""
         return ()
+
+    def unmeasured(self) -> "TensorMethod":
+        """What merges tensors of which there is no statistic."""
+        return self
 
     def pass_scope(self) -> Literal["tensor", "model"]:
         """Whether a pass counts over each tensor alone or over all tensors of the model together."""

@@ -13,6 +13,7 @@ places, and the only entry of a row has the chance `density`. `rescale: l1` rest
 as mergekit does; draws have a resolution of 2^-16, and the factors match it.
 """
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mergetool.methods.base import Field, Fraction, Params, PerModel, Stats, TensorGroup, Unit
@@ -101,6 +102,7 @@ class Della(_Della):
     votes: ClassVar = True
 
 
+@lru_cache(maxsize=8)  # a device would be waited for at every slice
 def _chances(length: int, density: float, epsilon: float, device: "torch.device") -> "Tensor":
     """Chances of a row's entries by rank, the smallest first, in units of 2^-16 (int32)."""
     import torch

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +14,26 @@ if TYPE_CHECKING:
 
 Note = str | tuple[str, float]
 """A remark about a tensor, or a number that was measured on it, by what it is."""
+
+
+class Measurements(Protocol):
+    """What was measured on the models of a group, for the tensor at hand."""
+
+    @property
+    def turned(self) -> bool:
+        """Whether the tensor is stored as (inputs, outputs)."""
+        ...
+
+    def of(self, place: int) -> "Tensor":
+        """The statistic of one model, in compute dtype: of this slice where it has the tensor's shape, else all of it.
+
+        It belongs to the call until the next one is asked for.
+        """
+        ...
+
+    def size(self, place: int) -> float:
+        """The root mean square of a model's whole statistic."""
+        ...
 
 
 @dataclass
@@ -41,6 +61,8 @@ class TensorGroup:
     """Another whole tensor of the same models, if it is merged in the same way and reads as many inputs."""
     store: "FactorStore | None" = None
     """Where factors of task vectors are kept between runs, if anywhere."""
+    measured: Measurements | None = None
+    """The statistic that the method needs, of every model; None where it needs none, or there is none."""
     notes: list[Note] = field(default_factory=list)
     kept: "dict[object, Tensor] | None" = None
     """What was found on the way over this very slice and is dear to find again; None where passes and merges are done

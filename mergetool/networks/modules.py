@@ -31,8 +31,25 @@ def parts_of(names: Collection[str], config: Mapping[str, Any], where: str) -> d
     return parts
 
 
-def _empty(config: Mapping[str, Any], where: str) -> Any:
-    library("making an adapter", where, PlanError)
+def linears_of(names: Collection[str], config: Mapping[str, Any], where: str, fix: str) -> dict[str, bool]:
+    """The weights of linear layers among the tensors of a checkpoint, and whether each is stored as (inputs, outputs).
+
+    Not what several modules share. Raises SourceError or PlanError where transformers cannot build the network.
+    """
+    network = _empty(config, where, "measuring", fix)
+    turned = module_of_library("pytorch_utils").Conv1D
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module, parameter in _parameters(network):
+        owners.setdefault(id(parameter), []).append((name, module))
+    alone = {each[0][0]: each[0][1] for each in owners.values() if len(each) == 1}
+    kinds = {name: alone.get(inner) for name, inner in _in_memory(names, network).items() if inner.endswith(".weight")}
+    return {name: isinstance(kind, turned) for name, kind in kinds.items() if isinstance(kind, turned | nn.Linear)}
+
+
+def _empty(
+    config: Mapping[str, Any], where: str, what_for: str = "making an adapter", fix: str = "write kind: checkpoint"
+) -> Any:
+    library(what_for, where, PlanError)
     from accelerate import init_empty_weights
 
     kind = class_of(config, where)
@@ -41,7 +58,7 @@ def _empty(config: Mapping[str, Any], where: str) -> Any:
             network = kind._from_config(kind.config_class.from_dict(dict(config)))
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         what = f"transformers cannot build it: {first_line(error)}"
-        raise PlanError(what, where, "write kind: checkpoint") from error
+        raise PlanError(what, where, fix) from error
     network.tie_weights()
     return network
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergetool.methods.group import Note
 
@@ -29,6 +29,8 @@ class Record:
     inputs: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[Note]] = field(default_factory=dict)
+    statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What was measured on the models, and on what."""
     bytes_read: int = 0
     device: str = "cpu"
     """Where the arithmetic was done, of the first process."""
@@ -49,6 +51,7 @@ class Record:
         for record in records:
             joined.inputs |= record.inputs
             joined.outputs |= record.outputs
+            joined.statistics |= record.statistics
             joined.bytes_read += record.bytes_read
             joined.resumed |= record.resumed
             joined.workers_memory += record.workers_memory

@@ -32,9 +32,15 @@ def _number(value: float, kind: Kind) -> str:
         case "fixed":
             return f"{value:.3f}"
         case "signed":
-            return f"{value:+.3f}"
+            return written(value, "+.3f")
         case _:
             return short(value)
+
+
+def written(value: float, form: str) -> str:
+    """In a format, without the sign of what is rounded to nothing."""
+    text = format(value, form)
+    return text if float(text) else format(0.0, form.removeprefix("+"))
 
 
 def short(value: float) -> str:

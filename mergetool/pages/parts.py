@@ -39,12 +39,13 @@ class Note:
 
 @dataclass(frozen=True)
 class Finding:
-    """What to do, what it follows from, and by which formula."""
+    """What to do, what it follows from, and by which formula; `fix` can be typed."""
 
     title: str
     text: str = ""
     evidence: Sequence[str] = ()
     formula: str = ""
+    fix: str = ""
     level: Level = "plain"
 
 

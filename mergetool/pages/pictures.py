@@ -21,6 +21,7 @@ _COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 _FONT = re.compile(r"(font:.*?[\d.]+px)[^;]*")
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 _NEEDLESS = ("metadata", "style")
+_FEW_TENS = 300
 _POINT = 4 / 3
 """Pixels of a page in a point of a figure."""
 
@@ -74,13 +75,16 @@ def _settings() -> dict[str, Any]:
 
 def _plain_numbers(figure: "Figure") -> None:
     """Powers of ten as 0.001, not in the mathematics that names must not be taken for."""
-    from matplotlib.ticker import FuncFormatter, LogFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogFormatter, LogLocator, NullFormatter
 
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             if isinstance(axis.get_major_formatter(), LogFormatter):
                 axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
                 axis.set_minor_formatter(NullFormatter())
+                low, high = sorted(axis.get_view_interval())
+                if high < _FEW_TENS * low:  # else hardly a power of ten is in sight
+                    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
 def _for_a_page(svg: str, caption: str) -> str:
@@ -92,9 +96,9 @@ def _for_a_page(svg: str, caption: str) -> str:
                 parent.remove(child)
     for element in root.iter():
         _adapt(element)
-    width = float(root.attrib["viewBox"].split()[2])
+    width = float(root.attrib["viewBox"].split()[2]) * _POINT
     root.attrib = {"role": "img", "aria-label": visible(caption), "viewBox": root.attrib["viewBox"]}
-    root.attrib["width"] = f"{width * _POINT:.0f}"
+    root.attrib |= {"width": f"{width:.0f}", "style": f"--width:{width:.0f}px"}
     return ElementTree.tostring(root, encoding="unicode")
 
 

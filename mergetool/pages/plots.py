@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from mergetool.pages import cells
 from mergetool.pages.colours import DIVERGING, LEVELS, LIGHT, SEQUENTIAL, SERIES
 from mergetool.pages.pictures import DASHES, MARKERS
 from mergetool.pages.words import label
@@ -25,10 +26,11 @@ def style(place: int, many: int = 1) -> dict[str, Any]:
 
 
 def lines(
-    series: Mapping[str, Points], xlabel: str, ylabel: str, *, log: bool = False, zero: bool = False,
+    series: Mapping[str, Points], xlabel: str, ylabel: str, *, log: bool = False,
+    logx: bool = False, zero: bool = False,
     reference: tuple[str, float] | None = None,
 ) -> Draw:  # fmt: skip
-    """One line for each name. A gap where a value is None; `zero`: the axis starts there; `reference`: a level."""
+    """One line for each name, with a gap where a value is None. `zero`: the axis starts there; `reference`: a level."""
 
     def draw(axes: "Axes") -> None:
         longest = max((len(x) for x, _ in series.values()), default=0)
@@ -37,8 +39,12 @@ def lines(
         if reference:
             axes.axhline(reference[1], color=LIGHT["muted"], lw=1, ls="--", label=label(reference[0], 60))
         _finish(axes, xlabel, ylabel, log)
+        if logx:
+            axes.set_xscale("log")
+        elif all(isinstance(value, int) for x, _ in series.values() for value in x):
+            axes.locator_params(axis="x", integer=True)
         if zero:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * max(axes.get_ylim()[1], 0) or 1)
         legend(axes)
 
     return draw
@@ -121,7 +127,14 @@ def heat(
         axes.set(xlabel=xlabel, ylabel=ylabel)
         ticks = np.linspace(bounds[0], bounds[-1], 5)
         bar = axes.figure.colorbar(
-            mesh, ax=axes, label=unit, pad=0.02, aspect=18, ticks=ticks, spacing="proportional", drawedges=False
+            mesh,
+            ax=axes,
+            label=unit,
+            pad=0.02,
+            aspect=max(15, 3 * len(rows)),
+            ticks=ticks,
+            spacing="proportional",
+            drawedges=False,
         )
         bar.ax.tick_params(which="both", length=0)
         bar.ax.grid(visible=False, which="both")
@@ -149,7 +162,7 @@ def _write(axes: "Axes", grid: Any, numbers: str, norm: Any, diverging: bool) ->
         level = int(norm(value))
         far = abs(level - LEVELS // 2) > LEVELS // 4 if diverging else level > LEVELS // 2
         axes.text(
-            column + 0.5, row + 0.5, format(value, numbers), ha="center", va="center",
+            column + 0.5, row + 0.5, cells.written(value, numbers), ha="center", va="center",
             color=LIGHT["paper" if far else "ink"],
         )  # fmt: skip
 

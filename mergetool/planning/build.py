@@ -19,6 +19,7 @@ from mergetool.planning.alone import as_models
 from mergetool.planning.draft import Draft
 from mergetool.planning.graph import BASE, Plan, Shard, Slot, Step, compute_bits
 from mergetool.planning.inner import NONE, PlannedModel, place_of, with_inner
+from mergetool.planning.measures import data_files, statistics_of
 from mergetool.planning.outcome import check_vocabulary, words_about_result
 from mergetool.planning.parents import check_shares, words_about
 from mergetool.planning.passes import with_partners, with_passes
@@ -41,8 +42,10 @@ def make_plan(
     *,
     whole: bool = False,
     parts: Path | None = None,
+    statistics: Mapping[str, ModelSource] | None = None,
 ) -> Plan:
-    """Plan a recipe from headers. `sources` stand in for the recipe's models (in memory); `lookup` looks others up.
+    """Plan a recipe from headers. `sources` stand in for the recipe's models (in memory), `statistics` for what is
+    measured on them; `lookup` looks others up.
 
     Of weights nothing is read but samples of tied tensors that are stored twice; with `whole`, all of those.
 
@@ -64,7 +67,7 @@ def make_plan(
         return _of_adapters(recipe, opened, output, lookup)
     if recipe.method.result == "bundle" and BASE in opened:
         opened = present(opened, [name for name, reference in recipe.models.items() if reference.head is not None])
-    plan = with_inner(_planned(recipe, opened, output, lookup, whole=whole), inner)
+    plan = with_inner(_planned(recipe, opened, output, lookup, statistics or {}, whole=whole), inner)
     if recipe.result == "adapter":
         return as_adapter(plan)
     check_vocabulary(plan)
@@ -93,7 +96,7 @@ def _of_adapters(recipe: Recipe, opened: Mapping[str, ModelSource], output: Path
         models = as_models(recipe, adapters, opened.get(BASE))
         if recipe.base is not None and not models[BASE].files:
             lookup.only_named(recipe.base.source)
-        return of_adapters(_planned(recipe, models, output, lookup, whole=False), adapters)
+        return of_adapters(_planned(recipe, models, output, lookup, {}, whole=False), adapters)
     name, why = next(iter(needing.items()))
     if recipe.base is None:
         raise PlanError(
@@ -110,14 +113,21 @@ def _past(recipe: Recipe) -> dict[str, tuple[Provenance, ...]]:
 
 
 def _planned(
-    recipe: Recipe, opened: Mapping[str, ModelSource], output: Path | None, lookup: Lookup, *, whole: bool
+    recipe: Recipe,
+    opened: Mapping[str, ModelSource],
+    output: Path | None,
+    lookup: Lookup,
+    statistics: Mapping[str, ModelSource],
+    *,
+    whole: bool,
 ) -> Plan:
     """The plan of opened models, with all that is to be said of them."""
     template = BASE if BASE in opened else next(iter(recipe.models))
     family = assemble(opened, template, whole=whole)
+    measured = statistics_of(recipe, family.sources, statistics, lookup)
     vocabulary = in_one_vocabulary(recipe, family.sources, template, lookup)
     family = replace(family, sources=vocabulary.sources)
-    draft = Draft(recipe, family, template, vocabulary.rows)
+    draft = Draft(recipe, family, template, vocabulary.rows, measured)
     steps = _counted(recipe, draft.sources, draft.steps())
     specs = {slot.spec.name: slot.spec for step in steps for slot in step.slots}
     stem, limit = opened[template].stem, recipe.output.shard_size
@@ -148,6 +158,7 @@ def _planned(
 def _other_files(recipe: Recipe) -> dict[str, FileStamp]:
     stamps = {}
     files = {field: recipe.path_of(path) for field, path in recipe.method.files().items()}
+    files |= dict(data_files(recipe))
     if (path := recipe.architecture_file) is not None:
         files["architecture"] = path
     for field, path in files.items():

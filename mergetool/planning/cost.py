@@ -10,12 +10,15 @@ from pathlib import Path
 from mergetool.errors import OutputError, PlanError, at
 from mergetool.planning.graph import SLICE_ELEMENTS, Plan, Step
 from mergetool.planning.inner import bytes_on_disk, needed
+from mergetool.planning.measures import to_measure
 from mergetool.units import filesize, memsize
 
 RUNTIME_BYTES = 300_000_000
 """Python and torch themselves, measured on Linux with a CPU build of torch."""
 _NETWORK_BYTES = 200_000_000
 """transformers, and a network without its weights, where the plan asks it for modules."""
+_HELD_STATISTICS = 40
+"""Bytes for each element of a Gram matrix: in compute dtype, and four times in float64."""
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _SPARE = 64_000_000
 """Headers, journal, thread stacks, fragmentation."""
@@ -43,7 +46,20 @@ def step_memory(plan: Plan, step: Step) -> int:
     moved = sum(operand.view.granularity != "element" for operand in step.operands)  # stored, and as the view shows it
     copies = step.operation.copies(len(step.reads)) + moved
     copies *= 1 + len(step.partners)
-    return held * plan.compute_bits // 8 * copies
+    return held * plan.compute_bits // 8 * copies + _statistics_memory(plan, step)
+
+
+def _statistics_memory(plan: Plan, step: Step) -> int:
+    """What a method of matrices of another shape holds of them: one as it is read, and sums and factors in float64."""
+    each = [plan.spec(operand) for operand in step.statistics]
+    return max((_HELD_STATISTICS * spec.num_elements for spec in each if spec.shape != step.spec.shape), default=0)
+
+
+def bytes_per_element(plan: Plan) -> int:
+    """What one element of every slice takes in a worker's buffers."""
+    streams = max((len(step.reads) for step in plan.steps), default=1)
+    temporaries = max((step.operation.buffers for step in plan.steps), default=0)
+    return plan.compute_bits // 8 * (streams + temporaries + 2) + 8
 
 
 def estimate(plan: Plan, *, workers: int | None, memory: int | None, processes: int = 1) -> Costs:
@@ -65,9 +81,7 @@ def estimate(plan: Plan, *, workers: int | None, memory: int | None, processes: 
 def _estimate(plan: Plan, workers: int | None, memory: int | None, processes: int) -> Costs:
     """The costs of a plan by itself."""
     memory = memory // processes if memory is not None else None
-    streams = max((len(step.reads) for step in plan.steps), default=1)
-    temporaries = max((step.operation.buffers for step in plan.steps), default=0)
-    one = SLICE_ELEMENTS * (plan.compute_bits // 8 * (streams + temporaries + 2) + 8)
+    one = SLICE_ELEMENTS * bytes_per_element(plan)
     whole = sorted((step_memory(plan, step) for step in plan.steps), reverse=True)
     largest = whole[0] if whole else 0
     fixed = RUNTIME_BYTES + _SPARE + plan.words.memory + (_NETWORK_BYTES if plan.about.modules else 0)
@@ -85,7 +99,8 @@ def _estimate(plan: Plan, workers: int | None, memory: int | None, processes: in
         )
     step_budget = max(largest, budget - fixed - count * one)
     together = min(step_budget, sum(whole[:count]))
-    peak = fixed + max(count * one + together, _fit_memory(plan, cores, memory))
+    before = max(_fit_memory(plan, cores, memory), *(asked.memory for asked in to_measure(plan.sources)), 0)
+    peak = fixed + max(count * one + together, before)
     return Costs(count, peak, step_budget, plan.bytes_in, plan.bytes_out)
 
 

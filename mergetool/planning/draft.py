@@ -1,6 +1,6 @@
 """The steps of a plan: for every output tensor, which models take part, copy or merge, and the numbers at its depth."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -13,6 +13,7 @@ from mergetool.errors import PlanError
 from mergetool.layouts.base import Arrangement, Origin
 from mergetool.methods.base import TensorMethod
 from mergetool.planning.graph import ALIGNED, BASE, ROWS, STORED, Operand, Slot, Step
+from mergetool.planning.measures import NOTHING, StatisticSource, key_of_statistic
 from mergetool.planning.numbers import fits, numbers_of, overridden
 from mergetool.planning.operations import Copy, Merge
 from mergetool.planning.parents import check_missing, label, listed
@@ -21,6 +22,7 @@ from mergetool.recipe.schema import Recipe
 from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME, DType
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.side_files import read_config
+from mergetool.tensors.source import ModelSource
 
 _SUMS = BY_NAME["F32"]
 
@@ -28,11 +30,19 @@ _SUMS = BY_NAME["F32"]
 class Draft:
     """One planning run: the state that deciding about every tensor needs."""
 
-    def __init__(self, recipe: Recipe, family: Family, template: str, rows: Rows) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        family: Family,
+        template: str,
+        rows: Rows,
+        measured: Mapping[str, StatisticSource] = NOTHING,
+    ) -> None:
         self.recipe = recipe
         self.rows = rows
         self.arrangement: Arrangement = recipe.layout.arrange(family.sources, template, tuple(recipe.models))
-        self.sources = {**family.sources, **self.arrangement.sources}
+        self.sources: dict[str, ModelSource] = {**family.sources, **self.arrangement.sources, **measured}
+        self.measured = measured
         self.twins = family.twins
         self.islands = {model: Islands(source) for model, source in self.sources.items()}
         self.template = template
@@ -149,6 +159,9 @@ class Draft:
         if method.max_models is not None and len(models) > method.max_models:
             what = f"{method.method_name()} takes at most {method.max_models} models, and here are {', '.join(models)}"
             raise PlanError(what, origin.name, "leave some out, or choose another method (mergetool methods)")
+        operands = tuple(self._operand(origin, source) for source in sources)
+        statistics = self._statistics(operands) if method.statistic else ()
+        method = method if statistics or not method.statistic else method.unmeasured()
         params = numbers_of(method, depth, models, origin.name)
         uses_base = self.uses_base and method.needs_base != "unused"
         written = replace(self._spec(origin, leader), name=origin.name, dtype=self._dtype_made(leader, origin))
@@ -156,11 +169,21 @@ class Draft:
             0,
             (Slot(written),),
             Merge(method, params, tuple(models)),
-            tuple(self._operand(origin, source) for source in sources),
+            operands,
             self._operand(origin, BASE) if uses_base else None,
+            statistics,
             key=self.twins.get(origin.name, origin.name),
             depth=depth,
         )
+
+    def _statistics(self, operands: Sequence[Operand]) -> tuple[Operand, ...]:
+        """What was measured on each of the models of a tensor; nothing where one of them has no such statistic."""
+        keys = [key_of_statistic(operand.source) for operand in operands]
+        known = all(
+            operand.view is STORED and key in self.measured and operand.tensor in self.measured[key].specs
+            for key, operand in zip(keys, operands, strict=True)
+        )
+        return tuple(Operand(k, o.tensor) for k, o in zip(keys, operands, strict=True)) if known else ()
 
     def _extra(self, origin: Origin, holders: Sequence[str], depth: float) -> Step | None:
         """A tensor that the base lacks."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from mergetool.planning.cost import available_memory
 from mergetool.planning.graph import Plan, Step
 from mergetool.planning.inner import needed
+from mergetool.planning.measures import to_measure
+from mergetool.statistics.measure import Measuring
 
 _SVD_PASSES = 12.0
 """Multiply-adds of a decomposition, in units of rows x columns x the shorter side."""
@@ -80,7 +82,14 @@ def _working_seconds(plan: Plan, machine: Machine) -> float:
         compute = (moved / machine.bus + flops / machine.device_flops) / machine.devices
     else:
         compute = (elements / machine.element_rate + flops / machine.core_flops) / machine.cores
-    return max(disk, compute + hashing)
+    return max(disk, compute + hashing) + sum(measuring_seconds(asked, machine) for asked in to_measure(plan.sources))
+
+
+def measuring_seconds(asked: Measuring, machine: Machine) -> float:
+    """Seconds that measuring one statistic should take, on one device or on the cores of one machine."""
+    if machine.devices:
+        return asked.flops / machine.device_flops
+    return asked.flops / machine.core_flops / (machine.cores / machine.nodes)
 
 
 def _element_operations(step: Step) -> float:

@@ -85,6 +85,8 @@ class Step:
     """What is copied, or merged: one for each of the models, the base's where it stands in for a missing one."""
     base: Operand | None = None
     """Set where the method sees the base."""
+    statistics: tuple[Operand, ...] = ()
+    """What was measured on each of the models, where the method needs that."""
     partners: Mapping[str, int] = field(default_factory=dict)
     """Other steps whose operands are looked at, too: by name of the tensor, their indices."""
     work: TensorSpec | None = None

@@ -7,12 +7,22 @@ from typing import Any
 from mergetool.methods.base import Method, expect
 from mergetool.methods.merge3 import Merge3
 from mergetool.planning.cost import Costs
-from mergetool.planning.duration import MACHINES, Machine, answer_seconds, expected_seconds, is_guess, this_machine
+from mergetool.planning.duration import (
+    MACHINES,
+    Machine,
+    answer_seconds,
+    expected_seconds,
+    is_guess,
+    measuring_seconds,
+    this_machine,
+)
 from mergetool.planning.graph import Plan, Slot, Step
 from mergetool.planning.inner import bytes_on_disk, needed
+from mergetool.planning.measures import to_measure
 from mergetool.planning.parents import label
 from mergetool.planning.patterns import patterns, treatment
 from mergetool.planning.search import SearchSize
+from mergetool.statistics.measure import Measuring
 from mergetool.units import filesize, memsize, timespan
 
 Rows = list[Sequence[Any]]
@@ -37,10 +47,17 @@ def describe(plan: Plan, costs: Costs, search: Method | None = None) -> dict[str
         "expected_seconds_here": round(expected_seconds(plan, this_machine(costs.workers)), 1),
         "vocabulary": plan.words.rows,
         "bytes_beside": bytes_on_disk(plan) - plan.bytes_out,
+        "statistics": {asked.where: _measured(asked, costs) for asked in to_measure(plan.sources)},
         "inner": {name: _inner(each) for name, each in needed(plan)},
         "warnings": list(plan.warnings),
         "search": None if search is None else vars(_size(plan, search)),
     }
+
+
+def _measured(asked: Measuring, costs: Costs) -> dict[str, Any]:
+    """What is measured on a model, and what that costs if it is not kept from before."""
+    seconds = round(measuring_seconds(asked, this_machine(costs.workers)), 1)
+    return {**asked.describe(), "memory": asked.memory, "expected_seconds_here": seconds}
 
 
 def _inner(plan: Plan) -> dict[str, Any]:
@@ -108,6 +125,7 @@ def totals(plan: Plan, costs: Costs, *, machines: bool = False, search: Method |
         ("to read", filesize(costs.bytes_in)),
         ("to write", f"{at_most}{filesize(costs.bytes_out)} in {files}"),
         *_beside(plan),
+        *_statistics(plan, costs),
         ("memory, at most", f"{memsize(costs.peak_memory)} with {costs.workers} workers"),
         *((f"expected time, {machine.name}", f"{_duration(plan, machine)}{result}") for machine in places),
         *(_search(plan, search, here) if search is not None else ()),
@@ -124,6 +142,18 @@ def _vocabulary(plan: Plan) -> Rows:
             told = ", ".join(f"{count:,} {whose.get(each, each)}" for each, count in counts.items())
             alike.setdefault(f"{label(model)}: {told}", []).append(name)
     return [(f"rows of {names[0]}", told) for told, names in alike.items()]
+
+
+def _statistics(plan: Plan, costs: Costs) -> Rows:
+    """What is measured first, unless it is kept from before."""
+    return [
+        (
+            f"{asked.statistic.name} of {asked.where}",
+            f"on {len(asked.examples):,} rows ({asked.tokens:,} tokens), at most {filesize(asked.num_bytes)}, "
+            f"{timespan(measuring_seconds(asked, this_machine(costs.workers)))}",
+        )
+        for asked in to_measure(plan.sources)
+    ]
 
 
 def _beside(plan: Plan) -> Rows:

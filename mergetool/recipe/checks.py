@@ -8,6 +8,7 @@ from mergetool.layouts.base import Layout
 from mergetool.methods.base import Method
 from mergetool.recipe.adapter_output import check_kind
 from mergetool.recipe.adapters import adapter_problems, has_adapters, is_alone, makes_adapter, names_base
+from mergetool.recipe.calibration import calibration_problems
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.render import suggestion
 from mergetool.recipe.words import AUTO, TEMPLATES, UNION, is_place, models_named
@@ -33,6 +34,7 @@ def cross_checks(
             yield from _check_count(document, models, kind, layout)
             yield from _check_per_model(document, ("merge",), kind, data["merge"], models)
             yield from _check_overrides(document, kind, models)
+            yield from calibration_problems(document, kind, method, models)
         for field, name in () if method is None else method.model_names().items():
             yield from _check_use(document, tuple(field.split(".")), name, models)
         for field, part in () if method is None else method.parts().items():

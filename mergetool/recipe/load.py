@@ -21,6 +21,7 @@ from mergetool.methods.base import Method
 from mergetool.recipe.adapters import is_alone, names_base, on_their_base
 from mergetool.recipe.candidate import other_documents
 from mergetool.recipe.checks import check_override, cross_checks
+from mergetool.recipe.data import Calibration, Data
 from mergetool.recipe.document import Document, Place, parse_value, read_documents
 from mergetool.recipe.documents import joined, ours
 from mergetool.recipe.inner import Around, Inside, inlined
@@ -37,6 +38,7 @@ _FIXED: dict[str, Any] = {
     "base": Reference,
     "models": _Models,
     "architecture": Annotated[str, Field(min_length=1, strict=True)],
+    "calibration": Calibration,
     "compute": Compute,
     "check": Check,
     "tokenizer": Tokenizer,
@@ -187,6 +189,7 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
         inner=inner,
         warnings=tuple(document.warnings),
         chat_template=given.get("chat_template"),
+        calibration=given.get("calibration"),
     )
     return recipe if is_alone(data) else on_their_base(recipe)
 
@@ -204,7 +207,7 @@ def _sections_of(document: Document, problems: list[RecipeError]) -> dict[str, A
             try:
                 given[key] = TypeAdapter(kind).validate_python(data[key])
             except ValidationError as error:
-                problems += render(document, (key,), error, kind)
+                problems += render(document, (key,), error, Data if kind is Calibration else kind)
     known = [*sections(), "merge"]
     problems += [_misplaced(document, key) or unknown_key(document, (key,), known) for key in data if key not in known]
     problems += [

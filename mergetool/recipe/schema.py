@@ -16,6 +16,7 @@ from mergetool.evaluate.options import TaskOptions
 from mergetool.layouts.base import Layout
 from mergetool.layouts.same import Same
 from mergetool.methods.base import Method
+from mergetool.recipe.data import Data
 from mergetool.recipe.words import ChatTemplate, PathText, Section, Tokenizer
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B?)", re.IGNORECASE)
@@ -237,6 +238,8 @@ class Recipe:
     """Tasks that the result is scored on."""
     chat_template: ChatTemplate | None = None
     """Whose chat template goes with the result, if it is not the tokenizer's own."""
+    calibration: "Data | Mapping[str, Data] | None" = None
+    """What statistics of the models are measured on."""
     layout: Layout = field(default_factory=Same)
     """Which tensors of the models each output tensor comes from."""
     layout_overrides: tuple[Override, ...] = ()

@@ -21,7 +21,7 @@ from mergetool.methods import registry
 from mergetool.methods.base import Method, TensorMethod
 from mergetool.methods.families.bundle import BundleMethod
 from mergetool.methods.families.fitted import FittedMethod
-from mergetool.testing.toys import MLP, State, toy_base, toy_deltas, toy_models
+from mergetool.testing.toys import MLP, State, toy_base, toy_deltas, toy_models, toy_statistics
 
 _VALUES = (0.5, 0.25, 1.0)
 """For settings that differ by model: sums and products stay exact, and all lie in (0, 1]."""
@@ -81,6 +81,11 @@ class MethodCase:
             **{k: each if schedulable.per_model else 0.75 for k, schedulable in self.kind.schedulables().items()}
         )
 
+    def statistics(self, models: Mapping[str, State]) -> dict[str, State] | None:
+        """What is measured on these models, where the method needs that: made up, another one for each."""
+        kind = self.kind.statistic
+        return {name: toy_statistics(kind, name, model) for name, model in models.items()} if kind else None
+
     def section(self) -> dict[str, Any]:
         """The `merge` section of a recipe."""
         return {"method": self.method, **self.settings}
@@ -88,7 +93,8 @@ class MethodCase:
     def merge(self, base: State, models: Mapping[str, State], **compute: Any) -> State:
         """Merge state dicts (`seed` and `dtype` go to the computation)."""
         given = base if self.has_base else None
-        return merge_state_dicts(self.section(), models, given, **self.architecture, **compute)
+        more = {**self.architecture, "statistics": self.statistics(models), **compute}
+        return merge_state_dicts(self.section(), models, given, **more)
 
 
 def choices(kind: type[BaseModel]) -> Iterator[tuple[str, Any, Any]]:

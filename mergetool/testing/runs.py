@@ -12,7 +12,7 @@ from typing import Any
 import mergetool.engine as engine
 from mergetool.api import run as run_recipe
 from mergetool.testing.cases import MethodCase
-from mergetool.testing.toys import INTEGERS, State, read, write
+from mergetool.testing.toys import INTEGERS, State, read, write, write_statistics
 
 
 def run(
@@ -27,6 +27,7 @@ def run(
             **({"base": paths["base"]} if case.has_base else {}),
             "models": {name: paths[name] for name in case.names},
             **case.architecture,
+            **write_statistics(Path(place) / "statistics", case.statistics(models)),
             "merge": case.section(),
             "output": {"shard_size": shard_size},
         }

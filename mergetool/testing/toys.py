@@ -94,6 +94,29 @@ def times(state: State, factor: float) -> State:
     return {name: value * factor for name, value in state.items()}
 
 
+def toy_statistics(kind: str, model: str, state: State) -> State:
+    """A made-up statistic of one model: the same for tensors of one shape, as of weights that are stored twice.
+
+    `gram`: positive definite matrices as wide as two-dimensional tensors; else numbers above 0 like each tensor.
+    """
+    if kind != "gram":
+        floats = {name: value for name, value in state.items() if value.is_floating_point()}
+        return {name: 1.0 + whole(tuple(value.shape), 15, kind, model).abs() / 4 for name, value in floats.items()}
+    wide = {name: value.shape[1] for name, value in state.items() if value.ndim == 2 and value.is_floating_point()}
+    inputs = {width: whole((2 * width, width), 4, kind, model) / 2 for width in set(wide.values())}
+    return {name: inputs[width].mT @ inputs[width] + torch.eye(width) for name, width in wide.items()}
+
+
+def write_statistics(folder: Path, statistics: Mapping[str, State] | None) -> dict[str, Any]:
+    """Save made-up statistics; the section of a recipe that names them, if there are any."""
+    if statistics is None:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, state in statistics.items():
+        save_file(state, folder / f"{name}.safetensors")
+    return {"calibration": {name: {"measured": str(folder / f"{name}.safetensors")} for name in statistics}}
+
+
 def write(folder: Path, states: Mapping[str, State]) -> dict[str, Path]:
     """Save state dicts as model folders; the paths by name."""
     paths = {name: folder / name for name in states}

@@ -47,7 +47,7 @@ FLAGS = {
     "import": {"recipe", "-o", "--output"},
     "push": {"path", "repo", "--private", "--create", "--pull-request", "--json"},
     "calibrate": {"bundle", "--input", "--json"},
-    "route": {"bundle", "--input", "--task", "--batch-size", "--json"},
+    "route": {"bundle", "--input", "--task", "--batch-size", "--json", "--labels"},
     "evaluate": {
         "path",
         "--tasks",

@@ -2,21 +2,27 @@
 
 import json
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from mergetool.engine import devices
+from mergetool.engine.device_worker import DeviceWorker, slice_elements
 from mergetool.engine.devices import devices_here, own_device, usable_device
 from mergetool.engine.run import Flags, run_recipe
-from mergetool.engine.worker import Worker
+from mergetool.engine.schedule import Schedule
 from mergetool.errors import PlanError
 from mergetool.methods.base import TensorMethod
+from mergetool.outputs.journal import Journal
 from mergetool.planning import make_plan
+from mergetool.planning.cost import bytes_per_element
 from mergetool.planning.graph import SLICE_ELEMENTS
 from mergetool.recipe import load_recipe
+from mergetool.testing.runs import cut_finely
 from tests.elsewhere import DEVICE, Elsewhere
 from tests.files import content, tensors, write_model, write_recipe
+from tests.streams import streaming
 
 SHAPES = {"w": (900, 1000), "v": (7,)}
 
@@ -29,7 +35,7 @@ class Greedy(TensorMethod):
     room: int = 0
 
     def merge(self, group, p, stats):
-        if group.models[0].numel() > self.room:
+        if group.models[0].device.type != "cpu" and group.models[0].numel() > self.room:
             raise torch.cuda.OutOfMemoryError("no room")
         return group.models[0] + group.models[1]
 
@@ -49,18 +55,75 @@ def recipe(tmp_path):
     return write_recipe(tmp_path / "r.yaml", models={"a": "a", "b": "b"}, merge={"method": "linear"})
 
 
-def test_a_device_without_memory_gets_smaller_slices_and_says_so(recipe):
+@pytest.fixture
+def step_of(recipe):
+    """The plan, and the step of the large tensor, done by a greedy method."""
     plan = make_plan(load_recipe(recipe))
-    slots = Slots(plan)
-    worker = Worker(plan, slots, torch.device("cpu"))
-    a, b = tensors(0, SHAPES), tensors(1, SHAPES)
     step = next(step for step in plan.steps if step.spec.name == "w")
-    room = SLICE_ELEMENTS // 4
-    notes = worker.perform(
-        replace(step, operation=replace(step.operation, method=Greedy(room=room))), 0, step.spec.num_elements, {}
-    )
-    assert notes == [f"the device has too little memory: slices of {n} elements" for n in (2 * room, room)]
+    return plan, lambda room: replace(step, operation=replace(step.operation, method=Greedy(room=room)))
+
+
+@pytest.mark.parametrize(("room", "told"), [(1 << 18, 2), (0, 7)])
+def test_a_device_without_memory_gets_smaller_slices_then_the_cpu_and_says_so(step_of, room, told):
+    plan, step = step_of
+    slots = Slots(plan)
+    with Elsewhere(), streaming(), patch.object(devices, "LEAST_SLICE", 1 << 14):
+        worker = DeviceWorker(plan, slots, DEVICE, length=1 << 20)
+        notes = worker.perform(step(room), 0, 900_000, {})
+    halved = [f"the device has too little memory: slices of {1 << n} elements" for n in range(19, 13, -1)]
+    assert notes == (halved[:told] if room else [*halved, "the device has too little memory: merged on the CPU"])
+    a, b = tensors(0, SHAPES), tensors(1, SHAPES)
     assert bytes(slots.bytes["w"]) == (a["w"] + b["w"]).numpy().tobytes()
+
+
+def test_slices_are_as_long_as_the_memory_of_a_device_allows(recipe):
+    plan = make_plan(load_recipe(recipe))
+    each = bytes_per_element(plan)
+    with Elsewhere():
+        assert slice_elements(plan, DEVICE, 4) == SLICE_ELEMENTS  # nothing is known
+        for free, workers, expected in (
+            (1 << 50, 4, 24),
+            (each << 20, 1, 19),
+            (each << 20, 4, 17),
+            (each << 24, 1, 23),
+        ):
+            with streaming(free):
+                assert slice_elements(plan, DEVICE, workers) == 1 << expected
+
+
+def test_small_tensors_and_copies_stay_on_the_cpu(recipe):
+    plan = make_plan(load_recipe(recipe, ["merge.overrides=[{match: w, use: a}]"]))
+    slots = Slots(plan)
+    with Elsewhere(), streaming() as streams, patch.object(devices, "LEAST_SLICE", 1 << 14):
+        worker = DeviceWorker(plan, slots, DEVICE)
+        for step in plan.steps:
+            worker.perform(step, 0, step.spec.num_elements, {})
+        assert streams.counts["copies"] == 0
+    assert bytes(slots.bytes["w"]) == tensors(0, SHAPES)["w"].numpy().tobytes()
+
+
+def _run(recipe, output, **flags):
+    """On the stand-in, with threads."""
+
+    def there(self, work=Schedule.work):
+        with Elsewhere():  # modes belong to threads
+            work(self)
+
+    with Elsewhere(), streaming() as streams, patch.object(Schedule, "work", there):
+        return run_recipe(load_recipe(recipe), Flags(output=output, device=str(DEVICE), **flags)), streams
+
+
+def test_a_worker_takes_several_units_to_a_device_at_once_and_each_is_journalled(recipe, tmp_path, monkeypatch):
+    with cut_finely(1 << 16, 1 << 17):
+        seen = []
+        monkeypatch.setattr(
+            Journal, "unit", lambda self, *unit, write=Journal.unit: seen.append(unit) or write(self, *unit)
+        )
+        result, streams = _run(recipe, tmp_path / "there", workers=2)
+    assert [start for _, step, start, _ in seen if step.name == "w"] == list(range(0, 900_000, 1 << 17))
+    assert streams.counts["copies"] == 6  # two up, one down, of each tensor
+    run_recipe(load_recipe(recipe), Flags(output=tmp_path / "here", device="cpu"))
+    assert content(result.path) == content(tmp_path / "here")
 
 
 def test_names_of_devices(monkeypatch):

@@ -49,7 +49,7 @@ def test_counting_and_merging_in_one_go_writes_what_doing_one_after_the_other_wr
     merge = {"method": "della", "rescale": "l1", "density": 0.5}
     plan = make_plan(load_recipe({"base": str(tmp_path / "base"), "models": models, "merge": merge}))
     (step,), counts = plan.steps, plan.steps[0].operation.counts
-    apart, together = (Worker(plan, MemorySink(plan), torch.device("cpu")) for _ in range(2))
+    apart, together = (Worker(plan, MemorySink(plan)) for _ in range(2))
     stats = counts.conclude(apart.count(step, 0, 1200, counts))
     notes = apart.perform(step, 0, 1200, stats)
     assert together.visit(step, counts) == (stats, notes, [1])

@@ -22,7 +22,7 @@ from mergetool.methods.base import TensorMethod  # noqa: E402
 from mergetool.methods.families.bundle import BundleMethod  # noqa: E402
 from mergetool.tensors.io import sha256_file  # noqa: E402
 from mergetool.testing.cases import MethodCase, all_cases, bundle_cases  # noqa: E402
-from mergetool.testing.toys import SHAPES, read, toy_models, write  # noqa: E402
+from mergetool.testing.toys import SHAPES, read, toy_models, write, write_statistics  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden.json"
 STORED = {"lm_head.weight": torch.bfloat16, "model.embed_tokens.weight": torch.float16}
@@ -47,6 +47,7 @@ def outcome(case: MethodCase, folder: Path):
         **({"base": paths["base"]} if case.has_base else {}),
         "models": {name: paths[name] for name in case.names},
         **case.architecture,
+        **write_statistics(folder / "statistics", case.statistics({name: states[name] for name in case.names})),
         "merge": case.uneven().section(),
         "compute": {"seed": 20},
     }

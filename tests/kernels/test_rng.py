@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from mergetool.kernels import rng
 from mergetool.kernels.rng import draw, hash_words, keep_at, keep_mask, normal, resolved, stream_key, uniform
+from tests.elsewhere import DEVICE, Elsewhere
+from tests.streams import streaming
 
 WORD = 0xFFFFFFFF
 MANY = 1 << 18
@@ -254,3 +257,16 @@ def test_normal_numbers_are_normal_and_uniform_ones_uniform():
     assert float(u.abs().max()) < 1
     assert float(u.var()) == pytest.approx(1 / 3, abs=3e-3)
     assert abs(float(u.mean())) < 3e-3
+
+
+def test_streams_of_a_device_share_counters_without_waiting_for_each_other():
+    for made in (rng._all_counters, rng._quantiles):
+        made.cache_clear()
+    with Elsewhere(), streaming() as streams:
+        for _ in range(2):
+            with streams.stream(streams.Stream()):
+                like = torch.empty(64, device=DEVICE)
+                normal((1, 2), 0, like)
+                words = draw((1, 2), 0, *(torch.empty(64, dtype=torch.int32, device=DEVICE) for _ in range(2)))
+        words = words.cpu()
+    assert words.tolist() == draw((1, 2), 0, *(torch.empty(64, dtype=torch.int32) for _ in range(2))).tolist()

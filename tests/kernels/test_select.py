@@ -1,6 +1,7 @@
 """The k-th largest magnitude by counting, against a full sort."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from mergetool.kernels.select import Bracket, Count, RankedMagnitude, RankSearch, Tally, places_of
 from mergetool.testing.toys import uniform
+from tests.elsewhere import DEVICE, Elsewhere
+from tests.streams import streaming
 
 KINDS = {32: (torch.float32, np.float32), 64: (torch.float64, np.float64)}
 
@@ -169,3 +172,35 @@ def test_places_of_a_magnitude_have_either_sign(dtype):
     assert places_of(x, float(x[0])).tolist() == [0, 1, 5]
     assert places_of(x, 0.0).tolist() == [3, 4]
     assert places_of(x, 0.3).tolist() == []
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_a_device_counts_what_the_cpu_counts_and_nobody_waits(bits):
+    slices = [part.abs() for part in uniform((3_001,), "values").to(KINDS[bits][0]).pow(3).split(1_000)]
+    search = RankSearch.begin(700, bits)
+    while isinstance(search, RankSearch):
+        here = Count(search)
+        for part in slices:
+            here.add(part)
+        with Elsewhere(), streaming() as streams:
+            there = Count(search)
+            for part in [part.to(DEVICE) for part in slices]:
+                there.add(part)
+            assert streams.counts["waits"] == len(slices)  # for copies to the device, which are no part of it
+            assert there.histogram().tolist() == here.histogram().tolist()
+        search = search.narrow(here.histogram())
+
+
+def test_a_device_finds_what_lies_in_brackets_and_the_host_waits_for_all_of_them_at_once():
+    slices = [uniform((2_000,), f"slice {place}").pow(3).abs() for place in range(3)]
+    cuts = [torch.tensor(cut, dtype=torch.float32).view(torch.int32).item() for cut in (0.0, 0.001, 0.1, 0.2, 0.9)]
+    brackets = [Bracket(1, low, end) for low, end in pairwise(cuts)]
+    here, there = ([Tally(bracket) for bracket in brackets] for _ in "ab")
+    for part in slices:
+        Tally.add_all(here, [part] * len(here))
+        with Elsewhere(), streaming() as streams:
+            moved = part.to(DEVICE)
+            Tally.add_all(there, [moved] * len(there))
+            assert streams.counts["waits"] == 1 + 3  # the copy; how many, which, and their way back
+    for one, other in zip(here, there, strict=True):
+        assert one.table().tolist() == other.table().tolist()

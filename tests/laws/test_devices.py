@@ -19,6 +19,7 @@ from mergetool.recipe import load_recipe
 from mergetool.tensors.source import MemorySource
 from mergetool.testing.cases import MethodCase, all_cases
 from tests.elsewhere import DEVICE, Elsewhere, NoDoubleError, algebra
+from tests.streams import streaming
 
 CASES = [pytest.param(case, id=f"{case.method} {case.option}".strip()) for case in all_cases() if not case.architecture]
 
@@ -47,7 +48,8 @@ def assert_alike(there, here):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_method_works_on_a_device(case):
-    with Elsewhere():
+    """And nothing is used before somebody has waited for it."""
+    with Elsewhere(), streaming():
         there = merged(case, DEVICE)
     assert_alike(there, merged(case, "cpu"))
 

@@ -74,6 +74,13 @@ def test_its_recipe_runs_from_end_to_end(name, tmp_path):
     if registry()[name].arranges:
         names = ("base", *document["models"])
         paths = {key: str(write_dense(tmp_path / "models" / key, seed=seed)) for seed, key in enumerate(names)}
+    elif "calibration" in document:
+        paths = {
+            key: str(write_dense(tmp_path / "models" / key, seed=seed)) for seed, key in enumerate(document["models"])
+        }
+        (tmp_path / "rows.jsonl").write_text('{"text": "w1 w2 w3"}\n{"text": "w4 w5"}\n')
+        for data in document["calibration"].values():
+            data |= {"data": "./rows.jsonl", "length": 64}
     elif has_adapters(document):
         paths = {key: write_adapter(tmp_path, key) for key in document["models"]}
     elif issubclass(registry()[name], SearchMethod):

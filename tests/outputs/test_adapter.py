@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import mergetool
+from mergetool.engine.device_worker import DeviceWorker
 from mergetool.engine.sinks import MemorySink
 from mergetool.engine.worker import Worker
 from mergetool.errors import MergeError, PlanError, RecipeError
@@ -230,17 +231,16 @@ def test_a_device_makes_the_same_changes(tmp_path, rank):
     fine_tuned(*NETWORKS["llama"], tmp_path)
     plan = make_plan(load_recipe(recipe(tmp_path, rank=rank)))
     here, there = MemorySink(plan), MemorySink(plan)
-    _perform(plan, here, torch.device("cpu"))
+    _perform(plan, here, Worker(plan, here))
     with Elsewhere():
-        _perform(plan, there, DEVICE)
+        _perform(plan, there, DeviceWorker(plan, there, DEVICE))
     for name in here.tensors:
         torch.testing.assert_close(there.tensors[name], here.tensors[name], rtol=0, atol=1e-6)
 
 
-def _perform(plan, sink, device):
+def _perform(plan, sink, worker):
     for tensor in sink.tensors.values():
         tensor.zero_()
-    worker = Worker(plan, sink, device)
     for step in plan.steps:
         for start, stop in step.pieces():
             worker.perform(step, start, stop, {})

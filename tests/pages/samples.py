@@ -68,7 +68,10 @@ def pictures():
 
 def everything():
     said = "`code` and " + " ".join(HOSTILE)
-    findings = [Finding(name, said, HOSTILE, HOSTILE[0], level) for name, level in zip(HOSTILE, LEVELS, strict=False)]
+    findings = [
+        Finding(name, said, HOSTILE, HOSTILE[0], HOSTILE[2], level)
+        for name, level in zip(HOSTILE, LEVELS, strict=False)
+    ]
     return Page(
         HOSTILE[0],
         said,

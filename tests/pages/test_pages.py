@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ class Seen(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.elements, self.text = [], ""
+        self.elements, self.text, self.pieces = [], "", []
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -33,6 +34,7 @@ class Seen(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+        self.pieces += [data.strip()] if data.strip() else []
 
 
 def test_names_of_strangers_stay_text(html):
@@ -79,6 +81,15 @@ def test_without_the_extra_the_missing_package_is_named(monkeypatch):
         render(Page("a"))
 
 
+def test_the_example_of_the_documentation_writes_a_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "pages.md").read_text("utf-8")
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], {})
+    written = (tmp_path / "scores.html").read_text("utf-8")
+    assert Seen(written).pieces[0] == "Two ways to merge"
+    assert written.count("<svg") == 1
+
+
 def test_a_row_that_does_not_fit_its_columns_is_a_mistake():
     with pytest.raises(ValueError, match="zip"):
         render(Page("a", "", [Chapter("b", [Table(["one", "two"], [("x",)])])]))
@@ -115,6 +126,7 @@ def lines_of_nothing():
         (12345, "count", "12,345"),
         (2_500_000, "bytes", "2.5 MB"),
         (0.25, "signed", "+0.250"),
+        (-1e-9, "signed", "0.000"),
         (3.2, "seconds", "3.2 s"),
         (True, "text", "yes"),
         ("name", "number", "name"),

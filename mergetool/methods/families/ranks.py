@@ -76,7 +76,7 @@ class _Thresholds(_Search):
             scores = self.scores(group, p)
             for count, place in zip(counts, self.which, strict=True):
                 count.add(scores[place].reshape(-1))
-        return torch.stack([count.histogram() for count in counts])
+        return torch.stack([count.histogram() for count in counts]).to("cpu")
 
     def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
         from mergetool.kernels.select import RankedMagnitude, RankSearch
@@ -120,8 +120,7 @@ class _Brackets(_Search):
         tallies = [Tally(bracket) for bracket in self.brackets]
         for group in groups:
             scores = self.scores(group, p)
-            for tally, place in zip(tallies, self.which, strict=True):
-                tally.add(scores[place].reshape(-1))
+            Tally.add_all(tallies, [scores[place].reshape(-1) for place in self.which])
         tables = [tally.table() for tally in tallies]
         return torch.cat([torch.nn.functional.pad(table, (1, 0), value=i) for i, table in enumerate(tables)])
 

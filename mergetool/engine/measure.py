@@ -1,0 +1,106 @@
+"""The stage that measures statistics of the models, one model after the other, before anything is merged.
+
+Each is kept in the cache when it is whole, so a run that was killed goes on with the next model.
+"""
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergetool.engine.context import Context
+from mergetool.errors import RecipeError, at
+from mergetool.planning.graph import Stage
+from mergetool.planning.measures import StatisticSource, measuring
+from mergetool.planning.sources import Lookup
+from mergetool.recipe.data import Data
+from mergetool.recipe.schema import Compute
+from mergetool.statistics.base import Statistic
+from mergetool.statistics.measure import STATISTICS, Measuring, measured
+from mergetool.statistics.store import StatisticStore
+from mergetool.tensors.source import SafetensorsSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class MeasureStage:
+    """After it, the statistics can be read like any other tensors."""
+
+    def __init__(self, run: Context, stage: Stage) -> None:
+        self._run = run
+        self._stage = stage
+
+    def work(self) -> None:
+        run = self._run
+        if not run.is_left(self._stage.steps):
+            return  # every unit that would need them is there already
+        wanted = {
+            key: source
+            for key, source in run.plan.sources.items()
+            if isinstance(source, StatisticSource) and not source.is_there
+        }
+        with run.pool.resting(run.team.local_size):
+            paths = run.team.leader_first(lambda: self._measure(wanted))
+        run.show({**run.plan.sources, **{key: source.filled(paths[key]) for key, source in wanted.items()}})
+
+    def _measure(self, wanted: dict[str, StatisticSource]) -> dict[str, Path]:
+        store, paths = StatisticStore(self._run.cache), {}
+        for key, source in wanted.items():
+            assert source.asked is not None
+            paths[key] = self._one(source.asked, store)
+        return paths
+
+    def _one(self, asked: Measuring, store: StatisticStore) -> Path:
+        """Where the statistic of one model lies."""
+        import torch
+
+        run, name = self._run, asked.statistic.name
+        key = asked.key()
+        known = store.has(key)
+        if not known:
+            run.teller.start(len(asked.examples), f"measuring {name} of {asked.where}", "rows")
+        with at(f"measuring {name}"):
+            path = measured(asked, store, key, torch.device(run.pool.device), run.teller.advance)
+        how = "kept from before" if known else f"measured on {len(asked.examples)} rows"
+        run.teller.say(f"{name} of {asked.where}: {how}")
+        run.record.statistics[asked.where] = asked.describe() | {"key": key}
+        return path
+
+
+def measure_one(
+    reference: str,
+    statistic: str,
+    data: Data,
+    settings: Mapping[str, Any],
+    compute: Compute,
+    device: str,
+    cache: Path | None,
+) -> "dict[str, Tensor]":
+    """A statistic of one model, by the names of its weights. Raises SourceError, PlanError or MergeError."""
+    import torch
+    from safetensors.torch import load_file
+
+    lookup = Lookup(Path.cwd())
+    lookup.open("model", reference).close()
+    lookup.fetch(lambda _: None)
+    with closing(lookup.open("model", reference)) as source:
+        asked = measuring(_statistic(statistic, settings), source, data, compute, reference)
+        store = StatisticStore(cache)
+        path = measured(asked, store, asked.key(), torch.device(device), lambda _: None)
+    found, shared = load_file(path), StatisticSource.given(SafetensorsSource([path], None))
+    return {name: found[shared.stored_name(name)] for name in shared.specs}
+
+
+def _statistic(name: str, settings: Mapping[str, Any]) -> Statistic:
+    kind = STATISTICS.get(name)
+    if kind is None:
+        raise RecipeError(f"there is no statistic {name!r}", "measure", f"one of: {', '.join(STATISTICS)}")
+    try:
+        return kind(**settings)
+    except TypeError:
+        known = [each.name for each in fields(kind)]  # type: ignore[arg-type]
+        raise RecipeError(
+            f"{name} has no such setting: {', '.join(settings)}", "measure", f"known: {', '.join(known) or 'none'}"
+        ) from None

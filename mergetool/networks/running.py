@@ -1,0 +1,109 @@
+"""A model that runs, out of whatever its weights are read from, and what a checkpoint calls its parts."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergetool.errors import PlanError, SourceError
+from mergetool.networks.library import class_of, first_line, library, module_of_library, quiet
+from mergetool.networks.places import TensorMap, places_of, tensors_of
+from mergetool.tensors.dtypes import torch_dtype
+from mergetool.tensors.io import bytes_of
+from mergetool.tensors.side_files import read_config
+from mergetool.tensors.source import ModelSource
+
+_WHOLE = "save the model whole, with save_pretrained, and its config.json beside it"
+
+
+@dataclass(frozen=True)
+class RunningNetwork:
+    """A model of transformers, ready to run, and the names of its tensors in the checkpoint."""
+
+    model: Any
+    places: TensorMap
+    shapes: Mapping[str, tuple[int, ...]]
+    where: str
+    """What messages call it."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    def linears(self) -> dict[str, nn.Module]:
+        """The linear layers by what the checkpoint calls their weights."""
+        kinds = (nn.Linear, module_of_library("pytorch_utils").Conv1D)
+        modules = {f"{path}.weight": each for path, each in self.model.named_modules() if isinstance(each, kinds)}
+        return {self.places.names[name]: each for name, each in modules.items() if name in self.places.names}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What can be trained, each once, by its name in memory."""
+        return dict(self.model.named_parameters())
+
+    def stored(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of parameters, by their names in memory, under all names that the checkpoint has for them."""
+        every = tensors_of(self.model)
+        alike = {id(every[name]): value for name, value in values.items()}
+        found: dict[str, Tensor] = {}
+        for name, tensor in every.items():
+            if (value := alike.get(id(tensor))) is not None:
+                found |= dict(self._parts(name, value))
+        return found
+
+    def _parts(self, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the checkpoint that a parameter is, or is made of where it holds whole ones."""
+        if name in self.places.names:
+            stored = self.places.names[name]
+            yield stored, value.view(self.shapes[stored])
+            return
+        for part in self.places.fragments.get(name, ()):
+            box = part.of(value).reshape(-1)
+            if box.numel() == torch.Size(self.shapes[part.name]).numel():
+                held = box if part.order is None else torch.empty_like(box).scatter_(0, part.order.to(box.device), box)
+                yield part.name, held.view(self.shapes[part.name])
+
+
+def load_network(source: ModelSource, dtype: torch.dtype, device: torch.device, where: str) -> RunningNetwork:
+    """The network of a model's own class, its weights read from `source`. Raises SourceError."""
+    assert source.folder is not None
+    kind = class_of(read_config(source.folder), where)
+    tensors = {name: _read(source, name) for name in source.specs}
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    try:
+        with quiet():
+            config = library("measuring", where).AutoConfig.from_pretrained(source.folder)
+            config.use_cache = False  # nothing here is generated
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config  # the weights come as plain numbers
+            model, told = kind.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+            )
+    except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
+        raise SourceError(f"transformers cannot open it: {first_line(error)}", where, _WHOLE) from error
+    if missing := sorted(told["missing_keys"]):
+        what = f"{len(missing)} tensors of {kind.__name__} are not in the model: {missing[0]}"
+        raise SourceError(what, where, _WHOLE)
+    return RunningNetwork(model.eval().to(device), places_of(model, shapes), shapes, where)
+
+
+def _read(source: ModelSource, name: str) -> Tensor:
+    spec = source.specs[name]
+    tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+    source.read_bytes(name, 0, bytes_of(tensor.reshape(-1)))
+    return tensor
+
+
+def whole_config(source: ModelSource, where: str) -> dict[str, Any]:
+    """All of a model's config, with what config.json leaves to defaults. Raises PlanError where there is none."""
+    fix = "save the model with save_pretrained, which writes config.json beside the weights"
+    if source.folder is None or not read_config(source.folder):
+        raise PlanError("has no config.json, so it cannot be run on data", where, fix)
+    try:
+        with quiet():
+            config = library("measuring", where, PlanError).AutoConfig.from_pretrained(source.folder)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise PlanError(f"transformers cannot read its config.json: {first_line(error)}", where, fix) from error
+    known = {key: value for key, value in read_config(source.folder).items() if key == "architectures"}
+    return {**config.to_dict(), **known}

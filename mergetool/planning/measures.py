@@ -1,0 +1,190 @@
+"""Statistics of models as sources: planned before they are measured, opened when they lie on the disk."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from math import sqrt
+from pathlib import Path
+from threading import Lock
+from types import MappingProxyType
+
+from mergetool.errors import PlanError, at
+from mergetool.planning.sources import Lookup
+from mergetool.recipe.data import Data, data_of
+from mergetool.recipe.schema import Compute, Recipe
+from mergetool.statistics.base import Extent, Statistic
+from mergetool.statistics.measure import STATISTICS, Measuring
+from mergetool.statistics.store import SHARED, TURNED
+from mergetool.tensors.dtypes import BY_TORCH_NAME
+from mergetool.tensors.folder import open_model
+from mergetool.tensors.header import TensorSpec
+from mergetool.tensors.source import FileStamp, ModelSource, SafetensorsSource
+
+NOTHING: Mapping[str, "StatisticSource"] = MappingProxyType({})
+_READ = 1 << 20
+
+
+class StatisticSource(ModelSource):
+    """A statistic of one model: names and shapes, and values once there are some."""
+
+    folder = None
+
+    def __init__(self, form: Extent, dtype: str, asked: Measuring | None = None) -> None:
+        self.form, self.asked = form, asked
+        self.specs = {n: TensorSpec(n, BY_TORCH_NAME[dtype], shape) for n, shape in form.shapes.items()}
+        self._found: ModelSource | None = None
+        self._stored: Mapping[str, str] = {}
+        self._lock = Lock()
+
+    @classmethod
+    def given(cls, found: ModelSource) -> "StatisticSource":
+        """One that was measured before."""
+        told = found.headers[0].metadata if isinstance(found, SafetensorsSource) else {}
+        shared = json.loads(told.get(SHARED, "{}"))
+        stored = {**{name: name for name in found.specs}, **shared}
+        shapes = {name: found.specs[own].shape for name, own in stored.items()}
+        made = cls(Extent(shapes, frozenset(json.loads(told.get(TURNED, "[]")))), "float32")
+        made.specs = {name: replace(found.specs[own], name=name) for name, own in stored.items()}
+        made._found, made._stored = found, stored
+        return made
+
+    @property
+    def files(self) -> tuple[FileStamp, ...]:
+        """None but those that were given: what is measured belongs to no input."""
+        return self._found.files if self._found is not None and self.asked is None else ()
+
+    def filled(self, path: Path) -> "StatisticSource":
+        """The same, to be read from a file."""
+        made = StatisticSource.given(SafetensorsSource([path], None))
+        made.asked = self.asked
+        return made
+
+    def stored_name(self, name: str) -> str:
+        """What a weight's statistic is called in the file: another weight's name where the two share it."""
+        return self._stored[name]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it can be read."""
+        return self._found is not None
+
+    @property
+    def size(self) -> float:
+        """The root mean square of all its values."""
+        with self._lock:
+            return self._size
+
+    @cached_property
+    def _size(self) -> float:
+        import torch
+
+        total, count = 0.0, 0
+        for name in sorted(self.specs):
+            dtype = self.specs[name].dtype
+            for begin in range(0, self.specs[name].num_bytes, _READ):
+                held = bytearray(min(_READ, self.specs[name].num_bytes - begin))
+                self.read_bytes(name, begin, memoryview(held))
+                values = torch.frombuffer(held, dtype=getattr(torch, _torch_name(dtype.name))).double()
+                total += float(values.square().sum())
+                count += len(values)
+        return sqrt(total / count) if count else 0.0
+
+    def position(self, name: str) -> tuple[int, int]:
+        return 0, list(self.specs).index(name)
+
+    def read_bytes(self, name: str, begin: int, buffer: memoryview) -> None:
+        assert self._found is not None, f"{name}: read before it was measured"
+        self._found.read_bytes(self._stored[name], begin, buffer)
+
+    def close(self) -> None:
+        if self._found is not None:
+            self._found.close()
+
+
+def _torch_name(name: str) -> str:
+    return next(key for key, dtype in BY_TORCH_NAME.items() if dtype.name == name)
+
+
+def key_of_statistic(model: str) -> str:
+    """What the statistic of a model is called among the sources of a plan."""
+    return f"(statistic) {model}"
+
+
+def statistics_of(
+    recipe: Recipe, sources: Mapping[str, ModelSource], given: Mapping[str, ModelSource], lookup: Lookup
+) -> dict[str, StatisticSource]:
+    """The statistic of every model that a method needs, by its key among the sources.
+
+    Raises SourceError or PlanError for data that cannot be used, or models that cannot be run on it.
+    """
+    name = recipe.method.kernel().statistic
+    if not name or recipe.adapters_alone:
+        return {}
+    return {
+        key_of_statistic(model): StatisticSource.given(given[model])
+        if model in given
+        else _planned(recipe, model, sources, lookup)
+        for model in recipe.models
+    }
+
+
+def _planned(recipe: Recipe, model: str, sources: Mapping[str, ModelSource], lookup: Lookup) -> StatisticSource:
+    if recipe.calibration is None:
+        what = f"{recipe.method.method_name()} needs a statistic of every model"
+        raise PlanError(what, f"model {model!r}", "give statistics={MODEL: {NAME: TENSOR}}, or run models in folders")
+    data = data_of(recipe.calibration, model)
+    if data.measured is not None:
+        with at(f"calibration.{model}.measured"):
+            return StatisticSource.given(open_model(recipe.path_of(data.measured)))
+    assert data.data is not None
+    method = recipe.method.kernel()
+    statistic = STATISTICS[method.statistic](**method.measuring())
+    data = data.model_copy(update={"data": str(recipe.path_of(data.data))})
+    with at(f"model {model!r}"):
+        tokenizer = _tokenizer(data, sources, lookup)
+        asked = measuring(statistic, sources[model], data, recipe.compute, f"model {model!r}", tokenizer)
+    return StatisticSource(asked.form, asked.dtype, asked)
+
+
+def measuring(
+    statistic: Statistic, source: ModelSource, data: Data, compute: Compute, where: str, tokenizer: Path | None = None
+) -> Measuring:
+    """What there is to measure on a model. Raises SourceError or PlanError for data or a model that will not do."""
+    from mergetool.networks.running import whole_config
+    from mergetool.statistics.examples import examples_of
+    from mergetool.statistics.rows import Fields, read_rows
+
+    assert data.data is not None
+    config = whole_config(source, "")
+    form = statistic.form(source.specs, config, "")
+    fields = Fields(data.field, data.pair, data.label)
+    rows = read_rows(Path(data.data), fields, data.samples, labelled=statistic.labelled(config))
+    assert source.folder is not None
+    examples = examples_of(rows, source.folder, config, data.length, tokenizer or source.tokenizer_folder)
+    return Measuring(statistic, source, config, examples, form, compute.dtype, compute.seed, where)
+
+
+def _tokenizer(data: Data, sources: Mapping[str, ModelSource], lookup: Lookup) -> Path | None:
+    """The folder of another tokenizer than the model's own."""
+    if data.tokenizer is None:
+        return None
+    if data.tokenizer in sources:
+        return sources[data.tokenizer].tokenizer_folder
+    return lookup.folder(data.tokenizer)
+
+
+def to_measure(plan_sources: Mapping[str, ModelSource]) -> list[Measuring]:
+    """What a run has to measure, unless it is kept from before."""
+    found = (source.asked for source in plan_sources.values() if isinstance(source, StatisticSource))
+    return [asked for asked in found if asked is not None]
+
+
+def data_files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
+    """The files of data that a recipe names, by its field."""
+    if recipe.calibration is None:
+        return
+    each = {"": recipe.calibration} if isinstance(recipe.calibration, Data) else dict(recipe.calibration)
+    for model, data in each.items():
+        if data.data is not None:
+            yield ".".join(filter(None, ("calibration", model, "data"))), recipe.path_of(data.data)

@@ -1,0 +1,46 @@
+"""Checks of the section `calibration` that need the method and the models."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mergetool.errors import RecipeError
+from mergetool.methods.base import Method
+from mergetool.recipe.data import SHARED, form_of
+from mergetool.recipe.document import Document
+from mergetool.recipe.render import suggestion
+
+_SAY = "calibration: {data: ./FILE.jsonl}"
+
+
+def calibration_problems(
+    document: Document, kind: type[Method], method: Method | None, models: Mapping[str, Any]
+) -> Iterator[RecipeError]:
+    """Whether there is data where it is needed, and only there, for all models that there are."""
+    data, name = document.data.get("calibration"), kind.method_name()
+    for field, part in () if method is None else method.parts().items():
+        if part.statistic:
+            what = f"{part.method_name()} needs data, which only the method of the whole recipe can be given"
+            yield document.error(("merge", field), what, "choose a method that needs none: mergetool methods")
+    if kind.statistic and data is None:
+        what = f"{name} measures the models on data, and the recipe names none"
+        yield document.error(("merge", "method"), what, f"add {_SAY} (merge_state_dicts takes `statistics` instead)")
+    elif data is not None and not kind.statistic:
+        what = f"{name} measures nothing on data, so this would have no effect"
+        yield document.error(("calibration",), what, "remove `calibration`")
+    elif isinstance(data, dict):
+        yield from _names(document, data, models)
+
+
+def _names(document: Document, data: Mapping[str, Any], models: Mapping[str, Any]) -> Iterator[RecipeError]:
+    if form_of(data) == SHARED:
+        if isinstance(data.get("measured"), str):
+            fix = f"write {{{next(iter(models))}: {{measured: {data['measured']}}}, ...}}"
+            yield document.error(("calibration", "measured"), "is the statistic of one model, but of which?", fix)
+        return
+    for name in data:
+        if name not in models:
+            fix = suggestion(name, models) or f"the models are: {', '.join(models)}"
+            yield document.error(("calibration", name), f"there is no model {name!r}", fix)
+    for name in models:
+        if name not in data:
+            yield document.error(("calibration",), f"nothing for model {name!r}", f"add {name}: {{data: ./FILE.jsonl}}")

@@ -1,0 +1,74 @@
+"""What a statistic is: what it has of which tensors, and how a network and examples come to it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mergetool.tensors.header import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mergetool.networks.running import RunningNetwork
+    from mergetool.statistics.examples import Example
+
+Tell = Callable[[int], None]
+"""Hears how many more examples are done."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What a statistic of a model holds, as far as that is known before it is measured."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """By the names of the weights that it is about."""
+    turned: frozenset[str] = frozenset()
+    """Weights that are stored as (inputs, outputs)."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A statistic that was measured."""
+
+    tensors: "Mapping[str, Tensor]"
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """Weights whose statistic is another one's, with that one's name."""
+
+
+class Statistic(ABC):
+    """A measure of a model on data. Concrete ones are frozen dataclasses of settings."""
+
+    name: ClassVar[str]
+    cost: ClassVar[float]
+    """Multiply-adds for each parameter and token."""
+    copies: ClassVar[float] = 1.0
+    """Models' worth of memory that measuring takes, with the model itself."""
+
+    def labelled(self, config: Mapping[str, Any]) -> bool:
+        """Whether rows for this model need a class."""
+        return False
+
+    @property
+    def draws(self) -> bool:
+        """Whether the seed matters."""
+        return False
+
+    @abstractmethod
+    def form(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Extent:
+        """What it will hold of a model with these tensors. Raises PlanError for one that it cannot be measured on."""
+
+    @abstractmethod
+    def measure(
+        self, network: "RunningNetwork", examples: "Sequence[Example]", names: Collection[str], seed: int, tell: Tell
+    ) -> Found:
+        """Measure it, for the weights of these names. Raises MergeError, which names the row, for what is no number."""
+
+
+def tensor_of(batch: "Sequence[Example]", device: "torch.device") -> "dict[str, Tensor]":
+    """Examples of one length as what a network takes."""
+    import torch
+
+    keys = batch[0].inputs
+    return {key: torch.tensor([each.inputs[key] for each in batch], device=device) for key in keys}

@@ -1,0 +1,133 @@
+"""Inner products of what goes into each linear layer: the mean of `x x^T` over all tokens.
+
+They are summed in float64. Layers that are given the same tensor (query, key and value; gate and up) share one matrix.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mergetool.errors import MergeError, PlanError
+from mergetool.statistics.base import Extent, Found, Statistic, Tell, tensor_of
+from mergetool.tensors.header import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mergetool.networks.running import RunningNetwork
+    from mergetool.statistics.examples import Example
+
+
+@dataclass(frozen=True)
+class InputGram(Statistic):
+    """`X^T X / number of tokens` of the inputs X of each linear layer."""
+
+    name: ClassVar = "gram"
+    cost: ClassVar = 2.0
+    copies: ClassVar = 2.0
+
+    def form(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Extent:
+        from mergetool.networks.modules import linears_of
+
+        turned = linears_of(specs, config, where, "choose a method that needs no data: mergetool methods")
+        if not turned:
+            raise PlanError("has no linear layer", where, "choose merge: {method: linear}")
+        widths = {name: specs[name].shape[0 if turned[name] else 1] for name in turned}
+        shapes = {name: (width, width) for name, width in widths.items()}
+        return Extent(shapes, frozenset(name for name in turned if turned[name]))
+
+    def measure(
+        self, network: "RunningNetwork", examples: "Sequence[Example]", names: Collection[str], seed: int, tell: Tell
+    ) -> Found:
+        import torch
+
+        from mergetool.statistics.examples import batches
+
+        linears = {name: module for name, module in network.linears().items() if name in names}
+        sums = InputSums(network.where)
+        with torch.no_grad(), sums.watching(linears):
+            for batch in batches(examples):
+                sums.batch = batch
+                network.model(**tensor_of(batch, network.device))
+                tell(len(batch))
+        return sums.found(linears, network.model.dtype)
+
+
+@dataclass
+class InputSums:
+    """What has gone into the layers so far."""
+
+    where: str
+    batch: "Sequence[Example]" = ()
+    _totals: "dict[str, Tensor]" = field(default_factory=dict)
+    _counts: dict[str, int] = field(default_factory=dict)
+    _leaders: dict[str, str] = field(default_factory=dict)
+    _last: "tuple[Tensor | None, str]" = (None, "")
+    """What went into the layer before, and which layer's sum it was added to."""
+
+    @contextmanager
+    def watching(self, linears: "Mapping[str, nn.Module]") -> Iterator[None]:
+        """While inside, whatever goes into these layers is added up."""
+        hooks = [module.register_forward_pre_hook(self._hook(name)) for name, module in linears.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._last = None, ""
+
+    def _hook(self, name: str) -> Any:
+        return lambda _, given: self.add(name, given[0])
+
+    def add(self, name: str, inputs: "Tensor") -> None:
+        """Count what goes into a layer, unless it was counted for the layer before."""
+        before, leader = self._last
+        if before is inputs and self._leaders.setdefault(name, leader) == leader:
+            return
+        if self._leaders.get(name, name) != name:  # it was given another layer's input until now
+            self._part(name)
+        self._leaders[name] = name
+        self._last = inputs, name
+        self._sum(name, inputs.detach().reshape(-1, inputs.shape[-1]))
+
+    def _part(self, name: str) -> None:
+        leader = self._leaders[name]
+        self._totals[name], self._counts[name] = self._totals[leader].clone(), self._counts[leader]
+
+    def _sum(self, name: str, rows: "Tensor") -> None:
+        import torch
+
+        product = (rows.T @ rows).to(torch.float64)
+        if not bool(product.diagonal().isfinite().all()):
+            raise not_finite(f"what goes into {name}", self.batch, self.where)
+        known = self._totals.get(name)
+        self._totals[name] = product if known is None else known.add_(product)
+        self._counts[name] = self._counts.get(name, 0) + len(rows)
+
+    def found(self, linears: "Mapping[str, nn.Module]", dtype: Any) -> Found:
+        """Means; zeros for layers that nothing went into."""
+        tensors, shared = {}, {}
+        for name, module in linears.items():
+            leader = self._leaders.get(name, name)
+            if leader != name:
+                shared[name] = leader
+            elif name in self._totals:
+                tensors[name] = (self._totals[name] / self._counts[name]).to(dtype).cpu()
+            else:
+                tensors[name] = _nothing(module, dtype)
+        return Found(tensors, shared)
+
+
+def _nothing(module: Any, dtype: Any) -> "Tensor":
+    import torch
+
+    width = module.in_features if hasattr(module, "in_features") else module.weight.shape[0]
+    return torch.zeros(width, width, dtype=dtype)
+
+
+def not_finite(what: str, batch: "Sequence[Example]", where: str) -> MergeError:
+    """The error for numbers that are none, at the first of the rows that they can come from."""
+    several = f" (or one of {len(batch) - 1} other rows of its length)" if len(batch) > 1 else ""
+    fix = "repair or replace that model (mergetool verify FOLDER scans it), or remove that line"
+    return MergeError(f"{what} is not finite at {batch[0].place}{several}", where, fix)

@@ -1,0 +1,91 @@
+"""One statistic of one model: taken from where it is kept, or measured now."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergetool.statistics.base import Extent, Statistic
+from mergetool.statistics.examples import Example
+from mergetool.statistics.fisher import DiagonalFisher
+from mergetool.statistics.gram import InputGram
+from mergetool.statistics.store import StatisticStore, key_of
+from mergetool.tensors.dtypes import BY_TORCH_NAME, torch_dtype
+from mergetool.tensors.source import ModelSource
+
+if TYPE_CHECKING:
+    import torch
+
+STATISTICS: Mapping[str, type[Statistic]] = {kind.name: kind for kind in (DiagonalFisher, InputGram)}
+"""Every statistic by name."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What is to be measured on a model."""
+
+    statistic: Statistic
+    model: ModelSource
+    config: Mapping[str, Any]
+    """All of its config, defaults too."""
+    examples: tuple[Example, ...]
+    form: Extent
+    dtype: str
+    """What the network computes in, and the statistic is kept in."""
+    seed: int
+    where: str
+    """What messages call the model."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(each.length for each in self.examples)
+
+    @property
+    def num_bytes(self) -> int:
+        """What is kept, at most."""
+        return sum(self._width * _product(shape) for shape in self.form.shapes.values())
+
+    @property
+    def memory(self) -> int:
+        """Bytes that measuring takes, roughly."""
+        weights = sum(spec.num_elements for spec in self.model.specs.values())
+        return int(self._width * weights * self.statistic.copies) + 2 * self.num_bytes
+
+    @property
+    def flops(self) -> float:
+        """Multiply-adds."""
+        return self.statistic.cost * self.tokens * sum(spec.num_elements for spec in self.model.specs.values())
+
+    @property
+    def _width(self) -> int:
+        return BY_TORCH_NAME[self.dtype].bits // 8
+
+    def describe(self) -> dict[str, Any]:
+        """What is measured, as JSON-able data."""
+        settings = {**vars(self.statistic), **({"seed": self.seed} if self.statistic.draws else {})}
+        told = {"statistic": self.statistic.name, "rows": len(self.examples), "tokens": self.tokens}
+        return {**told, "settings": settings, "dtype": self.dtype, "bytes": self.num_bytes}
+
+    def key(self) -> str:
+        """The hash of all that decides it."""
+        return key_of(self.statistic, self.model, self.config, self.examples, self.dtype, self.seed)
+
+
+def _product(shape: Sequence[int]) -> int:
+    from math import prod
+
+    return prod(shape)
+
+
+def measured(
+    asked: Measuring, store: StatisticStore, key: str, device: "torch.device", tell: Callable[[int], None]
+) -> Path:
+    """Where a statistic lies, which is measured first if it is not there. `tell` hears of examples that are done."""
+    from mergetool.networks.running import load_network
+
+    if store.has(key):
+        tell(len(asked.examples))
+        return store.path(key)
+    network = load_network(asked.model, torch_dtype(BY_TORCH_NAME[asked.dtype]), device, asked.where)
+    found = asked.statistic.measure(network, asked.examples, list(asked.form.shapes), asked.seed, tell)
+    return store.keep(key, found, sorted(asked.form.turned))

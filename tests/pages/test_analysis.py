@@ -1,0 +1,111 @@
+"""The page of an analysis."""
+
+import re
+
+import pytest
+
+from mergetool.analysis.drawings import conflicts
+from mergetool.analysis.page import MOST_TENSORS, analysis_page
+from mergetool.pages.words import visible
+from tests.pages.browsing import opened, stands
+from tests.pages.planted import Planted
+from tests.pages.samples import HOSTILE
+from tests.pages.test_pages import Seen
+
+FOUR = ["math", "code", "chat", "law"]
+
+
+def written(folder, facts):
+    path = folder / "page.html"
+    path.write_text(analysis_page(facts), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def html():
+    return analysis_page(Planted(FOUR).facts())
+
+
+def titles(html):
+    return re.findall(r"<h2[^>]*><a[^>]*>(.*?)</a>", html)
+
+
+def test_advice_comes_first_with_its_evidence_its_formula_and_what_to_type(html):
+    assert titles(html)[0] == "Advice"
+    told = Seen(html).pieces
+    first = told[told.index("problem") :]
+    assert first[:4] == ["problem", "math: unrelated", "Because.", "kinship: 0.03"]
+    assert first[4:6] == ["others: 0.5, unknown, yes", "by model: math 1e-07, code 1e-07, chat 1e-07, law 1e-07"]
+    assert first[6:10] == ["formula", "||t_i|| < 0.1 ||t_j||", "to type", "remove math"]
+    assert first[10:12] == ["warning", "math: dominates"]
+
+
+def test_every_chapter_says_what_one_sees(html):
+    chapters = html.split("<section")[1:]
+    assert len(chapters) == 12
+    assert [titles(chapter) for chapter in chapters[:-1] if 'class="lead"' not in chapter] == []
+
+
+def test_three_hundred_tensors_of_five_models_are_less_than_two_megabytes_and_stand(browser, tmp_path):
+    path = written(tmp_path, Planted([*FOUR, "med"], layers=33).facts())
+    assert path.stat().st_size < 2_000_000
+    stands(browser, path)
+    with opened(browser, path) as page:
+        page.get_by_role("button", name="show all 299 rows").click()
+        tensors = page.locator("section", has=page.get_by_role("heading", name="Tensors", exact=True))
+        changes = [float(text.split()[0]) for text in tensors.locator("tbody td:nth-child(4)").all_inner_texts()]
+        assert changes == sorted(changes, reverse=True)
+        tensors.get_by_role("button", name="chat").click()
+        changes = [float(text.split()[0]) for text in tensors.locator("tbody td:nth-child(7)").all_inner_texts()]
+        assert changes == sorted(changes, reverse=True)
+
+
+def test_models_with_the_worst_of_names_stand(browser, tmp_path):
+    path = written(tmp_path, Planted(HOSTILE).facts())
+    stands(browser, path)
+    seen = Seen(path.read_text("utf-8"))
+    assert [tag for tag, _ in seen.elements].count("script") == 1
+    for name in HOSTILE:
+        assert visible(name) in seen.text
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize(
+    ("models", "layers"), [(["one"], 3), (FOUR, 0), (FOUR, 1), ([f"model-{place}" for place in range(15)], 2)]
+)
+def test_what_is_not_known_is_left_out(models, layers, empty):
+    html = analysis_page(Planted(models, layers, base=None, empty=empty).facts())
+    assert "None" not in Seen(html).text
+    assert ("Do the models agree?" in titles(html)) == (len(models) > 1)
+    assert ("Nothing stands out" in html) == empty
+    assert "measured from the mean of the models" in html
+
+
+def test_of_many_tensors_those_that_change_most_are_shown():
+    facts = Planted(["one", "two"], layers=60).facts()
+    html = analysis_page(facts)
+    assert len(facts["rows"]["tensors"]) == 542
+    assert html.count("<td><code><bdi>model.layers") + html.count("<td><code><bdi>lm_head") <= MOST_TENSORS
+    assert "The other 42 are in analysis.json" in html
+
+
+def test_layers_of_two_stacks_with_the_same_numbers_stand_side_by_side():
+    facts = Planted(["one", "two"], layers=2).facts()
+    for section in ("layers", "cells", "layers_by_model", "pairs_by_layer"):
+        facts["rows"][section] += [
+            row | {"layer": row["layer"].replace("model", "encoder")}
+            for row in facts["rows"][section]
+            if row["depth"] is not None
+        ]
+    (picture,) = conflicts(facts).parts
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    picture.draw(axes)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "3", "other"]
+
+
+def test_a_model_keeps_its_name_at_the_beginning_of_a_sentence(html):
+    text = Seen(html).text
+    assert "math is there." in text
+    assert "All is well." in text
