@@ -12,6 +12,7 @@ import typer
 from mergetool._version import __version__
 from mergetool.cli import bundle as bundles
 from mergetool.cli.against import hold_against, refuse_idle
+from mergetool.cli.analyze import analyze
 from mergetool.cli.answers import deliver, inspect_bundle, print_answer, say_pushed, say_result, say_steps
 from mergetool.cli.commands import Quiet, Verbose, command, existing, is_follower, method_names, set_manner
 from mergetool.cli.compare import compare
@@ -227,6 +228,7 @@ def verify(
 
 
 app.add_typer(bundles.app, name="bundle")
+command(app, "mergetool analyze recipe.yaml -o report")(analyze)
 command(app, "mergetool diff base merged --top 10")(diff)
 command(app, "mergetool compare merged1 merged2 --base base")(compare)
 

@@ -1,11 +1,14 @@
 """Cells of tables: how a value is shown, and what it is sorted by."""
 
 import math
+import re
 
 from mergetool.pages.parts import Cell, Column, Kind
 from mergetool.units import filesize, timespan
 
 NOTHING = "–"
+_LEADING = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?")
+"""The number in 0.61 ± 0.02."""
 
 
 def shown(value: Cell, kind: Kind) -> str:
@@ -57,11 +60,12 @@ def share(value: float) -> str:
     return f"{100 * value:.3g} %" if abs(value) < 9.995 else f"{100 * value:,.0f} %"
 
 
-def order(value: Cell) -> str | None:
+def order(value: Cell, column: Column) -> str | None:
     """What a cell is sorted by where that is not its text; what has no value comes last."""
-    if value is None or isinstance(value, str):
-        return None
-    return repr(float(value)) if math.isfinite(value) else None
+    if isinstance(value, str):
+        found = _LEADING.match(value) if numeric(column) else None
+        return found[0].replace(",", "") if found else None
+    return None if value is None or not math.isfinite(value) else repr(float(value))
 
 
 def numeric(column: Column) -> bool:

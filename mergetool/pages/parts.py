@@ -60,7 +60,8 @@ class Facts:
 class Column:
     """How one column is headed and how its cells are shown.
 
-    number: three digits; fixed: three places; signed: with its sign; share: 0.5 as 50 %; count: 12,345.
+    number: three digits; fixed: three places; signed: with its sign; share: 0.5 as 50 %; count: 12,345. A text in
+    a column of numbers is shown as it is, and sorted by the number it begins with.
     """
 
     name: str
