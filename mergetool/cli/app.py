@@ -141,15 +141,15 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what a run would do, from headers alone: amounts, memory and time, then what becomes of the tensors."""
+    from mergetool.engine.choice import settled
     from mergetool.planning import make_plan
-    from mergetool.planning.cost import estimate
     from mergetool.planning.report import HEADS, describe, tables, totals
     from mergetool.recipe import load_recipe
 
     asked = load_recipe(recipe, settings or ())
     search = asked.method if asked.method.searches else None
     made = make_plan(asked)
-    costs = estimate(made, workers=workers, memory=_size(memory))
+    costs = settled(made, "auto", workers=workers, memory=_size(memory))
     for warning in made.warnings:
         say(f"warning: {warning}")
     say_of_more()
