@@ -98,7 +98,7 @@ def analyze(
     """What the models of a recipe are to each other, before they are merged: one pass over their weights.
 
     The result has `advice`, `summary`, tables (`rows("models")`, `rows("pairs")`, `rows("layers")` ... ready for
-    `pandas.DataFrame`; `sections` names them) and `to_json()`. With `output`, a folder, it is written there, too.
+    `pandas.DataFrame`; `sections` names them) and `to_json()`; into the folder `output`, it is written, with a page.
     Raises RecipeError, SourceError, PlanError or HubError.
     """
     from mergetool.analysis.run import analyze_recipe

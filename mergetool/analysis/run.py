@@ -12,7 +12,7 @@ from mergetool.analysis.advice import WEIGHTS, Advice, Adviser
 from mergetool.analysis.beside import Beside, beside
 from mergetool.analysis.figures import Figures, Row
 from mergetool.analysis.hints import hints
-from mergetool.analysis.measure import Measured, measure
+from mergetool.analysis.measure import Readings, measure
 from mergetool.analysis.methods import methods_to_try
 from mergetool.analysis.problems import problems
 from mergetool.analysis.result import Analysis, plain
@@ -38,7 +38,7 @@ def analyze_recipe(recipe: Recipe, progress: Progress | None = None, workers: in
         return _analysis(recipe, models, measured, time.monotonic() - started)
 
 
-def _analysis(recipe: Recipe, models: Beside, measured: Measured, seconds: float) -> Analysis:
+def _analysis(recipe: Recipe, models: Beside, measured: Readings, seconds: float) -> Analysis:
     figures = Figures(models, measured)
     advice = advise(Adviser(figures))
     order, linkage = clusters(figures)
@@ -55,11 +55,17 @@ def _analysis(recipe: Recipe, models: Beside, measured: Measured, seconds: float
         "whole": _whole(figures),
         "order": order,
         "linkage": linkage,
-        "rows": figures.rows(),
+        "rows": _with_sources(figures.rows(), recipe),
         "remarks": [*models.remarks, *_remarks(measured)],
         "cost": _cost(figures, measured, seconds),
     }
     return Analysis(plain(facts))
+
+
+def _with_sources(rows: dict[str, list[Row]], recipe: Recipe) -> dict[str, list[Row]]:
+    """With where each model is from beside its name."""
+    models = [{"model": row["model"], "source": recipe.models[row["model"]].source} | row for row in rows["models"]]
+    return rows | {"models": models}
 
 
 def advise(adviser: Adviser) -> list[Advice]:
@@ -75,12 +81,12 @@ def _whole(figures: Figures) -> Row:
     return {"tensors": len(tallies)} | figures.whole.facts() | norm | {"interference": figures.interference(tallies)}
 
 
-def _remarks(measured: Measured) -> Iterator[str]:
+def _remarks(measured: Readings) -> Iterator[str]:
     if measured.skipped:
         yield f"{len(measured.skipped)} matrices are too large to be taken apart: {', '.join(measured.skipped[:3])}"
 
 
-def _cost(figures: Figures, measured: Measured, seconds: float) -> Row:
+def _cost(figures: Figures, measured: Readings, seconds: float) -> Row:
     drawn = sum(each.drawn.entries for each in measured.tallies.values())
     entries = sum(each.entries for each in measured.tallies.values())
     return {

@@ -11,7 +11,6 @@ from mergetool.cli.show import manner, say, table
 if TYPE_CHECKING:
     from mergetool.analysis.result import Analysis
 
-_FILE = "analysis.json"
 _MODELS = ("model", "norm", "relative", "share_changed", "kinship", "share_of_sum", "density_90", "effective_rank")
 _PAIRS = ("a", "b", "cosine", "kinship", "opposed")
 
@@ -19,7 +18,7 @@ _PAIRS = ("a", "b", "cosine", "kinship", "opposed")
 def analyze(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Leave analysis.json in this folder.")
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write analysis.html and analysis.json there.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads (default: one per core).")] = None,
     settings: Annotated[
@@ -38,7 +37,7 @@ def analyze(
     for remark in analysis.facts["remarks"]:
         say(f"note: {remark}")
     if output is not None:
-        say(f"written: {output / _FILE}")
+        say(f"written: {output / 'analysis.html'}, and analysis.json")
     if as_json:
         print(analysis.to_json())
     else:
