@@ -113,7 +113,7 @@ def _curve(facts: Row, key: str) -> Chapter:
     picture = Picture(lines(told, facts["along"], key), f"The {key} of every task at every point.")
     columns: list[Column | str] = ["task", Column("x", "number"), *_INTERVAL, Column("loss", "number")]
     table = _table(columns, ("task", "x", "score", "low", "high", "loss"), facts["points"])
-    lead = "Where a curve sags between its ends, the models do not lie in one basin there."
+    lead = "Where a curve sags below the straight line between its ends, the models do not lie in one basin."
     return Chapter("Scores", [picture, table], lead)
 
 
