@@ -255,6 +255,16 @@ def polar(x: Tensor, *, fill: bool = False) -> Tensor:
     return (p if fill else p * live) @ qh
 
 
+def damped_polar(x: Tensor, damping: float) -> Tensor:
+    """sqrt(1 + e) x (x^T x + e)^(-1/2), e = `damping` > 0, float64.
+
+    Orthonormal columns stay as they are, and what is left between near copies is not raised to full length.
+    """
+    values, vectors = gram_eigh(x, x.shape[1])
+    scale = ((1 + damping) / (values.clamp(min=0) + damping)).sqrt()
+    return ((x.to(torch.float64) @ vectors) * scale) @ vectors.mT
+
+
 def whitener(x: Tensor) -> Tensor:
     """W = (x^T x)^(-1/2), symmetric, (K, K), float64: x W is `polar(x)`. Zero on the null directions of x."""
     if (whitening := _gram_whitener(x)) is not None:
@@ -291,11 +301,14 @@ def concatenated(tasks: Sequence[Factors]) -> Factors:
     )
 
 
-def orthogonalised(every: Factors, *, fill: bool = False) -> Factors:
+def orthogonalised(every: Factors, *, fill: bool = False, damping: float = 0.0) -> Factors:
     """`concatenated` factors with left and right vectors replaced by the nearest orthonormal ones; `.dense()` is M.
 
-    The singular values of M are all of `s`, if K <= min(m, n) and no direction is null. `fill` as in `polar`.
+    The singular values of M are all of `s`, if K <= min(m, n) and no direction is null. `fill` as in `polar`;
+    `damping` > 0 as in `damped_polar`.
     """
+    if damping and every.rank:
+        return Factors(damped_polar(every.u, damping), every.s, damped_polar(every.v, damping))
     return Factors(polar(every.u, fill=fill), every.s, polar(every.v, fill=fill))
 
 
