@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mergetool.analysis.beside import Beside
-from mergetool.analysis.measure import DIRECTIONS, Matrix, Measured, interference_by_chance, kept_directions
+from mergetool.analysis.measure import DIRECTIONS, Matrix, Readings, interference_by_chance, kept_directions
 from mergetool.arch.depth import structural_depths
 from mergetool.kernels.differences import cosine, ratio
 from mergetool.kernels.task_vectors import Array, SliceSums, density_of_energy, energy_in_largest
@@ -128,7 +128,7 @@ class Together:
 class Figures:
     """All rows of an analysis."""
 
-    def __init__(self, models: Beside, measured: Measured) -> None:
+    def __init__(self, models: Beside, measured: Readings) -> None:
         self.models, self.measured = models, measured
         self.places = places(list(measured.tallies))
         self.whole = self.group(measured.tallies)

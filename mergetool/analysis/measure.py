@@ -66,7 +66,7 @@ class Matrix:
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class Readings:
     """All that was found, by tensor."""
 
     tallies: dict[str, SliceSums]
@@ -80,7 +80,7 @@ class Measured:
     workers: int
 
 
-def measure(models: Beside, progress: Progress, workers: int | None = None) -> Measured:
+def measure(models: Beside, progress: Progress, workers: int | None = None) -> Readings:
     """Read all models. Raises SourceError for files that cannot be read."""
     count = workers or min(32, len(os.sched_getaffinity(0)))
     pass_ = _Pass(models, progress)
@@ -97,7 +97,7 @@ def measure(models: Beside, progress: Progress, workers: int | None = None) -> M
             else:
                 tallies[name] = reduce(add, [tallies[name], found] if name in tallies else [found])
     left_out = tuple(name for name in chosen if name not in held)
-    return Measured(tallies, matrices, pass_.rows(), left_out, pass_.bytes_read, count)
+    return Readings(tallies, matrices, pass_.rows(), left_out, pass_.bytes_read, count)
 
 
 def sampled(entries: int) -> int:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergetool.errors import PlanError
+from mergetool.analysis.page import analysis_page
+from mergetool.errors import OutputError, PlanError
+from mergetool.tensors.writer import make_folder, write_file
 
-ANALYSIS_NAME = "analysis.json"
+PAGE_NAME = "analysis.html"
 Row = dict[str, Any]
 
 
@@ -52,12 +54,16 @@ class Analysis:
         return json.dumps(self.facts, indent=2, ensure_ascii=False)
 
     def write(self, folder: Path) -> Path:
-        """Leave `analysis.json` in a folder."""
-        from mergetool.tensors.writer import write_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / ANALYSIS_NAME, self.to_json() + "\n")
-        return folder / ANALYSIS_NAME
+        """Write `analysis.json` and the page, whose path is returned. Raises OutputError."""
+        make_folder(folder)
+        write_file(folder / "analysis.json", self.to_json() + "\n")
+        page = folder / PAGE_NAME
+        try:
+            write_file(page, analysis_page(self.facts))
+        except ModuleNotFoundError as error:
+            fix = "pip install 'mergetool[report]'"
+            raise OutputError(f"{error.name} is not installed", str(page), fix) from None
+        return page
 
 
 def plain(value: Any) -> Any:

@@ -7,24 +7,40 @@ import typer
 
 from mergetool.cli.progress import ProgressBar
 from mergetool.cli.show import manner, say, table
+from mergetool.errors import RecipeError
 
 if TYPE_CHECKING:
     from mergetool.analysis.result import Analysis
 
-_FILE = "analysis.json"
 _MODELS = ("model", "norm", "relative", "share_changed", "kinship", "share_of_sum", "density_90", "effective_rank")
 _PAIRS = ("a", "b", "cosine", "kinship", "opposed")
+_DESCENT = ("model", "rows", "loss_base", "loss_tuned", "alignment", "preconditioned", "step", "linearity")
+_TABLES = (
+    ("Models", _MODELS, "models"),
+    ("Pairs", _PAIRS, "pairs"),
+    ("Task vectors beside the gradient at the base", _DESCENT, "descent"),
+    ("Share of what a task gains that each task vector brings", ("loss", "model", "crosstalk"), "crosstalk"),
+    ("Losses along the merge", ("model", "scale", "loss"), "scales"),
+    ("Along the run", ("model", "checkpoint", "length", "cosine"), "path"),
+)
 
 
 def analyze(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Leave analysis.json in this folder.")
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write analysis.html and analysis.json there.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads (default: one per core).")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="K=V", help="Override one value, e.g. merge.density=0.3.")
     ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="Rows of what a model was trained for (repeat).")
+    ] = None,
+    checkpoints: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="The checkpoints of a model's run (repeat).")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps what is measured on data.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Show what a recipe's models are to each other before they are merged, and what that advises."""
@@ -34,15 +50,26 @@ def analyze(
         asked = load_recipe(recipe, settings or ())
         from mergetool.api import analyze as look
 
-        analysis = look(asked, workers=workers, progress=progress, output=output)
+        rows, runs = _named("--data", data), _named("--checkpoints", checkpoints)
+        analysis = look(
+            asked, workers=workers, progress=progress, output=output, data=rows, checkpoints=runs, cache=cache
+        )
     for remark in analysis.facts["remarks"]:
         say(f"note: {remark}")
     if output is not None:
-        say(f"written: {output / _FILE}")
+        say(f"written: {output / 'analysis.html'}, and analysis.json")
     if as_json:
         print(analysis.to_json())
     else:
         _show(analysis)
+
+
+def _named(flag: str, given: list[str] | None) -> dict[str, str | Path]:
+    """What NAME=PATH says, several times."""
+    for text in given or ():
+        if not all(text.partition("=")):
+            raise RecipeError(f"{text!r} is not NAME=PATH", flag, f"write e.g. {flag} math=./math")
+    return {text.partition("=")[0]: Path(text.partition("=")[2]) for text in given or ()}
 
 
 def _show(analysis: "Analysis") -> None:
@@ -51,8 +78,8 @@ def _show(analysis: "Analysis") -> None:
     for advice in analysis.advice:
         print(f"\n{advice['weight']}: {advice['title']}\n  {advice['why']}\n  {_evidence(advice['evidence'])}")
         print(f"  {advice['formula']}\n  fix: {advice['fix']}")
-    for title, columns, section in (("Models", _MODELS, "models"), ("Pairs", _PAIRS, "pairs")):
-        if rows := analysis.rows(section):
+    for title, columns, section in _TABLES:
+        if section in analysis.sections and (rows := analysis.rows(section)):
             print(f"\n{title}")
             heads = [column.replace("_", " ") for column in columns]
             table(heads, [[_figure(row[column]) for column in columns] for row in rows])

@@ -17,6 +17,7 @@ from mergetool.cli.answers import deliver, inspect_bundle, print_answer, say_pus
 from mergetool.cli.commands import Quiet, Verbose, command, existing, is_follower, method_names, set_manner
 from mergetool.cli.compare import compare
 from mergetool.cli.diff import diff
+from mergetool.cli.early import load_libraries
 from mergetool.cli.evaluate import evaluate
 from mergetool.cli.progress import ProgressBar, waiting
 from mergetool.cli.show import manner, say, say_of_more, show_methods, table
@@ -83,6 +84,7 @@ def run(
         progress.say(f"{asked.method.method_name()} of {', '.join(asked.models)}")
         if manner.verbose:
             say_steps(asked)
+        load_libraries()
         from mergetool.engine import Flags  # torch comes with it: not before the first word
         from mergetool.tuning.run import run_recipe
 
@@ -141,15 +143,15 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what a run would do, from headers alone: amounts, memory and time, then what becomes of the tensors."""
+    from mergetool.engine.choice import settled
     from mergetool.planning import make_plan
-    from mergetool.planning.cost import estimate
     from mergetool.planning.report import HEADS, describe, tables, totals
     from mergetool.recipe import load_recipe
 
     asked = load_recipe(recipe, settings or ())
     search = asked.method if asked.method.searches else None
     made = make_plan(asked)
-    costs = estimate(made, workers=workers, memory=_size(memory))
+    costs = settled(made, "auto", workers=workers, memory=_size(memory))
     for warning in made.warnings:
         say(f"warning: {warning}")
     say_of_more()

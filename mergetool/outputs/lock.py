@@ -107,6 +107,7 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
             "resumed": result.resumed,
             "processes": result.num_processes,
             "device": record.device,
+            **({"device_chosen": record.why} if record.why else {}),
         },
     }
 

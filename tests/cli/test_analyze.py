@@ -37,7 +37,8 @@ def test_the_summary_comes_first_then_advice_with_its_evidence(call, recipe):
 def test_json_and_a_folder_hold_the_same(call, recipe, tmp_path):
     code, out, err = call("analyze", recipe, "--json", "-o", tmp_path / "report")
     assert code == 0
-    assert f"written: {tmp_path / 'report' / 'analysis.json'}" in err
+    assert f"written: {tmp_path / 'report' / 'analysis.html'}, and analysis.json" in err
+    assert "Analysis of" in (tmp_path / "report" / "analysis.html").read_text()
     printed, kept = json.loads(out), json.loads((tmp_path / "report" / "analysis.json").read_text())
     assert printed == kept
     assert printed["compared_with"] == "base"
