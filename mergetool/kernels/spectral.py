@@ -176,17 +176,24 @@ def _from_tall(exact: Tensor, k: int, noise: float) -> tuple[Factors, int]:
     gram = exact.mT @ exact
     if not bool(gram.diagonal(dim1=-2, dim2=-1).sum().isfinite()):
         raise ValueError("the matrix holds infinities or not-a-numbers")
+    if gram.shape[-1] < _SMALLEST or k * _NARROW > gram.shape[-1]:
+        space = checked_eigh(gram)[1][..., -k:].flip(-1)
+        return _triplets_in(exact @ space, space), 0
     space, failed = _leading_space(gram, k, noise)
-    image = exact @ space
-    # The best triplets within the space: what is left of a Gram matrix is right for all that is no rounding.
-    values, turn = checked_eigh(image.mT @ image)
-    s, turn = values.flip(-1).clamp_(min=0).sqrt_(), turn.flip(-1)
-    return Factors((image @ turn) / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None], s, space @ turn), failed
+    # The best triplets within the space: those of single directions need not be found yet.
+    _, turn = checked_eigh((image := exact @ space).mT @ image)
+    turn = turn.flip(-1)
+    return _triplets_in(image @ turn, space @ turn), failed
+
+
+def _triplets_in(image: Tensor, right: Tensor) -> Factors:
+    """Triplets with these right vectors, whose images are orthogonal: up to rounding, in what is no noise itself."""
+    s = torch.linalg.vector_norm(image, dim=-2)
+    return Factors(image / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None], s, right)
 
 
 def _leading_space(gram: Tensor, k: int, noise: float) -> tuple[Tensor, int]:
-    if gram.shape[-1] < _SMALLEST or k * _NARROW > gram.shape[-1]:
-        return checked_eigh(gram)[1][..., -k:], 0
+    """`leading_spaces`, where they are not found from `eigh`, and how often that was."""
     space, found = leading_spaces(gram, k, noise)
     for index, right in enumerate(found):
         if not right:
