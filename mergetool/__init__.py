@@ -23,7 +23,9 @@ from mergetool.errors import (
 
 if TYPE_CHECKING:
     from mergetool.analysis.compared import ComparedRuns
+    from mergetool.analysis.result import Analysis
     from mergetool.api import (
+        analyze,
         change_bundle,
         compare,
         diff,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from mergetool.outputs.result import Result
 
 __all__ = [
+    "Analysis",
     "Architecture",
     "ComparedRuns",
     "Comparison",
@@ -54,6 +57,7 @@ __all__ = [
     "Result",
     "SourceError",
     "__version__",
+    "analyze",
     "change_bundle",
     "compare",
     "derive_architecture",
@@ -67,11 +71,13 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Analysis": "mergetool.analysis.result",
     "Architecture": "mergetool.arch.derived",
     "ComparedRuns": "mergetool.analysis.compared",
     "Comparison": "mergetool.outputs.difference",
     "Method": "mergetool.methods.base",
     "Result": "mergetool.outputs.result",
+    "analyze": "mergetool.api",
     "change_bundle": "mergetool.api",
     "compare": "mergetool.api",
     "derive_architecture": "mergetool.arch.derived",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergetool.analysis.compared import ComparedRuns
+    from mergetool.analysis.result import Analysis
     from mergetool.bundle.mass_model import MassModel
     from mergetool.outputs.difference import Comparison
 
@@ -84,6 +85,28 @@ def diff(
 
     with one_thread():
         return difference(str(a), str(b), None if base is None else str(base), workers=workers, listener=progress)
+
+
+def analyze(
+    recipe: RecipeLike,
+    *,
+    settings: Sequence[str] = (),
+    workers: int | None = None,
+    progress: Progress | None = None,
+    output: str | Path | None = None,
+) -> "Analysis":
+    """What the models of a recipe are to each other, before they are merged: one pass over their weights.
+
+    The result has `advice`, `summary`, tables (`rows("models")`, `rows("pairs")`, `rows("layers")` ... ready for
+    `pandas.DataFrame`; `sections` names them) and `to_json()`; into the folder `output`, it is written, with a page.
+    Raises RecipeError, SourceError, PlanError or HubError.
+    """
+    from mergetool.analysis.run import analyze_recipe
+
+    analysis = analyze_recipe(_loaded(recipe, settings), progress, workers)
+    if output is not None:
+        analysis.write(Path(output))
+    return analysis
 
 
 def measure(

@@ -12,8 +12,9 @@ import torch
 
 from mergetool.bundle.calibration import CALIBRATION_NAME, Calibration
 from mergetool.bundle.manifest import MANIFEST_NAME
+from mergetool.bundle.marks import check_tasks_of
 from mergetool.bundle.mass_model import MassModel
-from mergetool.bundle.rows import inputs_of, place_of
+from mergetool.bundle.rows import inputs_of
 from mergetool.errors import SourceError
 from mergetool.kernels.routing import fit_offsets
 from mergetool.tensors.io import sha256_file
@@ -26,10 +27,7 @@ def calibrate(model: MassModel, rows: Sequence[dict[str, Any]], batch_size: int 
     Raises SourceError for rows without a task, with one that the bundle does not hold, or where a task has no row.
     """
     where, names = "input", model.task_names
-    for number, row in enumerate(rows, 1):
-        if row.get("task") not in names:
-            what = f"field `task` is {row['task']!r}" if "task" in row else "has no field `task`"
-            raise SourceError(what, place_of(row, number), f"name one of the tasks {', '.join(names)} in every row")
+    check_tasks_of(rows, names)
     if missing := [name for name in names if all(row["task"] != name for row in rows)]:
         raise SourceError(f"no row is of task {missing[0]!r}", where, "give some rows of every task")
     model.calibration = None

@@ -3,7 +3,6 @@
 stdout carries the result (a path, a table, or JSON with --json); stderr carries everything for people.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,10 +12,12 @@ import typer
 from mergetool._version import __version__
 from mergetool.cli import bundle as bundles
 from mergetool.cli.against import hold_against, refuse_idle
+from mergetool.cli.analyze import analyze
 from mergetool.cli.answers import deliver, inspect_bundle, print_answer, say_pushed, say_result, say_steps
 from mergetool.cli.commands import Quiet, Verbose, command, existing, is_follower, method_names, set_manner
 from mergetool.cli.compare import compare
 from mergetool.cli.diff import diff
+from mergetool.cli.early import load_libraries
 from mergetool.cli.evaluate import evaluate
 from mergetool.cli.progress import ProgressBar, waiting
 from mergetool.cli.show import manner, say, say_of_more, show_methods, table
@@ -83,6 +84,7 @@ def run(
         progress.say(f"{asked.method.method_name()} of {', '.join(asked.models)}")
         if manner.verbose:
             say_steps(asked)
+        load_libraries()
         from mergetool.engine import Flags  # torch comes with it: not before the first word
         from mergetool.tuning.run import run_recipe
 
@@ -141,15 +143,15 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what a run would do, from headers alone: amounts, memory and time, then what becomes of the tensors."""
+    from mergetool.engine.choice import settled
     from mergetool.planning import make_plan
-    from mergetool.planning.cost import estimate
     from mergetool.planning.report import HEADS, describe, tables, totals
     from mergetool.recipe import load_recipe
 
     asked = load_recipe(recipe, settings or ())
     search = asked.method if asked.method.searches else None
     made = make_plan(asked)
-    costs = estimate(made, workers=workers, memory=_size(memory))
+    costs = settled(made, "auto", workers=workers, memory=_size(memory))
     for warning in made.warnings:
         say(f"warning: {warning}")
     say_of_more()
@@ -228,6 +230,7 @@ def verify(
 
 
 app.add_typer(bundles.app, name="bundle")
+command(app, "mergetool analyze recipe.yaml -o report")(analyze)
 command(app, "mergetool diff base merged --top 10")(diff)
 command(app, "mergetool compare merged1 merged2 --base base")(compare)
 
@@ -251,46 +254,8 @@ def push(
     print_answer(pushed.as_dict() if as_json else pushed.url, as_json=as_json)
 
 
-@command(app, "mergetool calibrate bundle --input rows.jsonl")
-def calibrate(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by the method mass.")],
-    rows: Annotated[Path, typer.Option("--input", metavar="FILE", help="JSON Lines as for route, each with its task.")],
-    as_json: AsJson = False,
-) -> None:
-    """Correct a bundle's router with a few rows whose tasks are known."""
-    from mergetool.bundle.calibrate import calibrate as fit
-    from mergetool.bundle.calibration import CALIBRATION_NAME
-    from mergetool.bundle.mass_model import load_bundle
-    from mergetool.bundle.rows import read_rows
-
-    given = read_rows(rows)
-    with waiting("calibrating"):
-        calibration = fit(load_bundle(existing(bundle)), given)
-    print_answer(calibration.model_dump() if as_json else bundle / CALIBRATION_NAME, as_json=as_json)
-
-
-@command(app, "mergetool route bundle --input rows.jsonl --task maths")
-def route(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by the method mass or tsv-compress.")],
-    rows: Annotated[Path, typer.Option("--input", metavar="FILE", help='JSON Lines: {"text": ...} or model inputs.')],
-    task: Annotated[list[str] | None, typer.Option(help="Force this task (repeat for several).")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are answered together.")] = 32,
-    as_json: AsJson = False,
-) -> None:
-    """Answer rows with a bundle: which tasks they belong to, and what the right head says."""
-    from mergetool.bundle.mass_model import load_bundle
-    from mergetool.bundle.rows import answers, read_rows
-
-    given = read_rows(rows)
-    answered = answers(load_bundle(existing(bundle)), given, tasks=task, batch_size=batch_size)
-    if as_json:
-        for answer in answered:
-            print(json.dumps(answer, ensure_ascii=False), flush=True)
-        return
-    heads = ("task", "label", "probability", "tasks", "coefficients")
-    table(heads, [[answer.get(key, "-") for key in heads] for answer in answered])
-
-
+command(app, "mergetool calibrate bundle --input rows.jsonl")(bundles.calibrate)
+command(app, "mergetool route bundle --input rows.jsonl --task maths")(bundles.route)
 command(app, "mergetool evaluate merged --tasks arc_easy,piqa --parent models/math")(evaluate)
 
 

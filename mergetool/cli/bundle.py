@@ -1,17 +1,25 @@
-"""The commands about bundles: what is in one, and one expert more or less."""
+"""The commands about bundles: their answers, what is in one, and one expert more or less."""
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mergetool.cli.against import refuse_idle
 from mergetool.cli.answers import print_answer, say_result
 from mergetool.cli.commands import command, existing
-from mergetool.cli.progress import ProgressBar
+from mergetool.cli.progress import ProgressBar, waiting
 from mergetool.cli.show import manner, say, table
 from mergetool.errors import RecipeError
 from mergetool.units import filesize
+
+if TYPE_CHECKING:
+    from mergetool.bundle.marks import Marks
+    from mergetool.bundle.mass_model import MassModel
+    from mergetool.bundle.rows import Row
 
 app = typer.Typer(help="List the experts of a bundle, add and remove some, or take one out.", no_args_is_help=True)
 
@@ -21,6 +29,85 @@ Elsewhere = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Workers (default: one per core).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def calibrate(
+    bundle: Bundle,
+    rows: Annotated[Path, typer.Option("--input", metavar="FILE", help="JSON Lines as for route, each with its task.")],
+    as_json: AsJson = False,
+) -> None:
+    """Correct a bundle's router with a few rows whose tasks are known."""
+    from mergetool.bundle.calibrate import calibrate as fit
+    from mergetool.bundle.calibration import CALIBRATION_NAME
+    from mergetool.bundle.mass_model import load_bundle
+    from mergetool.bundle.rows import read_rows
+
+    given = read_rows(rows)
+    with waiting("calibrating"):
+        model = load_bundle(existing(bundle))
+        before = _marked(model, given)
+        calibration = fit(model, given)
+        after = _marked(model, given)
+    for name, found in (("before", before), ("now", after)):
+        say(f"{name}: the right task answers {found.figures[-1]['right']:.1%} of these rows")
+    told = {**calibration.model_dump(), "before": before.as_dict(), "after": after.as_dict()}
+    print_answer(told if as_json else bundle / CALIBRATION_NAME, as_json=as_json)
+
+
+def route(
+    bundle: Bundle,
+    rows: Annotated[Path, typer.Option("--input", metavar="FILE", help='JSON Lines: {"text": ...} or model inputs.')],
+    task: Annotated[list[str] | None, typer.Option(help="Force this task (repeat for several).")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are answered together.")] = 32,
+    labels: Annotated[
+        bool,
+        typer.Option(
+            "--labels", help="Mark the answers by each row's `task` and `label`, and print how many are right."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer rows with a bundle: which tasks they belong to, and what the right head says."""
+    from mergetool.bundle.mass_model import load_bundle
+    from mergetool.bundle.rows import answers, read_rows
+
+    given = read_rows(rows)
+    model = load_bundle(existing(bundle))
+    if labels:
+        refuse_idle({"--task": task}, "--labels, which asks whether the task is found")
+        _show_marks(_marked(model, given, batch_size), as_json=as_json)
+        return
+    answered = answers(model, given, tasks=task, batch_size=batch_size)
+    if as_json:
+        for answer in answered:
+            print(json.dumps(answer, ensure_ascii=False), flush=True)
+        return
+    heads = ("task", "label", "probability", "tasks", "coefficients")
+    table(heads, [[answer.get(key, "-") for key in heads] for answer in answered])
+
+
+def _marked(model: "MassModel", rows: "Sequence[Row]", batch_size: int = 32) -> "Marks":
+    from mergetool.bundle.marks import check_tasks_of, marks
+    from mergetool.bundle.rows import answers
+
+    check_tasks_of(rows, model.task_names)
+    return marks(model.task_names, rows, answers(model, rows, batch_size=batch_size))
+
+
+def _show_marks(found: "Marks", *, as_json: bool) -> None:
+    """How often the right task answers, and with the right class; then who answered rows of which task."""
+    if as_json:
+        print_answer(found.as_dict(), as_json=True)
+        return
+    keys = ("right", "right_low", "right_high", "strict", "strict_low", "strict_high")
+    heads = ("task", "rows", "task right", "low", "high", "class too", "low", "high")
+    table(heads, [[each["task"], each["rows"], *(_share(each[key]) for key in keys)] for each in found.figures])
+    print("\nrows of each task (down) by the task that answered (across)")
+    table(("", *found.tasks), [[task, *counts] for task, counts in zip(found.tasks, found.confusion, strict=True)])
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 @command(app, "mergetool bundle list bundle", "list")

@@ -31,7 +31,7 @@ def evaluate(
 ) -> None:
     """Score a model with lm-eval, and tell what it kept of its parents' scores.
 
-    Scores of a result of `mergetool run` are kept beside it, for `mergetool compare`.
+    Scores of a result of `mergetool run` are kept beside it, for `mergetool compare`, and stand in its card.
     """
     from mergetool.engine.devices import device_for_networks
     from mergetool.evaluate.assess import assess
@@ -65,9 +65,13 @@ def evaluate(
 
 
 def _keep(path: Path, found: "Evaluation") -> None:
-    """Scores of a result of ours are kept."""
-    from mergetool.outputs.scores import keep_scores
+    """Scores of a result of ours are kept, and told in its card."""
+    from mergetool.outputs.scored import tell_scores
+    from mergetool.outputs.scores import keep_scores, kept_scores
     from mergetool.outputs.staging import LOCK_NAME
 
-    if (path / LOCK_NAME).is_file():
-        say(f"kept for mergetool compare: {keep_scores(path, found)}")
+    if not (path / LOCK_NAME).is_file():
+        return
+    say(f"kept for mergetool compare: {keep_scores(path, found)}")
+    if not tell_scores(path, kept_scores(path) or found):
+        say("note: README.md is not what the run has written, and was left as it is")

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from mergetool.engine.choice import settled
 from mergetool.engine.context import Context
 from mergetool.engine.hashing import Hashes
 from mergetool.engine.inner import known_digests, make_inner, with_inner_results
@@ -32,7 +33,7 @@ from mergetool.outputs.record import Record
 from mergetool.outputs.result import Result
 from mergetool.outputs.staging import Staging, done_before, is_made
 from mergetool.planning import Plan, make_plan
-from mergetool.planning.cost import Costs, check_disk, estimate
+from mergetool.planning.cost import Costs, check_disk
 from mergetool.planning.inner import inside
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.schema import Recipe
@@ -162,10 +163,7 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
     if flags.cache is not None and not any(each.uses_factors or each.statistic for each in methods):
         what = f"{recipe.method.method_name()} computes no factors and no statistics, so this would have no effect"
         raise PlanError(what, "--cache", "leave it out")
-    if recipe.method.result == "bundle" and flags.device not in ("auto", "cpu"):
-        what = f"{recipe.method.method_name()} computes its factors on the CPU, so this would have no effect"
-        raise PlanError(what, "--device", "leave it out")
-    costs = estimate(plan, workers=flags.workers, memory=flags.memory, processes=team.local_size)
+    costs = _settled(plan, flags, team)
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")
     locked = LockCheck(plan) if flags.locked and team.leads else None
@@ -175,6 +173,10 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
         lookup.fetch(progress.say)
         plan = make_plan(recipe, output, lookup=lookup, whole=True)
     return plan, costs, {} if locked is None else locked.check_contents(plan, progress.say)
+
+
+def _settled(plan: Plan, flags: Flags, team: Team) -> Costs:
+    return settled(plan, flags.device, workers=flags.workers, memory=flags.memory, processes=team.local_size)
 
 
 def _run_claimed(
@@ -210,7 +212,7 @@ def run_inner(plan: Plan, digests: dict[str, str], flags: Flags, progress: Progr
     """Run recipes inside a plan, into the folder of its parts. `digests` of input files are taken as they are."""
 
     def make(inner: Plan) -> Result | None:
-        costs = estimate(inner, workers=flags.workers, memory=flags.memory, processes=team.local_size)
+        costs = _settled(inner, flags, team)
         asked = replace(flags, output=inner.output, overwrite=False, resume=True)
         return _claim_and_run(inner, costs, digests, asked, progress, team)
 
@@ -301,12 +303,12 @@ def _work(run: Context, writer: SlotWriter, costs: Costs, flags: Flags, journal:
 
 
 def _stages(run: Context, costs: Costs, flags: Flags, journal: Journal) -> None:
-    device = "cpu" if run.plan.recipe.method.result == "bundle" else flags.device
+    device = costs.device if run.team.all_gather(costs.device)[0] != "cpu" else "cpu"
     workers = costs.workers * run.team.local_size
     with run.pool.ready(device, flags.cache if run.plan.recipe.method.uses_factors else None, workers):
-        run.record.device = run.pool.device
-        if run.pool.device != "cpu":
-            run.teller.say(f"merging on {run.pool.device}")
+        run.record.device, run.record.why = run.pool.device, costs.why
+        if run.pool.device != "cpu" or costs.why:
+            run.teller.say(f"merging on {run.pool.device}{f' ({costs.why})' if costs.why else ''}")
         fork = partial(_fork, run, costs.workers, journal) if flags.fork else lambda: None
         run_stages(run, fork)
         run.schedule.close()

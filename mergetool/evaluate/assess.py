@@ -63,7 +63,7 @@ def _of_task(items: TaskItems, path: Path, live: LanguageModel, cache: ResponseC
         cache.put(_identity(path, live), new)
         known |= new
     values = np.array([known[key].value for key in items.keys])
-    return TaskScores(items.name, items.metric, digest_of_items(items.keys), values)
+    return TaskScores(items.name, items.metric, digest_of_items(items.keys), values, items.dataset)
 
 
 def _identity(path: Path, live: LanguageModel) -> str:

@@ -13,10 +13,12 @@ import hashlib
 import json
 import math
 import random
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mergetool.errors import EvaluationError
@@ -24,6 +26,7 @@ from mergetool.evaluate.harness import quiet
 from mergetool.evaluate.options import TaskOptions
 
 _SEED = 0
+_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 KEY_LENGTH = 24
 """Hex digits of an item's key: 96 bits, of which no two items share all."""
 
@@ -62,6 +65,15 @@ class TaskItems:
         settings = _sha256([_settings(task), self.metric, self.filter, options.chat_template])
         self.keys = tuple(self._key(settings, place)[:KEY_LENGTH] for place in range(self.num_items))
         """Of every item, all that a model's score on it depends on but the model, whatever else is in the task."""
+
+    @property
+    def dataset(self) -> dict[str, str]:
+        """Which dataset of the Hub the items are; nothing where they are files here."""
+        place, local = str(self._task.get_config("dataset_path") or ""), self._task.get_config("dataset_kwargs") or {}
+        if not _ON_HUB.fullmatch(place) or "data_files" in local or Path(place).exists():
+            return {}
+        config = self._task.get_config("dataset_name")
+        return {"id": place, **({"config": str(config)} if config else {})}
 
     def _key(self, settings: str, place: int) -> str:
         requests = self._requests[place]

@@ -25,6 +25,8 @@ class TaskScores:
     """SHA-256 of the items' keys: two models with the same have answered the same, in the same way."""
     values: Values
     """A score for each item, in [0, 1]."""
+    dataset: Mapping[str, str] = field(default_factory=dict)
+    """`id` on the Hub and `config`, where the items are from there."""
 
     @property
     def score(self) -> float:
@@ -59,7 +61,9 @@ class TaskScores:
     def as_dict(self) -> dict[str, Any]:
         """To be kept: everything, as JSON-able data."""
         values = [round(value, _KEPT) for value in self.values.tolist()]
-        return {"task": self.task, "metric": self.metric, "items": self.items, "values": values}
+        return {"task": self.task, "metric": self.metric, "items": self.items, "values": values} | (
+            {"dataset": dict(self.dataset)} if self.dataset else {}
+        )
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> Self:
@@ -67,7 +71,8 @@ class TaskScores:
         values = np.array([float(value) for value in kept["values"]], dtype=np.float64)
         if not len(values) or not ((values >= 0) & (values <= 1)).all():
             raise ValueError("scores must be in [0, 1]")
-        return cls(str(kept["task"]), str(kept["metric"]), str(kept["items"]), values)
+        dataset = {str(key): str(value) for key, value in kept.get("dataset", {}).items()}
+        return cls(str(kept["task"]), str(kept["metric"]), str(kept["items"]), values, dataset)
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,26 @@ def gram_eigh(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         raise ValueError("the matrix holds infinities or not-a-numbers")
     if alone and 2 * k <= n and size > 0 and (pairs := _leading_eigh(gram.clone(), k)):
         return pairs
-    values, vectors = torch.linalg.eigh(gram, UPLO="U")
+    values, vectors = checked_eigh(gram)
     return values[..., -k:].flip(-1), vectors[..., -k:].flip(-1)
+
+
+def checked_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch.linalg.eigh` of the upper triangle; of a batch one by one where it cannot be trusted.
+
+    Some versions of CUDA's library return eigenvectors of batches that are not orthonormal.
+    """
+    values, vectors = torch.linalg.eigh(symmetric, UPLO="U")
+    if symmetric.dim() == 2 or _orthonormal(vectors):
+        return values, vectors
+    each = [torch.linalg.eigh(one, UPLO="U") for one in symmetric]
+    return torch.stack([one for one, _ in each]), torch.stack([one for _, one in each])
+
+
+def _orthonormal(vectors: Tensor) -> bool:
+    overlap = vectors.mT @ vectors
+    overlap.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return float(overlap.abs().max()) < 1e-10
 
 
 def _upper_gram(x: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from mergetool.kernels.eigen import gram_eigh
+from mergetool.kernels.eigen import checked_eigh, gram_eigh
+from mergetool.kernels.halley import nearest_orthonormal
+from mergetool.kernels.subspace import leading_spaces
 
 NULL_DIRECTION = 1e-8
 """Singular values of U (V) below this share of the largest count as 0. Real fine-tunes come down to 3e-7."""
@@ -37,6 +39,15 @@ NULL_DIRECTION = 1e-8
 _TRUSTED = 1e-8
 """Smallest eigenvalue of a Gram matrix, over the largest, whose inverse square root is right to about 1e-7."""
 
+_TOGETHER = 8
+"""Most matrices that are looked at together: more do not fill a device better, and take memory."""
+_SMALLEST = 512
+"""Smaller dimension below which decompositions take a device no longer than products do."""
+_NARROW = 6
+"""How many times the directions wanted must fit into it for these to be found by products."""
+
+BY_EIGH = "{} of {} matrices by eigh: their leading directions were not found by products"
+"""What is to be said of matrices that took the slow way."""
 
 Rank = Literal["auto"] | int | float | Mapping[Literal["energy"], float]
 """Directions kept of a task vector: auto (as many as fit side by side), a number, a share, or {energy: share}."""
@@ -119,21 +130,68 @@ def live_factors(delta: Tensor, k: int) -> Factors:
     if not delta.any():
         empty = delta.new_zeros(0, dtype=torch.float64)
         return Factors(empty.expand(delta.shape[0], 0), empty, empty.expand(delta.shape[1], 0))
-    return truncated_svd(delta, k).live(max(delta.shape) * torch.finfo(delta.dtype).eps)
+    if not delta.is_cpu:
+        return live_factors_of([delta], k)[0][0]
+    return truncated_svd(delta, k).live(_noise(delta))
 
 
-def live_factors_of(deltas: Sequence[Tensor], k: int, *, together: bool | None = None) -> list[Factors]:
-    """`live_factors` of matrices of one shape, all `together` in one batch: by default where they are not on the CPU.
+def live_factors_of(deltas: Sequence[Tensor], k: int, *, together: bool | None = None) -> tuple[list[Factors], int]:
+    """`live_factors` of matrices of one shape, and of how many the way by products failed where it was tried.
 
-    A device is busy with one call for many matrices where one of them leaves most of it idle; a CPU gains nothing.
+    They are looked at `together` by default where they are not on the CPU: a device is busy with one call for many
+    matrices where one of them leaves most of it idle. A CPU gains nothing.
     """
     if together is None:
         together = not deltas[0].is_cpu
     if not together:
-        return [live_factors(delta, k) for delta in deltas]
-    noise = max(deltas[0].shape) * torch.finfo(deltas[0].dtype).eps
-    every = truncated_svd(torch.stack(list(deltas)), k)
-    return [Factors(*parts).live(noise) for parts in zip(every.u, every.s, every.v, strict=True)]
+        return [live_factors(delta, k) for delta in deltas], 0
+    noise = _noise(deltas[0])
+    if deltas[0].dtype != torch.float32:  # finer than Gram matrices are
+        every = truncated_svd(torch.stack(list(deltas)), k)
+        return [Factors(*parts).live(noise) for parts in zip(every.u, every.s, every.v, strict=True)], 0
+    found, failed = [], 0
+    for start in range(0, len(deltas), _TOGETHER):
+        exact = torch.stack([delta.to(torch.float64) for delta in deltas[start : start + _TOGETHER]])
+        every, count = _from_gram(exact, k, noise)
+        found += [Factors(*parts).live(noise) for parts in zip(every.u, every.s, every.v, strict=True)]
+        failed += count
+    return found, failed
+
+
+def _noise(delta: Tensor) -> float:
+    """The share of the largest singular value up to which others are rounding."""
+    return max(delta.shape) * torch.finfo(delta.dtype).eps
+
+
+def _from_gram(exact: Tensor, k: int, noise: float) -> tuple[Factors, int]:
+    """k triplets of each matrix (B, m, n), right where s > noise max(s), and how many `leading_spaces` failed for."""
+    if exact.shape[-2] < exact.shape[-1]:
+        turned, failed = _from_tall(exact.mT, k, noise)
+        return with_signs(turned.mT), failed
+    factors, failed = _from_tall(exact, k, noise)
+    return with_signs(factors), failed
+
+
+def _from_tall(exact: Tensor, k: int, noise: float) -> tuple[Factors, int]:
+    gram = exact.mT @ exact
+    if not bool(gram.diagonal(dim1=-2, dim2=-1).sum().isfinite()):
+        raise ValueError("the matrix holds infinities or not-a-numbers")
+    space, failed = _leading_space(gram, k, noise)
+    image = exact @ space
+    # The best triplets within the space: what is left of a Gram matrix is right for all that is no rounding.
+    values, turn = checked_eigh(image.mT @ image)
+    s, turn = values.flip(-1).clamp_(min=0).sqrt_(), turn.flip(-1)
+    return Factors((image @ turn) / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None], s, space @ turn), failed
+
+
+def _leading_space(gram: Tensor, k: int, noise: float) -> tuple[Tensor, int]:
+    if gram.shape[-1] < _SMALLEST or k * _NARROW > gram.shape[-1]:
+        return checked_eigh(gram)[1][..., -k:], 0
+    space, found = leading_spaces(gram, k, noise)
+    for index, right in enumerate(found):
+        if not right:
+            space[index] = torch.linalg.eigh(gram[index], UPLO="U")[1][:, -k:]
+    return space, found.count(False)
 
 
 def rank_limit(rank: Rank, size: int, num_tasks: int) -> int:
@@ -186,7 +244,12 @@ def polar(x: Tensor, *, fill: bool = False) -> Tensor:
     Where x is rank-deficient there is no nearest one: null directions (see `NULL_DIRECTION`) are left out, so the
     result is the partial isometry with the range of x. `fill=True` puts arbitrary orthonormal directions there.
     """
-    if (whitening := _gram_whitener(x)) is not None:
+    if not x.is_cpu and 0 < x.shape[1] <= x.shape[0]:
+        # Directions near the limit are not for products to judge: what is not clear comes back as None.
+        nearest = nearest_orthonormal(x.to(torch.float64), 10 * NULL_DIRECTION)
+        if nearest is not None and not (fill and float(nearest.square().sum()) < x.shape[1] - 0.5):
+            return nearest
+    elif (whitening := _gram_whitener(x)) is not None:
         return x @ whitening
     p, _, qh, live = _live_svd(x)
     return (p if fill else p * live) @ qh

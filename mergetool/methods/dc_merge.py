@@ -43,14 +43,17 @@ class DcMerge(MatrixMethod):
         self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float], size: int
     ) -> "Tensor | None":
         from mergetool.kernels.directions import merged_in_common_basis, smoothed
-        from mergetool.kernels.spectral import Factors, kept, live_factors_of, rank_limit
+        from mergetool.kernels.spectral import BY_EIGH, Factors, kept, live_factors_of, rank_limit
 
         most = rank_limit(self.rank, size, len(matrices))
         if most == 0:
             group.note("too small for the rank asked for: averaged")
             return None
         tasks = []
-        for factors, weight in zip(live_factors_of(matrices, min(most, *matrices[0].shape)), weights, strict=True):
+        every, failed = live_factors_of(matrices, min(most, *matrices[0].shape))
+        if failed:
+            group.note(BY_EIGH.format(failed, len(matrices)))
+        for factors, weight in zip(every, weights, strict=True):
             task = kept(factors, self.rank)
             tasks.append(Factors(task.u, weight * smoothed(task.s, self.smooth, self.rho), task.v))
         return merged_in_common_basis(tasks, self.density, vote=self.combine == "ties")

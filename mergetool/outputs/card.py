@@ -1,17 +1,20 @@
 """The model card: what the Hub reads (front matter) and what people read (what was merged, and how to do it again)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mergetool._version import __version__
+from mergetool.outputs.changed import RoleChange
 from mergetool.outputs.redaction import redacted
 from mergetool.planning import Plan
 from mergetool.planning.inner import inside
 from mergetool.planning.sources import Provenance, is_on_hub, pinned_document
 
+_MOST_ROLES = 16
 
-def card(plan: Plan) -> str:
+
+def card(plan: Plan, changes: Sequence[RoleChange] = ()) -> str:
     """Text of README.md. References to the Hub are pinned to the commits that were merged."""
     import yaml
 
@@ -30,6 +33,7 @@ def card(plan: Plan) -> str:
         f"A merge of {len(plan.recipe.models)} models by `{name}`, made with mergetool {__version__}.\n\n"
         f"| model | source | licence |\n|---|---|---|\n{rows}\n\n"
         f"{_about_licences(plan)}"
+        f"{_about_changes(changes)}"
         f"## Recipe\n\n```yaml\n{recipe}```\n\n"
         f"To make this model again: save the recipe as `recipe.yaml`, and run `mergetool run recipe.yaml` (version "
         f"{__version__}). `mergetool.json` holds the SHA-256 of every input and output: beside the recipe, it makes "
@@ -77,6 +81,34 @@ def _place(origin: Provenance, folder: Path) -> str:
     if origin.repo is None or origin.commit is None:
         return f"`{redacted(origin.reference, folder)}`"
     return f"[{origin.repo}](https://huggingface.co/{origin.repo}/tree/{origin.commit})"
+
+
+def _about_changes(changes: Sequence[RoleChange]) -> str:
+    """A table for a glance."""
+    if not changes:
+        return ""
+    names = list(dict.fromkeys(name for each in changes for name in each.apart))
+    rows = [
+        f"| {_role(each.role)} | {each.tensors} | {' | '.join(_figure(each.apart.get(name)) for name in names)} |\n"
+        for each in changes[:_MOST_ROLES]
+    ]
+    more = len(changes) - len(rows)
+    return (
+        "## What changed\n\n"
+        "Norm of the difference over the norm of the model it is a difference to; estimated from a few thousand "
+        "entries of some tensors of each role. `mergetool diff` measures it.\n\n"
+        f"| role | tensors | {' | '.join(f'from {name}' for name in names)} |\n|---|---|{'---|' * len(names)}\n"
+        f"{''.join(rows)}\n" + (f"And {more} more roles, which changed less.\n\n" if more else "")
+    )
+
+
+def _role(name: str) -> str:
+    """A tensor's name in a cell of a table."""
+    return f"`{name}`" if name.isprintable() and not set(name) & set("|`") else ascii(name).replace("|", "")
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _about_licences(plan: Plan) -> str:

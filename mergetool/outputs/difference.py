@@ -106,12 +106,12 @@ class Comparison:
     @property
     def layers(self) -> list[dict[str, Any]]:
         """A row for every layer, bottom to top, and one for what is outside them."""
-        return self._groups(lambda name: _layer_and_role(name)[0])
+        return self._groups(lambda name: layer_and_role(name)[0])
 
     @property
     def roles(self) -> list[dict[str, Any]]:
         """A row for all tensors of a role (the same name in every layer), most changed first."""
-        rows = self._groups(lambda name: _layer_and_role(name)[1])
+        rows = self._groups(lambda name: layer_and_role(name)[1])
         return sorted(rows, key=lambda row: -row["relative"])
 
     def _groups(self, key: Callable[[str], str]) -> list[dict[str, Any]]:
@@ -180,7 +180,7 @@ def most_changed_first(tensors: Iterable[TensorDifference]) -> tuple[TensorDiffe
     return tuple(sorted(tensors, key=lambda each: (-each.sums.relative, -each.sums.largest, _natural(each.name))))
 
 
-def _layer_and_role(name: str) -> tuple[str, str]:
+def layer_and_role(name: str) -> tuple[str, str]:
     """What stands before and with the first number of a name, and what stands behind it."""
     parts = name.split(".")
     place = next((place for place, part in enumerate(parts) if part.isdecimal()), None)

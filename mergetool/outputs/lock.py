@@ -13,6 +13,7 @@ from typing import Any
 from mergetool._version import __version__
 from mergetool.methods.group import Note
 from mergetool.outputs.card import card
+from mergetool.outputs.changed import changes_by_role
 from mergetool.outputs.push import read_lock
 from mergetool.outputs.record import Record
 from mergetool.outputs.redaction import redacted
@@ -60,7 +61,7 @@ def _remarks(notes: Mapping[str, Sequence[Note]]) -> dict[str, list[str]]:
 def describe_run(plan: Plan, staging: Staging, record: Record, result: Result) -> None:
     """Model card, and the lock of everything that lies in the partial folder by now."""
     folder = staging.partial
-    write_file(folder / "README.md", card(plan))
+    write_file(folder / "README.md", card(plan, changes_by_role(plan, folder)))
     lock = _lock(plan, staging.key, record, result)
     weights = set(lock["output"]["files"])
     written = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
@@ -106,6 +107,7 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
             "resumed": result.resumed,
             "processes": result.num_processes,
             "device": record.device,
+            **({"device_chosen": record.why} if record.why else {}),
         },
     }
 

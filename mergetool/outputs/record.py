@@ -34,6 +34,8 @@ class Record:
     bytes_read: int = 0
     device: str = "cpu"
     """Where the arithmetic was done, of the first process."""
+    why: str = ""
+    """What was expected there and elsewhere, where there was a choice."""
     resumed: bool = False
     """Whether something that an earlier run had made was taken up, beside units of merging."""
     workers_memory: int = 0
@@ -47,7 +49,7 @@ class Record:
     @classmethod
     def of(cls, records: "Sequence[Record]") -> "Record":
         """What several processes learnt together."""
-        joined = cls(device=records[0].device)
+        joined = cls(device=records[0].device, why=records[0].why)
         for record in records:
             joined.inputs |= record.inputs
             joined.outputs |= record.outputs

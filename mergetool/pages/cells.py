@@ -1,11 +1,14 @@
 """Cells of tables: how a value is shown, and what it is sorted by."""
 
 import math
+import re
 
 from mergetool.pages.parts import Cell, Column, Kind
 from mergetool.units import filesize, timespan
 
 NOTHING = "–"
+_LEADING = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?")
+"""The number in 0.61 ± 0.02."""
 
 
 def shown(value: Cell, kind: Kind) -> str:
@@ -44,7 +47,9 @@ def written(value: float, form: str) -> str:
 
 
 def short(value: float) -> str:
-    """Three digits: 0.0123, 1.23, 12,300, 1.2e-07."""
+    """Three digits: 0.0123, 1.23, 12,300, 1.2e-07. What is nearly one is not shown as one: 0.99978."""
+    if 0.99 < abs(value) < 1:
+        return f"{value:.{min(1 - math.floor(math.log10(1 - abs(value))), 9)}f}"
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
@@ -57,11 +62,12 @@ def share(value: float) -> str:
     return f"{100 * value:.3g} %" if abs(value) < 9.995 else f"{100 * value:,.0f} %"
 
 
-def order(value: Cell) -> str | None:
+def order(value: Cell, column: Column) -> str | None:
     """What a cell is sorted by where that is not its text; what has no value comes last."""
-    if value is None or isinstance(value, str):
-        return None
-    return repr(float(value)) if math.isfinite(value) else None
+    if isinstance(value, str):
+        found = _LEADING.match(value) if numeric(column) else None
+        return found[0].replace(",", "") if found else None
+    return None if value is None or not math.isfinite(value) else repr(float(value))
 
 
 def numeric(column: Column) -> bool:

@@ -66,7 +66,10 @@ def _rows(table: Table) -> Iterator[list[_Shown]]:
     for row in table.rows:
         yield [
             _Shown(
-                visible(cells.shown(cell, column.kind)), cells.order(cell), cells.numeric(column), column.kind == "code"
+                visible(cells.shown(cell, column.kind)),
+                cells.order(cell, column),
+                cells.numeric(column),
+                column.kind == "code",
             )
             for cell, column in zip(row, columns, strict=True)
         ]

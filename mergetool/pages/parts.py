@@ -23,6 +23,13 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Bullets:
+    """Sentences one below the other."""
+
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Code:
     """A recipe or a command, as it is."""
 
@@ -60,7 +67,8 @@ class Facts:
 class Column:
     """How one column is headed and how its cells are shown.
 
-    number: three digits; fixed: three places; signed: with its sign; share: 0.5 as 50 %; count: 12,345.
+    number: three digits; fixed: three places; signed: with its sign; share: 0.5 as 50 %; count: 12,345. A text in
+    a column of numbers is shown as it is, and sorted by the number it begins with.
     """
 
     name: str
@@ -99,7 +107,7 @@ class Details:
     parts: "Sequence[Piece]"
 
 
-Piece: TypeAlias = Text | Code | Note | Finding | Facts | Table | Picture | Details
+Piece: TypeAlias = Text | Bullets | Code | Note | Finding | Facts | Table | Picture | Details
 
 
 @dataclass(frozen=True)

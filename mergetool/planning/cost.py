@@ -17,6 +17,8 @@ RUNTIME_BYTES = 300_000_000
 """Python and torch themselves, measured on Linux with a CPU build of torch."""
 _NETWORK_BYTES = 200_000_000
 """transformers, and a network without its weights, where the plan asks it for modules."""
+_DEVICE_BYTES = 600_000_000
+"""Of the host's, for a device's libraries: a guess on the safe side."""
 _HELD_STATISTICS = 40
 """Bytes for each element of a Gram matrix: in compute dtype, and four times in float64."""
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -34,6 +36,12 @@ class Costs:
     """What all tensors that must be held whole may take together."""
     bytes_in: int
     bytes_out: int
+    device: str = "cpu"
+    """Where the arithmetic is done."""
+    why: str = ""
+    """What was expected there and elsewhere, where there was a choice."""
+    seconds: float | None = None
+    """What the chosen one should take, by rates measured here."""
 
 
 def step_memory(plan: Plan, step: Step) -> int:
@@ -62,29 +70,33 @@ def bytes_per_element(plan: Plan) -> int:
     return plan.compute_bits // 8 * (streams + temporaries + 2) + 8
 
 
-def estimate(plan: Plan, *, workers: int | None, memory: int | None, processes: int = 1) -> Costs:
+def estimate(
+    plan: Plan, *, workers: int | None, memory: int | None, processes: int = 1, pinned: int | None = None
+) -> Costs:
     """Settle workers and memory of one process. Raises PlanError when even one worker needs more than `memory`.
 
     Recipes inside run before, one by one: the one that needs most tells the peak.
 
-    `memory` (and the machine's, and its cores) are shared by as many `processes` as run on this machine.
+    `memory` (and the machine's, and its cores) are shared by as many `processes` as run on this machine. On a device
+    every worker has so many bytes of `pinned` memory beside its buffers, which small tensors are merged in.
     """
     inner = []
     for name, each in needed(plan):
         with at(name):
-            inner.append(_estimate(each, workers, memory, processes))
-    own = _estimate(plan, workers, memory, processes)
+            inner.append(_estimate(each, workers, memory, processes, pinned))
+    own = _estimate(plan, workers, memory, processes, pinned)
     peak = max(each.peak_memory for each in (own, *inner))
     return replace(own, peak_memory=peak, bytes_in=sum(each.bytes_in for each in (own, *inner)))
 
 
-def _estimate(plan: Plan, workers: int | None, memory: int | None, processes: int) -> Costs:
+def _estimate(plan: Plan, workers: int | None, memory: int | None, processes: int, pinned: int | None) -> Costs:
     """The costs of a plan by itself."""
     memory = memory // processes if memory is not None else None
-    one = SLICE_ELEMENTS * bytes_per_element(plan)
+    one = SLICE_ELEMENTS * bytes_per_element(plan) + (pinned or 0)
     whole = sorted((step_memory(plan, step) for step in plan.steps), reverse=True)
     largest = whole[0] if whole else 0
     fixed = RUNTIME_BYTES + _SPARE + plan.words.memory + (_NETWORK_BYTES if plan.about.modules else 0)
+    fixed += 0 if pinned is None else _DEVICE_BYTES
     budget = memory if memory is not None else int(0.8 * available_memory()) // processes
     cores = len(os.sched_getaffinity(0))
     count = workers or max(1, min(cores, 32) // processes)

@@ -3,16 +3,18 @@
     disk      every input byte read once (again for a statistics pass, where it does not fit in memory), every output
               byte written
     cores     arithmetic of slices, SHA-256 of inputs and outputs; SVDs of whole matrices by their cubic count
-    devices   slices copied over the bus; arithmetic that is then as good as free, and the SVDs
+    devices   slices read into pinned memory by the cores, copied over the bus as they are stored, and worked on, all at
+              the same time; calls of operations, and the SVDs
 
 The rates of "this machine" were fitted to runs here; those of others are what their makers say, taken by half. An
-estimate is meant to be right within a factor of two.
+estimate is meant to be right within a factor of two. Where `auto` has a choice, rates are measured (`engine.rates`).
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from mergetool.planning.cost import available_memory
-from mergetool.planning.graph import Plan, Step
+from mergetool.planning.graph import UNIT_ELEMENTS, Plan, Step
 from mergetool.planning.inner import needed
 from mergetool.planning.measures import to_measure
 from mergetool.statistics.measure import Measuring
@@ -21,6 +23,10 @@ _SVD_PASSES = 12.0
 """Multiply-adds of a decomposition, in units of rows x columns x the shorter side."""
 _TOKENS = 200
 """Of one item of a task, with all its choices."""
+_CALLS, _CALL = 8, 1e-5
+"""Operations on each operand of a slice, and the seconds that each holds the interpreter's lock."""
+_TRAFFIC = 8
+"""Bytes that an element operation reads and writes."""
 _STARTUP = 1.0
 """Seconds for starting Python and torch, and for the last files."""
 
@@ -41,8 +47,14 @@ class Machine:
     """Element operations (one element of one stream) of a core."""
     hash_rate: float = 1.6e9
     core_flops: float = 2.5e10
+    copy_rate: float = 4.0e9
+    """Bytes a second that a core reads from the page cache."""
     bus: float = 2.5e10
     """Bytes a second to one device."""
+    device_memory: float = 1.5e12
+    """Bytes a second that one device reads and writes in its own memory."""
+    device_start: float = 0.0
+    """Seconds until a device and its libraries are ready, beside Python's."""
     device_flops: float = 5.0e12
     """Of one device in float32, for decompositions."""
     memory: float = 8e9
@@ -66,23 +78,33 @@ def this_machine(workers: int) -> Machine:
 
 def expected_seconds(plan: Plan, machine: Machine = THIS) -> float:
     """Seconds that a run of this plan should take on `machine`, with the recipes inside it."""
-    return _STARTUP + sum(_working_seconds(each, machine) for each in (plan, *dict(needed(plan)).values()))
+    return _STARTUP + sum(working_seconds(each, machine) for each in (plan, *dict(needed(plan)).values()))
 
 
-def _working_seconds(plan: Plan, machine: Machine) -> float:
-    """Seconds of a plan by itself."""
+def working_seconds(plan: Plan, machine: Machine) -> float:
+    """Seconds of a plan by itself, once Python is there."""
     inputs = sum(stamp.size for source in plan.sources.values() for stamp in source.files) or plan.bytes_in
-    again = _counted_bytes(plan) if inputs > machine.memory else 0
-    disk = (inputs + again) / machine.disk_read + plan.bytes_out / machine.disk_write
+    again = _counted_bytes(plan)
+    disk = (
+        inputs + (again if inputs > machine.memory else 0)
+    ) / machine.disk_read + plan.bytes_out / machine.disk_write
     hashing = (inputs + plan.bytes_out) / machine.hash_rate / machine.cores
     elements = sum(_element_operations(step) for step in plan.steps)
     flops = sum(_flops(step) for step in plan.steps)
     if machine.devices:
-        moved = 4 * sum(step.spec.num_elements * (len(step.reads) + 1) for step in plan.steps)
-        compute = (moved / machine.bus + flops / machine.device_flops) / machine.devices
+        moved = plan.bytes_in + again + plan.bytes_out
+        there = max(moved / machine.bus, elements * _TRAFFIC / machine.device_memory) + flops / machine.device_flops
+        cores = hashing + moved / machine.copy_rate / machine.cores
+        work = max(disk, cores, there / machine.devices) + _calls(plan) * _CALL + machine.device_start
     else:
-        compute = (elements / machine.element_rate + flops / machine.core_flops) / machine.cores
-    return max(disk, compute + hashing) + sum(measuring_seconds(asked, machine) for asked in to_measure(plan.sources))
+        work = max(disk, (elements / machine.element_rate + flops / machine.core_flops) / machine.cores + hashing)
+    return work + sum(measuring_seconds(asked, machine) for asked in to_measure(plan.sources))
+
+
+def _calls(plan: Plan) -> int:
+    """Of operations on a device."""
+    slices = (math.ceil(step.spec.num_elements / UNIT_ELEMENTS) for step in plan.steps if step.operation.arithmetic)
+    return sum(slices) * max((_CALLS * len(step.reads) for step in plan.steps), default=0)
 
 
 def measuring_seconds(asked: Measuring, machine: Machine) -> float:

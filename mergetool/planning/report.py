@@ -44,7 +44,9 @@ def describe(plan: Plan, costs: Costs, search: Method | None = None) -> dict[str
         "peak_memory": costs.peak_memory,
         "workers": costs.workers,
         "expected_seconds": {machine.name: round(expected_seconds(plan, machine), 1) for machine in MACHINES},
-        "expected_seconds_here": round(expected_seconds(plan, this_machine(costs.workers)), 1),
+        "expected_seconds_here": round(_seconds_here(plan, costs), 1),
+        "device": costs.device,
+        "device_chosen": costs.why,
         "vocabulary": plan.words.rows,
         "bytes_beside": bytes_on_disk(plan) - plan.bytes_out,
         "statistics": {asked.where: _measured(asked, costs) for asked in to_measure(plan.sources)},
@@ -117,7 +119,8 @@ def totals(plan: Plan, costs: Costs, *, machines: bool = False, search: Method |
     at_most = "" if plan.bytes_at_most is None else "at most "
     result = "" if search is None else ", for the result"
     here = this_machine(costs.workers)
-    places = [here, *(MACHINES if machines else ())]
+    here_told = _told(plan, _seconds_here(plan, costs))
+    elsewhere = [(machine.name, _told(plan, expected_seconds(plan, machine))) for machine in MACHINES if machines]
     return [
         ("tensors", f"{plan.num_tensors:,} ({told})"),
         *([("to download first", filesize(plan.bytes_missing))] if plan.bytes_missing else []),
@@ -127,7 +130,8 @@ def totals(plan: Plan, costs: Costs, *, machines: bool = False, search: Method |
         *_beside(plan),
         *_statistics(plan, costs),
         ("memory, at most", f"{memsize(costs.peak_memory)} with {costs.workers} workers"),
-        *((f"expected time, {machine.name}", f"{_duration(plan, machine)}{result}") for machine in places),
+        *([("device", f"{costs.device} ({costs.why})")] if costs.why else []),
+        *((f"expected time, {name}", f"{told}{result}") for name, told in (("here", here_told), *elsewhere)),
         *(_search(plan, search, here) if search is not None else ()),
         ("output", str(plan.output) if plan.output else "give -o PATH"),
     ]
@@ -184,6 +188,9 @@ def _search(plan: Plan, search: Method, here: Machine) -> Rows:
     return [*rows, ("expected time of answers", told)]
 
 
-def _duration(plan: Plan, machine: Machine) -> str:
-    told = timespan(expected_seconds(plan, machine))
-    return f"{told}, and the fit" if is_guess(plan) else told
+def _seconds_here(plan: Plan, costs: Costs) -> float:
+    return expected_seconds(plan, this_machine(costs.workers)) if costs.seconds is None else costs.seconds
+
+
+def _told(plan: Plan, seconds: float) -> str:
+    return f"{timespan(seconds)}, and the fit" if is_guess(plan) else timespan(seconds)

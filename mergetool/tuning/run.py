@@ -12,7 +12,7 @@ from mergetool.engine.processes import joined, leads
 from mergetool.engine.run import Silent
 from mergetool.errors import MergeError, OutputError
 from mergetool.outputs.journal import journal_path
-from mergetool.outputs.push import push_target
+from mergetool.outputs.push import push_result, push_target
 from mergetool.outputs.staging import check_output
 from mergetool.planning.sources import pinned
 from mergetool.recipe.candidate import candidate_recipe
@@ -27,8 +27,19 @@ if TYPE_CHECKING:
 def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None) -> Result:
     """Plan and run a recipe of any method. Raises any MergetoolError."""
     flags, progress = flags or Flags(), progress or Silent()
+    if not recipe.evaluate:
+        return _merged(recipe, flags, progress)
+    with joined() as team:
+        target = push_target(recipe, flags.push) if team.leads else None
+        result = _merged(recipe, replace(flags, push=False), progress)
+    result = _evaluated(recipe, flags, result)
+    return result if target is None else replace(result, pushed=push_result(result.path, target))
+
+
+def _merged(recipe: Recipe, flags: Flags, progress: Progress) -> Result:
+    """The result, before it is scored."""
     if not recipe.method.searches:
-        return _evaluated(recipe, flags, run_plain(recipe, flags, progress))
+        return run_plain(recipe, flags, progress)
     from mergetool.tuning.session import search
 
     with joined() as team:
@@ -42,8 +53,7 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
         if team.leads:
             _check_saved(merged.path, winner.digest)
         team.all_gather(None)
-        merged = replace(merged, notes={**dict.fromkeys(winner.notes, 1), **merged.notes})
-    return _evaluated(asked, flags, merged)
+        return replace(merged, notes={**dict.fromkeys(winner.notes, 1), **merged.notes})
 
 
 def search_folder(output: Path) -> Path:
@@ -52,10 +62,11 @@ def search_folder(output: Path) -> Path:
 
 
 def _evaluated(recipe: Recipe, flags: Flags, result: Result) -> Result:
-    """The result with its scores among the notes and kept beside it, where the recipe names tasks."""
-    if not recipe.evaluate or not leads():
+    """The result with its scores among the notes, in the card, and item by item beside it; it is pushed after that."""
+    if not leads():
         return result
     from mergetool.evaluate.assess import assess
+    from mergetool.outputs.scored import tell_scores
     from mergetool.outputs.scores import keep_scores
 
     found = assess(
@@ -67,6 +78,7 @@ def _evaluated(recipe: Recipe, flags: Flags, result: Result) -> Result:
         trust_code=flags.trust_code,
     )
     keep_scores(result.path, found)
+    tell_scores(result.path, found)
     facts = found.facts()["tasks"]
     told = (f"{f['task']}: {f['metric']} {f['score']:.4f} ({f['low']:.4f} to {f['high']:.4f})" for f in facts)
     return replace(result, notes={**result.notes, **dict.fromkeys(told, 1)})

@@ -247,3 +247,34 @@ def test_calibration_needs_rows_of_every_task(bundle, tmp_path, rows, says):
     with pytest.raises(SourceError, match=says):
         calibrate(mergetool.load_bundle(bundle), rows)
     assert not (bundle / "calibration.json").exists()
+
+
+def test_answers_are_marked_where_tasks_and_classes_are_known(bundle, tmp_path):
+    """Counted once more by hand."""
+    model = mergetool.load_bundle(bundle)
+    answered = list(answers(model, ROWS))
+    labels = [answer["class"] if n % 2 else "no such" for n, answer in enumerate(answered)]
+    tasks = [answer["task"] if n % 3 else "c" for n, answer in enumerate(answered)]
+    told = [{**row, "task": tasks[n], "label": labels[n]} for n, row in enumerate(ROWS)]
+    file = write_rows(tmp_path / "rows.jsonl", told)
+    shown = CliRunner().invoke(app, ["route", str(bundle), "--input", str(file), "--labels", "--json"])
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
+    right = [row["task"] == answer["task"] for row, answer in zip(told, answered, strict=True)]
+    strict = [each and n % 2 == 1 for n, each in enumerate(right)]
+    for task in sorted(set(tasks)):
+        mine = [n for n, row in enumerate(told) if row["task"] == task]
+        counts = [sum(answered[n]["task"] == other for n in mine) for other in "abc"]
+        assert found["confusion"]["abc".index(task)] == counts
+        (figures,) = [each for each in found["figures"] if each["task"] == task]
+        assert figures["right"] == pytest.approx(sum(right[n] for n in mine) / len(mine))
+        assert figures["strict"] == pytest.approx(sum(strict[n] for n in mine) / len(mine))
+    assert found["figures"][-1]["task"] == "all"
+    assert found["figures"][-1]["right"] == pytest.approx(sum(right) / len(right))
+    assert found["figures"][-1]["right_low"] < found["figures"][-1]["right"] < found["figures"][-1]["right_high"]
+    table = CliRunner().invoke(app, ["route", str(bundle), "--input", str(file), "--labels"]).stdout
+    assert "class too" in table
+    write_rows(file, [{**row, "task": "x"} for row in told])
+    refused = CliRunner().invoke(app, ["route", str(bundle), "--input", str(file), "--labels"])
+    assert isinstance(refused.exception, SourceError)
+    assert "name one of the tasks a, b, c" in refused.exception.fix

@@ -39,6 +39,7 @@ FLAGS = {
     "plan": {"recipe", "--set", "--workers", "--memory", "--full", "--machines", "--json"},
     "inspect": {"reference", "--json"},
     "verify": {"path", "--load", "--against", "--set", "--workers", "--memory", "--trust-code", "--json"},
+    "analyze": {"recipe", "-o", "--output", "--workers", "--set", "--json"},
     "diff": {"a", "b", "--base", "--top", "--exit-code", "--workers", "--json"},
     "compare": {"runs", "--base", "-o", "--output", "--workers", "--json"},
     "methods": {"name", "--json"},
@@ -47,7 +48,7 @@ FLAGS = {
     "import": {"recipe", "-o", "--output"},
     "push": {"path", "repo", "--private", "--create", "--pull-request", "--json"},
     "calibrate": {"bundle", "--input", "--json"},
-    "route": {"bundle", "--input", "--task", "--batch-size", "--json"},
+    "route": {"bundle", "--input", "--task", "--batch-size", "--json", "--labels"},
     "evaluate": {
         "path",
         "--tasks",

@@ -4,15 +4,22 @@ import json
 
 import numpy as np
 import pytest
+import yaml
+from huggingface_hub import parse_eval_result_entries
 from typer.testing import CliRunner
 
 import mergetool
 from mergetool import EvaluationError, PlanError
 from mergetool.cli.app import app
 from mergetool.evaluate.assess import assess
+from mergetool.evaluate.harness import load_task
+from mergetool.evaluate.items import TaskItems
+from mergetool.evaluate.language_model import LanguageModel
 from mergetool.evaluate.options import TaskOptions
-from mergetool.evaluate.scores import TaskScores, summary_of_retention
+from mergetool.evaluate.scores import Evaluation, TaskScores, summary_of_retention
+from mergetool.outputs.scored import RESULTS_NAME, tell_scores
 from mergetool.outputs.scores import kept_scores
+from mergetool.outputs.verify import verify_output
 from mergetool.search.interval import of_difference, of_mean
 from tests.tuning.planted import World
 
@@ -60,10 +67,54 @@ def test_scores_of_a_result_are_kept_beside_it(folder, tmp_path):
         shown = CliRunner().invoke(app, [*command, task, "--parent", models["left"]])
         assert shown.exit_code == 0, shown.output
         assert "kept for mergetool compare: " in shown.stderr
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert card.count("## Scores") == card.count("## Recipe") == 1
+    assert [line.split(" | ")[0] for line in card.splitlines() if " | acc | " in line] == ["| lefts", "| rights"]
+    assert " of left |" in card
+    verify_output(tmp_path / "merged")
     kept = kept_scores(tmp_path / "merged")
     assert list(kept.tasks) == list(WORLD.tasks)
     assert list(kept.parents[models["left"]]) == list(WORLD.tasks)
     assert kept.facts()["tasks"][0]["best_parent"] == models["left"]
+
+
+def test_a_card_that_was_written_by_hand_is_left_alone(folder, tmp_path):
+    path = mergetool.run(
+        {"models": {"left": str(folder / "models" / "left")}, "merge": {"method": "linear"}}, output=tmp_path / "merged"
+    ).path
+    (path / "README.md").write_text("mine")
+    command = ["evaluate", str(path), "--include", str(folder / "tasks"), "--tasks", "lefts"]
+    assert "README.md is not what the run has written" in CliRunner().invoke(app, command).stderr
+    assert (path / "README.md").read_text() == "mine"
+
+
+def test_results_on_datasets_of_the_hub_are_written_as_it_reads_them(folder, tmp_path):
+    recipe = {"models": {"left": str(folder / "models" / "left")}, "merge": {"method": "linear"}}
+    path = mergetool.run(recipe, output=tmp_path / "merged").path
+    values = np.array([1.0, 0.0, 1.0, 1.0])
+    own = {
+        "arc": TaskScores("arc", "acc", "x", values, {"id": "allenai/ai2_arc", "config": "ARC-Easy"}),
+        "mine": TaskScores("mine", "acc", "y", values),
+    }
+    assert tell_scores(path, Evaluation("merged", own))
+    entries = parse_eval_result_entries(yaml.safe_load((path / RESULTS_NAME).read_text()))
+    assert [(e.dataset_id, e.task_id, e.value, e.notes) for e in entries] == [
+        ("allenai/ai2_arc", "ARC-Easy", 0.75, "lm-eval arc, acc")
+    ]
+    verify_output(path)
+    assert RESULTS_NAME in json.loads((path / "mergetool.json").read_text())["output"]["files"]
+
+
+def test_which_dataset_of_the_hub_a_task_asks_is_known(folder):
+    task = load_task(TaskOptions(name="lefts", include="tasks"), folder)
+    live = LanguageModel(folder / "models" / "left")
+    items = TaskItems(TaskOptions(name="lefts", include="tasks"), task, live.lm)
+    assert items.dataset == {}
+    task.set_config(key="dataset_path", value="allenai/ai2_arc")
+    task.set_config(key="dataset_name", value="ARC-Easy")
+    assert items.dataset == {}  # its items are files here
+    task.set_config(key="dataset_kwargs", value=None)
+    assert items.dataset == {"id": "allenai/ai2_arc", "config": "ARC-Easy"}
 
 
 def test_what_is_kept_of_several_tasks_is_told_in_three_ways():
@@ -96,6 +147,12 @@ def test_a_recipe_may_ask_for_scores_of_its_result(folder, tmp_path):
     scores = [WORLD.correct((1.9, 1.9))[half].mean() for half in (WORLD.half, ~WORLD.half)]
     kept = kept_scores(tmp_path / "out")
     assert [kept.tasks[name].score for name in WORLD.tasks] == scores
+    lock = json.loads((tmp_path / "out" / "mergetool.json").read_text())
+    assert [facts["score"] for facts in lock["scores"]] == scores
+    assert verify_output(tmp_path / "out")["files_checked"] == len(lock["output"]["files"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert [line.split(" | ")[0] for line in card.splitlines() if " | acc | " in line] == ["| lefts", "| rights"]
+    assert card.index("## What changed") < card.index("## Scores") < card.index("## Recipe")
     told = [note for note in result.notes if ": acc " in note]
     assert [note.split()[2] for note in told] == [f"{score:.4f}" for score in scores]
 

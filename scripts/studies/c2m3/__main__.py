@@ -8,7 +8,7 @@
 Every method merges the same five networks: the plain average, git-rebasin to the first, merge-many, and c2m3, each
 without and with REPAIR (goal statistics from the aligned models, 500 training images, no labels). Several sets of five
 are trained, each from seeds of its own; numbers are means over the sets. OUT gets results.json, table.md and
-barriers.png. Trained networks and finished sets are kept there, so the same command goes on where it was.
+results.html. Trained networks and finished sets are kept there, so the same command goes on where it was.
 
 The barrier of a pair is the largest loss on the straight line between the two aligned networks (11 points) minus the
 mean of the losses at its ends. `gap` is the accuracy of the five networks minus that of their merge, compared image by
@@ -30,7 +30,9 @@ from torch import Tensor, nn
 
 from mergetool.alignment.repair import correctable, repair, reset_statistics
 from mergetool.methods import registry
+from mergetool.pages import Picture, lines
 from scripts.studies.c2m3.networks import MLP, Data, ResNet, Score, Training, digits, mnist, score, train
+from scripts.studies.pages import write_page
 
 NUM_MODELS, POINTS, CALIBRATION = 5, 11, 500
 METHODS = {
@@ -105,7 +107,8 @@ def main() -> None:
             sets.append(examine(f"{name}-{first_seed}", subject, first_seed, arguments.out))
             path.write_text(json.dumps(results, indent=1) + "\n")
     (arguments.out / "table.md").write_text(table(results))
-    plot(results, arguments.out / "barriers.png")
+    title = "Five networks from different seeds, merged"
+    write_page(arguments.out / "results.html", title, table(results), pictures(results))
 
 
 def subjects(arguments: argparse.Namespace) -> dict[str, Subject]:
@@ -284,23 +287,18 @@ def mean(sets: list[Row], *keys: str) -> float:
     return sum(values) / len(values)
 
 
-def plot(results: Mapping[str, list[Row]], path: Path) -> None:
-    """Mean loss along the lines between pairs of the first set, a panel per subject."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(results), figsize=(4 * len(results), 3.2), squeeze=False)
+def pictures(results: Mapping[str, list[Row]]) -> dict[str, list[Picture]]:
+    """Mean loss along the lines between pairs of the first set, a picture per subject."""
     along = [k / (POINTS - 1) for k in range(POINTS)]
-    for panel, (name, sets) in zip(panels[0], results.items(), strict=True):
-        for method, row in sets[0]["methods"].items():
-            (line,) = panel.plot(along, row["pairs"]["plain"]["curve"], label=method)
-            panel.plot(along, row["pairs"]["repaired"]["curve"], color=line.get_color(), linestyle=":")
-        panel.set(title=name, xlabel="from one network to another", ylabel="test loss", yscale="log")
-    panels[0][-1].legend(title="dotted: with REPAIR", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    found = []
+    for name, sets in results.items():
+        curves = {
+            f"{method}, with REPAIR" if kind == "repaired" else method: (along, row["pairs"][kind]["curve"])
+            for method, row in sets[0]["methods"].items()
+            for kind in KINDS
+        }
+        found.append(Picture(lines(curves, "from one network to another", "test loss", log=True), name))
+    return {"Loss on the lines between pairs": found}
 
 
 if __name__ == "__main__":

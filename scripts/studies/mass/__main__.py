@@ -25,10 +25,11 @@ from mergetool.bundle.mass_model import MassModel
 from mergetool.bundle.verify import facts_about_bundle
 from mergetool.kernels.routing import mean_distance
 from scripts.demo.tasks import Task
+from scripts.studies.pages import write_page
 
 from . import experts
 from .experts import Training, encode, features
-from .table import draw, render
+from .table import pictures, render
 from .tasks import SETS, prepare
 
 BATCH = 64
@@ -270,7 +271,8 @@ def main() -> None:
     study.part("known task", "base", lambda: with_known_task(study, lambda _: base))
     study.part("speed", "mass", lambda: speed(study, model))
     (study.folder / "results.md").write_text(render(study.results))
-    draw(study.results, study.folder)
+    path = study.folder / "results.html"
+    write_page(path, "Merging and routing on real fine-tunes", render(study.results), pictures(study.results))
     print(render(study.results))
 
 

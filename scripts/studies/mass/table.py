@@ -1,8 +1,14 @@
 """The study's results as tables and pictures."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from mergetool.pages import Picture, lines
+from mergetool.pages.colours import LIGHT
+from mergetool.pages.plots import Draw, legend, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Scores = Mapping[str, float]
 
@@ -40,39 +46,46 @@ def render(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(results: Mapping[str, Any], folder: Path) -> None:
-    """accuracy.png: share of the experts' accuracy by method; routing.png: routing by each single matrix."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
+def pictures(results: Mapping[str, Any]) -> dict[str, list[Picture]]:
+    """Share of the experts' accuracy by method; routing by each single matrix."""
     experts = results["known task"]["experts"]
     scores = {f"{name} (task known)": each for name, each in results["known task"].items() if name != "experts"}
     scores |= {
         f"mass, {name}" if name != "mass" else name: {task: each["strict"] for task, each in tasks.items()}
         for name, tasks in results.get("routed", {}).items()
     }
-    shares = {name: [each[task] / experts[task] for task in experts] for name, each in scores.items()}
-    names = sorted(shares, key=lambda name: sum(shares[name]))
-    figure, axes = plt.subplots(figsize=(8, 0.3 * len(names) + 1), layout="constrained")
-    axes.barh(names, [sum(shares[name]) / len(experts) for name in names], color="0.8")
-    for task, name in enumerate(experts):
-        axes.plot([shares[each][task] for each in names], names, "o", markersize=4, label=name)
-    axes.set_xlabel("share of the expert's accuracy (bar: mean over tasks)")
-    axes.legend(fontsize="small", loc="lower left")
-    figure.savefig(folder / "accuracy.png", dpi=120)
-    single = {name: share for name, share in results["routing"]["base"].items() if not name.startswith("all")}
+    shares = {name: {task: each[task] / experts[task] for task in experts} for name, each in scores.items()}
+    return {
+        "Share of the experts' accuracy": [Picture(_methods(shares), size=(8, 0.3 * len(shares) + 1.2))],
+        "Routing by single matrices": [Picture(_matrices(results["routing"]["base"]))],
+    }
+
+
+def _methods(shares: Mapping[str, Scores]) -> Draw:
+    """A bar for the mean of each method, the best first, and a mark for each task."""
+    means = {name: sum(each.values()) / len(each) for name, each in shares.items()}
+    names = sorted(means, key=lambda name: -means[name])
+
+    def draw(axes: "Axes") -> None:
+        axes.barh(range(len(names)), [means[name] for name in names], color=LIGHT["line"], label="mean")
+        for place, task in enumerate(shares[names[0]]):
+            values = [shares[name][task] for name in names]
+            axes.plot(values, range(len(names)), **style(place) | {"linestyle": ""}, label=task)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("share of the expert's accuracy")
+        legend(axes)
+
+    return draw
+
+
+def _matrices(found: Scores) -> Draw:
     kinds: dict[str, list[float]] = {}
-    for name, share in single.items():
-        kinds.setdefault(name.split(".", 3)[3].removesuffix(".weight"), []).append(share)
-    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
-    for kind, values in kinds.items():
-        axes.plot(values, "o-", label=kind)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("nearest task is right")
-    axes.legend(fontsize="x-small")
-    figure.savefig(folder / "routing.png", dpi=120)
+    for name, share in found.items():
+        if not name.startswith("all"):
+            kinds.setdefault(name.split(".", 3)[3].removesuffix(".weight"), []).append(share)
+    curves = {kind: (list(range(len(values))), values) for kind, values in kinds.items()}
+    return lines(curves, "layer", "share of samples whose task is nearest")
 
 
 def _scores(scores: Scores, experts: Scores) -> list[str]:

@@ -2,8 +2,8 @@
 
     python -m scripts.studies.merge3 FOLDER [--items 2000] [--seeds 3] [--trial]
 
-Everything goes to FOLDER: models, tasks, one folder per search, results.json, results.md and plots. What is there
-already is not made again, so a study that was interrupted goes on. `--trial` is the same in small, in a minute.
+Everything goes to FOLDER: models, tasks, one folder per search, results.json, results.md and results.html. What is
+there already is not made again, so a study that was interrupted goes on. `--trial` is the same in small, in a minute.
 Needs the extras eval, search and report.
 """
 
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 import mergetool
+from scripts.studies.pages import write_page
 
 from .answers import compared, read_matrix
 from .estimators import CALIBRATION, compare, scaling
 from .models import Training, prepare
 from .skills import SKILLS, write_tasks
-from .table import plots, render
+from .table import pictures, render
 
 ARITHMETIC: dict[str, Any] = {"method": "task-arithmetic", "weight": {"search": [0.0, 1.5], "init": 0.3333}}
 TIES: dict[str, Any] = {
@@ -153,7 +154,7 @@ def main() -> None:
     for seed in range(1, 1 if asked.trial else asked.seeds):
         gather(study, main_searches(seed), results)
     write(study.folder, results)
-    plots(study.folder, results)
+    write_page(study.folder / "results.html", "Evolving merges with few items", render(results), pictures(results))
     print(render(results))
 
 

@@ -1,7 +1,9 @@
-"""The study's results as a page of Markdown, and as plots."""
+"""The study's results as Markdown, and as pictures."""
 
-from pathlib import Path
 from typing import Any
+
+from mergetool.pages import Picture, lines
+from mergetool.pages.plots import Points
 
 from .estimators import CALIBRATION, KINDS
 
@@ -83,7 +85,7 @@ def _front(searches: dict[str, Any]) -> str:
             for m in facts["front"]
         ]
         heads = ["member", *(f"{task}, search" for task in tasks), *(f"{task}, report" for task in tasks)]
-        text += f"\n### IncrementalHash of {name}\n\n" + _rows(heads, rows)
+        text += f"\n### Pareto front of {name}\n\n" + _rows(heads, rows)
     return text
 
 
@@ -104,28 +106,29 @@ def _scaling(rows: list[dict[str, Any]]) -> str:
     return "\n## Simulated with the fitted model\n\n" + _rows(heads, cells)
 
 
-def plots(folder: Path, results: dict[str, Any]) -> None:
-    """Accuracy against items spent; error and rank correlation against subset size."""
-    import matplotlib as mpl
+def pictures(results: dict[str, Any]) -> dict[str, list[Picture]]:
+    """Score against items spent; error and rank correlation against subset size."""
+    searches = results["searches"]
+    _, *parents, uniform = next(iter(searches.values()))["compared"]
+    scores: dict[str, Points] = {
+        name: ([facts["spent"]["searching"]], [facts["winner"]["report_mean"]]) for name, facts in searches.items()
+    }
+    ends = [min(x[0] for x, _ in scores.values()), max(x[0] for x, _ in scores.values())]
+    scores["best parent"] = (ends, [max(row["report_mean"] for row in parents)] * 2)
+    scores["uniform merge"] = (ends, [uniform["report_mean"]] * 2)
+    found = {
+        "Score and cost": [
+            Picture(lines(scores, "items answered while searching", "mean score on report items", logx=True))
+        ]
+    }
+    rows = [row for row in results.get("estimators", ()) if row["calibration"] == CALIBRATION]
+    if rows:
+        labels = ("mean absolute error", "rank correlation")
+        found["Estimators"] = [_against_size(rows, place, label) for place, label in enumerate(labels)]
+    return found
 
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    for place, (name, facts) in enumerate(results["searches"].items()):
-        left.plot(facts["spent"]["searching"], facts["winner"]["report_mean"], "os^"[place // 10], label=name)
-    _, *parents, uniform = next(iter(results["searches"].values()))["compared"]
-    left.axhline(max(row["report_mean"] for row in parents), color="0.5", ls=":", label="best parent")
-    left.axhline(uniform["report_mean"], color="0.5", ls="--", label="uniform merge")
-    left.set(xscale="log", xlabel="items answered while searching", ylabel="mean score on report items")
-    left.xaxis.set_minor_formatter("")
-    left.legend(fontsize=6, frameon=False, ncols=2, loc="center right")
-    rows = [row for row in results["estimators"] if row["calibration"] == CALIBRATION]
-    for panel, place, label in ((middle, 0, "mean absolute error"), (right, 1, "rank correlation")):
-        for kind in KINDS:
-            panel.plot([row["items"] for row in rows], [row[kind][place] for row in rows], "o-", label=kind)
-        panel.set(xscale="log", xlabel="items asked of each task", ylabel=label)
-        panel.set_xticks([row["items"] for row in rows], [row["items"] for row in rows], minor=False)
-        panel.xaxis.set_minor_formatter("")
-    middle.legend(frameon=False)
-    figure.savefig(folder / "study.png", dpi=150)
+def _against_size(rows: list[dict[str, Any]], place: int, label: str) -> Picture:
+    asked = [row["items"] for row in rows]
+    curves = {kind: (asked, [row[kind][place] for row in rows]) for kind in KINDS}
+    return Picture(lines(curves, "items asked of each task", label, logx=True))

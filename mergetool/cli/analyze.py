@@ -1,0 +1,71 @@
+"""`mergetool analyze RECIPE`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergetool.cli.progress import ProgressBar
+from mergetool.cli.show import manner, say, table
+
+if TYPE_CHECKING:
+    from mergetool.analysis.result import Analysis
+
+_MODELS = ("model", "norm", "relative", "share_changed", "kinship", "share_of_sum", "density_90", "effective_rank")
+_PAIRS = ("a", "b", "cosine", "kinship", "opposed")
+
+
+def analyze(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write analysis.html and analysis.json there.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads (default: one per core).")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="K=V", help="Override one value, e.g. merge.density=0.3.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Show what a recipe's models are to each other before they are merged, and what that advises."""
+    from mergetool.recipe import load_recipe
+
+    with ProgressBar(quiet=manner.quiet) as progress:
+        asked = load_recipe(recipe, settings or ())
+        from mergetool.api import analyze as look
+
+        analysis = look(asked, workers=workers, progress=progress, output=output)
+    for remark in analysis.facts["remarks"]:
+        say(f"note: {remark}")
+    if output is not None:
+        say(f"written: {output / 'analysis.html'}, and analysis.json")
+    if as_json:
+        print(analysis.to_json())
+    else:
+        _show(analysis)
+
+
+def _show(analysis: "Analysis") -> None:
+    """What people want to know, the most telling first."""
+    print("\n".join(analysis.summary))
+    for advice in analysis.advice:
+        print(f"\n{advice['weight']}: {advice['title']}\n  {advice['why']}\n  {_evidence(advice['evidence'])}")
+        print(f"  {advice['formula']}\n  fix: {advice['fix']}")
+    for title, columns, section in (("Models", _MODELS, "models"), ("Pairs", _PAIRS, "pairs")):
+        if rows := analysis.rows(section):
+            print(f"\n{title}")
+            heads = [column.replace("_", " ") for column in columns]
+            table(heads, [[_figure(row[column]) for column in columns] for row in rows])
+
+
+def _evidence(evidence: dict[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {_listed(value)}" for name, value in evidence.items())
+
+
+def _listed(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}: {_figure(each)}" for key, each in value.items())
+    return " ".join(map(str, map(_figure, value))) if isinstance(value, list) else str(_figure(value))
+
+
+def _figure(value: Any) -> Any:
+    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else value

@@ -1,0 +1,86 @@
+"""The results of the studies as pages."""
+
+import pytest
+
+from mergetool.pages import Picture, lines
+from scripts.studies.mass.table import pictures as of_mass
+from scripts.studies.mass.table import render as mass_text
+from scripts.studies.merge3.estimators import CALIBRATION, KINDS
+from scripts.studies.merge3.table import pictures as of_merge3
+from scripts.studies.merge3.table import render as merge3_text
+from scripts.studies.pages import write_page
+from tests.pages.browsing import opened
+from tests.pages.test_pages import Seen
+
+TEXT = """# A study
+
+What was tried.
+On two lines.
+
+## Scores
+
+| method | score | of all |
+|---|---|---|
+| plain | 0.5 ± 0.1 | |
+| **best** | 0.75 | 1,200 |
+
+Time: 0.5.
+"""
+
+
+def test_markdown_becomes_chapters_with_tables_that_sort_by_their_numbers(browser, tmp_path):
+    path = tmp_path / "page.html"
+    write_page(path, "Title", TEXT, {"Curves": [Picture(lines({"a": ([1, 2], [1, 2])}, "x", "y"), "one")]})
+    with opened(browser, path) as page:
+        assert page.locator("h1").inner_text() == "Title"
+        assert page.locator("p.lead").first.inner_text() == "What was tried. On two lines."
+        assert page.locator("h2").all_inner_texts() == ["Curves", "Scores"]
+        page.get_by_role("button", name="score").click()
+        assert page.locator("tbody td:first-child").all_inner_texts() == ["best", "plain"]
+        assert page.locator("tr.strong td").all_inner_texts() == ["best", "0.75", "1,200"]
+        assert page.locator("section").nth(1).locator("p").inner_text() == "Time: 0.5."
+
+
+def test_merging_and_routing(tmp_path):
+    tasks = {"digits": 0.5, "language": 0.7}
+    routed = {task: {"strict": 0.4, "class": 0.5, "nearest": 0.9, "chosen": 0.9, "tasks": 1.5} for task in tasks}
+    routing = {f"encoder.layer.{layer}.{kind}.weight": 0.5 for layer in range(3) for kind in ("query", "key")}
+    results = {
+        "known task": {"experts": tasks, "ties": {"digits": 0.25, "language": 0.7}},
+        "routed": {"mass": routed},
+        "routing": {"base": routing | {"all, l2": 0.8}},
+    }
+    path = tmp_path / "results.html"
+    write_page(path, "Merging and routing", mass_text(results), of_mass(results))
+    seen = Seen(path.read_text("utf-8"))
+    for told in ("Accuracy", "ties (task known)", "0.250", "query", "share of samples whose task is nearest"):
+        assert told in seen.pieces
+
+
+@pytest.fixture
+def searched():
+    winner = {"estimate": [0.9, 0.8], "search_mean": 0.84, "report": [0.8, 0.9], "report_mean": 0.85}
+    compared = [
+        {"name": name, "report": [0.5, 0.6], "report_mean": 0.55} for name in ("base", "a", "start of the search")
+    ]
+    facts = {
+        "tasks": [{"name": "one"}, {"name": "two"}],
+        "winner": winner,
+        "compared": compared,
+        "front": [],
+        "seconds": {"merge": 1.0, "evaluate": 2.0},
+        "spent": {"searching": 1000, "reduction": 3.0},
+    }
+    row = {"name": "full", "seed": 0, "report": [0.8, 0.1], "items": 1000, "reduction": 3.0}
+    row |= {key: [0.1, 0.01] for key in ("best_parent", "uniform", "full")}
+    sizes = [{"calibration": CALIBRATION, "items": count} | {key: [0.1, 0.9] for key in KINDS} for count in (10, 50)]
+    return {"main": [row], "searches": {"full": facts, "few": facts}, "estimators": sizes}
+
+
+def test_searches(tmp_path, searched):
+    path = tmp_path / "results.html"
+    write_page(path, "Evolving merges", merge3_text(searched), of_merge3(searched))
+    seen = Seen(path.read_text("utf-8"))
+    for told in ("Score and cost", "Estimators", "best parent", "0.800 ± 0.100", "rank correlation"):
+        assert told in seen.pieces
+    write_page(path, "Evolving merges", merge3_text(searched), of_merge3(searched | {"estimators": []}))
