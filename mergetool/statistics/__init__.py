@@ -3,10 +3,9 @@
 rows        calibration data: JSON lines
 examples    the same as tokens, with labels
 base        what a statistic is
+gradient    the way down its loss
 gram        inner products of what goes into each linear layer
-likelihood  what a model says of an example, and gradients of how likely it is
 fisher      how much each parameter matters for what a model says
-gradient    where the loss falls
 store       where they are kept, under the hash of all that decides them
 measure     one statistic of one model: kept, or measured now
 """

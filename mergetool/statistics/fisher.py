@@ -6,19 +6,36 @@ batch would hold products of different examples. Whose likelihood: of a class dr
 weighted by its probability (`exact`; for classifiers).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from mergetool.statistics.base import Extent, Found, Statistic, Tell
-from mergetool.statistics.likelihood import Labels, check_finite, check_head, gradients, speaks_of
+from mergetool.errors import MergeError, PlanError
+from mergetool.statistics.base import Extent, Found, Statistic, Tell, tensor_of
+from mergetool.statistics.gram import not_finite
 from mergetool.tensors.header import TensorSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from mergetool.networks.running import RunningNetwork
     from mergetool.statistics.examples import Example
+
+Labels = Literal["sampled", "given", "exact"]
+_HEADS = {
+    "ForSequenceClassification": "classes",
+    "ForCausalLM": "next",
+    "LMHeadModel": "next",
+    "ForMaskedLM": "tokens",
+    "ForTokenClassification": "tokens",
+}
+"""What a class of transformers says something about: whole rows, the next token, or every token."""
+
+
+def speaks_of(config: Mapping[str, Any]) -> str | None:
+    """What a model's head says something about; None without a head that is known."""
+    (name, *_) = config.get("architectures") or [""]
+    return next((told for ending, told in _HEADS.items() if str(name).endswith(ending)), None)
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,17 @@ class DiagonalFisher(Statistic):
         return self.labels == "given" and speaks_of(config) == "classes"
 
     def form(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Extent:
-        check_head(config, self.labels, where)
+        told, fix = speaks_of(config), "write labels: sampled"
+        if told is None:
+            kind = (config.get("architectures") or ["no class"])[0]
+            what = f"its config.json names {kind}, which has no head whose answers could be likely"
+            raise PlanError(what, where, f"give models with their heads ({', '.join(_HEADS)}), or method: regmean")
+        if self.labels == "exact" and told != "classes":
+            raise PlanError("labels: exact sums over all classes of a row, and it has none", where, fix)
+        if self.labels == "given" and told == "tokens":
+            raise PlanError("labels: given takes one class for each row, and it has one for each token", where, fix)
+        if told == "classes" and config.get("problem_type") == "multi_label_classification":
+            raise PlanError("it gives several classes to a row, which this cannot measure", where, "take regmean")
         return Extent({name: spec.shape for name, spec in specs.items() if spec.dtype.is_float})
 
     def measure(
@@ -46,14 +73,67 @@ class DiagonalFisher(Statistic):
     ) -> Found:
         import torch
 
-        sums = {name: torch.zeros_like(value) for name, value in network.parameters().items()}
-        for parts in gradients(network, examples, self.labels, seed):
-            for share, each in parts:
-                _add_squares(list(sums.values()), each, share)
-            tell(1)
+        parameters, told = network.parameters(), speaks_of(network.model.config.to_dict())
+        sums = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        with sparse_embeddings(network.model):
+            for number, example in enumerate(examples):
+                logits = network.model(**tensor_of([example], network.device)).logits[0]
+                if not bool(logits.isfinite().all()):
+                    raise not_finite("what it says", [example], network.where)
+                parts = list(self._likelihoods(logits, example, str(told), (seed, number)))
+                for place, (share, likelihood) in enumerate(parts):
+                    more = place + 1 < len(parts)
+                    given = torch.autograd.grad(
+                        likelihood, list(parameters.values()), retain_graph=more, allow_unused=True
+                    )
+                    _add_squares(list(sums.values()), given, share)
+                tell(1)
         stored = network.stored({name: value.div_(len(examples)).cpu() for name, value in sums.items()})
-        check_finite(stored, "Fisher information", network.where)
+        _check_finite(stored, network.where)
         return Found({name: stored[name] for name in names if name in stored})
+
+    def _likelihoods(
+        self, logits: "Tensor", example: "Example", told: str, draw: tuple[int, int]
+    ) -> "Iterator[tuple[float, Tensor]]":
+        """Log-likelihoods whose squared gradients add up, with the share of each."""
+        if told == "classes" and logits.shape[-1] == 1:  # a normal distribution about the value: all values alike
+            yield 1.0, logits.sum()
+            return
+        says = logits.log_softmax(-1)
+        if self.labels == "exact":
+            yield from zip(says.detach().exp().tolist(), says, strict=True)
+        elif self.labels == "given" and told == "classes":
+            yield 1.0, says[example.label or 0]
+        elif self.labels == "given":
+            yield 1.0, _of_tokens(says[:-1], _ids(example)[1:])
+        elif told == "classes":
+            yield 1.0, says[_drawn(says[None], draw)[0]]
+        else:
+            yield 1.0, _of_tokens(says, _drawn(says, draw))
+
+
+def _ids(example: "Example") -> list[int]:
+    return list(example.inputs["input_ids"])
+
+
+def _of_tokens(says: "Tensor", ids: Sequence[int]) -> "Tensor":
+    """The log-likelihood of one id for each token."""
+    import torch
+
+    return says.gather(-1, torch.tensor(ids, device=says.device)[:, None]).sum()
+
+
+def _drawn(says: "Tensor", draw: tuple[int, int]) -> list[int]:
+    """One class for each row of log-probabilities, drawn with the key of an example."""
+    import torch
+
+    from mergetool.kernels.rng import stream_key, uniform
+
+    key = stream_key(draw[0], "fisher", str(draw[1]))
+    at = (uniform(key, 0, torch.empty(len(says), 1, dtype=torch.float64)) + 1) / 2
+    reached = says.detach().double().cpu().exp().cumsum(-1)
+    found = torch.searchsorted(reached, at * reached[:, -1:]).squeeze(-1)
+    return [int(each) for each in found.clamp(max=says.shape[-1] - 1)]
 
 
 def _add_squares(sums: "Sequence[Tensor]", gradients: "Sequence[Tensor | None]", share: float) -> None:
@@ -65,3 +145,34 @@ def _add_squares(sums: "Sequence[Tensor]", gradients: "Sequence[Tensor | None]",
             total.index_add_(0, rows.indices()[0], rows.values().square(), alpha=share)
         else:
             total.addcmul_(gradient, gradient, value=share)
+
+
+class sparse_embeddings:  # noqa: N801  (a context, read like a function)
+    """While inside, gradients of embeddings hold only the rows of tokens that occur."""
+
+    def __init__(self, model: "nn.Module") -> None:
+        self._model = model
+        self._found: list[nn.Embedding] = []
+
+    def __enter__(self) -> None:
+        from torch import nn
+
+        uses: dict[int, int] = {}
+        for module in self._model.modules():
+            for value in module._parameters.values():
+                uses[id(value)] = uses.get(id(value), 0) + 1
+        every = (each for each in self._model.modules() if type(each) is nn.Embedding)
+        self._found = [each for each in every if uses[id(each.weight)] == 1 and not each.sparse]
+        for each in self._found:
+            each.sparse = True
+
+    def __exit__(self, *_: object) -> None:
+        for each in self._found:
+            each.sparse = False
+
+
+def _check_finite(values: "Mapping[str, Tensor]", where: str) -> None:
+    for name, value in values.items():
+        if not bool(value.isfinite().all()):
+            fix = "write compute: {dtype: float64}, or repair that model (mergetool verify FOLDER scans it)"
+            raise MergeError(f"the Fisher information of {name} is not finite", where, fix)
