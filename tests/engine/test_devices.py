@@ -102,6 +102,27 @@ def test_small_tensors_and_copies_stay_on_the_cpu(recipe):
     assert bytes(slots.bytes["w"]) == tensors(0, SHAPES)["w"].numpy().tobytes()
 
 
+def test_units_that_a_killed_run_has_done_are_not_taken_again(recipe, tmp_path, monkeypatch):
+    seen, write = [], Journal.unit
+
+    def unit(self, *about):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(about)
+        write(self, *about)
+
+    with cut_finely(1 << 16, 1 << 17):
+        monkeypatch.setattr(Journal, "unit", unit)
+        with pytest.raises(KeyboardInterrupt):
+            _run(recipe, tmp_path / "there", workers=1)
+        monkeypatch.setattr(Journal, "unit", write)
+        result, streams = _run(recipe, tmp_path / "there", workers=1)
+    assert result.resumed
+    assert streams.counts["up"] < 2 * 4 * (900_007 - 2 * (1 << 17)) + 1
+    run_recipe(load_recipe(recipe), Flags(output=tmp_path / "here", device="cpu"))
+    assert content(result.path) == content(tmp_path / "here")
+
+
 def _run(recipe, output, **flags):
     """On the stand-in, with threads."""
 
