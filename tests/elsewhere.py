@@ -140,6 +140,8 @@ class Elsewhere(TorchFunctionMode):
             return self._moved(args[0], "cpu")
         if func is torch.Tensor.tolist:
             return _here(self._moved(args[0], "cpu")).tolist()
+        if func is torch._has_compatible_shallow_copy_type:  # by which modules that move decide to make new parameters
+            return isinstance(args[0], There) is isinstance(args[1], There)
         if func is torch.Tensor.to:
             return self._moved(*args, **kwargs)
         device, pinned = kwargs.pop("device", None), kwargs.pop("pin_memory", False)
@@ -153,7 +155,7 @@ class Elsewhere(TorchFunctionMode):
     def _moved(self, tensor, *args, **kwargs):
         target = next((each for each in args if isinstance(each, torch.device | str)), kwargs.pop("device", None))
         other = next((each for each in args if isinstance(each, torch.Tensor)), None)
-        rest = [each for each in args if not isinstance(each, torch.device | str | torch.Tensor)]
+        rest = [each for each in args if isinstance(each, torch.dtype)]
         if other is not None:
             target, kwargs = other.device, {"dtype": other.dtype, **kwargs}
         there = isinstance(tensor, There) if target is None else torch.device(target).type != "cpu"

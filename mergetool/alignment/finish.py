@@ -15,7 +15,7 @@ from torch import Tensor
 from mergetool.alignment.fitted import Aligned
 from mergetool.alignment.network import Network, build, read_batches
 from mergetool.alignment.options import Repair
-from mergetool.alignment.repair import Batch, Repaired, correctable, repair, reset_statistics, try_out
+from mergetool.alignment.repair import Batch, Repaired, correctable, each_on, repair, reset_statistics, try_out
 from mergetool.arch.spec import ArchSpec
 from mergetool.errors import PlanError
 from mergetool.tensors.writer import sync_folder, write_file, write_tensors
@@ -71,13 +71,16 @@ def _repaired(options: Repair, models: "Models", fitted: Aligned, merged: Mappin
             parents = [_Parent(models, fitted, network, name) for name in models.names]
             layers = _layers(network, fitted.spec)
             corrected = repair(network.module, weights, parents, layers=layers, batches=batches)
-    return Repaired({network.names[name]: x.contiguous() for name, x in corrected.tensors.items()}, corrected.ratios)
+    tensors = {network.names[name]: x.cpu().contiguous() for name, x in corrected.tensors.items()}
+    return Repaired(tensors, corrected.ratios)
 
 
 def _network_and_data(options: Repair, models: "Models") -> tuple[Network, list[Batch]]:
     assert options.data is not None
     network = build(models, options.network)
-    return network, read_batches(models.path(options.data), network.module)
+    batches = read_batches(models.path(options.data), network.module)
+    network.module.to(models.device)
+    return network, [each_on(models.device, batch) for batch in batches]
 
 
 @contextmanager

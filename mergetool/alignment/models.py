@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _I = TypeVar("_I")
@@ -34,8 +35,13 @@ class Models(Protocol):
     architecture: str | None
     """The recipe's `architecture`: a family, a spec file (absolute path), or None."""
 
+    @property
+    def device(self) -> "torch.device":
+        """Where to compute."""
+        ...
+
     def read(self, model: str, name: str) -> "Tensor":
-        """One tensor, whole, in compute dtype, on the CPU; a fresh copy."""
+        """One tensor, whole, in compute dtype, on `device`; a fresh copy."""
         ...
 
     def path(self, text: str) -> Path:

@@ -35,8 +35,8 @@ class _Moments:
     """Mean and variance per channel, added up batch by batch in float64."""
 
     count: int = 0
-    total: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
-    squares: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+    total: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # of any device
+    squares: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     def add(self, by_channel: Tensor) -> None:
         """`by_channel`: (channels, everything else)."""
@@ -225,13 +225,18 @@ def _statistics(network: nn.Module) -> dict[str, Tensor]:
 
 def _load(network: nn.Module, weights: Weights) -> None:
     """Put weights into the network (counters and the like stay), and the network in evaluation mode."""
-    own = network.state_dict()
-    given = {x.data_ptr() for name, x in own.items() if name in weights}  # tied tensors have several names
-    missing = sorted(name for name, x in own.items() if x.is_floating_point() and x.data_ptr() not in given)
+    own = network.state_dict(keep_vars=True)
+    given = {id(x) for name, x in own.items() if name in weights}  # tied tensors have several names
+    missing = sorted(name for name, x in own.items() if x.is_floating_point() and id(x) not in given)
     if missing:
         raise ValueError(f"the network has {missing[0]!r}, which the models lack")
     network.load_state_dict({name: weights.get(name, x) for name, x in own.items()})
     network.eval()
+
+
+def each_on(device: torch.device, batch: Batch) -> Batch:
+    """A batch on a device."""
+    return {key: x.to(device) for key, x in batch.items()} if isinstance(batch, Mapping) else batch.to(device)
 
 
 def _run(network: nn.Module, batch: Batch) -> None:

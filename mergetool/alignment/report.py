@@ -62,7 +62,7 @@ def _distances(task: AlignmentTask, home: Sequence[Element]) -> list[list[float]
     layouts = task.spec.layouts(matched=True)
     for name, axes in layouts.items():
         rows = torch.stack([_flat(home[i].apply(task.problem.models[i][name], axes)) for i in range(num_models)])
-        products += (rows @ rows.T).double()
+        products += (rows @ rows.T).double().cpu()
     norms = products.diagonal()
     squared = (norms[:, None] + norms[None, :] - 2 * products).clamp_min(0)
     scale = (norms[:, None] * norms[None, :]).sqrt().clamp_min(torch.finfo(torch.float64).tiny)

@@ -140,5 +140,5 @@ def _content(weights: Mapping[str, Tensor]) -> str:
     """A digest of all values."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        digest.update(bytes_of(weights[name].contiguous().view(-1)))
+        digest.update(bytes_of(weights[name].cpu().contiguous().view(-1)))
     return digest.hexdigest()

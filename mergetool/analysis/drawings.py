@@ -71,7 +71,12 @@ def agreement(told: Told) -> Chapter | None:
     ]
     if depth:
         series = _pair_lines(told["rows"]["pairs_by_layer"], depth, len(pairs))
-        pieces.append(Picture(lines(series, "layer", "cosine of changes", reference=("unrelated", 0.0)), "Over depth."))
+        pieces.append(
+            Picture(
+                lines(series, "layer", "cosine of changes", reference=("unrelated", 0.0), least=(-0.2, 0.2)),
+                "Over depth.",
+            )
+        )
     pieces.append(_pair_table(pairs))
     lead = (
         "Which models belong together; neighbours in the matrices are the most alike. Strangers cannot be averaged; "
@@ -138,7 +143,7 @@ def dominance(told: Told) -> Chapter | None:
         series = _over_depth(told["rows"]["layers_by_model"], depth, ("model",), "share_of_sum")
         fair = ("an equal share", 1 / len(models))
         caption = "What part of the summed change points along each model: negative where the others undo it."
-        pieces.append(Picture(lines(series, "layer", "share of the sum", reference=fair), caption))
+        pieces.append(Picture(lines(series, "layer", "share of the sum", reference=fair, least=(0, 0.1)), caption))
     lead = (
         "Whose changes the merge will mostly be made of, when all weights are 1. Give a smaller weight to a model "
         "that has nearly everything, or use a method that evens norms out."
@@ -189,8 +194,12 @@ def spaces(told: Told) -> Chapter | None:
                 Picture(drawn, "How many directions the changes really use; median of the matrices of a layer.")
             )
     if depth and rows["interference"]:
-        drawn = lines(_over_depth(rows["interference"], depth, (), "interference"), "layer", "interference", zero=True)
-        pieces.append(Picture(drawn, "Overlap of the leading directions of all models (singular task interference)."))
+        by_chance = [row["chance"] for row in rows["interference"] if row["chance"] is not None]
+        drawn = lines(_over_depth(rows["interference"], depth, (), "interference"), "layer", "interference", zero=True,
+                      reference=("by chance", fmean(by_chance)) if by_chance else None)  # fmt: skip
+        pieces.append(
+            Picture(drawn, "Overlap of the leading directions of all models (singular task interference); 0: none.")
+        )
     if depth and rows["alignment"]:
         shared = [row | {"both": _both(row)} for row in rows["alignment"]]
         chance = fmean(row["chance"] for row in shared)
@@ -226,7 +235,7 @@ def rounding(told: Told) -> Chapter | None:
     if depth:
         named = (("entries that stay changed", "survives_bfloat16"), ("error / change", "error_bfloat16"))
         rows = [row | {"what": name, "value": _percent(row[key])} for row in layers for name, key in named]
-        drawn = lines(_over_depth(rows, depth, ("what",), "value"), "layer", "%", zero=True)
+        drawn = lines(_over_depth(rows, depth, ("what",), "value"), "layer", "share, %", zero=True)
         pieces.append(Picture(drawn, "Of the mean of the models, stored in bfloat16.", (8, 3)))
     lead = (
         f"{share(survives)} of the entries that a plain mean changes are still changed after rounding to bfloat16; the "

@@ -137,7 +137,7 @@ class _Work:
         if not is_worthwhile(shape, max(part.rank for part in factors), self.options):
             return Parameter(policy="full", shape=shape), []
         room = rank_limit(self.options.rank, min(shape[0], columns(shape)), len(changes))
-        spectra = [change.spectrum(part, room) for change, part in zip(changes, factors, strict=True)]
+        spectra = [change.spectrum(part, room).cpu() for change, part in zip(changes, factors, strict=True)]
         return Parameter(policy="svd", shape=shape, ranks=tuple(part.rank for part in factors)), spectra
 
     def within_size(
@@ -211,7 +211,7 @@ class _Work:
         """The parameter with how much the tasks' factors, as they were written, are in each other's way."""
         if parameter.policy != "svd":
             return parameter
-        written = [_read_factors(self.folder / path, name) for path in paths]
+        written = [_read_factors(self.folder / path, name, self.experts.device) for path in paths]
         every = concatenated([factors for factors in written if factors is not None])
         return parameter.model_copy(update={"interference": interference(every).normalised})
 
@@ -353,12 +353,12 @@ def _torch(name: str) -> torch.dtype:
     return torch_dtype(BY_TORCH_NAME[name])
 
 
-def _read_factors(path: Path, name: str) -> Factors | None:
+def _read_factors(path: Path, name: str, device: torch.device) -> Factors | None:
     """Factors of a tensor in a finished file, in float64; None where it has none of it."""
     with safe_open(path, framework="pt") as file:
         if f"{name}.U" not in file.keys():  # noqa: SIM118  (not a mapping)
             return None
-        u, s, vh = (file.get_tensor(f"{name}.{part}").double() for part in ("U", "S", "Vh"))
+        u, s, vh = (file.get_tensor(f"{name}.{part}").to(device).double() for part in ("U", "S", "Vh"))
     return Factors(u, s, vh.mT)
 
 

@@ -46,7 +46,7 @@ class TensorWriter:
         self._slots.close()
 
     def put(self, name: str, values: Tensor) -> None:
-        stored = values.to(torch_dtype(self._specs[name].dtype)).contiguous()
+        stored = values.to(torch_dtype(self._specs[name].dtype)).cpu().contiguous()
         assert tuple(stored.shape) == self._specs[name].shape, name
         self._slots.write(0, name, 0, bytes_of(stored.reshape(-1)))
 

@@ -126,7 +126,7 @@ class MassModel(nn.Module):
             what = "this bundle has no router (it was made by tsv-compress)"
             raise PlanError(what, str(self.folder), f"say which: tasks=[{self.task_names[0]!r}]")
         if len(self.task_names) == 1:
-            ones = torch.ones(num_samples(inputs), 1)
+            ones = torch.ones(num_samples(inputs), 1, device=_device(inputs))
             return Routing((self.task_names,) * len(ones), ones, torch.zeros_like(ones))
         distances = self.first_pass.distances(inputs)
         temperature = router.temperature
@@ -167,8 +167,9 @@ class MassModel(nn.Module):
             return self.route(**inputs)
         names = self.check_tasks(tasks)
         count = num_samples(inputs)
-        weights = torch.zeros(count, len(self.task_names))
-        weights[:, [self.task_names.index(name) for name in names]] = 1 / len(names)
+        weights = torch.zeros(count, len(self.task_names), device=_device(inputs))
+        for name in names:
+            weights[:, self.task_names.index(name)].fill_(1 / len(names))
         return Routing((names,) * count, weights, torch.zeros_like(weights))
 
     def check_tasks(self, tasks: Sequence[str]) -> tuple[str, ...]:
@@ -291,6 +292,11 @@ class MassModel(nn.Module):
                     [samples[row] for row in rows], head_scores(features, task.head, weights), features
                 )
         return scored
+
+
+def _device(inputs: Mapping[str, Tensor]) -> torch.device:
+    """Where a batch is."""
+    return next(iter(inputs.values())).device
 
 
 def load_bundle(

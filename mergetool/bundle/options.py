@@ -10,6 +10,7 @@ from mergetool.arch.matrices import MatrixFilter
 from mergetool.bundle.manifest import Features, HeadRule, Mode, Norm, Per, Pool, Storage
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from mergetool.bundle.present import OwnHead
@@ -86,6 +87,13 @@ class Experts(Protocol):
         """`call` of every item, in order, by so many threads; several processes share the work."""
         with ThreadPoolExecutor(num_threads) as pool:
             return list(pool.map(call, items))
+
+    @property
+    def device(self) -> "torch.device":
+        """Where to compute."""
+        import torch
+
+        return torch.device("cpu")
 
     @property
     def leads(self) -> bool:

@@ -36,6 +36,8 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
 }
 """What a config.json of a dense family means where it does not say: mixtures mean something else."""
+_ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+"""The first and the last token of models of the types llama and mistral that do not say."""
 _ALL_LEAVE_OUT = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False}
 BASES = tuple(_LEFT_OUT)
 """Model types that mixtures can be made of."""
@@ -59,6 +61,8 @@ class Mixture:
     """Projections of attention that may have a bias."""
     windows: bool = False
     """Whether its attention can be kept to a window, in every layer."""
+    foreign: bool = False
+    """Whether its network is code on the Hub, which reads config.json as it was written years ago."""
 
     def gate(self, layer: str) -> str:
         """The matrix with one row for every expert."""
@@ -92,7 +96,7 @@ MIXTURES = {
         ),
         Mixture("qwen2-moe", ("qwen2", "llama", "mistral"), shared="shared_expert", gated=True, biases=_SOME),
         Mixture("qwen3-moe", ("qwen3",), biases=_SOME | {"o_proj"}),
-        Mixture("deepseek", ("llama", "mistral"), shared="shared_experts", biases=_SOME | {"o_proj"}),
+        Mixture("deepseek", ("llama", "mistral"), shared="shared_experts", biases=_SOME | {"o_proj"}, foreign=True),
     )
 }
 
@@ -130,6 +134,8 @@ def mixture_config(mixture: Mixture, base: Config, *, experts: int, chosen: int,
             "scoring_func": "softmax",
             "first_k_dense_replace": 0,
             "moe_layer_freq": 1,
+            **_flat_rotation(base),
+            **{key: token for key, token in _ENDS.items() if key not in base},
             "auto_map": {
                 "AutoConfig": f"{_DEEPSEEK}configuration_deepseek.DeepseekConfig",
                 "AutoModel": f"{_DEEPSEEK}modeling_deepseek.DeepseekModel",
@@ -150,6 +156,20 @@ _KINDS = {
 
 def _shared_width(width: int, *, shared: bool) -> dict[str, Any]:
     return {"shared_expert_intermediate_size": width if shared else EMPTY_WIDTH, "mlp_only_layers": []}
+
+
+def rotation_of(base: Config) -> tuple[str, Config]:
+    """How positions are scaled in a dense model, and with which numbers, wherever its config.json says so."""
+    told = base.get("rope_parameters") or base.get("rope_scaling") or {}
+    return str(told.get("rope_type") or told.get("type") or "default"), told
+
+
+def _flat_rotation(base: Config) -> dict[str, Any]:
+    """The same in the keys that older code reads."""
+    kind, told = rotation_of(base)
+    theta = told.get("rope_theta", base.get("rope_theta", 10000.0))
+    scaling = None if kind == "default" else {"type": kind, "factor": told.get("factor", 1.0)}
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def window_of(base: Config) -> int | None:

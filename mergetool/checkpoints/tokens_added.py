@@ -7,14 +7,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mergetool.checkpoints.json_text import with_entries
 from mergetool.checkpoints.vocabulary import small_json
 
 _TOKENIZER, _SETTINGS, _ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
+_DECODER = "added_tokens_decoder"
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 """What a token is that is added without further words."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AddedToken:
     """A token that a tokenizer gets."""
 
@@ -44,7 +46,7 @@ def _flag_files(folder: Path) -> list[Path]:
 def _added_in(folder: Path, _: tuple[tuple[int, int], ...]) -> dict[str, dict[str, Any]]:
     """Read once for each state of the files; not to be changed."""
     told = [*(small_json(folder / _TOKENIZER).get("added_tokens") or ())]
-    told += (small_json(folder / _SETTINGS).get("added_tokens_decoder") or {}).values()
+    told += (small_json(folder / _SETTINGS).get(_DECODER) or {}).values()
     return {
         str(each["content"]): {key: each[key] for key in _FLAGS if key in each}
         for each in reversed(told)
@@ -52,22 +54,22 @@ def _added_in(folder: Path, _: tuple[tuple[int, int], ...]) -> dict[str, dict[st
     }
 
 
-def with_tokens(folder: Path, added: Sequence[AddedToken]) -> dict[str, str]:
+def with_tokens(folder: Path, added: Sequence[AddedToken]) -> dict[str, str | bytes | bytearray]:
     """The files of a tokenizer that change when it gets these tokens, by name."""
-    texts = {}
-    whole, settings = small_json(folder / _TOKENIZER), small_json(folder / _SETTINGS)
-    if whole:
-        more = [{"id": each.number, **each.facts} for each in added]
-        texts[_TOKENIZER] = _written({**whole, "added_tokens": [*(whole.get("added_tokens") or ()), *more]})
-    if settings.get("added_tokens_decoder") or not whole:
-        more_settings = {str(each.number): each.facts for each in added}
-        decoder = {**(settings.get("added_tokens_decoder") or {}), **more_settings}
-        texts[_SETTINGS] = _written({**settings, "added_tokens_decoder": decoder})
-    if (folder / _ADDED).is_file() or not whole:
+    made: dict[str, str | bytes | bytearray] = {}
+    whole, settings = folder / _TOKENIZER, folder / _SETTINGS
+    if whole.is_file():
+        listed = (_written({"id": each.number, **each.facts}) for each in added)
+        made[_TOKENIZER] = with_entries(whole.read_bytes(), "added_tokens", listed, b"[]")
+    if small_json(settings).get(_DECODER) or not whole.is_file():
+        named = (f'"{each.number}": {_written(each.facts)}' for each in added)
+        text = settings.read_bytes() if small_json(settings) else b"{}"
+        made[_SETTINGS] = with_entries(text, _DECODER, named, b"{}")
+    if (folder / _ADDED).is_file() or not whole.is_file():
         known = {**small_json(folder / _ADDED), **{each.text: each.number for each in added}}
-        texts[_ADDED] = _written(known)
-    return texts
+        made[_ADDED] = _written(known) + "\n"
+    return made
 
 
 def _written(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, ensure_ascii=False) + "\n"  # in one line: a vocabulary is long
+    return json.dumps(content, ensure_ascii=False)  # in one line: a vocabulary is long

@@ -17,6 +17,7 @@ from mergetool.cli.answers import deliver, inspect_bundle, print_answer, say_pus
 from mergetool.cli.commands import Quiet, Verbose, command, existing, is_follower, method_names, set_manner
 from mergetool.cli.compare import compare
 from mergetool.cli.diff import diff
+from mergetool.cli.early import load_libraries
 from mergetool.cli.evaluate import evaluate
 from mergetool.cli.progress import ProgressBar, waiting
 from mergetool.cli.show import manner, say, say_of_more, show_methods, table
@@ -83,6 +84,7 @@ def run(
         progress.say(f"{asked.method.method_name()} of {', '.join(asked.models)}")
         if manner.verbose:
             say_steps(asked)
+        load_libraries()
         from mergetool.engine import Flags  # torch comes with it: not before the first word
         from mergetool.tuning.run import run_recipe
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from mergetool.bundle.build import build
@@ -20,6 +21,7 @@ from mergetool.bundle.present import OwnHead, PresentedSource
 from mergetool.bundle.store import FactorStore
 from mergetool.bundle.task_vector import Product, TaskVector, as_stored
 from mergetool.engine.context import Context
+from mergetool.engine.devices import free_device, load_linear_algebra, own_stream
 from mergetool.engine.fit import WholeModels
 from mergetool.methods.base import expect
 from mergetool.methods.families.bundle import BundleMethod
@@ -27,7 +29,7 @@ from mergetool.methods.group import Note
 from mergetool.planning import Plan
 from mergetool.planning.graph import BASE, Stage
 from mergetool.tensors.digests import remembered_sha256
-from mergetool.tensors.factors import nothing_added
+from mergetool.tensors.factors import Halves, nothing_added
 from mergetool.tensors.source import is_same_tensor
 
 _STORE = ".factors"
@@ -40,7 +42,8 @@ class WholeExperts(WholeModels, Experts):
 
     def __init__(self, run: Context) -> None:
         plan = run.plan
-        super().__init__(plan, run.teller.say, run.team)
+        super().__init__(plan, run.teller.say, run.team, torch.device(run.pool.device))
+        load_linear_algebra(self.device)
         self.names = tuple(plan.recipe.models)
         self.sources = plan.sources
         merged = [step for step in plan.steps if step.operation.arithmetic]
@@ -73,7 +76,7 @@ class WholeExperts(WholeModels, Experts):
         telling = threading.Lock()
 
         def told(item: _I) -> _T:
-            result = call(item)
+            result = self._computed(call, item)
             with telling:
                 self._teller.advance(sizes.get(item, 0))
             return result
@@ -81,6 +84,17 @@ class WholeExperts(WholeModels, Experts):
         label = "taking models apart" if sizes else "writing factors"
         self._teller.start(sum(sizes.values()) // self.team.size, label)
         return self.team.share(told, items, num_threads)
+
+    def _computed(self, call: Callable[[_I], _T], item: _I) -> _T:
+        """`call` of an item, once more on the CPU where the device has too little memory for it."""
+        try:
+            with own_stream(self.device):
+                return call(item)
+        except torch.OutOfMemoryError:
+            free_device(self.device)
+        self._teller.say(f"{self.device} has too little memory: {item} is computed on the CPU")
+        with self.on_cpu():
+            return call(item)
 
     def read(self, model: str, name: str) -> Tensor:
         return super().read(self._stand_ins.get((model, name), BASE), name)
@@ -91,11 +105,15 @@ class WholeExperts(WholeModels, Experts):
         source = self.sources[self._stand_ins.get((model, name), BASE)]
         shape = self.shapes[name]
         if source is base:
-            return Product(*nothing_added(shape), shape)
+            return self._product(nothing_added(shape), shape)
         if source.origin is not source and is_same_tensor(source.origin, base, name) and (kept := source.kept(name)):
-            return as_stored(kept, shape)
+            return as_stored(tuple(part.to(self.device) for part in kept), shape)
         halves = source.factors(name) if is_same_tensor(source.origin, base, name) else None
-        return super().change(model, name) if halves is None else Product(*halves, shape)
+        return super().change(model, name) if halves is None else self._product(halves, shape)
+
+    def _product(self, halves: Halves, shape: tuple[int, ...]) -> Product:
+        b, a = halves
+        return Product(b.to(self.device), a.to(self.device), shape)
 
     def provenance(self, task: str) -> tuple[str, Mapping[str, str]]:
         known = self._plan.recipe.past.tasks.get(task)

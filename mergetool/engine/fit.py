@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergetool.alignment.models import Fitted
 from mergetool.engine.context import Context
+from mergetool.engine.devices import free_device, load_linear_algebra
 from mergetool.engine.processes import Team
 from mergetool.errors import MergeError
 from mergetool.methods.base import expect
@@ -27,10 +28,12 @@ _T = TypeVar("_T")
 
 
 class WholeModels:
-    """The opened models of a plan, tensor by tensor."""
+    """The opened models of a plan, tensor by tensor, on the device that computes."""
 
-    def __init__(self, plan: Plan, say: Callable[[str], None], team: Team) -> None:
+    def __init__(self, plan: Plan, say: Callable[[str], None], team: Team, device: torch.device) -> None:
         self._plan = plan
+        self._device = device
+        self._here = threading.local()
         self.team = team
         self.say = say
         headers = plan.headers
@@ -39,12 +42,27 @@ class WholeModels:
         self.config = headers.config
         self.architecture = headers.architecture
 
+    @property
+    def device(self) -> torch.device:
+        """Where this thread computes."""
+        device: torch.device = getattr(self._here, "device", self._device)
+        return device
+
+    @contextmanager
+    def on_cpu(self) -> Iterator[None]:
+        """While inside, this thread computes on the CPU."""
+        self._here.device = torch.device("cpu")
+        try:
+            yield
+        finally:
+            del self._here.device
+
     def read(self, model: str, name: str) -> Tensor:
         tensor = _read_stored(self._plan.sources[model], name).to(self.compute, copy=True)
         if not bool(torch.isfinite(tensor).all()):
             label = "base" if model == BASE else f"model {model!r}"
             raise MergeError("holds values that are not finite", f"{label}: {name}", "repair or replace that model")
-        return tensor
+        return tensor.to(self.device)
 
     def share(self, call: Callable[[_I], _T], items: Sequence[_I]) -> Iterable[_T]:
         """`call` of every item, in order: shared with the other processes, or else as the results are asked for."""
@@ -68,6 +86,24 @@ def _read_stored(source: ModelSource, name: str) -> Tensor:
     tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
     source.read_bytes(name, 0, bytes_of(tensor.reshape(-1)))
     return tensor
+
+
+def with_room(models: WholeModels, call: Callable[[], _T]) -> _T:
+    """`call`, once more on the CPU where the models' device has too little memory for it.
+
+    Raises MergeError where other processes have a part in it, which may have got further.
+    """
+    load_linear_algebra(models.device)
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        if models.team.size > 1:
+            what = f"{models.device} has too little memory to align these models"
+            raise MergeError(what, "--device", "use --device cpu") from None
+    free_device(models.device)
+    models.say(f"{models.device} has too little memory: aligned on the CPU")
+    with models.on_cpu():
+        return call()
 
 
 class FittedSource(ModelSource):
@@ -131,11 +167,11 @@ class FitStage:
         run, team = self._run, self._run.team
         run.teller.start(0, "aligning models")
         with run.pool.resting(team.local_size):
-            models = WholeModels(run.plan, run.teller.say, team)
+            models = WholeModels(run.plan, run.teller.say, team, torch.device(run.pool.device))
             method, folder = expect(run.plan.recipe.method, FittedMethod), run.sink.folder
             fitted = method.load(models, folder) if folder is not None else None
             if not all(team.all_gather(fitted is not None)):  # nobody looks any more
-                fitted = method.fit(models)
+                fitted = with_room(models, lambda: method.fit(models))
                 if folder is not None and team.leads:
                     fitted.save(folder)
         assert fitted is not None
@@ -160,9 +196,10 @@ class FinishStage:
     def _replace(self) -> None:
         assert self._run.fitted is not None
         models, fitted = self._run.fitted
+        assert isinstance(models, WholeModels)
         with closing(self._run.sink.source()) as source:
             merged = MergedModel(source, _compute(self._run.plan))
             method = expect(self._run.plan.recipe.method, FittedMethod)
-            finished = method.finish(models, fitted, merged, self._run.sink.folder)
+            finished = with_room(models, lambda: method.finish(models, fitted, merged, self._run.sink.folder))
             self._run.pool.new().replace(finished)
         self._run.sink.sync()  # who hashes it may be on another machine

@@ -163,9 +163,6 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
     if flags.cache is not None and not any(each.uses_factors or each.statistic for each in methods):
         what = f"{recipe.method.method_name()} computes no factors and no statistics, so this would have no effect"
         raise PlanError(what, "--cache", "leave it out")
-    if recipe.method.result == "bundle" and flags.device not in ("auto", "cpu"):
-        what = f"{recipe.method.method_name()} computes its factors on the CPU, so this would have no effect"
-        raise PlanError(what, "--device", "leave it out")
     costs = _settled(plan, flags, team)
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")
@@ -179,8 +176,7 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
 
 
 def _settled(plan: Plan, flags: Flags, team: Team) -> Costs:
-    device = "cpu" if plan.recipe.method.result == "bundle" else flags.device
-    return settled(plan, device, workers=flags.workers, memory=flags.memory, processes=team.local_size)
+    return settled(plan, flags.device, workers=flags.workers, memory=flags.memory, processes=team.local_size)
 
 
 def _run_claimed(

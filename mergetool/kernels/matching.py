@@ -159,7 +159,7 @@ class _Path:
 
     def __init__(self, view: PieceView, end: Sequence[Soft], movers: Sequence[int]) -> None:
         spaces, faces = view.problem.spaces, view.faces
-        self.places = torch.tensor(list(movers))
+        self.places = torch.tensor(list(movers), device=view.image.device)
         weights, self.rows, self.columns, self.here = (
             _of(x, list(movers)) for x in (view.weights, view.rows, view.columns, view.image)
         )

@@ -116,10 +116,11 @@ def transform(spaces: Mapping[str, Space], softs: Sequence[Soft], face: Face, x:
         index = torch.stack([_padded(soft.index[face], width) + i * size for i, soft in enumerate(softs)])
         weight = torch.stack([_weights(soft, face, width) for soft in softs])
         out = embedding_bag(
-            index.reshape(models * size, width).to(x.device),
+            index.reshape(-1).to(x.device),
             x.reshape(models * size, rest),
+            torch.arange(0, models * size * width, width, device=x.device),
             mode="sum",
-            per_sample_weights=weight.reshape(models * size, width).to(x),
+            per_sample_weights=weight.reshape(-1).to(x),
         ).reshape(x.shape)
     for i, soft in enumerate(softs):
         if soft.mean and not any(factor.signed for factor in face):

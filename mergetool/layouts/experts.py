@@ -19,6 +19,7 @@ from mergetool.checkpoints.mixtures import (
     Mixture,
     fitting,
     mixture_config,
+    rotation_of,
     window_of,
 )
 from mergetool.checkpoints.side_files import has_tokenizer
@@ -127,7 +128,8 @@ class SideBySide(Layout):
         chosen = self.method.chosen(len(experts))
         config = mixture_config(mixture, base, experts=len(experts), chosen=chosen, shared=shared)
         origins = list(self._origins(known, mixture, experts))
-        return Arrangement(origins, sources={GATES: gates}, config=config, remarks=tuple(_remarks(self.method)))
+        remarks = (*_remarks(self.method), *(_about_foreign(len(experts), chosen) if mixture.foreign else ()))
+        return Arrangement(origins, sources={GATES: gates}, config=config, remarks=tuple(remarks))
 
     def _gates(self, sources: Sources, mixture: Mixture, count: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the gates, and of all that says nothing."""
@@ -214,6 +216,16 @@ def _remarks(method: MixtureOfExperts) -> Iterator[str]:
         yield "all experts have the same prompts, so their gates are alike and tokens are sent to any of them"
 
 
+def _about_foreign(count: int, chosen: int) -> Iterator[str]:
+    """What differs where the network of a mixture is code on the Hub."""
+    yield "its network is code on the Hub that transformers 5 cannot import: open the result with transformers 4.41"
+    if chosen == 1 < count:
+        yield (
+            "a deepseek multiplies what its only chosen expert says by the expert's share of the gate, where others "
+            "take it whole: for that, write experts_per_token: 2, or target: mixtral"
+        )
+
+
 def _layers(sources: Sources) -> dict[str, int]:
     """What stands before the parts of each layer, with the width of what goes into its MLP, by number."""
     layers = {}
@@ -249,6 +261,8 @@ def _check_sources(
         what = f"{len(_layers(sources))} of its {len(numbers)} layers (model.layers.N) have an MLP of gate, up and down"
         raise PlanError(what, "the base", "make a mixture of dense models, saved whole with save_pretrained")
     _check_sizes(base, config)
+    if mixture.foreign:
+        _check_attention(config, shared=method.shared is not None)
     window = window_of(config)
     if window is not None and not mixture.windows:
         fits = [each.name for each in MIXTURES.values() if each.windows and config["model_type"] in each.bases]
@@ -274,6 +288,18 @@ def _check_sizes(base: ModelSource, config: Mapping[str, Any]) -> None:
         raise PlanError(what, "the base", f"write num_hidden_layers: {len(rows)} in its config.json")
     if "num_attention_heads" not in config:
         raise PlanError("config.json does not say num_attention_heads", "the base", "get its config.json again")
+
+
+def _check_attention(config: Mapping[str, Any], *, shared: bool) -> None:
+    """Raise PlanError for positions or heads that the code on the Hub does not know."""
+    kind, _ = rotation_of(config)
+    head, width = config.get("head_dim"), config["hidden_size"] // config["num_attention_heads"]
+    known = kind in ("default", "linear", "dynamic")
+    if not known or head not in (None, width):
+        what = f"its positions are scaled by {kind}" if not known else f"its heads are {head} wide, and not {width}"
+        others = (each for each in MIXTURES.values() if not each.foreign and (each.shared or not shared))
+        fits = [each.name for each in others if config["model_type"] in each.bases]
+        raise PlanError(f"{what}, which a deepseek does not know", "the base", f"write target: {' or '.join(fits)}")
 
 
 def _check_experts(sources: Sources, experts: Mapping[str, ExpertSettings], method: MixtureOfExperts) -> None:

@@ -73,7 +73,7 @@ def files_beside(plan: Plan) -> dict[str, Path]:
     return dict(sorted(paths.items()))
 
 
-def made_of_tokens(plan: Plan) -> dict[str, str]:
+def made_of_tokens(plan: Plan) -> dict[str, str | bytes | bytearray]:
     """Files of the tokenizer that are written anew, by name, where tokens are added to it."""
     folder = tokenizer_folder(plan)
     return with_tokens(folder, plan.words.added) if plan.words.added and folder is not None else {}

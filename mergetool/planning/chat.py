@@ -112,7 +112,7 @@ def _generation(folder: Path | None) -> Path:
 # -------------------------------------------------------------------- files
 
 
-def made_beside(plan: Plan) -> dict[str, str]:
+def made_beside(plan: Plan) -> dict[str, str | bytes | bytearray]:
     """Files that are written anew, by name: the tokenizer's with what is added to it, the template, who ends a text."""
     made, chat = made_of_tokens(plan), chat_of(plan)
     folder = tokenizer_folder(plan)
@@ -124,7 +124,9 @@ def made_beside(plan: Plan) -> dict[str, str]:
     return made
 
 
-def _settings(folder: Path | None, made: Mapping[str, str], chat: Chat, ours: Vocabulary | None) -> dict[str, str]:
+def _settings(
+    folder: Path | None, made: Mapping[str, str | bytes | bytearray], chat: Chat, ours: Vocabulary | None
+) -> dict[str, str]:
     """Files that hold the template too, or the token that ends a text, where a folder has them."""
     texts = {}
     for name in (_SETTINGS, _SPECIAL, _PROCESSORS):

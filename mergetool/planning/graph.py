@@ -301,7 +301,8 @@ class Plan:
     @property
     def needs_float64(self) -> bool:
         """Whether something is computed in float64."""
-        return self.compute_bits == 64 or any(step.operation.needs_float64 for step in self.steps)
+        fitted = any(stage.name == "fit" for stage in self.stages)
+        return self.compute_bits == 64 or fitted or any(step.operation.needs_float64 for step in self.steps)
 
     @property
     def seed(self) -> int:

@@ -5,10 +5,6 @@ before it is made: the headers are those that will be written, and the small fil
 When the time has come to read weights, they lie where they were planned.
 """
 
-import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +15,7 @@ from mergetool.planning.key import plan_key
 from mergetool.planning.outcome import write_small_files
 from mergetool.tensors.dtypes import DType
 from mergetool.tensors.source import FileStamp, OpenFile, SafetensorsSource
+from mergetool.tensors.temporary import folder_of
 
 NONE: Mapping[str, Plan] = MappingProxyType({})
 
@@ -45,16 +42,9 @@ class PlannedModel(SafetensorsSource):
 
 def _small_files(owner: PlannedModel, plan: Plan) -> Path:
     """A folder with config.json, and links to the files beside it; it goes with its owner."""
-    folder = Path(tempfile.mkdtemp(prefix="mergetool-planned-"))
-    weakref.finalize(owner, _remove, folder, os.getpid())
+    folder = folder_of(owner)
     write_small_files(plan, folder, lambda path, link: link.symlink_to(path.absolute()))
     return folder
-
-
-def _remove(folder: Path, process: int) -> None:
-    """Remove a folder, but not from a fork of the process that made it."""
-    if os.getpid() == process:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def with_inner(plan: Plan, inner: Mapping[str, Plan]) -> Plan:

@@ -30,6 +30,8 @@ Rows = Mapping[str, Mapping[str, Mapping[str, int]]]
 _BASE = "base"
 _TOKEN_BYTES = 1000
 """A token of the result where rows are matched: its text, also in the models' vocabularies and in the file written."""
+_PLAIN: Mapping[str, Any] = {}
+"""The flags of a token that has none; one for all of them."""
 _SAVE = "save its tokenizer with transformers' save_pretrained, which writes tokenizer.json"
 
 
@@ -185,7 +187,7 @@ class _Matching:
         for model in order:
             flags = added_tokens_of(self.sources[model].tokenizer_folder)
             own, rows = vocabularies[model].texts, self._rows_of(model)
-            yield from ((own[number], flags.get(own[number], {})) for number in sorted(own) if number < rows)
+            yield from ((own[number], flags.get(own[number], _PLAIN)) for number in sorted(own) if number < rows)
         for text, row in self.asked.tokens.items():
             donor = self.sources[row.model or self.leader].tokenizer_folder
             yield text, added_tokens_of(donor).get(row.token or text, {})

@@ -119,12 +119,12 @@ def _reserve(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, text: str | bytes | bytearray) -> None:
     """Write a small file whole or not at all: to a sibling, synced, then renamed. Raises OutputError."""
     sibling = path.with_name(f".{path.name}.tmp")
     try:
-        with sibling.open("w", encoding="utf-8", errors="backslashreplace") as file:  # file names may be no Unicode
-            file.write(text)
+        with sibling.open("wb") as file:  # names of files in a text may be no Unicode
+            file.write(text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         sibling.replace(path)

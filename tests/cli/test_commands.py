@@ -39,7 +39,7 @@ FLAGS = {
     "plan": {"recipe", "--set", "--workers", "--memory", "--full", "--machines", "--json"},
     "inspect": {"reference", "--json"},
     "verify": {"path", "--load", "--against", "--set", "--workers", "--memory", "--trust-code", "--json"},
-    "analyze": {"recipe", "-o", "--output", "--workers", "--set", "--json"},
+    "analyze": {"recipe", "-o", "--output", "--workers", "--set", "--data", "--checkpoints", "--cache", "--json"},
     "diff": {"a", "b", "--base", "--top", "--exit-code", "--workers", "--json"},
     "compare": {"runs", "--base", "-o", "--output", "--workers", "--json"},
     "methods": {"name", "--json"},

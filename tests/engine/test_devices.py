@@ -163,14 +163,6 @@ def test_auto_is_the_first_device_that_can_be_used(monkeypatch):
             assert usable_device("auto") == chosen
 
 
-def test_a_bundle_is_made_on_the_cpu_and_says_so(tmp_path):
-    for seed, name in enumerate(("base", "a")):
-        write_model(tmp_path / name, tensors(seed, SHAPES))
-    recipe = write_recipe(tmp_path / "r.yaml", base="base", models={"a": "a"}, merge={"method": "tsv-compress"})
-    with pytest.raises(PlanError, match="on the CPU"):
-        run_recipe(load_recipe(recipe), Flags(output=tmp_path / "out", device="cuda"))
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 def test_auto_takes_the_gpu_and_the_lock_says_so(recipe, tmp_path):

@@ -17,6 +17,7 @@ from mergetool.outputs.verify import verify_output
 from mergetool.tensors.folder import open_model
 from tests.dense import logits, set_config, write_dense
 from tests.files import StoppedError, Watch, content, stop_after
+from tests.methods import deepseek
 from tests.zoo.text import save_tokenizer, token_list
 
 PROMPTS = {
@@ -311,17 +312,65 @@ def test_a_shared_expert_without_prompts_counts_half(dense, run):
         torch.testing.assert_close(mlp(x), whole(x) / 2, rtol=0, atol=1e-5)
 
 
+ROTATIONS = {
+    "plain": {},
+    "wide": {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}},
+    "scaled": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+    "biased": {"attention_bias": True},
+}
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_a_deepseek_of_identical_experts_is_the_dense_model(kind, tmp_path):
+    base = str(write_dense(tmp_path / "base", "llama", **ROTATIONS[kind]))
+    merge = {**RANDOM, "target": "deepseek"}
+    mergetool.run({"base": base, "models": {"math": base, "code": base}, "merge": merge}, output=tmp_path / "out")
+    dense, made = transformers.AutoModelForCausalLM.from_pretrained(base), deepseek.opened(tmp_path / "out")
+    tokens = torch.arange(4, 24)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(made(tokens).logits, dense(tokens).logits, rtol=0, atol=2e-5)
+        ours, theirs = (model.generate(tokens[:, :5], max_new_tokens=8, do_sample=False) for model in (made, dense))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_config_in_older_words_says_the_same(copied):
+    """Files on the Hub, written by transformers 4, have the flat keys."""
+    folder, asked = copied(target="deepseek")
+    old = {"rope_parameters": None, "rope_theta": 20000.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    set_config(folder / "base", bos_token_id=None, **old)
+    mergetool.run(asked, output=folder / "out")
+    config = json.loads((folder / "out/config.json").read_text())
+    assert (config["rope_theta"], config["rope_scaling"]) == (20000.0, {"type": "linear", "factor": 4.0})
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+
+
+def test_what_the_code_of_deepseek_does_not_know_is_refused_and_the_advice_helps(copied):
+    folder, asked = copied(target="deepseek")
+    scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled |= {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
+    for changes, what in (({"rope_parameters": scaled}, "scaled by llama3"), ({"head_dim": 16}, "heads are 16 wide")):
+        write_dense(folder / "base", "llama", **changes)
+        told = refused(asked)
+        assert what in told
+        assert told.endswith("write target: mixtral or qwen2-moe")
+        for target in ("mixtral", "qwen2-moe"):
+            mergetool.plan({**asked, "merge": {**asked["merge"], "target": target}})
+
+
 def test_deepseek_adds_its_shared_expert_as_it_is(dense, run):
-    """Its network is code on the Hub, so that its config is all that can be looked at here."""
-    made = run("llama", target="deepseek", shared="base", experts_per_token=1)
-    config = json.loads((made / "config.json").read_text())
-    wanted = {"n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 48}
-    assert wanted.items() <= config.items()
-    assert (config["model_type"], config["norm_topk_prob"], config["first_k_dense_replace"]) == ("deepseek", True, 0)
-    found, base = weights(made), weights(dense / "llama" / "base")
-    for leaf in ("gate_proj", "up_proj", "down_proj"):
-        ours = found[f"model.layers.1.mlp.shared_experts.{leaf}.weight"]
-        assert torch.equal(ours, base[f"model.layers.1.mlp.{leaf}.weight"])
+    made = run("llama", target="deepseek", shared="base", overrides=[{"match": "*.experts.*", "scale": 0.0}])
+    mlp = transformers.AutoModelForCausalLM.from_pretrained(dense / "llama" / "base").model.layers[1].mlp
+    x = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(deepseek.opened(made).model.layers[1].mlp(x), mlp(x), rtol=0, atol=1e-5)
+
+
+def test_of_a_single_expert_deepseek_takes_a_share_and_people_are_told(dense, recipe):
+    words = "\n".join(mergetool.plan(recipe("llama", target="deepseek", experts_per_token=1)).warnings)
+    assert "by the expert's share of the gate" in words
+    assert "transformers 4.41" in words
+    for told in ({"experts_per_token": 2, "target": "deepseek"}, {"experts_per_token": 1, "target": "mixtral"}):
+        assert "share" not in "\n".join(mergetool.plan(recipe("llama", **told)).warnings)
 
 
 def test_noise_is_drawn_and_factors_reach_last_matrices_only(run):

@@ -19,6 +19,10 @@ class _Kept(TensorMethod):
     granularity: ClassVar = "tensor"
     buffers: ClassVar = 16
 
+    @property
+    def needs_float64(self) -> bool:
+        return True
+
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         raise NotImplementedError
 

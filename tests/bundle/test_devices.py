@@ -1,0 +1,121 @@
+"""Bundles on a device: made there as on the CPU, and answering there as here."""
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import mergetool
+from mergetool.bundle.manifest import read_manifest
+from mergetool.testing.classifiers import save_experts, text_inputs, tiny_config
+from mergetool.testing.toys import toy_models, write
+from tests.alignment.test_devices import Said, lock_of
+from tests.bundle.tiny import make_bundle, tiny_inputs
+from tests.devices import STAND_IN, every_device, needs_gpu, present
+
+MERGED = {"method": "mass", "router": {"features": "merged", "layers": ["*"]}}
+ANSWERING = [
+    *(pytest.param(family, STAND_IN, id=f"{family}-stand-in") for family in ("bert", "llama", "gpt2")),
+    *(
+        pytest.param(family, "cuda", id=f"{family}-cuda", marks=[pytest.mark.gpu, needs_gpu])
+        for family in ("bert", "vit", "llama", "t5", "gpt2")
+    ),
+]
+"""Others hand out tensors that only say what they are, of which the stand-in has none."""
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    base, models = toy_models("abc", exact=False)
+    return write(tmp_path_factory.mktemp("toys"), {"base": base, **models})
+
+
+def made(paths, output, section, device, room=None, names="abc"):
+    recipe = {"base": str(paths["base"]), "models": {n: str(paths[n]) for n in names}, "merge": section}
+    said = Said()
+    with present(device, room):
+        return mergetool.run(recipe, output=output, device=device, progress=said).path, said.lines
+
+
+def assert_alike(there, here):
+    assert read_manifest(there).parameters.keys() == read_manifest(here).parameters.keys()
+    for path in here.rglob("*.safetensors"):
+        expected, found = load_file(path), load_file(there / path.relative_to(here))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert float((found[name] - tensor).norm()) <= 1e-5 * float(tensor.norm()), name
+
+
+@every_device
+@pytest.mark.parametrize(
+    "section", [{"method": "tsv-compress"}, MERGED, {**MERGED, "rank": {"energy": 0.9}, "size": 0.5}]
+)
+def test_a_bundle_is_made_on_a_device_as_on_the_cpu(section, device, paths, tmp_path):
+    section = {**section, "factors": "float32"}
+    there, said = made(paths, tmp_path / "there", section, device)
+    here, _ = made(paths, tmp_path / "here", section, "cpu")
+    assert lock_of(there)["run"]["device"].startswith(device)
+    assert any(f"on {device}" in line for line in said)
+    assert_alike(there, here)
+
+
+def test_what_does_not_fit_a_device_is_taken_apart_on_the_cpu_and_says_so(paths, tmp_path):
+    there, said = made(paths, tmp_path / "there", {"method": "tsv-compress"}, STAND_IN, room=50)
+    here, _ = made(paths, tmp_path / "here", {"method": "tsv-compress"}, "cpu")
+    wide, narrow = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+    assert f"{STAND_IN} has too little memory: {wide} is computed on the CPU" in said
+    assert not any(narrow in line for line in said)
+    assert_alike(there, here)
+
+
+def on(device, inputs):
+    return {key: value.to(device) for key, value in inputs.items()}
+
+
+@pytest.mark.parametrize(("family", "device"), ANSWERING)
+def test_a_bundle_answers_on_a_device_as_on_the_cpu(family, device, tmp_path):
+    folder, inputs = make_bundle(tmp_path, family), tiny_inputs(family)
+    bundle = mergetool.load_bundle(folder)
+    here = [bundle(**inputs), bundle(tasks=["b"], **inputs)]
+    with present(device):
+        bundle = mergetool.load_bundle(folder).to(device)
+        there = [bundle(**on(device, inputs)), bundle(tasks=["b"], **on(device, inputs))]
+        for found, expected in zip(there, here, strict=True):
+            assert found.tasks == expected.tasks
+            assert {found.logits.device.type, found.coefficients.device.type} == {torch.device(device).type}
+            torch.testing.assert_close(found.logits.cpu(), expected.logits, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found.coefficients.cpu(), expected.coefficients, rtol=1e-5, atol=1e-5)
+
+
+@every_device
+def test_a_bundle_keeps_its_dtype_on_a_device(device, tmp_path):
+    folder = make_bundle(tmp_path, "llama")
+    with present(device):
+        bundle = mergetool.load_bundle(folder, dtype=torch.bfloat16).to(device)
+        assert {parameter.dtype for parameter in bundle.parameters()} == {torch.bfloat16}
+        assert bundle(**on(device, tiny_inputs("llama"))).logits.dtype == torch.bfloat16
+
+
+@every_device
+def test_a_bundle_generates_on_a_device(device, tmp_path):
+    folder = make_bundle(tmp_path, "llama")
+    inputs = {key: value[1:4:2] for key, value in tiny_inputs("llama").items()}
+    expected = mergetool.load_bundle(folder).generate(**inputs, max_new_tokens=4)
+    with present(device):
+        found = mergetool.load_bundle(folder).to(device).generate(**on(device, inputs), max_new_tokens=4)
+        assert found.cpu().tolist() == expected.tolist()
+
+
+@every_device
+@pytest.mark.parametrize("router", [{"features": "merged"}, {"kind": "arrow", "per": "sequence"}, {"kind": "arrow"}])
+def test_classes_and_routers_of_all_kinds_answer_on_a_device(router, device, tmp_path):
+    kind = transformers.BertForSequenceClassification
+    paths = save_experts(tmp_path / "models", kind, tiny_config(kind), transformers.BertModel)
+    names = [name for name in paths if name != "base"]
+    folder, _ = made(paths, tmp_path / "out", {"method": "mass", "router": router}, "cpu", names=names)
+    inputs = text_inputs()
+    here = mergetool.load_bundle(folder)(**inputs)
+    with present(device):
+        there = mergetool.load_bundle(folder).to(device)(**on(device, inputs))
+        assert there.task == here.task
+        torch.testing.assert_close(there.logits.cpu(), here.logits, rtol=1e-5, atol=1e-5)
