@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from mergetool.cli.show import manner
-from mergetool.errors import SourceError
+from mergetool.errors import RecipeError, SourceError
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -70,3 +70,15 @@ def method_names(incomplete: str) -> list[str]:
     from mergetool.methods import registry
 
     return [name for name in registry() if name.startswith(incomplete)]
+
+
+def size(text: str | None) -> int | None:
+    """A size in words, in bytes. Raises RecipeError."""
+    from mergetool.recipe.schema import parse_size
+
+    if text is None:
+        return None
+    try:
+        return parse_size(int(text) if text.isdecimal() else text)
+    except ValueError as error:
+        raise RecipeError(str(error), "--memory", "write e.g. --memory 8GiB") from None

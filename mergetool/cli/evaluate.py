@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mergetool.cli.against import refuse_idle
 from mergetool.cli.answers import print_answer
-from mergetool.cli.commands import existing
+from mergetool.cli.commands import existing, size
 from mergetool.cli.progress import waiting
 from mergetool.cli.show import say, table
 
@@ -24,6 +25,10 @@ def evaluate(
     metric: Annotated[str | None, typer.Option(help="Which metric counts (default: the task's first).")] = None,
     parent: Annotated[list[Path] | None, typer.Option(metavar="PATH", help="Compare with it (repeat).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, or a torch device such as cuda:0.")] = "auto",
+    device_map: Annotated[
+        str | None, typer.Option(metavar="MAP", help="Deal networks over devices, memory and the disk: auto.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Most of a model in memory, with MAP.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences that the model runs at once.")] = 32,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps answers between runs.")] = None,
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Run Python files that tasks name.")] = False,
@@ -33,10 +38,14 @@ def evaluate(
 
     Scores of a result of `mergetool run` are kept beside it, for `mergetool compare`, and stand in its card.
     """
-    from mergetool.engine.devices import device_for_networks
+    from mergetool.engine import Flags
     from mergetool.evaluate.assess import assess
     from mergetool.evaluate.options import TaskOptions
+    from mergetool.tuning.placing import device_of, spread_of
 
+    if device_map is None:
+        refuse_idle({"--memory": memory}, "no --device-map")
+    flags = Flags(device=device, device_map=device_map, memory=size(memory))
     names = [name for part in tasks for name in part.split(",") if name]
     chosen = [TaskOptions(name=name, include=include, metric=metric) for name in names]
     with waiting("scoring"):
@@ -44,7 +53,8 @@ def evaluate(
             existing(path),
             chosen,
             parents=[existing(each) for each in parent or ()],
-            device=device_for_networks(device),
+            device=device_of(flags),
+            spread=spread_of(flags),
             batch_size=batch_size,
             cache=cache,
             trust_code=trust_code,
