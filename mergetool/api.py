@@ -45,8 +45,8 @@ def run(
 
     `settings` are `key.path=value` overrides; everything else is a flag of the command (`mergetool run --help`).
     `memory` is in bytes or like 8GiB. `device_map` deals the networks that are run over devices, memory and the disk: a
-    strategy of accelerate's ("auto"), or devices by module. `fork` lets workers live in processes of their own where that is faster, for
-    programs without threads. Raises a MergetoolError.
+    strategy of accelerate's ("auto"), or devices by module. `fork` lets workers live in processes of their own where
+    that is faster, for programs without threads. Raises a MergetoolError.
     """
     flags = Flags(
         output=None if output is None else Path(output),
@@ -97,16 +97,24 @@ def analyze(
     workers: int | None = None,
     progress: Progress | None = None,
     output: str | Path | None = None,
+    data: Mapping[str, str | Path] | None = None,
+    checkpoints: Mapping[str, str | Path] | None = None,
+    cache: str | Path | None = None,
 ) -> "Analysis":
     """What the models of a recipe are to each other, before they are merged: one pass over their weights.
+
+    `data`, files of rows by model, and `checkpoints`, folders of their runs, add what task vectors are beside gradients
+    at the base, and losses along the merge; what is measured on data is kept in the `cache`.
 
     The result has `advice`, `summary`, tables (`rows("models")`, `rows("pairs")`, `rows("layers")` ... ready for
     `pandas.DataFrame`; `sections` names them) and `to_json()`; into the folder `output`, it is written, with a page.
     Raises RecipeError, SourceError, PlanError or HubError.
     """
+    from mergetool.analysis.follow import Following
     from mergetool.analysis.run import analyze_recipe
 
-    analysis = analyze_recipe(_loaded(recipe, settings), progress, workers)
+    following = Following(_paths(data), _paths(checkpoints), None if cache is None else Path(cache))
+    analysis = analyze_recipe(_loaded(recipe, settings), progress, workers, following)
     if output is not None:
         analysis.write(Path(output))
     return analysis
@@ -250,6 +258,10 @@ def merge_state_dicts(
     }
     states = {**({"base": base} if base is not None else {}), **models}
     return merge_in_memory(load_recipe(document), states, statistics or {}, trust_code=trust_code)
+
+
+def _paths(given: Mapping[str, str | Path] | None) -> dict[str, Path]:
+    return {name: Path(path) for name, path in (given or {}).items()}
 
 
 def _loaded(recipe: RecipeLike, settings: Sequence[str]) -> Recipe:

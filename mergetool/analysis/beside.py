@@ -63,6 +63,8 @@ class Beside:
     """Under the first one's names and rows; the base, where there is one, first."""
     models: tuple[str, ...]
     reference: Reference
+    opened: Mapping[str, ModelSource]
+    """The same under their own names."""
     tokens: frozenset[str] = frozenset()
     """Tensors with a row for every token."""
     skipped: Mapping[str, Rows] = field(default_factory=dict)
@@ -180,7 +182,7 @@ def _beside(found: _Opened, models: tuple[str, ...], warnings: list[str]) -> Bes
         settings += _settings(name, opened[leader], opened[name], rows)
     tokens = frozenset(axes_of(ordered[leader])) if reference != "zero" else frozenset()
     remarks = (*warnings, *family.remarks)
-    return Beside(sources, models, reference, tokens, skipped, renumbered, tuple(settings), remarks)
+    return Beside(sources, models, reference, opened, tokens, skipped, renumbered, tuple(settings), remarks)
 
 
 def _settings(name: str, leader: ModelSource, model: ModelSource, rows: OtherRows) -> Iterator[Row]:

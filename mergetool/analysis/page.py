@@ -1,10 +1,12 @@
 """The page of an analysis, from what its JSON says: advice first, then what it follows from."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
+from mergetool.analysis.descent_page import descent
 from mergetool.analysis.drawings import agreement, conflicts, dominance, norms, redundancy, rounding, spaces
-from mergetool.pages import Chapter, Column, Details, Facts, Finding, Note, Page, Piece, Table, Text, render
+from mergetool.pages import Bullets, Chapter, Column, Details, Facts, Finding, Note, Page, Piece, Table, Text, render
 from mergetool.pages.cells import share, short
 from mergetool.pages.parts import Cell, Level
 from mergetool.units import filesize, timespan
@@ -21,8 +23,17 @@ _BESIDE = 8
 def analysis_page(told: Told) -> str:
     """The page as HTML. Raises ModuleNotFoundError where the extra `report` is not installed."""
     chapters = [_advice(told), _models(told), norms(told), agreement(told), conflicts(told), dominance(told)]
-    chapters += [redundancy(told), spaces(told), rounding(told), _tensors(told), _beside(told), _method(told)]
-    return render(Page(f"Analysis of {told['recipe']}", _lead(told), [each for each in chapters if each], _intro(told)))
+    chapters += [
+        descent(told),
+        redundancy(told),
+        spaces(told),
+        rounding(told),
+        _tensors(told),
+        _beside(told),
+        _method(told),
+    ]
+    title = f"Analysis of {Path(told['recipe']).name}"
+    return render(Page(title, _lead(told), [each for each in chapters if each], _intro(told)))
 
 
 def _lead(told: Told) -> str:
@@ -37,16 +48,23 @@ def _lead(told: Told) -> str:
 
 def _intro(told: Told) -> list[Piece]:
     whole, cost = told["whole"], told["cost"]
-    figures: list[tuple[str, str]] = [
+    figures = [
         ("models", str(len(told["models"]))),
         ("tensors", f"{whole['tensors']:,}"),
-        ("parameters", short(whole["parameters"])),
-        *((name, show(whole[key])) for name, key, show in _FIGURES if whole.get(key) is not None),
-        ("time", timespan(cost["seconds"])),
+        ("parameters", _counted(whole["parameters"])),
         ("read", filesize(cost["bytes_read"])),
+        ("time", timespan(cost["seconds"])),
     ]
-    sentences = [Text(_sentence(line, told)) for line in told["summary"]]
-    return [*sentences, Facts(figures), *(Note(_sentence(text, told), "warn") for text in told["remarks"])]
+    summary = Bullets([_sentence(line, told) for line in told["summary"]])
+    return [summary, Facts(figures), *(Note(_sentence(text, told), "warn") for text in told["remarks"])]
+
+
+def _counted(count: int) -> str:
+    """12,345; 1.58 million; 7.24 billion."""
+    for unit, name in ((10**9, "billion"), (10**6, "million")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:,}"
 
 
 def _sentence(text: str, told: Told) -> str:
@@ -54,13 +72,6 @@ def _sentence(text: str, told: Told) -> str:
     if not any(text.startswith(name) for name in told["models"]):
         text = text[:1].upper() + text[1:]
     return text if text.endswith((".", "?", "!")) else f"{text}."
-
-
-_FIGURES = (
-    ("kinship", "kinship", short),
-    ("cosine of changes", "cosine", "{:+.2f}".format),
-    ("entries in conflict", "conflict", share),
-)
 
 
 def _advice(told: Told) -> Chapter:
@@ -75,7 +86,10 @@ def _advice(told: Told) -> Chapter:
         )
         for each in told["advice"]
     ]
-    lead = "What the figures suggest, the most urgent first: red asks for a change of the recipe, orange for a look."
+    lead = (
+        "What the figures suggest. A problem asks for a change of the recipe, a warning for a look; the others tell "
+        "where to begin."
+    )
     return Chapter("Advice", findings or [Note("Nothing stands out.", "good")], lead)
 
 
@@ -110,7 +124,10 @@ def _models(told: Told) -> Chapter:
     rows = told["rows"]["models"]
     used = [(key, column) for key, column in _MODEL_COLUMNS if any(row.get(key) is not None for row in rows)]
     columns: list[Column | str] = ["model", Column("from", "code"), "dtype", *(column for _, column in used)]
-    body = [(row["model"], row["source"], " ".join(row["dtypes"]), *(row.get(key) for key, _ in used)) for row in rows]
+    body = [
+        (row["model"], told["models"][row["model"]], " ".join(row["dtypes"]), *(row.get(key) for key, _ in used))
+        for row in rows
+    ]
     lead = (
         "One row for each model. Fine-tunes of one base have a kinship near 1 and changes of a like size; "
         "one that is far off has another ancestor, or was trained much longer."
@@ -195,7 +212,7 @@ _WORDS = (
     ("survives bfloat16", "share of merged changes that are still there after rounding to bfloat16"),
     (
         "effective rank",
-        "how many directions a change really uses: exp of the entropy of its squared spectrum",
+        "how many directions a change really uses: (sum s^2)^2 / sum s^4 of its singular values s",
     ),
     ("interference", "singular task interference: how much the leading directions of different models overlap"),
     ("alignment", "share of the leading directions that two models have in common"),

@@ -10,7 +10,9 @@ import numpy as np
 from mergetool._version import __version__
 from mergetool.analysis.advice import WEIGHTS, Advice, Adviser
 from mergetool.analysis.beside import Beside, beside
+from mergetool.analysis.descent import Rows
 from mergetool.analysis.figures import Figures, Row
+from mergetool.analysis.follow import Following, descent_advice, followed
 from mergetool.analysis.hints import hints
 from mergetool.analysis.measure import Readings, measure
 from mergetool.analysis.methods import methods_to_try
@@ -25,7 +27,12 @@ VERSION = 1
 """Of the JSON."""
 
 
-def analyze_recipe(recipe: Recipe, progress: Progress | None = None, workers: int | None = None) -> Analysis:
+def analyze_recipe(
+    recipe: Recipe,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    following: Following | None = None,
+) -> Analysis:
     """What the models of a recipe are to each other. Raises SourceError, PlanError or HubError."""
     progress = progress or Silent()
     started = time.monotonic()
@@ -35,12 +42,15 @@ def analyze_recipe(recipe: Recipe, progress: Progress | None = None, workers: in
             raise PlanError(what, recipe.name, "mergetool diff A B tells what each of two of them holds")
         measured = measure(models, progress, workers)
         progress.stop()
-        return _analysis(recipe, models, measured, time.monotonic() - started)
+        rows, remarks = followed(recipe, models.opened, following or Following(), progress)
+        return _analysis(recipe, models, measured, rows, remarks, time.monotonic() - started)
 
 
-def _analysis(recipe: Recipe, models: Beside, measured: Readings, seconds: float) -> Analysis:
+def _analysis(
+    recipe: Recipe, models: Beside, measured: Readings, rows: Rows, remarks: Sequence[str], seconds: float
+) -> Analysis:
     figures = Figures(models, measured)
-    advice = advise(Adviser(figures))
+    advice = advise(Adviser(figures), descent_advice(rows))
     order, linkage = clusters(figures)
     facts = {
         "version": VERSION,
@@ -55,8 +65,8 @@ def _analysis(recipe: Recipe, models: Beside, measured: Readings, seconds: float
         "whole": _whole(figures),
         "order": order,
         "linkage": linkage,
-        "rows": _with_sources(figures.rows(), recipe),
-        "remarks": [*models.remarks, *_remarks(measured)],
+        "rows": {**_with_sources(figures.rows(), recipe), **rows},
+        "remarks": [*models.remarks, *_remarks(measured), *remarks],
         "cost": _cost(figures, measured, seconds),
     }
     return Analysis(plain(facts))
@@ -68,9 +78,9 @@ def _with_sources(rows: dict[str, list[Row]], recipe: Recipe) -> dict[str, list[
     return rows | {"models": models}
 
 
-def advise(adviser: Adviser) -> list[Advice]:
+def advise(adviser: Adviser, more: Sequence[Advice] = ()) -> list[Advice]:
     """Problems first; models that do not belong are left out of what comes after them."""
-    found = [*problems(adviser), *hints(adviser), *methods_to_try(adviser)]
+    found = [*problems(adviser), *hints(adviser), *methods_to_try(adviser), *more]
     return sorted(found, key=lambda each: WEIGHTS.index(each.weight))
 
 

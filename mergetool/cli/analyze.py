@@ -7,12 +7,22 @@ import typer
 
 from mergetool.cli.progress import ProgressBar
 from mergetool.cli.show import manner, say, table
+from mergetool.errors import RecipeError
 
 if TYPE_CHECKING:
     from mergetool.analysis.result import Analysis
 
 _MODELS = ("model", "norm", "relative", "share_changed", "kinship", "share_of_sum", "density_90", "effective_rank")
 _PAIRS = ("a", "b", "cosine", "kinship", "opposed")
+_DESCENT = ("model", "rows", "loss_base", "loss_tuned", "alignment", "preconditioned", "step", "linearity")
+_TABLES = (
+    ("Models", _MODELS, "models"),
+    ("Pairs", _PAIRS, "pairs"),
+    ("Task vectors beside the gradient at the base", _DESCENT, "descent"),
+    ("Share of what a task gains that each task vector brings", ("loss", "model", "crosstalk"), "crosstalk"),
+    ("Losses along the merge", ("model", "scale", "loss"), "scales"),
+    ("Along the run", ("model", "checkpoint", "length", "cosine"), "path"),
+)
 
 
 def analyze(
@@ -24,6 +34,13 @@ def analyze(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="K=V", help="Override one value, e.g. merge.density=0.3.")
     ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="Rows of what a model was trained for (repeat).")
+    ] = None,
+    checkpoints: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="The checkpoints of a model's run (repeat).")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps what is measured on data.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Show what a recipe's models are to each other before they are merged, and what that advises."""
@@ -33,7 +50,10 @@ def analyze(
         asked = load_recipe(recipe, settings or ())
         from mergetool.api import analyze as look
 
-        analysis = look(asked, workers=workers, progress=progress, output=output)
+        rows, runs = _named("--data", data), _named("--checkpoints", checkpoints)
+        analysis = look(
+            asked, workers=workers, progress=progress, output=output, data=rows, checkpoints=runs, cache=cache
+        )
     for remark in analysis.facts["remarks"]:
         say(f"note: {remark}")
     if output is not None:
@@ -44,14 +64,22 @@ def analyze(
         _show(analysis)
 
 
+def _named(flag: str, given: list[str] | None) -> dict[str, str | Path]:
+    """What NAME=PATH says, several times."""
+    for text in given or ():
+        if not all(text.partition("=")):
+            raise RecipeError(f"{text!r} is not NAME=PATH", flag, f"write e.g. {flag} math=./math")
+    return {text.partition("=")[0]: Path(text.partition("=")[2]) for text in given or ()}
+
+
 def _show(analysis: "Analysis") -> None:
     """What people want to know, the most telling first."""
     print("\n".join(analysis.summary))
     for advice in analysis.advice:
         print(f"\n{advice['weight']}: {advice['title']}\n  {advice['why']}\n  {_evidence(advice['evidence'])}")
         print(f"  {advice['formula']}\n  fix: {advice['fix']}")
-    for title, columns, section in (("Models", _MODELS, "models"), ("Pairs", _PAIRS, "pairs")):
-        if rows := analysis.rows(section):
+    for title, columns, section in _TABLES:
+        if section in analysis.sections and (rows := analysis.rows(section)):
             print(f"\n{title}")
             heads = [column.replace("_", " ") for column in columns]
             table(heads, [[_figure(row[column]) for column in columns] for row in rows])

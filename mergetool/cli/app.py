@@ -14,7 +14,17 @@ from mergetool.cli import bundle as bundles
 from mergetool.cli.against import hold_against, refuse_idle
 from mergetool.cli.analyze import analyze
 from mergetool.cli.answers import deliver, inspect_bundle, print_answer, say_pushed, say_result, say_steps
-from mergetool.cli.commands import Quiet, Verbose, command, existing, is_follower, method_names, set_manner, size
+from mergetool.cli.commands import (
+    DeviceMap,
+    Quiet,
+    Verbose,
+    command,
+    existing,
+    is_follower,
+    method_names,
+    set_manner,
+    size,
+)
 from mergetool.cli.compare import compare
 from mergetool.cli.diff import diff
 from mergetool.cli.early import load_libraries
@@ -71,9 +81,7 @@ def run(
         bool | None, typer.Option("--push/--no-push", help="Push to output.hub (default: if given).")
     ] = None,
     locked: Annotated[bool, typer.Option("--locked", help="Refuse inputs that differ from mergetool.json.")] = False,
-    device_map: Annotated[
-        str | None, typer.Option(metavar="MAP", help="Deal networks over devices, memory and the disk: auto.")
-    ] = None,
+    device_map: DeviceMap = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -84,8 +92,7 @@ def run(
     with ProgressBar(quiet=manner.quiet) as progress:
         asked = load_recipe(recipe, settings or ())
         progress.say(f"{asked.method.method_name()} of {', '.join(asked.models)}")
-        if manner.verbose:
-            say_steps(asked)
+        say_steps(asked)
         load_libraries()
         from mergetool.engine import Flags  # torch comes with it: not before the first word
         from mergetool.tuning.run import run_recipe

@@ -16,6 +16,9 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but the result and errors.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more: every step, every warning and note.")]
+DeviceMap = Annotated[
+    str | None, typer.Option(metavar="MAP", help="Deal networks over devices, memory and the disk: auto.")
+]
 
 
 def set_manner(*, quiet: bool = False, verbose: bool = False) -> None:

@@ -1,33 +1,44 @@
 """`mergetool evaluate PATH`."""
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergetool.cli.against import refuse_idle
 from mergetool.cli.answers import print_answer
-from mergetool.cli.commands import existing, size
+from mergetool.cli.commands import DeviceMap, existing, size
 from mergetool.cli.progress import waiting
 from mergetool.cli.show import say, table
+from mergetool.errors import OutputError, RecipeError
 
 if TYPE_CHECKING:
+    from mergetool.evaluate.options import TaskOptions
     from mergetool.evaluate.scores import Evaluation
 
-_HEADS = ("task", "metric", "items", "score", "low", "high")
+_HEADS = ("task", "metric", "items", "score", "low", "high", "ece")
 _OF_PARENTS = ("best_parent", "retention", "difference_low", "difference_high")
+_OF_POINTS = ("x", "task", "items", "score", "low", "high", "loss")
+_OF_BARRIERS = ("task", "error_barrier", "error_barrier_at", "loss_barrier", "loss_barrier_at", "best_score", "best_at")
+_OF_PAIRS = ("a", "b", "task", "score", "low", "high", "better_alone", "kept")
 
 
 def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A model folder with its tokenizer.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A model folder, or a recipe for --along and --pairs.")],
     tasks: Annotated[list[str], typer.Option(metavar="NAME", help="A task of lm-eval (repeat, or a,b,c).")],
     include: Annotated[str | None, typer.Option(metavar="FOLDER", help="Tasks of your own: YAML files.")] = None,
     metric: Annotated[str | None, typer.Option(help="Which metric counts (default: the task's first).")] = None,
     parent: Annotated[list[Path] | None, typer.Option(metavar="PATH", help="Compare with it (repeat).")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, or a torch device such as cuda:0.")] = "auto",
-    device_map: Annotated[
-        str | None, typer.Option(metavar="MAP", help="Deal networks over devices, memory and the disk: auto.")
+    line_to: Annotated[Path | None, typer.Option(metavar="PATH", help="Score merges on the line to it, too.")] = None,
+    along: Annotated[str | None, typer.Option(metavar="KEY=A:B", help="Change a number of the recipe.")] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Merge and score each two of the recipe's models.")] = False,
+    points: Annotated[int, typer.Option(min=2, max=200, help="Points of --line-to or --along.")] = 7,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write evaluation.html and .json there.")
     ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, or a torch device such as cuda:0.")] = "auto",
+    device_map: DeviceMap = None,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Most of a model in memory, with MAP.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences that the model runs at once.")] = 32,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps answers between runs.")] = None,
@@ -36,10 +47,10 @@ def evaluate(
 ) -> None:
     """Score a model with lm-eval, and tell what it kept of its parents' scores.
 
-    Scores of a result of `mergetool run` are kept beside it, for `mergetool compare`, and stand in its card.
+    Scores of a result of `mergetool run` are kept beside it, for `mergetool compare`, and stand in its card. With
+    --line-to, --along or --pairs, merges are made in memory and scored; nothing else is written.
     """
     from mergetool.engine import Flags
-    from mergetool.evaluate.assess import assess
     from mergetool.evaluate.options import TaskOptions
     from mergetool.tuning.placing import device_of, spread_of
 
@@ -48,30 +59,112 @@ def evaluate(
     flags = Flags(device=device, device_map=device_map, memory=size(memory))
     names = [name for part in tasks for name in part.split(",") if name]
     chosen = [TaskOptions(name=name, include=include, metric=metric) for name in names]
+    how = {"device": device_of(flags), "spread": spread_of(flags), "batch_size": batch_size, "trust_code": trust_code}
+    asked = {"--line-to": line_to, "--along": along, "--pairs": pairs}
+    given = [flag for flag, value in asked.items() if value]
+    if len(given) > 1:
+        raise RecipeError(f"{' and '.join(given)} are two questions", "command line", f"leave out {given[1]}")
+    if given:
+        refuse_idle({"--parent": parent, "--cache": cache}, f"{given[0]}, whose merges are asked in memory")
+    if pairs:
+        _show(_pairs(existing(path), chosen, how), output, as_json=as_json)
+    elif line_to is not None or along is not None:
+        _show(_curve(existing(path), line_to, along, points, chosen, how), output, as_json=as_json)
+    else:
+        folders = [existing(each) for each in parent or ()]
+        _show(_scores(existing(path), chosen, folders, cache, how), output, as_json=as_json)
+
+
+def _scores(
+    path: Path, tasks: "Sequence[TaskOptions]", parents: Sequence[Path], cache: Path | None, how: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    from mergetool.evaluate.assess import assess
+
     with waiting("scoring"):
-        found = assess(
-            existing(path),
-            chosen,
-            parents=[existing(each) for each in parent or ()],
-            device=device_of(flags),
-            spread=spread_of(flags),
-            batch_size=batch_size,
-            cache=cache,
-            trust_code=trust_code,
-        )
+        found = assess(path, tasks, parents=parents, cache=cache, **how)
     _keep(path, found)
-    scores = found.facts()
+    return found.facts()
+
+
+def _curve(
+    path: Path, line_to: Path | None, key: str | None, num_points: int, tasks: "Sequence[TaskOptions]", how: Any
+) -> Mapping[str, Any]:
+    from mergetool.analysis.curve import along, curve, line
+
+    if line_to is not None:
+        name, recipes = f"share of {line_to.name}", line(path, existing(line_to), num_points)
+    else:
+        name, ends = _range(key or "")
+        recipes = along(path, name, ends, num_points)
+    with waiting("scoring"):
+        return curve(name, recipes, tasks, say=say, **how).as_dict()
+
+
+def _range(text: str) -> tuple[str, tuple[float, float]]:
+    """A key, and the numbers it runs between."""
+    key, _, ends = text.partition("=")
+    try:
+        start, stop = map(float, ends.split(":"))
+    except ValueError:
+        what = f"{text!r} is not a key and the numbers that it runs between"
+        raise RecipeError(what, "--along", "write e.g. --along merge.scale=0:2") from None
+    if start == stop:
+        raise RecipeError(f"both ends are {start}", "--along", f"write e.g. --along {key}=0:2")
+    return key, (start, stop)
+
+
+def _pairs(path: Path, tasks: "Sequence[TaskOptions]", how: Mapping[str, Any]) -> Mapping[str, Any]:
+    from mergetool.analysis.interference import interference
+    from mergetool.recipe import load_recipe
+
+    with waiting("scoring"):
+        return interference(load_recipe(path), tasks, say=say, **how).as_dict()
+
+
+def _show(facts: Mapping[str, Any], output: Path | None, *, as_json: bool) -> None:
+    """Whatever was asked, as a page, as data, or as tables."""
+    if output is not None:
+        _write(facts, output)
     if as_json:
-        print_answer(scores, as_json=True)
-        return
-    heads = [*_HEADS, *(_OF_PARENTS if parent else ())]
-    table(heads, [[facts[head] for head in heads] for facts in scores["tasks"]])
-    if "retention" in scores:
-        say(
-            "kept of the best parent: {mean:.4f} (geometric {geometric:.4f}, worst {worst:.4f})".format_map(
-                scores["retention"]
-            )
-        )
+        print_answer(facts, as_json=True)
+    elif "pairs" in facts:
+        _table(_OF_PAIRS, facts["pairs"])
+    elif "points" in facts:
+        _table(_OF_POINTS, facts["points"])
+        print()
+        _table(_OF_BARRIERS, facts["barriers"])
+    else:
+        _table((*_HEADS, *(_OF_PARENTS if facts["parents"] else ())), facts["tasks"])
+        if told := facts.get("retention"):
+            say("kept of the best parent: {mean:.4f} (geometric {geometric:.4f}, worst {worst:.4f})".format_map(told))
+
+
+def _write(facts: Mapping[str, Any], folder: Path) -> None:
+    import json
+
+    from mergetool.tensors.writer import make_folder, write_file
+
+    make_folder(folder)
+    write_file(folder / "evaluation.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    try:
+        write_file(folder / "evaluation.html", _page_of(facts)(facts))
+    except ModuleNotFoundError as error:
+        where = str(folder / "evaluation.html")
+        raise OutputError(f"{error.name} is not installed", where, "pip install 'mergetool[report]'") from None
+    say(f"written: {folder / 'evaluation.html'}, and evaluation.json")
+
+
+def _page_of(facts: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], str]:
+    from mergetool.analysis.evaluation_page import page_of_curve, page_of_pairs, page_of_scores
+
+    return page_of_pairs if "pairs" in facts else page_of_curve if "points" in facts else page_of_scores
+
+
+def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    table(
+        [column if column in _OF_PARENTS else column.replace("_", " ") for column in columns],
+        [["-" if row.get(column) is None else row[column] for column in columns] for row in rows],
+    )
 
 
 def _keep(path: Path, found: "Evaluation") -> None:

@@ -12,10 +12,10 @@ import numpy as np
 from mergetool.errors import EvaluationError, at
 from mergetool.evaluate.cache import ResponseCache
 from mergetool.evaluate.harness import load_task
-from mergetool.evaluate.items import TaskItems
+from mergetool.evaluate.items import Score, TaskItems
 from mergetool.evaluate.language_model import LanguageModel
 from mergetool.evaluate.options import TaskOptions
-from mergetool.evaluate.scores import Evaluation, TaskScores, digest_of_items
+from mergetool.evaluate.scores import Chances, Evaluation, TaskScores, digest_of_items
 from mergetool.networks.spread import Spread
 
 
@@ -61,13 +61,27 @@ def _scores(
 
 def _of_task(items: TaskItems, path: Path, live: LanguageModel, cache: ResponseCache) -> TaskScores:
     known = cache.get(_identity(path, live), items.keys)
-    left = [item for item, key in enumerate(items.keys) if key not in known]
+    left = [item for item, key in enumerate(items.keys) if not _is_known(known.get(key), items)]
     if left:
         new = {items.keys[item]: score for item, score in items.score(live.lm, left).items()}
         cache.put(_identity(path, live), new)
         known |= new
-    values = np.array([known[key].value for key in items.keys])
-    return TaskScores(items.name, items.metric, digest_of_items(items.keys), values, items.dataset)
+    return task_scores(items, [known[key] for key in items.keys])
+
+
+def _is_known(score: Score | None, items: TaskItems) -> bool:
+    """Whether all is known of an answer: earlier versions did not keep how sure the model was."""
+    return score is not None and (score.confidence is not None or not items.has_choices)
+
+
+def task_scores(items: TaskItems, scores: Sequence[Score]) -> TaskScores:
+    """What a model made of all items of a task."""
+    values, chances = np.array([each.value for each in scores]), None
+    if items.has_choices:
+        chances = Chances(
+            np.array([each.soft for each in scores]), np.array([each.confidence for each in scores], dtype=np.float64)
+        )
+    return TaskScores(items.name, items.metric, digest_of_items(items.keys), values, items.dataset, chances)
 
 
 def _identity(path: Path, live: LanguageModel) -> str:

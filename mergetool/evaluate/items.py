@@ -37,6 +37,8 @@ class Score:
 
     value: float
     soft: float
+    confidence: float | None = None
+    """The probability of the choice that it likes best, where there are choices."""
 
 
 class TaskItems:
@@ -136,19 +138,25 @@ class TaskItems:
         if not 0.0 <= number <= 1.0:
             what = f"metric {self.metric!r} gives {number}, which is not in [0, 1]"
             raise EvaluationError(what, where, "choose another `metric`, e.g. acc or exact_match")
-        return Score(number, self._soft(requests[0].doc, answers, number))
+        if not self.has_choices:
+            return Score(number, number)
+        return Score(number, *self._chances(requests[0].doc, answers))
 
-    def _soft(self, doc: Mapping[str, Any], answers: Sequence[Any], value: float) -> float:
-        """Probability of the right choice among the choices, normalised by length as the metric is."""
-        if self._task.OUTPUT_TYPE != "multiple_choice":
-            return value
+    @property
+    def has_choices(self) -> bool:
+        """Whether a model chooses among answers, so that it can be told how sure it is."""
+        return bool(self._task.OUTPUT_TYPE == "multiple_choice")
+
+    def _chances(self, doc: Mapping[str, Any], answers: Sequence[Any]) -> tuple[float, float]:
+        """Probability of the right choice, and of the likeliest, normalised by length as the metric is."""
         choices = self._task.doc_to_choice(doc)
         gold = self._task.doc_to_text(doc) if self._task.multiple_input else self._task.doc_to_target(doc)
         right = {choices.index(g) if isinstance(g, str) and g in choices else g for g in _as_list(gold)}
         scaled = [answer[0] / self._length(text) for answer, text in zip(answers, choices, strict=False)]
         largest = max(scaled)
         weights = [math.exp(x - largest) for x in scaled]
-        return sum(weight for place, weight in enumerate(weights) if place in right) / sum(weights)
+        soft = sum(weight for place, weight in enumerate(weights) if place in right) / sum(weights)
+        return soft, max(weights) / sum(weights)
 
     def _length(self, choice: str) -> int:
         """What the metric divides a choice's log-likelihood by."""

@@ -8,11 +8,27 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from mergetool.evaluate.reliability import calibration_error, reliability
 from mergetool.search.interval import of_difference, of_mean
 
 Values = NDArray[np.float64]
+_LEAST = 1e-12
+"""No probability counts as less."""
 _KEPT = 6
 """Digits of a probability that are kept."""
+
+
+@dataclass(frozen=True)
+class Chances:
+    """Where a model chooses among answers, for each item: the probability of the right one, and of the likeliest."""
+
+    right: Values
+    likeliest: Values
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy over the choices."""
+        return float(-np.log(np.maximum(self.right, _LEAST)).mean())
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,7 @@ class TaskScores:
     """A score for each item, in [0, 1]."""
     dataset: Mapping[str, str] = field(default_factory=dict)
     """`id` on the Hub and `config`, where the items are from there."""
+    chances: Chances | None = None
 
     @property
     def score(self) -> float:
@@ -36,7 +53,20 @@ class TaskScores:
         """The mean, and how far it may be off."""
         low, high = of_mean(self.values)
         facts = {"task": self.task, "metric": self.metric, "items": len(self.values), "score": self.score}
-        return facts | {"low": low, "high": high}
+        return facts | {"low": low, "high": high, "ece": self.calibration_error}
+
+    @property
+    def reliability(self) -> list[dict[str, Any]]:
+        """How often the model is right where it is so sure; nothing where it does not choose, or may be half right."""
+        if self.chances is None or not np.isin(self.values, (0.0, 1.0)).all():
+            return []
+        return reliability(self.values, self.chances.likeliest)
+
+    @property
+    def calibration_error(self) -> float | None:
+        """The expected calibration error, where it can be told."""
+        rows = self.reliability
+        return calibration_error(rows) if rows else None
 
     def is_of_the_same(self, other: "TaskScores") -> bool:
         """Whether both have answered the same items, so that they may be compared item by item."""
@@ -60,19 +90,30 @@ class TaskScores:
 
     def as_dict(self) -> dict[str, Any]:
         """To be kept: everything, as JSON-able data."""
-        values = [round(value, _KEPT) for value in self.values.tolist()]
-        return {"task": self.task, "metric": self.metric, "items": self.items, "values": values} | (
-            {"dataset": dict(self.dataset)} if self.dataset else {}
-        )
+        kept: dict[str, Any] = {"task": self.task, "metric": self.metric, "items": self.items}
+        kept |= {"values": _short(self.values)} | ({"dataset": dict(self.dataset)} if self.dataset else {})
+        if self.chances is not None:
+            kept |= {"right": _short(self.chances.right), "likeliest": _short(self.chances.likeliest)}
+        return kept
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> Self:
         """What `as_dict` has made. Raises ValueError, KeyError or TypeError for anything else."""
-        values = np.array([float(value) for value in kept["values"]], dtype=np.float64)
-        if not len(values) or not ((values >= 0) & (values <= 1)).all():
-            raise ValueError("scores must be in [0, 1]")
         dataset = {str(key): str(value) for key, value in kept.get("dataset", {}).items()}
-        return cls(str(kept["task"]), str(kept["metric"]), str(kept["items"]), values, dataset)
+        chances = Chances(_values(kept["right"]), _values(kept["likeliest"])) if "right" in kept else None
+        told = str(kept["task"]), str(kept["metric"]), str(kept["items"])
+        return cls(*told, _values(kept["values"]), dataset, chances)
+
+
+def _short(values: Values) -> list[float]:
+    return [round(value, _KEPT) for value in values.tolist()]
+
+
+def _values(kept: Sequence[Any]) -> Values:
+    values = np.array([float(value) for value in kept], dtype=np.float64)
+    if not len(values) or not ((values >= 0) & (values <= 1)).all():
+        raise ValueError("scores must be in [0, 1]")
+    return values
 
 
 @dataclass(frozen=True)
@@ -98,6 +139,8 @@ class Evaluation:
         for task, scores in self.tasks.items():
             parents = self.parents_on(task)
             rows.append(scores.facts() | (scores.kept_of(parents) if parents else {}))
+            if scores.reliability:
+                rows[-1]["reliability"] = scores.reliability
         facts: dict[str, Any] = {"model": self.model, "parents": list(self.parents), "tasks": rows}
         kept = [row["retention"] for row in rows if row.get("retention") is not None]
         return facts | ({"retention": summary_of_retention(kept)} if kept else {})

@@ -8,6 +8,7 @@ jinja2 and matplotlib (the extra `report`) are used here alone.
 
 from mergetool.pages.page import render
 from mergetool.pages.parts import (
+    Bullets,
     Chapter,
     Code,
     Column,
@@ -24,6 +25,7 @@ from mergetool.pages.parts import (
 from mergetool.pages.plots import bars, heat, lines, points
 
 __all__ = [
+    "Bullets",
     "Chapter",
     "Code",
     "Column",

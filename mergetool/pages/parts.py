@@ -23,6 +23,13 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Bullets:
+    """Sentences one below the other."""
+
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Code:
     """A recipe or a command, as it is."""
 
@@ -100,7 +107,7 @@ class Details:
     parts: "Sequence[Piece]"
 
 
-Piece: TypeAlias = Text | Code | Note | Finding | Facts | Table | Picture | Details
+Piece: TypeAlias = Text | Bullets | Code | Note | Finding | Facts | Table | Picture | Details
 
 
 @dataclass(frozen=True)

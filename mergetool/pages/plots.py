@@ -28,9 +28,12 @@ def style(place: int, many: int = 1) -> dict[str, Any]:
 def lines(
     series: Mapping[str, Points], xlabel: str, ylabel: str, *, log: bool = False,
     logx: bool = False, zero: bool = False,
-    reference: tuple[str, float] | None = None,
+    reference: tuple[str, float] | None = None, least: tuple[float, float] | None = None,
 ) -> Draw:  # fmt: skip
-    """One line for each name, with a gap where a value is None. `zero`: the axis starts there; `reference`: a level."""
+    """One line for each name, with a gap where a value is None. `zero`: the axis starts there; `reference`: a level.
+
+    `least`: what the axis shows at least, so that next to nothing does not look like much.
+    """
 
     def draw(axes: "Axes") -> None:
         longest = max((len(x) for x, _ in series.values()), default=0)
@@ -45,6 +48,9 @@ def lines(
             axes.locator_params(axis="x", integer=True)
         if zero:
             axes.set_ylim(0, 1.05 * max(axes.get_ylim()[1], 0) or 1)
+        if least:
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, least[0]), max(high, least[1]))
         legend(axes)
 
     return draw

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mergetool.statistics.base import Extent, Statistic
 from mergetool.statistics.examples import Example
 from mergetool.statistics.fisher import DiagonalFisher
+from mergetool.statistics.gradient import LossGradient
 from mergetool.statistics.gram import InputGram
 from mergetool.statistics.store import StatisticStore, key_of
 from mergetool.tensors.dtypes import BY_TORCH_NAME, torch_dtype
@@ -16,7 +17,7 @@ from mergetool.tensors.source import ModelSource
 if TYPE_CHECKING:
     import torch
 
-STATISTICS: Mapping[str, type[Statistic]] = {kind.name: kind for kind in (DiagonalFisher, InputGram)}
+STATISTICS: Mapping[str, type[Statistic]] = {kind.name: kind for kind in (DiagonalFisher, InputGram, LossGradient)}
 """Every statistic by name."""
 
 

@@ -123,6 +123,12 @@ class Candidates:
         """Merge the candidate with these numbers into the live model. Returns its digest if asked for."""
         return self._put(self._planned(candidate_recipe(self._recipe, values)), digest=digest)
 
+    def put_recipe(self, recipe: Recipe) -> None:
+        """Merge another recipe, of these models or of some of them, into the live model."""
+        wanted = {*recipe.models, *([BASE] if recipe.base is not None else [])}
+        sources = {name: source for name, source in self._sources.items() if name in wanted}
+        self._put(make_plan(recipe, sources=sources), digest=False)
+
     def _planned(self, recipe: Recipe) -> Plan:
         """The first plan with other numbers; a plan of its own where other tensors are copied."""
         if keeps_operands(self._plan, recipe):

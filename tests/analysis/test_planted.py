@@ -1,5 +1,6 @@
 """Models that do not belong in a merge are told apart by name, and what is sound is left alone."""
 
+import json
 import shutil
 
 import pytest
@@ -45,6 +46,11 @@ def test_a_model_of_another_ancestor(recipe, stranger):
 
 def test_a_model_of_another_ancestor_where_there_is_no_base(recipe, stranger):
     found = mergetool.analyze(recipe(base=None, method="linear", other=stranger))
+    assert told(found) == [("unrelated", ("other",))]
+
+
+def test_two_models_that_have_nothing_to_do_with_each_other(recipe, stranger):
+    found = mergetool.analyze(recipe(("code",), base=None, method="linear", other=stranger))
     assert told(found) == [("unrelated", ("other",))]
 
 
@@ -107,8 +113,6 @@ def test_a_tokenizer_that_is_not_the_model_s(recipe, family, tmp_path):
 
 def test_a_vocabulary_in_another_order_is_sound_where_the_rows_follow(recipe, family, tmp_path):
     """The same model with its tokens numbered anew, and its rows with them."""
-    import json
-
     fine = hf.AutoModelForCausalLM.from_pretrained(family / "code")
     shutil.copytree(family / "code", tmp_path / "moved")
     file = tmp_path / "moved" / "tokenizer.json"

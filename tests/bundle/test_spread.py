@@ -9,8 +9,8 @@ import transformers
 import mergetool
 from mergetool.errors import PlanError
 from mergetool.testing.classifiers import save_experts, tiny_config
-from tests.bundle.tiny import OPTIONS, ROUTER, make_bundle, tiny_inputs
 from tests.bundle.test_devices import made
+from tests.bundle.tiny import OPTIONS, ROUTER, make_bundle, tiny_inputs
 
 
 def half_of(bundle):

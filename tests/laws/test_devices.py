@@ -26,13 +26,17 @@ CASES = [pytest.param(case, id=f"{case.method} {case.option}".strip()) for case 
 
 def recipe_of(case):
     base = {"base": "unused"} if case.has_base else {}
+    if case.kind.statistic:
+        base["calibration"] = {name: {"measured": "unused"} for name in case.names}
     return load_recipe({**base, "models": dict.fromkeys(case.names, "unused"), "merge": case.section()})
 
 
 def merged(case, device, store=None):
     base, models = case.toys(exact=False)
     given = {"base": base, **models} if case.has_base else models
-    plan = make_plan(recipe_of(case), sources={name: MemorySource(state, name) for name, state in given.items()})
+    measured = {name: MemorySource(state, name) for name, state in (case.statistics(models) or {}).items()}
+    sources = {name: MemorySource(state, name) for name, state in given.items()}
+    plan = make_plan(recipe_of(case), sources=sources, statistics=measured)
     sink = MemorySink(plan)
     pool = WorkerPool(plan, sink)
     pool.device, pool.store = str(device), store

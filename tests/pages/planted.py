@@ -84,7 +84,9 @@ class Planted:
                 for each in DENSITIES
             ],
             "spectra": [row | self.spectrum(model) for row in matrices for model in self.models],
-            "interference": [row | {"kept": 16, "interference": self.number(), "total": 1.0} for row in matrices],
+            "interference": [
+                row | {"kept": 16, "interference": self.number(), "chance": 0.5, "total": 1.0} for row in matrices
+            ],
             "alignment": [row | self.alignment(*pair) for row in matrices for pair in self.pairs],
             "settings": self.settings(),
             "missing": [] if self.empty else [{"tensor": "x", "models": self.models[:1], "why": "missing"}],
@@ -95,7 +97,7 @@ class Planted:
 
     def model(self, model):
         ranks = {"effective_rank": self.number(1, 64), "stable_rank": self.number(1, 64), "edge": self.number(1, 5)}
-        counts = {"identical": 9, "tensors": 39, "not_finite": 0, "source": f"./{model}", "dtypes": ["BF16"]}
+        counts = {"identical": 9, "tensors": 39, "not_finite": 0, "dtypes": ["BF16"]}
         kinship = {"kinship_layers": self.number(), "kinship_tokens": self.number()}
         return self.of_model(model) | counts | ranks | kinship | {"share_of_norms": self.number()} | {
             "density_90": self.number()

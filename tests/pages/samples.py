@@ -3,6 +3,7 @@
 import math
 
 from mergetool.pages import (
+    Bullets,
     Chapter,
     Code,
     Column,
@@ -79,7 +80,7 @@ def everything():
             Chapter("Advice", [*findings, *(Note(said, level) for level in LEVELS)], said),
             Chapter(HOSTILE[1], pictures()),
             Chapter("Tensors", [Table(COLUMNS, ROWS, said, show=10, strong=[1]), Code(said)]),
-            Chapter("Tensors", [Details(said, [Text(said), Table(HOSTILE[:2], [HOSTILE[2:4]])])]),
+            Chapter("Tensors", [Details(said, [Text(said), Bullets(HOSTILE), Table(HOSTILE[:2], [HOSTILE[2:4]])])]),
             Chapter("日本語"),
         ],
         [Facts([(name, name) for name in HOSTILE])],

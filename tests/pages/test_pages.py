@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mergetool.pages import Chapter, Page, Picture, Table, render
+from mergetool.pages import Chapter, Page, Picture, Table, bars, heat, lines, points, render
 from mergetool.pages.cells import shown
 from mergetool.pages.colours import LEVELS, NAMED, SERIES
 from mergetool.pages.words import label, visible
@@ -96,17 +96,17 @@ def test_a_row_that_does_not_fit_its_columns_is_a_mistake():
 
 
 def test_an_empty_table_and_a_picture_of_nothing_are_fine():
-    from mergetool.pages import bars, heat, points
-
-    draws = [lines_of_nothing(), bars({}, [], "x"), heat([], [], [], "x"), points({}, "x", "y")]
+    draws = [lines({"a": ([], [])}, "x", "y", log=True), bars({}, [], "x"), heat([], [], [], "x"), points({}, "x", "y")]
     page = render(Page("a", "", [Chapter("b", [Table(["one"], []), *map(Picture, draws)])]))
     assert page.count("<svg") == 4
 
 
-def lines_of_nothing():
-    from mergetool.pages import lines
+def test_next_to_nothing_does_not_look_like_much():
+    from matplotlib.figure import Figure
 
-    return lines({"a": ([], [])}, "x", "y", log=True)
+    axes = Figure().subplots()
+    lines({"a": ([1, 2], [0.001, -0.001])}, "layer", "cosine", least=(-0.2, 0.2))(axes)
+    assert axes.get_ylim() == (-0.2, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,8 @@ def lines_of_nothing():
         (0.012345, "number", "0.0123"),
         (12345.6, "number", "12,346"),
         (1.5e-9, "number", "1.5e-09"),
+        (0.999779, "number", "0.99978"),
+        (1.0, "number", "1"),
         (float("nan"), "number", "nan"),
         (0.5, "share", "50 %"),
         (0.99999, "share", "> 99.9 %"),

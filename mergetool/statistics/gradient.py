@@ -1,0 +1,111 @@
+"""The way down: the gradient of a model's loss on data, and how much it differs from batch to batch.
+
+The loss of a row is the cross-entropy of its class; of a language model, the mean over its tokens of that of the next
+one. Beside the mean over rows, kept under the name of each weight, stands the mean over batches of the squared gradient
+of a batch, which tells what Adam divides by.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mergetool.errors import MergeError, PlanError
+from mergetool.statistics.base import Extent, Found, Statistic, Tell, tensor_of
+from mergetool.statistics.fisher import sparse_embeddings, speaks_of
+from mergetool.statistics.gram import not_finite
+from mergetool.tensors.header import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergetool.networks.running import RunningNetwork
+    from mergetool.statistics.examples import Example
+
+SQUARED = "(squared)"
+"""What is put before a weight's name for its squares."""
+
+
+@dataclass(frozen=True)
+class LossGradient(Statistic):
+    """Mean gradient of the loss, and mean over batches of its square."""
+
+    batch: int = 8
+    name: ClassVar = "gradient"
+    cost: ClassVar = 6.0
+    copies: ClassVar = 5.0
+
+    def labelled(self, config: Mapping[str, Any]) -> bool:
+        return speaks_of(config) == "classes"
+
+    def form(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Extent:
+        if speaks_of(config) not in ("classes", "next"):
+            kind = (config.get("architectures") or ["no class"])[0]
+            what = f"its config.json names {kind}, whose loss is not known here"
+            raise PlanError(what, where, "give ...ForSequenceClassification, ...ForCausalLM or ...LMHeadModel")
+        shapes = {name: spec.shape for name, spec in specs.items() if spec.dtype.is_float}
+        return Extent(shapes | {f"{SQUARED}{name}": shape for name, shape in shapes.items()})
+
+    def measure(
+        self, network: "RunningNetwork", examples: "Sequence[Example]", names: Collection[str], seed: int, tell: Tell
+    ) -> Found:
+        import torch
+
+        parameters = network.parameters()
+        mean, squares, own = ([torch.zeros_like(value) for value in parameters.values()] for _ in range(3))
+        starts = range(0, len(examples), self.batch)
+        with sparse_embeddings(network.model):
+            for batch in (examples[start : start + self.batch] for start in starts):
+                for example in batch:
+                    _descend(network, example, list(parameters.values()), own, 1 / len(batch))
+                    tell(1)
+                for total, square, each in zip(mean, squares, own, strict=True):
+                    total.add_(each, alpha=len(batch) / len(examples))
+                    square.addcmul_(each, each, value=1 / len(starts))
+                    each.zero_()
+        found: dict[str, Tensor] = {}
+        for before, values in (("", mean), (SQUARED, squares)):
+            held = dict(zip(parameters, (value.cpu() for value in values), strict=True))
+            found |= {f"{before}{name}": value for name, value in network.stored(held).items()}
+        _check_finite(found, network.where)
+        return Found({name: value for name, value in found.items() if name in names})
+
+
+def losses(network: "RunningNetwork", examples: "Sequence[Example]") -> "list[float]":
+    """The loss of every example by itself."""
+    import torch
+
+    with torch.inference_mode():
+        return [float(loss_of(network, example)) for example in examples]
+
+
+def loss_of(network: "RunningNetwork", example: "Example") -> "Tensor":
+    """The loss of one example. Raises MergeError where what the network says is no number."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    logits = network.model(**tensor_of([example], network.device)).logits[0]
+    if not bool(logits.isfinite().all()):
+        raise not_finite("what it says", [example], network.where)
+    if example.label is not None:
+        return cross_entropy(logits, torch.tensor(example.label, device=logits.device))
+    ids = torch.tensor(example.inputs["input_ids"], device=logits.device)
+    return cross_entropy(logits[:-1], ids[1:]) if len(ids) > 1 else logits.sum() * 0
+
+
+def _descend(
+    network: "RunningNetwork", example: "Example", values: "list[Any]", into: "list[Tensor]", share: float
+) -> None:
+    """Add the gradient of one example's loss."""
+    import torch
+
+    given = torch.autograd.grad(loss_of(network, example), values, allow_unused=True)
+    for total, gradient in zip(into, given, strict=True):
+        if gradient is not None:
+            total.add_(gradient, alpha=share)
+
+
+def _check_finite(values: "Mapping[str, Tensor]", where: str) -> None:
+    for name, value in values.items():
+        if not bool(value.isfinite().all()):
+            fix = "repair that model (mergetool verify FOLDER scans it)"
+            raise MergeError(f"the gradient of the loss at {name} is not finite", where, fix)
