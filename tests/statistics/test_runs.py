@@ -120,6 +120,16 @@ def test_other_rows_settings_or_weights_are_measured_anew(place, recipe, tmp_pat
     assert len(kept(tmp_path)) == 6
 
 
+@pytest.mark.parametrize(
+    ("statistic", "changes"),
+    [("fisher", {"seed": 1}), ("gradient", {"batch": 2}), ("gram", {"dtype": "float64"}), ("gram", {"length": 2})],
+)
+def test_whatever_decides_a_statistic_is_in_its_name(place, tmp_path, statistic, changes):
+    for more in ({}, changes, {}):
+        mergetool.measure(place / "a", statistic, place / "a.jsonl", cache=tmp_path / "cache", **more)
+    assert len(kept(tmp_path)) == 2
+
+
 def test_where_a_model_lies_and_how_rows_are_written_does_not_matter(place, recipe, tmp_path):
     run(recipe(), tmp_path / "out")
     before = kept(tmp_path)
