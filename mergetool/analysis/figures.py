@@ -301,13 +301,19 @@ class Figures:
 
 def places(names: Sequence[str]) -> Mapping[str, Standing]:
     """Layer, depth and role of every tensor."""
-    depths = structural_depths(names)
-    return {name: _placed(name, depth) for name, depth in depths.items()}
+    layers: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for place, part in enumerate(parts):
+            if part.isdecimal():
+                layers.setdefault(".".join(parts[:place]), set()).add(part)
+    return {name: _placed(name, depth, layers) for name, depth in structural_depths(names).items()}
 
 
-def _placed(name: str, depth: tuple[int, int] | None) -> Standing:
+def _placed(name: str, depth: tuple[int, int] | None, layers: Mapping[str, set[str]]) -> Standing:
     parts = name.split(".")
-    number = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+    numbers = (place for place, part in enumerate(parts) if part.isdecimal())
+    number = next((place for place in numbers if len(layers[".".join(parts[:place])]) > 1), None)
     if depth is None or number is None:
         return Standing(OUTSIDE, None, name)
     return Standing(".".join(parts[: number + 1]), depth[0], ".".join(parts[number + 1 :]))

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from mergetool.analysis.descent_page import descent
 from mergetool.analysis.drawings import agreement, conflicts, dominance, norms, redundancy, rounding, spaces
 from mergetool.pages import Bullets, Chapter, Column, Details, Facts, Finding, Note, Page, Piece, Table, Text, render
 from mergetool.pages.cells import share, short
@@ -22,7 +23,15 @@ _BESIDE = 8
 def analysis_page(told: Told) -> str:
     """The page as HTML. Raises ModuleNotFoundError where the extra `report` is not installed."""
     chapters = [_advice(told), _models(told), norms(told), agreement(told), conflicts(told), dominance(told)]
-    chapters += [redundancy(told), spaces(told), rounding(told), _tensors(told), _beside(told), _method(told)]
+    chapters += [
+        descent(told),
+        redundancy(told),
+        spaces(told),
+        rounding(told),
+        _tensors(told),
+        _beside(told),
+        _method(told),
+    ]
     title = f"Analysis of {Path(told['recipe']).name}"
     return render(Page(title, _lead(told), [each for each in chapters if each], _intro(told)))
 

@@ -57,6 +57,8 @@ def _outside(delta: Tensor, basis: Tensor, count: int) -> Factors:
     """The leading triplets of what `delta` writes outside the span of `basis` (m, c), orthonormal."""
     exact = delta.to(torch.float64)
     rest = exact - basis @ (basis.mT @ exact)
+    if not rest.is_cpu:
+        rest = rest.to(delta.dtype)  # where products find directions, and finer than they is only noise
     noise = max(delta.shape) * torch.finfo(delta.dtype).eps * float(torch.linalg.matrix_norm(exact))
     factors = live_factors(rest, min(count, *rest.shape))
     return factors.leading(int((factors.s > noise).sum()))

@@ -176,17 +176,24 @@ def _from_tall(exact: Tensor, k: int, noise: float) -> tuple[Factors, int]:
     gram = exact.mT @ exact
     if not bool(gram.diagonal(dim1=-2, dim2=-1).sum().isfinite()):
         raise ValueError("the matrix holds infinities or not-a-numbers")
+    if gram.shape[-1] < _SMALLEST or k * _NARROW > gram.shape[-1]:
+        space = checked_eigh(gram)[1][..., -k:].flip(-1)
+        return _triplets_in(exact @ space, space), 0
     space, failed = _leading_space(gram, k, noise)
-    image = exact @ space
-    # The best triplets within the space: what is left of a Gram matrix is right for all that is no rounding.
-    values, turn = checked_eigh(image.mT @ image)
-    s, turn = values.flip(-1).clamp_(min=0).sqrt_(), turn.flip(-1)
-    return Factors((image @ turn) / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None], s, space @ turn), failed
+    # The best triplets within the space: those of single directions need not be found yet.
+    _, turn = checked_eigh((image := exact @ space).mT @ image)
+    turn = turn.flip(-1)
+    return _triplets_in(image @ turn, space @ turn), failed
+
+
+def _triplets_in(image: Tensor, right: Tensor) -> Factors:
+    """Triplets with these right vectors, whose images are orthogonal: up to rounding, in what is no noise itself."""
+    s = torch.linalg.vector_norm(image, dim=-2)
+    return Factors(image / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None], s, right)
 
 
 def _leading_space(gram: Tensor, k: int, noise: float) -> tuple[Tensor, int]:
-    if gram.shape[-1] < _SMALLEST or k * _NARROW > gram.shape[-1]:
-        return checked_eigh(gram)[1][..., -k:], 0
+    """`leading_spaces`, where they are not found from `eigh`, and how often that was."""
     space, found = leading_spaces(gram, k, noise)
     for index, right in enumerate(found):
         if not right:
@@ -255,6 +262,16 @@ def polar(x: Tensor, *, fill: bool = False) -> Tensor:
     return (p if fill else p * live) @ qh
 
 
+def damped_polar(x: Tensor, damping: float) -> Tensor:
+    """sqrt(1 + e) x (x^T x + e)^(-1/2), e = `damping` > 0, float64.
+
+    Orthonormal columns stay as they are, and what is left between near copies is not raised to full length.
+    """
+    values, vectors = gram_eigh(x, x.shape[1])
+    scale = ((1 + damping) / (values.clamp(min=0) + damping)).sqrt()
+    return ((x.to(torch.float64) @ vectors) * scale) @ vectors.mT
+
+
 def whitener(x: Tensor) -> Tensor:
     """W = (x^T x)^(-1/2), symmetric, (K, K), float64: x W is `polar(x)`. Zero on the null directions of x."""
     if (whitening := _gram_whitener(x)) is not None:
@@ -291,11 +308,14 @@ def concatenated(tasks: Sequence[Factors]) -> Factors:
     )
 
 
-def orthogonalised(every: Factors, *, fill: bool = False) -> Factors:
+def orthogonalised(every: Factors, *, fill: bool = False, damping: float = 0.0) -> Factors:
     """`concatenated` factors with left and right vectors replaced by the nearest orthonormal ones; `.dense()` is M.
 
-    The singular values of M are all of `s`, if K <= min(m, n) and no direction is null. `fill` as in `polar`.
+    The singular values of M are all of `s`, if K <= min(m, n) and no direction is null. `fill` as in `polar`;
+    `damping` > 0 as in `damped_polar`.
     """
+    if damping and every.rank:
+        return Factors(damped_polar(every.u, damping), every.s, damped_polar(every.v, damping))
     return Factors(polar(every.u, fill=fill), every.s, polar(every.v, fill=fill))
 
 

@@ -123,7 +123,7 @@ def _drawn(x: Tensor) -> Drawn:
         int(((signs.amax(0) > 0) & (signs.amin(0) < 0)).sum()),
         changes.abs().sum(1, dtype=torch.float64).numpy(),
         float(changes.sum(0).abs().sum(dtype=torch.float64)),
-        np.stack([_magnitudes(row) for row in changes]),
+        _magnitudes(changes),
         float(mean.square().sum(dtype=torch.float64)),
         float((kept - merged).square().sum(dtype=torch.float64)),
         int((merged != x[0]).sum()),
@@ -131,12 +131,13 @@ def _drawn(x: Tensor) -> Drawn:
     )
 
 
-def _magnitudes(row: Tensor) -> Array:
-    """How many entries fall into each bin; zeros into none."""
-    bits = row.float().contiguous().view(torch.int32) & 0x7FFFFFFF
+def _magnitudes(changes: Tensor) -> Array:
+    """How many entries of each row fall into each bin; zeros into none."""
+    bits = changes.float().contiguous().view(torch.int32) & 0x7FFFFFFF
     places = (bits >> (_MANTISSA - _PARTS_BITS)) - (_LOWEST << _PARTS_BITS)
-    counts = torch.bincount(places.clamp_(0, _BINS - 1), minlength=_BINS).numpy()
-    counts[0] -= int((bits == 0).sum())
+    places = places.clamp_(0, _BINS - 1) + torch.arange(len(bits), dtype=torch.int32)[:, None] * _BINS
+    counts = torch.bincount(places.view(-1), minlength=len(bits) * _BINS).view(-1, _BINS).numpy()
+    counts[:, 0] -= (bits == 0).sum(1).numpy()
     return counts
 
 

@@ -35,6 +35,10 @@ def _models(facts: dict[str, Any]) -> Iterator[str]:
     for name in _NAMES[: facts["max_models"]]:
         place = f"{{adapter: ./adapters/{name}}}" if alone else f"./models/{name}"
         yield _line(f"  {name}: {place}", "a name of your choice, and where that model is")
+    if registry()[facts["name"]].statistic:
+        yield "calibration:"
+        yield _line("  data: ./rows.jsonl", 'rows for all models, one JSON object a line: {"text": "an input"}')
+        yield _line("  # samples: 256", "rows that are used, from the first on")
 
 
 def _merge(facts: dict[str, Any]) -> Iterator[str]:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from mergetool.networks.running import RunningNetwork
     from mergetool.statistics.examples import Example
 
+_ROWS = 1024
+"""Rows that are multiplied at once."""
+
 
 @dataclass(frozen=True)
 class InputGram(Statistic):
@@ -62,6 +65,8 @@ class InputSums:
     batch: "Sequence[Example]" = ()
     _totals: "dict[str, Tensor]" = field(default_factory=dict)
     _counts: dict[str, int] = field(default_factory=dict)
+    _waiting: "dict[str, list[Tensor]]" = field(default_factory=dict)
+    """Inputs that are still to be multiplied: a product of many rows costs hardly more than one of few."""
     _leaders: dict[str, str] = field(default_factory=dict)
     _last: "tuple[Tensor | None, str]" = (None, "")
     """What went into the layer before, and which layer's sum it was added to."""
@@ -89,20 +94,31 @@ class InputSums:
             self._part(name)
         self._leaders[name] = name
         self._last = inputs, name
-        self._sum(name, inputs.detach().reshape(-1, inputs.shape[-1]))
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
+        self._keep(name, rows.clone())  # a network may go on to change it in place
 
     def _part(self, name: str) -> None:
         leader = self._leaders[name]
+        self._multiply(leader)
         self._totals[name], self._counts[name] = self._totals[leader].clone(), self._counts[leader]
 
-    def _sum(self, name: str, rows: "Tensor") -> None:
+    def _keep(self, name: str, rows: "Tensor") -> None:
+        if not bool(rows.isfinite().all()):
+            raise not_finite(f"what goes into {name}", self.batch, self.where)
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append(rows)
+        if sum(map(len, waiting)) >= _ROWS:
+            self._multiply(name)
+
+    def _multiply(self, name: str) -> None:
         import torch
 
-        product = (rows.T @ rows).to(torch.float64)
-        if not bool(product.diagonal().isfinite().all()):
-            raise not_finite(f"what goes into {name}", self.batch, self.where)
+        if not (waiting := self._waiting.pop(name, [])):
+            return
+        rows = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+        product = rows.T @ rows
         known = self._totals.get(name)
-        self._totals[name] = product if known is None else known.add_(product)
+        self._totals[name] = product.to(torch.float64) if known is None else known.add_(product)
         self._counts[name] = self._counts.get(name, 0) + len(rows)
 
     def found(self, linears: "Mapping[str, nn.Module]", dtype: Any) -> Found:
@@ -110,6 +126,7 @@ class InputSums:
         tensors, shared = {}, {}
         for name, module in linears.items():
             leader = self._leaders.get(name, name)
+            self._multiply(name)
             if leader != name:
                 shared[name] = leader
             elif name in self._totals:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import mergetool
 from mergetool import PlanError, SourceError
+from mergetool.analysis.page import analysis_page
 from mergetool.cli.app import app
 from tests.statistics.networks import inputs_of, opened, write_classifier, write_rows
 from tests.zoo.text import save_tokenizer
@@ -133,6 +134,13 @@ def test_checkpoints_are_held_beside_the_finished_model_in_the_order_of_the_run(
     (advice,) = [each for each in analysis.advice if each["kind"] == "checkpoint"]
     first = next(row for row in rows if row["cosine"] > 0.9)["checkpoint"]
     assert advice["fix"].endswith(f"b: .../{first}")
+
+
+def test_the_page_has_a_chapter_of_it(analysis):
+    page = analysis_page(analysis.facts)
+    assert "Task vectors and losses" in page
+    for caption in ("Alignment, layer by layer", "each task vector brings", "along the merge", "a run's checkpoints"):
+        assert caption.replace("'", "&#39;") in page, caption
 
 
 def test_the_command_shows_it(place, analysis):

@@ -1,5 +1,6 @@
 """Models that do not belong in a merge are told apart by name, and what is sound is left alone."""
 
+import json
 import shutil
 
 import pytest
@@ -45,6 +46,11 @@ def test_a_model_of_another_ancestor(recipe, stranger):
 
 def test_a_model_of_another_ancestor_where_there_is_no_base(recipe, stranger):
     found = mergetool.analyze(recipe(base=None, method="linear", other=stranger))
+    assert told(found) == [("unrelated", ("other",))]
+
+
+def test_two_models_that_have_nothing_to_do_with_each_other(recipe, stranger):
+    found = mergetool.analyze(recipe(("code",), base=None, method="linear", other=stranger))
     assert told(found) == [("unrelated", ("other",))]
 
 
@@ -107,8 +113,6 @@ def test_a_tokenizer_that_is_not_the_model_s(recipe, family, tmp_path):
 
 def test_a_vocabulary_in_another_order_is_sound_where_the_rows_follow(recipe, family, tmp_path):
     """The same model with its tokens numbered anew, and its rows with them."""
-    import json
-
     fine = hf.AutoModelForCausalLM.from_pretrained(family / "code")
     shutil.copytree(family / "code", tmp_path / "moved")
     file = tmp_path / "moved" / "tokenizer.json"
@@ -162,6 +166,25 @@ def test_changes_that_bfloat16_cannot_hold(recipe, family, tmp_path):
     found = mergetool.analyze(recipe((), slight=tmp_path / "slight"))
     assert ("dtype", ()) in told(found)
     assert only(found, "dtype")["evidence"]["survives_bfloat16"] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("merge", "expected"),
+    [
+        ({"method": "task-arithmetic", "scale": 0.001}, "problem"),
+        ({"method": "ties", "density": 0.5, "scale": 0.0}, "problem"),
+        ({"method": "task-arithmetic", "weight": 9.0}, "warning"),
+        ({"method": "task-arithmetic", "weight": {"tales": 1.0, "code": 0.5, "letters": -0.5}}, None),
+        ({"method": "ties", "density": 0.5}, None),
+    ],
+)
+def test_numbers_that_leave_the_base_or_overshoot(recipe, merge, expected):
+    found = mergetool.analyze(recipe() | {"merge": merge})
+    assert told(found) == ([("numbers", ())] if expected else [])
+    if expected:
+        advice = only(found, "numbers")
+        assert advice["weight"] == expected
+        assert told(mergetool.analyze(recipe() | yaml.safe_load(advice["fix"]))) == []
 
 
 def test_hints_can_be_typed(recipe, tmp_path):

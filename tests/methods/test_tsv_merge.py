@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -225,6 +226,44 @@ def test_a_model_that_is_not_finite_is_named(bad):
 def test_two_runs_give_the_same_bits():
     deltas = [task(40, 30, 0), task(40, 30, 0), randn(40, 2) @ randn(2, 30, seed=1)]
     assert torch.equal(update(deltas), update(deltas))
+
+
+# Damping
+
+
+def drawn(seed, *shape):
+    return np.random.RandomState(seed).randn(*shape)
+
+
+def oracles():
+    yield "A", [drawn(100 + t, 12, 8) / 10 for t in range(3)], 1.2721839775, 1.2570005235
+    shared = drawn(7, 8, 1) @ drawn(8, 1, 12) / 20
+    low = [drawn(200 + t, 8, 2) @ drawn(300 + t, 2, 12) / 10 + drawn(400 + t, 8, 12) / 50 + shared for t in range(3)]
+    yield "B", low, 2.4172739396, 2.3169618776
+    yield "C", [drawn(500 + t, 9, 10) / 10 for t in range(4)], 1.4073451540, 1.3160618141
+    tall = [drawn(800 + t, 16, 2) @ drawn(900 + t, 2, 10) / 8 + drawn(950 + t, 16, 10) / 20 for t in range(2)]
+    yield "D", tall, 3.6570547571, 3.5030016503
+
+
+@pytest.mark.parametrize(("deltas", "plain", "damped"), [pytest.param(*case, id=name) for name, *case in oracles()])
+def test_a_damped_merge_is_as_long_as_computed_elsewhere(deltas, plain, damped):
+    deltas = [torch.from_numpy(delta) for delta in deltas]
+    assert float(update(deltas).norm()) == pytest.approx(plain, abs=1e-9)
+    assert float(update(deltas, damping=0.01).norm()) == pytest.approx(damped, abs=1e-9)
+
+
+def test_damping_keeps_near_copies_at_their_length():
+    delta = task(40, 30, 0)
+    copy = delta + 1e-4 * delta.norm() * randn(40, 30, seed=5) / 1200**0.5
+    wanted = float(truncated(delta, 15).norm())
+    assert float(update([delta, copy]).norm()) == pytest.approx(2**0.5 * wanted, rel=1e-2)
+    assert float(update([delta, copy], damping=0.01).norm()) == pytest.approx(wanted, rel=2e-2)
+
+
+def test_damping_and_filling_exclude_each_other():
+    with pytest.raises(RecipeError, match="write `null_policy: drop`"):
+        update([task(8, 6, 0)] * 2, damping=0.01, null_policy="reference")
+    assert relative(update([task(8, 6, 0)] * 2, damping=0.01, null_policy="drop"), truncated(task(8, 6, 0), 3)) < 0.01
 
 
 # Which tensors are matrices

@@ -13,6 +13,7 @@ from mergetool.recipe import load_recipe
 from mergetool.recipe.starter import starter
 from tests.cli.conftest import call  # noqa: F401  (a fixture)
 from tests.files import write_models
+from tests.statistics.networks import write_classifier, write_rows
 
 
 @pytest.fixture
@@ -36,6 +37,10 @@ def test_every_method_has_a_recipe_to_begin_with_that_is_valid_and_names_every_f
     text = (here / "recipe.yaml").read_text()
     for key in registry()[name].model_fields:
         assert re.search(rf"^  (# )?{key}:", text, re.MULTILINE), key
+    if registry()[name].statistic:
+        for seed, model in enumerate(("first", "second")):
+            write_classifier(here / "models" / model, seed)
+        write_rows(here / "rows.jsonl")
     if issubclass(registry()[name], TensorMethod):
         code, out, err = call("run", "recipe.yaml")
         assert (code, out.strip()) == (0, str(here / name)), err

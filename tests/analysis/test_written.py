@@ -1,0 +1,50 @@
+"""What an analysis leaves in a folder: the page of real models, in a browser, and the figures beside it."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import mergetool
+from mergetool import OutputError
+from tests.pages.browsing import opened, stands
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def ties(family, tmp_path):
+    """The recipe of ties as it is, with the models that it names."""
+    shutil.copy(RECIPES / "ties.yaml", tmp_path)
+    (tmp_path / "models").mkdir()
+    for name, own in {"base": "base", "math": "tales", "code": "code", "chat": "letters"}.items():
+        (tmp_path / "models" / name).symlink_to(family / own)
+    return tmp_path / "ties.yaml"
+
+
+def test_the_page_stands_and_has_the_figures(browser, ties, tmp_path):
+    found = mergetool.analyze(ties, output=tmp_path / "report")
+    assert json.loads((tmp_path / "report" / "analysis.json").read_text()) == json.loads(found.to_json())
+    stands(browser, tmp_path / "report" / "analysis.html")
+    with opened(browser, tmp_path / "report" / "analysis.html") as shown:
+        text = shown.inner_text("body")
+    for advice in found.advice:
+        assert advice["title"].lower() in text.lower()
+    assert "math" in text
+    assert (tmp_path / "report" / "analysis.html").stat().st_size < 2_000_000
+
+
+def test_without_jinja_the_figures_are_there_and_the_install_line_is_told(ties, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(OutputError, match="jinja2 is not installed") as caught:
+        mergetool.analyze(ties, output=tmp_path / "report")
+    assert caught.value.fix == "pip install 'mergetool[report]'"
+    assert (tmp_path / "report" / "analysis.json").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told(ties, tmp_path):
+    (tmp_path / "report").write_text("")
+    with pytest.raises(OutputError):
+        mergetool.analyze(ties, output=tmp_path / "report")
