@@ -56,6 +56,17 @@ def forks():
     server.close()
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium. Not for longer than a module: while it is there, other tests cannot start an event loop."""
+    from tests.pages.browsing import CHROMIUM, browser
+
+    if CHROMIUM is None:
+        pytest.skip("no chromium here")
+    with browser() as found:
+        yield found
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(CACHE, ignore_errors=True)
 

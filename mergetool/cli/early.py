@@ -31,7 +31,8 @@ def load_libraries() -> Thread | None:
 
 
 def _load(folder: Path) -> None:
-    open_library = ctypes.CDLL(None).dlopen
-    open_library.argtypes, open_library.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
-    for name, scope in _LIBRARIES:
-        open_library(os.fsencode(folder / name), scope | os.RTLD_NOW)
+    with suppress(OSError, AttributeError):  # another C library may keep its `dlopen` elsewhere
+        open_library = ctypes.CDLL(None).dlopen
+        open_library.argtypes, open_library.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
+        for name, scope in _LIBRARIES:
+            open_library(os.fsencode(folder / name), scope | os.RTLD_NOW)

@@ -27,8 +27,8 @@ from mergetool.tensors.source import ModelSource
 
 _LONGEST = 1 << 24
 """Elements of a slice beyond which there is nothing to gain."""
-_SHARE = 0.7
-"""Of a device's free memory for slices; libraries want some, too."""
+_SLICES, _WHOLE = 0.3, 0.5
+"""Of a device's free memory for slices, and for tensors that are held whole; libraries want some, too."""
 _T = TypeVar("_T")
 
 
@@ -37,8 +37,15 @@ def slice_elements(plan: Plan, device: torch.device, workers: int) -> int:
     free = free_memory(device)
     if free is None:
         return SLICE_ELEMENTS
-    most = int(_SHARE * free / max(1, workers) / bytes_per_element(plan))
+    share = _SLICES if any(step.granularity == "tensor" for step in plan.steps) else _SLICES + _WHOLE
+    most = int(share * free / max(1, workers) / bytes_per_element(plan))
     return max(devices.LEAST_SLICE, min(_LONGEST, 1 << max(0, most.bit_length() - 1)))
+
+
+def memory_for_whole(device: torch.device) -> int | None:
+    """Bytes that whole tensors may take there together, as far as is known."""
+    free = free_memory(device)
+    return None if free is None else int(_WHOLE * free)
 
 
 class DeviceWorker(Worker):

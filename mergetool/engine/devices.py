@@ -99,10 +99,7 @@ def library(device: "torch.device") -> Any:
 
 @contextmanager
 def own_stream(device: "torch.device") -> Iterator[None]:
-    """Do what is inside in this thread's own stream of the device; nothing special where there are no streams.
-
-    Whoever works inside waits for what others are to see.
-    """
+    """Do what is inside in this thread's own stream of the device, and wait for it; nothing special without streams."""
     streams = library(device)
     if streams is None:
         yield
@@ -112,6 +109,7 @@ def own_stream(device: "torch.device") -> Iterator[None]:
         known[streams, device] = streams.Stream(device)
     with streams.stream(known[streams, device]):
         yield
+        known[streams, device].synchronize()
 
 
 @dataclass(frozen=True)

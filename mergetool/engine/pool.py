@@ -25,6 +25,8 @@ class WorkerPool:
         self.device = "cpu"
         self.length = UNIT_ELEMENTS
         """Elements of a step that are given to a worker at once: whole units."""
+        self.memory: int | None = None
+        """Bytes for whole tensors, where these lie on a device and that is known."""
         self._sink = sink
         self.store: FactorStore | None = None
         self._threads = 1
@@ -53,9 +55,10 @@ class WorkerPool:
         if self.device != "cpu":
             import torch
 
-            from mergetool.engine.device_worker import slice_elements
+            from mergetool.engine.device_worker import memory_for_whole, slice_elements
 
             self._slice = slice_elements(self.plan, torch.device(self.device), workers)
+            self.memory = memory_for_whole(torch.device(self.device))
             self.length = max(UNIT_ELEMENTS, self._slice)
 
     @contextmanager

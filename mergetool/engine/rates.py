@@ -27,6 +27,7 @@ from mergetool.tensors.digests import cache_folder
 from mergetool.tensors.io import bytes_of, read_exact
 from mergetool.tensors.writer import write_file
 
+_DRIVER = Path("/proc/driver/nvidia/gpus")
 _VERSION = 1
 """Of how these are measured."""
 _SECONDS = 0.08
@@ -77,9 +78,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _about(device: torch.device, threads: int) -> str:
     """What the rates belong to, in words."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    machine = f"{platform.node()}, {platform.machine()} {_processor()}, {os.cpu_count()} cores"
-    return f"version {_VERSION}; {machine}; {threads} threads; {name}; torch {torch.__version__}"
+    machine = f"{platform.machine()} {_processor()}, {os.cpu_count()} cores, {threads} threads"
+    return f"version {_VERSION}; {machine}; {device}: {_model(device)}; torch {torch.__version__}"
+
+
+def _model(device: torch.device) -> str:
+    """What a device is; on Linux without waking it up."""
+    told = [line for path in sorted(_DRIVER.glob("*/information")) for line in path.read_text().splitlines()]
+    models = [line.partition(":")[2].strip() for line in told if line.startswith("Model:")]
+    if device.type != "cuda" or models:
+        return ", ".join([*models, os.environ.get("CUDA_VISIBLE_DEVICES", "")])
+    return torch.cuda.get_device_name(device)
 
 
 def _processor() -> str:

@@ -85,6 +85,8 @@ class Flags:
     """Whether to push to `output.hub`; None: if the recipe has one."""
     locked: bool = False
     """Whether recipe and inputs must be what an earlier lock says."""
+    device_map: str | Mapping[str, str | int] | None = None
+    """How networks that are run are dealt over devices, memory (at most `memory`) and the disk."""
 
 
 def run_recipe(
@@ -306,6 +308,8 @@ def _stages(run: Context, costs: Costs, flags: Flags, journal: Journal) -> None:
     device = costs.device if run.team.all_gather(costs.device)[0] != "cpu" else "cpu"
     workers = costs.workers * run.team.local_size
     with run.pool.ready(device, flags.cache if run.plan.recipe.method.uses_factors else None, workers):
+        if run.pool.memory is not None:
+            run.schedule.limit(run.pool.memory)
         run.record.device, run.record.why = run.pool.device, costs.why
         if run.pool.device != "cpu" or costs.why:
             run.teller.say(f"merging on {run.pool.device}{f' ({costs.why})' if costs.why else ''}")

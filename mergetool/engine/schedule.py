@@ -47,6 +47,12 @@ class Schedule:
         self._changed = Condition()
         self.error: BaseException | None = None
 
+    def limit(self, memory: int) -> None:
+        """From now on, so many bytes for all running jobs."""
+        with self._changed:
+            self._memory = memory
+            self._changed.notify_all()
+
     def add(self, jobs: Iterable[Job], *, first: bool = False) -> None:
         """Queue jobs, at the end or before all others of their kind."""
         jobs = list(jobs)

@@ -31,14 +31,14 @@ def apply_(x: Tensor, mask: Tensor) -> Tensor:
     return x
 
 
-def count_nonzero(x: Tensor, mask: Tensor | None = None) -> int:
-    """How many entries are not zero, of those that a mask keeps. Negative zeros count."""
+def count_nonzero(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How many entries are not zero, of those that a mask keeps (no axes, int64, where `x` is); -0.0 is not."""
     bits = x.view(_whole(x.dtype))
     if mask is not None:
         bits = bits & mask
     if bits.device.type != "cpu":
-        return int(torch.count_nonzero(bits))
-    return int(np.count_nonzero(bits.numpy()))  # several times as fast as torch
+        return torch.count_nonzero(bits)
+    return torch.tensor(np.count_nonzero(bits.numpy()))  # several times as fast as torch
 
 
 def packed(choice: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ class _Shares(StatisticsPass):
         for group in groups:
             changed, count = _changes(group, p.epsilon)
             own = mask_equal(count, 1.0, group.scratch)
-            every = torch.tensor([count_nonzero(delta) for delta in changed])
-            alone = torch.tensor([count_nonzero(delta, own) for delta in changed])
+            counts = [count_nonzero(delta, mask) for mask in (None, own) for delta in changed]
+            every, alone = torch.stack(counts).to("cpu").view(2, -1)
             parts.append(torch.stack([every - alone, alone]))
         return torch.stack(parts).sum(0)
 

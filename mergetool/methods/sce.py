@@ -49,7 +49,7 @@ class _Differing(StatisticsPass):
 
         from mergetool.kernels.masks import count_nonzero
 
-        return torch.tensor([sum(count_nonzero(_variance(group, p)[0]) for group in groups)])
+        return torch.stack([count_nonzero(_variance(group, p)[0]) for group in groups]).sum(0, keepdim=True).to("cpu")
 
     def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
         differing = int(total)

@@ -1,11 +1,8 @@
-"""A base and three fine-tunes, made once; and the browser of the tests of pages."""
+"""A base and three fine-tunes, made once."""
 
 import pytest
 
 from tests.analysis.models import ancestor, fine_tuned
-from tests.pages.conftest import browser
-
-__all__ = ["browser", "family", "recipe"]
 
 
 @pytest.fixture(scope="session")

@@ -195,6 +195,31 @@ def compressed(bits, *, zero=False, shuffled=False):
     return quantise
 
 
+FLOATS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+
+
+def four_bits(*, names=("_packed", "_scale", "_global_scale"), exponents=False):
+    """Floats of 4 bits, two in a byte, groups of eight: a scale in 8 bits and one for all, or powers of two."""
+
+    def quantise(key, value):
+        grid = by_block(value, (1, 8)).clamp_min(1e-30) / 6
+        overall = (448 / grid.max()).float()
+        if exponents:
+            stored = (grid.log2().ceil() + 127).to(torch.uint8)
+            scale = torch.exp2(stored.double() - 127)
+        else:
+            stored = (grid * overall.double()).float().to(E4M3)
+            scale = stored.double() / overall.double()
+        over = spread(value, scale, (1, 8))
+        codes = (value / over.clamp_min(1e-30))[..., None].sub(FLOATS).abs().argmin(-1)
+        made = {f"{key}{names[0]}": (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8), f"{key}{names[1]}": stored}
+        if not exponents:
+            made[f"{key}{names[2]}"] = overall.reshape(1) if names[0] else 1 / overall
+        return made, FLOATS[codes] * over
+
+    return quantise
+
+
 PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 FORMS = {
     "GPTQ": (gptq(), {"quant_method": "gptq", "bits": 4, "group_size": 8}),
@@ -208,6 +233,15 @@ FORMS = {
     "packed, 8 bits": (compressed(8), PACKED),
     "packed, with zeros": (compressed(4, zero=True), PACKED),
     "packed, shuffled": (compressed(4, shuffled=True), PACKED),
+    "4-bit floats": (four_bits(), {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}),
+    "4-bit floats, exponents": (
+        four_bits(exponents=True),
+        {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"},
+    ),
+    "4-bit floats, times": (
+        four_bits(names=("", "_scale", "_scale_2")),
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    ),
     "blocks": (fp8((8, 8)), {"quant_method": "fp8", "weight_block_size": [8, 8]}),
     "blocks that do not fit": (fp8((7, 9)), {"quant_method": "fp8", "weight_block_size": [7, 9]}),
     "blocks that are not told": (fp8((8, 4)), {"quant_method": "fp8"}),
@@ -349,8 +383,9 @@ def test_the_result_is_stored_and_described_as_before(form, sources, tmp_path):
     assert not mergetool.plan({**recipe, "models": {"a": str(result.path), "b": str(sources[1])}}).sources["a"].remarks
 
 
-def test_layers_of_codes_are_stacked_and_any_slice_of_them_read(sources, tmp_path):
-    expected = quantised(tmp_path / "codes", sources[0], "blocks that do not fit")
+@pytest.mark.parametrize("form", ["blocks that do not fit", "4-bit floats"])
+def test_layers_of_codes_are_stacked_and_any_slice_of_them_read(form, sources, tmp_path):
+    expected = quantised(tmp_path / "codes", sources[0], form)
     slices = [{"a": [0, 2]}, {"b": [1, 2]}, {"a": [1, 2]}]
     models = {"a": str(tmp_path / "codes"), "b": str(sources[1])}
     recipe = {"models": models, "merge": {"method": "passthrough"}, "slices": slices, "output": {"dtype": "float32"}}

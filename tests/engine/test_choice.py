@@ -107,6 +107,17 @@ def test_rates_are_measured_once_for_each_machine(quick, monkeypatch, tmp_path):
             rates_of(DEVICE, 3)
 
 
+def test_a_device_is_known_by_what_its_driver_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(rates, "_DRIVER", tmp_path)
+    (tmp_path / "0000:19:00.0").mkdir()
+    (tmp_path / "0000:19:00.0" / "information").write_text("Model: \t NVIDIA H100 80GB HBM3\nIRQ: 3\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    about = rates._about(torch.device("cuda:0"), 2)
+    assert "cuda:0: NVIDIA H100 80GB HBM3, 0; torch" in about
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert rates._about(torch.device("cuda:0"), 2) != about
+
+
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"ABOUT": {"bus": 1}}', '{"ABOUT": 3}'])
 def test_a_damaged_memory_is_measured_anew(quick, tmp_path, damage):
     with Elsewhere(), streaming():

@@ -16,7 +16,7 @@ from mergetool.errors import PlanError
 from mergetool.methods.base import TensorMethod
 from mergetool.outputs.journal import Journal
 from mergetool.planning import make_plan
-from mergetool.planning.cost import bytes_per_element
+from mergetool.planning.cost import bytes_per_element, step_memory
 from mergetool.planning.graph import SLICE_ELEMENTS
 from mergetool.recipe import load_recipe
 from mergetool.testing.runs import cut_finely
@@ -91,6 +91,27 @@ def test_slices_are_as_long_as_the_memory_of_a_device_allows(recipe):
                 assert slice_elements(plan, DEVICE, workers) == 1 << expected
 
 
+def test_whole_tensors_wait_for_each_other_where_a_device_has_too_little_memory(tmp_path, monkeypatch):
+    for seed, name in enumerate(("base", "a", "b")):
+        write_model(tmp_path / name, tensors(seed, {f"{layer}": (768, 512) for layer in range(4)}))
+    recipe = write_recipe(tmp_path / "r.yaml", base="base", models={"a": "a", "b": "b"}, merge={"method": "iso-c"})
+    held, most, perform = set(), [], DeviceWorker.perform
+
+    def performing(self, step, *given):
+        held.add(step.index)
+        most.append(len(held))
+        done = perform(self, step, *given)
+        held.discard(step.index)
+        return done
+
+    monkeypatch.setattr(DeviceWorker, "perform", performing)
+    step = step_memory(plan := make_plan(load_recipe(recipe)), plan.steps[0])
+    for room, together in ((1.5, 1), (2.5, 2)):
+        most.clear()
+        _run(recipe, tmp_path / f"{together}", free=2 * int(room * step), workers=4)
+        assert max(most) == together
+
+
 def test_small_tensors_and_copies_stay_on_the_cpu(recipe):
     plan = make_plan(load_recipe(recipe, ["merge.overrides=[{match: w, use: a}]"]))
     slots = Slots(plan)
@@ -102,14 +123,35 @@ def test_small_tensors_and_copies_stay_on_the_cpu(recipe):
     assert bytes(slots.bytes["w"]) == tensors(0, SHAPES)["w"].numpy().tobytes()
 
 
-def _run(recipe, output, **flags):
+def test_units_that_a_killed_run_has_done_are_not_taken_again(recipe, tmp_path, monkeypatch):
+    seen, write = [], Journal.unit
+
+    def unit(self, *about):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(about)
+        write(self, *about)
+
+    with cut_finely(1 << 16, 1 << 17):
+        monkeypatch.setattr(Journal, "unit", unit)
+        with pytest.raises(KeyboardInterrupt):
+            _run(recipe, tmp_path / "there", workers=1)
+        monkeypatch.setattr(Journal, "unit", write)
+        result, streams = _run(recipe, tmp_path / "there", workers=1)
+    assert result.resumed
+    assert streams.counts["up"] < 2 * 4 * (900_007 - 2 * (1 << 17)) + 1
+    run_recipe(load_recipe(recipe), Flags(output=tmp_path / "here", device="cpu"))
+    assert content(result.path) == content(tmp_path / "here")
+
+
+def _run(recipe, output, free=1 << 40, **flags):
     """On the stand-in, with threads."""
 
     def there(self, work=Schedule.work):
         with Elsewhere():  # modes belong to threads
             work(self)
 
-    with Elsewhere(), streaming() as streams, patch.object(Schedule, "work", there):
+    with Elsewhere(), streaming(free) as streams, patch.object(Schedule, "work", there):
         return run_recipe(load_recipe(recipe), Flags(output=output, device=str(DEVICE), **flags)), streams
 
 
@@ -144,9 +186,11 @@ def test_auto_is_the_first_device_that_can_be_used(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-def test_auto_takes_the_gpu_and_the_lock_says_so(recipe, tmp_path):
+def test_auto_says_in_the_lock_what_it_took(recipe, tmp_path):
     run_recipe(load_recipe(recipe), Flags(output=tmp_path / "out"))
-    assert json.loads((tmp_path / "out" / "mergetool.json").read_text())["run"]["device"] == "cuda:0"
+    run = json.loads((tmp_path / "out" / "mergetool.json").read_text())["run"]
+    assert run["device"] in ("cpu", "cuda:0")
+    assert " expected, cuda:0: " in run["device_chosen"]
 
 
 @pytest.mark.gpu

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mergetool.bundle.store import FactorStore
-from mergetool.engine import devices
+from mergetool.engine import devices, transfers
+from mergetool.engine.device_worker import DeviceWorker
 from mergetool.engine.devices import usable_device
 from mergetool.engine.memory import here
 from mergetool.engine.pool import WorkerPool
@@ -31,15 +32,15 @@ def recipe_of(case):
     return load_recipe({**base, "models": dict.fromkeys(case.names, "unused"), "merge": case.section()})
 
 
-def merged(case, device, store=None):
-    base, models = case.toys(exact=False)
+def merged(case, device, store=None, *, exact=False, length=None):
+    base, models = case.toys(exact=exact)
     given = {"base": base, **models} if case.has_base else models
     measured = {name: MemorySource(state, name) for name, state in (case.statistics(models) or {}).items()}
     sources = {name: MemorySource(state, name) for name, state in given.items()}
     plan = make_plan(recipe_of(case), sources=sources, statistics=measured)
     sink = MemorySink(plan)
     pool = WorkerPool(plan, sink)
-    pool.device, pool.store = str(device), store
+    pool.device, pool.store, pool._slice = str(device), store, length
     run_stages(here(plan, sink, pool))
     return sink.tensors
 
@@ -56,6 +57,38 @@ def test_a_method_works_on_a_device(case):
     with Elsewhere(), streaming():
         there = merged(case, DEVICE)
     assert_alike(there, merged(case, "cpu"))
+
+
+SLICED = [case for case in CASES if "random" not in case.id and recipe_of(*case.values).method.granularity != "tensor"]
+
+
+@pytest.mark.parametrize("case", SLICED)
+def test_the_host_waits_only_a_few_times_for_a_slice(case, monkeypatch):
+    """For what a pass has counted, once for all models; for whether a result is finite, and for the result."""
+    monkeypatch.setattr(transfers, "PIECES", 64)  # or it would wait for room, too
+    waits, tried = [], DeviceWorker._tried
+
+    def watched(*given):
+        before = streams.counts["waits"]
+        done = tried(*given)
+        waits.append(streams.counts["waits"] - before)
+        return done
+
+    monkeypatch.setattr(DeviceWorker, "_tried", watched)
+    for _ in range(2):  # tables are made once
+        waits.clear()
+        with Elsewhere(), streaming() as streams:
+            merged(case, DEVICE)
+    assert waits
+    assert max(waits) <= 4
+
+
+@pytest.mark.parametrize("case", [case for case in SLICED if not case.values[0].option])
+def test_bytes_do_not_depend_on_the_length_of_slices(case):
+    with Elsewhere(), streaming():
+        long, short = (merged(case, DEVICE, exact=True, length=length) for length in (1 << 20, 8))
+    for name, expected in long.items():
+        assert torch.equal(short[name], expected), name
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -16,7 +16,9 @@ from mergetool.checkpoints.codes.base import Reader, Weight
 if TYPE_CHECKING:
     from torch import Tensor
 
-_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+VALUES = (*_MAGNITUDES, *(-each for each in _MAGNITUDES))
+"""What each code of 4 bits means."""
 _BIAS = 127
 
 
@@ -47,7 +49,7 @@ class Fours(Weight):
 
         codes = reader.part(self.codes, expert).flatten(1)[:, first // 2 : -(-last // 2)]
         both = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)[:, first % 2 :][:, : last - first]
-        values = torch.tensor([*_VALUES, *(-each for each in _VALUES)])[both.int()]
+        values = torch.tensor(VALUES)[both.int()]
         exponents = reader.part(self.scales, expert).int() - _BIAS
         return torch.ldexp(values, exponents[:, torch.arange(first, last) // 32]).T
 

@@ -11,6 +11,7 @@ from typing import Any
 from mergetool.checkpoints.codes.base import Reader, Weight
 from mergetool.checkpoints.codes.blocks import find_blocks
 from mergetool.checkpoints.codes.fours import find_fours
+from mergetool.checkpoints.codes.nibbles import find_nibbles
 from mergetool.checkpoints.codes.packed import find_packed
 from mergetool.checkpoints.codes.scaled import find_scaled
 from mergetool.checkpoints.facts import QUANTISED, parts_of
@@ -82,6 +83,7 @@ def _found(model: ModelSource, settings: Mapping[str, Any]) -> Iterator[Weight]:
     yield from find_scaled(model.specs, settings)
     yield from find_blocks(Reader(model))
     yield from find_fours(Reader(model))
+    yield from find_nibbles(model.specs)
     yield from find_packed(Reader(model), settings)
 
 
