@@ -39,12 +39,14 @@ def run(
     trust_code: bool = False,
     push: bool | None = None,
     locked: bool = False,
+    device_map: str | Mapping[str, str | int] | None = None,
 ) -> Result:
     """Run a recipe (a path, a mapping, or a loaded recipe) and return where the result is and what it cost.
 
     `settings` are `key.path=value` overrides; everything else is a flag of the command (`mergetool run --help`).
-    `memory` is in bytes or like 8GiB. `fork` lets workers live in processes of their own where that is faster, for
-    programs without threads. Raises a MergetoolError.
+    `memory` is in bytes or like 8GiB. `device_map` deals the networks that are run over devices, memory and the disk: a
+    strategy of accelerate's ("auto"), or devices by module. `fork` lets workers live in processes of their own where
+    that is faster, for programs without threads. Raises a MergetoolError.
     """
     flags = Flags(
         output=None if output is None else Path(output),
@@ -58,6 +60,7 @@ def run(
         trust_code=trust_code,
         push=push,
         locked=locked,
+        device_map=device_map,
     )
     return run_recipe(_loaded(recipe, settings), flags, progress)
 
@@ -172,17 +175,29 @@ def compare(
 
 
 def load_bundle(
-    path: str | Path, *, dtype: "torch.dtype | None" = None, verify: bool = True, cache_bytes: int | None = None
+    path: str | Path,
+    *,
+    dtype: "torch.dtype | None" = None,
+    verify: bool = True,
+    cache_bytes: int | None = None,
+    device_map: str | Mapping[str, str | int] | None = None,
+    memory: int | str | None = None,
 ) -> "MassModel":
     """Open a bundle as a model: `route(**inputs)`, `forward(**inputs)`, `generate(**inputs)`.
 
     `dtype` is that of the base and of the arithmetic, `verify` compares every file with its SHA-256, `cache_bytes` may
-    be kept of groups of tasks between calls. Raises SourceError for a damaged bundle.
+    be kept of groups of tasks between calls. A base that does not fit the device is dealt over it, memory and the disk
+    with `device_map="auto"` (accelerate's); of it at most `memory` (in bytes, or like 8GiB) stays in memory.
+    Raises SourceError for a damaged bundle.
     """
+    from mergetool.bundle.mass_model import CACHE_BYTES
     from mergetool.bundle.mass_model import load_bundle as load
+    from mergetool.networks.spread import Spread
 
-    kept = {} if cache_bytes is None else {"cache_bytes": cache_bytes}
-    return load(path, dtype=dtype, verify=verify, **kept)
+    most = None if memory is None else parse_size(memory)
+    spread = None if device_map is None else Spread(device_map, most, one_device=True)
+    kept = CACHE_BYTES if cache_bytes is None else cache_bytes
+    return load(path, dtype=dtype, verify=verify, cache_bytes=kept, spread=spread)
 
 
 def change_bundle(

@@ -33,6 +33,8 @@ class Adviser:
     """Looks at figures."""
 
     figures: Figures
+    coefficients: tuple[float, ...] | None = None
+    """What the recipe multiplies task vectors by, where it adds them up."""
     out: set[str] = field(default_factory=set)
     """Models that do not belong here."""
 

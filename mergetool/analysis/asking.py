@@ -9,6 +9,7 @@ from mergetool.evaluate.harness import load_task
 from mergetool.evaluate.items import TaskItems
 from mergetool.evaluate.options import TaskOptions
 from mergetool.evaluate.scores import TaskScores
+from mergetool.networks.spread import Spread
 from mergetool.planning.build import open_models
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.schema import Recipe
@@ -31,12 +32,13 @@ class Asking:
         device: str = "cpu",
         batch_size: int = 32,
         trust_code: bool = False,
+        spread: Spread | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         _check(recipe)
         loaded = [load_task(task, folder or Path(), trust_code=trust_code) for task in tasks]
         self._say = say
-        self._candidates = Candidates(recipe, _fetched(recipe, say), device, batch_size)
+        self._candidates = Candidates(recipe, _fetched(recipe, say), device, batch_size, spread)
         lm = self._candidates.live.lm
         self.tasks = {o.name: TaskItems(o, task, lm) for o, task in zip(tasks, loaded, strict=True)}
 

@@ -16,6 +16,7 @@ from mergetool.analysis.follow import Following, descent_advice, followed
 from mergetool.analysis.hints import hints
 from mergetool.analysis.measure import Readings, measure
 from mergetool.analysis.methods import methods_to_try
+from mergetool.analysis.numbers import coefficients_of, words_about_numbers
 from mergetool.analysis.problems import problems
 from mergetool.analysis.result import Analysis, plain
 from mergetool.engine.devices import one_thread
@@ -50,7 +51,7 @@ def _analysis(
     recipe: Recipe, models: Beside, measured: Readings, rows: Rows, remarks: Sequence[str], seconds: float
 ) -> Analysis:
     figures = Figures(models, measured)
-    advice = advise(Adviser(figures), descent_advice(rows))
+    advice = advise(Adviser(figures, coefficients_of(recipe)), descent_advice(rows))
     order, linkage = clusters(figures)
     facts = {
         "version": VERSION,
@@ -80,7 +81,7 @@ def _with_sources(rows: dict[str, list[Row]], recipe: Recipe) -> dict[str, list[
 
 def advise(adviser: Adviser, more: Sequence[Advice] = ()) -> list[Advice]:
     """Problems first; models that do not belong are left out of what comes after them."""
-    found = [*problems(adviser), *hints(adviser), *methods_to_try(adviser), *more]
+    found = [*problems(adviser), *words_about_numbers(adviser), *hints(adviser), *methods_to_try(adviser), *more]
     return sorted(found, key=lambda each: WEIGHTS.index(each.weight))
 
 
@@ -145,6 +146,8 @@ def _summary(figures: Figures, advice: Sequence[Advice]) -> Iterator[str]:
             yield f"cosine of task vectors {cosines}"
     if facts["conflict"] is not None and figures.models.reference != "mean":
         yield f"opposite signs on {facts['conflict']:.0%} of the entries (chance: {facts['conflict_by_chance']:.0%})"
+    if missing := sum(1 for _ in figures.models.missing()):
+        yield f"{missing} tensors are not in all models in one shape, and are left out"
     if not any(each.weight == "problem" for each in advice):
         yield "nothing speaks against merging them"
 

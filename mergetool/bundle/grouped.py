@@ -34,6 +34,7 @@ from mergetool.bundle.factors import Group, TaskFactors
 from mergetool.bundle.local import make_local, own_tensor, pending, replaced
 from mergetool.errors import SourceError
 from mergetool.networks.places import Fragment
+from mergetool.networks.spread import fetched, forward_key
 
 NOTHING: Mapping[str, tuple[Fragment, ...]] = MappingProxyType({})
 _SHARED = ("relative_attention_bias",)
@@ -110,6 +111,7 @@ class GroupedModel:
         self._places = _places(model, _named(model, names, fragments, factors, changed), factors)
         self.mixable = all(place.mixable for place in self._places)
         self._passes = _Passes()
+        self._before: list[tuple[nn.Module, str, Any]] = []
         for place in self._places:
             make_local(place.module, partial(self._offered, place) if place.forward is not None else None)
             if place.turned:
@@ -144,12 +146,14 @@ class GroupedModel:
     def _install(self) -> None:
         for place in self._places:
             if place.forward is not None:
-                place.module.forward = partial(self._run, place)
+                key = forward_key(place.module)
+                self._before.append((place.module, key, vars(place.module).get(key)))
+                setattr(place.module, key, partial(self._run, place))
 
     def _remove(self) -> None:
-        for place in self._places:
-            if place.forward is not None:
-                del place.module.forward
+        for module, key, before in self._before:
+            delattr(module, key) if before is None else setattr(module, key, before)
+        self._before.clear()
 
     def _run(self, place: "_Place", *args: Any, **kwargs: Any) -> Any:
         runs = self._passes.current
@@ -235,7 +239,7 @@ def _get(module: nn.Module, key: str) -> Tensor:
     """A parameter or buffer that is there."""
     tensor = own_tensor(module, key)
     assert tensor is not None, key
-    return tensor
+    return fetched(module, key, tensor)
 
 
 def _named(

@@ -15,6 +15,7 @@ often all that they ask for is its dtype; so they find a `pending` tensor, which
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ class _LocalTable(dict[str, "Tensor | None"]):
 
     def __getitem__(self, key: str) -> Tensor | None:
         seen = self.seen
+        if getattr(_placing, "now", False):
+            return super().__getitem__(key)
         if key in seen:
             return seen[key]
         offered = None if self.offered is None else self.offered(key)
@@ -49,6 +52,23 @@ class _LocalTable(dict[str, "Tensor | None"]):
         return _LocalTable, (dict(self),)
 
 
+_placing = threading.local()
+
+
+@dataclass(frozen=True)
+class _Placing:
+    """What accelerate does to bring a module's own tensors and to take them away: it must find those."""
+
+    call: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before, _placing.now = getattr(_placing, "now", False), True
+        try:
+            return self.call(*args, **kwargs)
+        finally:
+            _placing.now = before
+
+
 def make_local(module: nn.Module, offered: Offered | None = None) -> None:
     """Let threads replace this module's tensors for themselves. A second call only adds what is `offered`."""
     for name in ("_parameters", "_buffers"):
@@ -56,6 +76,9 @@ def make_local(module: nn.Module, offered: Offered | None = None) -> None:
         if not isinstance(table, _LocalTable):
             table = module.__dict__[name] = _LocalTable(table)
         table.offered = offered or table.offered
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hook is not None and not isinstance(vars(hook).get("pre_forward"), _Placing):
+        hook.pre_forward, hook.post_forward = _Placing(hook.pre_forward), _Placing(hook.post_forward)
 
 
 def own_tensor(module: nn.Module, key: str) -> Tensor | None:

@@ -37,6 +37,7 @@ from mergetool.bundle.verify import base_folder, check_base, check_files
 from mergetool.errors import PlanError
 from mergetool.kernels.arrow import shares
 from mergetool.kernels.routing import coefficients, select
+from mergetool.networks.spread import Spread, input_device, is_offloaded
 
 if TYPE_CHECKING:
     from mergetool.networks.build import LoadedModel
@@ -102,15 +103,27 @@ class MassModel(nn.Module):
         return load_tokenizer(base, *others)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MassModel":
+        if is_offloaded(self.base):
+            what = "a bundle whose base was dealt out with a device map stays where it is"
+            raise PlanError(what, str(self.folder), "open it again, without device_map")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = next(self.base.parameters()).device
+        self.follow()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where it wants its inputs."""
+        return input_device(self.base)
+
+    def follow(self) -> None:
+        """Bring everything that belongs to the base to where that computes."""
+        device = self.device
         self._factors.to(device)
         self._heads = [
             None if head is None else {name: value.to(device) for name, value in head.items()} for head in self._heads
         ]
         if self.first_pass is not None:
             self.first_pass.to(device)
-        return self
 
     # ---------------------------------------------------------------- first pass
 
@@ -300,12 +313,18 @@ def _device(inputs: Mapping[str, Tensor]) -> torch.device:
 
 
 def load_bundle(
-    path: str | Path, *, dtype: torch.dtype | None = None, verify: bool = True, cache_bytes: int = CACHE_BYTES
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    cache_bytes: int = CACHE_BYTES,
+    spread: Spread | None = None,
 ) -> MassModel:
     """Open a bundle.
 
     `dtype` is that of the base and of arithmetic with the factors (default: as the base is stored). `verify` compares
     every file with its SHA-256 in the manifest. `cache_bytes` bounds what is kept of groups of tasks between calls.
+    `spread`: how the base is dealt over a device, memory and the disk; factors are on the device.
     Raises SourceError for a bundle that is damaged, incomplete, or whose base is another model.
     """
     folder = Path(path)
@@ -318,9 +337,15 @@ def load_bundle(
     place = base_folder(folder, manifest)
     matrices = [task for task in manifest.tasks if isinstance(task.head, Head)]
     plain = bool(matrices) or all(task.head is None for task in manifest.tasks)
-    base = load_base(place, dtype, encoder=bool(matrices)) if plain else None
+    if spread is not None and any(isinstance(task.head, ClassHead) for task in manifest.tasks):
+        what = "its experts are classes with heads of their own, whose network is built in memory"
+        raise PlanError(what, str(folder), "leave device_map out, and move it whole: .to(device)")
+    base = load_base(place, dtype, encoder=bool(matrices), spread=spread) if plain else None
     dtype = next(base.model.parameters()).dtype if base is not None else dtype or stored_dtype(place)
     factors = TaskFactors(manifest, folder, dtype, cache_bytes)
     networks = load_networks(manifest, folder, place, factors, dtype)
     base = base or LoadedModel(networks[0].base, TensorMap(networks[0].names))
-    return MassModel(manifest, base, factors, folder, networks)
+    model = MassModel(manifest, base, factors, folder, networks)
+    if spread is not None:
+        model.follow()
+    return model

@@ -22,7 +22,10 @@ _TABLES = (
     ("Share of what a task gains that each task vector brings", ("loss", "model", "crosstalk"), "crosstalk"),
     ("Losses along the merge", ("model", "scale", "loss"), "scales"),
     ("Along the run", ("model", "checkpoint", "length", "cosine"), "path"),
+    ("Beside the weights", ("model", "file", "key", "reference", "value"), "settings"),
+    ("Not in all models", ("tensor", "why", "models"), "missing"),
 )
+_MOST_ROWS = 20
 
 
 def analyze(
@@ -82,7 +85,15 @@ def _show(analysis: "Analysis") -> None:
         if section in analysis.sections and (rows := analysis.rows(section)):
             print(f"\n{title}")
             heads = [column.replace("_", " ") for column in columns]
-            table(heads, [[_figure(row[column]) for column in columns] for row in rows])
+            table(heads, [[_listed(row[column]) for column in columns] for row in _first(rows)])
+
+
+def _first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As many as people read; -v shows all."""
+    if len(rows) <= _MOST_ROWS or manner.verbose:
+        return rows
+    say(f"{len(rows) - _MOST_ROWS} more rows: -v shows them all")
+    return rows[:_MOST_ROWS]
 
 
 def _evidence(evidence: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergetool.cli.show import say, say_of_more, table
+from mergetool.cli.show import manner, say, say_of_more, table
 from mergetool.errors import OutputError
 from mergetool.units import filesize, timespan
 
@@ -33,7 +33,9 @@ def deliver(text: str, output: Path | None) -> None:
 
 
 def say_steps(recipe: "Recipe") -> None:
-    """Every step of a run before it begins, for -v."""
+    """Every step of a run before it begins, with -v."""
+    if not manner.verbose:
+        return
     from mergetool.planning import make_plan
     from mergetool.planning.report import tables
 

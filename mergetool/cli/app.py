@@ -14,14 +14,23 @@ from mergetool.cli import bundle as bundles
 from mergetool.cli.against import hold_against, refuse_idle
 from mergetool.cli.analyze import analyze
 from mergetool.cli.answers import deliver, inspect_bundle, print_answer, say_pushed, say_result, say_steps
-from mergetool.cli.commands import Quiet, Verbose, command, existing, is_follower, method_names, set_manner
+from mergetool.cli.commands import (
+    DeviceMap,
+    Quiet,
+    Verbose,
+    command,
+    existing,
+    is_follower,
+    method_names,
+    set_manner,
+    size,
+)
 from mergetool.cli.compare import compare
 from mergetool.cli.diff import diff
 from mergetool.cli.early import load_libraries
 from mergetool.cli.evaluate import evaluate
 from mergetool.cli.progress import ProgressBar, waiting
 from mergetool.cli.show import manner, say, say_of_more, show_methods, table
-from mergetool.errors import RecipeError
 
 app = typer.Typer(
     name="mergetool",
@@ -72,6 +81,7 @@ def run(
         bool | None, typer.Option("--push/--no-push", help="Push to output.hub (default: if given).")
     ] = None,
     locked: Annotated[bool, typer.Option("--locked", help="Refuse inputs that differ from mergetool.json.")] = False,
+    device_map: DeviceMap = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -82,8 +92,7 @@ def run(
     with ProgressBar(quiet=manner.quiet) as progress:
         asked = load_recipe(recipe, settings or ())
         progress.say(f"{asked.method.method_name()} of {', '.join(asked.models)}")
-        if manner.verbose:
-            say_steps(asked)
+        say_steps(asked)
         load_libraries()
         from mergetool.engine import Flags  # torch comes with it: not before the first word
         from mergetool.tuning.run import run_recipe
@@ -92,7 +101,7 @@ def run(
             output,
             device,
             workers,
-            _size(memory),
+            size(memory),
             overwrite=overwrite,
             resume=not no_resume,
             cache=cache,
@@ -100,6 +109,7 @@ def run(
             trust_code=trust_code,
             push=push,
             locked=locked,
+            device_map=device_map,
         )
         result = run_recipe(asked, flags, progress)
     if not is_follower():
@@ -151,7 +161,7 @@ def plan(
     asked = load_recipe(recipe, settings or ())
     search = asked.method if asked.method.searches else None
     made = make_plan(asked)
-    costs = settled(made, "auto", workers=workers, memory=_size(memory))
+    costs = settled(made, "auto", workers=workers, memory=size(memory))
     for warning in made.warnings:
         say(f"warning: {warning}")
     say_of_more()
@@ -209,7 +219,7 @@ def verify(
     asked = {"--set": settings, "--workers": workers, "--memory": memory, "--trust-code": trust_code}
     if against is not None:
         refuse_idle({"--load": load}, "--against, which reads weights only")
-        hold_against(path, against, settings or (), workers, _size(memory), trust_code=trust_code, as_json=as_json)
+        hold_against(path, against, settings or (), workers, size(memory), trust_code=trust_code, as_json=as_json)
         return
     refuse_idle(asked, "no --against RECIPE")
     if is_bundle(path):
@@ -310,14 +320,3 @@ def import_recipe(
     for warning in warnings:
         say(f"warning: {warning}")
     deliver(text, output)
-
-
-def _size(text: str | None) -> int | None:
-    from mergetool.recipe.schema import parse_size
-
-    if text is None:
-        return None
-    try:
-        return parse_size(int(text) if text.isdecimal() else text)
-    except ValueError as error:
-        raise RecipeError(str(error), "--memory", "write e.g. --memory 8GiB") from None

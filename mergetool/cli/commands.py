@@ -10,12 +10,15 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from mergetool.cli.show import manner
-from mergetool.errors import SourceError
+from mergetool.errors import RecipeError, SourceError
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but the result and errors.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more: every step, every warning and note.")]
+DeviceMap = Annotated[
+    str | None, typer.Option(metavar="MAP", help="Deal networks over devices, memory and the disk: auto.")
+]
 
 
 def set_manner(*, quiet: bool = False, verbose: bool = False) -> None:
@@ -70,3 +73,15 @@ def method_names(incomplete: str) -> list[str]:
     from mergetool.methods import registry
 
     return [name for name in registry() if name.startswith(incomplete)]
+
+
+def size(text: str | None) -> int | None:
+    """A size in words, in bytes. Raises RecipeError."""
+    from mergetool.recipe.schema import parse_size
+
+    if text is None:
+        return None
+    try:
+        return parse_size(int(text) if text.isdecimal() else text)
+    except ValueError as error:
+        raise RecipeError(str(error), "--memory", "write e.g. --memory 8GiB") from None

@@ -8,10 +8,10 @@ import typer
 
 from mergetool.cli.against import refuse_idle
 from mergetool.cli.answers import print_answer
-from mergetool.cli.commands import existing
+from mergetool.cli.commands import DeviceMap, existing, size
 from mergetool.cli.progress import waiting
 from mergetool.cli.show import say, table
-from mergetool.errors import OutputError, RecipeError
+from mergetool.errors import OutputError, RecipeError, SourceError
 
 if TYPE_CHECKING:
     from mergetool.evaluate.options import TaskOptions
@@ -38,6 +38,8 @@ def evaluate(
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write evaluation.html and .json there.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, or a torch device such as cuda:0.")] = "auto",
+    device_map: DeviceMap = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Most of a model in memory, with MAP.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences that the model runs at once.")] = 32,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps answers between runs.")] = None,
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Run Python files that tasks name.")] = False,
@@ -48,12 +50,16 @@ def evaluate(
     Scores of a result of `mergetool run` are kept beside it, for `mergetool compare`, and stand in its card. With
     --line-to, --along or --pairs, merges are made in memory and scored; nothing else is written.
     """
-    from mergetool.engine.devices import device_for_networks
+    from mergetool.engine import Flags
     from mergetool.evaluate.options import TaskOptions
+    from mergetool.tuning.placing import device_of, spread_of
 
+    if device_map is None:
+        refuse_idle({"--memory": memory}, "no --device-map")
+    flags = Flags(device=device, device_map=device_map, memory=size(memory))
     names = [name for part in tasks for name in part.split(",") if name]
     chosen = [TaskOptions(name=name, include=include, metric=metric) for name in names]
-    how = {"device": device_for_networks(device), "batch_size": batch_size, "trust_code": trust_code}
+    how = {"device": device_of(flags), "spread": spread_of(flags), "batch_size": batch_size, "trust_code": trust_code}
     asked = {"--line-to": line_to, "--along": along, "--pairs": pairs}
     given = [flag for flag, value in asked.items() if value]
     if len(given) > 1:
@@ -169,6 +175,9 @@ def _keep(path: Path, found: "Evaluation") -> None:
 
     if not (path / LOCK_NAME).is_file():
         return
-    say(f"kept for mergetool compare: {keep_scores(path, found)}")
-    if not tell_scores(path, kept_scores(path) or found):
-        say("note: README.md is not what the run has written, and was left as it is")
+    try:
+        say(f"kept for mergetool compare: {keep_scores(path, found)}")
+        if not tell_scores(path, kept_scores(path) or found):
+            say("note: README.md is not what the run has written, and was left as it is")
+    except (OutputError, SourceError) as error:  # the scores are there all the same
+        say(f"warning: the scores are not kept: {error}")

@@ -85,6 +85,8 @@ class Flags:
     """Whether to push to `output.hub`; None: if the recipe has one."""
     locked: bool = False
     """Whether recipe and inputs must be what an earlier lock says."""
+    device_map: str | Mapping[str, str | int] | None = None
+    """How networks that are run are dealt over devices, memory (at most `memory`) and the disk."""
 
 
 def run_recipe(

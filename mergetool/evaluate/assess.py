@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mergetool.evaluate.items import Score, TaskItems
 from mergetool.evaluate.language_model import LanguageModel
 from mergetool.evaluate.options import TaskOptions
 from mergetool.evaluate.scores import Chances, Evaluation, TaskScores, digest_of_items
+from mergetool.networks.spread import Spread
 
 
 def assess(
@@ -27,6 +29,7 @@ def assess(
     batch_size: int = 32,
     cache: Path | None = None,
     trust_code: bool = False,
+    spread: Spread | None = None,
 ) -> Evaluation:
     """Score a model folder, and its parents, on every item of the tasks; `include` of tasks is relative to `folder`.
 
@@ -37,18 +40,19 @@ def assess(
     answers = ResponseCache(cache)
     loaded = {task: load_task(task, folder or Path(), trust_code=trust_code) for task in tasks}
     try:
-        own, *others = (_scores(path, loaded, device, batch_size, answers) for path in (model, *parents))
+        opened = partial(LanguageModel, device=device, batch_size=batch_size, spread=spread)
+        own, *others = (_scores(path, loaded, opened, answers) for path in (model, *parents))
     finally:
         answers.close()
     return Evaluation(str(model), own, {str(path): scores for path, scores in zip(parents, others, strict=True)})
 
 
 def _scores(
-    path: Path, tasks: Mapping[TaskOptions, Any], device: str, batch_size: int, cache: ResponseCache
+    path: Path, tasks: Mapping[TaskOptions, Any], opened: Callable[[Path], LanguageModel], cache: ResponseCache
 ) -> dict[str, TaskScores]:
     """By task."""
     with at(str(path)):
-        live = LanguageModel(path, device=device, batch_size=batch_size)
+        live = opened(path)
         return {
             options.name: _of_task(TaskItems(options, task, live.lm), path, live, cache)
             for options, task in tasks.items()
@@ -84,5 +88,5 @@ def _identity(path: Path, live: LanguageModel) -> str:
     """What the model is: its files as they lie there, and what it runs on."""
     stats = [(file.name, file.stat()) for file in sorted(path.iterdir()) if file.is_file()]
     facts = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    text = json.dumps([facts, live.model.device.type, str(live.model.dtype)])
+    text = json.dumps([facts, live.device.type, str(live.model.dtype)])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -36,8 +36,8 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """lm-eval's view of a model that lives in this process."""
+def wrapped(model: Any, tokenizer: Any, batch_size: int, device: Any) -> Any:
+    """lm-eval's view of a model that lives in this process, and wants its inputs on a device."""
     tokens: dict[Any, list[int]] = {}
     try:
         with quiet():
@@ -45,6 +45,10 @@ def wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
             class Remembering(HFLM):  # type: ignore[misc]
                 """The candidates of a search are asked the same: texts become tokens once."""
+
+                @property
+                def device(self) -> Any:
+                    return device  # and not where the model's first tensor is: it may not be there yet
 
                 def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
                     key = (string, args, tuple(sorted(options.items())))

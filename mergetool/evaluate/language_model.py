@@ -13,6 +13,7 @@ from mergetool.errors import EvaluationError
 from mergetool.evaluate.harness import wrapped
 from mergetool.networks.build import load_language_model
 from mergetool.networks.places import Shapes, places_of
+from mergetool.networks.spread import Spread, input_device
 from mergetool.networks.tokenizer import load_tokenizer
 
 
@@ -27,13 +28,22 @@ class LanguageModel:
         dtype: str = "auto",
         device: str = "cpu",
         batch_size: int = 32,
+        spread: Spread | None = None,
+        written: bool = False,
     ) -> None:
+        """`spread`: dealt out over devices, memory and the disk; where it is to be `written`, from memory."""
         self.folder = folder
         self.tokenizer_folder = tokenizer or folder
-        self.model = load_language_model(folder, dtype).to(device).eval()
+        self.model = load_language_model(folder, dtype, None if written else spread).eval()
+        self._state: Mapping[str, Tensor] | None = None
+        if spread is None:
+            self.model.to(device)
+        elif written:
+            self._state = spread.dealt(self.model)
         fix = "save its tokenizer there, or name another model's: tokenizer: {source: NAME}"
         self.tokenizer = load_tokenizer(self.tokenizer_folder, kind=EvaluationError, fix=fix)
-        self.lm = wrapped(self.model, self.tokenizer, batch_size)
+        self.device = input_device(self.model)
+        self.lm = wrapped(self.model, self.tokenizer, batch_size, self.device)
 
     def slots(self, shapes: Shapes) -> Mapping[str, Tensor]:
         """Live tensors by checkpoint name; of tied ones the first, which is what transformers reads, too.
@@ -41,7 +51,7 @@ class LanguageModel:
         Raises EvaluationError where the model has no place for a tensor, or the checkpoint leaves one of its unfilled.
         """
         places, slots = places_of(self.model, shapes), dict[str, Tensor]()
-        state, filled = self.model.state_dict(), set[int]()
+        state, filled = self._state or self.model.state_dict(), set[int]()
         for name, tensor in state.items():
             if tensor.data_ptr() not in filled and (views := places.views(name, tensor, shapes)):
                 slots |= views

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from mergetool.errors import EvaluationError, SourceError
 from mergetool.networks.library import class_of, first_line, library, quiet
 from mergetool.networks.places import TensorMap, places_of
+from mergetool.networks.spread import Spread
 from mergetool.tensors.folder import open_model
 from mergetool.tensors.side_files import read_config
 
@@ -25,11 +27,12 @@ class LoadedModel:
     places: TensorMap
 
 
-def load_base(folder: Path, dtype: torch.dtype | None, *, encoder: bool) -> LoadedModel:
+def load_base(folder: Path, dtype: torch.dtype | None, *, encoder: bool, spread: Spread | None = None) -> LoadedModel:
     """The model that a checkpoint's config.json names, or only its encoder; ready to predict. Raises SourceError."""
     kind = class_of({} if encoder else read_config(folder), str(folder), "base")
     with quiet():
-        model = kind.from_pretrained(folder, dtype=dtype or "auto").eval()
+        load = partial(kind.from_pretrained, folder, dtype=dtype or "auto")
+        model = (load() if spread is None else spread.opened(load)).eval()
     shapes = {name: spec.shape for name, spec in open_model(folder).specs.items()}
     return LoadedModel(model, places_of(model, shapes))
 
@@ -75,7 +78,7 @@ def open_whole(folder: Path) -> tuple[Any, Mapping[str, Any]]:
     return model.eval(), told
 
 
-def load_language_model(folder: Path, dtype: str) -> Any:
+def load_language_model(folder: Path, dtype: str, spread: Spread | None = None) -> Any:
     """A model that writes text. Raises EvaluationError."""
     config = read_config(folder)
     if not config:
@@ -84,7 +87,8 @@ def load_language_model(folder: Path, dtype: str) -> Any:
     kind = "AutoModelForSeq2SeqLM" if config.get("is_encoder_decoder") else "AutoModelForCausalLM"
     try:
         with quiet():
-            return getattr(transformers, kind).from_pretrained(folder, dtype=dtype, local_files_only=True)
+            load = partial(getattr(transformers, kind).from_pretrained, folder, dtype=dtype, local_files_only=True)
+            return load() if spread is None else spread.opened(load)
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         what = f"transformers cannot open it as a language model: {first_line(error)}"
         raise EvaluationError(what, str(folder), "evaluate a model that generates text") from error

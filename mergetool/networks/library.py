@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from threading import RLock
 from typing import Any
 
 from mergetool.errors import MergetoolError, SourceError
 
+BUILDING = RLock()
+"""Held while a network is built: libraries change torch for all threads meanwhile."""
 INSTALL = "pip install 'mergetool[eval]'"
 
 

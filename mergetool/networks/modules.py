@@ -8,7 +8,7 @@ from torch import nn
 from mergetool.checkpoints.adapters.forms import InMemory
 from mergetool.checkpoints.adapters.places import TASK_HEADS, leaf_of
 from mergetool.errors import PlanError
-from mergetool.networks.library import class_of, first_line, library, module_of_library, quiet
+from mergetool.networks.library import BUILDING, class_of, first_line, library, module_of_library, quiet
 
 
 def parts_of(names: Collection[str], config: Mapping[str, Any], where: str) -> dict[str, InMemory]:
@@ -54,7 +54,7 @@ def _empty(
 
     kind = class_of(config, where)
     try:
-        with quiet(), init_empty_weights(include_buffers=False):
+        with BUILDING, quiet(), init_empty_weights(include_buffers=False):
             network = kind._from_config(kind.config_class.from_dict(dict(config)))
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         what = f"transformers cannot build it: {first_line(error)}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mergetool.errors import PlanError, SourceError
-from mergetool.networks.library import class_of, first_line, library, module_of_library, quiet
+from mergetool.networks.library import BUILDING, class_of, first_line, library, module_of_library, quiet
 from mergetool.networks.places import TensorMap, places_of, tensors_of
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.io import bytes_of
@@ -72,7 +72,7 @@ def load_network(source: ModelSource, dtype: torch.dtype, device: torch.device, 
     tensors = {name: _read(source, name) for name in source.specs}
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     try:
-        with quiet():
+        with BUILDING, quiet():
             config = library("measuring", where).AutoConfig.from_pretrained(source.folder)
             config.use_cache = False  # nothing here is generated
             if hasattr(config, "quantization_config"):

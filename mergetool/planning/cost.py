@@ -111,7 +111,7 @@ def _estimate(plan: Plan, workers: int | None, memory: int | None, processes: in
         )
     step_budget = max(largest, budget - fixed - count * one)
     together = min(step_budget, sum(whole[:count]))
-    before = max(_fit_memory(plan, cores, memory), *(asked.memory for asked in to_measure(plan.sources)), 0)
+    before = max(_fit_memory(plan, cores, memory), _measuring_memory(plan, memory))
     peak = fixed + max(count * one + together, before)
     return Costs(count, peak, step_budget, plan.bytes_in, plan.bytes_out)
 
@@ -123,11 +123,23 @@ def _fit_memory(plan: Plan, threads: int, memory: int | None) -> int:
     """
     method = plan.recipe.method
     needed = method.fit_memory(plan.headers, threads)
-    if memory is not None and needed + RUNTIME_BYTES + _SPARE > memory:
-        total = needed + RUNTIME_BYTES + _SPARE
-        what = f"{method.method_name()} needs {_gib(total)} to look at whole models, --memory allows {_gib(memory)}"
-        raise PlanError(what, "plan", f"raise it: --memory {-(-total // 2**30)}GiB")
+    _check_before(needed, memory, f"{method.method_name()} needs {{}} to look at whole models")
     return needed
+
+
+def _measuring_memory(plan: Plan, memory: int | None) -> int:
+    """What measuring one statistic takes at most. Raises PlanError when `memory` is less."""
+    for asked in to_measure(plan.sources):
+        _check_before(asked.memory, memory, f"{asked.where} needs {{}} to measure its {asked.statistic.name}")
+    return max((asked.memory for asked in to_measure(plan.sources)), default=0)
+
+
+def _check_before(needed: int, memory: int | None, what: str) -> None:
+    """Raise PlanError where something that is done before merging needs more memory than there may be."""
+    total = needed + RUNTIME_BYTES + _SPARE
+    if memory is not None and total > memory:
+        fix = f"raise it: --memory {-(-total // 2**30)}GiB"
+        raise PlanError(f"{what.format(_gib(total))}, --memory allows {_gib(memory)}", "plan", fix)
 
 
 def check_disk(plan: Plan, output: Path, is_made: Callable[[Plan], bool] = lambda _: False) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mergetool.errors import RecipeError
+from mergetool.methods import registry
 from mergetool.methods.base import Method
 from mergetool.recipe.data import SHARED, form_of
 from mergetool.recipe.document import Document
@@ -17,7 +18,7 @@ def calibration_problems(
 ) -> Iterator[RecipeError]:
     """Whether there is data where it is needed, and only there, for all models that there are."""
     data, name = document.data.get("calibration"), kind.method_name()
-    for field, part in () if method is None else method.parts().items():
+    for field, part in _inside(document, kind, method).items():
         if part.statistic:
             what = f"{part.method_name()} needs data, which only the method of the whole recipe can be given"
             yield document.error(("merge", field), what, "choose a method that needs none: mergetool methods")
@@ -29,6 +30,14 @@ def calibration_problems(
         yield document.error(("calibration",), what, "remove `calibration`")
     elif isinstance(data, dict):
         yield from _names(document, data, models)
+
+
+def _inside(document: Document, kind: type[Method], method: Method | None) -> Mapping[str, type[Method]]:
+    """Methods inside the recipe's, by field: those that merge for it, and the one whose settings it searches."""
+    found = {} if method is None else {field: type(part) for field, part in method.parts().items()}
+    inner = document.data["merge"].get("inner") if kind.searches else None
+    name = inner.get("method") if isinstance(inner, dict) else None
+    return {**found, **({"inner": registry()[name]} if name in registry() else {})}
 
 
 def _names(document: Document, data: Mapping[str, Any], models: Mapping[str, Any]) -> Iterator[RecipeError]:

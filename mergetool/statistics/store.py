@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from mergetool.errors import OutputError, SourceError
@@ -83,7 +84,7 @@ class StatisticStore:
     def keep(self, key: str, found: Found, turned: Sequence[str]) -> Path:
         """Write a statistic. Raises OutputError."""
         path = self.path(key)
-        sibling = path.with_name(f".{path.name}.{os.getpid()}")
+        sibling = path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}")
         told = {SHARED: json.dumps(dict(found.shared)), TURNED: json.dumps(sorted(turned))}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

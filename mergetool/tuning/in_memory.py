@@ -22,6 +22,7 @@ from mergetool.engine.memory import merge_into
 from mergetool.engine.sinks import LiveSink
 from mergetool.errors import EvaluationError
 from mergetool.evaluate.language_model import LanguageModel
+from mergetool.networks.spread import Spread
 from mergetool.planning import Plan, make_plan
 from mergetool.planning.graph import BASE
 from mergetool.planning.numbers import keeps_operands, with_numbers
@@ -69,7 +70,14 @@ class ResidentSource(ModelSource):
 class Candidates:
     """Merges candidates of a search recipe into a live model."""
 
-    def __init__(self, recipe: Recipe, sources: Mapping[str, ModelSource], device: str, batch_size: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: Mapping[str, ModelSource],
+        device: str,
+        batch_size: int,
+        spread: Spread | None = None,
+    ) -> None:
         self._recipe = recipe
         self._sources = {name: ResidentSource(source) for name, source in sources.items()}
         plan = self._plan = make_plan(recipe, sources=self._sources)
@@ -84,13 +92,15 @@ class Candidates:
             dtype="auto" if asked == "source" else asked,
             device=device,
             batch_size=batch_size,
+            spread=spread,
+            written=True,
         )
         self._slots = self.live.slots({name: spec.shape for name, spec in plan.specs.items()})
         self._device = torch.device(device)
         self._log = MemoryLog()
         self.inputs = {name: _content(source, self._selected(name)) for name, source in self._sources.items()}
         """SHA-256 of what the base and every model hold, in the recipe's order."""
-        self.made_with = _versions() | {"device": self._device.type, "dtype": str(self.live.model.dtype)}
+        self.made_with = _versions() | {"device": self.live.device.type, "dtype": str(self.live.model.dtype)}
         """What answers depend on beside weights and items."""
         self._network = _network(folder, self.live.tokenizer_folder)
 

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from mergetool.engine import Flags, Progress, Result
 from mergetool.engine import run_recipe as run_plain
-from mergetool.engine.devices import device_for_networks
 from mergetool.engine.processes import joined, leads
 from mergetool.engine.run import Silent
-from mergetool.errors import MergeError, OutputError
+from mergetool.errors import MergeError, OutputError, PlanError
 from mergetool.outputs.journal import journal_path
 from mergetool.outputs.push import push_result, push_target
 from mergetool.outputs.staging import check_output
@@ -19,6 +18,7 @@ from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.folder import open_model
 from mergetool.tensors.writer import partial_path
+from mergetool.tuning.placing import device_of, spread_of
 
 if TYPE_CHECKING:
     from mergetool.tuning.session import Winner
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | None = None) -> Result:
     """Plan and run a recipe of any method. Raises any MergetoolError."""
     flags, progress = flags or Flags(), progress or Silent()
+    if flags.device_map is not None:
+        _check_networks(recipe, flags)
     if not recipe.evaluate:
         return _merged(recipe, flags, progress)
     with joined() as team:
@@ -34,6 +36,15 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
         result = _merged(recipe, replace(flags, push=False), progress)
     result = _evaluated(recipe, flags, result)
     return result if target is None else replace(result, pushed=push_result(result.path, target))
+
+
+def _check_networks(recipe: Recipe, flags: Flags) -> None:
+    """Raise PlanError where no network is run, or none can be run as flags say."""
+    if not recipe.method.searches and not recipe.evaluate:
+        what = f"{recipe.method.method_name()} runs no network, so this would have no effect"
+        raise PlanError(what, "--device-map", "leave it out")
+    device_of(flags)
+    spread_of(flags)
 
 
 def _merged(recipe: Recipe, flags: Flags, progress: Progress) -> Result:
@@ -44,7 +55,7 @@ def _merged(recipe: Recipe, flags: Flags, progress: Progress) -> Result:
 
     with joined() as team:
         output = _output(recipe, flags)
-        flags = replace(flags, device=device_for_networks(flags.device))  # what is searched there is merged there
+        flags = replace(flags, device=device_of(flags))  # what is searched there is merged there
         if team.leads:
             push_target(recipe, flags.push)  # that it cannot be pushed is better known now than after the search
         asked = team.leader_first(lambda: pinned(recipe))  # what is searched is merged, however long it takes
@@ -73,9 +84,10 @@ def _evaluated(recipe: Recipe, flags: Flags, result: Result) -> Result:
         result.path,
         recipe.evaluate,
         folder=recipe.folder,
-        device=device_for_networks(flags.device),
+        device=device_of(flags),
         cache=flags.cache,
         trust_code=flags.trust_code,
+        spread=spread_of(flags),
     )
     keep_scores(result.path, found)
     tell_scores(result.path, found)

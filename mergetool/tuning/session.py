@@ -27,6 +27,7 @@ from mergetool.tensors.writer import write_file
 from mergetool.tuning.in_memory import Candidates
 from mergetool.tuning.journal import SearchJournal
 from mergetool.tuning.loop import History, Loop, Values
+from mergetool.tuning.placing import spread_of
 from mergetool.tuning.report_data import PARENT_NAME, facts_of, verdict
 from mergetool.tuning.scorer import Scorer, Spent
 from mergetool.tuning.splits import Splits, split
@@ -57,7 +58,7 @@ def search(recipe: Recipe, folder: Path, flags: Flags, progress: Progress, team:
     method = expect(recipe.method, Merge3)
     progress.start(0, "opening models and tasks")
     sources = _fetched(recipe, progress)
-    candidates = Candidates(recipe, sources, flags.device, method.search.batch_size)
+    candidates = Candidates(recipe, sources, flags.device, method.search.batch_size, spread_of(flags))
     loaded = [load_task(task, recipe.folder, trust_code=flags.trust_code) for task in method.tasks]
     tasks = [TaskItems(*pair, candidates.live.lm) for pair in zip(method.tasks, loaded, strict=True)]
     splits = split(tasks, method.search.report, recipe.compute.seed)

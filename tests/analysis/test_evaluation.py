@@ -126,6 +126,8 @@ def test_calibration_errors_are_those_of_guo_et_al():
     assert calibration_error(rows) == pytest.approx(expected)
     assert sum(row["items"] for row in rows) == 400
     assert reliability(np.array([1.0, 0.0]), np.array([0.0, 1.0]))[0]["low"] == 0.0
+    assert reliability(np.array([1.0]), np.array([0.65]))[0]["low"] == 0.6
+    assert reliability(np.array([1.0]), np.array([0.6]))[0]["high"] == 0.6  # an end belongs to the bin below it
 
 
 def test_how_sure_a_model_is_comes_from_its_answers_and_from_the_cache(folder, tmp_path):

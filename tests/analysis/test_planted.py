@@ -168,6 +168,25 @@ def test_changes_that_bfloat16_cannot_hold(recipe, family, tmp_path):
     assert only(found, "dtype")["evidence"]["survives_bfloat16"] < 0.2
 
 
+@pytest.mark.parametrize(
+    ("merge", "expected"),
+    [
+        ({"method": "task-arithmetic", "scale": 0.001}, "problem"),
+        ({"method": "ties", "density": 0.5, "scale": 0.0}, "problem"),
+        ({"method": "task-arithmetic", "weight": 9.0}, "warning"),
+        ({"method": "task-arithmetic", "weight": {"tales": 1.0, "code": 0.5, "letters": -0.5}}, None),
+        ({"method": "ties", "density": 0.5}, None),
+    ],
+)
+def test_numbers_that_leave_the_base_or_overshoot(recipe, merge, expected):
+    found = mergetool.analyze(recipe() | {"merge": merge})
+    assert told(found) == ([("numbers", ())] if expected else [])
+    if expected:
+        advice = only(found, "numbers")
+        assert advice["weight"] == expected
+        assert told(mergetool.analyze(recipe() | yaml.safe_load(advice["fix"]))) == []
+
+
 def test_hints_can_be_typed(recipe, tmp_path):
     for each in mergetool.analyze(recipe()).advice:
         merge = yaml.safe_load(each["fix"])["merge"]

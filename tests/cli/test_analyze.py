@@ -45,6 +45,17 @@ def test_json_and_a_folder_hold_the_same(call, recipe, tmp_path):
     assert [row["model"] for row in printed["rows"]["models"]] == ["a", "b"]
 
 
+def test_what_differs_beside_the_weights_and_what_is_missing(call, recipe, tmp_path):
+    state = {name: value for name, value in tensors(0).items() if "norm" not in name}
+    write_model(tmp_path / "base", tensors(0), {"model_type": "toy", "rope_theta": 1e4})
+    write_model(tmp_path / "b", state, {"model_type": "toy", "rope_theta": 1e6})
+    _, out, _ = call("analyze", recipe)
+    assert "2 tensors are not in all models in one shape, and are left out" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["b", "config.json", "rope_theta", "1e+04", "1e+06"] in lines
+    assert ["model.layers.0.norm.weight", "missing", "b"] in lines
+
+
 def test_settings_of_the_command_line_count(call, recipe, tmp_path):
     write_model(tmp_path / "c", tensors(0))
     _, out, _ = call("analyze", recipe, "--json", "--set", f"models.b={tmp_path / 'c'}", "--workers", "1")

@@ -88,6 +88,16 @@ def test_a_card_that_was_written_by_hand_is_left_alone(folder, tmp_path):
     assert (path / "README.md").read_text() == "mine"
 
 
+def test_scores_that_cannot_be_kept_are_told_all_the_same(folder, tmp_path):
+    recipe = {"models": {"left": str(folder / "models" / "left")}, "merge": {"method": "linear"}}
+    path = mergetool.run(recipe, output=tmp_path / "merged").path
+    (tmp_path / "merged.evaluation.json").mkdir()
+    command = ["evaluate", str(path), "--include", str(folder / "tasks"), "--tasks", "lefts"]
+    shown = CliRunner().invoke(app, command)
+    assert (shown.exit_code, "warning: the scores are not kept" in shown.stderr) == (0, True)
+    assert "lefts" in shown.stdout
+
+
 def test_results_on_datasets_of_the_hub_are_written_as_it_reads_them(folder, tmp_path):
     recipe = {"models": {"left": str(folder / "models" / "left")}, "merge": {"method": "linear"}}
     path = mergetool.run(recipe, output=tmp_path / "merged").path
