@@ -39,6 +39,8 @@ _PIECE = 1 << 22
 _ALL = 1 << 20
 """Entries up to which a tensor is looked at closely everywhere; of larger ones it is one in `_ONE_IN`."""
 _ONE_IN = 8
+_OF_CONVOLUTION = 4
+"""Axes of a convolution over images; three axes may be experts."""
 DIRECTIONS = 16
 """Leading directions of each matrix."""
 _LARGE_MATRIX, _TOGETHER = 1 << 23, 4
@@ -107,7 +109,8 @@ def sampled(entries: int) -> int:
 
 def _is_weight(models: Beside, name: str) -> bool:
     shape = models.shape(name)
-    return name not in models.tokens and is_matrix(name, shape, "llm", conv="mean") and min(shape) > 1
+    plain = len(shape) in (2, _OF_CONVOLUTION) and is_matrix(name, shape, "llm", conv="matricize")
+    return plain and name not in models.tokens and min(models.matrix(name)) > 1
 
 
 def _size(models: Beside, name: str) -> int:
@@ -261,7 +264,7 @@ class _Pass:
         change = self._whole(name, source, "change")
         if below is not None:
             change -= below
-        return change.nan_to_num_(0.0, 0.0, 0.0).view(self._models.shape(name))
+        return change.nan_to_num_(0.0, 0.0, 0.0).view(self._models.matrix(name))
 
     def _whole(self, name: str, source: ModelSource, use: str) -> "Tensor":
         import torch

@@ -10,7 +10,8 @@ What stands far above the rest must not drown it: the degree is limited so that 
 allows. Directions that are found are locked: taken out of the matrix, so that the largest of the others sets the limit,
 and the degree rises. That is what finds a cut in flat noise behind strong directions.
 
-It ends when every direction wanted is known to about 1e-6. What does not get there is left to `eigh`.
+It ends when every direction wanted is known to 3e-7: a merge that makes those of several models orthogonal is then
+right to 1e-5, as that multiplies errors. What does not get there is left to `eigh`.
 
 Reference: Zhou and Saad, A Chebyshev-Davidson algorithm for large symmetric eigenproblems, SIMAX 2007 (filters);
 Rutishauser, Simultaneous iteration method for symmetric matrices, 1970.
@@ -27,9 +28,9 @@ from mergetool.kernels.rng import normal, stream_key
 
 _BESIDE = 0.2
 """Directions carried beside those wanted, as a share of these: the more, the faster, but rotations get dearer."""
-_TOLERANCE = 1e-6
+_TOLERANCE = 3e-7
 """Error of the space that is good enough, as that of the matrix cut to it, relative to its largest singular value."""
-_FOUND = 1e-6
+_FOUND = 3e-7
 """Angle to the true direction below which one is locked."""
 _GROWTH = 14.0
 """Logarithm of the most that a direction may grow between two times the block is made orthonormal."""

@@ -25,9 +25,9 @@ def reader(stored):
     return lambda begin, room: room.__setitem__(slice(None), bytes_of(stored[begin:])[: len(room)])
 
 
-def there_and_back(stored, ring):
+def there_and_back(stored, ring, device=DEVICE):
     """Widened on the device, rounded there, and copied back."""
-    values = torch.empty(len(stored), dtype=torch.float32, device=DEVICE)
+    values = torch.empty(len(stored), dtype=torch.float32, device=device)
     ring.up(values, stored.dtype, reader(stored))
     came = bytearray(stored.numel() * stored.element_size())
     ring.down(values.to(stored.dtype), lambda at, data: came.__setitem__(slice(at, at + len(data)), data))
@@ -74,3 +74,15 @@ def test_streams_that_do_not_wait_for_each_other_are_noticed():
     deaf = patch.object(Stream, "wait_event", lambda *_: None)
     with race, Elsewhere(), streaming(), own_stream(DEVICE), deaf:
         there_and_back(stored, Transfers(DEVICE))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("piece", [PIECE, 1 << 20])
+def test_what_comes_back_from_a_gpu_is_what_went(monkeypatch, piece):
+    monkeypatch.setattr(transfers, "PIECE_BYTES", piece)
+    stored, device = torch.randn(100 * piece // 2 + 7).bfloat16(), torch.device("cuda:0")
+    with own_stream(device):
+        ring = Transfers(device)
+        for _ in range(3):
+            assert torch.equal(there_and_back(stored, ring, device), stored)

@@ -116,6 +116,17 @@ def test_a_merge_on_a_device_is_that_of_float64_eigh(monkeypatch, kind, shape):
     assert relative(found, naive_merge(deltas, k)) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("kind", ["power", "planted"])
+@pytest.mark.parametrize("shape", [(512, 512), (512, 1024), (1024, 512)])
+def test_a_merge_on_a_gpu_is_that_of_float64_eigh(kind, shape):
+    deltas = deltas_of(kind, *shape)
+    factors, failed = live_factors_of([delta.cuda() for delta in deltas], 64)
+    assert failed == 0
+    assert relative(orthogonalised(concatenated(factors)).dense().cpu(), naive_merge(deltas, 64)) < 1e-5
+
+
 def test_vectors_of_a_batch_are_taken_one_by_one_where_they_are_not_orthonormal():
     class Faulty(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -32,15 +32,15 @@ def recipe_of(case):
     return load_recipe({**base, "models": dict.fromkeys(case.names, "unused"), "merge": case.section()})
 
 
-def merged(case, device, store=None):
-    base, models = case.toys(exact=False)
+def merged(case, device, store=None, *, exact=False, length=None):
+    base, models = case.toys(exact=exact)
     given = {"base": base, **models} if case.has_base else models
     measured = {name: MemorySource(state, name) for name, state in (case.statistics(models) or {}).items()}
     sources = {name: MemorySource(state, name) for name, state in given.items()}
     plan = make_plan(recipe_of(case), sources=sources, statistics=measured)
     sink = MemorySink(plan)
     pool = WorkerPool(plan, sink)
-    pool.device, pool.store = str(device), store
+    pool.device, pool.store, pool._slice = str(device), store, length
     run_stages(here(plan, sink, pool))
     return sink.tensors
 
@@ -81,6 +81,14 @@ def test_the_host_waits_only_a_few_times_for_a_slice(case, monkeypatch):
             merged(case, DEVICE)
     assert waits
     assert max(waits) <= 4
+
+
+@pytest.mark.parametrize("case", [case for case in SLICED if not case.values[0].option])
+def test_bytes_do_not_depend_on_the_length_of_slices(case):
+    with Elsewhere(), streaming():
+        long, short = (merged(case, DEVICE, exact=True, length=length) for length in (1 << 20, 8))
+    for name, expected in long.items():
+        assert torch.equal(short[name], expected), name
 
 
 @pytest.mark.parametrize("case", CASES)

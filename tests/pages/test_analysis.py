@@ -36,7 +36,7 @@ def test_advice_comes_first_with_its_evidence_its_formula_and_what_to_type(html)
     first = told[told.index("problem") :]
     assert first[:4] == ["problem", "math: unrelated", "Because.", "kinship: 0.03"]
     assert first[4:6] == ["others: 0.5, unknown, yes", "by model: math 1e-07, code 1e-07, chat 1e-07, law 1e-07"]
-    assert first[6:10] == ["formula", "||t_i|| < 0.1 ||t_j||", "to type", "remove math"]
+    assert first[6:10] == ["formula", "||t_i|| < 0.1 ||t_j||", "fix", "remove math"]
     assert first[10:12] == ["warning", "math: dominates"]
 
 
