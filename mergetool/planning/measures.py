@@ -8,6 +8,7 @@ from math import sqrt
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
+from typing import Any
 
 from mergetool.errors import PlanError, at
 from mergetool.planning.sources import Lookup
@@ -157,12 +158,23 @@ def measuring(
 
     assert data.data is not None
     config = whole_config(source, "")
+    _check_reads_tokens(config)
     form = statistic.form(source.specs, config, "")
     fields = Fields(data.field, data.pair, data.label)
     rows = read_rows(Path(data.data), fields, data.samples, labelled=statistic.labelled(config))
     assert source.folder is not None
     examples = examples_of(rows, source.folder, config, data.length, tokenizer or source.tokenizer_folder)
     return Measuring(statistic, source, config, examples, form, compute.dtype, compute.seed, where)
+
+
+def _check_reads_tokens(config: Mapping[str, Any]) -> None:
+    """Raise PlanError for a network that rows of tokens alone cannot go through."""
+    fix = "choose a method that needs no data: mergetool methods"
+    kind = config.get("model_type")
+    if config.get("is_encoder_decoder"):
+        raise PlanError(f"is an encoder with a decoder ({kind}), and rows hold one text", "", fix)
+    if "vocab_size" not in config and "text_config" not in config:
+        raise PlanError(f"reads no tokens ({kind}), and rows hold nothing else", "", fix)
 
 
 def _tokenizer(data: Data, sources: Mapping[str, ModelSource], lookup: Lookup) -> Path | None:
