@@ -193,6 +193,7 @@ def test_the_lock_names_each_statistic(place, recipe, tmp_path):
     assert (told["statistic"], told["rows"]) == ("fisher", 4)
     assert told["settings"] == {"labels": "sampled", "seed": 0}
     assert (tmp_path / "cache" / "statistics" / f"{told['key']}.safetensors").is_file()
+    assert lock["inputs"].keys() == {"a", "b", "calibration.a.data", "calibration.b.data"}
     (data,) = lock["inputs"]["calibration.a.data"]
     assert data["sha256"] is not None
     assert mergetool.run(recipe("fisher"), output=tmp_path / "out", cache=tmp_path / "cache").resumed
