@@ -89,7 +89,7 @@ class Together:
         based = self._models.reference == "base"
         return {
             "parameters": self.tally.entries,
-            "conflict": drawn.conflicts / drawn.entries if self.count > 1 else math.nan,
+            "conflict": drawn.conflicts / drawn.entries if self.count > 1 and drawn.entries else math.nan,
             "conflict_by_chance": 1 - 2.0 ** (1 - self.count) if self.count > 1 else math.nan,
             "cancelled": 1 - drawn.mass_of_sum / drawn.mass.sum() if drawn.mass.sum() else math.nan,
             "cosine": _mean(self.cosine(i, j) for i, j in pairs),
