@@ -153,7 +153,7 @@ def measuring(
 ) -> Measuring:
     """What there is to measure on a model. Raises SourceError or PlanError for data or a model that will not do."""
     from mergetool.networks.running import whole_config
-    from mergetool.statistics.examples import examples_of
+    from mergetool.statistics.examples import examples_of, guessed_examples
     from mergetool.statistics.rows import Fields, read_rows
 
     assert data.data is not None
@@ -163,8 +163,20 @@ def measuring(
     fields = Fields(data.field, data.pair, data.label)
     rows = read_rows(Path(data.data), fields, data.samples, labelled=statistic.labelled(config))
     assert source.folder is not None
-    examples = examples_of(rows, source.folder, config, data.length, tokenizer or source.tokenizer_folder)
-    return Measuring(statistic, source, config, examples, form, compute.dtype, compute.seed, where)
+    tokenizer = tokenizer or source.tokenizer_folder or source.folder
+    guessed = _comes_later(source, tokenizer) and any(isinstance(row.text, str) for row in rows)
+    if guessed:
+        examples = guessed_examples(rows, data.length)
+    else:
+        examples = examples_of(rows, source.folder, config, data.length, tokenizer)
+    return Measuring(statistic, source, config, examples, form, compute.dtype, compute.seed, where, guessed)
+
+
+def _comes_later(source: ModelSource, tokenizer: Path) -> bool:
+    """Whether a tokenizer will come with weights that are still to be fetched; then the run is planned again."""
+    from mergetool.networks.tokenizer import has_tokenizer
+
+    return not has_tokenizer(tokenizer) and not all(stamp.path.is_file() for stamp in source.files)
 
 
 def _check_reads_tokens(config: Mapping[str, Any]) -> None:

@@ -38,6 +38,8 @@ class Measuring:
     seed: int
     where: str
     """What messages call the model."""
+    guessed: bool = False
+    """Whether the tokens of examples are not known yet."""
 
     @property
     def tokens(self) -> int:

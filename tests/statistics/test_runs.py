@@ -245,6 +245,24 @@ def test_a_model_made_by_another_recipe_is_measured_too(place, recipe, tmp_path)
     result = run(asked, tmp_path / "out")
     assert opened(result.path).num_labels == 3
     assert len(kept(tmp_path)) == 2
+    mergetool.run(mixed, output=tmp_path / "mixed")
+    asked["models"]["b"] = str(tmp_path / "mixed")
+    assert content(run(asked, tmp_path / "apart").path) == content(result.path)
+
+
+def test_a_model_made_by_another_recipe_without_a_tokenizer_is_told(place, recipe, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "model.safetensors"):
+            shutil.copy(place / name / file, tmp_path / name / file)
+    mixed = {"models": {name: str(tmp_path / name) for name in "ab"}, "merge": {"method": "linear"}}
+    asked = recipe(data={"data": str(place / "a.jsonl")})
+    asked["models"]["b"] = {"recipe": mixed}
+    with pytest.raises(PlanError, match="no tokenizer") as error:
+        run(asked, tmp_path / "out")
+    assert "tokenizer: MODEL" in error.value.fix
+    asked["calibration"]["tokenizer"] = "a"
+    run(asked, tmp_path / "out")
 
 
 def test_heads_of_other_sizes_are_refused_as_in_all_methods(place, tmp_path, recipe):
