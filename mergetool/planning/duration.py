@@ -21,6 +21,8 @@ from mergetool.statistics.measure import Measuring
 
 _SVD_PASSES = 12.0
 """Multiply-adds of a decomposition, in units of rows x columns x the shorter side."""
+_BY_PRODUCTS, _MANY = 1 / 6, 6
+"""Of that, what leading directions alone cost on a device, where products find them: of so many models or more."""
 _TOKENS = 200
 """Of one item of a task, with all its choices."""
 _CALLS, _CALL = 8, 1e-5
@@ -93,6 +95,7 @@ def working_seconds(plan: Plan, machine: Machine) -> float:
     flops = sum(_flops(step) for step in plan.steps)
     if machine.devices:
         moved = plan.bytes_in + again + plan.bytes_out
+        flops *= _BY_PRODUCTS if plan.recipe.method.uses_factors and len(plan.recipe.models) >= _MANY else 1.0
         there = max(moved / machine.bus, elements * _TRAFFIC / machine.device_memory) + flops / machine.device_flops
         cores = hashing + moved / machine.copy_rate / machine.cores
         work = max(disk, cores, there / machine.devices) + _calls(plan) * _CALL + machine.device_start
