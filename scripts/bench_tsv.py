@@ -171,14 +171,15 @@ def time_layer(chosen) -> None:
 def make_deltas(m: int, n: int, chosen):
     import torch
 
-    generator, r = torch.Generator().manual_seed(m + n), min(m, n)
+    generator, r = torch.Generator(chosen.device).manual_seed(m + n), min(m, n)
     rank = r // 16 if chosen.spectrum == "planted" else r
     deltas = []
     for _ in range(chosen.models):
-        left, right = (torch.randn(*size, generator=generator).to(chosen.device) for size in ((m, rank), (rank, n)))
+        left, right, noise = (
+            torch.randn(*size, generator=generator, device=chosen.device) for size in ((m, rank), (rank, n), (m, n))
+        )
         if chosen.spectrum == "planted":
-            noise = torch.randn(m, n, generator=generator).to(chosen.device) / max(m, n) ** 0.5
-            delta = 30 * left @ right / max(m, n) + noise
+            delta = 30 * left @ right / max(m, n) + noise / max(m, n) ** 0.5
         else:
             delta = (left / m**0.5 * torch.arange(1, rank + 1, device=chosen.device) ** -0.6) @ right / n**0.5
         deltas.append(1e-3 * delta)

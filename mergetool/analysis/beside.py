@@ -4,6 +4,7 @@ What is measured are the floating-point tensors that all of them have in one sha
 know are left out.
 """
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -94,6 +95,11 @@ class Beside:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.sources[self.leader].specs[name].shape
+
+    def matrix(self, name: str) -> tuple[int, int]:
+        """The shape of a tensor as a matrix: a convolution reads all of its kernel."""
+        shape = self.shape(name)
+        return shape[0], math.prod(shape[1:])
 
     def missing(self) -> Iterator[Row]:
         """Tensors that not all models have, or have in one shape."""

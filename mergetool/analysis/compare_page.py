@@ -78,8 +78,9 @@ def _scores(found: ComparedRuns) -> Iterator[Chapter]:
         return
     columns: list[Column | str] = ["task", "result", "metric", Column("items", "count"), Column("score", "fixed")]
     columns += [Column("low", "fixed", "95 % interval"), Column("high", "fixed", "95 % interval")]
+    columns += [Column("ECE", "fixed", "expected calibration error")]
     columns += [Column("kept", "share", "of the best parent's score on the same items"), "best parent"]
-    keys = ("task", "run", "metric", "items", "score", "low", "high", "retention", "best_parent")
+    keys = ("task", "run", "metric", "items", "score", "low", "high", "ece", "retention", "best_parent")
     lead = "A bar is a score, its whisker the 95 % interval; intervals that overlap may still differ: see the pairs."
     names = list(dict.fromkeys(row["task"] for row in found.scores))
     size = (8.0, max(2.4, 0.3 * len(found.scores) + 1))

@@ -89,7 +89,7 @@ class Together:
         based = self._models.reference == "base"
         return {
             "parameters": self.tally.entries,
-            "conflict": drawn.conflicts / drawn.entries if self.count > 1 else math.nan,
+            "conflict": drawn.conflicts / drawn.entries if self.count > 1 and drawn.entries else math.nan,
             "conflict_by_chance": 1 - 2.0 ** (1 - self.count) if self.count > 1 else math.nan,
             "cancelled": 1 - drawn.mass_of_sum / drawn.mass.sum() if drawn.mass.sum() else math.nan,
             "cosine": _mean(self.cosine(i, j) for i, j in pairs),
@@ -173,7 +173,7 @@ class Figures:
 
     def chance(self, name: str) -> float:
         """The interference of a matrix by chance."""
-        return interference_by_chance(self.models.shape(name), len(self.models.models))
+        return interference_by_chance(self.models.matrix(name), len(self.models.models))
 
     def median_of(self, model: int, figure: Callable[[Any], float]) -> float:
         """Over all matrices that a model changes."""
@@ -277,7 +277,7 @@ class Figures:
 
     def _interference(self, name: str) -> Row:
         found = self.measured.matrices[name]
-        kept = kept_directions(self.models.shape(name), len(self.models.models))
+        kept = kept_directions(self.models.matrix(name), len(self.models.models))
         return (
             {"tensor": name}
             | self._place(name)
@@ -291,7 +291,7 @@ class Figures:
 
     def _alignment(self, name: str) -> Iterator[Row]:
         found: Matrix = self.measured.matrices[name]
-        shape = self.models.shape(name)
+        shape = self.models.matrix(name)
         kept = kept_directions(shape, len(self.models.models))
         for i, j, output, read in found.alignment:
             a, b = self.models.models[i], self.models.models[j]

@@ -37,8 +37,10 @@ SLICE = 1 << 16
 _PIECE = 1 << 22
 """Entries that one thread looks at in a row."""
 _ALL = 1 << 20
-"""Entries up to which a tensor is looked at closely everywhere; of larger ones it is one in `_ONE_IN`."""
-_ONE_IN = 8
+"""Entries up to which a tensor is looked at closely everywhere; of larger ones it is half of one slice in `_ONE_IN`."""
+_ONE_IN = 4
+_OF_CONVOLUTION = 4
+"""Axes of a convolution over images; three axes may be experts."""
 DIRECTIONS = 16
 """Leading directions of each matrix."""
 _LARGE_MATRIX, _TOGETHER = 1 << 23, 4
@@ -100,14 +102,17 @@ def measure(models: Beside, progress: Progress, workers: int | None = None) -> R
     return Readings(tallies, matrices, pass_.rows(), left_out, pass_.bytes_read, count)
 
 
-def sampled(entries: int) -> int:
-    """One in how many entries of a tensor is looked at closely."""
-    return 1 if entries <= _ALL else _ONE_IN
+def _looked_at(total: int, begin: int, end: int) -> int:
+    """How many entries of a slice of a tensor are looked at closely."""
+    if total <= _ALL:
+        return end - begin
+    return 0 if begin // SLICE % _ONE_IN else (end - begin + 1) // 2
 
 
 def _is_weight(models: Beside, name: str) -> bool:
     shape = models.shape(name)
-    return name not in models.tokens and is_matrix(name, shape, "llm", conv="mean") and min(shape) > 1
+    plain = len(shape) in (2, _OF_CONVOLUTION) and is_matrix(name, shape, "llm", conv="matricize")
+    return plain and name not in models.tokens and min(models.matrix(name)) > 1
 
 
 def _size(models: Beside, name: str) -> int:
@@ -178,9 +183,9 @@ class _Pass:
 
     def _piece(self, piece: Piece) -> SliceSums:
         name, start, stop = piece
-        one_in = sampled(_size(self._models, name))
-        slices = (self._slice(name, begin, min(begin + SLICE, stop)) for begin in range(start, stop, SLICE))
-        return reduce(add, (tally(x, -(-x.shape[1] // one_in)) for x in slices))
+        total = _size(self._models, name)
+        every = ((begin, min(begin + SLICE, stop)) for begin in range(start, stop, SLICE))
+        return reduce(add, (tally(self._slice(name, *each), _looked_at(total, *each)) for each in every))
 
     def _slice(self, name: str, begin: int, end: int) -> "Tensor":
         """(n + 1, L): what changes are measured from, and the changes."""
@@ -261,7 +266,9 @@ class _Pass:
         change = self._whole(name, source, "change")
         if below is not None:
             change -= below
-        return change.nan_to_num_(0.0, 0.0, 0.0).view(self._models.shape(name))
+        if not math.isfinite(float(change.sum())):
+            change.nan_to_num_(0.0, 0.0, 0.0)
+        return change.view(self._models.matrix(name))
 
     def _whole(self, name: str, source: ModelSource, use: str) -> "Tensor":
         import torch

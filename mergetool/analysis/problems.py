@@ -20,6 +20,8 @@ _SAME = 2e-3
 _DEAD = 1e-6
 _NOISE = 1.15
 """s_1 over the edge of noise; sketched values of noise come out at 0.85 to 1, small matrices at up to 1.1."""
+_WIDE, _SEVERAL = 16, 3
+"""Smaller dimension of matrices in which directions can stand out, and how many of them it takes to tell."""
 
 
 def problems(adviser: Adviser) -> Iterator[Advice]:
@@ -214,9 +216,9 @@ def _noise(adviser: Adviser) -> Iterator[Advice]:
     if not adviser.has_changes:
         return
     for i in list(adviser.left):
-        edges = [each.spectra[i].edge for each in adviser.figures.measured.matrices.values()]
-        known = [edge for edge in edges if not math.isnan(edge)]
-        if not known or float(np.quantile(known, 0.9)) > _NOISE:
+        spectra = [each.spectra[i] for each in adviser.figures.measured.matrices.values()]
+        known = [each.edge for each in spectra if min(each.shape) >= _WIDE and not math.isnan(each.edge)]
+        if len(known) < _SEVERAL or float(np.quantile(known, 0.9)) > _NOISE:
             continue
         model = adviser.models[i]
         adviser.out.add(model)
@@ -228,6 +230,7 @@ def _noise(adviser: Adviser) -> Iterator[Advice]:
             "no direction of it stands out in any weight matrix, as in random numbers of the same size; what training "
             "changes has directions",
             {"edge_median": median(known), "edge_most": float(np.quantile(known, 0.9)), "matrices": len(known)},
-            f"s_1 / (rms (sqrt m + sqrt n)) <= {_NOISE} in 9 of 10 matrices; 1: noise (Marchenko and Pastur)",
+            f"s_1 / (rms (sqrt m + sqrt n)) <= {_NOISE} in 9 of 10 matrices of {_WIDE} rows and columns or more; "
+            "1: noise (Marchenko and Pastur)",
             f"check how {model} was made; remove it from models if it was not trained",
         )

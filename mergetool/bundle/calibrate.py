@@ -14,7 +14,7 @@ from mergetool.bundle.calibration import CALIBRATION_NAME, Calibration
 from mergetool.bundle.manifest import MANIFEST_NAME
 from mergetool.bundle.marks import check_tasks_of
 from mergetool.bundle.mass_model import MassModel
-from mergetool.bundle.rows import inputs_of
+from mergetool.bundle.rows import inputs_of, on_device_of
 from mergetool.errors import SourceError
 from mergetool.kernels.routing import fit_offsets
 from mergetool.tensors.io import sha256_file
@@ -32,7 +32,8 @@ def calibrate(model: MassModel, rows: Sequence[dict[str, Any]], batch_size: int 
         raise SourceError(f"no row is of task {missing[0]!r}", where, "give some rows of every task")
     model.calibration = None
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    distances = torch.cat([model.route(**inputs_of(model, batch)).distances for batch in batches])
+    routed = [model.route(**on_device_of(model, inputs_of(model, batch))) for batch in batches]
+    distances = torch.cat([each.distances.cpu() for each in routed])
     offsets, temperature = fit_offsets(distances, torch.tensor([names.index(row["task"]) for row in rows]))
     calibration = Calibration(
         manifest=sha256_file(model.folder / MANIFEST_NAME),

@@ -10,6 +10,7 @@ Other keys (`id`, `task`, `label`) are handed through to the answers.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def answers(
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         inputs = inputs_of(model, batch)
-        answer = model(tasks=chosen, **inputs)
+        answer = model(tasks=chosen, **on_device_of(model, inputs))
+        answer = replace(answer, logits=answer.logits.cpu())
         for place, row in enumerate(batch):
             kept = {key: row[key] for key in _KEPT if key in row}
             yield {**({"row": kept} if kept else {}), **_answer(model.manifest, answer, place, inputs, decode)}
@@ -84,6 +86,11 @@ def inputs_of(model: MassModel, rows: Sequence[dict[str, Any]]) -> dict[str, Ten
         return dict(tokenizer(texts, pairs, padding=True, truncation=True, return_tensors="pt"))
     keys = [key for key in rows[0] if key not in _KEPT]
     return {key: _stacked(rows, key) for key in keys}
+
+
+def on_device_of(model: MassModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch where the model wants it."""
+    return {key: value.to(model.device) for key, value in inputs.items()}
 
 
 def _words(rows: Sequence[dict[str, Any]], key: str) -> list[str]:

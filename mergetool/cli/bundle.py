@@ -28,12 +28,14 @@ Elsewhere = Annotated[
     Path | None, typer.Option("-o", "--output", help="Write a new bundle there, and leave this one as it is.")
 ]
 Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Workers (default: one per core).")]
+Device = Annotated[str, typer.Option(help="auto, cpu, or a torch device such as cuda:0.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 def calibrate(
     bundle: Bundle,
     rows: Annotated[Path, typer.Option("--input", metavar="FILE", help="JSON Lines as for route, each with its task.")],
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Correct a bundle's router with a few rows whose tasks are known."""
@@ -41,10 +43,11 @@ def calibrate(
     from mergetool.bundle.calibration import CALIBRATION_NAME
     from mergetool.bundle.mass_model import load_bundle
     from mergetool.bundle.rows import read_rows
+    from mergetool.engine.devices import device_for_networks
 
     given = read_rows(rows)
     with waiting("calibrating"):
-        model = load_bundle(existing(bundle))
+        model = load_bundle(existing(bundle)).to(device_for_networks(device))
         before = _marked(model, given)
         calibration = fit(model, given)
         after = _marked(model, given)
@@ -59,6 +62,7 @@ def route(
     rows: Annotated[Path, typer.Option("--input", metavar="FILE", help='JSON Lines: {"text": ...} or model inputs.')],
     task: Annotated[list[str] | None, typer.Option(help="Force this task (repeat for several).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are answered together.")] = 32,
+    device: Device = "auto",
     labels: Annotated[
         bool,
         typer.Option(
@@ -70,9 +74,10 @@ def route(
     """Answer rows with a bundle: which tasks they belong to, and what the right head says."""
     from mergetool.bundle.mass_model import load_bundle
     from mergetool.bundle.rows import answers, read_rows
+    from mergetool.engine.devices import device_for_networks
 
     given = read_rows(rows)
-    model = load_bundle(existing(bundle))
+    model = load_bundle(existing(bundle)).to(device_for_networks(device))
     if labels:
         refuse_idle({"--task": task}, "--labels, which asks whether the task is found")
         _show_marks(_marked(model, given, batch_size), as_json=as_json)

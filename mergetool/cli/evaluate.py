@@ -11,7 +11,7 @@ from mergetool.cli.answers import print_answer
 from mergetool.cli.commands import DeviceMap, existing, size
 from mergetool.cli.progress import waiting
 from mergetool.cli.show import say, table
-from mergetool.errors import OutputError, RecipeError
+from mergetool.errors import OutputError, RecipeError, SourceError
 
 if TYPE_CHECKING:
     from mergetool.evaluate.options import TaskOptions
@@ -175,6 +175,9 @@ def _keep(path: Path, found: "Evaluation") -> None:
 
     if not (path / LOCK_NAME).is_file():
         return
-    say(f"kept for mergetool compare: {keep_scores(path, found)}")
-    if not tell_scores(path, kept_scores(path) or found):
-        say("note: README.md is not what the run has written, and was left as it is")
+    try:
+        say(f"kept for mergetool compare: {keep_scores(path, found)}")
+        if not tell_scores(path, kept_scores(path) or found):
+            say("note: README.md is not what the run has written, and was left as it is")
+    except (OutputError, SourceError) as error:  # the scores are there all the same
+        say(f"warning: the scores are not kept: {error}")

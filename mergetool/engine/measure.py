@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergetool.engine.context import Context
-from mergetool.errors import RecipeError, at
+from mergetool.errors import PlanError, RecipeError, at
 from mergetool.planning.graph import Stage
 from mergetool.planning.measures import StatisticSource, measuring
 from mergetool.planning.sources import Lookup
@@ -57,6 +57,9 @@ class MeasureStage:
         import torch
 
         run, name = self._run, asked.statistic.name
+        if asked.guessed:
+            fix = "write tokenizer: MODEL in `calibration`, of a model that has one"
+            raise PlanError("has no tokenizer to read the rows with", asked.where, fix)
         key = asked.key()
         known = store.has(key)
         if not known:

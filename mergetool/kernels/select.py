@@ -21,6 +21,8 @@ _DIGIT = 16
 _BINS = 1 << _DIGIT
 _DEVIATIONS = 6.0
 """Standard deviations of a sampled rank that a bracket allows for: slices are not quite random samples."""
+_LANES = 16
+"""Histograms that a device fills side by side: where many entries are equal, they would wait for each other in one."""
 _MOST_IN_BRACKET = 1 / 8
 """Share of the entries beyond which keeping those in a bracket is dearer than counting all."""
 
@@ -111,8 +113,9 @@ class Count:
         if magnitudes.device.type != "cpu":
             digits, counted = self._search.counted(magnitudes)
             if self._total.device != digits.device:
-                self._total = torch.zeros_like(self._total, device=digits.device)
-            self._total.index_add_(0, digits, counted)
+                self._total = self._total.new_zeros(_LANES * self._search.num_bins, device=digits.device)
+            lanes = torch.arange(len(digits), dtype=torch.int32, device=digits.device) % _LANES
+            self._total.index_add_(0, lanes * self._search.num_bins + digits, counted)
             return
         digits = self._search.digits(magnitudes)
         if self._search.is_first:
@@ -125,7 +128,7 @@ class Count:
         if self._kept:
             self._total += torch.bincount(torch.cat(self._kept), minlength=len(self._total))
             self._kept.clear()
-        return self._total
+        return self._total.view(-1, self._search.num_bins).sum(0)
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,9 @@ class Bracket:
         )
 
 
+_NONE = torch.empty(0, dtype=torch.int32)
+
+
 class Tally:
     """What lies in a bracket, and how many are larger, slice by slice."""
 
@@ -169,6 +175,7 @@ class Tally:
         self._bracket = bracket
         self._larger = 0
         self._kept: list[Tensor] = []
+        self._rows: list[Tensor] = []
 
     def add(self, magnitudes: Tensor) -> None:
         """Look through a slice of |x| (1-D, float32, on the CPU)."""
@@ -188,22 +195,27 @@ class Tally:
         inside = torch.stack(
             [(each >= bracket.low) ^ above for each, bracket, above in zip(words, brackets, larger, strict=True)]
         )
-        sizes = torch.stack((torch.stack(larger).sum(1), inside.sum(1))).tolist()
-        kept = torch.split(torch.masked_select(torch.stack(words), inside).to("cpu"), sizes[1])
-        for tally, above, part in zip(tallies, sizes[0], kept, strict=True):
-            tally._larger += above
-            tally._kept.append(part - tally._bracket.low)
+        kept = torch.masked_select(torch.stack(words), inside)
+        place = torch.arange(len(words), device=kept.device)
+        whose = torch.repeat_interleave(place, inside.sum(1), output_size=len(kept))
+        distinct, counts = torch.unique(whose << 32 | kept, return_counts=True)
+        found = torch.cat((torch.stack(larger).sum(1), distinct, counts)).to("cpu")
+        above, distinct, counts = torch.split(found, [len(words), len(distinct), len(counts)])
+        rows = torch.stack((distinct & 0xFFFFFFFF, counts), 1).int()
+        for index, tally in enumerate(tallies):
+            tally._larger += int(above[index])
+            tally._rows.append(rows[distinct >> 32 == index])
 
     def table(self) -> Tensor:
-        """Shape (1 + distinct values, 2), int32, on the CPU: a value's bits and how often it comes.
+        """Shape (1 + values, 2), int32, on the CPU: a value's bits and how often it comes, in a slice if not in all.
 
         The first row is for all that are larger, under the bits where the bracket ends.
         """
-        values, counts = np.unique(torch.cat(self._kept).numpy(), return_counts=True)
+        values, counts = np.unique(torch.cat([_NONE, *self._kept]).numpy(), return_counts=True)
         rows = np.empty((len(values) + 1, 2), dtype=np.int32)
         rows[0] = self._bracket.end, self._larger
         rows[1:, 0], rows[1:, 1] = values + np.int32(self._bracket.low), counts
-        return torch.from_numpy(rows)
+        return torch.cat([torch.from_numpy(rows), *self._rows])
 
 
 def places_of(x: Tensor, magnitude: float) -> Tensor:

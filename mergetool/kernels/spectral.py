@@ -151,7 +151,7 @@ def live_factors_of(deltas: Sequence[Tensor], k: int, *, together: bool | None =
         return [Factors(*parts).live(noise) for parts in zip(every.u, every.s, every.v, strict=True)], 0
     found, failed = [], 0
     for start in range(0, len(deltas), _TOGETHER):
-        exact = torch.stack([delta.to(torch.float64) for delta in deltas[start : start + _TOGETHER]])
+        exact = torch.stack(list(deltas[start : start + _TOGETHER])).to(torch.float64)
         every, count = _from_gram(exact, k, noise)
         found += [Factors(*parts).live(noise) for parts in zip(every.u, every.s, every.v, strict=True)]
         failed += count

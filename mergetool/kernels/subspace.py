@@ -10,7 +10,8 @@ What stands far above the rest must not drown it: the degree is limited so that 
 allows. Directions that are found are locked: taken out of the matrix, so that the largest of the others sets the limit,
 and the degree rises. That is what finds a cut in flat noise behind strong directions.
 
-It ends when every direction wanted is known to about 1e-6. What does not get there is left to `eigh`.
+It ends when every direction wanted is known to 3e-7: a merge that makes those of several models orthogonal is then
+right to 1e-5, as that multiplies errors. What does not get there is left to `eigh`.
 
 Reference: Zhou and Saad, A Chebyshev-Davidson algorithm for large symmetric eigenproblems, SIMAX 2007 (filters);
 Rutishauser, Simultaneous iteration method for symmetric matrices, 1970.
@@ -27,9 +28,9 @@ from mergetool.kernels.rng import normal, stream_key
 
 _BESIDE = 0.2
 """Directions carried beside those wanted, as a share of these: the more, the faster, but rotations get dearer."""
-_TOLERANCE = 1e-6
+_TOLERANCE = 3e-7
 """Error of the space that is good enough, as that of the matrix cut to it, relative to its largest singular value."""
-_FOUND = 1e-6
+_FOUND = 3e-7
 """Angle to the true direction below which one is locked."""
 _GROWTH = 14.0
 """Logarithm of the most that a direction may grow between two times the block is made orthonormal."""
@@ -38,7 +39,7 @@ _STEEPEST = 1e-6
 _MOST_DEGREE = 20
 _PASSES = 3
 """Times the block is filtered between two rotations, which take as long as some twenty products."""
-_ROUNDS = 8
+_ROUNDS = 10
 
 
 def leading_spaces(gram: Tensor, k: int, noise: float) -> tuple[Tensor, list[bool]]:
@@ -88,6 +89,8 @@ class _Search:
         """Approximate eigenvalues of active directions, descending once rotated."""
         self._floor = gram.new_zeros(count, 1)
         self._angles = self._values
+        self._filtered = self._floor
+        """The bound of the last pass."""
         self._locked = gram.new_zeros(count, n, 0)
 
     @property
@@ -104,7 +107,7 @@ class _Search:
         """Forget these matrices: what is hard in one must not slow down the others longer than needed."""
         left = [index for index, is_chosen in enumerate(chosen) if not is_chosen]
         if len(left) < len(chosen):
-            for name in ("_rest", "_active", "_values", "_floor", "_angles", "_locked"):
+            for name in ("_rest", "_active", "_values", "_floor", "_angles", "_filtered", "_locked"):
                 setattr(self, name, getattr(self, name)[left])
 
     def warm_up(self) -> None:
@@ -138,7 +141,9 @@ class _Search:
         """
         values, last = self._values, self._bound()
         distance = (values - last).clamp_(min=1e-3 * last)
-        self._angles = torch.where(values > self._floor, residuals / distance, 0)
+        # Of what lies below the bound of the last pass nothing is known, unless that was where noise begins.
+        below = torch.where(self._filtered <= self._floor, 0.0, torch.inf)
+        self._angles = torch.where(values > self._filtered, residuals / distance, below)
         weights = (values.clamp(min=0) / self._largest()).sqrt()
         errors = torch.linalg.vector_norm((self._angles * weights)[:, : self._wanted], dim=-1)
         inner, outer = self._wanted - 1, min(self._wanted, values.shape[-1] - 1)
@@ -168,7 +173,7 @@ class _Search:
         """As many passes as the worst direction needs, if it shrinks as Chebyshev's polynomials say, and no more."""
         degree = self._degree()
         slowest = _steepness(self._values[:, self._wanted - 1 :][:, :1], self._bound()).clamp(min=1e-2)
-        missing = (self._angles[:, : self._wanted].amax(-1, keepdim=True).clamp(min=1e-300) / (0.1 * _FOUND)).log()
+        missing = (self._angles[:, : self._wanted].amax(-1, keepdim=True).clamp(1e-300, 1.0) / (0.1 * _FOUND)).log()
         needed = float((missing / slowest).max())
         for _ in range(max(1, min(_PASSES, math.ceil(needed / degree)))):
             self._pass(degree)
@@ -179,7 +184,8 @@ class _Search:
 
     def _pass(self, degree: int) -> None:
         """Apply the polynomial to active columns, and make them orthonormal, to locked ones too."""
-        scale = 2 / self._bound()[..., None]
+        self._filtered = self._bound()
+        scale = 2 / self._filtered[..., None]
         before, now = self._active, scale * (self._rest @ self._active) - self._active
         for _ in range(degree - 1):
             before, now = now, 2 * (scale * (self._rest @ now) - now) - before

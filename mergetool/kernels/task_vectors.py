@@ -56,6 +56,12 @@ class Drawn:
     def __add__(self, other: Self) -> Self:
         return type(self)(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
 
+    @classmethod
+    def nothing(cls, n: int) -> Self:
+        """Where no entry was looked at."""
+        counts = np.zeros((n, _BINS), np.int64)
+        return cls(0, np.zeros((n, n)), np.zeros((n, n)), 0, np.zeros(n), 0.0, counts, 0.0, 0.0, 0, 0)
+
     def __mul__(self, factor: float) -> Self:
         return type(self)(**{each.name: getattr(self, each.name) * factor for each in fields(self)})
 
@@ -94,6 +100,9 @@ def tally(x: Tensor, drawn: int) -> SliceSums:
     """The sums of a slice, of which the first `drawn` entries are looked at more closely."""
     gram = (x @ x.mT).double().numpy()
     broken = np.zeros(len(x), np.int64)
+    if not x.shape[1]:
+        n = len(x) - 1
+        return SliceSums(0, gram, np.zeros(n, np.int64), np.zeros(n), broken, Drawn.nothing(n))
     if not np.isfinite(gram).all():
         x, broken = _sound(x)
         wide = x.double()  # float32 has no room for squares of what is above 1e19
@@ -102,7 +111,8 @@ def tally(x: Tensor, drawn: int) -> SliceSums:
     nonzero = (changes != 0).numpy()
     changed = np.array([np.count_nonzero(row) for row in nonzero], np.int64)
     largest = torch.maximum(changes.amax(1), -changes.amin(1)).double().numpy()
-    return SliceSums(x.shape[1], gram, changed, largest, broken, _drawn(x[:, :drawn].contiguous()))
+    looked = _drawn(x[:, :drawn].contiguous()) if drawn else Drawn.nothing(len(changes))
+    return SliceSums(x.shape[1], gram, changed, largest, broken, looked)
 
 
 def _sound(x: Tensor) -> tuple[Tensor, Array]:

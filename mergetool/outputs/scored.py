@@ -4,6 +4,7 @@ https://huggingface.co/docs/hub/eval-results (2026): a list of results on datase
 them. Scores on tasks of one's own have no place there; the card has all.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -26,29 +27,34 @@ _BEFORE = "## Recipe\n"
 def tell_scores(folder: Path, found: Evaluation) -> bool:
     """Write them into a result; False where its card is no longer what the run has written, and is left alone.
 
-    The lock comes last: should this be ended in between, evaluating again mends it. Raises SourceError, OutputError.
+    The lock comes last: should this be ended in between, doing it again mends it. Raises SourceError, OutputError.
     """
-    lock = read_lock(folder)
+    lock, path = read_lock(folder), folder / _CARD
     files = lock["output"]["files"]
-    if not (folder / _CARD).is_file() or sha256_file(folder / _CARD) != files.get(_CARD):
+    card = path.read_text("utf-8", errors="replace") if path.is_file() else ""
+    plain = _without_scores(card)
+    if not {_sha256(card), _sha256(plain)} & {files.get(_CARD), lock.get("card")}:
         return False
     entries = [_entry(each) for each in found.tasks.values() if each.dataset]
     if entries:
         make_folder((folder / RESULTS_NAME).parent)
         write_file(folder / RESULTS_NAME, _yaml(entries))
         files[RESULTS_NAME] = sha256_file(folder / RESULTS_NAME)
-    write_file(folder / _CARD, _with_scores((folder / _CARD).read_text("utf-8"), found))
-    files[_CARD] = sha256_file(folder / _CARD)
+    before, title, behind = plain.partition(_BEFORE)
+    write_file(path, f"{before}{_table(found)}{title}{behind}")
+    files[_CARD], lock["card"] = sha256_file(path), _sha256(plain)
     lock["scores"] = [each.facts() for each in found.tasks.values()]
     write_file(folder / LOCK_NAME, json.dumps(lock, indent=2, ensure_ascii=False) + "\n")
     return True
 
 
-def _with_scores(card: str, found: Evaluation) -> str:
-    """The card with a table, in place of an earlier one."""
-    card = re.sub(rf"^{_TITLE}.*?(?=^## |\Z)", "", card, count=1, flags=re.MULTILINE | re.DOTALL)
-    before, title, behind = card.partition(_BEFORE)
-    return f"{before}{_table(found)}{title}{behind}"
+def _without_scores(card: str) -> str:
+    """The card as the run has written it."""
+    return re.sub(rf"^{_TITLE}.*?(?=^## |\Z)", "", card, count=1, flags=re.MULTILINE | re.DOTALL)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _table(found: Evaluation) -> str:

@@ -258,7 +258,8 @@ class Plan:
             for name, source in self.sources.items()
         }
         inside = {f"{name}/{key}": stamps for name, plan in self.inner.items() for key, stamps in plan.stamps.items()}
-        own = {name: stamps for name, stamps in models.items() if stamps or name not in self.inner}
+        made_here = {*self.inner, *(name for name in models if name.startswith("("))}
+        own = {name: stamps for name, stamps in models.items() if stamps or name not in made_here}
         return own | inside | {field: (stamp,) for field, stamp in self.others.items()}
 
     @property

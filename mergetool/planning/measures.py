@@ -8,6 +8,7 @@ from math import sqrt
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
+from typing import Any
 
 from mergetool.errors import PlanError, at
 from mergetool.planning.sources import Lookup
@@ -152,17 +153,40 @@ def measuring(
 ) -> Measuring:
     """What there is to measure on a model. Raises SourceError or PlanError for data or a model that will not do."""
     from mergetool.networks.running import whole_config
-    from mergetool.statistics.examples import examples_of
+    from mergetool.statistics.examples import examples_of, guessed_examples
     from mergetool.statistics.rows import Fields, read_rows
 
     assert data.data is not None
     config = whole_config(source, "")
+    _check_reads_tokens(config)
     form = statistic.form(source.specs, config, "")
     fields = Fields(data.field, data.pair, data.label)
     rows = read_rows(Path(data.data), fields, data.samples, labelled=statistic.labelled(config))
     assert source.folder is not None
-    examples = examples_of(rows, source.folder, config, data.length, tokenizer or source.tokenizer_folder)
-    return Measuring(statistic, source, config, examples, form, compute.dtype, compute.seed, where)
+    tokenizer = tokenizer or source.tokenizer_folder or source.folder
+    guessed = _comes_later(source, tokenizer) and any(isinstance(row.text, str) for row in rows)
+    if guessed:
+        examples = guessed_examples(rows, data.length)
+    else:
+        examples = examples_of(rows, source.folder, config, data.length, tokenizer)
+    return Measuring(statistic, source, config, examples, form, compute.dtype, compute.seed, where, guessed)
+
+
+def _comes_later(source: ModelSource, tokenizer: Path) -> bool:
+    """Whether a tokenizer will come with weights that are still to be fetched; then the run is planned again."""
+    from mergetool.networks.tokenizer import has_tokenizer
+
+    return not has_tokenizer(tokenizer) and not all(stamp.path.is_file() for stamp in source.files)
+
+
+def _check_reads_tokens(config: Mapping[str, Any]) -> None:
+    """Raise PlanError for a network that rows of tokens alone cannot go through."""
+    fix = "choose a method that needs no data: mergetool methods"
+    kind = config.get("model_type")
+    if config.get("is_encoder_decoder"):
+        raise PlanError(f"is an encoder with a decoder ({kind}), and rows hold one text", "", fix)
+    if "vocab_size" not in config and "text_config" not in config:
+        raise PlanError(f"reads no tokens ({kind}), and rows hold nothing else", "", fix)
 
 
 def _tokenizer(data: Data, sources: Mapping[str, ModelSource], lookup: Lookup) -> Path | None:

@@ -13,6 +13,8 @@ from mergetool.statistics.rows import DataRow
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _ENDLESS = 1_000_000
 """What tokenizers call their greatest length where they have none is more than this."""
+_CHARACTERS = 4
+"""Of a token, roughly."""
 _BATCH_TOKENS = 2048
 
 
@@ -47,6 +49,15 @@ def examples_of(
         _check(inputs["input_ids"], row.place, most, config)
         found.append(Example(row.place, inputs, _class_of(row, config)))
     return tuple(found)
+
+
+def guessed_examples(rows: Sequence[DataRow], length: int | None) -> tuple[Example, ...]:
+    """Rows whose tokens are not known yet: about as many as there should be, to plan with."""
+    sizes = (len(row.text) if isinstance(row.text, tuple) else 1 + len(row.text) // _CHARACTERS for row in rows)
+    return tuple(
+        Example(row.place, {"input_ids": (0,) * min(size, length or size)})
+        for row, size in zip(rows, sizes, strict=True)
+    )
 
 
 class _Words:

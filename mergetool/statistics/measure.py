@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 STATISTICS: Mapping[str, type[Statistic]] = {kind.name: kind for kind in (DiagonalFisher, InputGram, LossGradient)}
 """Every statistic by name."""
+_LIBRARY_BYTES = 200_000_000
+"""transformers itself, measured."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Measuring:
     seed: int
     where: str
     """What messages call the model."""
+    guessed: bool = False
+    """Whether the tokens of examples are not known yet."""
 
     @property
     def tokens(self) -> int:
@@ -50,7 +54,7 @@ class Measuring:
     def memory(self) -> int:
         """Bytes that measuring takes, roughly."""
         weights = sum(spec.num_elements for spec in self.model.specs.values())
-        return int(self._width * weights * self.statistic.copies) + 2 * self.num_bytes
+        return _LIBRARY_BYTES + int(self._width * weights * self.statistic.copies) + 2 * self.num_bytes
 
     @property
     def flops(self) -> float:

@@ -1,5 +1,8 @@
 """Laws about what a result may depend on: not on slices, workers, order of work, files or memory; to the bit."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -94,8 +97,16 @@ def no_more_scratch_space_is_used_than_is_counted(case: MethodCase) -> None:
 @law("device", fitted=True)
 def an_accelerator_gives_what_the_cpu_gives(case: MethodCase) -> None:
     """An accelerator gives what the CPU gives, up to rounding: the same draws, the same thresholds."""
+    with accelerator() as device:
+        there, _ = run(case, exact=True, device=device)
+    assert_near(there, run(case, exact=True, device="cpu")[0])
+
+
+@contextmanager
+def accelerator() -> Iterator[str]:
+    """The device that the law is tried on."""
     if not torch.cuda.is_available():
         import pytest
 
         pytest.skip("no accelerator here")
-    assert_near(run(case, exact=True, device="cuda:0")[0], run(case, exact=True, device="cpu")[0])
+    yield "cuda:0"

@@ -152,6 +152,19 @@ def test_everything_is_json_and_a_row_for_each_result(runs):
     assert found.rows[0]["code acc"] == 0.25
 
 
+def test_bundles_have_recipes_and_sizes_but_no_weights_to_compare(runs):
+    recipe = {"base": str(runs / "base"), "models": {each: str(runs / each) for each in "ab"}}
+    mergetool.run({**recipe, "merge": {"method": "tsv-compress", "rank": 2}}, output=runs / "bundle")
+    found = mergetool.compare(runs / "weak", runs / "bundle", runs / "strong")
+    assert [(row["a"], row["b"]) for row in found.distances] == [("weak", "strong")]
+    assert found.remarks == (
+        "weak (checkpoint) and bundle (bundle) have no weights to compare",
+        "bundle (bundle) and strong (checkpoint) have no weights to compare",
+    )
+    assert [row["kind"] for row in found.costs] == ["checkpoint", "bundle", "checkpoint"]
+    assert {"key": "merge.rank", "weak": None, "bundle": 2, "strong": None} in found.settings
+
+
 def test_results_of_one_name_are_called_by_their_paths(runs):
     (runs / "elsewhere").mkdir()
     mergetool.run({"models": {"a": str(runs / "a")}, "merge": {"method": "linear"}}, output=runs / "elsewhere" / "weak")

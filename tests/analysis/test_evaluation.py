@@ -1,7 +1,9 @@
 """Curves, barriers, pairs and calibration, held against figures that are known because answers are planted."""
 
 import json
+import sqlite3
 import sys
+from contextlib import closing
 from itertools import pairwise
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 from mergetool import EvaluationError, OutputError, RecipeError
 from mergetool.analysis.curve import along, barrier, curve, line
+from mergetool.analysis.evaluation_page import page_of_curve
 from mergetool.analysis.interference import interference
 from mergetool.cli import main
 from mergetool.evaluate.assess import assess
@@ -16,7 +19,7 @@ from mergetool.evaluate.options import TaskOptions
 from mergetool.evaluate.reliability import calibration_error, reliability
 from mergetool.recipe import load_recipe
 from tests.pages.browsing import opened, stands
-from tests.tuning.planted import World
+from tests.tuning.planted import World, write_task
 
 WORLD = World()
 TASKS = [TaskOptions(name=name, include="tasks") for name in WORLD.tasks]
@@ -126,6 +129,8 @@ def test_calibration_errors_are_those_of_guo_et_al():
     assert calibration_error(rows) == pytest.approx(expected)
     assert sum(row["items"] for row in rows) == 400
     assert reliability(np.array([1.0, 0.0]), np.array([0.0, 1.0]))[0]["low"] == 0.0
+    assert reliability(np.array([1.0]), np.array([0.65]))[0]["low"] == 0.6
+    assert reliability(np.array([1.0]), np.array([0.6]))[0]["high"] == 0.6  # an end belongs to the bin below it
 
 
 def test_how_sure_a_model_is_comes_from_its_answers_and_from_the_cache(folder, tmp_path):
@@ -139,6 +144,30 @@ def test_how_sure_a_model_is_comes_from_its_answers_and_from_the_cache(folder, t
             wanted = calibration_error(reliability((margins > 0).astype(float), sure))
             assert found.tasks[task].calibration_error == pytest.approx(wanted, abs=1e-3)
     assert [row["reliability"] != [] for row in found.facts()["tasks"]] == [True, True]
+
+
+def test_answers_of_an_earlier_version_are_asked_again_for_how_sure_the_model_is(folder, tmp_path):
+    left = folder / "models" / "left"
+    wanted = assess(left, TASKS, folder=folder, cache=tmp_path).facts()
+    with closing(sqlite3.connect(tmp_path / "responses.sqlite")) as kept:
+        kept.execute("ALTER TABLE answers DROP COLUMN confidence")
+        kept.execute("UPDATE answers SET value = 0.5")  # must not be believed
+        kept.commit()
+    assert assess(left, TASKS, folder=folder, cache=tmp_path).facts() == wanted
+
+
+def test_free_answers_have_no_calibration_error_and_no_loss(folder):
+    items = np.flatnonzero(WORLD.half)
+    write_task(folder / "free", "spoken", items, WORLD.gold, kind="generate_until")
+    options = [TaskOptions(name="spoken", include="free")]
+    left = folder / "models" / "left"
+    (facts,) = assess(left, options, folder=folder).facts()["tasks"]
+    assert (facts["score"], facts["ece"]) == ((WORLD.margins["left"] > 0)[items].mean(), None)
+    found = curve("share", line(folder / "models" / "base", left, 2), options, folder=folder)
+    assert (found.barriers[0]["error_barrier"], found.barriers[0]["loss_barrier"]) == (0.0, None)
+    text = page_of_curve(found.as_dict())
+    assert "Barriers" in text
+    assert "cross entropy" not in text
 
 
 def test_the_command_tells_curves_and_pairs_and_writes_pages(folder, run, browser, tmp_path):

@@ -136,3 +136,32 @@ def test_one_model_alone(tmp_path):
     found = mergetool.analyze(recipe | {"merge": {"method": "task-arithmetic"}})
     assert (found.rows("pairs"), found.facts["order"], found.facts["linkage"]) == ([], ["a"], [])
     assert found.facts["whole"]["conflict"] is None
+
+
+def test_convolutions_are_matrices_and_what_is_tiny_is_not_called_noise(tmp_path):
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
+    torch.manual_seed(0)
+    base = hf.ResNetForImageClassification(hf.ResNetConfig(**sizes))
+    base.save_pretrained(tmp_path / "base")
+    for name, noisy in (("noise", True), ("tiny", False)):
+        model = hf.ResNetForImageClassification.from_pretrained(tmp_path / "base")
+        for key, parameter in model.named_parameters():
+            if noisy or "classifier" in key:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / name)
+    models = {name: str(tmp_path / name) for name in ("noise", "tiny")}
+    recipe = {"base": str(tmp_path / "base"), "models": models, "merge": {"method": "task-arithmetic"}}
+    found = mergetool.analyze(recipe)
+    assert [(each["kind"], each["models"]) for each in found.advice if each["weight"] == "problem"] == [
+        ("noise", ["noise"])
+    ]
+    row = next(row for row in found.rows("spectra") if "stages.0.layers.0.layer.0.conv" in row["tensor"])
+    assert row["directions"] == 16
+    name = row["tensor"]
+    change = state_of(tmp_path / "noise", name) - state_of(tmp_path / "base", name)
+    s = torch.linalg.svdvals(change.flatten(1))
+    assert row["stable_rank"] == pytest.approx(float(s.square().sum() / s[0] ** 2), rel=1e-4)
+
+
+def state_of(folder, name):
+    return hf.ResNetForImageClassification.from_pretrained(folder, dtype=torch.float64).state_dict()[name]

@@ -11,7 +11,7 @@ import yaml
 
 import mergetool
 from tests.analysis.models import ancestor, changed, fine_tuned
-from tests.words.models import save_tokenizer, train
+from tests.words.models import save_tokenizer, train, vocabulary
 
 HINTS = {"scale", "density", "method"}
 
@@ -67,6 +67,20 @@ def test_a_model_given_twice(recipe, family, tmp_path):
     assert mergetool.analyze(recipe(again=family / "code")).advice[0]["kind"] == "duplicate"
 
 
+def test_a_model_that_was_trained_a_little_longer_is_no_copy(recipe, family, tmp_path):
+    fine_tuned(family / "base", tmp_path / "longer", "code", steps=13)
+    found = mergetool.analyze(recipe(("tales", "code"), longer=tmp_path / "longer"))
+    assert told(found) == []
+    assert found.rows("pairs")[2]["cosine"] > 0.95
+
+
+def test_a_model_given_twice_where_there_is_no_base(recipe, family):
+    found = mergetool.analyze(recipe(("tales", "code"), base=None, method="linear", again=family / "code"))
+    assert told(found) == [("duplicate", ("code", "again"))]
+    two = mergetool.analyze(recipe(("code",), base=None, method="linear", again=family / "code"))
+    assert told(two) == [("duplicate", ("code", "again"))]
+
+
 def test_a_model_that_dominates_and_the_weights_that_even_it_out(recipe, family, tmp_path):
     fine_tuned(family / "base", tmp_path / "loud", "code", steps=25, rate=8e-3)
     found = mergetool.analyze(recipe(("tales", "letters"), loud=tmp_path / "loud"))
@@ -107,6 +121,9 @@ def test_a_tokenizer_that_is_not_the_model_s(recipe, family, tmp_path):
     assert told(found) == [("tokenizer", ("swapped",))]
     evidence = only(found, "tokenizer")["evidence"]
     assert (evidence["relative"] < 0.3, evidence["share_of_tokens"] > 0.1) == (True, True)
+    ours, theirs = vocabulary(family / "base"), vocabulary(tmp_path / "swapped")
+    rows = next(row["parameters"] for row in found.rows("tensors") if row["tensor"] == "lm_head.weight")
+    assert rows == 48 * len(ours.keys() & theirs.keys())  # rows that not all know are in no figure
     for file in (family / "base").glob("*token*"):  # what is advised
         shutil.copy(file, tmp_path / "swapped")
     assert told(mergetool.analyze(recipe(("tales", "letters"), swapped=tmp_path / "swapped"))) == []

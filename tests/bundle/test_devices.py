@@ -6,7 +6,9 @@ import transformers
 from safetensors.torch import load_file
 
 import mergetool
+from mergetool.bundle.calibrate import calibrate
 from mergetool.bundle.manifest import read_manifest
+from mergetool.bundle.rows import answers
 from mergetool.testing.classifiers import save_experts, text_inputs, tiny_config
 from mergetool.testing.toys import toy_models, write
 from tests.alignment.test_devices import Said, lock_of
@@ -119,3 +121,22 @@ def test_classes_and_routers_of_all_kinds_answer_on_a_device(router, device, tmp
         there = mergetool.load_bundle(folder).to(device)(**on(device, inputs))
         assert there.task == here.task
         torch.testing.assert_close(there.logits.cpu(), here.logits, rtol=1e-5, atol=1e-5)
+
+
+@every_device
+def test_rows_are_answered_and_a_router_is_corrected_on_a_device(device, tmp_path):
+    folder = make_bundle(tmp_path, "bert")
+    inputs = tiny_inputs("bert")
+    rows = [
+        {"input_ids": inputs["input_ids"][row].tolist(), "task": task}
+        for row, task in enumerate(["a", "b", "c", "a", "b", "c"])
+    ]
+    whole = mergetool.load_bundle(folder)
+    here, fitted = list(answers(whole, rows)), calibrate(whole, rows)
+    with present(device):
+        bundle = mergetool.load_bundle(folder).to(device)
+        bundle.calibration = None
+        there = list(answers(bundle, rows))
+        assert [row["tasks"] for row in there] == [row["tasks"] for row in here]
+        assert [row["probability"] for row in there] == pytest.approx([row["probability"] for row in here], abs=1e-5)
+        assert calibrate(bundle, rows).offsets == pytest.approx(fitted.offsets, abs=1e-4)

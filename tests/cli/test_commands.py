@@ -48,8 +48,8 @@ FLAGS = {
     "schema": set(),
     "import": {"recipe", "-o", "--output"},
     "push": {"path", "repo", "--private", "--create", "--pull-request", "--json"},
-    "calibrate": {"bundle", "--input", "--json"},
-    "route": {"bundle", "--input", "--task", "--batch-size", "--json", "--labels"},
+    "calibrate": {"bundle", "--input", "--device", "--json"},
+    "route": {"bundle", "--input", "--task", "--batch-size", "--device", "--json", "--labels"},
     "evaluate": {
         "path",
         "--tasks",

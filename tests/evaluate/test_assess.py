@@ -9,7 +9,7 @@ from huggingface_hub import parse_eval_result_entries
 from typer.testing import CliRunner
 
 import mergetool
-from mergetool import EvaluationError, PlanError
+from mergetool import EvaluationError, PlanError, SourceError
 from mergetool.cli.app import app
 from mergetool.evaluate.assess import assess
 from mergetool.evaluate.harness import load_task
@@ -82,10 +82,43 @@ def test_a_card_that_was_written_by_hand_is_left_alone(folder, tmp_path):
     path = mergetool.run(
         {"models": {"left": str(folder / "models" / "left")}, "merge": {"method": "linear"}}, output=tmp_path / "merged"
     ).path
-    (path / "README.md").write_text("mine")
+    (path / "README.md").write_bytes(b"mine \xff")
     command = ["evaluate", str(path), "--include", str(folder / "tasks"), "--tasks", "lefts"]
     assert "README.md is not what the run has written" in CliRunner().invoke(app, command).stderr
-    assert (path / "README.md").read_text() == "mine"
+    assert (path / "README.md").read_bytes() == b"mine \xff"
+
+
+def test_a_result_whose_scores_were_half_told_is_mended_by_telling_them_again(folder, tmp_path):
+    recipe = {"models": {"left": str(folder / "models" / "left")}, "merge": {"method": "linear"}}
+    path = mergetool.run(recipe, output=tmp_path / "merged").path
+    plain = (path / "README.md").read_text()
+    for score in (1.0, 0.0):
+        lock = (path / "mergetool.json").read_text()
+        found = Evaluation("merged", {"maths": TaskScores("maths", "acc", "x", np.array([score, 1.0]))})
+        assert tell_scores(path, found)
+        (path / "mergetool.json").write_text(lock)  # as if the process had ended before it
+        with pytest.raises(SourceError, match=r"the lock says"):
+            verify_output(path)
+        assert tell_scores(path, found)
+        verify_output(path)
+        assert (path / "README.md").read_text().count("| maths | acc | 2 |") == 1
+    assert (path / "README.md").read_text().replace(_scores(path), "") == plain
+
+
+def _scores(path):
+    """The part of a card that tells scores."""
+    card = (path / "README.md").read_text()
+    return card[card.index("## Scores") : card.index("## Recipe")]
+
+
+def test_scores_that_cannot_be_kept_are_told_all_the_same(folder, tmp_path):
+    recipe = {"models": {"left": str(folder / "models" / "left")}, "merge": {"method": "linear"}}
+    path = mergetool.run(recipe, output=tmp_path / "merged").path
+    (tmp_path / "merged.evaluation.json").mkdir()
+    command = ["evaluate", str(path), "--include", str(folder / "tasks"), "--tasks", "lefts"]
+    shown = CliRunner().invoke(app, command)
+    assert (shown.exit_code, "warning: the scores are not kept" in shown.stderr) == (0, True)
+    assert "lefts" in shown.stdout
 
 
 def test_results_on_datasets_of_the_hub_are_written_as_it_reads_them(folder, tmp_path):

@@ -125,6 +125,13 @@ def test_matrices_of_one_shape_have_the_same_factors_together_as_apart(shape):
         live_factors_of([*deltas, torch.full(shape, torch.inf)], 6, together=True)
 
 
+def test_in_float64_small_singular_values_of_a_batch_are_as_exact_as_apart():
+    s = torch.logspace(0, -9, 24, dtype=torch.float64)
+    deltas = [(orthonormal(40, 24, seed) * s) @ orthonormal(24, 24, 5 + seed).mT for seed in range(2)]
+    for each in live_factors_of(deltas, 24, together=True)[0]:
+        assert float(((each.s - s) / s).abs().max()) < 1e-4
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 def test_a_gpu_finds_the_factors_of_a_batch():

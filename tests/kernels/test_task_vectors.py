@@ -86,3 +86,13 @@ def test_what_is_not_finite_is_counted_and_left_out():
     sound[:, 3:5] = 0
     assert found.broken.tolist() == [0, 1, 1, 0]
     assert found.gram == pytest.approx((sound.double() @ sound.double().T).numpy(), rel=1e-5, abs=1e-4)
+
+
+def test_a_slice_without_entries_adds_nothing():
+    x = stacked()
+    whole, none = tally(x, 5000), tally(x[:, :0], 0)
+    both = whole + none
+    assert (none.entries, both.entries) == (0, 5000)
+    assert (both.gram == whole.gram).all()
+    assert (both.drawn.magnitudes == whole.drawn.magnitudes).all()
+    assert (whole + tally(x, 0)).drawn.entries == 5000  # nor does one that is not looked at

@@ -12,6 +12,7 @@ from mergetool.bundle.store import FactorStore
 from mergetool.tensors.folder import open_model
 from mergetool.tensors.io import bytes_of
 from tests.bundle.tiny import OPTIONS, FileExperts, make_bundle
+from tests.files import tensors, write_model
 
 
 def again(folder, name, *, tasks="abc", **changes):
@@ -55,6 +56,26 @@ def test_the_same_experts_make_the_same_bundle(tmp_path):
     narrow = mergetool.diff(bundle, again(tmp_path, "narrow", dtype="bfloat16"))
     assert 0 < narrow.total.relative < 2**-7
     assert [(each.key, each.a, each.b) for each in narrow.files] == [("dtype", "float32", "bfloat16")]
+
+
+def test_an_expert_that_left_a_tensor_alone_adds_nothing_there(tmp_path):
+    shapes = {"model.layers.0.mlp.weight": (32, 32), "model.layers.1.mlp.weight": (32, 32)}
+    base = tensors(0, shapes)
+    write_model(tmp_path / "base", base)
+    for seed, name in enumerate("ab", 1):
+        own = {key: value + 0.1 * tensors(seed, shapes)[key] for key, value in base.items()}
+        write_model(
+            tmp_path / name,
+            own | ({"model.layers.1.mlp.weight": base["model.layers.1.mlp.weight"]} if name == "b" else {}),
+        )
+    recipe = {"base": str(tmp_path / "base"), "models": {name: str(tmp_path / name) for name in "ab"}}
+    paths = [
+        mergetool.run({**recipe, "merge": {"method": "tsv-compress", "rank": rank}}, output=tmp_path / f"r{rank}").path
+        for rank in (4, 2)
+    ]
+    states = {row["tensor"]: row["state"] for row in mergetool.diff(*paths).rows}
+    assert states.pop("b: model.layers.1.mlp.weight") == "identical"
+    assert set(states.values()) == {"changed"}
 
 
 def test_tasks_heads_router_and_base_are_told(tmp_path):

@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+import transformers
 
 import mergetool
 from mergetool import PlanError, SourceError
 from mergetool.statistics.rows import Fields, read_rows
+from mergetool.testing.classifiers import tiny_config
 from tests.statistics.networks import write_classifier, write_dense, write_rows
 
 
@@ -119,3 +121,15 @@ def test_a_folder_without_config_cannot_be_run(place, tmp_path):
     with pytest.raises(PlanError, match=r"has no config\.json") as error:
         mergetool.measure(tmp_path / "model", "gram", write_rows(tmp_path / "rows.jsonl"), cache=tmp_path)
     assert "save_pretrained" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("T5ForConditionalGeneration", "encoder with a decoder"), ("ViTForImageClassification", "no tokens")],
+)
+def test_networks_that_rows_cannot_go_through_are_refused(tmp_path, kind, told):
+    network = getattr(transformers, kind)
+    network(tiny_config(network)).save_pretrained(tmp_path / "model")
+    with pytest.raises(PlanError, match=told) as error:
+        mergetool.measure(tmp_path / "model", "gram", write_rows(tmp_path / "rows.jsonl"), cache=tmp_path)
+    assert "mergetool methods" in error.value.fix

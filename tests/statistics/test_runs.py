@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from mergetool.planning.cost import estimate
 from mergetool.planning.measures import to_measure
 from tests.files import StoppedError, Watch, content, stop_after
 from tests.statistics.networks import TEXTS, opened, write_classifier, write_dense, write_rows
+from tests.zoo.text import save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,16 @@ def test_other_rows_settings_or_weights_are_measured_anew(place, recipe, tmp_pat
     assert len(kept(tmp_path)) == 6
 
 
+@pytest.mark.parametrize(
+    ("statistic", "changes"),
+    [("fisher", {"seed": 1}), ("gradient", {"batch": 2}), ("gram", {"dtype": "float64"}), ("gram", {"length": 2})],
+)
+def test_whatever_decides_a_statistic_is_in_its_name(place, tmp_path, statistic, changes):
+    for more in ({}, changes, {}):
+        mergetool.measure(place / "a", statistic, place / "a.jsonl", cache=tmp_path / "cache", **more)
+    assert len(kept(tmp_path)) == 2
+
+
 def test_where_a_model_lies_and_how_rows_are_written_does_not_matter(place, recipe, tmp_path):
     run(recipe(), tmp_path / "out")
     before = kept(tmp_path)
@@ -181,6 +193,7 @@ def test_the_lock_names_each_statistic(place, recipe, tmp_path):
     assert (told["statistic"], told["rows"]) == ("fisher", 4)
     assert told["settings"] == {"labels": "sampled", "seed": 0}
     assert (tmp_path / "cache" / "statistics" / f"{told['key']}.safetensors").is_file()
+    assert lock["inputs"].keys() == {"a", "b", "calibration.a.data", "calibration.b.data"}
     (data,) = lock["inputs"]["calibration.a.data"]
     assert data["sha256"] is not None
     assert mergetool.run(recipe("fisher"), output=tmp_path / "out", cache=tmp_path / "cache").resumed
@@ -232,6 +245,24 @@ def test_a_model_made_by_another_recipe_is_measured_too(place, recipe, tmp_path)
     result = run(asked, tmp_path / "out")
     assert opened(result.path).num_labels == 3
     assert len(kept(tmp_path)) == 2
+    mergetool.run(mixed, output=tmp_path / "mixed")
+    asked["models"]["b"] = str(tmp_path / "mixed")
+    assert content(run(asked, tmp_path / "apart").path) == content(result.path)
+
+
+def test_a_model_made_by_another_recipe_without_a_tokenizer_is_told(place, recipe, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "model.safetensors"):
+            shutil.copy(place / name / file, tmp_path / name / file)
+    mixed = {"models": {name: str(tmp_path / name) for name in "ab"}, "merge": {"method": "linear"}}
+    asked = recipe(data={"data": str(place / "a.jsonl")})
+    asked["models"]["b"] = {"recipe": mixed}
+    with pytest.raises(PlanError, match="no tokenizer") as error:
+        run(asked, tmp_path / "out")
+    assert "tokenizer: MODEL" in error.value.fix
+    asked["calibration"]["tokenizer"] = "a"
+    run(asked, tmp_path / "out")
 
 
 def test_heads_of_other_sizes_are_refused_as_in_all_methods(place, tmp_path, recipe):
@@ -274,3 +305,26 @@ def test_an_adapter_can_be_made_of_the_result(place, recipe, tmp_path):
     asked = {**recipe(), "base": str(place / "a"), "output": {"kind": "adapter", "rank": 4}}
     result = run(asked, tmp_path / "out")
     assert (result.path / "adapter_model.safetensors").is_file()
+
+
+def test_weights_that_are_stored_turned_are_merged_by_their_inputs(place, tmp_path):
+    """Of a square one no shape tells which side the inputs are on."""
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, n_positions=32)
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+        save_tokenizer(tmp_path / name)
+    asked = {
+        "models": {name: str(tmp_path / name) for name in "ab"},
+        "calibration": {name: {"data": str(place / f"{name}.jsonl")} for name in "ab"},
+        "merge": {"method": "regmean", "alpha": 0.7, "ridge": 0.0},
+    }
+    found = load_file(run(asked, tmp_path / "out").path / "model.safetensors")
+    for name in ("transformer.h.0.attn.c_proj.weight", "transformer.h.0.mlp.c_fc.weight"):
+        left = right = 0
+        for each in "ab":
+            gram = mergetool.measure(tmp_path / each, "gram", place / f"{each}.jsonl", cache=tmp_path / "cache")[name]
+            gram = 0.7 * gram.double() + 0.3 * gram.double().diagonal().diag()
+            weight = load_file(tmp_path / each / "model.safetensors")[name].double()
+            left, right = left + gram, right + gram @ weight  # (inputs, outputs)
+        assert torch.allclose(found[name].double(), torch.linalg.solve(left, right), atol=1e-5), name
