@@ -185,7 +185,7 @@ def spaces(told: Told) -> Chapter | None:
         caption = "The first singular values of the changes, as a share of the largest; median of the matrices."
         series = {model: values for model, values in leading.items() if values[0]}
         pieces.append(Picture(lines(series, "singular value", "size / the largest", zero=True), caption))
-        ranks = [row | {"used": 100 * row["effective_rank"] / row["directions"]} for row in rows["spectra"]]
+        ranks = [row | {"used": _used(row)} for row in rows["spectra"]]
         if depth:
             drawn = lines(
                 over_depth(ranks, depth, ("model",), "used"), "layer", "effective rank, % of directions", zero=True
@@ -213,6 +213,11 @@ def spaces(told: Told) -> Chapter | None:
     return Chapter("Directions of the changes", pieces, lead) if pieces else None
 
 
+def _used(row: Told) -> float | None:
+    """How many of its directions a change uses; of a matrix that is not changed, none is known."""
+    return None if row["effective_rank"] is None else 100 * row["effective_rank"] / row["directions"]
+
+
 def _leading(rows: Sequence[Told], model: str) -> Points:
     found = [row["leading"] for row in rows if row["model"] == model and row["leading"]]
     longest = max(map(len, found), default=0)
@@ -227,8 +232,8 @@ def _both(row: Told) -> float | None:
 
 def rounding(told: Told) -> Chapter | None:
     """What bfloat16 costs."""
-    survives = told["whole"]["survives_bfloat16"]
-    if survives is None:
+    survives, error = (told["whole"][key] for key in ("survives_bfloat16", "error_bfloat16"))
+    if survives is None or error is None:
         return None
     depth, layers = depths_of(told), told["rows"]["layers"]
     pieces: list[Piece] = []
@@ -239,7 +244,7 @@ def rounding(told: Told) -> Chapter | None:
         pieces.append(Picture(drawn, "Of the mean of the models, stored in bfloat16.", (8, 3)))
     lead = (
         f"{share(survives)} of the entries that a plain mean changes are still changed after rounding to bfloat16; the "
-        f"rounding error is {share(told['whole']['error_bfloat16'])} of the change. Where little is left, write "
+        f"rounding error is {share(error)} of the change. Where little is left, write "
         f"`output: {{dtype: float32}}`, or scale up."
     )
     return Chapter("What bfloat16 costs", pieces, lead)

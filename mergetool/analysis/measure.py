@@ -199,7 +199,7 @@ class _Pass:
         if self._models.reference == "mean":
             torch.mean(rows, 0, out=x[0])
         if self._models.reference != "zero":
-            x[1:] -= x[0]
+            _subtract(x)
         kept = self._kept(name, begin, end)
         return x if kept is None else x[:, kept]
 
@@ -278,6 +278,16 @@ class _Pass:
             end = min(begin + SLICE, len(whole))
             self._read(name, begin, end, source, whole[begin:end])
         return whole
+
+
+def _subtract(x: "Tensor") -> None:
+    """The first vector from all others. Where it is not finite, only those that are not either stay so."""
+    sound = x[0].isfinite()
+    if sound.all():
+        x[1:] -= x[0]
+    else:
+        own = x[1:].isfinite()
+        x[1:] = (x[1:] - x[0]).masked_fill_(own & ~sound, 0.0)
 
 
 def _bound(call: Callable[..., SliceSums | Matrix], argument: Piece | str) -> Callable[[], SliceSums | Matrix]:

@@ -28,24 +28,33 @@ def problems(adviser: Adviser) -> Iterator[Advice]:
     """One kind after the other; who does not belong is passed over by those that follow."""
     if adviser.figures.whole is None or adviser.figures.inside is None:
         return
-    for rule in (_not_finite, _unrelated, _tokenizer, _rows, _dead, _duplicates, _noise):
+    yield from _not_finite(adviser)
+    if adviser.whole.tally.broken.max() == adviser.whole.tally.entries:
+        return
+    for rule in (_unrelated, _tokenizer, _rows, _dead, _duplicates, _noise):
         yield from rule(adviser)
 
 
 def _not_finite(adviser: Adviser) -> Iterator[Advice]:
-    broken = adviser.whole.tally.broken[-len(adviser.models) :]
+    of_base, *broken = map(int, adviser.whole.tally.broken)
+    if of_base and adviser.based:
+        yield _broken((), "the base", of_base, "repair or replace the base")
     for model, count in zip(adviser.models, broken, strict=True):
         if count:
-            yield Advice(
-                "not_finite",
-                "problem",
-                (model,),
-                f"{model} has {int(count)} entries that are not finite",
-                "a merge spreads them; they are left out of all figures here",
-                {"entries": int(count)},
-                "count of NaN and infinite entries",
-                f"repair or replace {model}, or remove it from models",
-            )
+            yield _broken((model,), model, count, f"repair or replace {model}, or remove it from models")
+
+
+def _broken(models: tuple[str, ...], name: str, count: int, fix: str) -> Advice:
+    return Advice(
+        "not_finite",
+        "problem",
+        models,
+        f"{name} has {count} entries that are not finite",
+        "a merge spreads them; they are left out of all figures here",
+        {"entries": count},
+        "count of NaN and infinite entries",
+        fix,
+    )
 
 
 def _unrelated(adviser: Adviser) -> Iterator[Advice]:

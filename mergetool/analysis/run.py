@@ -139,7 +139,7 @@ def _summary(figures: Figures, advice: Sequence[Advice]) -> Iterator[str]:
         yield f"kinship (cosine of weights) of the models {kin}"
     if figures.models.reference != "mean":
         sizes = {row["model"]: row["relative"] for row in figures.whole.by_model()}
-        if figures.models.reference == "base":
+        if figures.whole.tally.gram[0, 0] and figures.models.reference == "base":
             told = ", ".join(f"{model} {size:.3g}" for model, size in sizes.items())
             yield f"task vectors, relative to the base: {told}"
         if cosines := _range(row["cosine"] for row in figures.whole.pairs()):

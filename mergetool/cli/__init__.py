@@ -1,6 +1,7 @@
 """The command line: the only place that prints, colours and exits."""
 
 import atexit
+import errno
 import gc
 import os
 import signal
@@ -49,9 +50,12 @@ def main() -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         code = 141
+    except OSError as error:
+        code = _unwritten(error)
     if code == 141:  # whoever read our output has gone; nothing more to say
         sys.stdout = sys.stderr = None
     sys.exit(code)
@@ -71,6 +75,17 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise terminated()
+
+
+def _unwritten(error: OSError) -> int:
+    """Say that what was printed did not reach a file, and print no more into it."""
+    from mergetool.cli.show import explain
+    from mergetool.tensors.io import write_error
+
+    sys.stdout = None
+    told = write_error(error, error.filename or "stdout")
+    explain(told, as_json=False)
+    return told.exit_code
 
 
 def _is_heard() -> bool:
@@ -107,6 +122,8 @@ def _run() -> int:
         if isinstance(error, MergetoolError):
             explain(error, as_json=as_json)
             return error.exit_code
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return _unwritten(error)
         if hasattr(error, "format_message"):  # a wrong option or argument
             explain_usage(error, as_json=as_json)
             return 2

@@ -19,7 +19,7 @@ _LONG = 60
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="A model, an adapter, or a mergetool.json.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A model, an adapter, a bundle, or a mergetool.json.")],
     b: Annotated[str, typer.Argument(metavar="B", help="What it is compared with.")],
     base: Annotated[str | None, typer.Option(metavar="C", help="Compare what both changed of this model.")] = None,
     top: Annotated[int, typer.Option(min=0, help="Tensors that are shown, most changed first.")] = 20,

@@ -25,6 +25,8 @@ _SMALL = 192
 """Smaller dimension up to which a matrix is decomposed."""
 _ROUNDING = 1e-6
 """Singular values below this share of the largest are rounding."""
+_ROOM = 1e28
+"""Squared norm up to which all products with a matrix have room in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,10 @@ class Spectrum:
 def spectrum(delta: Tensor, k: int, seed: int = 0) -> tuple[Factors, Spectrum]:
     """At most k leading directions of a matrix (m, n), fewer where there are no more; and its spectrum."""
     m, n = delta.shape
-    norm2 = float(torch.linalg.vector_norm(delta, dim=1).double().square().sum())
+    norm2 = _norm2(delta)
+    if not norm2 < _ROOM:
+        delta = delta.double()
+        norm2 = _norm2(delta)
     if norm2 == 0:
         nothing = Factors(delta.new_zeros(m, 0), delta.new_zeros(0), delta.new_zeros(n, 0))
         return nothing, Spectrum(nothing.s, (m, n), 0.0, 0.0)
@@ -81,8 +86,12 @@ def spectrum(delta: Tensor, k: int, seed: int = 0) -> tuple[Factors, Spectrum]:
     probes = through[:, -_PROBES:]
     left = probes - vh.mT @ (vh @ probes)  # R^T R g for what the basis leaves out, R: E |R^T R g|^2 is the sum of s^4
     fourth = float(s.double().pow(4).sum() + left.double().square().sum() / _PROBES)
-    leading = _live(basis @ u[:, :k], s[:k], vh[:k].mT)
+    leading = _live(basis @ u[:, :k], s[:k], vh[:k].mT).to(torch.float32)
     return leading, Spectrum(leading.s, (m, n), norm2, fourth)
+
+
+def _norm2(delta: Tensor) -> float:
+    return float(torch.linalg.vector_norm(delta, dim=1).double().square().sum())
 
 
 def _decomposed(delta: Tensor, k: int) -> tuple[Factors, Spectrum]:
@@ -93,7 +102,7 @@ def _decomposed(delta: Tensor, k: int) -> tuple[Factors, Spectrum]:
 
 
 def _live(u: Tensor, s: Tensor, v: Tensor) -> Factors:
-    return with_signs(Factors(u, s, v)).live(_ROUNDING)
+    return with_signs(Factors(u, s.clamp(max=torch.finfo(torch.float32).max), v)).live(_ROUNDING)
 
 
 def shared(one: Tensor, other: Tensor) -> float:

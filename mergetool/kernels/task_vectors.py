@@ -105,7 +105,8 @@ def tally(x: Tensor, drawn: int) -> SliceSums:
         return SliceSums(0, gram, np.zeros(n, np.int64), np.zeros(n), broken, Drawn.nothing(n))
     if not np.isfinite(gram).all():
         x, broken = _sound(x)
-        gram = (x @ x.mT).double().numpy()
+        wide = x.double()  # float32 has no room for squares of what is above 1e19
+        gram = (wide @ wide.mT).numpy()
     changes = x[1:]
     nonzero = (changes != 0).numpy()
     changed = np.array([np.count_nonzero(row) for row in nonzero], np.int64)

@@ -1,5 +1,6 @@
 """The model card: what the Hub reads (front matter) and what people read (what was merged, and how to do it again)."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,17 @@ def _everything(plan: Plan) -> Mapping[str, tuple[Provenance, ...]]:
 def _row(name: str, origins: tuple[Provenance, ...], folder: Path, method: str | None) -> str:
     places = " + ".join([*([f"a merge by `{method}`"] if method else []), *(_place(each, folder) for each in origins)])
     licences = " + ".join(origin.licence or "unknown" for origin in origins) or "as its models'"
-    return f"| {name} | {places} | {licences} |"
+    return f"| {_cell(name)} | {places} | {licences} |"
+
+
+def _cell(name: str) -> str:
+    """A model's name in a cell of a table, as it is."""
+    return re.sub(r"([\\`*\[\]<>&|])", r"\\\1", " ".join(name.split()))
 
 
 def _place(origin: Provenance, folder: Path) -> str:
     if origin.repo is None or origin.commit is None:
-        return f"`{redacted(origin.reference, folder)}`"
+        return f"`{redacted(origin.reference, folder)}`".replace("|", "\\|")
     return f"[{origin.repo}](https://huggingface.co/{origin.repo}/tree/{origin.commit})"
 
 
@@ -97,7 +103,7 @@ def _about_changes(changes: Sequence[RoleChange]) -> str:
         "## What changed\n\n"
         "Norm of the difference over the norm of the model it is a difference to; estimated from a few thousand "
         "entries of some tensors of each role. `mergetool diff` measures it.\n\n"
-        f"| role | tensors | {' | '.join(f'from {name}' for name in names)} |\n|---|---|{'---|' * len(names)}\n"
+        f"| role | tensors | {' | '.join(f'from {_cell(name)}' for name in names)} |\n|---|---|{'---|' * len(names)}\n"
         f"{''.join(rows)}\n" + (f"And {more} more roles, which changed less.\n\n" if more else "")
     )
 

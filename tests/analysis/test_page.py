@@ -2,7 +2,8 @@
 
 import mergetool
 from mergetool.analysis.page import analysis_page
-from tests.analysis.models import ancestor
+from tests.analysis.models import ancestor, changed
+from tests.analysis.models import state as weights_of
 from tests.pages.browsing import opened, stands
 
 
@@ -21,3 +22,11 @@ def test_a_real_analysis_stands_and_names_the_stranger_first(browser, recipe, tm
             "tbody tr"
         )
         assert [row.split("\t")[0].strip() for row in models.all_inner_texts()] == list(found.facts["models"])
+
+
+def test_a_page_of_models_that_leave_layers_as_they_are(browser, recipe, family, tmp_path):
+    """Frozen layers have no directions."""
+    state = {name: tensor.float() for name, tensor in weights_of(family / "code").items() if ".layers.0." not in name}
+    changed(family / "base", tmp_path / "frozen", state.get)
+    path = mergetool.analyze(recipe(("code",), frozen=tmp_path / "frozen")).write(tmp_path / "page")
+    stands(browser, path)

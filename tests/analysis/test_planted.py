@@ -1,6 +1,7 @@
 """Models that do not belong in a merge are told apart by name, and what is sound is left alone."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -173,6 +174,32 @@ def test_entries_that_are_not_finite(recipe, family, tmp_path):
     found = mergetool.analyze(recipe(("tales", "letters"), broken=tmp_path / "broken"))
     assert told(found)[0] == ("not_finite", ("broken",))
     assert only(found, "not_finite")["evidence"]["entries"] == 48
+
+
+def test_entries_of_the_base_that_are_not_finite_are_not_the_models(recipe, family, tmp_path):
+    changed(family / "base", tmp_path / "broken", lambda name, w: w.index_fill(0, torch.tensor([0]), math.nan))
+    found = mergetool.analyze(recipe(base=tmp_path / "broken"))
+    assert [advice["title"] for advice in found.advice if advice["kind"] == "not_finite"] == [
+        f"the base has {only(found, 'not_finite')['evidence']['entries']} entries that are not finite"
+    ]
+
+
+def test_without_a_base_only_the_broken_model_is_told(recipe, family, tmp_path):
+    changed(family / "tales", tmp_path / "broken", lambda name, w: w.index_fill(0, torch.tensor([0]), math.inf))
+    found = mergetool.analyze(recipe(("code", "letters"), None, "linear", broken=tmp_path / "broken"))
+    assert only(found, "not_finite")["models"] == ["broken"]
+
+
+def test_of_a_model_without_a_number_nothing_else_is_said(recipe, family, tmp_path):
+    changed(family / "base", tmp_path / "broken", lambda name, w: torch.full_like(w, math.nan))
+    found = mergetool.analyze(recipe(("code",), broken=tmp_path / "broken"), output=tmp_path / "page")
+    assert told(found) == [("not_finite", ("broken",))]
+
+
+def test_numbers_that_are_too_large_for_squares_in_float32(recipe, family, tmp_path):
+    changed(family / "base", tmp_path / "huge", lambda name, w: torch.full_like(w, 3e38))
+    found = mergetool.analyze(recipe(("code",), huge=tmp_path / "huge"), output=tmp_path / "page")
+    assert told(found)[0] == ("unrelated", ("huge",))
 
 
 def test_changes_that_bfloat16_cannot_hold(recipe, family, tmp_path):

@@ -141,6 +141,19 @@ def test_a_reader_who_leaves_is_no_error(here):
         assert told == ""
 
 
+@pytest.mark.parametrize("arguments", [["schema"], ["plan", "r.yaml"]])
+def test_a_full_disk_behind_stdout_is_no_bug(here, arguments):
+    """What is longer than the buffer fails on the way, the rest at the end."""
+    command = [sys.executable, "-m", "mergetool", *arguments]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 6
+    assert ended.stderr.splitlines()[-2:] == [
+        "error: stdout: no space left on the disk",
+        "  fix: free some space, or choose another place with -o PATH",
+    ]
+
+
 # -------------------------------------------------------------------- names that are no plain text
 
 

@@ -64,3 +64,11 @@ def test_a_product_of_thin_matrices_has_no_more_directions_than_they():
     leading, found = spectrum(with_spectrum(300, 400, torch.ones(5)), 16)
     assert leading.rank == 5
     assert found.energy(5) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (300, 200)])
+def test_numbers_without_room_for_squares_in_float32(shape):
+    leading, found = spectrum(torch.full(shape, 3e38), 16)
+    assert len(leading.s) == 1
+    assert leading.s.isfinite().all()
+    assert found.effective_rank == pytest.approx(1, rel=1e-3)

@@ -78,3 +78,13 @@ def test_adapters_and_bundles_have_no_such_table(tmp_path):
     found, path = merged(tmp_path, **base, merge={"method": "tsv-compress"})
     assert found == {}
     assert "What changed" not in (path / "README.md").read_text()
+
+
+def test_names_of_models_are_shown_as_they_are(tmp_path):
+    write_models(tmp_path)
+    models = {"<script>alert(1)</script>": str(tmp_path / "a"), "x|`y": str(tmp_path / "b")}
+    path = mergetool.run({"models": models, "merge": {"method": "linear"}}, output=tmp_path / "out").path
+    card = (path / "README.md").read_text().partition("## Recipe")[0]
+    assert r"| \<script\>alert(1)\</script\> |" in card
+    assert r"| from \<script\>alert(1)\</script\> | from x\|\`y |" in card
+    assert "<script>" not in card
