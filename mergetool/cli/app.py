@@ -27,7 +27,6 @@ from mergetool.cli.commands import (
 )
 from mergetool.cli.compare import compare
 from mergetool.cli.diff import diff
-from mergetool.cli.early import load_libraries
 from mergetool.cli.evaluate import evaluate
 from mergetool.cli.progress import ProgressBar, waiting
 from mergetool.cli.show import manner, say, say_of_more, show_methods, table
@@ -93,7 +92,6 @@ def run(
         asked = load_recipe(recipe, settings or ())
         progress.say(f"{asked.method.method_name()} of {', '.join(asked.models)}")
         say_steps(asked)
-        load_libraries()
         from mergetool.engine import Flags  # torch comes with it: not before the first word
         from mergetool.tuning.run import run_recipe
 
