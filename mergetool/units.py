@@ -22,6 +22,14 @@ def timespan(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
 
 
+def counted(count: int) -> str:
+    """12,345; 1.58 million; 7.24 billion."""
+    for unit, name in ((10**9, "billion"), (10**6, "million")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:,}"
+
+
 def _scaled(count: float, step: int, units: tuple[str, ...]) -> str:
     """The number in the first unit in which it needs no more than three digits before the point."""
     unit, *larger = units

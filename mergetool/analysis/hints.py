@@ -64,7 +64,7 @@ def _scale(adviser: Adviser) -> Iterator[Advice]:
         "scale",
         "hint",
         (),
-        f"scale between {low:.2g} and {high:.2g}",
+        f"scale about {low:.2g}" if f"{low:.2g}" == f"{high:.2g}" else f"scale between {low:.2g} and {high:.2g}",
         "at the one end the merged change is as long as the models' are on average; at the other the median model "
         "finds its own change in full in it",
         {"from": low, "to": high, "start": round((low + high) / 2, 2)},

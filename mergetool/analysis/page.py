@@ -9,7 +9,7 @@ from mergetool.analysis.drawings import agreement, conflicts, dominance, norms, 
 from mergetool.pages import Bullets, Chapter, Column, Details, Facts, Finding, Note, Page, Piece, Table, Text, render
 from mergetool.pages.cells import share, short
 from mergetool.pages.parts import Cell, Level
-from mergetool.units import filesize, timespan
+from mergetool.units import counted, filesize, timespan
 
 Told: TypeAlias = Mapping[str, Any]
 
@@ -51,20 +51,12 @@ def _intro(told: Told) -> list[Piece]:
     figures = [
         ("models", str(len(told["models"]))),
         ("tensors", f"{whole['tensors']:,}"),
-        ("parameters", _counted(whole["parameters"])),
+        ("parameters", counted(whole["parameters"])),
         ("read", filesize(cost["bytes_read"])),
         ("time", timespan(cost["seconds"])),
     ]
     summary = Bullets([_sentence(line, told) for line in told["summary"]])
     return [summary, Facts(figures), *(Note(_sentence(text, told), "warn") for text in told["remarks"])]
-
-
-def _counted(count: int) -> str:
-    """12,345; 1.58 million; 7.24 billion."""
-    for unit, name in ((10**9, "billion"), (10**6, "million")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count:,}"
 
 
 def _sentence(text: str, told: Told) -> str:

@@ -23,6 +23,7 @@ from mergetool.engine.devices import one_thread
 from mergetool.engine.run import Progress, Silent
 from mergetool.errors import PlanError
 from mergetool.recipe.schema import Recipe
+from mergetool.units import counted
 
 VERSION = 1
 """Of the JSON."""
@@ -133,7 +134,7 @@ def _summary(figures: Figures, advice: Sequence[Advice]) -> Iterator[str]:
     facts = plain(figures.whole.facts())
     names = ", ".join(figures.models.models)
     beside = {"base": " and the base", "mean": "", "zero": " (adapters by themselves)"}[figures.models.reference]
-    yield f"{names}{beside}: {len(figures.measured.tallies)} tensors, {facts['parameters'] / 1e6:.3g} M parameters"
+    yield f"{names}{beside}: {len(figures.measured.tallies)} tensors, {counted(facts['parameters'])} parameters"
     kin = _range(row["kinship"] for row in figures.whole.pairs())
     if kin and figures.models.reference != "zero":
         yield f"kinship (cosine of weights) of the models {kin}"

@@ -107,4 +107,4 @@ def _listed(value: Any) -> str:
 
 
 def _figure(value: Any) -> Any:
-    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else value
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else value

@@ -67,7 +67,7 @@ def evaluate(
     if given:
         refuse_idle({"--parent": parent, "--cache": cache}, f"{given[0]}, whose merges are asked in memory")
     if pairs:
-        _show(_pairs(existing(path), chosen, how), output, as_json=as_json)
+        _show(_pairs(_recipe(path, "--pairs"), chosen, how), output, as_json=as_json)
     elif line_to is not None or along is not None:
         _show(_curve(existing(path), line_to, along, points, chosen, how), output, as_json=as_json)
     else:
@@ -95,9 +95,17 @@ def _curve(
         name, recipes = f"share of {line_to.name}", line(path, existing(line_to), num_points)
     else:
         name, ends = _range(key or "")
-        recipes = along(path, name, ends, num_points)
+        recipes = along(_recipe(path, "--along"), name, ends, num_points)
     with waiting("scoring"):
         return curve(name, recipes, tasks, say=say, **how).as_dict()
+
+
+def _recipe(path: Path, flag: str) -> Path:
+    """A recipe's file. Raises RecipeError for a folder."""
+    if existing(path).is_dir():
+        what = f"is a folder, and {flag} is about a recipe"
+        raise RecipeError(what, str(path), f"name the recipe's file: mergetool evaluate recipe.yaml {flag} ...")
+    return path
 
 
 def _range(text: str) -> tuple[str, tuple[float, float]]:

@@ -81,7 +81,10 @@ def _object(line: str, place: str) -> Mapping[str, Any]:
 def _text_of(data: Mapping[str, Any], field: str, place: str) -> str | tuple[int, ...]:
     if field not in data:
         near = get_close_matches(field, data, n=1, cutoff=0.3) or list(data)
-        fix = f"write field: {near[0]} in the recipe, or {field!r} in this line" if near else _EXAMPLE
+        name = near[0] if near else ""
+        fix = (
+            f"call it {field!r} in this line, or in a recipe write field: {name} in `calibration`" if near else _EXAMPLE
+        )
         raise SourceError(f"has no field {field!r}, but {', '.join(map(repr, data)) or 'nothing'}", place, fix)
     value = data[field]
     if isinstance(value, str) and value.strip():

@@ -195,6 +195,8 @@ def test_the_command_tells_curves_and_pairs_and_writes_pages(folder, run, browse
     [
         (("--along", "merge.scale"), 2, "write e.g. --along merge.scale=0:2"),
         (("--along", "merge.scale=1:1"), 2, "both ends are 1.0"),
+        (("--along", "merge.scale=0:1"), 2, "name the recipe's file"),
+        (("--pairs",), 2, "name the recipe's file"),
         (("--along", "merge.scale=0:1", "--pairs"), 2, "leave out --pairs"),
         (("--line-to", "models/right", "--parent", "models/right"), 4, "would have no effect"),
         (("--line-to", "models/gone"), 3, "there is no such folder"),
