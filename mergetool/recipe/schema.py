@@ -16,6 +16,7 @@ from mergetool.evaluate.options import TaskOptions
 from mergetool.layouts.base import Layout
 from mergetool.layouts.same import Same
 from mergetool.methods.base import Method
+from mergetool.methods.then import After
 from mergetool.recipe.data import Data
 from mergetool.recipe.words import ChatTemplate, PathText, Section, Tokenizer
 
@@ -236,6 +237,8 @@ class Recipe:
     """The `--set` arguments that were applied."""
     evaluate: tuple[TaskOptions, ...] = ()
     """Tasks that the result is scored on."""
+    then: tuple[After, ...] = ()
+    """Steps on what merging changed."""
     chat_template: ChatTemplate | None = None
     """Whose chat template goes with the result, if it is not the tokenizer's own."""
     calibration: "Data | Mapping[str, Data] | None" = None
