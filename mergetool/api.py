@@ -203,6 +203,7 @@ def merge_state_dicts(
     architecture: str | None = None,
     statistics: "Mapping[str, Mapping[str, Tensor]] | None" = None,
     trust_code: bool = False,
+    then: Sequence[Mapping[str, Any]] = (),
     **parameters: Any,
 ) -> "dict[str, Tensor]":
     """Merge state dicts in memory, by the same rules and to the same bits as a recipe run.
@@ -211,8 +212,8 @@ def merge_state_dicts(
     dicts (or is a list: names are then m0, m1, ...). `dtype` is the compute dtype, float32 or float64. `architecture`
     is for methods that ask for it, where the tensors' names do not tell. `statistics` maps names of models to what was
     measured on them, by the names of weights, for methods that need that. `trust_code` allows Python files that the
-    parameters name to be run. Inputs are not changed; the result holds new
-    tensors with the dtypes of `base` (or of the first model), on the CPU.
+    parameters name to be run. `then` are steps after merging, as in a recipe. Inputs are not changed; the result holds
+    new tensors with the dtypes of `base` (or of the first model), on the CPU.
     Raises RecipeError or PlanError for inputs that do not fit, MergeError for results that are not finite.
     """
     from mergetool.engine.memory import merge_in_memory
@@ -225,6 +226,7 @@ def merge_state_dicts(
         **({"architecture": architecture} if architecture is not None else {}),
         "models": dict.fromkeys(models, "in memory"),
         "merge": section,
+        **({"then": then} if then else {}),
         "compute": {"seed": seed, "dtype": dtype},
         **({"calibration": {name: {"measured": "in memory"} for name in statistics}} if statistics else {}),
     }

@@ -14,6 +14,7 @@ from mergetool.evaluate.options import TaskOptions
 from mergetool.layouts.base import Layout
 from mergetool.layouts.same import Same
 from mergetool.methods.base import Method
+from mergetool.methods.then import After
 from mergetool.recipe.data import Data
 from mergetool.recipe.words import ChatTemplate, PathText, Section, Tokenizer
 from mergetool.units import parse_size as parse_size
@@ -216,6 +217,8 @@ class Recipe:
     """The `--set` arguments that were applied."""
     evaluate: tuple[TaskOptions, ...] = ()
     """Tasks that the result is scored on."""
+    then: tuple[After, ...] = ()
+    """Steps on what merging changed."""
     chat_template: ChatTemplate | None = None
     """Whose chat template goes with the result, if it is not the tokenizer's own."""
     calibration: "Data | Mapping[str, Data] | None" = None
