@@ -103,6 +103,23 @@ def test_a_line_can_give_back_what_a_vote_takes():
         assert_near({"x": found[name]}, {"x": factor * ratio * before[name]}, tolerance=2e-6)
 
 
+@pytest.mark.parametrize("method", ["ties", "tsv-merge", "linear"])
+def test_the_leading_directions_of_a_change_are_kept(method):
+    before, found = plain(method), change(merged(method, [{"step": "truncate", "rank": 2}]))
+    for name, value in before.items():
+        if value.dim() > 1 and value.numel() and value.flatten(1).shape[0] > 1:
+            u, s, v = torch.linalg.svd(value.flatten(1), full_matrices=False)
+            value.copy_(((u[:, :2] * s[:2]) @ v[:2]).view_as(value))
+        assert_near({"x": found[name]}, {"x": value}, tolerance=1e-6)
+
+
+def test_directions_can_be_counted_by_their_share():
+    values = torch.linalg.svdvals(plain("ties")[FIRST]).square()
+    kept = int((values.cumsum(0) / values.sum() < 0.7).sum()) + 1
+    found = torch.linalg.svdvals(change(merged("ties", [{"step": "truncate", "energy": 0.7}]))[FIRST])
+    assert int((found > 1e-5).sum()) == kept
+
+
 def test_steps_come_one_after_the_other():
     together = merged("ties", [MATCH, LINES, {**LINES, "first": 2.0, "last": 2.0}])
     longer = change(merged("ties", [MATCH]))
@@ -184,21 +201,22 @@ def test_numbers_of_candidates_follow_the_recipe(tmp_path):
 
 
 WRONG = {
-    "no list": ({"then": {"step": "lines"}}, "then", "expected a list"),
-    "no step": ({"then": [{"first": 1.0}]}, "then", "'step' is missing"),
-    "unknown": ({"then": [{"step": "line"}]}, "then", "there is no step 'line'"),
-    "a key": ({"then": [{**LINES, "frist": 1.0}]}, "then", "unknown key 'frist'"),
-    "a number": ({"then": [{**LINES, "first": "x"}]}, "then", "expected a number"),
-    "lacking": ({"then": [{"step": "lines", "first": 1.0}]}, "then", "required"),
-    "a bundle": ({"method": "mass", "then": [LINES]}, "then", "no step can follow"),
-    "no base": ({"method": "linear", "base": None, "then": [LINES]}, "then", "the recipe has none"),
-    "aligned": ({"method": "git-rebasin", "base": None, "then": [LINES]}, "then", "without a common ancestor"),
+    "no list": ({"then": {"step": "lines"}}, "expected a list"),
+    "no step": ({"then": [{"first": 1.0}]}, "'step' is missing"),
+    "unknown": ({"then": [{"step": "line"}]}, "there is no step 'line'"),
+    "a key": ({"then": [{**LINES, "frist": 1.0}]}, "unknown key 'frist'"),
+    "a number": ({"then": [{**LINES, "first": "x"}]}, "expected a number"),
+    "lacking": ({"then": [{"step": "lines", "first": 1.0}]}, "required"),
+    "two of one": ({"then": [{"step": "truncate", "rank": 2, "energy": 0.5}]}, "one of them"),
+    "a bundle": ({"method": "mass", "then": [LINES]}, "no step can follow"),
+    "no base": ({"method": "linear", "base": None, "then": [LINES]}, "the recipe has none"),
+    "aligned": ({"method": "git-rebasin", "base": None, "then": [LINES]}, "without a common ancestor"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_wrong_is_told_with_its_place(tmp_path, case):
-    sections, _, what = WRONG[case]
+    sections, what = WRONG[case]
     path = recipe_of(tmp_path, **sections)
     with pytest.raises(RecipeError, match=what) as caught:
         load_recipe(path)

@@ -205,6 +205,7 @@ LINES, MATCH = {"step": "lines", "first": 0.4, "last": 0.9}, {"step": "match-nor
         ("linear", [MATCH, LINES], "exact"),
         ("ties", [{**MATCH, "axis": "row"}], "exact"),
         ("tsv-merge", [MATCH], "exact"),
+        ("ties", [{"step": "truncate", "rank": 3}], "exact"),
     ],
 )
 def test_steps_after_merging_do_to_products_what_they_do_to_weights(tmp_path, method, then, rank):
