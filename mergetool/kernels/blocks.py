@@ -27,14 +27,19 @@ def _largest(x: Tensor, free: Tensor, count: int) -> Tensor:
     whole = torch.int32 if x.dtype == torch.float32 else torch.int64
     ranks = (x.view(whole) & torch.iinfo(whole).max).masked_fill_(~free, -1)  # ordered as magnitudes are, NaN above all
     threshold = _kth_largest(ranks, count)
+    if x.device.type != "cpu":  # it would be waited for to hear which rows have too many
+        return _exactly(count, ranks, threshold).logical_and_(free)
     kept = (ranks >= threshold).logical_and_(free)
     crowded = (kept.sum(1) > count).nonzero().view(-1)
     if len(crowded):
-        rows, edge = ranks[crowded], threshold[crowded]
-        above, equal = rows > edge, rows == edge
-        places = equal.cumsum(1) <= count - above.sum(1, keepdim=True)
-        kept[crowded] = above | (equal & places)
+        kept[crowded] = _exactly(count, ranks[crowded], threshold[crowded])
     return kept
+
+
+def _exactly(count: int, ranks: Tensor, threshold: Tensor) -> Tensor:
+    """Where what is above a row's threshold is, and of what equals it the first ones."""
+    above, equal = ranks > threshold, ranks == threshold
+    return above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
 
 
 def _kth_largest(ranks: Tensor, count: int) -> Tensor:
