@@ -28,6 +28,8 @@ from mergetool.bundle.files import (
     model_files,
     single_name,
     spectrum_key,
+    triplet_names,
+    whole_name,
 )
 from mergetool.bundle.heads import write_class_head, write_head
 from mergetool.bundle.manifest import (
@@ -199,12 +201,11 @@ class _Work:
                     continue
                 change = self.experts.change(task, name)
                 if parameter.policy == "full":
-                    writer.put(f"{name}.delta", change.dense())
+                    writer.put(whole_name(name), change.dense())
                     continue
                 factors = change.factors(self.store, parameter.ranks[place]).leading(parameter.ranks[place])
-                writer.put(f"{name}.U", factors.u)
-                writer.put(f"{name}.S", factors.s)
-                writer.put(f"{name}.Vh", factors.v.mT)
+                for key, part in zip(triplet_names(name), (factors.u, factors.s, factors.v.mT), strict=True):
+                    writer.put(key, part)
         return path
 
     def measured(self, parameter: Parameter, name: str, paths: Sequence[str]) -> Parameter:
@@ -356,9 +357,9 @@ def _torch(name: str) -> torch.dtype:
 def _read_factors(path: Path, name: str, device: torch.device) -> Factors | None:
     """Factors of a tensor in a finished file, in float64; None where it has none of it."""
     with safe_open(path, framework="pt") as file:
-        if f"{name}.U" not in file.keys():  # noqa: SIM118  (not a mapping)
+        if triplet_names(name)[0] not in file.keys():  # noqa: SIM118  (not a mapping)
             return None
-        u, s, vh = (file.get_tensor(f"{name}.{part}").to(device).double() for part in ("U", "S", "Vh"))
+        u, s, vh = (file.get_tensor(part).to(device).double() for part in triplet_names(name))
     return Factors(u, s, vh.mT)
 
 

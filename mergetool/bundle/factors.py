@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mergetool.bundle.files import triplet_names, whole_name
 from mergetool.bundle.manifest import Manifest
 from mergetool.kernels.spectral import Factors, concatenated, orthogonalised
 from mergetool.networks.places import Fragment, composed
@@ -99,12 +100,13 @@ class TaskFactors:
     def of(self, task: int, name: str) -> Factors:
         """A task's factors of a tensor as they are stored (rank 0 where it changed nothing)."""
         stored = self._stored[task]
-        if f"{name}.U" not in stored:
+        u, s, vh = triplet_names(name)
+        if u not in stored:
             shape = self.manifest.parameters[name].shape
             empty = next(iter(stored.values())).new_zeros(0) if stored else torch.zeros(0)
             columns = torch.Size(shape[1:]).numel()
             return Factors(empty.expand(shape[0], 0), empty, empty.expand(columns, 0))
-        return Factors(stored[f"{name}.U"], stored[f"{name}.S"], stored[f"{name}.Vh"].mT)
+        return Factors(stored[u], stored[s], stored[vh].mT)
 
     def changes(self, group: Group) -> GroupChanges:
         """The cache entry of a group, made the most recent one."""
@@ -142,7 +144,8 @@ class TaskFactors:
         else:
             total = torch.zeros(self.manifest.parameters[name].shape, dtype=torch.float32)
             for task in group:
-                total = total.to(self._stored[task][f"{name}.delta"].device) + self._stored[task][f"{name}.delta"]
+                change = self._stored[task][whole_name(name)]
+                total = total.to(change.device) + change
             change = (total / len(group)).to(self._dtype)
         return known.setdefault(name, change)
 

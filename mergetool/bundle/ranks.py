@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 from mergetool.arch.matrices import is_matrix
+from mergetool.bundle.files import triplet_names, whole_name
 from mergetool.bundle.options import Options
 from mergetool.kernels.spectral import rank_limit
 from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME
@@ -39,17 +40,17 @@ def is_worthwhile(shape: Shape, rank: int, options: Options) -> bool:
 
 def factor_specs(name: str, shape: Shape, rank: int, options: Options) -> list[TensorSpec]:
     """What the file of one task holds of a tensor that is kept as so many directions."""
-    dtype = BY_TORCH_NAME[options.dtype]
+    dtype, (u, s, vh) = BY_TORCH_NAME[options.dtype], triplet_names(name)
     return [
-        TensorSpec(f"{name}.U", dtype, (shape[0], rank)),
-        TensorSpec(f"{name}.Vh", dtype, (rank, columns(shape))),
-        TensorSpec(f"{name}.S", BY_NAME["F32"], (rank,)),
+        TensorSpec(u, dtype, (shape[0], rank)),
+        TensorSpec(vh, dtype, (rank, columns(shape))),
+        TensorSpec(s, BY_NAME["F32"], (rank,)),
     ]
 
 
 def full_spec(name: str, shape: Shape, options: Options) -> TensorSpec:
     """What the file of one task holds of a tensor that is kept in full."""
-    return TensorSpec(f"{name}.delta", BY_TORCH_NAME[options.dtype], shape)
+    return TensorSpec(whole_name(name), BY_TORCH_NAME[options.dtype], shape)
 
 
 def bytes_within(options: Options, base_bytes: int, most: int, least: int) -> int:

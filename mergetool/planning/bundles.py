@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
-from mergetool.bundle.files import SPECTRA, factors_path, model_files, small_files, spectrum_key
+from mergetool.bundle.files import SPECTRA, factors_path, model_files, small_files, spectrum_key, triplet_names
 from mergetool.bundle.options import Options
 from mergetool.bundle.present import PresentedSource
 from mergetool.bundle.ranks import bytes_within, factor_specs, full_spec, most_directions
@@ -108,7 +108,7 @@ def _others(plan: Plan, options: Options, steps: Iterable[Step]) -> Iterable[Pla
             yield PlannedFile(f"{place}/head.safetensors", _size(own))
             yield from _copies(place, small_files(source.head.folder), {})
     if options.size is not None:
-        kept = [(slot, step) for step in steps for slot in step.slots if slot.spec.name.endswith(".S")]
+        kept = [(slot, step) for step in steps for slot in step.slots if slot.spec.name == triplet_names(step.name)[1]]
         values = [
             TensorSpec(spectrum_key(slot.shard, step.name), BY_NAME["F64"], (step.operation.numbers["rank"],))
             for slot, step in kept
