@@ -35,8 +35,9 @@ class Scored:
 class Answer:
     """What a bundle says about a batch."""
 
-    task: tuple[str, ...]
-    """The task whose head answered, per sample (without heads: the task with the largest coefficient)."""
+    task: tuple[str | None, ...]
+    """The task whose head answered, per sample (without heads: the task with the largest coefficient); None for a
+    sample that belongs to none and got no answer."""
     tasks: tuple[tuple[str, ...], ...]
     coefficients: Tensor
     logits: Tensor
@@ -45,6 +46,12 @@ class Answer:
     that answers once a sample then has its scores at the first token. Language models: theirs."""
     features: Tensor | None = None
     """(samples, features): what the head that answered read, where heads are matrices."""
+    known: tuple[bool, ...] = ()
+    """Whether a sample is like inputs of any of the tasks."""
+    probability: tuple[float, ...] = ()
+    """How probable it is that a sample is of the task that answered (where none did: of the nearest one)."""
+    runner_up: tuple[str | None, ...] = ()
+    """The task that is most probable after that one."""
 
     @property
     def start_logits(self) -> Tensor:
@@ -67,9 +74,9 @@ def answer(
 ) -> Answer:
     """Let the surest head of every sample answer."""
     confidence = _confidence(manifest, coefficients, scored)
-    best = confidence.argmax(-1).tolist()
+    best = [None if not tasks[sample] else place for sample, place in enumerate(confidence.argmax(-1).tolist())]
     answering = [said for place, said in scored.items() if place in best]
-    logits = answering[0].values.new_full((len(best), *_shape(manifest, answering)), float("-inf"))
+    logits = confidence.new_full((len(best), *_shape(manifest, answering)), float("-inf"))
     features: dict[int, Tensor] = {}
     for place, said in scored.items():
         rows = [row for row, sample in enumerate(said.samples) if best[sample] == place]
@@ -84,13 +91,27 @@ def answer(
         if said.features is not None:
             features |= dict(zip(samples, said.features[rows], strict=True))
     stacked = torch.stack([features[sample] for sample in range(len(best))]) if len(features) == len(best) else None
-    return Answer(tuple(manifest.names[task] for task in best), tasks, coefficients, logits, stacked)
+    names = tuple(None if task is None else manifest.names[task] for task in best)
+    return Answer(names, tasks, coefficients, logits, stacked)
+
+
+def standing(
+    names: Sequence[str], probabilities: Tensor, answered: Sequence[str | None]
+) -> tuple[tuple[float, ...], tuple[str | None, ...]]:
+    """How probable the task of every sample is, and the most probable other one (None where there is but one)."""
+    order = probabilities.sort(dim=-1, descending=True, stable=True).indices.tolist()
+    told, others = [], []
+    for sample, (row, task) in enumerate(zip(order, answered, strict=True)):
+        own = row[0] if task is None else names.index(task)
+        told.append(float(probabilities[sample, own]))
+        others.append(next((names[other] for other in row if other != own), None))
+    return tuple(told), tuple(others)
 
 
 def _confidence(manifest: Manifest, coefficients: Tensor, scored: dict[int, Scored]) -> Tensor:
     """(samples, tasks): how sure every head is, -inf where it was not asked."""
     alike = all(kind_of(task) == "sample" for task in manifest.tasks)
-    device = next(iter(scored.values())).values.device
+    device = next((said.values.device for said in scored.values()), coefficients.device)
     confidence = torch.full(coefficients.shape, float("-inf"), device=device)
     for place, said in scored.items():
         claim = coefficients[said.samples, place].to(said.values)
@@ -103,6 +124,6 @@ def _confidence(manifest: Manifest, coefficients: Tensor, scored: dict[int, Scor
 def _shape(manifest: Manifest, answering: Sequence[Scored]) -> tuple[int, ...]:
     """The shape that holds one sample's scores of any head that answers."""
     heads = [task.head for task in manifest.tasks if task.head is not None]
-    width = max(*(head.num_classes for head in heads), *(said.values.shape[-1] for said in answering))
+    width = max([head.num_classes for head in heads] + [said.values.shape[-1] for said in answering])
     tokens = [said.values.shape[1] for said in answering if said.values.ndim == 3]
     return (max(tokens), width) if tokens else (width,)

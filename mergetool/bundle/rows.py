@@ -25,6 +25,10 @@ from mergetool.errors import SourceError
 _KEPT = ("id", "task", "label")
 
 
+UNKNOWN = "unknown"
+"""The label of a row that belongs to no task."""
+
+
 class Row(dict[str, Any]):
     """A row of a file, which knows where it was read."""
 
@@ -155,12 +159,18 @@ def _answer(
     manifest: Manifest, answer: Answer, place: int, inputs: Mapping[str, Tensor], decode: Callable[[Tensor], str] | None
 ) -> dict[str, Any]:
     coefficients = zip(manifest.names, answer.coefficients[place].tolist(), strict=True)
+    name = answer.task[place]
     fields: dict[str, Any] = {
-        "task": answer.task[place],
+        "task": name,
+        "known": answer.known[place],
+        "task_probability": round(answer.probability[place], 6),
+        "runner_up": answer.runner_up[place],
         "tasks": list(answer.tasks[place]),
         "coefficients": {name: round(value, 6) for name, value in coefficients},
     }
-    task = manifest.tasks[manifest.names.index(answer.task[place])]
+    if name is None:
+        return fields | {"label": UNKNOWN}
+    task = manifest.tasks[manifest.names.index(name)]
     if task.head is None:
         return fields
     scores = answer.logits[place]
