@@ -43,7 +43,15 @@ from mergetool.bundle.manifest import (
     Task,
 )
 from mergetool.bundle.options import Experts, HeadSource, Options
-from mergetool.bundle.ranks import columns, factor_specs, full_spec, is_worthwhile, most_directions
+from mergetool.bundle.ranks import (
+    columns,
+    counted_width,
+    factor_specs,
+    full_spec,
+    is_worthwhile,
+    most_bytes,
+    most_directions,
+)
 from mergetool.bundle.routed import routing_matrices
 from mergetool.bundle.store import FactorStore
 from mergetool.bundle.task_vector import TaskVector, directions_of
@@ -147,16 +155,16 @@ class _Work:
     ) -> dict[str, Parameter]:
         """The parameters with fewer directions where all of them would take more space than a bundle may."""
         spectra = [(name, s) for name in parameters for s in spectra_of[name]]
-        if self.options.size is None:
+        bound = most_bytes(self.options, self.experts.sources["base"].specs.values())
+        if bound is None:
             return parameters
         if self.experts.leads:
             self._write_spectra(spectra_of)
         if not spectra:
             return parameters
-        width = _torch(self.options.dtype).itemsize
-        base = sum(spec.num_bytes for spec in self.experts.sources["base"].specs.values())
+        width = counted_width(self.options)
         full = [torch.Size(parameter.shape).numel() for parameter in parameters.values() if parameter.policy == "full"]
-        budget = int(self.options.size * base) - width * sum(full) * len(self.experts.names)
+        budget = bound - width * sum(full) * len(self.experts.names)
         costs = [width * (parameters[name].shape[0] + columns(parameters[name].shape)) + 4 for name, _ in spectra]
         ranks: dict[str, list[int]] = {}
         for (name, _), rank in zip(spectra, ranks_within([s for _, s in spectra], costs, budget), strict=True):

@@ -1,13 +1,13 @@
 """How many directions of a tensor a bundle keeps at most, and what its files then hold: from headers alone."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from mergetool.arch.matrices import is_matrix
 from mergetool.bundle.files import triplet_names, whole_name
 from mergetool.bundle.options import Options
 from mergetool.kernels.spectral import rank_limit
-from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME
+from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME, torch_dtype
 from mergetool.tensors.header import TensorSpec
 
 Shape = tuple[int, ...]
@@ -53,6 +53,26 @@ def full_spec(name: str, shape: Shape, options: Options) -> TensorSpec:
     return TensorSpec(whole_name(name), BY_TORCH_NAME[options.dtype], shape)
 
 
-def bytes_within(options: Options, base_bytes: int, most: int, least: int) -> int:
+def counted_width(options: Options) -> int:
+    """Bytes that a number of a factor counts."""
+    return 2 if options.of_numbers else _width(options)
+
+
+def most_bytes(options: Options, base: Iterable[TensorSpec]) -> int | None:
+    """Bytes that the factors of all tasks may take, as they are counted, or None without a bound."""
+    if options.size is None:
+        return None
+    if not options.of_numbers:
+        return int(options.size * sum(spec.num_bytes for spec in base))
+    whole = sum(4 * spec.num_elements if spec.dtype.is_float else spec.num_bytes for spec in base)
+    return int(options.size * whole)
+
+
+def bytes_within(options: Options, base: Iterable[TensorSpec], most: int, least: int) -> int:
     """Bytes that factors take at most, of at least so many (one direction of every matrix) and at most so many."""
-    return most if options.size is None else min(most, max(least, int(options.size * base_bytes)))
+    bound = most_bytes(options, base)
+    return most if bound is None else min(most, max(least, bound * _width(options) // counted_width(options)))
+
+
+def _width(options: Options) -> int:
+    return torch_dtype(BY_TORCH_NAME[options.dtype]).itemsize

@@ -90,8 +90,8 @@ def _factor_bytes(plan: Plan, options: Options, steps: Iterable[Step], shards: I
     for slot, rank in ((slot, step.operation.numbers.get("rank", 1)) for step in steps for slot in step.slots):
         most += slot.spec.num_bytes
         least += slot.spec.num_bytes // max(1, rank)
-    base = sum(spec.num_bytes for spec in plan.sources[BASE].specs.values())
-    return sum(each.header.file_size for each in shards) - most + bytes_within(options, base, most, least)
+    within = bytes_within(options, plan.sources[BASE].specs.values(), most, least)
+    return sum(each.header.file_size for each in shards) - most + within
 
 
 def _others(plan: Plan, options: Options, steps: Iterable[Step]) -> Iterable[PlannedFile]:
