@@ -143,8 +143,9 @@ class Method(BaseModel):
     max_models: ClassVar[int | None] = None
     uses_factors: ClassVar[bool] = False
     """Whether it computes factors of task vectors, which can be kept between runs."""
-    exempt: ClassVar[Mapping[str, str]] = {}
-    """Laws (`mergetool.testing`) that this method does not obey, each with the reason."""
+    exempt: ClassVar[Mapping[str, str | None]] = {}
+    """Laws (`mergetool.testing`) that this method does not obey, each with the reason; None for an option under which
+    it does obey one that it breaks otherwise."""
     neutral: ClassVar[Mapping[str, Any]] = {}
     """Settings under which merging copies of one model gives that model back."""
     result: ClassVar[Literal["checkpoint", "bundle"]] = "checkpoint"

@@ -29,8 +29,8 @@ class Law:
 
     def exemption(self, case: MethodCase) -> str | None:
         """Why the method need not obey under this option, if it says so."""
-        every = case.kind.exempt
-        return every.get(f"{self.name} {case.option}", every.get(self.name)) or None
+        exempt = case.kind.exempt
+        return exempt.get(f"{self.name} {case.option}", exempt.get(self.name))
 
     def check(self, case: MethodCase) -> None:
         """Try it. Raises AssertionError that says which law is broken, how, and what can be done."""

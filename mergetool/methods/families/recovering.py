@@ -24,7 +24,7 @@ SCALE = (
 
 DEPENDS = {
     "independent": "one scale for all matrices together depends on all of them",
-    "independent filter=none": "",
+    "independent filter=none": None,
 }
 """The law that a counted scale breaks, unless nothing is a matrix."""
 
