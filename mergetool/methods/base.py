@@ -73,6 +73,7 @@ __all__ = [
     "cancel",
     "expect",
     "is_method",
+    "resolve",
 ]
 
 _I = TypeVar("_I")
@@ -291,6 +292,11 @@ class TensorMethod(Method):
         """What one call must see whole of this tensor: less than `granularity` where some are treated more simply."""
         return self.granularity
 
+    @property
+    def called(self) -> str:
+        """What messages and tables call it."""
+        return self.method_name() or self.treatment("", ())
+
     def treatment(self, name: str, shape: tuple[int, ...]) -> str:
         """What is done to a tensor, in a word: the method's name, but where it treats some more simply."""
         return self.method_name() or ""
@@ -325,6 +331,10 @@ class TensorMethod(Method):
     def partners(self, name: str) -> tuple[str, ...]:
         """Other tensors that `merge` reads for this one."""
         return ()
+
+    def settings_of_passes(self) -> dict[str, Any]:
+        """What else decides what a statistics pass finds, beside `pass_depends_on`."""
+        return self.model_dump(exclude=set(self.schedulables()))
 
     def unmeasured(self) -> "TensorMethod":
         """What merges tensors of which there is no statistic."""
