@@ -135,3 +135,14 @@ def test_tensors_that_cannot_be_counted_together_can_be_counted_by_themselves():
     ):
         update("iso-cts", states, overrides=overrides)
     update("iso-cts", states, overrides=overrides, scale={"recover": "tensor", "cap": 3.0})
+
+
+def test_steps_follow_a_counted_scale():
+    states = states_of(SETS["A"], SETS["B"])
+    once = update("iso-c", states)
+    twice = update("iso-c", states, then=[{"step": "lines", "first": 2.0, "last": 2.0}])
+    for name, value in once.items():
+        torch.testing.assert_close(twice[name], 2 * value)
+    with pytest.raises(PlanError, match=r"write scale: \{recover: tensor, cap: 3\.0\}"):
+        update("iso-c", states, then=[{"step": "match-norm"}])
+    update("iso-c", states, then=[{"step": "match-norm"}], scale={"recover": "tensor", "cap": 3.0})

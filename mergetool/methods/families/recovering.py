@@ -50,7 +50,7 @@ class RecoveringMethod(MatrixMethod):
         return "model" if self.recovery is not None and self.recovery.recover == "model" else "tensor"
 
     def counts(self, name: str, shape: tuple[int, ...]) -> bool:
-        return self.granularity_in(name, shape) == "tensor"
+        return self.pass_scope() == "tensor" or self.granularity_in(name, shape) == "tensor"
 
     def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
         return Recovery(self) if self.pass_scope() == "model" else None
