@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mergetool.bundle.store import FactorStore
 from mergetool.engine.measured import Measured
+from mergetool.engine.shelf import Shelf
 from mergetool.engine.sinks import Sink
 from mergetool.engine.storable import lost_in, within
-from mergetool.engine.stored import Reading
 from mergetool.errors import MergeError, at
 from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup, TensorMethod
 from mergetool.methods.group import Note
@@ -47,7 +47,7 @@ class Worker(Bench[Step]):
         self._store = store
         self._sink = sink
         self._compute = torch.float64 if plan.compute_bits == 64 else torch.float32
-        self._stored = Reading(plan.sources)
+        self._shelf = Shelf(plan.sources)
         self._length = SLICE_ELEMENTS
         self._buffers: dict[tuple[object, torch.dtype], Tensor] = {}
         self._views: dict[tuple[object, torch.dtype, tuple[int, ...]], Tensor] = {}
@@ -73,7 +73,7 @@ class Worker(Bench[Step]):
         outcome: StatisticsPass | Stats = counts
         shares, self._kept = [], {}
         try:
-            with self._stored.keeping():
+            with self._shelf.keeping():
                 while not isinstance(outcome, Mapping):
                     shares.append(outcome.one_in)
                     outcome = outcome.conclude(combined(outcome, [self.count(step, start, stop, outcome)]))
@@ -227,7 +227,7 @@ class Worker(Bench[Step]):
             return values
         for begin in range(0, length, SLICE_ELEMENTS):
             count = min(SLICE_ELEMENTS, length - begin)
-            part = self._stored.read(operand, start + begin, count)
+            part = self._shelf.read(operand, start + begin, count)
             if count == length:
                 values.copy_(part if values.dim() == 1 else part.view(shape))
             else:
@@ -263,8 +263,8 @@ class Worker(Bench[Step]):
             if not within(values, stored):
                 self._judge(step, start, values, notes, values == -math.inf)  # a mask is copied as it is
         begin, end = start * stored.bits // 8, stored.num_bytes(stop)
-        for offset in range(begin, end, len(self._stored.room)):
-            chunk = self._stored.room[: min(len(self._stored.room), end - offset)]
+        for offset in range(begin, end, len(self._shelf.room)):
+            chunk = self._shelf.room[: min(len(self._shelf.room), end - offset)]
             self._plan.sources[operand.source].read_bytes(operand.tensor, offset, chunk)
             self._write(step, offset, chunk)
 

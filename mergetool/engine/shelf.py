@@ -18,7 +18,7 @@ _BYTES_PER_ELEMENT = 8
 _ALIGNED = 64
 
 
-class Reading:
+class Shelf:
     """Room for what is read. Used by one thread."""
 
     def __init__(self, sources: Mapping[str, ModelSource]) -> None:
@@ -27,7 +27,7 @@ class Reading:
         self.room = bytes_of(self._room)
         """For whoever reads bytes by himself."""
         self._views: dict[tuple[torch.dtype, int], Tensor] = {}
-        self._shelf: Tensor | None = None
+        self._long: Tensor | None = None
         self._kept: dict[tuple[str, str, int, int], Tensor] | None = None
         self._used = 0
 
@@ -55,9 +55,9 @@ class Reading:
         """Where to read to: the shelf, where something may be kept and there is room, else what all share."""
         size = count * dtype.itemsize
         if self._kept is not None and self._used + size <= KEPT_BYTES:
-            if self._shelf is None:
-                self._shelf = torch.empty(KEPT_BYTES, dtype=torch.uint8)
-            values = self._kept[key] = self._shelf[self._used : self._used + size].view(dtype)
+            if self._long is None:
+                self._long = torch.empty(KEPT_BYTES, dtype=torch.uint8)
+            values = self._kept[key] = self._long[self._used : self._used + size].view(dtype)
             self._used += -(-size // _ALIGNED) * _ALIGNED
             return values
         if (dtype, count) not in self._views:
