@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mergetool.bundle.store import FactorStore
 from mergetool.engine.measured import Measured
-from mergetool.engine.shelf import Shelf
 from mergetool.engine.sinks import Sink
+from mergetool.engine.stash import Stash
 from mergetool.engine.storable import lost_in, within
 from mergetool.errors import MergeError, at
 from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup, TensorMethod
@@ -47,7 +47,7 @@ class Worker(Bench[Step]):
         self._store = store
         self._sink = sink
         self._compute = torch.float64 if plan.compute_bits == 64 else torch.float32
-        self._shelf = Shelf(plan.sources)
+        self._stash = Stash(plan.sources)
         self._length = SLICE_ELEMENTS
         self._buffers: dict[tuple[object, torch.dtype], Tensor] = {}
         self._views: dict[tuple[object, torch.dtype, tuple[int, ...]], Tensor] = {}
@@ -73,7 +73,7 @@ class Worker(Bench[Step]):
         outcome: StatisticsPass | Stats = counts
         shares, self._kept = [], {}
         try:
-            with self._shelf.keeping():
+            with self._stash.keeping():
                 while not isinstance(outcome, Mapping):
                     shares.append(outcome.one_in)
                     outcome = outcome.conclude(combined(outcome, [self.count(step, start, stop, outcome)]))
@@ -227,7 +227,7 @@ class Worker(Bench[Step]):
             return values
         for begin in range(0, length, SLICE_ELEMENTS):
             count = min(SLICE_ELEMENTS, length - begin)
-            part = self._shelf.read(operand, start + begin, count)
+            part = self._stash.read(operand, start + begin, count)
             if count == length:
                 values.copy_(part if values.dim() == 1 else part.view(shape))
             else:
@@ -263,8 +263,8 @@ class Worker(Bench[Step]):
             if not within(values, stored):
                 self._judge(step, start, values, notes, values == -math.inf)  # a mask is copied as it is
         begin, end = start * stored.bits // 8, stored.num_bytes(stop)
-        for offset in range(begin, end, len(self._shelf.room)):
-            chunk = self._shelf.room[: min(len(self._shelf.room), end - offset)]
+        for offset in range(begin, end, len(self._stash.room)):
+            chunk = self._stash.room[: min(len(self._stash.room), end - offset)]
             self._plan.sources[operand.source].read_bytes(operand.tensor, offset, chunk)
             self._write(step, offset, chunk)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mergetool.engine import shelf
-from mergetool.engine.shelf import Shelf
+from mergetool.engine import stash
+from mergetool.engine.stash import Stash
 from mergetool.planning.graph import Operand
 from mergetool.tensors.source import SafetensorsSource
 
@@ -28,7 +28,7 @@ def overwrite(file: Path) -> None:
 
 
 def test_what_is_read_again_is_there_until_the_unit_is_done(file):
-    reading = Shelf({"a": SafetensorsSource([file], file)})
+    reading = Stash({"a": SafetensorsSource([file], file)})
     with reading.keeping():
         assert reading.read(ROWS, 2, 3).tolist() == [2, 3, 4]
         overwrite(file)
@@ -39,8 +39,8 @@ def test_what_is_read_again_is_there_until_the_unit_is_done(file):
 
 
 def test_what_has_no_room_is_read_again(file, monkeypatch):
-    monkeypatch.setattr(shelf, "KEPT_BYTES", 6)
-    reading = Shelf({"a": SafetensorsSource([file], file)})
+    monkeypatch.setattr(stash, "KEPT_BYTES", 6)
+    reading = Stash({"a": SafetensorsSource([file], file)})
     with reading.keeping():
         kept, passing = reading.read(ROWS, 1, 3), reading.read(ROWS, 4, 3)
         assert (kept.tolist(), passing.tolist()) == ([1, 2, 3], [4, 5, 6])
@@ -50,7 +50,7 @@ def test_what_has_no_room_is_read_again(file, monkeypatch):
 
 
 def test_nothing_is_kept_outside_of_units(file):
-    reading = Shelf({"a": SafetensorsSource([file], file)})
+    reading = Stash({"a": SafetensorsSource([file], file)})
     assert reading.read(ROWS, 1, 2).tolist() == [1, 2]
     overwrite(file)
     assert reading.read(ROWS, 1, 2).tolist() == [0, 0]

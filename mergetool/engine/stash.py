@@ -18,7 +18,7 @@ _BYTES_PER_ELEMENT = 8
 _ALIGNED = 64
 
 
-class Shelf:
+class Stash:
     """Room for what is read. Used by one thread."""
 
     def __init__(self, sources: Mapping[str, ModelSource]) -> None:
@@ -27,7 +27,7 @@ class Shelf:
         self.room = bytes_of(self._room)
         """For whoever reads bytes by himself."""
         self._views: dict[tuple[torch.dtype, int], Tensor] = {}
-        self._long: Tensor | None = None
+        self._heap: Tensor | None = None
         self._kept: dict[tuple[str, str, int, int], Tensor] | None = None
         self._used = 0
 
@@ -52,12 +52,12 @@ class Shelf:
         return values
 
     def _place(self, key: tuple[str, str, int, int], dtype: torch.dtype, count: int) -> Tensor:
-        """Where to read to: the shelf, where something may be kept and there is room, else what all share."""
+        """Where to read to: the stash, where something may be kept and there is room, else what all share."""
         size = count * dtype.itemsize
         if self._kept is not None and self._used + size <= KEPT_BYTES:
-            if self._long is None:
-                self._long = torch.empty(KEPT_BYTES, dtype=torch.uint8)
-            values = self._kept[key] = self._long[self._used : self._used + size].view(dtype)
+            if self._heap is None:
+                self._heap = torch.empty(KEPT_BYTES, dtype=torch.uint8)
+            values = self._kept[key] = self._heap[self._used : self._used + size].view(dtype)
             self._used += -(-size // _ALIGNED) * _ALIGNED
             return values
         if (dtype, count) not in self._views:
