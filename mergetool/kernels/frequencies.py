@@ -1,7 +1,12 @@
 """Slow waves taken out of a matrix: a filter on its two-dimensional Fourier transform."""
 
+import math
+
 import torch
 from torch import Tensor
+
+_COUNTS = torch.fft.fftfreq, torch.fft.rfftfreq
+"""Frequencies along both axes, of a transform of which one half is stored; at most 1/2."""
 
 
 def high_pass(matrix: Tensor, cutoff: float) -> Tensor:
@@ -10,7 +15,7 @@ def high_pass(matrix: Tensor, cutoff: float) -> Tensor:
     A wave's frequency is the root mean square of those along both axes, each from 0 (constant) to 1 (the next entry has
     the opposite sign).
     """
-    rows, columns = _axes(matrix)
+    rows, columns = (count(size, dtype=torch.float64) for count, size in zip(_COUNTS, matrix.shape, strict=True))
     long = (matrix.shape[0] > 1) + (matrix.shape[1] > 1)
     if cutoff == 0.0 or not long:
         return matrix
@@ -25,18 +30,13 @@ def near_fastest(matrix: Tensor, radius: float) -> Tensor:
     along the longer axis of a matrix waves go that are slow along this one.
     """
     rows, columns = matrix.shape
-    places = torch.arange(rows, device=matrix.device)[:, None], torch.arange(columns, device=matrix.device)
-    squares = (places[0] - rows // 2).square() + (places[1] - columns // 2).square()
-    kept = squares <= (radius * min(rows, columns)) ** 2
+    y, x = torch.arange(rows)[:, None] - rows // 2, torch.arange(columns) - columns // 2
+    kept = (y.square() + x.square() <= math.floor((radius * min(rows, columns)) ** 2)).to(matrix.dtype)
     mirrored = kept.roll((-1, -1), (0, 1)).flip(0, 1)  # a real matrix has every wave twice, and its real part is wanted
-    return _filtered(matrix, (kept.to(matrix.dtype) + mirrored.to(matrix.dtype))[:, : columns // 2 + 1] / 2)
-
-
-def _axes(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Frequencies along both axes, of a transform of which one half is stored; at most 1/2."""
-    like = {"device": matrix.device, "dtype": torch.float64 if matrix.device.type == "cpu" else torch.float32}
-    return torch.fft.fftfreq(matrix.shape[0], **like).abs(), torch.fft.rfftfreq(matrix.shape[1], **like)
+    return _filtered(matrix, (kept + mirrored)[:, : columns // 2 + 1] / 2)
 
 
 def _filtered(matrix: Tensor, factors: Tensor) -> Tensor:
-    return torch.fft.irfft2(torch.fft.rfft2(matrix).mul_(factors), s=matrix.shape)
+    """A factor for every wave; they are reckoned on the CPU, so that they are the same for any device."""
+    filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(matrix).mul_(factors.to(matrix.device)), s=matrix.shape)
+    return filtered

@@ -34,6 +34,10 @@ class Free(ScaledMatrixMethod):
     )
     neutral: ClassVar = {"cutoff": 0.0, "filter": "none"}
 
+    @property
+    def needs_float64(self) -> bool:
+        return False
+
     def in_factors(self, name: str, shape: tuple[int, ...]) -> Factored:
         return "product"  # waves run over entries, whatever directions they are made of
 
