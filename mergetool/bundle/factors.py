@@ -94,7 +94,8 @@ class TaskFactors:
 
     def policy(self, name: str) -> Literal["svd", "full", "skip"]:
         """How a tensor's changes are kept."""
-        return "full" if name in self._composed else self.manifest.parameters[name].policy
+        policy = "full" if name in self._composed else self.manifest.parameters[name].policy
+        return "full" if policy == "mask" else policy
 
     def of(self, task: int, name: str) -> Factors:
         """A task's factors of a tensor as they are stored (rank 0 where it changed nothing)."""
@@ -142,9 +143,14 @@ class TaskFactors:
         else:
             total = torch.zeros(self.manifest.parameters[name].shape, dtype=torch.float32)
             for task in group:
-                total = total.to(self._stored[task][f"{name}.delta"].device) + self._stored[task][f"{name}.delta"]
+                change = self.in_full(task, name)
+                total = total.to(change.device) + change
             change = (total / len(group)).to(self._dtype)
         return known.setdefault(name, change)
+
+    def in_full(self, task: int, name: str) -> Tensor:
+        """A task's change of a tensor that is stored in full."""
+        return self._stored[task][f"{name}.delta"]
 
     def _changed(self, group: Group, name: str) -> Tensor | None:
         """A tensor's change, or None where no expert changed it."""

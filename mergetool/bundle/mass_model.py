@@ -32,6 +32,7 @@ from mergetool.bundle.factors import Group, TaskFactors
 from mergetool.bundle.first_pass import FirstPass
 from mergetool.bundle.grouped import GroupedModel, Runs, SeveralGroups
 from mergetool.bundle.manifest import ClassHead, Head, Manifest, Pool, read_manifest
+from mergetool.bundle.masks import open_factors
 from mergetool.bundle.readout import head_scores, pool_tokens
 from mergetool.bundle.verify import base_folder, check_base, check_files
 from mergetool.errors import PlanError
@@ -136,7 +137,7 @@ class MassModel(nn.Module):
         check_batch(inputs)
         router = self.manifest.router
         if router is None or self.first_pass is None:
-            what = "this bundle has no router (it was made by tsv-compress)"
+            what = f"this bundle has no router (it was made by {self.manifest.kind})"
             raise PlanError(what, str(self.folder), f"say which: tasks=[{self.task_names[0]!r}]")
         if len(self.task_names) == 1:
             ones = torch.ones(num_samples(inputs), 1, device=_device(inputs))
@@ -342,7 +343,7 @@ def load_bundle(
         raise PlanError(what, str(folder), "leave device_map out, and move it whole: .to(device)")
     base = load_base(place, dtype, encoder=bool(matrices), spread=spread) if plain else None
     dtype = next(base.model.parameters()).dtype if base is not None else dtype or stored_dtype(place)
-    factors = TaskFactors(manifest, folder, dtype, cache_bytes)
+    factors = open_factors(manifest, folder, dtype, cache_bytes)
     networks = load_networks(manifest, folder, place, factors, dtype)
     base = base or LoadedModel(networks[0].base, TensorMap(networks[0].names))
     model = MassModel(manifest, base, factors, folder, networks)
