@@ -12,12 +12,10 @@ from mergetool.recipe.schema import parse_size
 from mergetool.tuning.run import run_recipe
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from mergetool.analysis.compared import ComparedRuns
     from mergetool.analysis.result import Analysis
-    from mergetool.bundle.mass_model import MassModel
     from mergetool.outputs.difference import Comparison
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
@@ -174,32 +172,6 @@ def compare(
     return found
 
 
-def load_bundle(
-    path: str | Path,
-    *,
-    dtype: "torch.dtype | None" = None,
-    verify: bool = True,
-    cache_bytes: int | None = None,
-    device_map: str | Mapping[str, str | int] | None = None,
-    memory: int | str | None = None,
-) -> "MassModel":
-    """Open a bundle as a model: `route(**inputs)`, `forward(**inputs)`, `generate(**inputs)`.
-
-    `dtype` is that of the base and of the arithmetic, `verify` compares every file with its SHA-256, `cache_bytes` may
-    be kept of groups of tasks between calls. A base that does not fit the device is dealt over it, memory and the disk
-    with `device_map="auto"` (accelerate's); of it at most `memory` (in bytes, or like 8GiB) stays in memory.
-    Raises SourceError for a damaged bundle.
-    """
-    from mergetool.bundle.mass_model import CACHE_BYTES
-    from mergetool.bundle.mass_model import load_bundle as load
-    from mergetool.networks.spread import Spread
-
-    most = None if memory is None else parse_size(memory)
-    spread = None if device_map is None else Spread(device_map, most, one_device=True)
-    kept = CACHE_BYTES if cache_bytes is None else cache_bytes
-    return load(path, dtype=dtype, verify=verify, cache_bytes=kept, spread=spread)
-
-
 def change_bundle(
     path: str | Path,
     add: Mapping[str, Any] | None = None,
@@ -231,6 +203,7 @@ def merge_state_dicts(
     architecture: str | None = None,
     statistics: "Mapping[str, Mapping[str, Tensor]] | None" = None,
     trust_code: bool = False,
+    then: Sequence[Mapping[str, Any]] = (),
     **parameters: Any,
 ) -> "dict[str, Tensor]":
     """Merge state dicts in memory, by the same rules and to the same bits as a recipe run.
@@ -239,8 +212,8 @@ def merge_state_dicts(
     dicts (or is a list: names are then m0, m1, ...). `dtype` is the compute dtype, float32 or float64. `architecture`
     is for methods that ask for it, where the tensors' names do not tell. `statistics` maps names of models to what was
     measured on them, by the names of weights, for methods that need that. `trust_code` allows Python files that the
-    parameters name to be run. Inputs are not changed; the result holds new
-    tensors with the dtypes of `base` (or of the first model), on the CPU.
+    parameters name to be run. `then` are steps after merging, as in a recipe. Inputs are not changed; the result holds
+    new tensors with the dtypes of `base` (or of the first model), on the CPU.
     Raises RecipeError or PlanError for inputs that do not fit, MergeError for results that are not finite.
     """
     from mergetool.engine.memory import merge_in_memory
@@ -253,6 +226,7 @@ def merge_state_dicts(
         **({"architecture": architecture} if architecture is not None else {}),
         "models": dict.fromkeys(models, "in memory"),
         "merge": section,
+        **({"then": then} if then else {}),
         "compute": {"seed": seed, "dtype": dtype},
         **({"calibration": {name: {"measured": "in memory"} for name in statistics}} if statistics else {}),
     }

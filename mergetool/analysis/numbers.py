@@ -14,12 +14,13 @@ _TOO_MUCH = 3.0
 
 
 def coefficients_of(recipe: Recipe) -> tuple[float, ...] | None:
-    """What a recipe multiplies each task vector by, halfway up the network; None for methods that are no sums.
+    """What a recipe multiplies each task vector by, halfway up the network; None for methods that are no sums, and
+    where steps follow.
 
     Any method that is told to multiply by 0 is a sum of nothing.
     """
     method = recipe.method
-    if method.searches or not isinstance(method, TensorMethod):
+    if method.searches or recipe.then or not isinstance(method, TensorMethod):
         return None
     params = method.params(0.5, tuple(recipe.models))
     if method.problem(params) is not None:

@@ -6,13 +6,16 @@ Where some answer for every token, or with a span, their scores are of different
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from mergetool.bundle.manifest import ClassHead, HeadKind, Manifest, Task
+from mergetool.bundle.manifest import ClassHead, Head, HeadKind, Manifest
 from mergetool.bundle.readout import calibrated
+
+_SHOWN = 4
+"""Samples that are shown in a line."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,26 @@ class Answer:
     that answers once a sample then has its scores at the first token. Language models: theirs."""
     features: Tensor | None = None
     """(samples, features): what the head that answered read, where heads are matrices."""
+    heads: tuple[Head | ClassHead | None, ...] = ()
+    """The head that answered, per sample."""
+
+    def __repr__(self) -> str:
+        """The first samples in one line."""
+        words = self.labels or [None] * len(self.task)
+        said = [task if label is None else f"{task}: {label}" for task, label in zip(self.task, words, strict=True)]
+        more = [f"and {len(said) - _SHOWN} more"] if len(said) > _SHOWN else []
+        return f"Answer({', '.join([*said[:_SHOWN], *more])})"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the head that answered says in words, per sample; empty where some answer token by token, or nothing."""
+        if not self.heads or any(kind_of(head) != "sample" for head in self.heads):
+            return ()
+        return tuple(found["label"] for found in map(label_of, self.heads, self._scores_of_samples()))
+
+    def _scores_of_samples(self) -> list[Tensor]:
+        """The scores of heads that answer once a sample."""
+        return list((self.logits if self.logits.ndim == 2 else self.logits[:, 0]).cpu())
 
     @property
     def start_logits(self) -> Tensor:
@@ -57,9 +80,26 @@ class Answer:
         return self.logits[..., 1]
 
 
-def kind_of(task: Task) -> HeadKind:
-    """What a task's head answers."""
-    return task.head.kind if isinstance(task.head, ClassHead) else "sample"
+def kind_of(head: Head | ClassHead | None) -> HeadKind:
+    """What a head answers."""
+    return head.kind if isinstance(head, ClassHead) else "sample"
+
+
+def label_of(head: Head | ClassHead | None, scores: Tensor) -> dict[str, Any]:
+    """The best class; the value of a regression; all labels of a head that gives several at once."""
+    assert head is not None
+    scores = scores[: head.num_classes]
+    problem = head.problem if isinstance(head, ClassHead) else None
+    if problem == "regression" or (isinstance(head, ClassHead) and len(scores) == 1):
+        values = [round(float(value), 6) for value in scores]
+        return {"value": values[0] if len(values) == 1 else values, "label": ", ".join(map(str, values))}
+    best = int(scores.argmax())
+    names = head.labels or tuple(map(str, range(len(scores))))
+    if problem == "multi_label_classification":
+        chosen = [name for name, score in zip(names, scores.tolist(), strict=True) if score > 0]
+        probability = round(float(scores[best].sigmoid()), 6)
+        return {"labels": chosen, "label": ", ".join(chosen) or "-", "probability": probability}
+    return {"class": best, "label": names[best], "probability": round(float(scores.softmax(-1)[best]), 6)}
 
 
 def answer(
@@ -84,12 +124,13 @@ def answer(
         if said.features is not None:
             features |= dict(zip(samples, said.features[rows], strict=True))
     stacked = torch.stack([features[sample] for sample in range(len(best))]) if len(features) == len(best) else None
-    return Answer(tuple(manifest.names[task] for task in best), tasks, coefficients, logits, stacked)
+    heads = tuple(manifest.tasks[task].head for task in best)
+    return Answer(tuple(manifest.names[task] for task in best), tasks, coefficients, logits, stacked, heads)
 
 
 def _confidence(manifest: Manifest, coefficients: Tensor, scored: dict[int, Scored]) -> Tensor:
     """(samples, tasks): how sure every head is, -inf where it was not asked."""
-    alike = all(kind_of(task) == "sample" for task in manifest.tasks)
+    alike = all(kind_of(task.head) == "sample" for task in manifest.tasks)
     device = next(iter(scored.values())).values.device
     confidence = torch.full(coefficients.shape, float("-inf"), device=device)
     for place, said in scored.items():

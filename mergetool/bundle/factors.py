@@ -83,8 +83,9 @@ class TaskFactors:
         self._composed: dict[str, tuple[tuple[int, ...], tuple[Fragment, ...]]] = {}
         self._lock = threading.Lock()
 
-    def to(self, device: torch.device) -> None:
-        """Move the factors, and forget what was made from them."""
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the factors, and forget what was made from them; what is made from now on is in `dtype`."""
+        self._dtype = dtype
         self._stored = [{name: value.to(device) for name, value in stored.items()} for stored in self._stored]
         self._groups.clear()
 

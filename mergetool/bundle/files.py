@@ -10,12 +10,13 @@ from urllib.parse import quote
 from torch import Tensor
 
 from mergetool.checkpoints.side_files import side_files
+from mergetool.errors import OutputError
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.header import Header, TensorSpec, lay_out
 from mergetool.tensors.io import bytes_of, write_error
 from mergetool.tensors.sets import is_index
 from mergetool.tensors.source import SINGLE_NAME, ModelSource, weight_map
-from mergetool.tensors.writer import SlotWriter
+from mergetool.tensors.writer import SlotWriter, make_folder, partial_path
 
 CONFIG_NAME = "config.json"
 SPECTRA = "spectra.safetensors"
@@ -80,6 +81,18 @@ def copy_files(files: Mapping[str, Path], folder: Path) -> None:
     for name, path in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         _copy(path, folder / name)
+
+
+def copy_bundle(folder: Path, target: Path) -> None:
+    """All files of a bundle into a new folder, which is complete or not there. Raises OutputError."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError("something lies there already", str(target), "give a new folder")
+    partial = partial_path(target)
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    shutil.rmtree(partial, ignore_errors=True)
+    make_folder(partial)
+    copy_files(files, partial)
+    partial.replace(target)
 
 
 def single_name(weights: Path) -> str:

@@ -41,7 +41,7 @@ def calibrate(
     """Correct a bundle's router with a few rows whose tasks are known."""
     from mergetool.bundle.calibrate import calibrate as fit
     from mergetool.bundle.calibration import CALIBRATION_NAME
-    from mergetool.bundle.mass_model import load_bundle
+    from mergetool.bundle.opening import load_bundle
     from mergetool.bundle.rows import read_rows
     from mergetool.engine.devices import device_for_networks
 
@@ -72,7 +72,7 @@ def route(
     as_json: AsJson = False,
 ) -> None:
     """Answer rows with a bundle: which tasks they belong to, and what the right head says."""
-    from mergetool.bundle.mass_model import load_bundle
+    from mergetool.bundle.opening import load_bundle
     from mergetool.bundle.rows import answers, read_rows
     from mergetool.engine.devices import device_for_networks
 

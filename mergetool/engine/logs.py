@@ -52,5 +52,5 @@ def _settings(steps: Sequence[Step]) -> str:
     assert method is not None
     names = operation.numbers.keys() if method.pass_depends_on is None else method.pass_depends_on
     chosen = {name: operation.numbers[name] for name in names}
-    settings = method.model_dump(exclude=set(method.schedulables()))
-    return json.dumps([[step.name for step in steps], steps[0].reads, settings, chosen], default=str)
+    told = [[step.name for step in steps], steps[0].reads, method.settings_of_passes(), chosen]
+    return json.dumps(told, default=str)

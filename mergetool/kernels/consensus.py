@@ -88,6 +88,47 @@ def agreeing_mean_(values: Sequence[Tensor], weights: Sequence[float], *, scratc
     return total.mul_(sign).div_(count.add_(torch.eq(count, 0.0, out=sign)))  # 1 where nothing is counted
 
 
+def kept_mean(values: Sequence[Tensor], weights: Sequence[float], *, scratch: Callable[[str], Tensor]) -> Tensor:
+    """Weighted mean of the values that are not zero; 0 where all are. It is one of the temporaries."""
+    total, count, kept = scratch("total").zero_(), scratch("count").zero_(), scratch("sign")
+    for value, weight in zip(values, weights, strict=True):
+        total.add_(value, alpha=weight)
+        count.add_(torch.ne(value, 0.0, out=kept), alpha=weight)
+    return total.div_(_never_zero_(count, weights))
+
+
+def agreed_sum(
+    values: Sequence[Tensor], thresholds: Sequence[float], agreeing: int, *, scratch: Callable[[str], Tensor]
+) -> Tensor:
+    """Sum of the values, where it matters to at least so many of them; else 0. It is one of the temporaries.
+
+    It matters to one that is larger than its threshold times what the others add up to. Overwrites `values`.
+    """
+    total, count, others = scratch("total").zero_(), scratch("count").zero_(), scratch("sign")
+    for value in values:
+        total.add_(value)
+    for value, threshold in zip(values, thresholds, strict=True):
+        torch.sub(total, value, out=others).abs_().mul_(threshold)
+        count.add_(torch.gt(value.abs_(), others, out=others))
+    return total.mul_(torch.ge(count, agreeing, out=count))
+
+
+def largest_(values: Sequence[Tensor], *, scratch: Callable[[str, torch.dtype], Tensor]) -> Tensor:
+    """Of every entry the value of largest magnitude, of equal ones the last. It is the first of `values`.
+
+    Magnitudes are compared as whole numbers, in whose order NaN is the largest: none is lost.
+    """
+    whole = torch.int32 if values[0].dtype == torch.float32 else torch.int64
+    best, most = values[0], torch.iinfo(whole).max
+    largest, size = scratch("largest", whole), scratch("size", whole)
+    torch.bitwise_and(best.view(whole), most, out=largest)
+    for value in values[1:]:
+        torch.bitwise_and(value.view(whole), most, out=size)
+        torch.where(size >= largest, value, best, out=best)
+        torch.maximum(largest, size, out=largest)
+    return best
+
+
 def _never_zero_(count: Tensor, weights: Sequence[float]) -> Tensor:
     """Where no weight is counted there is nothing to divide; any divisor but 0 will do."""
     if all(weight > 0 for weight in weights):

@@ -69,6 +69,7 @@ __all__ = [
     "cancel",
     "expect",
     "is_method",
+    "resolve",
 ]
 
 _I = TypeVar("_I")
@@ -139,8 +140,9 @@ class Method(BaseModel):
     max_models: ClassVar[int | None] = None
     uses_factors: ClassVar[bool] = False
     """Whether it computes factors of task vectors, which can be kept between runs."""
-    exempt: ClassVar[Mapping[str, str]] = {}
-    """Laws (`mergetool.testing`) that this method does not obey, each with the reason."""
+    exempt: ClassVar[Mapping[str, str | None]] = {}
+    """Laws (`mergetool.testing`) that this method does not obey, each with the reason; None for an option under which
+    it does obey one that it breaks otherwise."""
     neutral: ClassVar[Mapping[str, Any]] = {}
     """Settings under which merging copies of one model gives that model back."""
     result: ClassVar[Literal["checkpoint", "bundle"]] = "checkpoint"
@@ -280,6 +282,11 @@ class TensorMethod(Method):
         """What one call must see whole of this tensor: less than `granularity` where some are treated more simply."""
         return self.granularity
 
+    @property
+    def called(self) -> str:
+        """What messages and tables call it."""
+        return self.method_name() or self.treatment("", ())
+
     def treatment(self, name: str, shape: tuple[int, ...]) -> str:
         """What is done to a tensor, in a word: the method's name, but where it treats some more simply."""
         return self.method_name() or ""
@@ -314,6 +321,10 @@ class TensorMethod(Method):
     def partners(self, name: str) -> tuple[str, ...]:
         """Other tensors that `merge` reads for this one."""
         return ()
+
+    def settings_of_passes(self) -> dict[str, Any]:
+        """What else decides what a statistics pass finds, beside `pass_depends_on`."""
+        return self.model_dump(exclude=set(self.schedulables()))
 
     def unmeasured(self) -> "TensorMethod":
         """What merges tensors of which there is no statistic."""

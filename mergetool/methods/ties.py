@@ -13,35 +13,22 @@ code gives it the sign that is most frequent in the whole model). `rescale: l1` 
 
 from typing import ClassVar, Literal
 
-from mergetool.methods.base import Field, Finite, Fraction, Params, PerModel, Scheduled
+from mergetool.methods.base import Field, Finite, Fraction, PerModel, Scheduled
+from mergetool.methods.families.scope import ScopedMethod
 from mergetool.methods.families.sparse import MEAN
-from mergetool.methods.families.trimmed import TrimmedMethod
+from mergetool.methods.families.trimmed import LargestMethod
 
 
-class Ties(TrimmedMethod):
+class Ties(LargestMethod):
     """`base + scale * mean of the trimmed task vectors that agree with the elected sign`"""
 
     method: Literal["ties"] = "ties"
     density: PerModel[Fraction] = Field(0.2, description="share of each task vector that is kept")
     weight: PerModel[Finite] = Field(1.0, description="weight of each task vector, in the vote and in the mean")
     scale: Scheduled[Finite] = Field(1.0, description="factor on the merged task vector (lambda in the paper)")
-    scope: Literal["tensor", "model"] = Field("tensor", description="what `density` is a share of")
     normalize: bool = Field(True, strict=True, description=MEAN)
     votes: ClassVar = True
     exempt: ClassVar = {
-        "independent scope=model": "one threshold for all tensors together depends on all of them",
-        **TrimmedMethod.exempt,
+        "independent scope=model": ScopedMethod.alike["independent"],
+        **LargestMethod.exempt,
     }
-
-    def pass_scope(self) -> Literal["tensor", "model"]:
-        return self.scope
-
-    def needs_weights(self) -> str | None:
-        return (
-            "`scope: model` has one threshold for whole models; write `scope: tensor`"
-            if self.scope == "model"
-            else None
-        )
-
-    def bands(self, p: Params, num_elements: int) -> list[tuple[int, int]]:
-        return [(1, max(1, int(density * num_elements))) for density in p.density]

@@ -27,11 +27,12 @@ def card(plan: Plan, changes: Sequence[RoleChange] = ()) -> str:
     rows = "\n".join(
         _row(name, origins, plan.recipe.folder, methods.get(name)) for name, origins in _everything(plan).items()
     )
-    name = plan.recipe.method.method_name()
+    after = "".join(f", then `{step.step_name()}`" for step in plan.recipe.then)
+    name = f"`{plan.recipe.method.method_name()}`{after}"
     return (
         f"---\n{front}---\n\n"
         f"# {plan.output.name if plan.output else 'merged model'}\n\n"
-        f"A merge of {len(plan.recipe.models)} models by `{name}`, made with mergetool {__version__}.\n\n"
+        f"A merge of {len(plan.recipe.models)} models by {name}, made with mergetool {__version__}.\n\n"
         f"| model | source | licence |\n|---|---|---|\n{rows}\n\n"
         f"{_about_licences(plan)}"
         f"{_about_changes(changes)}"

@@ -18,6 +18,7 @@ from mergetool.checkpoints.adapters.places import TASK_HEADS, leaf_of
 from mergetool.checkpoints.adapters.written import About, about_together, task_of
 from mergetool.errors import PlanError
 from mergetool.methods.families.low_rank import HELD
+from mergetool.methods.then.followed import Followed
 from mergetool.planning.alone import sites_of
 from mergetool.planning.graph import BASE, Operand, Plan, Shard, Slot, Step
 from mergetool.planning.operations import Decompose, Operation
@@ -77,8 +78,11 @@ def _base_name(plan: Plan) -> tuple[str | None, str | None]:
 
 def of_adapters(plan: Plan, adapters: Mapping[str, AdapterAlone]) -> Plan:
     """The plan of adapters by themselves: what any of them changes, by the names that they have for it."""
-    method = plan.recipe.method
-    if (why := method.needs_weights()) is not None:
+    method, steps = plan.recipe.method, plan.recipe.then
+    why = method.needs_weights()
+    if why is None and steps:
+        why = Followed(inner=method.kernel(), steps=steps).needs_weights()
+    if why is not None:
         fix = "add base: MODEL and output: {kind: checkpoint}, or choose another method (mergetool methods)"
         raise PlanError(f"{method.method_name()} cannot merge adapters by themselves: {why}", "merge.method", fix)
     sites = sites_of(adapters)

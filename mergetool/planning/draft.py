@@ -14,7 +14,7 @@ from mergetool.layouts.base import Arrangement, Origin
 from mergetool.methods.base import TensorMethod
 from mergetool.planning.graph import ALIGNED, BASE, ROWS, STORED, Operand, Slot, Step
 from mergetool.planning.measures import NOTHING, StatisticSource, key_of_statistic
-from mergetool.planning.numbers import fits, numbers_of, overridden
+from mergetool.planning.numbers import Kernels, fits, numbers_of, overridden
 from mergetool.planning.operations import Copy, Merge
 from mergetool.planning.parents import check_missing, label, listed
 from mergetool.planning.words import Rows
@@ -55,6 +55,7 @@ class Draft:
         self.matched = [False] * len(self.overrides)
         self.view = ALIGNED if "fit" in recipe.method.stages() else STORED
         self.method = recipe.method.kernel()
+        self.kernels = Kernels(recipe.then)
         self.overridden: dict[tuple[int, float | None], TensorMethod] = {}
         self.sets_alone = self.method.max_models == 1 and bool(recipe.method.model_fields_set - {"method"})
         self.narrow: dict[str, DType] = {}
@@ -82,6 +83,10 @@ class Draft:
             f"{', '.join(map(repr, others))} have them, too: {listed(names)}; an override `use` takes another's"
             for (first, others), names in self.extras.items()
             if others
+        ]
+        missed = {step.match: step for step in self.recipe.then if step.match not in self.kernels.matched}
+        self.warnings += [
+            f"then: {step.step_name()}: {match!r} matches no tensor that is merged" for match, step in missed.items()
         ]
         self.warnings += [f"override {match!r} matches no tensor{self._hint(match)}" for match in self._unmatched()]
 
@@ -144,7 +149,11 @@ class Draft:
         return self._merge(origin, leader, depth, method, models)
 
     def _method(self, index: int | None, origin: Origin) -> TensorMethod:
-        """What merges a tensor under the override of this place. A layout's own run along the part that they are of."""
+        """What merges a tensor under the override of this place, and the steps that follow."""
+        return self.kernels.of(self._merging(index, origin), self.twins.get(origin.name, origin.name))
+
+    def _merging(self, index: int | None, origin: Origin) -> TensorMethod:
+        """What merges it before any step. A layout's own overrides run along the part that they are of."""
         if index is None:
             return self.method
         key = index, origin.within if index < len(self.recipe.layout_overrides) else None

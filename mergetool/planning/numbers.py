@@ -11,6 +11,8 @@ from fnmatch import fnmatchcase
 from mergetool.checkpoints.experts import fused_name
 from mergetool.errors import PlanError
 from mergetool.methods.base import Method, Params, TensorMethod
+from mergetool.methods.then import After
+from mergetool.methods.then.followed import Followed
 from mergetool.methods.values import settled
 from mergetool.planning.graph import Plan, Step
 from mergetool.planning.operations import Merge
@@ -22,7 +24,7 @@ def numbers_of(method: TensorMethod, depth: float, models: Sequence[str], name: 
     """A method's numbers for one tensor. Raises PlanError where they cannot work together."""
     params = method.params(depth, models)
     if problem := method.problem(params):
-        raise PlanError(problem, f"{method.method_name()}: {name}", "change the numbers for this tensor")
+        raise PlanError(problem, f"{method.called}: {name}", "change the numbers for this tensor")
     return params
 
 
@@ -34,9 +36,34 @@ def overridden(method: Method, override: Override, depth: float | None = None) -
     return method.model_copy(update=settings).kernel()
 
 
+class Kernels:
+    """What merges a tensor: a method, or one with the steps that follow it there. Alike ones are one object."""
+
+    def __init__(self, steps: Sequence[After]) -> None:
+        self.steps = steps
+        self.matched: set[str | None] = {None}
+        """Globs of steps that fit some tensor."""
+        self._made: dict[tuple[int, tuple[After, ...]], TensorMethod] = {}
+
+    def of(self, method: TensorMethod, name: str) -> TensorMethod:
+        """The method with all steps that are meant for a tensor."""
+        steps = tuple(step for step in self.steps if step.match is None or _matches(name, step.match))
+        if not steps:
+            return method
+        self.matched |= {step.match for step in steps}
+        key = id(method), steps
+        if key not in self._made:
+            self._made[key] = Followed(inner=method, steps=steps)
+        return self._made[key]
+
+
 def fits(override: Override, name: str) -> bool:
     """Whether an override is meant for a tensor, under its name or under that which it has among fused experts."""
-    return fnmatchcase(name, override.match) or fnmatchcase(fused_name(name), override.match)
+    return _matches(name, override.match)
+
+
+def _matches(name: str, glob: str) -> bool:
+    return fnmatchcase(name, glob) or fnmatchcase(fused_name(name), glob)
 
 
 def keeps_operands(plan: Plan, recipe: Recipe) -> bool:
@@ -48,12 +75,13 @@ def keeps_operands(plan: Plan, recipe: Recipe) -> bool:
 def with_numbers(plan: Plan, recipe: Recipe) -> Plan:
     """The plan of a recipe that keeps the operands of another one's. Raises PlanError."""
     special = [(override, overridden(recipe.method, override)) for override in recipe.overrides]
-    usual = recipe.method.kernel()
+    usual, kernels = recipe.method.kernel(), Kernels(recipe.then)
 
     def numbered(step: Step) -> Step:
         if not isinstance(step.operation, Merge):
             return step
         method = next((method for override, method in special if fits(override, step.key)), usual)
+        method = kernels.of(method, step.key)
         models = step.operation.models
         return replace(step, operation=Merge(method, numbers_of(method, step.depth, models, step.name), models))
 

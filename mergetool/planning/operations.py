@@ -258,7 +258,7 @@ class Merge(Operation):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return self.method.method_name() or self.method.treatment("", ())
+        return self.method.called
 
     @property
     def arithmetic(self) -> bool:  # type: ignore[override]

@@ -34,6 +34,7 @@ def describe(plan: Plan, costs: Costs, search: Method | None = None) -> dict[str
     return {
         "output": str(plan.output) if plan.output else None,
         "method": plan.recipe.method.method_name(),
+        "then": [step.model_dump(exclude_defaults=True) | {"step": step.step_name()} for step in plan.recipe.then],
         "steps": [_step(plan, step, slot) for step in plan.steps for slot in step.slots],
         "files": [{"name": file.name, "bytes": file.size, "at_most": file.at_most} for file in plan.files],
         "shards": [{"name": shard.name, "bytes": shard.header.file_size} for shard in plan.shards],

@@ -15,6 +15,7 @@ from mergetool.errors import RecipeError
 from mergetool.methods import registry
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.schema import Recipe, Reference
+from mergetool.recipe.then import base_for_steps
 
 _OTHERS = ("source", "adapters", "select", "recipe", "folder")
 
@@ -51,7 +52,7 @@ def names_base(data: Mapping[str, Any]) -> bool:
     """Whether a recipe's data has a base that it can refer to."""
     merge = data.get("merge")
     kind = registry().get(str(merge.get("method"))) if isinstance(merge, dict) else None
-    unused = kind is not None and kind.needs_base == "unused"
+    unused = kind is not None and kind.needs_base == "unused" and not base_for_steps(data, kind)
     only_below = unused and has_adapters(data) and not makes_adapter(data)
     return "base" in data and not only_below
 

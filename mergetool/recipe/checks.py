@@ -11,6 +11,7 @@ from mergetool.recipe.adapters import adapter_problems, has_adapters, is_alone, 
 from mergetool.recipe.calibration import calibration_problems
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.render import suggestion
+from mergetool.recipe.then import base_for_steps, steps_in
 from mergetool.recipe.words import AUTO, TEMPLATES, UNION, is_place, models_named
 
 _RESERVED = ("base", "gradient")
@@ -30,6 +31,7 @@ def cross_checks(
     if isinstance(models, dict):
         yield from _check_names(document, models)
         if kind is not None:
+            yield from _check_then(document, kind)
             yield from _check_heads(document, models, kind)
             yield from _check_count(document, models, kind, layout)
             yield from _check_per_model(document, ("merge",), kind, data["merge"], models)
@@ -107,12 +109,28 @@ def _check_base(document: Document, kind: type[Method]) -> Iterator[RecipeError]
     name, has_base = kind.method_name(), "base" in document.data
     if kind.needs_base == "required" and not has_base and not is_alone(document.data):
         yield document.error(("merge", "method"), f"{name} needs the common ancestor of the models", "add base: PATH")
-    if kind.needs_base == "unused" and has_base and not (has_adapters(document.data) or makes_adapter(document.data)):
+    wanted = has_adapters(document.data) or makes_adapter(document.data) or base_for_steps(document.data, kind)
+    if kind.needs_base == "unused" and has_base and not wanted:
         fix = "remove `base`, or list it under `models` to merge it too"
         yield document.error(("base",), f"{name} does not use a base, so this would have no effect", fix)
     if "architecture" in document.data and not kind.uses_architecture:
         what = f"{name} does not look at the architecture, so this would have no effect"
         yield document.error(("architecture",), what, "remove `architecture`")
+
+
+def _check_then(document: Document, kind: type[Method]) -> Iterator[RecipeError]:
+    """Methods that no step can follow, and steps without what they work on."""
+    name = kind.method_name()
+    if "then" in document.data and (kind.result != "checkpoint" or kind.arranges):
+        what = f"what {name} leaves is not one tensor merged after the other, so no step can follow"
+        yield document.error(("then",), what, "remove `then`, or choose another method (mergetool methods)")
+    for index, step in steps_in(document.data):
+        if step.needs_base and kind.uses_architecture:
+            what = f"{name} aligns models without a common ancestor, and {step.step_name()} works on what was changed"
+            yield document.error(("then", index), what, "remove this step")
+        elif step.needs_base and "base" not in document.data and not is_alone(document.data):
+            what = f"{step.step_name()} works on what merging changed of a base, and the recipe has none"
+            yield document.error(("then", index), what, "add base: PATH")
 
 
 def _check_count(

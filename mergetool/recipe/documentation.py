@@ -10,6 +10,7 @@ from pydantic_core import PydanticUndefined
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
 from mergetool.methods.base import Method, TensorMethod, is_method
+from mergetool.methods.then import After, steps
 from mergetool.recipe.load import sections
 from mergetool.recipe.render import suggestion
 from mergetool.recipe.schema import Override
@@ -42,7 +43,17 @@ def section_facts() -> dict[str, list[dict[str, Any]]]:
     """The fields of every section of a recipe that has some, and of an override; `models` has those of `base`."""
     kinds = {key: _model_of(annotation) for key, annotation in sections().items() if key != "models"}
     kinds["overrides"] = Override
-    return {key: list(_fields(kind)) for key, kind in kinds.items() if kind is not None}
+    facts = {key: list(_fields(kind)) for key, kind in kinds.items() if kind is not None}
+    every = [{**each, "name": f"{name}: {each['name']}"} for name, kind in steps().items() for each in _fields(kind)]
+    return facts | {"then": [each for each in every if not each["name"].endswith(": match")]}
+
+
+def step_facts() -> list[dict[str, Any]]:
+    """Every step after merging, as JSON-able facts."""
+    return [
+        {"name": name, "documentation": kind.documentation(), "fields": list(_fields(kind))}
+        for name, kind in steps().items()
+    ]
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
@@ -54,10 +65,10 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
 
 def _fields(kind: type[BaseModel], prefix: str = "") -> Iterator[dict[str, Any]]:
     """The fields of a method, those of its sections one by one."""
-    schedulables = kind.schedulables() if is_method(kind) else {}
+    schedulables = kind.schedulables() if is_method(kind) or issubclass(kind, After) else {}
     for key, info in kind.model_fields.items():
         annotation = info.annotation
-        if key == "method":
+        if key in ("method", "step"):
             continue
         section = _section_of(annotation)
         if section is not None:

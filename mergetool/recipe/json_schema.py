@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 from mergetool.methods import registry
 from mergetool.methods.base import Method, TensorMethod
 from mergetool.methods.families.genes import Inner, Range
+from mergetool.methods.then import After, steps
 from mergetool.recipe.load import sections
 from mergetool.recipe.section import override_class
 
@@ -19,6 +20,12 @@ def recipe_schema() -> dict[str, Any]:
     definitions: dict[str, Any] = {}
     properties = {key: _schema(kind, definitions) for key, kind in sections().items()}
     properties["merge"] = {"oneOf": [_merge_schema(kind, definitions) for kind in registry().values()]}
+    properties["then"] = {
+        "type": "array",
+        "minItems": 1,
+        "items": {"oneOf": [_step_schema(kind, definitions) for kind in steps().values()]},
+        "description": "steps on what merging changed, in order",
+    }
     methods = [kind for kind in registry().values() if kind.merges]
     definitions[_METHOD] = {"oneOf": [_method_schema(kind, definitions) for kind in methods]}
     definitions[_SEARCHED] = {"oneOf": [_searched(_merge_schema(kind, definitions)) for kind in methods]}
@@ -45,6 +52,15 @@ def _merge_schema(kind: type[Method], definitions: dict[str, Any]) -> dict[str, 
         override = _schema(override_class(kind), definitions)
         schema["properties"]["overrides"] = {"type": "array", "items": override, "description": "first match wins"}
     return schema
+
+
+def _step_schema(kind: type[After], definitions: dict[str, Any]) -> dict[str, Any]:
+    schema = _schema(kind, definitions)
+    return {
+        **schema,
+        "required": ["step", *schema.get("required", ())],
+        "description": " ".join(kind.documentation().split("\n\n")[0].split()),
+    }
 
 
 def _method_schema(kind: type[Method], definitions: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from mergetool.recipe.inner import Around, Inside, inlined
 from mergetool.recipe.mergekit import as_text
 from mergetool.recipe.render import render, unknown_key
 from mergetool.recipe.schema import Check, Compute, Output, Override, Recipe, Reference
-from mergetool.recipe.section import merge_section, override_class
+from mergetool.recipe.section import merge_section, override_class, then_section
 from mergetool.recipe.words import Template, Tokenizer
 
 _Models = Annotated[dict[str, Reference], Field(min_length=1)]
@@ -158,6 +158,7 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
     problems: list[RecipeError] = []
     given = _sections_of(document, problems)
     kind, method, overrides = merge_section(document, problems) if "merge" in data else (None, None, ())
+    then = then_section(document, problems)
     layout, own = layout_of(document, given, kind, problems)
     if method is not None and (brought := layout_with(method)) is not None:
         layout = brought
@@ -184,6 +185,7 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
         document=inlined(document, inner),
         settings=settings,
         evaluate=given.get("evaluate", ()),
+        then=then,
         layout=layout,
         layout_overrides=own,
         inner=inner,
@@ -208,7 +210,7 @@ def _sections_of(document: Document, problems: list[RecipeError]) -> dict[str, A
                 given[key] = TypeAdapter(kind).validate_python(data[key])
             except ValidationError as error:
                 problems += render(document, (key,), error, Data if kind is Calibration else kind)
-    known = [*sections(), "merge"]
+    known = [*sections(), "merge", "then"]
     problems += [_misplaced(document, key) or unknown_key(document, (key,), known) for key in data if key not in known]
     problems += [
         document.error((), f"required key {key!r} is missing", f"add {key}:")

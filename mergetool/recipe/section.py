@@ -1,4 +1,4 @@
-"""The `merge` section of a recipe: which method it asks for, its settings, and the overrides of some tensors."""
+"""The sections `merge` and `then` of a recipe: which method and which steps after it, their settings, and overrides."""
 
 from functools import cache
 from typing import Any
@@ -8,9 +8,12 @@ from pydantic import Field, TypeAdapter, ValidationError, create_model
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
 from mergetool.methods.base import Method
+from mergetool.methods.then import After
+from mergetool.methods.then import steps as known_steps
 from mergetool.recipe.document import Document
 from mergetool.recipe.render import render, suggestion
 from mergetool.recipe.schema import Override
+from mergetool.recipe.then import step_class
 
 
 def merge_section(
@@ -65,3 +68,29 @@ def override_class(method: type[Method]) -> type[Override]:
         if key != "method" and method.varies
     }
     return create_model(f"{method.__name__}Override", __base__=Override, **fields)
+
+
+def then_section(document: Document, problems: list[RecipeError]) -> tuple[After, ...]:
+    """The steps after merging; what is wrong with them is added to `problems`."""
+    data = document.data.get("then", ())
+    if "then" in document.data and (not isinstance(data, list) or not data):
+        problems.append(document.error(("then",), "expected a list of steps", "write then: [{step: match-norm}]"))
+        return ()
+    found = (_after(document, index, each, problems) for index, each in enumerate(data))
+    return tuple(step for step in found if step is not None)
+
+
+def _after(document: Document, index: int, data: Any, problems: list[RecipeError]) -> After | None:
+    kind = step_class(data)
+    if kind is None:
+        name = data.get("step") if isinstance(data, dict) else data
+        what = "required key 'step' is missing" if name is None else f"there is no step {str(name)!r}"
+        place = ("then", index, "step") if isinstance(data, dict) and "step" in data else ("then", index)
+        fix = suggestion(str(name), known_steps()) or f"one of: {', '.join(known_steps())}"
+        problems.append(document.error(place, what, f"{fix} (as in then: [{{step: match-norm}}])"))
+        return None
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        problems += render(document, ("then", index), error, kind)
+        return None

@@ -5,6 +5,7 @@ laws without anything being written here. What a method does not obey, it says i
 
     exempt: ClassVar = {"order": "t counts from the first model to the second"}          under all its options
     exempt: ClassVar = {"independent scope=model": "the threshold is the whole model's"}  under this one
+    exempt: ClassVar = {"independent": "...", "independent scope=tensor": None}           under all but this one
 
 An exempt method must really break the law: an exemption that is not needed is an error.
 """

@@ -29,7 +29,8 @@ class Law:
 
     def exemption(self, case: MethodCase) -> str | None:
         """Why the method need not obey under this option, if it says so."""
-        return case.kind.exempt.get(self.name) or case.kind.exempt.get(f"{self.name} {case.option}")
+        exempt = case.kind.exempt
+        return exempt.get(f"{self.name} {case.option}", exempt.get(self.name))
 
     def check(self, case: MethodCase) -> None:
         """Try it. Raises AssertionError that says which law is broken, how, and what can be done."""

@@ -117,6 +117,7 @@ class Candidates:
         else:
             merge = settings_of(recipe, subject)
             facts += [list(self.inputs.items()), merge, recipe.compute.model_dump(), recipe.check.model_dump()]
+            facts += [[step.model_dump() for step in recipe.then]] if recipe.then else []
         return _sha256(facts)
 
     def put(self, values: Sequence[Value], *, digest: bool = False) -> str | None:

@@ -14,4 +14,4 @@ test_every_method_obeys = laws(*(kind for kind in registry().values() if issubcl
 def test_every_exemption_names_a_law_and_a_reason(name, kind):
     known = {*LAWS, *(f"{key} {case.option}" for key in LAWS for case in cases(kind))}
     assert {key for key in kind.exempt if key not in known} == set()
-    assert all(len(reason) > 10 for reason in kind.exempt.values())
+    assert all(reason is None or len(reason) > 10 for reason in kind.exempt.values())

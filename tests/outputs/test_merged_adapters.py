@@ -101,11 +101,12 @@ def three(folder, make, same=None, **settings):
     return again
 
 
-def recipes(folder, method, rank=None, names="abc", **merge):
+def recipes(folder, method, rank=None, names="abc", then=(), **merge):
     """The same merge as an adapter by itself, and as a checkpoint."""
     sections = {
         "models": {name: {"adapter": name} for name in names},
         "merge": {"method": method, **merge},
+        **({"then": then} if then else {}),
     }
     more = {} if rank is None else {"rank": rank}
     alone = write_recipe(folder / "alone.yaml", **sections, output={"path": "out", **more})
@@ -190,6 +191,37 @@ def test_what_looks_at_entries_has_all_directions_with_rank_exact(tmp_path, meth
     mergetool.run(alone)
     mergetool.run(whole)
     assert_same_merge(tmp_path, again)
+
+
+LINES, MATCH = {"step": "lines", "first": 0.4, "last": 0.9}, {"step": "match-norm"}
+
+
+@pytest.mark.parametrize(
+    ("method", "then", "rank"),
+    [
+        ("linear", [LINES], None),
+        ("task-arithmetic", [LINES], None),
+        ("karcher", [LINES], None),
+        ("linear", [MATCH, LINES], "exact"),
+        ("ties", [{**MATCH, "axis": "row"}], "exact"),
+        ("tsv-merge", [MATCH], "exact"),
+        ("ties", [{"step": "truncate", "rank": 3}], "exact"),
+    ],
+)
+def test_steps_after_merging_do_to_products_what_they_do_to_weights(tmp_path, method, then, rank):
+    again = three(tmp_path, llama, target_modules=ALL)
+    for recipe in recipes(tmp_path, method, rank, then=then):
+        mergetool.run(recipe)
+    assert_same_merge(tmp_path, again, atol=5e-6)
+
+
+def test_a_step_that_looks_at_products_cannot_follow_sums_of_their_halves(tmp_path):
+    three(tmp_path, llama, same={"r": 2, "lora_alpha": 4}, target_modules=ALL)
+    alone, _ = recipes(tmp_path, "factor-sum", then=[MATCH])
+    with pytest.raises(PlanError, match="added up by themselves"):
+        mergetool.run(alone)
+    alone, _ = recipes(tmp_path, "factor-sum", then=[LINES])
+    mergetool.run(alone)
 
 
 def test_a_cut_sum_is_the_svd_of_the_dense_sum(tmp_path):

@@ -1,7 +1,8 @@
-"""What methods share that thin task vectors out before they add them up: numbers, rescaling, two ways to add up.
+"""What methods share that thin task vectors out before they bring them together, in steps that a method can replace.
 
-They differ in which entries go (`thin`). What is left is rescaled, weighted, and added up as it is, or, where a method
-lets its task vectors vote (`votes`), only where it has the elected sign (`mergetool.kernels.consensus`).
+Which entries go (`thin`); the factor on what is left (`rescale`, `own_factors`); what becomes of several task vectors
+(`reduced`): a weighted sum, or, where a method lets its task vectors vote (`votes`), the sum or mean of what has the
+elected sign (`mergetool.kernels.consensus`). Then `scale`, onto the base.
 """
 
 from abc import abstractmethod
@@ -104,17 +105,21 @@ class SparseMethod(TensorMethod):
         return _Norms(self, {})
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
-        from mergetool.kernels.consensus import agreeing_sum_
-
         self.thin(group, p, stats)
         for delta, factor in zip(group.deltas, stats.get("factor") or self.own_factors(p), strict=True):
             if factor != 1.0:
                 delta.mul_(factor)
+        merged, divisor = self.reduced(group, p)
         assert group.base is not None
+        return group.base.add_(merged, alpha=p.scale / divisor)
+
+    def reduced(self, group: TensorGroup, p: Params) -> "tuple[Tensor, float]":
+        """One vector of the task vectors left, and what it is still to be divided by."""
+        from mergetool.kernels.consensus import agreeing_sum_
+
         if self.votes:
-            merged = agreeing_sum_(group.deltas, p.weight, normalize=self.normalize, scratch=group.scratch)
-            return group.base.add_(merged, alpha=p.scale)
+            return agreeing_sum_(group.deltas, p.weight, normalize=self.normalize, scratch=group.scratch), 1.0
         total = group.scratch("total").zero_()
         for weight, delta in zip(p.weight, group.deltas, strict=True):
             total.add_(delta, alpha=weight)
-        return group.base.add_(total, alpha=p.scale / sum(p.weight) if self.normalize else p.scale)
+        return total, sum(p.weight) if self.normalize else 1.0

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from mergetool.methods.base import Field, Params, StatisticsPass, Stats, TensorGroup
 from mergetool.methods.families.ranks import find, magnitudes
+from mergetool.methods.families.scope import ScopedMethod
 from mergetool.methods.families.sparse import SparseMethod
 
 
@@ -74,3 +75,10 @@ class TrimmedMethod(SparseMethod):
         if skipped > 0.0:
             dropped |= keep_at(key, places + group.start, skipped)
         delta.index_fill_(0, places[dropped].to(delta.device), 0.0)
+
+
+class LargestMethod(TrimmedMethod, ScopedMethod):
+    """A method that keeps the largest entries of a task vector, of each tensor or of the whole model."""
+
+    def bands(self, p: Params, num_elements: int) -> list[tuple[int, int]]:
+        return [(1, max(1, int(density * num_elements))) for density in p.density]
