@@ -25,8 +25,8 @@ class MaskedFactors(TaskFactors):
         with safe_open(folder / SHARED, framework="pt") as file:
             self._shared = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
 
-    def to(self, device: torch.device) -> None:
-        super().to(device)
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().to(device, dtype)
         self._shared = {name: value.to(device) for name, value in self._shared.items()}
 
     def in_full(self, task: int, name: str) -> Tensor:

@@ -89,6 +89,8 @@ def test_a_named_task_is_answered_by_what_the_formula_makes_of_its_expert(paths,
         for _ in range(2):  # nothing is changed by being asked
             found = model(tasks=[task], **inputs).logits[:, : expected.shape[1]]
             torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+    half = model.to(torch.bfloat16)(tasks=["c"], **inputs).logits
+    torch.testing.assert_close(half.double(), expected, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("kind", KINDS)
