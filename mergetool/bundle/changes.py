@@ -1,7 +1,7 @@
 """What the experts of a bundle add to its base, read in slices, whatever factors it is kept in."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mergetool.bundle.files import triplet_names, whole_name
 from mergetool.bundle.manifest import Head, Manifest, Task, read_manifest
 from mergetool.bundle.masks import masked_change
 from mergetool.bundle.verify import check_files
@@ -54,8 +55,8 @@ class BundleChanges:
             return ExpertChange()
         if parameter.policy == "mask":
             return ExpertChange(*_masked(self.folder, self.tasks[task], name))
-        keys = ("delta",) if parameter.policy == "full" else ("U", "S", "Vh")
-        return ExpertChange(*_read(self.folder / self.tasks[task].factors, [f"{name}.{key}" for key in keys]))
+        names = (whole_name(name),) if parameter.policy == "full" else triplet_names(name)
+        return ExpertChange(*_read(self.folder / self.tasks[task].factors, names))
 
     def settings_of_head(self, task: str) -> dict[str, object] | None:
         """All that the manifest says of a head but where it lies."""
@@ -97,7 +98,7 @@ def _masked(folder: Path, task: Task, name: str) -> Iterator[Tensor]:
         yield masked_change(folder, task.factors, name, task.scale)
 
 
-def _read(path: Path, names: list[str]) -> Iterator[Tensor]:
+def _read(path: Path, names: Sequence[str]) -> Iterator[Tensor]:
     with _readable(path), safe_open(path, framework="pt") as file:
         yield from [file.get_tensor(name) for name in names]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mergetool.arch.matrices import is_matrix
 from mergetool.bundle.build import Work
-from mergetool.bundle.files import SHARED, TensorWriter, factors_path
+from mergetool.bundle.files import SHARED, TensorWriter, factors_path, triplet_names
 from mergetool.bundle.manifest import Manifest, Parameter
 from mergetool.bundle.masks import mask_of
 from mergetool.bundle.options import Experts, Options
@@ -163,9 +163,9 @@ class _MaskedWork(Work):
                 writer.put(mask_of(name), packed(self._mask(dense, self._kept(name).to(dense.device))))
                 if parameter.ranks and (rank := parameter.ranks[place]):
                     factors = change.factors(self.store, self._most(parameter.shape)).leading(rank)
-                    writer.put(f"{name}.U", factors.u)
-                    writer.put(f"{name}.S", factors.s)
-                    writer.put(f"{name}.Vh", factors.v.mT)
+                    parts = (factors.u, factors.s, factors.v.mT)
+                    for part, values in zip(triplet_names(name), parts, strict=True):
+                        writer.put(part, values)
         return factors_path(task)
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from mergetool.bundle.store import FactorStore
 from mergetool.engine.measured import Measured
+from mergetool.engine.shelf import Shelves
 from mergetool.engine.sinks import Sink
 from mergetool.engine.storable import lost_in, within
 from mergetool.errors import MergeError, at
 from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup, TensorMethod
-from mergetool.methods.group import Note
+from mergetool.methods.group import Note, Shelf
 from mergetool.outputs.record import INFINITE, KEPT_WIDE, LOST, NOT_FINITE, RANK
 from mergetool.planning.graph import SLICE_ELEMENTS, Operand, Plan, Step
 from mergetool.planning.operations import Bench, Decompose, Merge
@@ -41,6 +42,8 @@ class Worker(Bench[Step]):
     """Counts over units and makes them. Used by one thread at a time."""
 
     _device = torch.device("cpu")
+    shelves: Shelves | None = None
+    """Where counts over the whole model leave what they make, if anywhere."""
 
     def __init__(self, plan: Plan, sink: Sink, store: FactorStore | None = None) -> None:
         self._plan = plan
@@ -60,6 +63,10 @@ class Worker(Bench[Step]):
         return self._count(step, start, stop, counts)
 
     def _count(self, step: Step, start: int, stop: int, counts: StatisticsPass) -> Tensor:
+        if isinstance(step.operation, Decompose) and step.operation.factored:
+            from mergetool.engine.change import counted
+
+            return counted(self._plan, step, step.operation, counts)
         step = sliced(step)
         slices = self._slices(step, start, stop) if counts.one_in == 1 else runs_of(step, start, stop, counts.one_in)
         params = Params(**step.operation.numbers)
@@ -116,7 +123,7 @@ class Worker(Bench[Step]):
 
         with at(f"{operation.name}: {step.name}"):
             if operation.factored:
-                pair, lost = merged(self._plan, step, operation, notes)
+                pair, lost = merged(self._plan, step, operation, notes, stats)
             else:
                 changed = self._changed(sliced(step), notes, stats)
                 self._check_change(changed, step)
@@ -185,8 +192,15 @@ class Worker(Bench[Step]):
             other=partial(self._other, step),
             store=self._store,
             measured=Measured(self._plan, step, start, shape, self._read) if step.statistics else None,
+            shelf=self._shelf(step),
             kept=None if self._kept is None else self._kept.setdefault((start, stop), {}),
         )
+
+    def _shelf(self, step: Step) -> Shelf | None:
+        """Where what a count makes of a whole tensor waits for its merge."""
+        if self.shelves is None or not step.operation.counts_model or step.granularity != "tensor":
+            return None
+        return self.shelves.of(step.index)
 
     def _other(self, step: Step, name: str) -> TensorGroup | None:
         """A whole tensor that a step's method asks for, in buffers of its own."""

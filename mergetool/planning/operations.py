@@ -97,8 +97,8 @@ class Operation(ABC):
         """Other output tensors whose operands are looked at for the tensor of this name."""
         return ()
 
-    def counting(self, num_elements: int, bits: int) -> "Operation":
-        """With the pass that it needs over so many elements, at this width of the compute dtype."""
+    def counting(self, spec: TensorSpec, num_elements: int, bits: int) -> "Operation":
+        """With the pass that it needs for a tensor over so many elements, at this width of the compute dtype."""
         return self
 
     def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
@@ -215,11 +215,11 @@ class Decompose(Operation):
 
     @property
     def counts(self) -> StatisticsPass | None:  # type: ignore[override]
-        return None if self.factored else self.inner.counts
+        return None if self.factored and not self.inner.counts_model else self.inner.counts
 
     @property
     def counts_model(self) -> bool:  # type: ignore[override]
-        return not self.factored and self.inner.counts_model
+        return self.inner.counts_model
 
     @property
     def numbers(self) -> Mapping[str, Any]:
@@ -240,8 +240,8 @@ class Decompose(Operation):
     def partners(self, name: str) -> tuple[str, ...]:
         return self.inner.partners(name)
 
-    def counting(self, num_elements: int, bits: int) -> Operation:
-        return replace(self, inner=self.inner.counting(num_elements, bits))
+    def counting(self, spec: TensorSpec, num_elements: int, bits: int) -> Operation:
+        return replace(self, inner=self.inner.counting(spec, num_elements, bits))
 
     def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.pair(step, notes, self, stats)
@@ -295,8 +295,9 @@ class Merge(Operation):
     def partners(self, name: str) -> tuple[str, ...]:
         return self.method.partners(name)
 
-    def counting(self, num_elements: int, bits: int) -> Operation:
-        return replace(self, counts=self.method.statistics_pass(self.params, num_elements, bits))
+    def counting(self, spec: TensorSpec, num_elements: int, bits: int) -> Operation:
+        counts = self.method.counts(spec.name, spec.shape)
+        return replace(self, counts=self.method.statistics_pass(self.params, num_elements, bits) if counts else None)
 
     def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.merge(step, start, stop, notes, self, stats)
