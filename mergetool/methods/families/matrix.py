@@ -70,11 +70,11 @@ class MatrixMethod(TensorMethod):
     def partners(self, name: str) -> tuple[str, ...]:
         return tuple(other for other in query_key_value(name) if other != name) if self.fuse == "qkv" else ()
 
-    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+    def change(self, group: TensorGroup, p: Params, stats: Stats) -> "tuple[Tensor, float] | None":
         assert group.base is not None
         chosen = [(index, weight) for index, weight in enumerate(p.weight) if weight]
         if not chosen:
-            return group.base
+            return None
         update = None
         if self.granularity_in(group.name, group.shape) == "tensor":
             update = self._merged_matrix(group, chosen)
@@ -82,7 +82,12 @@ class MatrixMethod(TensorMethod):
             update = group.scratch("update").zero_()
             for index, weight in chosen:
                 update.add_(group.deltas[index], alpha=weight / len(chosen))
-        return group.base.add_(update.to(group.base.dtype).view_as(group.base), alpha=p.scale)
+        return update.to(group.base.dtype).view_as(group.base), 1.0
+
+    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+        assert group.base is not None
+        found = self.change(group, p, stats)
+        return group.base if found is None else group.base.add_(found[0], alpha=p.scale)
 
     def _merged_matrix(self, group: TensorGroup, chosen: Sequence[tuple[int, float]]) -> "Tensor | None":
         """The tensor's share of the merged task vector of it and its partners, or None where the mean has to do."""
