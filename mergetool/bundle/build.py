@@ -28,6 +28,8 @@ from mergetool.bundle.files import (
     model_files,
     single_name,
     spectrum_key,
+    triplet_names,
+    whole_name,
 )
 from mergetool.bundle.heads import write_class_head, write_head
 from mergetool.bundle.manifest import (
@@ -41,7 +43,15 @@ from mergetool.bundle.manifest import (
     Task,
 )
 from mergetool.bundle.options import Experts, HeadSource, Options
-from mergetool.bundle.ranks import columns, factor_specs, full_spec, is_worthwhile, most_directions
+from mergetool.bundle.ranks import (
+    columns,
+    counted_width,
+    factor_specs,
+    full_spec,
+    is_worthwhile,
+    most_bytes,
+    most_directions,
+)
 from mergetool.bundle.routed import routing_matrices
 from mergetool.bundle.store import FactorStore
 from mergetool.bundle.task_vector import TaskVector, directions_of
@@ -145,16 +155,16 @@ class _Work:
     ) -> dict[str, Parameter]:
         """The parameters with fewer directions where all of them would take more space than a bundle may."""
         spectra = [(name, s) for name in parameters for s in spectra_of[name]]
-        if self.options.size is None:
+        bound = most_bytes(self.options, self.experts.sources["base"].specs.values())
+        if bound is None:
             return parameters
         if self.experts.leads:
             self._write_spectra(spectra_of)
         if not spectra:
             return parameters
-        width = _torch(self.options.dtype).itemsize
-        base = sum(spec.num_bytes for spec in self.experts.sources["base"].specs.values())
+        width = counted_width(self.options)
         full = [torch.Size(parameter.shape).numel() for parameter in parameters.values() if parameter.policy == "full"]
-        budget = int(self.options.size * base) - width * sum(full) * len(self.experts.names)
+        budget = bound - width * sum(full) * len(self.experts.names)
         costs = [width * (parameters[name].shape[0] + columns(parameters[name].shape)) + 4 for name, _ in spectra]
         ranks: dict[str, list[int]] = {}
         for (name, _), rank in zip(spectra, ranks_within([s for _, s in spectra], costs, budget), strict=True):
@@ -199,12 +209,11 @@ class _Work:
                     continue
                 change = self.experts.change(task, name)
                 if parameter.policy == "full":
-                    writer.put(f"{name}.delta", change.dense())
+                    writer.put(whole_name(name), change.dense())
                     continue
                 factors = change.factors(self.store, parameter.ranks[place]).leading(parameter.ranks[place])
-                writer.put(f"{name}.U", factors.u)
-                writer.put(f"{name}.S", factors.s)
-                writer.put(f"{name}.Vh", factors.v.mT)
+                for key, part in zip(triplet_names(name), (factors.u, factors.s, factors.v.mT), strict=True):
+                    writer.put(key, part)
         return path
 
     def measured(self, parameter: Parameter, name: str, paths: Sequence[str]) -> Parameter:
@@ -356,9 +365,9 @@ def _torch(name: str) -> torch.dtype:
 def _read_factors(path: Path, name: str, device: torch.device) -> Factors | None:
     """Factors of a tensor in a finished file, in float64; None where it has none of it."""
     with safe_open(path, framework="pt") as file:
-        if f"{name}.U" not in file.keys():  # noqa: SIM118  (not a mapping)
+        if triplet_names(name)[0] not in file.keys():  # noqa: SIM118  (not a mapping)
             return None
-        u, s, vh = (file.get_tensor(f"{name}.{part}").to(device).double() for part in ("U", "S", "Vh"))
+        u, s, vh = (file.get_tensor(part).to(device).double() for part in triplet_names(name))
     return Factors(u, s, vh.mT)
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mergetool.bundle.files import SPECTRA, spectrum_key
+from mergetool.bundle.files import SPECTRA, spectrum_key, triplet_names, whole_name
 from mergetool.bundle.manifest import ClassHead, Manifest, Task, read_manifest
 from mergetool.bundle.verify import base_folder, check_base, check_files
 from mergetool.checkpoints.view import RenamedModel
@@ -84,9 +84,9 @@ class ExpertSource(ModelSource):
         values = stored.to(torch.float64)
         with self._opened() as file:
             if self._parameters[name].policy == "full":
-                values += file.get_tensor(f"{name}.delta")
-            elif f"{name}.U" in file.keys():  # noqa: SIM118  (not a mapping)
-                u, s, vh = (file.get_tensor(part).to(torch.float64) for part in _triplet(name))
+                values += file.get_tensor(whole_name(name))
+            elif triplet_names(name)[0] in file.keys():  # noqa: SIM118  (not a mapping)
+                u, s, vh = (file.get_tensor(part).to(torch.float64) for part in triplet_names(name))
                 values += ((u * s) @ vh).view(spec.shape)
         return values.to(stored.dtype).contiguous()
 
@@ -108,7 +108,7 @@ class ExpertSource(ModelSource):
         if not (directions := self.num_directions(name)):
             return None if directions is None else nothing_added(self.specs[name].shape)
         with self._opened() as file:
-            u, s, vh = (file.get_tensor(part).float() for part in _triplet(self._names[name]))
+            u, s, vh = (file.get_tensor(part).float() for part in triplet_names(self._names[name]))
             return u * s, vh
 
     def kept(self, name: str) -> Kept | None:
@@ -116,7 +116,8 @@ class ExpertSource(ModelSource):
             return None
         name = self._names[name]
         with self._opened() as file:
-            parts = (f"{name}.delta",) if f"{name}.delta" in file.keys() else _triplet(name)  # noqa: SIM118
+            whole = whole_name(name)
+            parts = (whole,) if whole in file.keys() else triplet_names(name)  # noqa: SIM118
             found = [file.get_tensor(part) for part in parts if part in file.keys()]  # noqa: SIM118
         b, a = nothing_added(self._base.specs[name].shape)
         u, s, vh = found if len(found) == len(parts) > 1 else (b, torch.zeros(0), a)
@@ -144,11 +145,6 @@ class ExpertSource(ModelSource):
         self._base.close()
         if self._head is not None:
             self._head.close()
-
-
-def _triplet(name: str) -> tuple[str, str, str]:
-    """What a bundle calls the factors of a tensor."""
-    return f"{name}.U", f"{name}.S", f"{name}.Vh"
 
 
 def open_expert(folder: Path, task: str) -> ExpertSource:

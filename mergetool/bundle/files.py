@@ -110,6 +110,16 @@ def _copy(source: Path, target: Path) -> None:
         raise write_error(error, str(target)) from error
 
 
+def triplet_names(name: str) -> tuple[str, str, str]:
+    """What the file of a task calls U, S and Vh of its change of a tensor."""
+    return f"{name}.U", f"{name}.S", f"{name}.Vh"
+
+
+def whole_name(name: str) -> str:
+    """What the file of a task calls its change of a tensor that is kept in full."""
+    return f"{name}.delta"
+
+
 def spectrum_key(task: int, name: str) -> str:
     """What `SPECTRA` calls the singular values of a task's change of a tensor."""
     return f"{task}.{name}"

@@ -57,10 +57,12 @@ class Options:
     conv: Literal["mean", "matricize"]
     dtype: Storage
     size: float | None
-    """Most that factors may take, as a share of the base's bytes."""
+    """Most that factors may take, as a share of the base's bytes (see `most_bytes`)."""
     base: Literal["copy", "reference"]
     router: RouterOptions | None = None
     heads: HeadRule = "joint"
+    of_numbers: bool = False
+    """Take `size` as if the base was stored in float32 and factors in two bytes, so that no dtype decides on ranks."""
 
 
 class Experts(Protocol):

@@ -120,5 +120,7 @@ class Mass(BundleMethod):
             router["redundancy"] = 0.3
         if self.router.kind == "arrow":
             router |= {"norm": "arrow", "threshold": 0.0, "per": self.router.per or "token"}
-        kept = Options("mass", self.rank, self.filter, self.conv, self.factors, self.most, self.base)
+        kept = Options(
+            "mass", self.rank, self.filter, self.conv, self.factors, self.most, self.base, of_numbers=self.size is None
+        )
         return replace(kept, router=RouterOptions(**router), heads=self.heads)

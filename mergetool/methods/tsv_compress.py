@@ -29,4 +29,13 @@ class TsvCompress(BundleMethod):
     def options(self) -> "Options":
         from mergetool.bundle.options import Options
 
-        return Options("tsv-compress", self.rank, self.filter, self.conv, self.factors, self.most, self.base)
+        return Options(
+            "tsv-compress",
+            self.rank,
+            self.filter,
+            self.conv,
+            self.factors,
+            self.most,
+            self.base,
+            of_numbers=self.size is None,
+        )

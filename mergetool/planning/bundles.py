@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
-from mergetool.bundle.files import SPECTRA, factors_path, model_files, small_files, spectrum_key
+from mergetool.bundle.files import SPECTRA, factors_path, model_files, small_files, spectrum_key, triplet_names
 from mergetool.bundle.options import Options
 from mergetool.bundle.present import PresentedSource
 from mergetool.bundle.ranks import bytes_within, factor_specs, full_spec, most_directions
@@ -90,8 +90,8 @@ def _factor_bytes(plan: Plan, options: Options, steps: Iterable[Step], shards: I
     for slot, rank in ((slot, step.operation.numbers.get("rank", 1)) for step in steps for slot in step.slots):
         most += slot.spec.num_bytes
         least += slot.spec.num_bytes // max(1, rank)
-    base = sum(spec.num_bytes for spec in plan.sources[BASE].specs.values())
-    return sum(each.header.file_size for each in shards) - most + bytes_within(options, base, most, least)
+    within = bytes_within(options, plan.sources[BASE].specs.values(), most, least)
+    return sum(each.header.file_size for each in shards) - most + within
 
 
 def _others(plan: Plan, options: Options, steps: Iterable[Step]) -> Iterable[PlannedFile]:
@@ -108,7 +108,7 @@ def _others(plan: Plan, options: Options, steps: Iterable[Step]) -> Iterable[Pla
             yield PlannedFile(f"{place}/head.safetensors", _size(own))
             yield from _copies(place, small_files(source.head.folder), {})
     if options.size is not None:
-        kept = [(slot, step) for step in steps for slot in step.slots if slot.spec.name.endswith(".S")]
+        kept = [(slot, step) for step in steps for slot in step.slots if slot.spec.name == triplet_names(step.name)[1]]
         values = [
             TensorSpec(spectrum_key(slot.shard, step.name), BY_NAME["F64"], (step.operation.numbers["rank"],))
             for slot, step in kept

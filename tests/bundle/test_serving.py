@@ -7,41 +7,18 @@ import sys
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 import mergetool
 from mergetool.bundle.classifier import TextClassifier
 from mergetool.cli.app import app
 from mergetool.errors import OutputError, PlanError, SourceError
-from mergetool.testing.classifiers import save_experts, tiny_config
-from tests.bundle.tiny import make_bundle, tiny_inputs
-
-TEXTS = ["w2", "w7 w9 w11 w13", "w21", "w20 w21 w22 w23 w24 w25"]
-
-
-def save_tokenizer(folder):
-    """Words w0 to w37, padded with 1."""
-    vocabulary = {word: place for place, word in enumerate(["[UNK]", "[PAD]", *(f"w{index}" for index in range(38))])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
-    fast.save_pretrained(folder)
+from tests.bundle.tiny import TEXTS, make_bundle, make_text_bundle, save_tokenizer, tiny_inputs
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two classifiers on one base that has a tokenizer."""
-    place = tmp_path_factory.mktemp("serving")
-    kind = transformers.BertForSequenceClassification
-    paths = save_experts(place, kind, tiny_config(kind), transformers.BertModel)
-    save_tokenizer(paths["base"])
-    recipe = {
-        "base": str(paths["base"]),
-        "models": {task: str(paths[task]) for task in "ab"},
-        "merge": {"method": "mass", "router": {"threshold": 0.45}},
-    }
-    return mergetool.run(recipe, output=place / "out").path
+    return make_text_bundle(tmp_path_factory.mktemp("serving"))
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,8 @@ class BundleMethod(Method):
     size: Annotated[Finite, Field(gt=0)] | None = Field(
         None,
         description="most that the factors of all experts may take, as a share of the base's bytes; directions that "
-        "hold the least energy are left out beyond it (default: 0.59 with `rank: auto`, else no bound)",
+        "hold the least energy are left out beyond it (default: with `rank: auto`, 0.59 of a base in float32 for "
+        "factors of two bytes, and the same directions in other dtypes; else no bound)",
     )
     base: Literal["copy", "reference"] = Field("copy", description="copy the base, or only refer to it")
     filter: MatrixFilter = Field(
