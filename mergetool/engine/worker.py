@@ -17,6 +17,7 @@ from mergetool.bundle.store import FactorStore
 from mergetool.engine.measured import Measured
 from mergetool.engine.shelf import Shelves
 from mergetool.engine.sinks import Sink
+from mergetool.engine.stash import Stash
 from mergetool.engine.storable import lost_in, within
 from mergetool.errors import MergeError, at
 from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup, TensorMethod
@@ -28,7 +29,6 @@ from mergetool.planning.parents import label
 from mergetool.tensors.dtypes import BY_TORCH_NAME, torch_dtype
 from mergetool.tensors.io import bytes_of
 
-_BYTES_PER_ELEMENT = 8
 _MOST_VIEWS = 1024
 _ROUNDING = 1e-9
 """What factors leave out of a change below this is no loss, but rounding."""
@@ -50,9 +50,8 @@ class Worker(Bench[Step]):
         self._store = store
         self._sink = sink
         self._compute = torch.float64 if plan.compute_bits == 64 else torch.float32
-        self._stored = torch.empty(SLICE_ELEMENTS * _BYTES_PER_ELEMENT, dtype=torch.uint8)
+        self._stash = Stash(plan.sources)
         self._length = SLICE_ELEMENTS
-        self._stored_bytes = bytes_of(self._stored)
         self._buffers: dict[tuple[object, torch.dtype], Tensor] = {}
         self._views: dict[tuple[object, torch.dtype, tuple[int, ...]], Tensor] = {}
         self._kept: dict[tuple[int, int], dict[object, Tensor]] | None = None
@@ -75,16 +74,17 @@ class Worker(Bench[Step]):
     def visit(self, step: Step, counts: StatisticsPass) -> tuple[Stats, list[Note], list[int]]:
         """Count over a step that is a single unit, and make it; also of how many elements each pass has read one.
 
-        What a pass keeps is there for the merge, and what it has read may still be in the cache.
+        What a pass keeps is there for the merge, and so is much of what it has read.
         """
         ((start, stop),) = step.pieces()
         outcome: StatisticsPass | Stats = counts
         shares, self._kept = [], {}
         try:
-            while not isinstance(outcome, Mapping):
-                shares.append(outcome.one_in)
-                outcome = outcome.conclude(combined(outcome, [self.count(step, start, stop, outcome)]))
-            return outcome, self.perform(step, start, stop, outcome), shares
+            with self._stash.keeping():
+                while not isinstance(outcome, Mapping):
+                    shares.append(outcome.one_in)
+                    outcome = outcome.conclude(combined(outcome, [self.count(step, start, stop, outcome)]))
+                return outcome, self.perform(step, start, stop, outcome), shares
         finally:
             self._kept = None
 
@@ -241,20 +241,12 @@ class Worker(Bench[Step]):
             return values
         for begin in range(0, length, SLICE_ELEMENTS):
             count = min(SLICE_ELEMENTS, length - begin)
-            model.read_bytes(name, (start + begin) * itemsize, self._stored_bytes[: count * itemsize])
-            part = self._stored_as(torch_dtype(dtype), count)
+            part = self._stash.read(operand, start + begin, count)
             if count == length:
                 values.copy_(part if values.dim() == 1 else part.view(shape))
             else:
                 values.view(-1)[begin : begin + count].copy_(part)
         return values
-
-    def _stored_as(self, dtype: torch.dtype, count: int) -> Tensor:
-        """The first `count` elements of what was read last."""
-        key = ("stored", dtype, (count,))
-        if key not in self._views:
-            self._views[key] = self._stored[: count * dtype.itemsize].view(dtype)
-        return self._views[key]
 
     def _put(self, step: Step, start: int, merged: Tensor, notes: list[Note]) -> None:
         """Check that the values survive storage, cast once, write."""
@@ -285,8 +277,8 @@ class Worker(Bench[Step]):
             if not within(values, stored):
                 self._judge(step, start, values, notes, values == -math.inf)  # a mask is copied as it is
         begin, end = start * stored.bits // 8, stored.num_bytes(stop)
-        for offset in range(begin, end, len(self._stored)):
-            chunk = self._stored_bytes[: min(len(self._stored), end - offset)]
+        for offset in range(begin, end, len(self._stash.room)):
+            chunk = self._stash.room[: min(len(self._stash.room), end - offset)]
             self._plan.sources[operand.source].read_bytes(operand.tensor, offset, chunk)
             self._write(step, offset, chunk)
 
