@@ -29,7 +29,6 @@ if TYPE_CHECKING:
         change_bundle,
         compare,
         diff,
-        load_bundle,
         load_recipe,
         measure,
         merge_state_dicts,
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
         run,
     )
     from mergetool.arch.derived import Architecture, derive_architecture
+    from mergetool.bundle.opening import load_bundle
     from mergetool.methods.base import Method
     from mergetool.outputs.difference import Comparison
     from mergetool.outputs.result import Result
@@ -82,7 +82,7 @@ _LAZY = {
     "compare": "mergetool.api",
     "derive_architecture": "mergetool.arch.derived",
     "diff": "mergetool.api",
-    "load_bundle": "mergetool.api",
+    "load_bundle": "mergetool.bundle.opening",
     "load_recipe": "mergetool.api",
     "measure": "mergetool.api",
     "merge_state_dicts": "mergetool.api",

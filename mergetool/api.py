@@ -12,12 +12,10 @@ from mergetool.recipe.schema import parse_size
 from mergetool.tuning.run import run_recipe
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from mergetool.analysis.compared import ComparedRuns
     from mergetool.analysis.result import Analysis
-    from mergetool.bundle.mass_model import MassModel
     from mergetool.outputs.difference import Comparison
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
@@ -172,32 +170,6 @@ def compare(
 
         write_compared(found, Path(output))
     return found
-
-
-def load_bundle(
-    path: str | Path,
-    *,
-    dtype: "torch.dtype | None" = None,
-    verify: bool = True,
-    cache_bytes: int | None = None,
-    device_map: str | Mapping[str, str | int] | None = None,
-    memory: int | str | None = None,
-) -> "MassModel":
-    """Open a bundle as a model: `route(**inputs)`, `forward(**inputs)`, `generate(**inputs)`.
-
-    `dtype` is that of the base and of the arithmetic, `verify` compares every file with its SHA-256, `cache_bytes` may
-    be kept of groups of tasks between calls. A base that does not fit the device is dealt over it, memory and the disk
-    with `device_map="auto"` (accelerate's); of it at most `memory` (in bytes, or like 8GiB) stays in memory.
-    Raises SourceError for a damaged bundle.
-    """
-    from mergetool.bundle.mass_model import CACHE_BYTES
-    from mergetool.bundle.mass_model import load_bundle as load
-    from mergetool.networks.spread import Spread
-
-    most = None if memory is None else parse_size(memory)
-    spread = None if device_map is None else Spread(device_map, most, one_device=True)
-    kept = CACHE_BYTES if cache_bytes is None else cache_bytes
-    return load(path, dtype=dtype, verify=verify, cache_bytes=kept, spread=spread)
 
 
 def change_bundle(

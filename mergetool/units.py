@@ -1,4 +1,12 @@
-"""Amounts as people read them: three digits and a unit that fits."""
+"""Amounts as people read them, three digits and a unit that fits, and as they write them."""
+
+import math
+import re
+from typing import Any
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B?)", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def filesize(count: float) -> str:
@@ -37,3 +45,18 @@ def _scaled(count: float, step: int, units: tuple[str, ...]) -> str:
         count /= step
         unit = larger.pop(0)
     return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.3g} {unit}"
+
+
+def parse_size(value: Any) -> int:
+    """Bytes of `5GB`, `1.5GiB`, `800MB` or a plain number. Raises ValueError saying what is expected."""
+    if type(value) is int and value > 0:
+        return value
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("expected a size such as 5GB, 500MB or 2GiB")
+    unit = match.group(2).lower().removesuffix("b")
+    factor = _BINARY_UNITS[unit[0]] if unit.endswith("i") and len(unit) == 2 else _UNITS.get(unit, 0)
+    size = float(match.group(1)) * factor
+    if factor == 0 or not 1 <= size < math.inf:
+        raise ValueError("expected a size such as 5GB, 500MB or 2GiB")
+    return int(size)

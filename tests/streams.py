@@ -211,11 +211,16 @@ def _chooses(func, args):
 
 @contextmanager
 def streaming(free=1 << 40):
-    """While inside, the stand-in has streams, and so much memory."""
+    """While inside, the stand-in has streams, and so much memory.
+
+    Nobody keeps them afterwards: they hold what is pinned.
+    """
     made = Streams(free)
     there = dict.fromkeys((DEVICE, torch.device(DEVICE.type)), made)
     with (
         patch.object(devices, "library", there.get),
+        patch.object(devices, "_ways", {}),
+        patch.object(devices, "_local", threading.local()),
         patch.object(elsewhere, "watch", made),
         patch.object(Streams, "now", made),
     ):

@@ -25,7 +25,7 @@ mergetool.load_bundle("b", verfy=False)
 def test_a_type_checker_sees_the_flags(tmp_path):
     """In the face of the package; what lies behind it is not looked at again."""
     (tmp_path / "snippet.py").write_text(SNIPPET)
-    face = [str(Path(mergetool.__file__).with_name(name)) for name in ("__init__.py", "api.py")]
+    face = [str(Path(mergetool.__file__).parent / name) for name in ("__init__.py", "api.py", "bundle/opening.py")]
     options = ["--follow-imports=skip", f"--cache-dir={os.devnull}"]
     command = [sys.executable, "-m", "mypy", *options, str(tmp_path / "snippet.py"), *face]
     told = subprocess.run(command, capture_output=True, text=True, timeout=240).stdout

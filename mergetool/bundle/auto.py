@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mergetool.bundle.mass_model import load_bundle
+from mergetool.bundle.opening import load_bundle
 from mergetool.networks.library import library
 
 _TRANSFORMERS = library("running a bundle", "bundle")

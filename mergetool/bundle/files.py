@@ -10,17 +10,22 @@ from urllib.parse import quote
 from torch import Tensor
 
 from mergetool.checkpoints.side_files import side_files
+from mergetool.errors import OutputError
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.header import Header, TensorSpec, lay_out
 from mergetool.tensors.io import bytes_of, write_error
 from mergetool.tensors.sets import is_index
 from mergetool.tensors.source import SINGLE_NAME, ModelSource, weight_map
-from mergetool.tensors.writer import SlotWriter
+from mergetool.tensors.writer import SlotWriter, make_folder, partial_path
 
 CONFIG_NAME = "config.json"
 SPECTRA = "spectra.safetensors"
 """Singular values that could have been kept, in float64, where `size` decides how many are: what later experts need to
 know to share the space fairly."""
+
+
+SHARED = "shared.safetensors"
+"""The change of which every expert has a mask."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,18 @@ def copy_files(files: Mapping[str, Path], folder: Path) -> None:
         _copy(path, folder / name)
 
 
+def copy_bundle(folder: Path, target: Path) -> None:
+    """All files of a bundle into a new folder, which is complete or not there. Raises OutputError."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError("something lies there already", str(target), "give a new folder")
+    partial = partial_path(target)
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    shutil.rmtree(partial, ignore_errors=True)
+    make_folder(partial)
+    copy_files(files, partial)
+    partial.replace(target)
+
+
 def single_name(weights: Path) -> str:
     """What a file without a folder of its own is called in the copy of a model."""
     return SINGLE_NAME if weights.suffix == ".safetensors" else "pytorch_model.bin"
@@ -95,6 +112,16 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     except OSError as error:
         raise write_error(error, str(target)) from error
+
+
+def triplet_names(name: str) -> tuple[str, str, str]:
+    """What the file of a task calls U, S and Vh of its change of a tensor."""
+    return f"{name}.U", f"{name}.S", f"{name}.Vh"
+
+
+def whole_name(name: str) -> str:
+    """What the file of a task calls its change of a tensor that is kept in full."""
+    return f"{name}.delta"
 
 
 def spectrum_key(task: int, name: str) -> str:

@@ -82,10 +82,12 @@ class FirstPass:
         for place, module in enumerate(self.modules):
             module.register_forward_pre_hook(lambda _, arguments, place=place: self._read(place, arguments[0]))
 
-    def to(self, device: torch.device) -> None:
-        """Keep everything on `device`, where the model is."""
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Keep everything on `device`, where the model is, and other weights of it in its `dtype`."""
         self.bases = [[basis.to(device) for basis in bases] for bases in self.bases]
-        self._merged = [(module, {k: v.to(device) for k, v in values.items()}) for module, values in self._merged]
+        self._merged = [
+            (module, {k: v.to(device, dtype) for k, v in values.items()}) for module, values in self._merged
+        ]
 
     def distances(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """(samples, tasks): of each sample from each task's directions, or minus its similarity to its first one."""

@@ -127,7 +127,7 @@ class GroupedModel:
                 if place.forward is None:
                     stack.enter_context(replaced(place.module, place.whole(runs, self.factors)))
             yield
-        self.factors.trim()
+        self.factors.end_pass()
 
     def _offered(self, place: "_Place", key: str) -> Tensor | None:
         """What a module finds that reads another one's tensor instead of calling it: that of the one group there is."""
@@ -331,10 +331,8 @@ def _low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, name
     """x (W0 + us vh)^T + bias for one group, through the factors or, once that pays, through the dense matrix."""
     matrix = factors.matrix(group, name)
     matrix.num_rows_seen += x[..., 0].numel()
-    if matrix.dense is None and matrix.num_rows_seen > matrix.worthwhile:
-        matrix.dense = weight + matrix.change().to(weight)
-    if matrix.dense is not None:
-        return F.linear(x, matrix.dense, bias)
+    if matrix.num_rows_seen > matrix.worthwhile:
+        return F.linear(x, factors.dense(group, matrix, weight), bias)
     return F.linear(x, weight, bias) + (x @ matrix.vh.mT) @ matrix.us.mT
 
 

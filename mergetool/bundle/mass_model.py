@@ -1,7 +1,7 @@
 """A bundle as a model: every input is answered by the experts that it belongs to, without being told which.
 
     model = mergetool.load_bundle("out/bundle")
-    answer = model(**tokenizer(texts, padding=True, return_tensors="pt"))
+    answer = model(["a text", "another"])     # or tensors: model(**tokenizer(texts, padding=True, return_tensors="pt"))
     answer.task, answer.logits, answer.tasks, answer.coefficients         # one each per sample
 
 First pass: how near is each task? (See `mergetool.bundle.first_pass`.) Second pass: samples that chose the same tasks
@@ -13,7 +13,8 @@ Reference: Crisostomi et al., MASS, https://arxiv.org/abs/2504.05342, sections 3
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,26 +24,27 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mergetool.bundle.answer import Answer as Answer
-from mergetool.bundle.answer import Scored, answer
+from mergetool.bundle.answer import Scored, answer, standing
 from mergetool.bundle.arrow import Mix, Mixer
 from mergetool.bundle.batch import check_batch, lengths_in, num_samples, take
 from mergetool.bundle.calibration import read_calibration
-from mergetool.bundle.classes import ClassNetwork, load_networks, stored_dtype
+from mergetool.bundle.classes import ClassNetwork
 from mergetool.bundle.factors import Group, TaskFactors
+from mergetool.bundle.files import copy_bundle
 from mergetool.bundle.first_pass import FirstPass
+from mergetool.bundle.generation import generate_in_groups, to_the_right_end
 from mergetool.bundle.grouped import GroupedModel, Runs, SeveralGroups
-from mergetool.bundle.manifest import ClassHead, Head, Manifest, Pool, read_manifest
+from mergetool.bundle.manifest import ClassHead, Head, Manifest, Pool
 from mergetool.bundle.readout import head_scores, pool_tokens
-from mergetool.bundle.verify import base_folder, check_base, check_files
+from mergetool.bundle.texts import TextReader, Texts
+from mergetool.bundle.verify import base_folder
 from mergetool.errors import PlanError
 from mergetool.kernels.arrow import shares
 from mergetool.kernels.routing import coefficients, select
-from mergetool.networks.spread import Spread, input_device, is_offloaded
+from mergetool.networks.spread import input_device, is_offloaded
 
 if TYPE_CHECKING:
     from mergetool.networks.build import LoadedModel
-
-CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Routing:
     """(samples, tasks): how much every task claims the sample; rows sum to 1."""
     distances: Tensor
     """(samples, tasks): distance from the span of the task's directions."""
+    known: Tensor
+    """(samples,): whether a sample is like inputs of any of the tasks."""
+    probabilities: Tensor
+    """(samples, tasks): how probable every task is."""
 
 
 class MassModel(nn.Module):
@@ -87,6 +93,8 @@ class MassModel(nn.Module):
         router = manifest.router
         self.first_pass = None if router is None else FirstPass(base, factors, router, folder)
         self._mixer = None if router is None or router.per is None else Mixer(factors, router)
+        self._reader = TextReader(self._tokenizer_folders(), _longest(base.model))
+        self.eval()
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -95,12 +103,23 @@ class MassModel(nn.Module):
 
     def tokenizer(self) -> Any:
         """The base's tokenizer, or an expert's where the base has none that can pad. Raises SourceError without any."""
-        from mergetool.networks.tokenizer import load_tokenizer
+        return self._reader.tokenizer
 
-        base = base_folder(self.folder, self.manifest)
+    def _tokenizer_folders(self) -> list[Path]:
         heads = [task.head for task in self.manifest.tasks]
         others = [(self.folder / head.file).parent for head in heads if isinstance(head, ClassHead)]
-        return load_tokenizer(base, *others)
+        return [base_folder(self.folder, self.manifest), *others]
+
+    def read(self, text: Texts) -> dict[str, Tensor]:
+        """Text as the model's inputs, where it wants them. Raises SourceError without a tokenizer, or for no text."""
+        return {key: value.to(self.device) for key, value in self._reader.batch(text).items()}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copy the bundle to another folder, as `load_bundle` opens it: weights in the dtypes that they are kept in.
+
+        Raises OutputError where something else lies there.
+        """
+        copy_bundle(self.folder, Path(folder))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MassModel":
         if is_offloaded(self.base):
@@ -115,32 +134,36 @@ class MassModel(nn.Module):
         """Where it wants its inputs."""
         return input_device(self.base)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it computes; routing and matrices as heads are in float32."""
+        return next(value.dtype for value in self.base.parameters() if value.is_floating_point())
+
     def follow(self) -> None:
-        """Bring everything that belongs to the base to where that computes."""
+        """Bring everything that belongs to the base to where that computes, and factors to its dtype."""
         device = self.device
-        self._factors.to(device)
+        self._factors.to(device, self.dtype)
         self._heads = [
             None if head is None else {name: value.to(device) for name, value in head.items()} for head in self._heads
         ]
         if self.first_pass is not None:
-            self.first_pass.to(device)
+            self.first_pass.to(device, self.dtype)
 
     # ---------------------------------------------------------------- first pass
 
     @torch.inference_mode()
-    def route(self, **inputs: Tensor) -> Routing:
-        """Where each sample of a batch belongs. `inputs` are those of the base model.
+    def route(self, text: Texts | None = None, /, **inputs: Tensor) -> Routing:
+        """Where each sample of a batch belongs: of texts, or of `inputs` of the base model.
 
         Raises PlanError for a bundle without a router, SourceError for an empty batch.
         """
-        check_batch(inputs)
+        inputs = self._inputs(text, inputs)
         router = self.manifest.router
         if router is None or self.first_pass is None:
-            what = "this bundle has no router (it was made by tsv-compress)"
+            what = f"this bundle has no router (it was made by {self.manifest.kind})"
             raise PlanError(what, str(self.folder), f"say which: tasks=[{self.task_names[0]!r}]")
         if len(self.task_names) == 1:
-            ones = torch.ones(num_samples(inputs), 1, device=_device(inputs))
-            return Routing((self.task_names,) * len(ones), ones, torch.zeros_like(ones))
+            return self._told(self.task_names, inputs)
         distances = self.first_pass.distances(inputs)
         temperature = router.temperature
         if self.calibration is not None:
@@ -152,38 +175,55 @@ class MassModel(nn.Module):
             weights = coefficients(distances, router.mode, temperature)
         chosen = select(weights, router.threshold, router.top_k)
         names = tuple(tuple(self.task_names[task] for task in tasks) for tasks in chosen)
-        return Routing(names, weights, distances)
+        return Routing(names, weights, distances, torch.ones(len(names), dtype=torch.bool), weights)
 
     # ---------------------------------------------------------------- second pass
 
     @torch.inference_mode()
-    def forward(self, tasks: Sequence[str] | Literal["route"] = "route", **inputs: Tensor) -> Answer:
-        """Answer a batch. `inputs` are those of the base model; `tasks` forces all samples to these tasks.
+    def forward(
+        self, text: Texts | None = None, /, *, tasks: Sequence[str] | Literal["route"] = "route", **inputs: Tensor
+    ) -> Answer:
+        """Answer a batch: texts, or `inputs` of the base model; `tasks` forces all samples to these tasks.
 
         Raises PlanError for a task that does not exist, SourceError for an empty batch.
         """
-        check_batch(inputs)
+        inputs = self._inputs(text, inputs)
         routing = self._routing(tasks, inputs)
         groups = [tuple(self.task_names.index(name) for name in chosen) for chosen in routing.tasks]
         mix = self._mixer.mix(routing.coefficients) if self._mixer is not None and tasks == "route" else None
         if all(task.head is None for task in self.manifest.tasks):
             outputs = self._second_pass(groups, inputs, mix)
-            best = [self.task_names[task] for task in routing.coefficients.argmax(-1).tolist()]
-            return Answer(tuple(best), routing.tasks, routing.coefficients, outputs)
+            nearest = [self.task_names[task] for task in routing.coefficients.argmax(-1).tolist()]
+            best = [name if chosen else None for name, chosen in zip(nearest, routing.tasks, strict=True)]
+            return self._judged(Answer(tuple(best), routing.tasks, routing.coefficients, outputs), routing)
         scored = self._ask_heads(groups, inputs, mix)
         for network in self.networks:
             scored |= network.scores(groups, inputs, mix)  # type: ignore[operator]
-        return answer(self.manifest, routing.tasks, routing.coefficients, scored)
+        return self._judged(answer(self.manifest, routing.tasks, routing.coefficients, scored), routing)
+
+    def _judged(self, said: Answer, routing: Routing) -> Answer:
+        """The answer with how sure it is of its tasks."""
+        probability, runner_up = standing(self.task_names, routing.probabilities, said.task)
+        return replace(said, known=tuple(routing.known.tolist()), probability=probability, runner_up=runner_up)
+
+    def _inputs(self, text: Texts | None, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = inputs if text is None else {**self.read(text), **inputs}
+        check_batch({key: value for key, value in inputs.items() if isinstance(value, Tensor)})
+        return inputs
 
     def _routing(self, tasks: Sequence[str] | Literal["route"], inputs: Mapping[str, Tensor]) -> Routing:
         if tasks == "route":
             return self.route(**inputs)
-        names = self.check_tasks(tasks)
+        return self._told(self.check_tasks(tasks), inputs)
+
+    def _told(self, names: tuple[str, ...], inputs: Mapping[str, Tensor]) -> Routing:
+        """All samples to these tasks."""
         count = num_samples(inputs)
         weights = torch.zeros(count, len(self.task_names), device=_device(inputs))
         for name in names:
             weights[:, self.task_names.index(name)].fill_(1 / len(names))
-        return Routing((names,) * count, weights, torch.zeros_like(weights))
+        known = torch.ones(count, dtype=torch.bool)
+        return Routing((names,) * count, weights, torch.zeros_like(weights), known, weights)
 
     def check_tasks(self, tasks: Sequence[str]) -> tuple[str, ...]:
         """The given tasks in the bundle's order. Raises PlanError for one that does not exist."""
@@ -248,39 +288,35 @@ class MassModel(nn.Module):
         return values
 
     @torch.inference_mode()
-    def generate(self, tasks: Sequence[str] | Literal["route"] = "route", **inputs: Any) -> Tensor:
+    def generate(
+        self, text: Texts | None = None, /, *, tasks: Sequence[str] | Literal["route"] = "route", **inputs: Any
+    ) -> Tensor:
         """Continue prompts: routed once on the prompt, then each group generates with its own weights.
 
-        Tensors of the batch and options of transformers' `generate` in, token ids (samples, longest) out, padded on the
-        right with the model's padding token.
+        Texts, or tensors of the batch, and options of transformers' `generate` in, token ids (samples, longest) out,
+        padded on the right with the model's padding token.
         """
         if len(self.networks):
             fix = "ask for an answer: model(**inputs)"
             raise PlanError("the experts of this bundle are classifiers, which generate nothing", "generate", fix)
+        inputs = self._inputs(text, inputs)
         tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
         options = {key: value for key, value in inputs.items() if key not in tensors}
-        check_batch(tensors)
         if self._mixer is not None and tasks == "route":
             return self._generate_mixed(self._mixer, tensors, options)
         routing = self._routing(tasks, tensors)
         groups = [tuple(self.task_names.index(name) for name in chosen) for chosen in routing.tasks]
-        rows: dict[int, Tensor] = {}
-        for group in sorted(set(groups)):
-            chosen = [sample for sample in range(len(groups)) if groups[sample] == group]
-            with self._grouped.using(Runs((group,), (0, len(chosen)))):
-                generated = self.base.generate(**take(tensors, chosen), **options)  # type: ignore[operator]
-            rows |= dict(zip(chosen, generated, strict=True))
-        config: Any = self.base.generation_config
-        pad = next((p for p in (config.pad_token_id, config.eos_token_id) if isinstance(p, int)), 0)
-        ordered = [rows[sample] for sample in range(len(groups))]
-        return nn.utils.rnn.pad_sequence(ordered, batch_first=True, padding_value=pad)
+        return generate_in_groups(self.base, groups, tensors, options, self._using)
+
+    def _using(self, group: Group, count: int) -> AbstractContextManager[None]:
+        return self._grouped.using(Runs((group,), (0, count)))
 
     def _generate_mixed(self, mixer: Mixer, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
         """All prompts at once, with shares of all experts; those of a sequence are those of its prompt."""
         count = num_samples(inputs)
         mix = Mix(mixer) if mixer.router.per == "token" else Mix(mixer, self.route(**inputs).coefficients)
         with self._grouped.using(Runs.mixed(mix, count)):
-            generated: Tensor = self.base.generate(**inputs, **options)  # type: ignore[operator]
+            generated: Tensor = self.base.generate(**to_the_right_end(inputs), **options)  # type: ignore[operator]
         return generated
 
     # ---------------------------------------------------------------- heads
@@ -307,45 +343,12 @@ class MassModel(nn.Module):
         return scored
 
 
+def _longest(model: nn.Module) -> int | None:
+    """Most tokens that a model can see at once, where its config says so."""
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
 def _device(inputs: Mapping[str, Tensor]) -> torch.device:
     """Where a batch is."""
     return next(iter(inputs.values())).device
-
-
-def load_bundle(
-    path: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    verify: bool = True,
-    cache_bytes: int = CACHE_BYTES,
-    spread: Spread | None = None,
-) -> MassModel:
-    """Open a bundle.
-
-    `dtype` is that of the base and of arithmetic with the factors (default: as the base is stored). `verify` compares
-    every file with its SHA-256 in the manifest. `cache_bytes` bounds what is kept of groups of tasks between calls.
-    `spread`: how the base is dealt over a device, memory and the disk; factors are on the device.
-    Raises SourceError for a bundle that is damaged, incomplete, or whose base is another model.
-    """
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    check_files(folder, manifest, hashes=verify)
-    check_base(folder, manifest, hashes=verify)
-    from mergetool.networks.build import LoadedModel, load_base
-    from mergetool.networks.places import TensorMap
-
-    place = base_folder(folder, manifest)
-    matrices = [task for task in manifest.tasks if isinstance(task.head, Head)]
-    plain = bool(matrices) or all(task.head is None for task in manifest.tasks)
-    if spread is not None and any(isinstance(task.head, ClassHead) for task in manifest.tasks):
-        what = "its experts are classes with heads of their own, whose network is built in memory"
-        raise PlanError(what, str(folder), "leave device_map out, and move it whole: .to(device)")
-    base = load_base(place, dtype, encoder=bool(matrices), spread=spread) if plain else None
-    dtype = next(base.model.parameters()).dtype if base is not None else dtype or stored_dtype(place)
-    factors = TaskFactors(manifest, folder, dtype, cache_bytes)
-    networks = load_networks(manifest, folder, place, factors, dtype)
-    base = base or LoadedModel(networks[0].base, TensorMap(networks[0].names))
-    model = MassModel(manifest, base, factors, folder, networks)
-    if spread is not None:
-        model.follow()
-    return model

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergetool.bundle.answer import kind_of
+from mergetool.bundle.answer import UNKNOWN, kind_of, label_of
 from mergetool.bundle.manifest import ClassHead, Head, Manifest
 from mergetool.bundle.mass_model import Answer, MassModel
 from mergetool.errors import SourceError
@@ -80,10 +80,11 @@ def _decoder(model: MassModel) -> Callable[[Tensor], str]:
 def inputs_of(model: MassModel, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Rows as one batch of the base model's inputs. Raises SourceError for rows that do not fit together."""
     if any("text" in row for row in rows):
-        tokenizer = model.tokenizer()
         texts = _words(rows, "text")
         pairs = _words(rows, "pair") if any("pair" in row for row in rows) else None
-        return dict(tokenizer(texts, pairs, padding=True, truncation=True, return_tensors="pt"))
+        if pairs is None:
+            return model.read(texts)
+        return model.read([{"text": text, "pair": pair} for text, pair in zip(texts, pairs, strict=True)])
     keys = [key for key in rows[0] if key not in _KEPT]
     return {key: _stacked(rows, key) for key in keys}
 
@@ -155,38 +156,28 @@ def _answer(
     manifest: Manifest, answer: Answer, place: int, inputs: Mapping[str, Tensor], decode: Callable[[Tensor], str] | None
 ) -> dict[str, Any]:
     coefficients = zip(manifest.names, answer.coefficients[place].tolist(), strict=True)
+    name = answer.task[place]
     fields: dict[str, Any] = {
-        "task": answer.task[place],
+        "task": name,
+        "known": answer.known[place],
+        "task_probability": round(answer.probability[place], 6),
+        "runner_up": answer.runner_up[place],
         "tasks": list(answer.tasks[place]),
         "coefficients": {name: round(value, 6) for name, value in coefficients},
     }
-    task = manifest.tasks[manifest.names.index(answer.task[place])]
+    if name is None:
+        return fields | {"label": UNKNOWN}
+    task = manifest.tasks[manifest.names.index(name)]
     if task.head is None:
         return fields
     scores = answer.logits[place]
-    match kind_of(task):
+    match kind_of(task.head):
         case "sample":
-            return fields | _label(task.head, scores if scores.ndim == 1 else scores[0])
+            return fields | label_of(task.head, scores if scores.ndim == 1 else scores[0])
         case "token":
             return fields | _labels_of_tokens(task.head, scores, _mask(inputs, place, len(scores)))
         case "span":
             return fields | _span(scores, _mask(inputs, place, len(scores)), inputs, place, decode)
-
-
-def _label(head: Head | ClassHead, scores: Tensor) -> dict[str, Any]:
-    """The best class; the value of a regression; all labels of a head that gives several at once."""
-    scores = scores[: head.num_classes]
-    problem = head.problem if isinstance(head, ClassHead) else None
-    if problem == "regression" or (isinstance(head, ClassHead) and len(scores) == 1):
-        values = [round(float(value), 6) for value in scores]
-        return {"value": values[0] if len(values) == 1 else values, "label": ", ".join(map(str, values))}
-    best = int(scores.argmax())
-    names = head.labels or tuple(map(str, range(len(scores))))
-    if problem == "multi_label_classification":
-        chosen = [name for name, score in zip(names, scores.tolist(), strict=True) if score > 0]
-        probability = round(float(scores[best].sigmoid()), 6)
-        return {"labels": chosen, "label": ", ".join(chosen) or "-", "probability": probability}
-    return {"class": best, "label": names[best], "probability": round(float(scores.softmax(-1)[best]), 6)}
 
 
 def _labels_of_tokens(head: Head | ClassHead, scores: Tensor, mask: Tensor) -> dict[str, Any]:

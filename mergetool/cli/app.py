@@ -225,7 +225,7 @@ def verify(
 
         report = verify_bundle(path)
         if load:
-            from mergetool.bundle.mass_model import load_bundle
+            from mergetool.bundle.opening import load_bundle
 
             load_bundle(path, verify=False)
             report["summary"] += "; opens as a bundle"

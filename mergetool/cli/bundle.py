@@ -41,7 +41,7 @@ def calibrate(
     """Correct a bundle's router with a few rows whose tasks are known."""
     from mergetool.bundle.calibrate import calibrate as fit
     from mergetool.bundle.calibration import CALIBRATION_NAME
-    from mergetool.bundle.mass_model import load_bundle
+    from mergetool.bundle.opening import load_bundle
     from mergetool.bundle.rows import read_rows
     from mergetool.engine.devices import device_for_networks
 
@@ -72,7 +72,7 @@ def route(
     as_json: AsJson = False,
 ) -> None:
     """Answer rows with a bundle: which tasks they belong to, and what the right head says."""
-    from mergetool.bundle.mass_model import load_bundle
+    from mergetool.bundle.opening import load_bundle
     from mergetool.bundle.rows import answers, read_rows
     from mergetool.engine.devices import device_for_networks
 
@@ -87,8 +87,17 @@ def route(
         for answer in answered:
             print(json.dumps(answer, ensure_ascii=False), flush=True)
         return
-    heads = ("task", "label", "probability", "tasks", "coefficients")
-    table(heads, [[answer.get(key, "-") for key in heads] for answer in answered])
+    heads = ("task", "label", "probability", "known", "task_probability", "runner_up", "tasks", "coefficients")
+    shown = [
+        {**answer, "task": answer["task"] or "-", "known": "yes" if answer["known"] else "no"} for answer in answered
+    ]
+    table(
+        [head.replace("_", " ") for head in heads], [[_or_dash(answer.get(key)) for key in heads] for answer in shown]
+    )
+
+
+def _or_dash(value: Any) -> Any:
+    return "-" if value is None else value
 
 
 def _marked(model: "MassModel", rows: "Sequence[Row]", batch_size: int = 32) -> "Marks":

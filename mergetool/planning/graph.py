@@ -34,6 +34,8 @@ SLICE_ELEMENTS = 1 << 18
 stay in a shared cache, and many enough for the cost of calling operations not to count."""
 UNIT_ELEMENTS = 1 << 22
 """Elements of one unit of work: what is journalled, given to workers and done again after a kill."""
+KEPT_BYTES = 24 << 20
+"""Of what passes have read of a unit, so much stays with a worker for its merge."""
 
 _COARSENESS: tuple[Granularity, ...] = ("element", "row", "tensor")
 
@@ -134,6 +136,11 @@ class Step:
         total = self.spec.num_elements
         length = max(self.row, UNIT_ELEMENTS // self.row * self.row)
         return [(start, min(start + length, total)) for start in range(0, total, length)] or [(0, 0)]
+
+    @property
+    def is_visited(self) -> bool:
+        """Whether a pass over it and its merge are done in one go."""
+        return self.operation.counts is not None and not self.operation.counts_model and len(self.pieces()) == 1
 
     def span(self, slot: Slot, start: int, stop: int) -> tuple[int, int]:
         """[begin, end) of the bytes of a slot that working on elements [start, stop) fills."""

@@ -67,7 +67,9 @@ def _along(values: Sequence[Any]) -> str:
     return each[0] if len(set(each)) == 1 else f"({', '.join(each)})"
 
 
-def _range(values: Sequence[float]) -> str:
+def _range(values: Sequence[Any]) -> str:
+    if isinstance(values[0], str):
+        return str(values[0])
     first, last = (values[0], values[-1]) if list(values) in (sorted(values), sorted(values)[::-1]) else _span(values)
     return f"{first:.4g}" if min(values) == max(values) else f"{first:.4g} .. {last:.4g}"
 

@@ -136,6 +136,11 @@ def totals(plan: Plan, costs: Costs, *, machines: bool = False, search: Method |
         ("to read", filesize(costs.bytes_in)),
         ("to write", f"{at_most}{filesize(costs.bytes_out)} in {files}"),
         *_beside(plan),
+        *(
+            ("counted first", f"over {len(stage.steps):,} tensors together")
+            for stage in plan.stages
+            if stage.name == "count"
+        ),
         *_statistics(plan, costs),
         ("memory, at most", f"{memsize(costs.peak_memory)} with {costs.workers} workers"),
         *([("device", f"{costs.device} ({costs.why})")] if costs.why else []),

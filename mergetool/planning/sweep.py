@@ -147,7 +147,9 @@ def notes_about(result: str, others: Iterable[str], notes: Iterable[Note]) -> li
 
 
 def _alike(one: Merge, other: Merge) -> bool:
-    if not scales_last(one.method) or type(one.method) is not type(other.method):
+    scales = [point.numbers.get("scale") for point in (one, other)]
+    plain = all(isinstance(scale, float | int) for scale in scales)
+    if not plain or not scales_last(one.method) or type(one.method) is not type(other.method):
         return one == other
     numbers = [{key: each for key, each in point.numbers.items() if key != "scale"} for point in (one, other)]
     methods = [point.method.model_copy(update={"scale": 1.0}) for point in (one, other)]

@@ -1,8 +1,6 @@
 """The sections of a recipe, as strict models: unknown keys, wrong types and bad names are errors."""
 
-import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,25 +17,7 @@ from mergetool.methods.base import Method
 from mergetool.methods.then import After
 from mergetool.recipe.data import Data
 from mergetool.recipe.words import ChatTemplate, PathText, Section, Tokenizer
-
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B?)", re.IGNORECASE)
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-
-
-def parse_size(value: Any) -> int:
-    """Bytes of `5GB`, `1.5GiB`, `800MB` or a plain number. Raises ValueError saying what is expected."""
-    if type(value) is int and value > 0:
-        return value
-    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError("expected a size such as 5GB, 500MB or 2GiB")
-    unit = match.group(2).lower().removesuffix("b")
-    factor = _BINARY_UNITS[unit[0]] if unit.endswith("i") and len(unit) == 2 else _UNITS.get(unit, 0)
-    size = float(match.group(1)) * factor
-    if factor == 0 or not 1 <= size < math.inf:
-        raise ValueError("expected a size such as 5GB, 500MB or 2GiB")
-    return int(size)
+from mergetool.units import parse_size as parse_size
 
 
 def expanded(text: str) -> Path:

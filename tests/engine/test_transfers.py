@@ -1,5 +1,7 @@
 """Bytes to a device and back: what comes is what went, and nothing is touched before its copy has ended."""
 
+import gc
+import weakref
 from unittest.mock import patch
 
 import pytest
@@ -74,6 +76,16 @@ def test_streams_that_do_not_wait_for_each_other_are_noticed():
     deaf = patch.object(Stream, "wait_event", lambda *_: None)
     with race, Elsewhere(), streaming(), own_stream(DEVICE), deaf:
         there_and_back(stored, Transfers(DEVICE))
+
+
+def test_streams_of_the_stand_in_are_gone_when_they_were_used():
+    """They hold pinned memory: hundreds of tests would reserve more than the machine has, and could not fork."""
+    with Elsewhere(), streaming() as streams, own_stream(DEVICE):
+        there_and_back(torch.ones(100), Transfers(DEVICE))
+        known = weakref.ref(streams)
+    del streams
+    gc.collect()
+    assert known() is None
 
 
 @pytest.mark.gpu

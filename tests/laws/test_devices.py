@@ -70,6 +70,7 @@ SLICED = [
 def test_the_host_waits_only_a_few_times_for_a_slice(case, monkeypatch):
     """For what a pass has counted, once for all models; for whether a result is finite, and for the result."""
     monkeypatch.setattr(transfers, "PIECES", 64)  # or it would wait for room, too
+    monkeypatch.setattr(transfers, "PIECE_BYTES", 1 << 16)
     waits, tried = [], DeviceWorker._tried
 
     def watched(*given):

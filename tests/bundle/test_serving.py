@@ -1,0 +1,208 @@
+"""A bundle as people use it: with text, in half precision, saved and opened again, and nothing imported in vain."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+import mergetool
+from mergetool.bundle.classifier import TextClassifier
+from mergetool.cli.app import app
+from mergetool.errors import OutputError, PlanError, SourceError
+from tests.bundle.tiny import TEXTS, make_bundle, make_text_bundle, save_tokenizer, tiny_inputs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_text_bundle(tmp_path_factory.mktemp("serving"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return mergetool.load_bundle(folder)
+
+
+def same(found, expected, atol=1e-5):
+    assert (found.task, found.tasks) == (expected.task, expected.tasks)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=atol)
+
+
+# Text
+
+
+def test_text_is_answered_as_its_tensors_are(model):
+    tensors = dict(model.tokenizer()(TEXTS, padding=True, return_tensors="pt"))
+    expected = model(**tensors)
+    assert set(expected.task) == {"a", "b"}
+    same(model(TEXTS), expected)
+    assert model(TEXTS[1]).task == (expected.task[1],)
+    assert model.route(TEXTS).tasks == model.route(**tensors).tasks
+    assert model(TEXTS, tasks=["b"]).task == ("b",) * 4
+
+
+@pytest.mark.parametrize("key", ["pair", "text_pair"])
+def test_pairs_are_answered_as_their_tensors_are(key, model):
+    pairs = [{"text": text, key: other} for text, other in zip(TEXTS, reversed(TEXTS), strict=True)]
+    tensors = dict(model.tokenizer()(TEXTS, TEXTS[::-1], padding=True, return_tensors="pt"))
+    same(model(pairs), model(**tensors))
+    assert model(pairs[0]).task == model(**{name: value[:1] for name, value in tensors.items()}).task
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (3, "'3' \\(int\\) is no text"),
+        ([], "the batch is empty"),
+        (["w1", 3], "'3' \\(int\\) is no text"),
+        (["w1", {"text": "w1", "pair": "w2"}], "some texts come in pairs and others alone"),
+        ([{"sentence": "w1"}], "is no text"),
+    ],
+)
+def test_what_is_no_text_is_refused(wrong, said, model):
+    with pytest.raises(SourceError, match=said):
+        model(wrong)
+
+
+def test_text_longer_than_the_model_can_see_is_cut(model):
+    assert model(" ".join(["w1"] * 500)).task == model(" ".join(["w1"] * 64)).task
+
+
+def test_an_answer_is_printed_in_one_line(model):
+    answer = model(TEXTS[:2])
+    assert repr(answer) == f"Answer({answer.task[0]}: {answer.labels[0]}, {answer.task[1]}: {answer.labels[1]})"
+    assert answer.labels[0] == f"{answer.task[0]}{int(answer.logits[0].argmax())}"
+    assert repr(model(TEXTS * 3)).endswith("and 8 more)")
+
+
+# In the place of a pipeline
+
+
+def test_results_are_those_of_the_experts_own_pipelines(model, folder, tmp_path):
+    classify = TextClassifier(model, batch_size=3)
+    found = classify(TEXTS)
+    assert {result["task"] for result in found} == {"a", "b"}
+    for text, result in zip(TEXTS, found, strict=True):
+        assert classify(text) == [pytest.approx(result, abs=1e-6)]
+    for task in "ab":
+        out = tmp_path / task
+        assert CliRunner().invoke(app, ["bundle", "dense", str(folder), task, "-o", str(out)]).exit_code == 0
+        save_tokenizer(out)
+        pipeline = transformers.pipeline("text-classification", model=str(out))
+        for text in TEXTS:
+            if model(text).tasks != ((task,),):
+                continue
+            expected = pipeline(text, top_k=None)
+            ranked = classify(text, top_k=None)
+            assert [each["label"] for each in ranked] == [each["label"] for each in expected]
+            assert [each["score"] for each in ranked] == pytest.approx([each["score"] for each in expected], abs=1e-4)
+            assert classify(text, top_k=2) == ranked[:2]
+
+
+def test_a_bundle_without_classes_is_no_classifier(tmp_path):
+    model = mergetool.load_bundle(make_bundle(tmp_path, "llama"))
+    with pytest.raises(PlanError, match="not all of its tasks have a head") as error:
+        TextClassifier(model)
+    assert "model.generate(text)" in error.value.fix
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("to", [lambda model: model.bfloat16(), lambda model: model.half().to(torch.float64)])
+def test_other_dtypes_answer_nearly_the_same_and_route_in_float32(to, folder, model):
+    expected, other = model(TEXTS), to(mergetool.load_bundle(folder))
+    assert other.dtype == next(other.networks[0].parameters()).dtype != torch.float32
+    found = other(TEXTS)
+    same(found, expected, atol=0.05)
+    assert other._factors.matrix((0,), next(iter(other.manifest.router.matrices))).us.dtype == other.dtype
+    assert {basis.dtype for bases in other.first_pass.bases for basis in bases} == {torch.float32}
+    assert other.float().dtype == torch.float32
+    same(other(TEXTS), expected, atol=0.05)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_other_networks_in_bfloat16_answer_nearly_the_same(family, tmp_path):
+    model = mergetool.load_bundle(make_bundle(tmp_path, family))
+    inputs = tiny_inputs(family)
+    expected, found = model(tasks=["a"], **inputs), model.bfloat16()(tasks=["a"], **inputs)
+    kept = expected.logits.isfinite()
+    difference = (found.logits - expected.logits)[kept].norm()
+    assert found.logits[kept].isfinite().all()
+    assert 0 < float(difference / expected.logits[kept].norm()) < 0.02
+
+
+def test_a_bundle_is_ready_to_predict(model):
+    assert not any(module.training for module in model.modules())
+
+
+# Saved, and opened again
+
+
+def test_a_saved_bundle_answers_as_before(folder, model, tmp_path):
+    model.save_pretrained(tmp_path / "copy")
+    again = mergetool.load_bundle(tmp_path / "copy")
+    found, expected = again(TEXTS), model(TEXTS)
+    assert found.task == expected.task
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-6)
+    names = {path.relative_to(folder) for path in folder.rglob("*")}
+    assert {path.relative_to(tmp_path / "copy") for path in (tmp_path / "copy").rglob("*")} == names
+    with pytest.raises(OutputError, match="something lies there already"):
+        model.save_pretrained(tmp_path / "copy")
+
+
+# What serving imports
+
+SERVING = """
+import json, sys
+from mergetool.bundle.classifier import TextClassifier
+from mergetool.bundle.opening import load_bundle
+model = load_bundle(sys.argv[1])
+print(json.dumps([TextClassifier(model)("w1 w2"), sorted(sys.modules)]))
+"""
+NEEDED = {"arch", "bundle", "checkpoints", "errors", "kernels", "networks", "tensors", "units", "_version"}
+
+
+def test_serving_imports_no_recipes_plans_or_commands(folder, model):
+    done = subprocess.run([sys.executable, "-c", SERVING, str(folder)], capture_output=True, text=True, timeout=120)
+    answered, modules = json.loads(done.stdout)
+    assert answered[0]["task"] == model("w1 w2").task[0]
+    assert {name.split(".")[1] for name in modules if name.startswith("mergetool.")} <= NEEDED
+    assert {"typer", "rich", "lm_eval", "matplotlib"} & set(modules) == set()
+
+
+# Text that is continued
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_prompts_of_unequal_lengths_are_continued_as_each_is_alone(family, tmp_path):
+    model = mergetool.load_bundle(make_bundle(tmp_path, family))
+    inputs, options = tiny_inputs(family), {"max_new_tokens": 4, "do_sample": False}
+    found = model.generate(**inputs, **options)
+    assert found.shape == (7, 6 + 4)
+    for place, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        prompt = inputs["input_ids"][place : place + 1, :length]
+        alone = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)[0]
+        assert found[place, 6 - length :][: len(alone)].tolist() == alone.tolist()
+
+
+def test_a_group_sees_every_token_once_and_no_padding_of_others(tmp_path):
+    model = mergetool.load_bundle(make_bundle(tmp_path, "llama"))
+    shorter = {key: value[::2] for key, value in tiny_inputs("llama").items()}
+    widths = []
+    model.base.register_forward_pre_hook(lambda *given: widths.append(given[2]["input_ids"].shape[1]), with_kwargs=True)
+    found = model.generate(tasks=["a"], **shorter, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert widths == [4, 1, 1, 1]
+    assert found.shape == (4, 6 + 4)
+
+
+def test_text_is_continued(tmp_path):
+    bundle = make_bundle(tmp_path, "llama")
+    save_tokenizer(bundle / "base")
+    model = mergetool.load_bundle(bundle)
+    tokens = dict(model.tokenizer()(["w1 w2 w3", "w4"], padding=True, padding_side="left", return_tensors="pt"))
+    found = model.generate(["w1 w2 w3", "w4"], tasks=["a"], max_new_tokens=3, do_sample=False)
+    assert torch.equal(found, model.generate(tasks=["a"], **tokens, max_new_tokens=3, do_sample=False))
