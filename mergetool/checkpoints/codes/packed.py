@@ -6,8 +6,8 @@
     compressed-tensors   weight_packed (out, in / 8), counted from the middle; weight_scale (out, groups);
                          weight_zero_point (out / 8, groups) perhaps; weight_shape; weight_g_idx perhaps
 
-(8 for 4 bits; of GPTQ's 3 bits, 32 in a row fill three words.) The number is `scale * (code - zero)`. Stored with inputs first, a slice of the weight is a few columns
-of what is packed, so the codes of one weight are kept while it is read.
+(8 for 4 bits; of GPTQ's 3 bits, 32 in a row fill three words.) The number is `scale * (code - zero)`. Stored with
+inputs first, a slice of the weight is a few columns of what is packed, so the codes of one weight are kept while it is read.
 
 References: GPTQ, https://arxiv.org/abs/2210.17323; AWQ, https://arxiv.org/abs/2306.00978; compressed-tensors,
 https://github.com/vllm-project/compressed-tensors.
@@ -156,10 +156,11 @@ def _in_a_row(packed: "Tensor", bits: int) -> "Tensor":
 
     if bits != _THREES:
         return _unpacked(packed, bits).flatten(-2)
-    words = packed.unflatten(-1, (-1, _THREES)).long() & 0xFFFFFFFF
+    words = packed.reshape(*packed.shape[:-1], -1, _THREES).long() & 0xFFFFFFFF
     places = torch.arange(0, 32 * bits, bits)
     both = words | words.roll(-1, -1) << 32  # each word, and the one that follows it
-    return (both[..., places // 32] >> places % 32 & 7).flatten(-2).int()
+    codes: Tensor = both[..., places // 32] >> places % 32 & 7
+    return codes.flatten(-2).int()
 
 
 def _unpacked(packed: "Tensor", bits: int) -> "Tensor":
