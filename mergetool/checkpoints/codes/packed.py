@@ -7,7 +7,8 @@
                          weight_zero_point (out / 8, groups) perhaps; weight_shape; weight_g_idx perhaps
 
 (8 for 4 bits; of GPTQ's 3 bits, 32 in a row fill three words.) The number is `scale * (code - zero)`. Stored with
-inputs first, a slice of the weight is a few columns of what is packed, so the codes of one weight are kept while it is read.
+inputs first, a slice of the weight is a few columns of what is packed, so the codes of one weight are kept while it is
+read.
 
 References: GPTQ, https://arxiv.org/abs/2210.17323; AWQ, https://arxiv.org/abs/2306.00978; compressed-tensors,
 https://github.com/vllm-project/compressed-tensors.
