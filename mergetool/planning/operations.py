@@ -162,6 +162,18 @@ class Factorise(_Plain):
 
 
 @dataclass(frozen=True)
+class Mask(Factorise):
+    """Masks of one change that all models share; `rank`: directions that a router reads beside them."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "unchanged" if self.changed == 0 else "masks"
+
+    def granularity(self, spec: TensorSpec) -> Granularity:
+        return "element" if self.changed == 0 else "tensor"
+
+
+@dataclass(frozen=True)
 class Decompose(Operation):
     """What another operation changes of the base, as the product of two matrices: B (m, r) and A (r, n)."""
 
