@@ -12,7 +12,7 @@ Reference: Tang et al., SMILE: Zero-Shot Sparse Mixture of Low-Rank Experts Cons
 Models, https://arxiv.org/abs/2408.10174.
 Differs from the paper: experts share the space (`rank: auto`, `size`), where theirs all keep one rank; where an expert
 keeps fewer directions than its gate is to have, these are its gate; norms, embeddings and what else is no linear layer
-are those of all experts merged as one group of `mass`, where theirs are the base's; whose head answers need not be said.
+are those of all experts merged as one group of `mass`, where theirs are of the base; whose head answers is found out.
 """
 
 from typing import TYPE_CHECKING, Annotated, Literal
