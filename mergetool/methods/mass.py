@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from mergetool.bundle.manifest import Features, HeadRule, Mode, Per, Pool
 from mergetool.methods.base import Field, Finite, Unit
-from mergetool.methods.families.bundle import BundleMethod
+from mergetool.methods.families.bundle import FactorsMethod
 
 if TYPE_CHECKING:
     from mergetool.bundle.options import Options
@@ -96,7 +96,7 @@ class RouterSettings(BaseModel):
         return self
 
 
-class Mass(BundleMethod):
+class Mass(FactorsMethod):
     """A bundle: base, factors, heads, router"""
 
     method: Literal["mass"] = "mass"
@@ -113,14 +113,11 @@ class Mass(BundleMethod):
         return self
 
     def options(self) -> "Options":
-        from mergetool.bundle.options import Options, RouterOptions
+        from mergetool.bundle.options import RouterOptions
 
         router = self.router.model_dump(exclude={"kind"})
         if router["redundancy"] is None:
             router["redundancy"] = 0.3
         if self.router.kind == "arrow":
             router |= {"norm": "arrow", "threshold": 0.0, "per": self.router.per or "token"}
-        kept = Options(
-            "mass", self.rank, self.filter, self.conv, self.factors, self.most, self.base, of_numbers=self.size is None
-        )
-        return replace(kept, router=RouterOptions(**router), heads=self.heads)
+        return replace(self.kept("mass"), router=RouterOptions(**router), heads=self.heads)
