@@ -245,6 +245,7 @@ class _Work:
             temperature=options.temperature,
             redundancy=options.redundancy if merged else None,
             per=options.per,
+            early=options.early,
         )
 
     def without_redundancy(self, name: str, parameters: Mapping[str, Parameter]) -> Parameter:

@@ -104,6 +104,8 @@ class Router(_Part):
     redundancy: float | None = None
     per: Per | None = None
     """Of Arrow's router: what has shares of its own."""
+    early: int | None = None
+    """First tokens of a sample that are read alone, and decide where they leave no doubt."""
 
 
 class Manifest(_Part):
