@@ -21,6 +21,7 @@ from mergetool._version import __version__
 from mergetool.arch.depth import structural_depths
 from mergetool.bundle.files import (
     CONFIG_NAME,
+    SHARED,
     SPECTRA,
     TensorWriter,
     copy_files,
@@ -82,7 +83,7 @@ def build(
     Raises PlanError for heads that are missing or do not fit and for layers that match nothing, MergeError for weights
     that are not finite.
     """
-    work = _Work(experts, folder, store, options)
+    work = Work(experts, folder, store, options)
     heads = work.write_heads() if experts.leads else {}
     largest = sorted(experts.shapes, key=work.cost, reverse=True)
     factored = dict(zip(largest, experts.share(work.factor, largest, num_threads), strict=True))
@@ -100,22 +101,10 @@ def build(
     parameters = dict(zip(parameters, measured, strict=True))
     if not experts.leads:
         return None
-    base = work.write_base()
-    tasks = tuple(
-        Task(
-            name=name,
-            source=source,
-            files=digests,
-            factors=files[name],
-            head=heads.get(name),
-        )
-        for name in experts.names
-        for source, digests in [experts.provenance(name)]
-    )
-    return work.finish(base, tasks, parameters, router)
+    return work.finish(work.write_base(), work.tasks(files, heads), parameters, router)
 
 
-class _Work:
+class Work:
     """One build: where things come from and go."""
 
     def __init__(self, experts: Experts, folder: Path, store: FactorStore, options: Options) -> None:
@@ -315,6 +304,23 @@ class _Work:
             digests = {single_name(source.files[0].path): digest for digest in digests.values()}
         return Base(kind="copy", path="base", files=digests)
 
+    def tasks(
+        self, files: Mapping[str, str], heads: Mapping[str, Head | ClassHead], scales: Mapping[str, float] | None = None
+    ) -> tuple[Task, ...]:
+        """The manifest's entries."""
+        return tuple(
+            Task(
+                name=name,
+                source=source,
+                files=digests,
+                factors=files[name],
+                scale=(scales or {}).get(name),
+                head=heads.get(name),
+            )
+            for name in self.experts.names
+            for source, digests in [self.experts.provenance(name)]
+        )
+
     def finish(
         self, base: Base, tasks: tuple[Task, ...], parameters: Mapping[str, Parameter], router: Router | None
     ) -> Manifest:
@@ -322,10 +328,10 @@ class _Work:
         config = read_config(self.experts.sources["base"].folder)
         write_file(self.folder / CONFIG_NAME, json.dumps(bundle_config(config), indent=2) + "\n")
         write_file(self.folder / "modeling_mass.py", _MODELING)
-        globs = ("base/*", "factors/*", "heads/**/*", FIRST_PASS, SPECTRA, CONFIG_NAME, "modeling_mass.py")
+        globs = ("base/*", "factors/*", "heads/**/*", FIRST_PASS, SPECTRA, SHARED, CONFIG_NAME, "modeling_mass.py")
         written = [path for glob in globs for path in sorted(self.folder.glob(glob)) if path.is_file()]
         manifest = Manifest(
-            format_version=2 if self._layouts else 1,
+            format_version=3 if (self.folder / SHARED).is_file() else 2 if self._layouts else 1,
             mergetool=__version__,
             kind=self.options.kind,
             base=base,

@@ -24,6 +24,10 @@ SPECTRA = "spectra.safetensors"
 know to share the space fairly."""
 
 
+SHARED = "shared.safetensors"
+"""The change of which every expert has a mask."""
+
+
 @dataclass(frozen=True)
 class _Layout:
     name: str
