@@ -141,7 +141,8 @@ class GroupedModel:
         runs = self._passes.current
         if runs is None or runs.mix is None:
             return None
-        return output + runs.mix.change(arguments[0], place.names["weight"], turned=True)
+        bias = place.names.get("bias") if runs.mix.of_biases else None
+        return output + runs.mix.change(arguments[0], place.names["weight"], turned=True, bias=bias)
 
     def _install(self) -> None:
         for place in self._places:
@@ -208,7 +209,9 @@ class _Place:
 
     def whole(self, runs: Runs, factors: TaskFactors) -> dict[str, Tensor]:
         """All changed parameters, by their names in the module."""
-        left = {"weight"} if self.turned and runs.mix is not None else set()
+        left = set()
+        if self.turned and runs.mix is not None:
+            left = {"weight", "bias"} if runs.mix.of_biases else {"weight"}
         return {key: self._whole(key, runs, factors) for key in self.names.keys() - left}
 
     def of_one_group(self, key: str, runs: Runs, factors: TaskFactors) -> Tensor:
@@ -316,7 +319,9 @@ def _linear(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> Tenso
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if runs.mix is not None:
-        return F.linear(x, weight, biases[0]) + runs.mix.change(x, name, turned=False)
+        own = place.names.get("bias") if runs.mix.of_biases else None
+        bias = biases[0] if own is None else own_tensor(module, "bias")
+        return F.linear(x, weight, bias) + runs.mix.change(x, name, turned=False, bias=own)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     for (group, run), bias in zip(runs_of_rows, biases, strict=True):
         out[run] = _low_rank(x[run], weight, bias, group, name, factors)

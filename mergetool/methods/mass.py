@@ -113,14 +113,11 @@ class Mass(FactorsMethod):
         return self
 
     def options(self) -> "Options":
-        from mergetool.bundle.options import Options, RouterOptions
+        from mergetool.bundle.options import RouterOptions
 
         router = self.router.model_dump(exclude={"kind"})
         if router["redundancy"] is None:
             router["redundancy"] = 0.3
         if self.router.kind == "arrow":
             router |= {"norm": "arrow", "threshold": 0.0, "per": self.router.per or "token"}
-        kept = Options(
-            "mass", self.rank, self.filter, self.conv, self.factors, self.most, self.base, of_numbers=self.size is None
-        )
-        return replace(kept, router=RouterOptions(**router), heads=self.heads)
+        return replace(self.kept("mass"), router=RouterOptions(**router), heads=self.heads)
