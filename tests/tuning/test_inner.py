@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 import mergetool
-from mergetool import RecipeError
 from mergetool.testing.toys import assert_same_bytes, read
 from mergetool.tuning import run as tuning_run
 from tests.tuning.planted import World
@@ -73,9 +72,3 @@ def test_what_lies_in_the_place_of_results_inside_is_left_alone(folder, tmp_path
     (tmp_path / "out.partial.parts" / "diary").write_text("mine")
     with pytest.raises(mergetool.OutputError, match="in the way"):
         mergetool.run(asked(folder, {"recipe": str(folder / "mix.yaml")}), output=tmp_path / "out")
-
-
-def test_a_search_inside_a_recipe_is_still_a_run_of_its_own(folder, tmp_path):
-    inside = {"models": {"a": {"recipe": asked(folder, "models/left")}}, "merge": {"method": "linear"}}
-    with pytest.raises(RecipeError, match="a run of its own"):
-        mergetool.run(inside, output=tmp_path / "out")
