@@ -12,7 +12,8 @@ Reference: Lu et al., Twin-Merging: Dynamic Integration of Modular Expertise in 
 https://arxiv.org/abs/2406.15479.
 Differs from the paper: their router is a small network, trained on validation data of all tasks on the last layer of
 the merged model, where this one is told from the experts' directions and reads what goes into its attention outputs;
-biases and convolutions are kept, too; what is no linear layer (norms, embeddings, convolutions) has no shares, but is
+experts share the space (`rank: auto`), where each of theirs keeps a tenth of the directions (`rank: 0.1`); biases and
+convolutions are kept, too; what is no linear layer (norms, embeddings, convolutions) has no shares, but is
 that of all tasks; whose head answers is found out.
 """
 
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import model_validator
 
-from mergetool.methods.base import RANK, Field, Finite, Rank
+from mergetool.methods.base import Field, Finite
 from mergetool.methods.families.bundle import RoutedMethod
 from mergetool.methods.families.nearest import NearestRouter
 
@@ -34,7 +35,6 @@ class Twin(RoutedMethod):
     method: Literal["twin"] = "twin"
     apart: ClassVar = False
     scale: Finite = Field(0.3, description="what the sum of all task vectors is multiplied by in the merged model")
-    rank: Rank = Field(0.1, description=f"of what an expert differs by: {RANK}")
     router: NearestRouter = Field(NearestRouter(), description="how probable the tasks are, and whose heads are asked")
 
     @model_validator(mode="after")
