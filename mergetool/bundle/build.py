@@ -240,6 +240,7 @@ class Work:
             temperature=options.temperature,
             redundancy=options.redundancy if merged else None,
             per=options.per,
+            early=options.early,
             gate=options.gate,
         )
 

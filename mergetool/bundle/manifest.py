@@ -122,6 +122,8 @@ class Router(_Part):
     per: Per | None = None
     """What has shares of all experts, instead of one group of tasks: Arrow, SMILE."""
     gate: Gate | None = None
+    early: int | None = None
+    """First tokens of a sample that are read alone, and decide where they leave no doubt."""
 
 
 class Manifest(_Part):

@@ -45,6 +45,7 @@ class RouterOptions:
     temperature: float
     redundancy: float
     per: Per | None = None
+    early: int | None = None
     gate: Gate | None = None
 
 
