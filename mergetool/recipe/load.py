@@ -171,8 +171,7 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
         layout = brought
         problems += layout_problems(document, layout)
     problems += cross_checks(document, kind, method, layout)
-    searches = kind is not None and kind.searches
-    inner = Inside(document, around or Around(), _read, _check_inner, problems, searches).all(given)
+    inner = Inside(document, around or Around(), _read, _check_inner, problems).all(given)
     if method is not None and not problems:
         problems += _check_tried(document, method)
     if problems or method is None:
