@@ -216,7 +216,7 @@ class MassModel(nn.Module):
         return replace(said, known=tuple(routing.known.tolist()), probability=probability, runner_up=runner_up)
 
     def _inputs(self, text: Texts | None, inputs: dict[str, Any]) -> dict[str, Any]:
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if torch.compiler.is_exporting():
             what = "an exported program does the same for every input, and a bundle chooses experts"
             raise PlanError(what, str(self.folder), _dense(self.folder, self.task_names[0]))
         inputs = inputs if text is None else {**self.read(text), **inputs}
