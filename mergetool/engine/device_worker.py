@@ -106,7 +106,9 @@ class DeviceWorker(Worker):
     @property
     def _cpu(self) -> Worker:
         """Who does the rest."""
-        self._here = self._here or Worker(self._plan, self._sink, self._store)
+        if self._here is None:
+            self._here = Worker(self._plan, self._sink, self._store)
+            self._here.shelves = self.shelves
         return self._here
 
     def _make_room(self) -> None:
