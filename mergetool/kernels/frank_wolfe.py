@@ -58,12 +58,12 @@ HELD = 1 << 28  # bytes of all models up to which their images are held, not mad
 class AlignmentSettings:
     """How to search.
 
-        `init`: "identity", or "barycenter" (the mean of the group; the anchor stays at the identity). `anchor`: the model
-        whose order the universe takes, by default the first. `starts`: how many runs to choose the best from (the first of
-        equals): one as asked, hard moves alone from the identity (MergeMany, so that the result is never below it), block
-        mode from the identity, and block mode from the barycentre with one anchor after the other. `releases`: how often, with
-    three models or more, two of them are put back to the barycentre and matched anew to the others.
-        `tolerance`: stop when the gap is below this share of the objective.
+    `init`: "identity", or "barycenter" (the mean of the group; the anchor stays at the identity). `anchor`: the model
+    whose order the universe takes, by default the first. `starts`: how many runs to choose the best from (the first of
+    equals): one as asked, hard moves alone from the identity (MergeMany, so that the result is never below it), block
+    mode from the identity, and block mode from the barycentre with one anchor after the other. `releases`: how often,
+    with three models or more, two of them are put back to the barycentre and matched anew to the others.
+    `tolerance`: stop when the gap is below this share of the objective.
     """
 
     mode: Literal["joint", "block"] = "joint"
