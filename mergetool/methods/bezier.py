@@ -23,7 +23,7 @@ class Bezier(TensorMethod):
     """`sum_k C(n, k) (1 - t)^(n - k) t^k x_k` over the models x_0 ... x_n"""
 
     method: Literal["bezier"] = "bezier"
-    t: Scheduled[Unit] = Field(description="where on the curve: 0 is the first model, 1 the last")
+    t: Scheduled[Unit] = Field(0.5, description="where on the curve: 0 is the first model, 1 the last")
     needs_base: ClassVar = "unused"
     granularity: ClassVar = "element"
     buffers: ClassVar = 0
