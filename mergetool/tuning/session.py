@@ -4,10 +4,10 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mergetool._version import installed
 from mergetool.engine import Flags, Progress
 from mergetool.engine.processes import Team
 from mergetool.errors import EvaluationError, MergetoolError
@@ -159,7 +159,7 @@ def _fetched(recipe: Recipe, progress: Progress) -> dict[str, ModelSource]:
 
 def _version(name: str) -> str:
     try:
-        return version(name)
+        return installed(name)
     except ImportError:
         return "absent"
 
