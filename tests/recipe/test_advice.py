@@ -117,7 +117,7 @@ def test_a_row_without_its_field_is_told_the_field(rows):
     assert inputs_of(Model(), [offer])["input_ids"].shape == (1, 2)
 
 
-@pytest.mark.parametrize("command", ["evaluate {} --tasks x", "push {} a/b", "route {} --input rows.jsonl"])
+@pytest.mark.parametrize("command", ["evaluate {} --tasks x --include .", "push {} a/b", "route {} --input rows.jsonl"])
 def test_a_missing_folder_is_told_before_anything_else(call, tmp_path, monkeypatch, command):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
