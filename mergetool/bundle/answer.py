@@ -16,6 +16,8 @@ from mergetool.bundle.readout import calibrated
 
 _SHOWN = 4
 """Samples that are shown in a line."""
+UNKNOWN = "unknown"
+"""What is said of a sample that belongs to no task."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Scored:
 class Answer:
     """What a bundle says about a batch."""
 
-    task: tuple[str, ...]
-    """The task whose head answered, per sample (without heads: the task with the largest coefficient)."""
+    task: tuple[str | None, ...]
+    """The task whose head answered, per sample (without heads: the task with the largest coefficient); None for a
+    sample that belongs to none and got no answer."""
     tasks: tuple[tuple[str, ...], ...]
     coefficients: Tensor
     logits: Tensor
@@ -50,11 +53,17 @@ class Answer:
     """(samples, features): what the head that answered read, where heads are matrices."""
     heads: tuple[Head | ClassHead | None, ...] = ()
     """The head that answered, per sample."""
+    known: tuple[bool, ...] = ()
+    """Whether a sample is like inputs of any of the tasks."""
+    probability: tuple[float, ...] = ()
+    """How probable it is that a sample is of the task that answered (where none did: of the nearest one)."""
+    runner_up: tuple[str | None, ...] = ()
+    """The task that is most probable after that one."""
 
     def __repr__(self) -> str:
         """The first samples in one line."""
         words = self.labels or [None] * len(self.task)
-        said = [task if label is None else f"{task}: {label}" for task, label in zip(self.task, words, strict=True)]
+        said = [_in_words(task, label) for task, label in zip(self.task, words, strict=True)]
         more = [f"and {len(said) - _SHOWN} more"] if len(said) > _SHOWN else []
         return f"Answer({', '.join([*said[:_SHOWN], *more])})"
 
@@ -63,7 +72,8 @@ class Answer:
         """What the head that answered says in words, per sample; empty where some answer token by token, or nothing."""
         if not self.heads or any(kind_of(head) != "sample" for head in self.heads):
             return ()
-        return tuple(found["label"] for found in map(label_of, self.heads, self._scores_of_samples()))
+        scores = zip(self.heads, self._scores_of_samples(), strict=True)
+        return tuple(UNKNOWN if head is None else label_of(head, own)["label"] for head, own in scores)
 
     def _scores_of_samples(self) -> list[Tensor]:
         """The scores of heads that answer once a sample."""
@@ -80,14 +90,17 @@ class Answer:
         return self.logits[..., 1]
 
 
+def _in_words(task: str | None, label: str | None) -> str:
+    return UNKNOWN if task is None else task if label is None else f"{task}: {label}"
+
+
 def kind_of(head: Head | ClassHead | None) -> HeadKind:
     """What a head answers."""
     return head.kind if isinstance(head, ClassHead) else "sample"
 
 
-def label_of(head: Head | ClassHead | None, scores: Tensor) -> dict[str, Any]:
+def label_of(head: Head | ClassHead, scores: Tensor) -> dict[str, Any]:
     """The best class; the value of a regression; all labels of a head that gives several at once."""
-    assert head is not None
     scores = scores[: head.num_classes]
     problem = head.problem if isinstance(head, ClassHead) else None
     if problem == "regression" or (isinstance(head, ClassHead) and len(scores) == 1):
@@ -107,9 +120,9 @@ def answer(
 ) -> Answer:
     """Let the surest head of every sample answer."""
     confidence = _confidence(manifest, coefficients, scored)
-    best = confidence.argmax(-1).tolist()
+    best = [None if not tasks[sample] else place for sample, place in enumerate(confidence.argmax(-1).tolist())]
     answering = [said for place, said in scored.items() if place in best]
-    logits = answering[0].values.new_full((len(best), *_shape(manifest, answering)), float("-inf"))
+    logits = confidence.new_full((len(best), *_shape(manifest, answering)), float("-inf"))
     features: dict[int, Tensor] = {}
     for place, said in scored.items():
         rows = [row for row, sample in enumerate(said.samples) if best[sample] == place]
@@ -124,14 +137,28 @@ def answer(
         if said.features is not None:
             features |= dict(zip(samples, said.features[rows], strict=True))
     stacked = torch.stack([features[sample] for sample in range(len(best))]) if len(features) == len(best) else None
-    heads = tuple(manifest.tasks[task].head for task in best)
-    return Answer(tuple(manifest.names[task] for task in best), tasks, coefficients, logits, stacked, heads)
+    names = tuple(None if task is None else manifest.names[task] for task in best)
+    heads = tuple(None if task is None else manifest.tasks[task].head for task in best)
+    return Answer(names, tasks, coefficients, logits, stacked, heads)
+
+
+def standing(
+    names: Sequence[str], probabilities: Tensor, answered: Sequence[str | None]
+) -> tuple[tuple[float, ...], tuple[str | None, ...]]:
+    """How probable the task of every sample is, and the most probable other one (None where there is but one)."""
+    order = probabilities.sort(dim=-1, descending=True, stable=True).indices.tolist()
+    told, others = [], []
+    for sample, (row, task) in enumerate(zip(order, answered, strict=True)):
+        own = row[0] if task is None else names.index(task)
+        told.append(float(probabilities[sample, own]))
+        others.append(next((names[other] for other in row if other != own), None))
+    return tuple(told), tuple(others)
 
 
 def _confidence(manifest: Manifest, coefficients: Tensor, scored: dict[int, Scored]) -> Tensor:
     """(samples, tasks): how sure every head is, -inf where it was not asked."""
     alike = all(kind_of(task.head) == "sample" for task in manifest.tasks)
-    device = next(iter(scored.values())).values.device
+    device = next((said.values.device for said in scored.values()), coefficients.device)
     confidence = torch.full(coefficients.shape, float("-inf"), device=device)
     for place, said in scored.items():
         claim = coefficients[said.samples, place].to(said.values)
@@ -144,6 +171,6 @@ def _confidence(manifest: Manifest, coefficients: Tensor, scored: dict[int, Scor
 def _shape(manifest: Manifest, answering: Sequence[Scored]) -> tuple[int, ...]:
     """The shape that holds one sample's scores of any head that answers."""
     heads = [task.head for task in manifest.tasks if task.head is not None]
-    width = max(*(head.num_classes for head in heads), *(said.values.shape[-1] for said in answering))
+    width = max([head.num_classes for head in heads] + [said.values.shape[-1] for said in answering])
     tokens = [said.values.shape[1] for said in answering if said.values.ndim == 3]
     return (max(tokens), width) if tokens else (width,)

@@ -21,6 +21,7 @@ from mergetool._version import __version__
 from mergetool.arch.depth import structural_depths
 from mergetool.bundle.files import (
     CONFIG_NAME,
+    SHARED,
     SPECTRA,
     TensorWriter,
     copy_files,
@@ -28,6 +29,8 @@ from mergetool.bundle.files import (
     model_files,
     single_name,
     spectrum_key,
+    triplet_names,
+    whole_name,
 )
 from mergetool.bundle.heads import write_class_head, write_head
 from mergetool.bundle.manifest import (
@@ -41,7 +44,15 @@ from mergetool.bundle.manifest import (
     Task,
 )
 from mergetool.bundle.options import Experts, HeadSource, Options
-from mergetool.bundle.ranks import columns, factor_specs, full_spec, is_worthwhile, most_directions
+from mergetool.bundle.ranks import (
+    columns,
+    counted_width,
+    factor_specs,
+    full_spec,
+    is_worthwhile,
+    most_bytes,
+    most_directions,
+)
 from mergetool.bundle.routed import routing_matrices
 from mergetool.bundle.store import FactorStore
 from mergetool.bundle.task_vector import TaskVector, directions_of
@@ -72,7 +83,7 @@ def build(
     Raises PlanError for heads that are missing or do not fit and for layers that match nothing, MergeError for weights
     that are not finite.
     """
-    work = _Work(experts, folder, store, options)
+    work = Work(experts, folder, store, options)
     heads = work.write_heads() if experts.leads else {}
     largest = sorted(experts.shapes, key=work.cost, reverse=True)
     factored = dict(zip(largest, experts.share(work.factor, largest, num_threads), strict=True))
@@ -90,22 +101,10 @@ def build(
     parameters = dict(zip(parameters, measured, strict=True))
     if not experts.leads:
         return None
-    base = work.write_base()
-    tasks = tuple(
-        Task(
-            name=name,
-            source=source,
-            files=digests,
-            factors=files[name],
-            head=heads.get(name),
-        )
-        for name in experts.names
-        for source, digests in [experts.provenance(name)]
-    )
-    return work.finish(base, tasks, parameters, router)
+    return work.finish(work.write_base(), work.tasks(files, heads), parameters, router)
 
 
-class _Work:
+class Work:
     """One build: where things come from and go."""
 
     def __init__(self, experts: Experts, folder: Path, store: FactorStore, options: Options) -> None:
@@ -145,16 +144,16 @@ class _Work:
     ) -> dict[str, Parameter]:
         """The parameters with fewer directions where all of them would take more space than a bundle may."""
         spectra = [(name, s) for name in parameters for s in spectra_of[name]]
-        if self.options.size is None:
+        bound = most_bytes(self.options, self.experts.sources["base"].specs.values())
+        if bound is None:
             return parameters
         if self.experts.leads:
             self._write_spectra(spectra_of)
         if not spectra:
             return parameters
-        width = _torch(self.options.dtype).itemsize
-        base = sum(spec.num_bytes for spec in self.experts.sources["base"].specs.values())
+        width = counted_width(self.options)
         full = [torch.Size(parameter.shape).numel() for parameter in parameters.values() if parameter.policy == "full"]
-        budget = int(self.options.size * base) - width * sum(full) * len(self.experts.names)
+        budget = bound - width * sum(full) * len(self.experts.names)
         costs = [width * (parameters[name].shape[0] + columns(parameters[name].shape)) + 4 for name, _ in spectra]
         ranks: dict[str, list[int]] = {}
         for (name, _), rank in zip(spectra, ranks_within([s for _, s in spectra], costs, budget), strict=True):
@@ -199,12 +198,11 @@ class _Work:
                     continue
                 change = self.experts.change(task, name)
                 if parameter.policy == "full":
-                    writer.put(f"{name}.delta", change.dense())
+                    writer.put(whole_name(name), change.dense())
                     continue
                 factors = change.factors(self.store, parameter.ranks[place]).leading(parameter.ranks[place])
-                writer.put(f"{name}.U", factors.u)
-                writer.put(f"{name}.S", factors.s)
-                writer.put(f"{name}.Vh", factors.v.mT)
+                for key, part in zip(triplet_names(name), (factors.u, factors.s, factors.v.mT), strict=True):
+                    writer.put(key, part)
         return path
 
     def measured(self, parameter: Parameter, name: str, paths: Sequence[str]) -> Parameter:
@@ -236,6 +234,8 @@ class _Work:
             temperature=options.temperature,
             redundancy=options.redundancy if merged else None,
             per=options.per,
+            early=options.early,
+            gate=options.gate,
         )
 
     def without_redundancy(self, name: str, parameters: Mapping[str, Parameter]) -> Parameter:
@@ -305,6 +305,23 @@ class _Work:
             digests = {single_name(source.files[0].path): digest for digest in digests.values()}
         return Base(kind="copy", path="base", files=digests)
 
+    def tasks(
+        self, files: Mapping[str, str], heads: Mapping[str, Head | ClassHead], scales: Mapping[str, float] | None = None
+    ) -> tuple[Task, ...]:
+        """The manifest's entries."""
+        return tuple(
+            Task(
+                name=name,
+                source=source,
+                files=digests,
+                factors=files[name],
+                scale=(scales or {}).get(name),
+                head=heads.get(name),
+            )
+            for name in self.experts.names
+            for source, digests in [self.experts.provenance(name)]
+        )
+
     def finish(
         self, base: Base, tasks: tuple[Task, ...], parameters: Mapping[str, Parameter], router: Router | None
     ) -> Manifest:
@@ -312,10 +329,10 @@ class _Work:
         config = read_config(self.experts.sources["base"].folder)
         write_file(self.folder / CONFIG_NAME, json.dumps(bundle_config(config), indent=2) + "\n")
         write_file(self.folder / "modeling_mass.py", _MODELING)
-        globs = ("base/*", "factors/*", "heads/**/*", FIRST_PASS, SPECTRA, CONFIG_NAME, "modeling_mass.py")
+        globs = ("base/*", "factors/*", "heads/**/*", FIRST_PASS, SPECTRA, SHARED, CONFIG_NAME, "modeling_mass.py")
         written = [path for glob in globs for path in sorted(self.folder.glob(glob)) if path.is_file()]
         manifest = Manifest(
-            format_version=2 if self._layouts else 1,
+            format_version=3 if (self.folder / SHARED).is_file() else 2 if self._layouts else 1,
             mergetool=__version__,
             kind=self.options.kind,
             base=base,
@@ -356,9 +373,9 @@ def _torch(name: str) -> torch.dtype:
 def _read_factors(path: Path, name: str, device: torch.device) -> Factors | None:
     """Factors of a tensor in a finished file, in float64; None where it has none of it."""
     with safe_open(path, framework="pt") as file:
-        if f"{name}.U" not in file.keys():  # noqa: SIM118  (not a mapping)
+        if triplet_names(name)[0] not in file.keys():  # noqa: SIM118  (not a mapping)
             return None
-        u, s, vh = (file.get_tensor(f"{name}.{part}").to(device).double() for part in ("U", "S", "Vh"))
+        u, s, vh = (file.get_tensor(part).to(device).double() for part in triplet_names(name))
     return Factors(u, s, vh.mT)
 
 

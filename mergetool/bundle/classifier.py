@@ -8,7 +8,8 @@
 transformers' own class reads the labels off the model's config, one set for all inputs; here each task has its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, Literal
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from mergetool.bundle.answer import kind_of
 from mergetool.bundle.manifest import ClassHead, Head
 from mergetool.bundle.mass_model import MassModel
-from mergetool.bundle.texts import Text, Texts, listed
+from mergetool.bundle.texts import Text, Texts, listed, parts_of
 from mergetool.errors import PlanError
 
 
@@ -39,10 +40,7 @@ class TextClassifier:
         Texts of like length go together.
         """
         given, found = listed(texts), dict[int, list[dict[str, Any]]]()
-        order = sorted(range(len(given)), key=lambda place: _length(given[place]))
-        size = batch_size or self.batch_size
-        for start in range(0, len(order), size):
-            places = order[start : start + size]
+        for places in _batches(given, batch_size or self.batch_size):
             found |= dict(zip(places, self._ranked([given[place] for place in places]), strict=True))
         ranked = [found[place] for place in range(len(given))]
         if top_k == "best":
@@ -73,5 +71,11 @@ def _probabilities(head: Head | ClassHead, scores: Tensor) -> Tensor:
     return scores.sigmoid() if problem == "multi_label_classification" or len(scores) == 1 else scores.softmax(-1)
 
 
-def _length(text: Text) -> int:
-    return len(text) if isinstance(text, str) else sum(map(len, text.values()))
+def _batches(texts: Sequence[Text], size: int) -> Iterator[list[int]]:
+    """Places of texts that are answered together: of like length, pairs apart from others."""
+    parts = [parts_of(text) for text in texts]
+    kinds = [pair is None for _, pair in parts]
+    order = sorted(range(len(texts)), key=lambda place: (kinds[place], sum(len(part or "") for part in parts[place])))
+    for _, alike in groupby(order, key=lambda place: kinds[place]):
+        places = list(alike)
+        yield from (places[start : start + size] for start in range(0, len(places), size))

@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mergetool.bundle.files import triplet_names, whole_name
 from mergetool.bundle.manifest import Manifest
 from mergetool.kernels.spectral import Factors, concatenated, orthogonalised
 from mergetool.networks.places import Fragment, composed
@@ -38,6 +39,8 @@ class GroupMatrix:
     """Rows (tokens) that went through it so far."""
     dense: Tensor | None = None
     """W0 + us vh, once that many rows have gone through that it pays."""
+    kept: bool = False
+    """Whether it is in the cache."""
 
     @property
     def worthwhile(self) -> int:
@@ -47,8 +50,7 @@ class GroupMatrix:
 
     @property
     def num_bytes(self) -> int:
-        held = [self.us, self.vh, *([] if self.dense is None else [self.dense])]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return sum(tensor.nbytes for tensor in (self.us, self.vh, self.dense) if tensor is not None)
 
     def change(self) -> Tensor:
         """us vh, (m, n)."""
@@ -61,17 +63,17 @@ class GroupChanges:
 
     matrices: dict[str, GroupMatrix] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def num_bytes(self) -> int:
-        vectors = sum(vector.numel() * vector.element_size() for vector in [*self.vectors.values()])
-        return vectors + sum(matrix.num_bytes for matrix in [*self.matrices.values()])
+    num_bytes: int = 0
+    """What is kept of it."""
+    last_pass: int = 0
+    """The number of the pass that used it last."""
 
 
 class TaskFactors:
     """Stored factors of all tasks, and a cache of groups, least recently used out first. Safe for several threads.
 
-    What is made for a group is made outside the lock: two threads may make the same, and the first one's is kept.
+    What is made for a group is made outside the lock: two threads may make the same, and the first one's is kept. A
+    pass takes no room from what it uses itself, or all would be made anew in every pass that needs too much of it.
     """
 
     def __init__(self, manifest: Manifest, folder: Path, dtype: torch.dtype, cache_bytes: int) -> None:
@@ -80,6 +82,7 @@ class TaskFactors:
         self._cache_bytes = cache_bytes
         self._stored = [_read(folder / task.factors) for task in manifest.tasks]
         self._groups: OrderedDict[Group, GroupChanges] = OrderedDict()
+        self._num_passes = 0
         self._composed: dict[str, tuple[tuple[int, ...], tuple[Fragment, ...]]] = {}
         self._lock = threading.Lock()
 
@@ -95,36 +98,72 @@ class TaskFactors:
 
     def policy(self, name: str) -> Literal["svd", "full", "skip"]:
         """How a tensor's changes are kept."""
-        return "full" if name in self._composed else self.manifest.parameters[name].policy
+        policy = "full" if name in self._composed else self.manifest.parameters[name].policy
+        return "full" if policy == "mask" else policy
 
     def of(self, task: int, name: str) -> Factors:
         """A task's factors of a tensor as they are stored (rank 0 where it changed nothing)."""
         stored = self._stored[task]
-        if f"{name}.U" not in stored:
+        u, s, vh = triplet_names(name)
+        if u not in stored:
             shape = self.manifest.parameters[name].shape
             empty = next(iter(stored.values())).new_zeros(0) if stored else torch.zeros(0)
             columns = torch.Size(shape[1:]).numel()
             return Factors(empty.expand(shape[0], 0), empty, empty.expand(columns, 0))
-        return Factors(stored[f"{name}.U"], stored[f"{name}.S"], stored[f"{name}.Vh"].mT)
+        return Factors(stored[u], stored[s], stored[vh].mT)
 
     def changes(self, group: Group) -> GroupChanges:
         """The cache entry of a group, made the most recent one."""
         with self._lock:
             changes = self._groups.setdefault(group, GroupChanges())
             self._groups.move_to_end(group)
+            changes.last_pass = self._num_passes
             return changes
 
-    def trim(self) -> None:
-        """Forget the groups that were not used for longest, until the cache is as small as it should be."""
+    def end_pass(self) -> None:
+        """What was used so far may have to make room for what comes."""
         with self._lock:
-            while len(self._groups) > 1 and sum(each.num_bytes for each in self._groups.values()) > self._cache_bytes:
-                self._groups.popitem(last=False)
+            self._num_passes += 1
+
+    @property
+    def num_bytes(self) -> int:
+        """What is kept of all groups."""
+        return sum(changes.num_bytes for changes in self._groups.values())
+
+    def _has_room(self, changes: GroupChanges, num_bytes: int, *, alone: bool = True) -> bool:
+        """Whether so much more may be kept of a group, once those are gone that were not used for longest.
+
+        `alone`: the only group is kept in any case, as making it anew for every token would cost more than it takes.
+        """
+        with self._lock:
+            while self.num_bytes + num_bytes > self._cache_bytes:
+                oldest = next(iter(self._groups), None)
+                if oldest is None or self._groups[oldest].last_pass == self._num_passes:
+                    break
+                del self._groups[oldest]
+            fits = self.num_bytes + num_bytes <= self._cache_bytes or (alone and len(self._groups) == 1)
+            changes.num_bytes += num_bytes if fits else 0
+            return fits
 
     def matrix(self, group: Group, name: str) -> GroupMatrix:
         """A matrix' change for a group, from the cache or made now."""
-        known = self.changes(group).matrices
-        change = known.get(name)
-        return known.setdefault(name, self._matrix(group, name)) if change is None else change
+        changes = self.changes(group)
+        if (known := changes.matrices.get(name)) is not None:
+            return known
+        made = self._matrix(group, name)
+        if self._has_room(changes, made.num_bytes):
+            made.kept = True
+            return changes.matrices.setdefault(name, made)
+        return made
+
+    def dense(self, group: Group, matrix: GroupMatrix, weight: Tensor) -> Tensor:
+        """W0 + us vh of a group's matrix, kept where there is room."""
+        if matrix.dense is not None:
+            return matrix.dense
+        dense = weight + matrix.change().to(weight)
+        if matrix.kept and self._has_room(self.changes(group), dense.nbytes, alone=False):
+            matrix.dense = dense
+        return dense
 
     def _matrix(self, group: Group, name: str) -> GroupMatrix:
         every = concatenated([self.of(task, name).to(torch.float64) for task in group])
@@ -134,8 +173,8 @@ class TaskFactors:
 
     def vector(self, group: Group, name: str) -> Tensor:
         """The mean change of a tensor that is stored in full."""
-        known = self.changes(group).vectors
-        if (held := known.get(name)) is not None:
+        changes = self.changes(group)
+        if (held := changes.vectors.get(name)) is not None:
             return held
         if name in self._composed:
             shape, fragments = self._composed[name]
@@ -143,9 +182,14 @@ class TaskFactors:
         else:
             total = torch.zeros(self.manifest.parameters[name].shape, dtype=torch.float32)
             for task in group:
-                total = total.to(self._stored[task][f"{name}.delta"].device) + self._stored[task][f"{name}.delta"]
+                change = self.in_full(task, name)
+                total = total.to(change.device) + change
             change = (total / len(group)).to(self._dtype)
-        return known.setdefault(name, change)
+        return changes.vectors.setdefault(name, change) if self._has_room(changes, change.nbytes) else change
+
+    def in_full(self, task: int, name: str) -> Tensor:
+        """A task's change of a tensor that is stored in full."""
+        return self._stored[task][whole_name(name)]
 
     def _changed(self, group: Group, name: str) -> Tensor | None:
         """A tensor's change, or None where no expert changed it."""

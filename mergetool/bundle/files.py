@@ -24,6 +24,10 @@ SPECTRA = "spectra.safetensors"
 know to share the space fairly."""
 
 
+SHARED = "shared.safetensors"
+"""The change of which every expert has a mask."""
+
+
 @dataclass(frozen=True)
 class _Layout:
     name: str
@@ -108,6 +112,16 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     except OSError as error:
         raise write_error(error, str(target)) from error
+
+
+def triplet_names(name: str) -> tuple[str, str, str]:
+    """What the file of a task calls U, S and Vh of its change of a tensor."""
+    return f"{name}.U", f"{name}.S", f"{name}.Vh"
+
+
+def whole_name(name: str) -> str:
+    """What the file of a task calls its change of a tensor that is kept in full."""
+    return f"{name}.delta"
 
 
 def spectrum_key(task: int, name: str) -> str:

@@ -14,7 +14,7 @@ Reference: Crisostomi et al., MASS, https://arxiv.org/abs/2504.05342, sections 3
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mergetool.bundle.answer import Answer as Answer
-from mergetool.bundle.answer import Scored, answer
+from mergetool.bundle.answer import Scored, answer, standing
 from mergetool.bundle.arrow import Mix, Mixer
 from mergetool.bundle.batch import check_batch, lengths_in, num_samples, take
 from mergetool.bundle.calibration import read_calibration
@@ -57,6 +57,10 @@ class Routing:
     """(samples, tasks): how much every task claims the sample; rows sum to 1."""
     distances: Tensor
     """(samples, tasks): distance from the span of the task's directions."""
+    known: Tensor
+    """(samples,): whether a sample is like inputs of any of the tasks."""
+    probabilities: Tensor
+    """(samples, tasks): how probable every task is."""
 
 
 class MassModel(nn.Module):
@@ -156,11 +160,10 @@ class MassModel(nn.Module):
         inputs = self._inputs(text, inputs)
         router = self.manifest.router
         if router is None or self.first_pass is None:
-            what = "this bundle has no router (it was made by tsv-compress)"
+            what = f"this bundle has no router (it was made by {self.manifest.kind})"
             raise PlanError(what, str(self.folder), f"say which: tasks=[{self.task_names[0]!r}]")
         if len(self.task_names) == 1:
-            ones = torch.ones(num_samples(inputs), 1, device=_device(inputs))
-            return Routing((self.task_names,) * len(ones), ones, torch.zeros_like(ones))
+            return self._told(self.task_names, inputs)
         distances = self.first_pass.distances(inputs)
         temperature = router.temperature
         if self.calibration is not None:
@@ -172,7 +175,7 @@ class MassModel(nn.Module):
             weights = coefficients(distances, router.mode, temperature)
         chosen = select(weights, router.threshold, router.top_k)
         names = tuple(tuple(self.task_names[task] for task in tasks) for tasks in chosen)
-        return Routing(names, weights, distances)
+        return Routing(names, weights, distances, torch.ones(len(names), dtype=torch.bool), weights)
 
     # ---------------------------------------------------------------- second pass
 
@@ -190,12 +193,18 @@ class MassModel(nn.Module):
         mix = self._mixer.mix(routing.coefficients) if self._mixer is not None and tasks == "route" else None
         if all(task.head is None for task in self.manifest.tasks):
             outputs = self._second_pass(groups, inputs, mix)
-            best = [self.task_names[task] for task in routing.coefficients.argmax(-1).tolist()]
-            return Answer(tuple(best), routing.tasks, routing.coefficients, outputs)
+            nearest = [self.task_names[task] for task in routing.coefficients.argmax(-1).tolist()]
+            best = [name if chosen else None for name, chosen in zip(nearest, routing.tasks, strict=True)]
+            return self._judged(Answer(tuple(best), routing.tasks, routing.coefficients, outputs), routing)
         scored = self._ask_heads(groups, inputs, mix)
         for network in self.networks:
             scored |= network.scores(groups, inputs, mix)  # type: ignore[operator]
-        return answer(self.manifest, routing.tasks, routing.coefficients, scored)
+        return self._judged(answer(self.manifest, routing.tasks, routing.coefficients, scored), routing)
+
+    def _judged(self, said: Answer, routing: Routing) -> Answer:
+        """The answer with how sure it is of its tasks."""
+        probability, runner_up = standing(self.task_names, routing.probabilities, said.task)
+        return replace(said, known=tuple(routing.known.tolist()), probability=probability, runner_up=runner_up)
 
     def _inputs(self, text: Texts | None, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = inputs if text is None else {**self.read(text), **inputs}
@@ -205,12 +214,16 @@ class MassModel(nn.Module):
     def _routing(self, tasks: Sequence[str] | Literal["route"], inputs: Mapping[str, Tensor]) -> Routing:
         if tasks == "route":
             return self.route(**inputs)
-        names = self.check_tasks(tasks)
+        return self._told(self.check_tasks(tasks), inputs)
+
+    def _told(self, names: tuple[str, ...], inputs: Mapping[str, Tensor]) -> Routing:
+        """All samples to these tasks."""
         count = num_samples(inputs)
         weights = torch.zeros(count, len(self.task_names), device=_device(inputs))
         for name in names:
             weights[:, self.task_names.index(name)].fill_(1 / len(names))
-        return Routing((names,) * count, weights, torch.zeros_like(weights))
+        known = torch.ones(count, dtype=torch.bool)
+        return Routing((names,) * count, weights, torch.zeros_like(weights), known, weights)
 
     def check_tasks(self, tasks: Sequence[str]) -> tuple[str, ...]:
         """The given tasks in the bundle's order. Raises PlanError for one that does not exist."""

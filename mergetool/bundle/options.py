@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from mergetool.arch.matrices import MatrixFilter
-from mergetool.bundle.manifest import Features, HeadRule, Mode, Norm, Per, Pool, Storage
+from mergetool.bundle.manifest import Features, Gate, HeadRule, Kind, Mode, Norm, Per, Pool, Storage
 
 if TYPE_CHECKING:
     import torch
@@ -45,22 +45,28 @@ class RouterOptions:
     temperature: float
     redundancy: float
     per: Per | None = None
+    early: int | None = None
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True)
 class Options:
     """What is kept of every expert, and how a bundle is used."""
 
-    kind: Literal["mass", "tsv-compress"]
+    kind: Kind
     rank: "Rank"
     filter: MatrixFilter
     conv: Literal["mean", "matricize"]
     dtype: Storage
     size: float | None
-    """Most that factors may take, as a share of the base's bytes."""
+    """Most that factors may take, as a share of the base's bytes (see `most_bytes`)."""
     base: Literal["copy", "reference"]
     router: RouterOptions | None = None
     heads: HeadRule = "joint"
+    of_numbers: bool = False
+    """Take `size` as if the base was stored in float32 and factors in two bytes, so that no dtype decides on ranks."""
+    margin: float = 0.0
+    """TALL masks: an entry is an expert's own where its change exceeds this many times what others add to it."""
 
 
 class Experts(Protocol):

@@ -1,12 +1,13 @@
 """How many directions of a tensor a bundle keeps at most, and what its files then hold: from headers alone."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from mergetool.arch.matrices import is_matrix
+from mergetool.bundle.files import triplet_names, whole_name
 from mergetool.bundle.options import Options
 from mergetool.kernels.spectral import rank_limit
-from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME
+from mergetool.tensors.dtypes import BY_NAME, BY_TORCH_NAME, torch_dtype
 from mergetool.tensors.header import TensorSpec
 
 Shape = tuple[int, ...]
@@ -34,24 +35,44 @@ def is_worthwhile(shape: Shape, rank: int, options: Options) -> bool:
     """Whether factors of this rank are smaller than the matrix, or fit for routing."""
     rows, width = shape[0], columns(shape)
     smaller = rank * (rows + width + 1) < rows * width
-    return smaller or (options.kind == "mass" and rank < min(rows, width))
+    return smaller or (options.router is not None and rank < min(rows, width))
 
 
 def factor_specs(name: str, shape: Shape, rank: int, options: Options) -> list[TensorSpec]:
     """What the file of one task holds of a tensor that is kept as so many directions."""
-    dtype = BY_TORCH_NAME[options.dtype]
+    dtype, (u, s, vh) = BY_TORCH_NAME[options.dtype], triplet_names(name)
     return [
-        TensorSpec(f"{name}.U", dtype, (shape[0], rank)),
-        TensorSpec(f"{name}.Vh", dtype, (rank, columns(shape))),
-        TensorSpec(f"{name}.S", BY_NAME["F32"], (rank,)),
+        TensorSpec(u, dtype, (shape[0], rank)),
+        TensorSpec(vh, dtype, (rank, columns(shape))),
+        TensorSpec(s, BY_NAME["F32"], (rank,)),
     ]
 
 
 def full_spec(name: str, shape: Shape, options: Options) -> TensorSpec:
     """What the file of one task holds of a tensor that is kept in full."""
-    return TensorSpec(f"{name}.delta", BY_TORCH_NAME[options.dtype], shape)
+    return TensorSpec(whole_name(name), BY_TORCH_NAME[options.dtype], shape)
 
 
-def bytes_within(options: Options, base_bytes: int, most: int, least: int) -> int:
+def counted_width(options: Options) -> int:
+    """Bytes that a number of a factor counts."""
+    return 2 if options.of_numbers else _width(options)
+
+
+def most_bytes(options: Options, base: Iterable[TensorSpec]) -> int | None:
+    """Bytes that the factors of all tasks may take, as they are counted, or None without a bound."""
+    if options.size is None:
+        return None
+    if not options.of_numbers:
+        return int(options.size * sum(spec.num_bytes for spec in base))
+    whole = sum(4 * spec.num_elements if spec.dtype.is_float else spec.num_bytes for spec in base)
+    return int(options.size * whole)
+
+
+def bytes_within(options: Options, base: Iterable[TensorSpec], most: int, least: int) -> int:
     """Bytes that factors take at most, of at least so many (one direction of every matrix) and at most so many."""
-    return most if options.size is None else min(most, max(least, int(options.size * base_bytes)))
+    bound = most_bytes(options, base)
+    return most if bound is None else min(most, max(least, bound * _width(options) // counted_width(options)))
+
+
+def _width(options: Options) -> int:
+    return torch_dtype(BY_TORCH_NAME[options.dtype]).itemsize

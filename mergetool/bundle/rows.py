@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergetool.bundle.answer import kind_of, label_of
+from mergetool.bundle.answer import UNKNOWN, kind_of, label_of
 from mergetool.bundle.manifest import ClassHead, Head, Manifest
 from mergetool.bundle.mass_model import Answer, MassModel
 from mergetool.errors import SourceError
@@ -156,12 +156,18 @@ def _answer(
     manifest: Manifest, answer: Answer, place: int, inputs: Mapping[str, Tensor], decode: Callable[[Tensor], str] | None
 ) -> dict[str, Any]:
     coefficients = zip(manifest.names, answer.coefficients[place].tolist(), strict=True)
+    name = answer.task[place]
     fields: dict[str, Any] = {
-        "task": answer.task[place],
+        "task": name,
+        "known": answer.known[place],
+        "task_probability": round(answer.probability[place], 6),
+        "runner_up": answer.runner_up[place],
         "tasks": list(answer.tasks[place]),
         "coefficients": {name: round(value, 6) for name, value in coefficients},
     }
-    task = manifest.tasks[manifest.names.index(answer.task[place])]
+    if name is None:
+        return fields | {"label": UNKNOWN}
+    task = manifest.tasks[manifest.names.index(name)]
     if task.head is None:
         return fields
     scores = answer.logits[place]

@@ -48,7 +48,7 @@ class TextReader:
 
 def split(texts: Texts) -> tuple[list[str], list[str] | None]:
     """First and second texts of a batch (None where there are no second ones). Raises SourceError."""
-    rows = [_parts(text) for text in listed(texts)]
+    rows = [parts_of(text) for text in listed(texts)]
     if not rows:
         raise SourceError("the batch is empty", "text", "give at least one text")
     seconds = [pair for _, pair in rows if pair is not None]
@@ -62,7 +62,8 @@ def listed(texts: Texts) -> list[Text]:
     return list(texts) if isinstance(texts, Sequence) and not isinstance(texts, str) else [texts]
 
 
-def _parts(text: Any) -> tuple[str, str | None]:
+def parts_of(text: Any) -> tuple[str, str | None]:
+    """A text, and what it is paired with. Raises SourceError for what is no text."""
     if isinstance(text, str):
         return text, None
     if isinstance(text, Mapping) and "text" in text and set(text) <= {"text", *_PAIR} and len(text) <= 2:

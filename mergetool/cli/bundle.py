@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="List the experts of a bundle, add and remove some, or take one out.", no_args_is_help=True)
 
-Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by the method mass or tsv-compress.")]
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by mass, smile, emr, tall-masks ...")]
 Elsewhere = Annotated[
     Path | None, typer.Option("-o", "--output", help="Write a new bundle there, and leave this one as it is.")
 ]
@@ -86,8 +86,17 @@ def route(
         for answer in answered:
             print(json.dumps(answer, ensure_ascii=False), flush=True)
         return
-    heads = ("task", "label", "probability", "tasks", "coefficients")
-    table(heads, [[answer.get(key, "-") for key in heads] for answer in answered])
+    heads = ("task", "label", "probability", "known", "task_probability", "runner_up", "tasks", "coefficients")
+    shown = [
+        {**answer, "task": answer["task"] or "-", "known": "yes" if answer["known"] else "no"} for answer in answered
+    ]
+    table(
+        [head.replace("_", " ") for head in heads], [[_or_dash(answer.get(key)) for key in heads] for answer in shown]
+    )
+
+
+def _or_dash(value: Any) -> Any:
+    return "-" if value is None else value
 
 
 def _marked(model: "MassModel", rows: "Sequence[Row]", batch_size: int = 32) -> "Marks":

@@ -59,7 +59,7 @@ class MergeStage:
             elif step.operation.counts_model:
                 assert self._run.counted is not None
                 self._queue(step, self._run.counted, first=False)
-            elif len(step.pieces()) == 1 and self._run.log.known(self._stage.name, [step]) is None:
+            elif step.is_visited and self._run.log.known(self._stage.name, [step]) is None:
                 self._queue_visit(step, step.operation.counts)
             else:
                 then = partial(self._queue, step, first=True)

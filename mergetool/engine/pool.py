@@ -13,6 +13,7 @@ from mergetool.planning.graph import UNIT_ELEMENTS
 if TYPE_CHECKING:
     from mergetool.bundle.store import FactorStore
     from mergetool.engine.fork import Fork
+    from mergetool.engine.shelf import Shelves
     from mergetool.engine.sinks import Sink
     from mergetool.engine.worker import Worker
 
@@ -29,6 +30,7 @@ class WorkerPool:
         """Bytes for whole tensors, where these lie on a device and that is known."""
         self._sink = sink
         self.store: FactorStore | None = None
+        self._shelves: Shelves | None = None
         self._threads = 1
         self._slice: int | None = None
         self._local = threading.local()
@@ -106,6 +108,13 @@ class WorkerPool:
 
     def new(self) -> "Worker":
         """A worker in the thread that asks."""
+        from mergetool.engine.shelf import Shelves
+
+        worker = self._new()
+        worker.shelves = self._shelves = self._shelves or Shelves()
+        return worker
+
+    def _new(self) -> "Worker":
         import torch
 
         from mergetool.engine.worker import Worker

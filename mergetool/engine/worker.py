@@ -9,17 +9,22 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from mergetool.bundle.store import FactorStore
+from mergetool.engine.folding import OneByOne
 from mergetool.engine.measured import Measured
+from mergetool.engine.shelf import Shelves
 from mergetool.engine.sinks import Sink
+from mergetool.engine.stash import Stash
 from mergetool.engine.storable import lost_in, within
+from mergetool.engine.swept import Sweeping, told_of_overflow
 from mergetool.errors import MergeError, at
-from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup, TensorMethod
-from mergetool.methods.group import Note
+from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup
+from mergetool.methods.group import Note, Shelf
 from mergetool.outputs.record import INFINITE, KEPT_WIDE, LOST, NOT_FINITE, RANK
 from mergetool.planning.graph import SLICE_ELEMENTS, Operand, Plan, Step
 from mergetool.planning.operations import Bench, Decompose, Merge
@@ -27,7 +32,6 @@ from mergetool.planning.parents import label
 from mergetool.tensors.dtypes import BY_TORCH_NAME, torch_dtype
 from mergetool.tensors.io import bytes_of
 
-_BYTES_PER_ELEMENT = 8
 _MOST_VIEWS = 1024
 _ROUNDING = 1e-9
 """What factors leave out of a change below this is no loss, but rounding."""
@@ -37,19 +41,22 @@ _RUN = 1 << 14
 """Elements of a sample that lie together."""
 
 
-class Worker(Bench[Step]):
+class Worker(Sweeping, Bench[Step]):
     """Counts over units and makes them. Used by one thread at a time."""
 
     _device = torch.device("cpu")
+    _one_by_one = True
+    """Whether models are read when a method that goes through them comes to them."""
+    shelves: Shelves | None = None
+    """Where counts over the whole model leave what they make, if anywhere."""
 
     def __init__(self, plan: Plan, sink: Sink, store: FactorStore | None = None) -> None:
         self._plan = plan
         self._store = store
         self._sink = sink
         self._compute = torch.float64 if plan.compute_bits == 64 else torch.float32
-        self._stored = torch.empty(SLICE_ELEMENTS * _BYTES_PER_ELEMENT, dtype=torch.uint8)
+        self._stash = Stash(plan.sources)
         self._length = SLICE_ELEMENTS
-        self._stored_bytes = bytes_of(self._stored)
         self._buffers: dict[tuple[object, torch.dtype], Tensor] = {}
         self._views: dict[tuple[object, torch.dtype, tuple[int, ...]], Tensor] = {}
         self._kept: dict[tuple[int, int], dict[object, Tensor]] | None = None
@@ -60,6 +67,10 @@ class Worker(Bench[Step]):
         return self._count(step, start, stop, counts)
 
     def _count(self, step: Step, start: int, stop: int, counts: StatisticsPass) -> Tensor:
+        if isinstance(step.operation, Decompose) and step.operation.factored:
+            from mergetool.engine.change import counted
+
+            return counted(self._plan, step, step.operation, counts)
         step = sliced(step)
         slices = self._slices(step, start, stop) if counts.one_in == 1 else runs_of(step, start, stop, counts.one_in)
         params = Params(**step.operation.numbers)
@@ -68,16 +79,17 @@ class Worker(Bench[Step]):
     def visit(self, step: Step, counts: StatisticsPass) -> tuple[Stats, list[Note], list[int]]:
         """Count over a step that is a single unit, and make it; also of how many elements each pass has read one.
 
-        What a pass keeps is there for the merge, and what it has read may still be in the cache.
+        What a pass keeps is there for the merge, and so is much of what it has read.
         """
         ((start, stop),) = step.pieces()
         outcome: StatisticsPass | Stats = counts
-        shares, self._kept = [], {}
+        shares, self._kept = [], {} if step.operation.keeps else None
         try:
-            while not isinstance(outcome, Mapping):
-                shares.append(outcome.one_in)
-                outcome = outcome.conclude(combined(outcome, [self.count(step, start, stop, outcome)]))
-            return outcome, self.perform(step, start, stop, outcome), shares
+            with self._stash.keeping():
+                while not isinstance(outcome, Mapping):
+                    shares.append(outcome.one_in)
+                    outcome = outcome.conclude(combined(outcome, [self.count(step, start, stop, outcome)]))
+                return outcome, self.perform(step, start, stop, outcome), shares
         finally:
             self._kept = None
 
@@ -96,7 +108,9 @@ class Worker(Bench[Step]):
 
     def merge(self, step: Step, start: int, stop: int, notes: list[Note], operation: Merge, stats: Stats) -> None:
         """Have a method merge a slice."""
-        merged = self.merged(step, start, stop, notes, operation, stats)
+        self._finish(step, start, self.merged(step, start, stop, notes, operation, stats), notes)
+
+    def _finish(self, step: Step, start: int, merged: Tensor, notes: list[Note]) -> None:
         if step.name.endswith(_VARIANCE):
             _check_variance(step.name, merged)
         self._put(step, start, merged, notes)
@@ -105,8 +119,8 @@ class Worker(Bench[Step]):
         """What a method makes of a slice."""
         group = self._group(step, start, stop)
         group.notes = notes
-        with at(f"{operation.name}: {step.name}"):
-            merged = _merge(operation.method, group, operation.params, stats)
+        with at(f"{operation.name}: {step.name}"), told_of_overflow():
+            merged = operation.method.merge(group, operation.params, stats)
         assert merged.shape == group.models[0].shape, f"{step.name}: a method must not change shapes"
         return merged
 
@@ -116,7 +130,7 @@ class Worker(Bench[Step]):
 
         with at(f"{operation.name}: {step.name}"):
             if operation.factored:
-                pair, lost = merged(self._plan, step, operation, notes)
+                pair, lost = merged(self._plan, step, operation, notes, stats)
             else:
                 changed = self._changed(sliced(step), notes, stats)
                 self._check_change(changed, step)
@@ -172,7 +186,7 @@ class Worker(Bench[Step]):
         if step.operation.granularity(step.spec) != "element":
             shape = (length // step.row, *step.spec.shape[1:]) if step.row < step.spec.num_elements else step.spec.shape
         base = None if step.base is None else self._read(step.base, start, shape, (owner, "base"))
-        models = [self._read(operand, start, shape, (owner, place)) for place, operand in enumerate(step.models)]
+        models = self._models(step, start, shape, owner)
         return TensorGroup(
             name=step.key,
             shape=step.spec.shape,
@@ -185,8 +199,24 @@ class Worker(Bench[Step]):
             other=partial(self._other, step),
             store=self._store,
             measured=Measured(self._plan, step, start, shape, self._read) if step.statistics else None,
+            shelf=self._shelf(step),
             kept=None if self._kept is None else self._kept.setdefault((start, stop), {}),
         )
+
+    def _models(self, step: Step, start: int, shape: tuple[int, ...], owner: str) -> list[Tensor]:
+        def read(place: int, room: int) -> Tensor:
+            return self._read(step.models[place], start, shape, (owner, room))
+
+        count = len(step.models)
+        if self._one_by_one and step.operation.folds and count > 2:
+            return cast("list[Tensor]", OneByOne(lambda place: read(place, min(place, 1)), range(count)))
+        return [read(place, place) for place in range(count)]
+
+    def _shelf(self, step: Step) -> Shelf | None:
+        """Where what a count makes of a whole tensor waits for its merge."""
+        if self.shelves is None or not step.operation.counts_model or step.granularity != "tensor":
+            return None
+        return self.shelves.of(step.index)
 
     def _other(self, step: Step, name: str) -> TensorGroup | None:
         """A whole tensor that a step's method asks for, in buffers of its own."""
@@ -227,20 +257,12 @@ class Worker(Bench[Step]):
             return values
         for begin in range(0, length, SLICE_ELEMENTS):
             count = min(SLICE_ELEMENTS, length - begin)
-            model.read_bytes(name, (start + begin) * itemsize, self._stored_bytes[: count * itemsize])
-            part = self._stored_as(torch_dtype(dtype), count)
+            part = self._stash.read(operand, start + begin, count)
             if count == length:
                 values.copy_(part if values.dim() == 1 else part.view(shape))
             else:
                 values.view(-1)[begin : begin + count].copy_(part)
         return values
-
-    def _stored_as(self, dtype: torch.dtype, count: int) -> Tensor:
-        """The first `count` elements of what was read last."""
-        key = ("stored", dtype, (count,))
-        if key not in self._views:
-            self._views[key] = self._stored[: count * dtype.itemsize].view(dtype)
-        return self._views[key]
 
     def _put(self, step: Step, start: int, merged: Tensor, notes: list[Note]) -> None:
         """Check that the values survive storage, cast once, write."""
@@ -271,8 +293,8 @@ class Worker(Bench[Step]):
             if not within(values, stored):
                 self._judge(step, start, values, notes, values == -math.inf)  # a mask is copied as it is
         begin, end = start * stored.bits // 8, stored.num_bytes(stop)
-        for offset in range(begin, end, len(self._stored)):
-            chunk = self._stored_bytes[: min(len(self._stored), end - offset)]
+        for offset in range(begin, end, len(self._stash.room)):
+            chunk = self._stash.room[: min(len(self._stash.room), end - offset)]
             self._plan.sources[operand.source].read_bytes(operand.tensor, offset, chunk)
             self._write(step, offset, chunk)
 
@@ -355,12 +377,3 @@ def combined(counts: StatisticsPass, parts: Iterable[Tensor]) -> Tensor:
     for other in waiting:
         total.add_(other)
     return total
-
-
-def _merge(method: TensorMethod, group: TensorGroup, params: Params, stats: Stats) -> Tensor:
-    try:
-        return method.merge(group, params, stats)
-    except RuntimeError as error:  # torch's answer to a factor such as 1e300 in float32
-        if "without overflow" not in str(error):
-            raise
-        raise MergeError(f"{error}", "", "use smaller numbers, or set compute.dtype: float64") from None

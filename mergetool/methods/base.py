@@ -31,6 +31,8 @@ from mergetool.methods.values import (
     PerModel,
     Positive,
     Rank,
+    Recover,
+    Scale,
     Schedulable,
     Scheduled,
     Unit,
@@ -58,6 +60,8 @@ __all__ = [
     "PerModel",
     "Positive",
     "Rank",
+    "Recover",
+    "Scale",
     "Schedulable",
     "Scheduled",
     "StatisticsPass",
@@ -265,6 +269,11 @@ class TensorMethod(Method):
     mixes: ClassVar[bool] = True
     """Whether values of several models meet."""
 
+    by_tensor: ClassVar[str] = "scope: tensor"
+    """What to write where a pass is not to count over all tensors of the model together."""
+    folds: ClassVar[bool] = False
+    """Whether `merge` goes through the models once and in order: they are then read one by one, however many."""
+
     pass_depends_on: ClassVar[tuple[str, ...] | None] = None
     """Numbers that decide what a statistics pass finds; None: all. A search counts anew only where one changed."""
 
@@ -274,6 +283,10 @@ class TensorMethod(Method):
         Asked once, while planning; `num_elements` of the tensor, or of all tensors that are counted together.
         """
         return None
+
+    def counts(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the pass is over this tensor, too."""
+        return True
 
     def kernel(self) -> "TensorMethod":
         return self
@@ -333,6 +346,11 @@ class TensorMethod(Method):
     def pass_scope(self) -> Literal["tensor", "model"]:
         """Whether a pass counts over each tensor alone or over all tensors of the model together."""
         return "tensor"
+
+    def change(self, group: TensorGroup, p: Params, stats: Stats) -> "tuple[Tensor, float] | None":
+        """What `merge` adds to the base times `p.scale`, and what `scale` is divided by, where it decides nothing else:
+        several scales then share all that comes before. None where that is not so. The base must stay as it is."""
+        return None
 
     @abstractmethod
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":

@@ -4,29 +4,31 @@ A few directions hold most of what fine-tuning changed, and a merge forgets the 
 singular values of every task vector are made more equal (`smooth`). The singular vectors of all tasks, made
 orthogonal, are a basis in which each task vector is nearly a block of its own; there the largest entries of each
 (`density`) vote on signs and are averaged as in TIES, and what lies outside of the blocks is dropped. Weights that are
-no matrices (norms, biases) are averaged. Averaging and dropping make the result small: `scale` is 2 to 4 as a rule.
+no matrices (norms, biases) are averaged. Averaging and dropping make the result small, 2 to 4 times as a rule:
+`scale: recover` gives task vectors their length back, up to 3 times.
 
 Reference: Zhang et al., DC-Merge, CVPR 2026, https://arxiv.org/abs/2603.06242.
 Differs from the paper: directions that carry nothing (of low-rank task vectors, of copies) are left out, where the
-authors' code spreads strength over arbitrary ones; at least as many entries of a task are kept as it has directions,
-so that the same `density` serves large matrices and the small cores of adapters; embeddings are not matrices unless
-`filter` says so; weights per model multiply task vectors.
+authors' code spreads strength over arbitrary ones; at least as many entries of a task are kept as it has directions, so
+that the same `density` serves large matrices and the small cores of adapters; the scale is counted; embeddings are not
+matrices unless `filter` says so; weights per model multiply task vectors.
 """
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from mergetool.methods.base import RANK, Field, Finite, Fraction, Rank, TensorGroup
-from mergetool.methods.families.matrix import MatrixMethod
+from mergetool.methods.base import RANK, Field, Finite, Fraction, Rank, Scale, TensorGroup
+from mergetool.methods.families.recovering import DEPENDS, SCALE, RecoveringMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class DcMerge(MatrixMethod):
+class DcMerge(RecoveringMethod):
     """`base + scale * U blocks(merge(U^T D_1 V, ..., U^T D_T V)) V^T`, U and V orthogonal directions of all tasks"""
 
     method: Literal["dc-merge"] = "dc-merge"
+    scale: Scale = Field("recover", description=SCALE)
     rank: Rank = Field("auto", description=RANK)
     smooth: Literal["average", "linear", "none"] = Field(
         "average", description="singular values of a task: all their mean, in a straight line, or as they are"
@@ -37,6 +39,7 @@ class DcMerge(MatrixMethod):
     density: Fraction = Field(0.001, description="share of the entries that each task keeps in the common basis")
     combine: Literal["ties", "sum"] = Field("ties", description="elect signs and average what agrees, or add up")
     buffers: ClassVar = 24
+    exempt: ClassVar = DEPENDS
     neutral: ClassVar = {"filter": "none"}
 
     def merged(

@@ -1,7 +1,7 @@
 """One tensor of every model, as a merging method sees it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -36,6 +36,18 @@ class Measurements(Protocol):
         ...
 
 
+class Shelf(Protocol):
+    """Where a pass over the whole model may leave a merged tensor for the merge that follows: a cache."""
+
+    def put(self, tensor: "Tensor", notes: "Sequence[Note]") -> None:
+        """Keep a tensor, and what is to be noted about it, if there is room."""
+        ...
+
+    def take(self) -> "tuple[Tensor, Sequence[Note]] | None":
+        """What was put there; None where nothing was, or it was taken."""
+        ...
+
+
 @dataclass
 class TensorGroup:
     """One tensor (or a slice of it) of every model, in compute dtype, as a method sees it.
@@ -64,6 +76,8 @@ class TensorGroup:
     measured: Measurements | None = None
     """The statistic that the method needs, of every model; None where it needs none, or there is none."""
     notes: list[Note] = field(default_factory=list)
+    shelf: Shelf | None = None
+    """Of this tensor, where passes count over the whole model."""
     kept: "dict[object, Tensor] | None" = None
     """What was found on the way over this very slice and is dear to find again; None where passes and merges are done
     by whoever is free. It must be small, and nobody may count on it."""

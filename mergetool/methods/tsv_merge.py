@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import model_validator
 
 from mergetool.methods.base import RANK, Factored, Field, Rank, TensorGroup, Unit
-from mergetool.methods.families.matrix import MatrixMethod
+from mergetool.methods.families.recovering import RecoveringMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mergetool.kernels.spectral import Factors
 
 
-class TsvMerge(MatrixMethod):
+class TsvMerge(RecoveringMethod):
     """`base + scale * U' S V'^T`, where U' and V' are the nearest orthogonal ones to all tasks' singular vectors"""
 
     method: Literal["tsv-merge"] = "tsv-merge"

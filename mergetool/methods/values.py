@@ -3,6 +3,7 @@
     density: 0.2                              the same everywhere
     density: {gradient: [0.5, 0.1]}           along depth: linear between equally spaced knots, first to last layer
     density: {math: 0.2, code: 0.4}           per model (every model must be named); values may be gradients
+    scale: recover                            counted from the models (`Scale` only)
 
 `Scheduled[T]` takes the first two forms, `PerModel[T]` all three. `T` carries the bounds (`Fraction`, `Finite`, ...),
 so that they hold for every knot and every model. `resolve` turns any of them into plain floats.
@@ -60,6 +61,8 @@ class Schedulable:
     """Marks a field as a number that may vary by tensor; `per_model` ones also by model."""
 
     per_model: bool
+    counted: bool = False
+    """Whether it may be left to be counted."""
 
 
 def _kind(value: Any) -> str:
@@ -74,6 +77,43 @@ Scheduled = Annotated[_Number[T] | _Gradient[T], Discriminator(_kind), Schedulab
 _Plain = Annotated[_Number[T] | _Gradient[T], Discriminator(_kind)]
 _Mapping = Annotated[dict[str, _Plain[T]], Tag("(per model)")]
 PerModel = Annotated[_Number[T] | _Gradient[T] | _Mapping[T], Discriminator(_kind), Schedulable(per_model=True)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Recover:
+    """A scale that is counted: what gives the task vectors their length back on average, in the merge."""
+
+    recover: Literal["model", "tensor"] = Field(description="over all matrices together, or each by itself")
+    cap: Annotated[Finite, Field(gt=0)] = Field(default=3.0, description="at most so much")
+
+    def __str__(self) -> str:
+        return f"recover {self.recover}, at most {self.cap:g}"
+
+
+RECOVER: Literal["recover"] = "recover"
+"""The short way to write one."""
+
+
+def asks_to_recover(value: object) -> bool:
+    """Whether a scale is one to be counted, as it is written or as it was read."""
+    return value == RECOVER or isinstance(value, Recover) or (isinstance(value, dict) and "recover" in value)
+
+
+def _kind_of_scale(value: Any) -> str:
+    if not asks_to_recover(value):
+        return _kind(value)
+    return "(word)" if isinstance(value, str) else "(recover)"
+
+
+Scale = Annotated[
+    _Number[Finite]
+    | _Gradient[Finite]
+    | Annotated[Literal["recover"], Tag("(word)")]
+    | Annotated[Recover, Tag("(recover)")],
+    Discriminator(_kind_of_scale),
+    Schedulable(per_model=False, counted=True),
+]
+"""A factor on a merged task vector, which may be left to be counted."""
 
 
 def at_depth(value: "float | Gradient[float]", depth: float) -> float:

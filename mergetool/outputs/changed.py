@@ -120,4 +120,4 @@ def _read(source: ModelSource, name: str, start: int, count: int) -> "Tensor":
 
 
 def _squares(values: "Tensor") -> float:
-    return float(values.dot(values))
+    return float(values.square().sum())  # not a product of vectors, for which threads are woken

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
-from mergetool.bundle.files import SPECTRA, factors_path, model_files, small_files, spectrum_key
+from mergetool.bundle.files import SHARED, SPECTRA, factors_path, model_files, small_files, spectrum_key, triplet_names
+from mergetool.bundle.manifest import MASKED
 from mergetool.bundle.options import Options
 from mergetool.bundle.present import PresentedSource
 from mergetool.bundle.ranks import bytes_within, factor_specs, full_spec, most_directions
@@ -16,6 +17,7 @@ from mergetool.bundle.task_vector import directions_of
 from mergetool.methods.base import expect
 from mergetool.methods.families.bundle import BundleMethod
 from mergetool.planning.graph import BASE, Plan, PlannedFile, Shard, Slot, Step
+from mergetool.planning.masks import masked_steps
 from mergetool.planning.operations import Factorise
 from mergetool.tensors.dtypes import BY_NAME
 from mergetool.tensors.header import TensorSpec, lay_out
@@ -26,13 +28,14 @@ def as_bundle(plan: Plan) -> Plan:
     """The plan with steps that make factors instead of merging, and the files of a bundle."""
     options = expect(plan.recipe.method, BundleMethod).options()
     tasks = tuple(plan.recipe.models)
-    steps = [
-        _factorised(step, slot.spec, options, _added(plan, step, tasks))
-        for step in plan.steps
-        if step.operation.arithmetic
-        for slot in step.slots
-    ]
-    shards = [_shard(index, task, steps) for index, task in enumerate(tasks)]
+    merged = [(step, slot.spec) for step in plan.steps if step.operation.arithmetic for slot in step.slots]
+    files = [factors_path(task) for task in tasks]
+    if options.kind in MASKED:
+        steps = masked_steps(merged, [_added(plan, step, tasks) for step, _ in merged], options)
+        files.append(SHARED)
+    else:
+        steps = [_factorised(step, spec, options, _added(plan, step, tasks)) for step, spec in merged]
+    shards = [_shard(index, path, steps) for index, path in enumerate(files)]
     kept = tuple(replace(step, index=index) for index, step in enumerate(steps))
     others = tuple(_others(plan, options, steps))
     return replace(
@@ -79,9 +82,9 @@ def _parts(spec: TensorSpec, rank: int, added: int | None, options: Options) -> 
     return factor_specs(spec.name, spec.shape, own, options) if own else []
 
 
-def _shard(index: int, task: str, steps: Iterable[Step]) -> Shard:
+def _shard(index: int, path: str, steps: Iterable[Step]) -> Shard:
     specs = [slot.spec for step in steps for slot in step.slots if slot.shard == index]
-    return Shard(factors_path(task), *lay_out(specs, {"format": "pt"}))
+    return Shard(path, *lay_out(specs, {"format": "pt"}))
 
 
 def _factor_bytes(plan: Plan, options: Options, steps: Iterable[Step], shards: Iterable[Shard]) -> int:
@@ -90,8 +93,8 @@ def _factor_bytes(plan: Plan, options: Options, steps: Iterable[Step], shards: I
     for slot, rank in ((slot, step.operation.numbers.get("rank", 1)) for step in steps for slot in step.slots):
         most += slot.spec.num_bytes
         least += slot.spec.num_bytes // max(1, rank)
-    base = sum(spec.num_bytes for spec in plan.sources[BASE].specs.values())
-    return sum(each.header.file_size for each in shards) - most + bytes_within(options, base, most, least)
+    within = bytes_within(options, plan.sources[BASE].specs.values(), most, least)
+    return sum(each.header.file_size for each in shards) - most + within
 
 
 def _others(plan: Plan, options: Options, steps: Iterable[Step]) -> Iterable[PlannedFile]:
@@ -108,7 +111,7 @@ def _others(plan: Plan, options: Options, steps: Iterable[Step]) -> Iterable[Pla
             yield PlannedFile(f"{place}/head.safetensors", _size(own))
             yield from _copies(place, small_files(source.head.folder), {})
     if options.size is not None:
-        kept = [(slot, step) for step in steps for slot in step.slots if slot.spec.name.endswith(".S")]
+        kept = [(slot, step) for step in steps for slot in step.slots if slot.spec.name == triplet_names(step.name)[1]]
         values = [
             TensorSpec(spectrum_key(slot.shard, step.name), BY_NAME["F64"], (step.operation.numbers["rank"],))
             for slot, step in kept

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergetool.errors import OutputError, PlanError, at
-from mergetool.planning.graph import SLICE_ELEMENTS, Plan, Step
+from mergetool.planning.graph import KEPT_BYTES, SLICE_ELEMENTS, Plan, Step
 from mergetool.planning.inner import bytes_on_disk, needed
 from mergetool.planning.measures import to_measure
 from mergetool.units import filesize, memsize
@@ -63,11 +63,19 @@ def _statistics_memory(plan: Plan, step: Step) -> int:
     return max((_HELD_STATISTICS * spec.num_elements for spec in each if spec.shape != step.spec.shape), default=0)
 
 
-def bytes_per_element(plan: Plan) -> int:
-    """What one element of every slice takes in a worker's buffers."""
-    streams = max((len(step.reads) for step in plan.steps), default=1)
+def bytes_per_element(plan: Plan, *, on_device: bool = False) -> int:
+    """What one element of every slice takes in a worker's buffers. A device has all operands there at once."""
+    streams = max(
+        (len(step.reads) if on_device else step.operation.streams(len(step.reads)) for step in plan.steps), default=1
+    )
     temporaries = max((step.operation.buffers for step in plan.steps), default=0)
     return plan.compute_bits // 8 * (streams + temporaries + 2) + 8
+
+
+def kept_bytes(plan: Plan) -> int:
+    """What a worker keeps of the tensors that it reads again."""
+    stored = (plan.bytes_read(step, step.spec.num_elements) for step in plan.steps if step.is_visited)
+    return min(KEPT_BYTES, max(stored, default=0))
 
 
 def estimate(
@@ -92,7 +100,7 @@ def estimate(
 def _estimate(plan: Plan, workers: int | None, memory: int | None, processes: int, pinned: int | None) -> Costs:
     """The costs of a plan by itself."""
     memory = memory // processes if memory is not None else None
-    one = SLICE_ELEMENTS * bytes_per_element(plan) + (pinned or 0)
+    one = SLICE_ELEMENTS * bytes_per_element(plan) + kept_bytes(plan) + (pinned or 0)
     whole = sorted((step_memory(plan, step) for step in plan.steps), reverse=True)
     largest = whole[0] if whole else 0
     fixed = RUNTIME_BYTES + _SPARE + plan.words.memory + (_NETWORK_BYTES if plan.about.modules else 0)

@@ -34,6 +34,8 @@ SLICE_ELEMENTS = 1 << 18
 stay in a shared cache, and many enough for the cost of calling operations not to count."""
 UNIT_ELEMENTS = 1 << 22
 """Elements of one unit of work: what is journalled, given to workers and done again after a kill."""
+KEPT_BYTES = 24 << 20
+"""Of what passes have read of a unit, so much stays with a worker for its merge."""
 
 _COARSENESS: tuple[Granularity, ...] = ("element", "row", "tensor")
 
@@ -135,6 +137,11 @@ class Step:
         length = max(self.row, UNIT_ELEMENTS // self.row * self.row)
         return [(start, min(start + length, total)) for start in range(0, total, length)] or [(0, 0)]
 
+    @property
+    def is_visited(self) -> bool:
+        """Whether a pass over it and its merge are done in one go."""
+        return self.operation.counts is not None and not self.operation.counts_model and len(self.pieces()) == 1
+
     def span(self, slot: Slot, start: int, stop: int) -> tuple[int, int]:
         """[begin, end) of the bytes of a slot that working on elements [start, stop) fills."""
         if self.work is not None and slot.spec.shape != self.work.shape:  # made as a whole
@@ -207,6 +214,8 @@ class Plan:
     """Files beside the models that the method reads, by the recipe's field."""
     words: Lexicon = field(default_factory=lambda: Lexicon({}))
     """The vocabulary, where the models' are not one."""
+    points: "Mapping[str, Plan]" = field(default_factory=dict)
+    """Of a sweep, the plans of its results by name, as if each were made alone in its folder inside the output."""
     inner: "Mapping[str, Plan]" = field(default_factory=dict)
     """The plans of models that other recipes make first, by name."""
     forms: Mapping[str, Form] = field(default_factory=dict)

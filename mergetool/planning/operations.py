@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _CUTTING, _TURNING = 9, 26
 """Whole tensors that taking one apart needs, measured: for a few directions of it, and for all of them."""
 
+_FOLDED = 3
+"""The base, the first model, and the one that is looked at."""
+
 _S = TypeVar("_S", contravariant=True)
 """A step, as whoever carries it out knows it."""
 
@@ -60,6 +63,10 @@ class Operation(ABC):
     """What it holds, where that is no number of whole tensors."""
     flops: float | None = None
     """Multiply-adds, where they are not those of decomposing every operand."""
+    folds: bool = False
+    """Whether it needs its operands one after the other only."""
+    keeps: bool = True
+    """Whether what its passes keep on the way is there for what comes next."""
     transposed: bool = False
     """Whether factors are those of the tensor turned, which is stored as (inputs, outputs)."""
 
@@ -67,6 +74,11 @@ class Operation(ABC):
     def numbers(self) -> Mapping[str, Any]:
         """The numbers that it goes by here."""
         return {}
+
+    @property
+    def told(self) -> Mapping[str, Any]:
+        """The same for people, where there are several."""
+        return self.numbers
 
     @property
     def sliced(self) -> "Operation":
@@ -85,9 +97,13 @@ class Operation(ABC):
         """Where these are summed up: the factor of every model's."""
         raise TypeError(f"{self.name} is no sum")
 
+    def streams(self, reads: int) -> int:
+        """How many of so many operands are there at once."""
+        return min(reads, _FOLDED) if self.folds else reads
+
     def copies(self, reads: int) -> int:
         """Whole tensors held at once, where it must see them whole, of so many operands."""
-        return reads + self.buffers + 1
+        return self.streams(reads) + self.buffers + 1
 
     def treatment(self, spec: TensorSpec) -> str:
         """What is done to a tensor, in a word."""
@@ -97,8 +113,8 @@ class Operation(ABC):
         """Other output tensors whose operands are looked at for the tensor of this name."""
         return ()
 
-    def counting(self, num_elements: int, bits: int) -> "Operation":
-        """With the pass that it needs over so many elements, at this width of the compute dtype."""
+    def counting(self, spec: TensorSpec, num_elements: int, bits: int) -> "Operation":
+        """With the pass that it needs for a tensor over so many elements, at this width of the compute dtype."""
         return self
 
     def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
@@ -162,6 +178,18 @@ class Factorise(_Plain):
 
 
 @dataclass(frozen=True)
+class Mask(Factorise):
+    """Masks of one change that all models share; `rank`: directions that a router reads beside them."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "unchanged" if self.changed == 0 else "masks"
+
+    def granularity(self, spec: TensorSpec) -> Granularity:
+        return "element" if self.changed == 0 else "tensor"
+
+
+@dataclass(frozen=True)
 class Decompose(Operation):
     """What another operation changes of the base, as the product of two matrices: B (m, r) and A (r, n)."""
 
@@ -203,11 +231,11 @@ class Decompose(Operation):
 
     @property
     def counts(self) -> StatisticsPass | None:  # type: ignore[override]
-        return None if self.factored else self.inner.counts
+        return None if self.factored and not self.inner.counts_model else self.inner.counts
 
     @property
     def counts_model(self) -> bool:  # type: ignore[override]
-        return not self.factored and self.inner.counts_model
+        return self.inner.counts_model
 
     @property
     def numbers(self) -> Mapping[str, Any]:
@@ -228,8 +256,8 @@ class Decompose(Operation):
     def partners(self, name: str) -> tuple[str, ...]:
         return self.inner.partners(name)
 
-    def counting(self, num_elements: int, bits: int) -> Operation:
-        return replace(self, inner=self.inner.counting(num_elements, bits))
+    def counting(self, spec: TensorSpec, num_elements: int, bits: int) -> Operation:
+        return replace(self, inner=self.inner.counting(spec, num_elements, bits))
 
     def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.pair(step, notes, self, stats)
@@ -255,6 +283,10 @@ class Merge(Operation):
     @property
     def buffers(self) -> int:  # type: ignore[override]
         return self.method.buffers
+
+    @property
+    def folds(self) -> bool:  # type: ignore[override]
+        return self.method.folds
 
     @property
     def counts_model(self) -> bool:  # type: ignore[override]
@@ -283,8 +315,16 @@ class Merge(Operation):
     def partners(self, name: str) -> tuple[str, ...]:
         return self.method.partners(name)
 
-    def counting(self, num_elements: int, bits: int) -> Operation:
-        return replace(self, counts=self.method.statistics_pass(self.params, num_elements, bits))
+    @property
+    def pass_settings(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """All that decides what its passes find, but for the weights: settings and numbers."""
+        depends = self.method.pass_depends_on
+        names = self.numbers.keys() if depends is None else depends
+        return self.method.settings_of_passes(), {name: self.numbers[name] for name in names}
+
+    def counting(self, spec: TensorSpec, num_elements: int, bits: int) -> Operation:
+        counts = self.method.counts(spec.name, spec.shape)
+        return replace(self, counts=self.method.statistics_pass(self.params, num_elements, bits) if counts else None)
 
     def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         bench.merge(step, start, stop, notes, self, stats)

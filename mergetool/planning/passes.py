@@ -21,7 +21,7 @@ def with_passes(steps: Sequence[Step], bits: int) -> list[Step]:
 
 
 def _counting(step: Step, num_elements: int, bits: int) -> Step:
-    return replace(step, operation=step.operation.counting(num_elements, bits))
+    return replace(step, operation=step.operation.counting(step.spec, num_elements, bits))
 
 
 def _check_together(steps: Sequence[Step]) -> None:
@@ -34,14 +34,21 @@ def _check_together(steps: Sequence[Step]) -> None:
                 f"{name} looks at the whole model at once, but models {', '.join(step.operation.models)} have this"
                 f" tensor, and {', '.join(first.operation.models)} have {first.name}",
                 step.name,
-                "set check.missing: base, or merge each tensor for itself (scope: tensor)",
+                f"set check.missing: base, or merge each tensor for itself ({_by_tensor(step)})",
             )
         if step.operation.counts != first.operation.counts:
             raise PlanError(
                 f"{name} looks at the whole model at once, but its numbers differ from those of {first.name}",
                 step.name,
-                "use the same numbers for all tensors, or merge each tensor for itself (scope: tensor)",
+                f"use the same numbers for all tensors, or merge each tensor for itself ({_by_tensor(step)})",
             )
+
+
+def _by_tensor(step: Step) -> str:
+    """What a recipe says for that."""
+    method = step.operation.method
+    assert method is not None
+    return method.by_tensor
 
 
 def with_partners(steps: Sequence[Step]) -> list[Step]:

@@ -9,7 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
-from mergetool.methods.base import Method, TensorMethod, is_method
+from mergetool.methods.base import Method, Schedulable, TensorMethod, is_method
 from mergetool.methods.then import After, steps
 from mergetool.recipe.load import sections
 from mergetool.recipe.render import suggestion
@@ -77,7 +77,7 @@ def _fields(kind: type[BaseModel], prefix: str = "") -> Iterator[dict[str, Any]]
         plain = "a method" if annotation is TensorMethod else _plain_type(annotation)
         yield {
             "name": prefix + key,
-            "type": _type(schedulables[key].per_model) if key in schedulables else plain,
+            "type": _type(schedulables[key]) if key in schedulables else plain,
             "default": None if info.default is PydanticUndefined else info.default,
             "required": info.is_required(),
             "example": info.examples[0] if info.examples else None,
@@ -93,8 +93,10 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return None if issubclass(kinds[0], Method) else kinds[0]
 
 
-def _type(per_model: bool) -> str:
-    return "number, gradient, or per model" if per_model else "number or gradient"
+def _type(number: Schedulable) -> str:
+    if number.counted:
+        return "number, gradient, or recover"
+    return "number, gradient, or per model" if number.per_model else "number or gradient"
 
 
 def _plain_type(annotation: Any) -> str:

@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
 from mergetool.methods.base import Schedulable, is_method
+from mergetool.methods.values import asks_to_recover
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.schema import ModelReference
 
@@ -120,10 +121,18 @@ _EXPECTED = {
 """pydantic's kind of finding -> what was expected, and what to write."""
 
 
+_NOTHING_TO_RECOVER = (
+    "there is no length to recover: this method adds task vectors up or averages them, and made longer, such merges "
+    "were worse wherever it was measured"
+)
+
+
 def _words(detail: ErrorDetails) -> tuple[str, str]:
     """(what, fix) for one pydantic finding."""
     value, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
     shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+    if kind in _EXPECTED and asks_to_recover(value):
+        return _NOTHING_TO_RECOVER, "write a number, such as 1.0"
     if kind in _EXPECTED:
         expected, fix = _EXPECTED[kind]
         if context.get("class_name") == ModelReference.__name__:

@@ -147,13 +147,28 @@ def test_the_way_through_factors_and_through_dense_weights_agree(folders):
     torch.testing.assert_close(model(**sample(inputs, 0)).logits, through_factors, rtol=0, atol=1e-5)
 
 
-def test_what_is_kept_of_groups_is_bounded(folders):
-    model = mergetool.load_bundle(folders["bert"], cache_bytes=1)
+@pytest.mark.parametrize("most", [1, 30_000])
+def test_what_is_kept_of_groups_is_bounded_within_a_batch(most, folders):
+    model = mergetool.load_bundle(folders["bert"], cache_bytes=most)
     inputs = tiny_inputs("bert")
     expected = mergetool.load_bundle(folders["bert"])(**inputs)
-    for _ in range(2):
+    for _ in range(12):  # so often that dense weights would pay
         torch.testing.assert_close(model(**inputs).logits, expected.logits, rtol=0, atol=1e-5)
-    assert len(model._factors._groups) == 1
+        groups = model._factors._groups.values()
+        matrices = [matrix for each in groups for matrix in each.matrices.values()]
+        vectors = [vector for each in groups for vector in each.vectors.values()]
+        held = sum(matrix.num_bytes for matrix in matrices) + sum(vector.nbytes for vector in vectors)
+        largest = max(matrix.num_bytes for matrix in matrices)
+        assert held == model._factors.num_bytes <= max(most, largest)  # the first one has come when it was alone
+
+
+def test_what_one_group_needs_for_every_token_is_kept_in_any_case(folders):
+    model = mergetool.load_bundle(folders["bert"], cache_bytes=1)
+    model(tasks=["a"], **tiny_inputs("bert"))
+    kept = dict(model._factors.changes((0,)).matrices)
+    model(tasks=["a"], **tiny_inputs("bert"))
+    assert kept
+    assert all(model._factors.matrix((0,), name) is matrix for name, matrix in kept.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

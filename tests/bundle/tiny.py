@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
+import mergetool
 from mergetool.bundle.build import build
 from mergetool.bundle.options import Experts, HeadSource, Options, RouterOptions
 from mergetool.bundle.store import FactorStore
@@ -15,6 +17,7 @@ from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.folder import open_model
 from mergetool.tensors.io import bytes_of, sha256_file
 from mergetool.tensors.source import ModelSource
+from mergetool.testing.classifiers import save_experts, tiny_config
 
 WIDTH = 24
 
@@ -152,3 +155,30 @@ def make_bundle(folder: Path, family: str, *, options=OPTIONS, heads=None, tasks
     out.mkdir()
     build(FileExperts(paths, sources), out, FactorStore(folder / "store"), options)
     return out
+
+
+# Text
+
+TEXTS = ["w2", "w7 w9 w11 w13", "w21", "w20 w21 w22 w23 w24 w25"]
+
+
+def save_tokenizer(folder):
+    """Words w0 to w37, padded with 1."""
+    vocabulary = {word: place for place, word in enumerate(["[UNK]", "[PAD]", *(f"w{index}" for index in range(38))])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(folder)
+
+
+def make_text_bundle(folder: Path, **router) -> Path:
+    """Two classifiers of text, each of which answers some of TEXTS, on one base that has a tokenizer."""
+    kind = transformers.BertForSequenceClassification
+    paths = save_experts(folder, kind, tiny_config(kind), transformers.BertModel)
+    save_tokenizer(paths["base"])
+    recipe = {
+        "base": str(paths["base"]),
+        "models": {task: str(paths[task]) for task in "ab"},
+        "merge": {"method": "mass", "router": {"threshold": 0.45, **router}},
+    }
+    return mergetool.run(recipe, output=folder / "out").path

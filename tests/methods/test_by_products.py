@@ -23,7 +23,7 @@ SEARCHING = {"iso-cts", "dc-merge", "tsv-merge"}
 
 def merge_of(method, deltas):
     """The merged task vector, and what was noted in words."""
-    method = registry()[method](**EXACT.get(method, {}))
+    method = registry()[method](scale=1.0, **EXACT.get(method, {}))
     names = tuple(f"m{index}" for index in range(len(deltas)))
     base = torch.zeros_like(deltas[0])
     group = TensorGroup("mlp.weight", tuple(base.shape), names, base, [delta.clone() for delta in deltas])

@@ -32,11 +32,11 @@ NORMS = {
 """Frobenius norms of the merged task vector, for the sets in their order."""
 
 
-def update(deltas, **fields):
+def update(deltas, scale=1.0, **fields):
     deltas = [torch.as_tensor(delta) for delta in deltas]
     base = {"mlp.weight": torch.zeros_like(deltas[0])}
     models = [{"mlp.weight": delta} for delta in deltas]
-    return merge_state_dicts("dc-merge", models, base, dtype="float64", **fields)["mlp.weight"]
+    return merge_state_dicts("dc-merge", models, base, dtype="float64", scale=scale, **fields)["mlp.weight"]
 
 
 def settings(case, name):

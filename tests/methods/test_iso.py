@@ -17,9 +17,9 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def updates(method, deltas, **fields):
+def updates(method, deltas, scale=1.0, **fields):
     base = {name: torch.zeros_like(delta) for name, delta in deltas[0].items()}
-    return merge_state_dicts(method, deltas, base, dtype="float64", **fields)
+    return merge_state_dicts(method, deltas, base, dtype="float64", scale=scale, **fields)
 
 
 def update(method, deltas, **fields):

@@ -96,7 +96,7 @@ def test_adapters_merge_in_core_space_as_others_found(method):
 
     pairs = [Pair(drawn(600 + t, 10, 2), drawn(700 + t, 2, 9) / 10) for t in range(3)]
     found = Products("mlp.weight", (10, 9), ("a", "b", "c"), pairs)
-    kind = registry()[method]()
+    kind = registry()[method](scale=1.0)
     merged, _ = merged_products(kind, found, kind.params(0.0, found.names), None)
     assert float(merged.dense().norm()) == pytest.approx(ORACLES[method], rel=1e-9)
 
@@ -110,7 +110,7 @@ def test_methods_that_need_weights_say_why():
     assert "scope: tensor" in reasons["ties scope=model"]
 
 
-MATRIX = ("dc-merge", "tsv-merge", "iso-c", "iso-cts")
+MATRIX = ("dc-merge", "tsv-merge", "iso-c", "iso-cts", "star", "swudi", "wudi")
 
 
 WAYS = {

@@ -344,9 +344,9 @@ def test_projections_merge_as_the_fused_matrix_does(method, names):
     others = {"layer.0.o_proj.weight": task(16, 16, 9), "layer.0.q_proj.bias": randn(12)}
     split = [each | {name: value.clone() for name, value in others.items()} for each in split]
     base = {name: torch.zeros_like(value) for name, value in split[0].items()}
-    found = merge_state_dicts(method, split, base, dtype="float64", fuse="qkv")
+    found = merge_state_dicts(method, split, base, dtype="float64", fuse="qkv", scale=1.0)
     whole = merge_state_dicts(
-        method, [{"w": each} for each in fused], {"w": torch.zeros(24, 16).double()}, dtype="float64"
+        method, [{"w": each} for each in fused], {"w": torch.zeros(24, 16).double()}, dtype="float64", scale=1.0
     )["w"]
     together = torch.cat([found[f"layer.0.{names[place]}.weight"] for place in order])
     torch.testing.assert_close(together, whole, rtol=0, atol=1e-10)

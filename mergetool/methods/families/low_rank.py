@@ -5,7 +5,7 @@ turned side; the rest see rows of the products, a few at a time, and the leading
 passes over these. What comes out is what the method makes of the dense task vectors, but for rounding.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from mergetool.kernels.low_rank import Keep, Pair
+    from mergetool.kernels.low_rank import Cores, Keep, Pair
 
     Rows = Callable[[int, int], Tensor]
 
@@ -49,8 +49,13 @@ class Products:
         return self.shape[0], prod(self.shape[1:])
 
 
-def merged_products(method: TensorMethod, products: Products, p: Params, keep: "Keep") -> "tuple[Pair, float]":
-    """The merged change as a product, as much of it as is kept, and what that loses (Frobenius norm, relative)."""
+def merged_products(
+    method: TensorMethod, products: Products, p: Params, keep: "Keep", known: Stats | None = None
+) -> "tuple[Pair, float]":
+    """The merged change as a product, as much of it as is kept, and what that loses (Frobenius norm, relative).
+
+    What passes over the whole model have found is `known`; what is missing is counted over these products.
+    """
     from mergetool.kernels.low_rank import concatenated, leading_of_rows, summed_halves, truncated
 
     match method.in_factors(products.name, products.shape):
@@ -62,10 +67,10 @@ def merged_products(method: TensorMethod, products: Products, p: Params, keep: "
         case "product":
             device = products.pairs[0].b.device
             return leading_of_rows(
-                _held(merged_rows(method, products, p), products), products.matrix, keep, device=device
+                _held(merged_rows(method, products, p, known=known), products), products.matrix, keep, device=device
             )
         case way:
-            return _merged_cores(method, products, p, keep, way)
+            return _merged_cores(method, products, p, keep, way, known)
 
 
 def _held(rows: "Rows", products: Products) -> "Rows":
@@ -82,23 +87,49 @@ def _held(rows: "Rows", products: Products) -> "Rows":
 
 
 def _merged_cores(
-    method: TensorMethod, products: Products, p: Params, keep: "Keep", way: Factored
+    method: TensorMethod, products: Products, p: Params, keep: "Keep", way: Factored, known: Stats | None
 ) -> "tuple[Pair, float]":
-    from mergetool.kernels.low_rank import in_cores, lifted
+    from mergetool.kernels.low_rank import lifted
 
-    cores = in_cores(products.pairs, outputs=way != "inputs", inputs=way != "outputs")
+    cores = _cores(products, way)
     if not cores.cores[0].numel():
         return lifted(cores, cores.cores[0], keep)
-    flat = method.granularity_in(products.name, products.shape) == "element"
 
     def group() -> TensorGroup:
-        return _group(method, products, [core.flatten() if flat else core.clone() for core in cores.cores])
+        return _core_group(method, products, cores)
 
-    stats = _counted(method, p, [group], prod(products.shape), 64)
+    stats = known or _counted(method, p, [group], prod(products.shape), 64)
     return lifted(cores, method.merge(group(), p, stats).view_as(cores.cores[0]), keep)
 
 
-def merged_rows(method: TensorMethod, products: Products, p: Params, *, dtype: "torch.dtype | None" = None) -> "Rows":
+def _cores(products: Products, way: Factored) -> "Cores":
+    from mergetool.kernels.low_rank import in_cores
+
+    return in_cores(products.pairs, outputs=way != "inputs", inputs=way != "outputs")
+
+
+def _core_group(method: TensorMethod, products: Products, cores: "Cores") -> TensorGroup:
+    flat = method.granularity_in(products.name, products.shape) == "element"
+    return _group(method, products, [core.flatten() if flat else core.clone() for core in cores.cores])
+
+
+def seen(method: TensorMethod, products: Products) -> Iterator[TensorGroup]:
+    """What a pass over the whole model sees of products: cores where that will do, else the whole matrices."""
+    way = method.in_factors(products.name, products.shape)
+    if way == "product":
+        yield _group(method, products, [pair.dense().float().view(products.shape) for pair in products.pairs])
+    elif (cores := _cores(products, way)).cores[0].numel():
+        yield _core_group(method, products, cores)
+
+
+def merged_rows(
+    method: TensorMethod,
+    products: Products,
+    p: Params,
+    *,
+    dtype: "torch.dtype | None" = None,
+    known: Stats | None = None,
+) -> "Rows":
     """Rows [start, stop) of the merged change, as a matrix (m, n), made anew whenever they are asked for.
 
     What must be counted first is counted here. A method that must see whole tensors has them whole.
@@ -116,7 +147,7 @@ def merged_rows(method: TensorMethod, products: Products, p: Params, *, dtype: "
 
     rows = m if grain == "tensor" else max(1, _SLICE // n)
     parts = [lambda start=start: group(start, min(start + rows, m)) for start in range(0, m, rows)]
-    stats = _counted(method, p, parts, m * n, torch.finfo(dtype).bits)
+    stats = known or _counted(method, p, parts, m * n, torch.finfo(dtype).bits)
     if grain == "tensor":
         whole = method.merge(group(0, m), p, stats).view(m, n)
         return lambda start, stop: whole[start:stop]

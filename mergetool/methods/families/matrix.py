@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 class MatrixMethod(TensorMethod):
     """A method that merges weight matrices by their singular vectors, and averages the task vectors of the rest."""
 
-    scale: Scheduled[Finite] = Field(1.0, description="factor on the merged task vector (alpha in the paper)")
     weight: PerModel[Finite] = Field(1.0, description="factor on each task vector; 0 leaves the model out")
     filter: MatrixFilter = Field(
         "llm", description="which two-dimensional tensors are treated as matrices; all others are averaged"
@@ -47,8 +46,8 @@ class MatrixMethod(TensorMethod):
         self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float], size: int
     ) -> "Tensor | None":
         """The merged task vector (m, n), in any dtype, of these (finite, weights not 0), or None where the mean has
-        to do. The matrices may be overwritten only if it is not None. They may be cores of larger ones: `size` is the
-        smaller dimension of those."""
+        to do. The matrices stay as they are. They may be cores of larger ones: `size` is the smaller dimension of
+        those."""
 
     def needs_weights(self) -> str | None:
         return None if self.fuse == "none" else "`fuse: qkv` lays whole weights together; write `fuse: none`"
@@ -70,24 +69,46 @@ class MatrixMethod(TensorMethod):
     def partners(self, name: str) -> tuple[str, ...]:
         return tuple(other for other in query_key_value(name) if other != name) if self.fuse == "qkv" else ()
 
+    def change(self, group: TensorGroup, p: Params, stats: Stats) -> "tuple[Tensor, float] | None":
+        if not isinstance(vars(p)["scale"], float | int) or not chosen_of(p):
+            return None
+        return self._update_or_mean(group, p)[0], 1.0
+
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         assert group.base is not None
-        chosen = [(index, weight) for index, weight in enumerate(p.weight) if weight]
-        if not chosen:
+        if not chosen_of(p):
             return group.base
-        update = None
-        if self.granularity_in(group.name, group.shape) == "tensor":
-            update = self._merged_matrix(group, chosen)
-        if update is None:
-            update = group.scratch("update").zero_()
-            for index, weight in chosen:
-                update.add_(group.deltas[index], alpha=weight / len(chosen))
-        return group.base.add_(update.to(group.base.dtype).view_as(group.base), alpha=p.scale)
+        update, matrix = self._update_or_mean(group, p)
+        scale = self.factor(group, p, stats, update) if matrix else self.factor_of_averages(p)
+        return group.base.add_(update, alpha=scale)
 
-    def _merged_matrix(self, group: TensorGroup, chosen: Sequence[tuple[int, float]]) -> "Tensor | None":
-        """The tensor's share of the merged task vector of it and its partners, or None where the mean has to do."""
+    def _update_or_mean(self, group: TensorGroup, p: Params) -> "tuple[Tensor, bool]":
+        """What is to be added, and whether it is the merged task vector of a matrix."""
+        chosen, update = chosen_of(p), self.update(group, p)
+        if update is not None:
+            return update.view_as(group.models[0]), True
+        mean = group.scratch("update").zero_()
+        for index, weight in chosen:
+            mean.add_(group.deltas[index], alpha=weight / len(chosen))
+        return mean, False
+
+    def factor(self, group: TensorGroup, p: Params, stats: Stats, update: "Tensor") -> float:
+        """What a merged matrix is multiplied by."""
+        return p.scale
+
+    def factor_of_averages(self, p: Params) -> float:
+        """What averages are multiplied by."""
+        return p.scale
+
+    def update(self, group: TensorGroup, p: Params) -> "Tensor | None":
+        """The merged task vector of a matrix (m, n), in compute dtype; None where the mean has to do.
+
+        With partners it is the tensor's share of what is merged of all of them.
+        """
         import torch
 
+        if self.granularity_in(group.name, group.shape) != "tensor" or not (chosen := chosen_of(p)):
+            return None
         members = [group]
         if group.other is not None and (partners := self.partners(group.name)):
             every = [group if n == group.name else group.other(n) for n in sorted((group.name, *partners))]
@@ -100,4 +121,16 @@ class MatrixMethod(TensorMethod):
         size = min(sum(member.shape[0] for member in members), prod(group.shape[1:]))
         update = self.merged(group, matrices, [weight for _, weight in chosen], size)
         before = sum(member.shape[0] for member in members[: members.index(group)])
-        return None if update is None else update[before : before + len(group.models[0])]
+        dtype = group.models[0].dtype
+        return None if update is None else update[before : before + len(group.models[0])].to(dtype)
+
+
+class ScaledMatrixMethod(MatrixMethod):
+    """One whose merged task vectors have the right length by themselves."""
+
+    scale: Scheduled[Finite] = Field(1.0, description="factor on the merged task vector")
+
+
+def chosen_of(p: Params) -> list[tuple[int, float]]:
+    """Place and weight of every model that is not left out."""
+    return [(index, weight) for index, weight in enumerate(p.weight) if weight]

@@ -96,6 +96,13 @@ class Followed(TensorMethod):
     def pass_scope(self) -> Literal["tensor", "model"]:
         return self.inner.pass_scope()
 
+    def counts(self, name: str, shape: tuple[int, ...]) -> bool:
+        return self._counts or self.inner.counts(name, shape)
+
+    @property
+    def by_tensor(self) -> str:  # type: ignore[override]
+        return self.inner.by_tensor
+
     def params(self, depth: float, models: Sequence[str]) -> Params:
         own = {
             f"{self._title(place)}.{key}": number
@@ -117,7 +124,7 @@ class Followed(TensorMethod):
     def problem(self, p: Params) -> str | None:
         if self._counts and self.pass_scope() == "model" and self.inner.statistics_pass(p, 1, 32) is not None:
             name = next(step.step_name() for step in self.steps if step.counts)
-            return f"{name} counts tensor by tensor, what comes before it over the whole model; write scope: tensor"
+            return f"{name} counts tensor by tensor, what comes before it over the whole model; write {self.by_tensor}"
         return self.inner.problem(p)
 
     def needs_weights(self) -> str | None:

@@ -1,0 +1,140 @@
+"""Let entries compete, within their task vector by size and between task vectors by agreement; the best are averaged.
+
+An entry that is large in its own task vector matters to its task; one that has the sign of the sum of all task vectors
+is in nobody's way. Both together are its score. Of each task vector only the `density` with the highest scores count,
+from 0 at the threshold to 1 at the top, and every entry of the result is the mean of the models' changes by these
+scores. All thresholds are those of the whole model.
+
+Reference: Du et al., Parameter Competition Balancing for Model Merging, NeurIPS 2024,
+https://arxiv.org/abs/2410.02396, section 3. `density`, `clip` and `scale` are those of the authors' code.
+Differs from the paper: nothing is searched for; `weight` is where the authors' search acts. Scores are those of the
+authors' code, which leaves out what the paper says about the mean of the vote. Where all scores that count are equal,
+each counts in full (the authors' code divides by 0). `scope: tensor` is not the paper's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from mergetool.methods.base import (
+    Field,
+    Finite,
+    Fraction,
+    Params,
+    PerModel,
+    Scheduled,
+    StatisticsPass,
+    Stats,
+    TensorGroup,
+    Unit,
+)
+from mergetool.methods.families.ranks import find, magnitudes
+from mergetool.methods.families.scope import ScopedMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LOWEST = "the lowest of the scores that count is 0, even where all of them are to count"
+
+
+@dataclass(frozen=True)
+class _Signed:
+    """Scores of one sign as numbers from 0 up; the others are 0."""
+
+    clips: tuple[tuple[float, float], ...]
+    sign: int
+
+    def __call__(self, group: TensorGroup, p: Params) -> "Sequence[Tensor]":
+        from mergetool.kernels.competition import Clip, score, total_of
+
+        total = total_of(group.deltas, group.scratch)
+        for delta, clip in zip(group.deltas, self.clips, strict=True):
+            scores = score(delta, total, Clip(*clip), len(self.clips), group.scratch)
+            delta.copy_(scores.mul_(self.sign).clamp_(min=0.0)).abs_()  # no zero keeps a sign
+        return group.deltas
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The search for each model's highest score and for the threshold, whatever sign they have."""
+
+    density: tuple[float, ...]
+    size: int
+    bits: int
+
+    def __call__(self, found: Stats) -> StatisticsPass | Stats:
+        """Once clips are known: look among positive scores, where it nearly always ends."""
+        half = len(self.density)
+        clips = tuple(zip(found["threshold"][:half], found["threshold"][half:], strict=True))
+        places = [(model, 1) for model in range(half)] + [(model, self.rank(model)) for model in range(half)]
+        return find(_Signed(clips, 1), places, self.size, self.bits, _Ranked(self, clips, tuple(places)))
+
+    def rank(self, model: int) -> int:
+        """Of the lowest score that counts, from the highest."""
+        return max(1, self.size - int(self.size * (1.0 - self.density[model])))
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """What comes after the positive scores: the negative ones, if one of the ranks is not among those."""
+
+    search: _Search
+    clips: tuple[tuple[float, float], ...]
+    places: tuple[tuple[int, int], ...]
+    positive: tuple[float, ...] = ()
+
+    def __call__(self, found: Stats) -> StatisticsPass | Stats:
+        values = found["threshold"]
+        if self.positive:
+            values = tuple(p or -n for p, n in zip(self.positive, values, strict=True))
+        elif not all(values):
+            size, bits = self.search.size, self.search.bits
+            from_below = [(model, size - rank + 1) for model, rank in self.places]
+            then = _Ranked(self.search, self.clips, self.places, values)
+            return find(_Signed(self.clips, -1), from_below, size, bits, then)
+        half = len(values) // 2
+        low, high = zip(*self.clips, strict=True)
+        return {"low": low, "high": high, "top": values[:half], "cut": values[half:]}
+
+
+class Pcb(ScopedMethod):
+    """`base + scale * sum(w_i score_i (x_i - base)) / sum(score_i)`"""
+
+    method: Literal["pcb"] = "pcb"
+    density: PerModel[Fraction] = Field(0.1, description="share of each task vector that counts")
+    weight: PerModel[Finite] = Field(1.0, description="factor on each task vector, after the competition")
+    scale: Scheduled[Finite] = Field(1.2, description="factor on the merged task vector (lambda in the paper)")
+    clip: Unit = Field(1e-4, description="share of the smallest, and of the largest, changes that do not differ")
+    scope: Literal["tensor", "model"] = Field("model", description="what shares and ranks are of")
+    needs_base: ClassVar = "required"
+    granularity: ClassVar = "element"
+    buffers: ClassVar = 8
+    pass_depends_on: ClassVar = ("density",)
+    neutral: ClassVar = {"density": 1.0, "clip": 0.0, "scale": 1.0}
+    exempt: ClassVar = {
+        **ScopedMethod.alike,
+        "single scope=tensor": _LOWEST,
+        "copies scope=tensor": _LOWEST,
+        "float64": _LOWEST,
+        "units": "scores are not proportional to changes: the hyperbolic tangent has a size of its own",
+        "zero-weight": "entries of a model of weight 0 still compete",
+    }
+
+    def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
+        if num_elements == 0:
+            return None
+        models = range(len(p.density))
+        low = num_elements - int(num_elements * self.clip)
+        high = num_elements - max(0, int(num_elements * (1.0 - self.clip) - 1.0))
+        ranks = [(model, low) for model in models] + [(model, high) for model in models]
+        return find(magnitudes, ranks, num_elements, bits, _Search(p.density, num_elements, bits))
+
+    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+        from mergetool.kernels.competition import Clip, balanced
+
+        assert group.base is not None
+        if not stats:
+            return group.base
+        clips = [Clip(low, high) for low, high in zip(stats["low"], stats["high"], strict=True)]
+        spans = list(zip(stats["cut"], stats["top"], strict=True))
+        return group.base.add_(balanced(group.deltas, p.weight, clips, spans, group.scratch), alpha=p.scale)
