@@ -76,14 +76,20 @@ FIRST_PASS = "first_pass.safetensors"
 
 
 def build(
-    experts: Experts, folder: Path, store: FactorStore, options: Options, num_threads: int = 1
+    experts: Experts,
+    folder: Path,
+    store: FactorStore,
+    options: Options,
+    num_threads: int = 1,
+    kind: "type[Work] | None" = None,
 ) -> Manifest | None:
     """Write a bundle into `folder` (which exists) and return its manifest; None in a process that does not lead.
 
+    `kind`: what does it, where something is done in another way.
     Raises PlanError for heads that are missing or do not fit and for layers that match nothing, MergeError for weights
     that are not finite.
     """
-    work = Work(experts, folder, store, options)
+    work = (kind or Work)(experts, folder, store, options)
     heads = work.write_heads() if experts.leads else {}
     largest = sorted(experts.shapes, key=work.cost, reverse=True)
     factored = dict(zip(largest, experts.share(work.factor, largest, num_threads), strict=True))
@@ -234,6 +240,8 @@ class Work:
             temperature=options.temperature,
             redundancy=options.redundancy if merged else None,
             per=options.per,
+            early=options.early,
+            gate=options.gate,
         )
 
     def without_redundancy(self, name: str, parameters: Mapping[str, Parameter]) -> Parameter:

@@ -25,9 +25,11 @@ Per = Literal["token", "sequence"]
 Mode = Literal["weighted", "topk", "top1"]
 Features = Literal["base", "merged"]
 Storage = Literal["bfloat16", "float16", "float32"]
-Kind = Literal["mass", "tsv-compress", "emr", "tall-masks"]
+Kind = Literal["mass", "tsv-compress", "emr", "tall-masks", "smile", "twin"]
 MASKED: tuple[Kind, ...] = ("emr", "tall-masks")
 """Kinds whose experts are masks of one change that they share."""
+AROUND: tuple[Kind, ...] = ("twin",)
+"""Kinds whose base is a merge of all experts."""
 Policy = Literal["svd", "full", "skip", "mask"]
 
 
@@ -96,6 +98,15 @@ class Parameter(_Part):
     """Tasks that the redundancy filter left in the first-pass merge, if there is one."""
 
 
+class Gate(_Part):
+    """SMILE: how every matrix gives each token its own shares of the experts."""
+
+    directions: int
+    """How many of an expert's directions are compared with a token."""
+    top_k: int
+    temperature: float
+
+
 class Router(_Part):
     """How tasks are chosen from the features that go into some of the matrices."""
 
@@ -109,7 +120,10 @@ class Router(_Part):
     temperature: float
     redundancy: float | None = None
     per: Per | None = None
-    """Of Arrow's router: what has shares of its own."""
+    """What has shares of all experts, instead of one group of tasks: Arrow, SMILE."""
+    gate: Gate | None = None
+    early: int | None = None
+    """First tokens of a sample that are read alone, and decide where they leave no doubt."""
 
 
 class Manifest(_Part):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from mergetool.arch.matrices import MatrixFilter
-from mergetool.bundle.manifest import Features, HeadRule, Kind, Mode, Norm, Per, Pool, Storage
+from mergetool.bundle.manifest import Features, Gate, HeadRule, Kind, Mode, Norm, Per, Pool, Storage
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,8 @@ class RouterOptions:
     temperature: float
     redundancy: float
     per: Per | None = None
+    early: int | None = None
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Options:
     """Take `size` as if the base was stored in float32 and factors in two bytes, so that no dtype decides on ranks."""
     margin: float = 0.0
     """TALL masks: an entry is an expert's own where its change exceeds this many times what others add to it."""
+    scale: float = 0.0
+    """Twin-Merging: what the sum of all changes is multiplied by before it is added to the base."""
 
 
 class Experts(Protocol):

@@ -9,18 +9,21 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from mergetool.bundle.store import FactorStore
+from mergetool.engine.folding import OneByOne
 from mergetool.engine.measured import Measured
 from mergetool.engine.shelf import Shelves
 from mergetool.engine.sinks import Sink
 from mergetool.engine.stash import Stash
 from mergetool.engine.storable import lost_in, within
+from mergetool.engine.swept import Sweeping, told_of_overflow
 from mergetool.errors import MergeError, at
-from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup, TensorMethod
+from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup
 from mergetool.methods.group import Note, Shelf
 from mergetool.outputs.record import INFINITE, KEPT_WIDE, LOST, NOT_FINITE, RANK
 from mergetool.planning.graph import SLICE_ELEMENTS, Operand, Plan, Step
@@ -38,10 +41,12 @@ _RUN = 1 << 14
 """Elements of a sample that lie together."""
 
 
-class Worker(Bench[Step]):
+class Worker(Sweeping, Bench[Step]):
     """Counts over units and makes them. Used by one thread at a time."""
 
     _device = torch.device("cpu")
+    _one_by_one = True
+    """Whether models are read when a method that goes through them comes to them."""
     shelves: Shelves | None = None
     """Where counts over the whole model leave what they make, if anywhere."""
 
@@ -78,7 +83,7 @@ class Worker(Bench[Step]):
         """
         ((start, stop),) = step.pieces()
         outcome: StatisticsPass | Stats = counts
-        shares, self._kept = [], {}
+        shares, self._kept = [], {} if step.operation.keeps else None
         try:
             with self._stash.keeping():
                 while not isinstance(outcome, Mapping):
@@ -103,7 +108,9 @@ class Worker(Bench[Step]):
 
     def merge(self, step: Step, start: int, stop: int, notes: list[Note], operation: Merge, stats: Stats) -> None:
         """Have a method merge a slice."""
-        merged = self.merged(step, start, stop, notes, operation, stats)
+        self._finish(step, start, self.merged(step, start, stop, notes, operation, stats), notes)
+
+    def _finish(self, step: Step, start: int, merged: Tensor, notes: list[Note]) -> None:
         if step.name.endswith(_VARIANCE):
             _check_variance(step.name, merged)
         self._put(step, start, merged, notes)
@@ -112,8 +119,8 @@ class Worker(Bench[Step]):
         """What a method makes of a slice."""
         group = self._group(step, start, stop)
         group.notes = notes
-        with at(f"{operation.name}: {step.name}"):
-            merged = _merge(operation.method, group, operation.params, stats)
+        with at(f"{operation.name}: {step.name}"), told_of_overflow():
+            merged = operation.method.merge(group, operation.params, stats)
         assert merged.shape == group.models[0].shape, f"{step.name}: a method must not change shapes"
         return merged
 
@@ -179,7 +186,7 @@ class Worker(Bench[Step]):
         if step.operation.granularity(step.spec) != "element":
             shape = (length // step.row, *step.spec.shape[1:]) if step.row < step.spec.num_elements else step.spec.shape
         base = None if step.base is None else self._read(step.base, start, shape, (owner, "base"))
-        models = [self._read(operand, start, shape, (owner, place)) for place, operand in enumerate(step.models)]
+        models = self._models(step, start, shape, owner)
         return TensorGroup(
             name=step.key,
             shape=step.spec.shape,
@@ -195,6 +202,15 @@ class Worker(Bench[Step]):
             shelf=self._shelf(step),
             kept=None if self._kept is None else self._kept.setdefault((start, stop), {}),
         )
+
+    def _models(self, step: Step, start: int, shape: tuple[int, ...], owner: str) -> list[Tensor]:
+        def read(place: int, room: int) -> Tensor:
+            return self._read(step.models[place], start, shape, (owner, room))
+
+        count = len(step.models)
+        if self._one_by_one and step.operation.folds and count > 2:
+            return cast("list[Tensor]", OneByOne(lambda place: read(place, min(place, 1)), range(count)))
+        return [read(place, place) for place in range(count)]
 
     def _shelf(self, step: Step) -> Shelf | None:
         """Where what a count makes of a whole tensor waits for its merge."""
@@ -361,12 +377,3 @@ def combined(counts: StatisticsPass, parts: Iterable[Tensor]) -> Tensor:
     for other in waiting:
         total.add_(other)
     return total
-
-
-def _merge(method: TensorMethod, group: TensorGroup, params: Params, stats: Stats) -> Tensor:
-    try:
-        return method.merge(group, params, stats)
-    except RuntimeError as error:  # torch's answer to a factor such as 1e300 in float32
-        if "without overflow" not in str(error):
-            raise
-        raise MergeError(f"{error}", "", "use smaller numbers, or set compute.dtype: float64") from None

@@ -271,6 +271,9 @@ class TensorMethod(Method):
 
     by_tensor: ClassVar[str] = "scope: tensor"
     """What to write where a pass is not to count over all tensors of the model together."""
+    folds: ClassVar[bool] = False
+    """Whether `merge` goes through the models once and in order: they are then read one by one, however many."""
+
     pass_depends_on: ClassVar[tuple[str, ...] | None] = None
     """Numbers that decide what a statistics pass finds; None: all. A search counts anew only where one changed."""
 
@@ -343,6 +346,11 @@ class TensorMethod(Method):
     def pass_scope(self) -> Literal["tensor", "model"]:
         """Whether a pass counts over each tensor alone or over all tensors of the model together."""
         return "tensor"
+
+    def change(self, group: TensorGroup, p: Params, stats: Stats) -> "tuple[Tensor, float] | None":
+        """What `merge` adds to the base times `p.scale`, and what `scale` is divided by, where it decides nothing else:
+        several scales then share all that comes before. None where that is not so. The base must stay as it is."""
+        return None
 
     @abstractmethod
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":

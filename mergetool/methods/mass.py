@@ -79,6 +79,11 @@ class RouterSettings(BaseModel):
         None, description="leave tasks out of the merged first pass whose cosine with an earlier one exceeds this (0.3)"
     )
 
+    early: Annotated[int, Field(strict=True, ge=1)] | None = Field(
+        None,
+        description="read so many first tokens of a text alone, and the whole only where they leave a doubt (faster)",
+    )
+
     @field_validator("layers", mode="before")
     @classmethod
     def _as_tuple(cls, value: object) -> object:
@@ -93,6 +98,8 @@ class RouterSettings(BaseModel):
             raise ValueError(f"`{written[0]}` would have no effect with `kind: {self.kind}`: leave it out")
         if self.redundancy is not None and self.features == "base":
             raise ValueError("without `features: merged` nothing is merged, so this would have no effect")
+        if self.early is not None and (self.kind, self.norm) != ("mass", "likelihood"):
+            raise ValueError("`early` asks how likely tasks are: leave it out, or `kind`, `norm` and `mode`")
         return self
 
 
@@ -113,14 +120,11 @@ class Mass(FactorsMethod):
         return self
 
     def options(self) -> "Options":
-        from mergetool.bundle.options import Options, RouterOptions
+        from mergetool.bundle.options import RouterOptions
 
         router = self.router.model_dump(exclude={"kind"})
         if router["redundancy"] is None:
             router["redundancy"] = 0.3
         if self.router.kind == "arrow":
             router |= {"norm": "arrow", "threshold": 0.0, "per": self.router.per or "token"}
-        kept = Options(
-            "mass", self.rank, self.filter, self.conv, self.factors, self.most, self.base, of_numbers=self.size is None
-        )
-        return replace(kept, router=RouterOptions(**router), heads=self.heads)
+        return replace(self.kept("mass"), router=RouterOptions(**router), heads=self.heads)
