@@ -21,6 +21,7 @@ from mergetool._version import __version__
 from mergetool.arch.depth import structural_depths
 from mergetool.bundle.files import (
     CONFIG_NAME,
+    REFERENCE,
     SPECTRA,
     TensorWriter,
     copy_files,
@@ -41,6 +42,7 @@ from mergetool.bundle.manifest import (
     Parameter,
     Router,
     Task,
+    UnknownRule,
 )
 from mergetool.bundle.options import Experts, HeadSource, Options
 from mergetool.bundle.ranks import (
@@ -82,6 +84,9 @@ def build(
     Raises PlanError for heads that are missing or do not fit and for layers that match nothing, MergeError for weights
     that are not finite.
     """
+    if options.router is not None and options.router.unknown == "base" and experts.heads:
+        what = "`unknown: base` lets the base answer, which has none of the experts' heads"
+        raise PlanError(what, "merge.router.unknown", "write unknown: refuse, or unknown: nearest")
     work = _Work(experts, folder, store, options)
     heads = work.write_heads() if experts.leads else {}
     largest = sorted(experts.shapes, key=work.cost, reverse=True)
@@ -112,7 +117,13 @@ def build(
         for name in experts.names
         for source, digests in [experts.provenance(name)]
     )
-    return work.finish(base, tasks, parameters, router)
+    manifest = work.finish(base, tasks, parameters, router)
+    unknown = options.router.unknown if options.router is not None else None
+    if (
+        unknown is None or router is None or not router.matrices
+    ):  # one expert is kept whole, so nothing tells its inputs
+        return manifest
+    return work.with_reference(manifest, unknown)
 
 
 class _Work:
@@ -336,10 +347,32 @@ class _Work:
             layouts=tuple(self._layouts),
             files={path.relative_to(self.folder).as_posix(): sha256_file(path) for path in written},
         )
+        self._write(manifest)
+        return manifest
+
+    def with_reference(self, manifest: Manifest, answer: UnknownRule) -> Manifest:
+        """The manifest with what tells unknown inputs, measured with the bundle as it is. Raises PlanError."""
+        from mergetool.bundle.opening import load_bundle
+        from mergetool.bundle.reference import measure
+
+        assert self.options.router is not None
+        model = load_bundle(self.folder, verify=False)
+        unknown = measure(model, answer, self.options.router.doubt, self._whole_change)
+        assert manifest.router is not None
+        router, files = manifest.router.model_copy(update={"unknown": unknown}), dict(manifest.files)
+        if (self.folder / REFERENCE).is_file():
+            files[REFERENCE] = sha256_file(self.folder / REFERENCE)
+        told = manifest.model_copy(update={"router": router, "files": files})
+        self._write(told)
+        return told
+
+    def _whole_change(self, task: str, name: str) -> Tensor | None:
+        return self.experts.change(task, name).dense() if name in self.experts.shapes else None
+
+    def _write(self, manifest: Manifest) -> None:
         unused = None if manifest.layouts else {"layouts"}
         text = json.dumps(manifest.model_dump(mode="json", exclude_none=True, exclude=unused), indent=1)
         write_file(self.folder / MANIFEST_NAME, text + "\n")
-        return manifest
 
 
 _MODELING = '''"""Lets transformers' AutoModel open this folder; the code is in the package mergetool."""

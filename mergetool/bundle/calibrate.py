@@ -20,6 +20,13 @@ from mergetool.kernels.routing import fit_offsets
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.writer import write_file
 
+_REFUSED = 0.01
+"""Share of known rows that may count as unknown."""
+
+
+def _most(doubt: torch.Tensor) -> float:
+    return float(doubt.clamp_max(1e6).quantile(1 - _REFUSED))
+
 
 def calibrate(model: MassModel, rows: Sequence[dict[str, Any]], batch_size: int = 32) -> Calibration:
     """Fit a calibration, write it into the bundle, and let the model use it.
@@ -40,7 +47,9 @@ def calibrate(model: MassModel, rows: Sequence[dict[str, Any]], batch_size: int 
         offsets=tuple(offsets.tolist()),
         temperature=temperature,
         num_rows=len(rows),
+        doubt=None if model.knowing is None else _most(torch.cat([each.doubt.cpu() for each in routed])),
     )
-    write_file(model.folder / CALIBRATION_NAME, calibration.model_dump_json(indent=1) + "\n")
+    text = calibration.model_dump_json(indent=1, exclude_none=True)
+    write_file(model.folder / CALIBRATION_NAME, text + "\n")
     model.calibration = calibration
     return calibration
