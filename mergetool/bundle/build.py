@@ -21,7 +21,8 @@ from mergetool._version import __version__
 from mergetool.arch.depth import structural_depths
 from mergetool.bundle.files import (
     CONFIG_NAME,
-    REFERENCE,
+    FIRST_PASS,
+    SHARED,
     SPECTRA,
     TensorWriter,
     copy_files,
@@ -32,7 +33,7 @@ from mergetool.bundle.files import (
     triplet_names,
     whole_name,
 )
-from mergetool.bundle.heads import write_class_head, write_head
+from mergetool.bundle.heads import hidden_size, write_class_head, write_head
 from mergetool.bundle.manifest import (
     MANIFEST_NAME,
     Base,
@@ -42,7 +43,6 @@ from mergetool.bundle.manifest import (
     Parameter,
     Router,
     Task,
-    UnknownRule,
 )
 from mergetool.bundle.options import Experts, HeadSource, Options
 from mergetool.bundle.ranks import (
@@ -73,8 +73,6 @@ from mergetool.tensors.io import sha256_file
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.writer import write_file, write_tensors
 
-FIRST_PASS = "first_pass.safetensors"
-
 
 def build(
     experts: Experts, folder: Path, store: FactorStore, options: Options, num_threads: int = 1
@@ -87,7 +85,7 @@ def build(
     if options.router is not None and options.router.unknown == "base" and experts.heads:
         what = "`unknown: base` lets the base answer, which has none of the experts' heads"
         raise PlanError(what, "merge.router.unknown", "write unknown: refuse, or unknown: nearest")
-    work = _Work(experts, folder, store, options)
+    work = Work(experts, folder, store, options)
     heads = work.write_heads() if experts.leads else {}
     largest = sorted(experts.shapes, key=work.cost, reverse=True)
     factored = dict(zip(largest, experts.share(work.factor, largest, num_threads), strict=True))
@@ -105,28 +103,10 @@ def build(
     parameters = dict(zip(parameters, measured, strict=True))
     if not experts.leads:
         return None
-    base = work.write_base()
-    tasks = tuple(
-        Task(
-            name=name,
-            source=source,
-            files=digests,
-            factors=files[name],
-            head=heads.get(name),
-        )
-        for name in experts.names
-        for source, digests in [experts.provenance(name)]
-    )
-    manifest = work.finish(base, tasks, parameters, router)
-    unknown = options.router.unknown if options.router is not None else None
-    if (
-        unknown is None or router is None or not router.matrices
-    ):  # one expert is kept whole, so nothing tells its inputs
-        return manifest
-    return work.with_reference(manifest, unknown)
+    return work.finish(work.write_base(), work.tasks(files, heads), parameters, router)
 
 
-class _Work:
+class Work:
     """One build: where things come from and go."""
 
     def __init__(self, experts: Experts, folder: Path, store: FactorStore, options: Options) -> None:
@@ -306,7 +286,7 @@ class _Work:
     def _write_head(self, task: str) -> Head | ClassHead:
         source = self.experts.heads[task]
         if isinstance(source, HeadSource):
-            width = _hidden_size(read_config(self.experts.sources["base"].folder))
+            width = hidden_size(read_config(self.experts.sources["base"].folder))
             return write_head(task, source.path, self.folder, width, source.pool, source.normalize, source.labels)
         if source.layout not in self._layouts:
             self._layouts.append(source.layout)
@@ -325,6 +305,23 @@ class _Work:
             digests = {single_name(source.files[0].path): digest for digest in digests.values()}
         return Base(kind="copy", path="base", files=digests)
 
+    def tasks(
+        self, files: Mapping[str, str], heads: Mapping[str, Head | ClassHead], scales: Mapping[str, float] | None = None
+    ) -> tuple[Task, ...]:
+        """The manifest's entries."""
+        return tuple(
+            Task(
+                name=name,
+                source=source,
+                files=digests,
+                factors=files[name],
+                scale=(scales or {}).get(name),
+                head=heads.get(name),
+            )
+            for name in self.experts.names
+            for source, digests in [self.experts.provenance(name)]
+        )
+
     def finish(
         self, base: Base, tasks: tuple[Task, ...], parameters: Mapping[str, Parameter], router: Router | None
     ) -> Manifest:
@@ -332,10 +329,10 @@ class _Work:
         config = read_config(self.experts.sources["base"].folder)
         write_file(self.folder / CONFIG_NAME, json.dumps(bundle_config(config), indent=2) + "\n")
         write_file(self.folder / "modeling_mass.py", _MODELING)
-        globs = ("base/*", "factors/*", "heads/**/*", FIRST_PASS, SPECTRA, CONFIG_NAME, "modeling_mass.py")
+        globs = ("base/*", "factors/*", "heads/**/*", FIRST_PASS, SPECTRA, SHARED, CONFIG_NAME, "modeling_mass.py")
         written = [path for glob in globs for path in sorted(self.folder.glob(glob)) if path.is_file()]
         manifest = Manifest(
-            format_version=2 if self._layouts else 1,
+            format_version=3 if (self.folder / SHARED).is_file() else 2 if self._layouts else 1,
             mergetool=__version__,
             kind=self.options.kind,
             base=base,
@@ -348,21 +345,11 @@ class _Work:
             files={path.relative_to(self.folder).as_posix(): sha256_file(path) for path in written},
         )
         self._write(manifest)
-        return manifest
+        if self.options.router is None or self.options.router.unknown is None or router is None or not router.matrices:
+            return manifest  # (one expert is kept whole, so that nothing tells its inputs)
+        from mergetool.bundle.reference import with_reference
 
-    def with_reference(self, manifest: Manifest, answer: UnknownRule) -> Manifest:
-        """The manifest with what tells unknown inputs, measured with the bundle as it is. Raises PlanError."""
-        from mergetool.bundle.opening import load_bundle
-        from mergetool.bundle.reference import measure
-
-        assert self.options.router is not None
-        model = load_bundle(self.folder, verify=False)
-        unknown = measure(model, answer, self.options.router.doubt, self._whole_change)
-        assert manifest.router is not None
-        router, files = manifest.router.model_copy(update={"unknown": unknown}), dict(manifest.files)
-        if (self.folder / REFERENCE).is_file():
-            files[REFERENCE] = sha256_file(self.folder / REFERENCE)
-        told = manifest.model_copy(update={"router": router, "files": files})
+        told = with_reference(self.folder, manifest, self.options.router, self._whole_change)
         self._write(told)
         return told
 
@@ -408,10 +395,3 @@ def _at_most(parameter: Parameter, ranks: Sequence[int]) -> Parameter:
     """The parameter with no more directions of each task than these."""
     fewer = tuple(min(pair) for pair in zip(parameter.ranks, ranks, strict=True))
     return parameter.model_copy(update={"ranks": fewer})
-
-
-def _hidden_size(config: Mapping[str, object]) -> int | None:
-    for key in ("hidden_size", "d_model"):
-        if isinstance(value := config.get(key), int):
-            return value
-    return None

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from mergetool.bundle.files import triplet_names, whole_name
 from mergetool.bundle.manifest import Head, Manifest, Task, read_manifest
+from mergetool.bundle.masks import masked_change
 from mergetool.bundle.verify import check_files
 from mergetool.errors import SourceError
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
@@ -51,6 +53,8 @@ class BundleChanges:
         parameter = self.manifest.parameters.get(name)
         if parameter is None or parameter.policy == "skip" or self.rank(task, name) == 0:
             return ExpertChange()
+        if parameter.policy == "mask":
+            return ExpertChange(*_masked(self.folder, self.tasks[task], name))
         names = (whole_name(name),) if parameter.policy == "full" else triplet_names(name)
         return ExpertChange(*_read(self.folder / self.tasks[task].factors, names))
 
@@ -89,10 +93,21 @@ def slices(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     yield from ((start, min(start + step, total)) for start in range(0, total, max(1, step)))
 
 
+def _masked(folder: Path, task: Task, name: str) -> Iterator[Tensor]:
+    with _readable(folder / task.factors):
+        yield masked_change(folder, task.factors, name, task.scale)
+
+
 def _read(path: Path, names: Sequence[str]) -> Iterator[Tensor]:
+    with _readable(path), safe_open(path, framework="pt") as file:
+        yield from [file.get_tensor(name) for name in names]
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raises SourceError where what is inside cannot be read."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield from [file.get_tensor(name) for name in names]
+        yield
     except (OSError, SafetensorError) as error:
         fix = "the file was changed or damaged; make the bundle again"
         raise SourceError(f"cannot be read ({str(error)[:100]})", str(path), fix) from None

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mergetool.bundle.files import SPECTRA, spectrum_key, triplet_names, whole_name
 from mergetool.bundle.manifest import ClassHead, Manifest, Task, read_manifest
+from mergetool.bundle.masks import masked_change
 from mergetool.bundle.verify import base_folder, check_base, check_files
 from mergetool.checkpoints.view import RenamedModel
 from mergetool.errors import SourceError
@@ -38,7 +39,7 @@ class ExpertSource(ModelSource):
         self._base = base
         self._parameters = manifest.parameters
         self._place = manifest.names.index(task.name)
-        self._factors = folder / task.factors
+        self._bundle, self._factors, self._scale = folder, folder / task.factors, task.scale
         self._spectra = folder / SPECTRA
         self._head = head = open_model(folder / task.head.file) if isinstance(task.head, ClassHead) else None
         self._names: Mapping[str, str] = {name: name for name in base.specs}
@@ -83,7 +84,9 @@ class ExpertSource(ModelSource):
         self._base.read_bytes(name, 0, bytes_of(stored.reshape(-1)))
         values = stored.to(torch.float64)
         with self._opened() as file:
-            if self._parameters[name].policy == "full":
+            if self._parameters[name].policy == "mask":
+                values += masked_change(self._bundle, self._factors.relative_to(self._bundle), name, self._scale)
+            elif self._parameters[name].policy == "full":
                 values += file.get_tensor(whole_name(name))
             elif triplet_names(name)[0] in file.keys():  # noqa: SIM118  (not a mapping)
                 u, s, vh = (file.get_tensor(part).to(torch.float64) for part in triplet_names(name))
@@ -99,7 +102,7 @@ class ExpertSource(ModelSource):
 
     def num_directions(self, name: str) -> int | None:
         parameter = self._parameters.get(self._names[name]) if name in self._names else None
-        if name not in self._names or (parameter is not None and parameter.policy == "full"):
+        if name not in self._names or (parameter is not None and parameter.policy in ("full", "mask")):
             return None
         return parameter.ranks[self._place] if parameter is not None and parameter.ranks else 0
 
@@ -112,7 +115,7 @@ class ExpertSource(ModelSource):
             return u * s, vh
 
     def kept(self, name: str) -> Kept | None:
-        if name not in self._names:
+        if name not in self._names or self._is_masked(self._names[name]):
             return None
         name = self._names[name]
         with self._opened() as file:
@@ -122,6 +125,9 @@ class ExpertSource(ModelSource):
         b, a = nothing_added(self._base.specs[name].shape)
         u, s, vh = found if len(found) == len(parts) > 1 else (b, torch.zeros(0), a)
         return tuple(found) if len(parts) == 1 else (u, s, vh, self._spectrum(name, s))
+
+    def _is_masked(self, name: str) -> bool:
+        return name in self._parameters and self._parameters[name].policy == "mask"
 
     def _spectrum(self, name: str, s: Tensor) -> Tensor:
         """The singular values that were there when it was decided how many to keep."""

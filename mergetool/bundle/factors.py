@@ -98,7 +98,8 @@ class TaskFactors:
 
     def policy(self, name: str) -> Literal["svd", "full", "skip"]:
         """How a tensor's changes are kept."""
-        return "full" if name in self._composed else self.manifest.parameters[name].policy
+        policy = "full" if name in self._composed else self.manifest.parameters[name].policy
+        return "full" if policy == "mask" else policy
 
     def of(self, task: int, name: str) -> Factors:
         """A task's factors of a tensor as they are stored (rank 0 where it changed nothing)."""
@@ -182,10 +183,14 @@ class TaskFactors:
         else:
             total = torch.zeros(self.manifest.parameters[name].shape, dtype=torch.float32)
             for task in group:
-                change = self._stored[task][whole_name(name)]
+                change = self.in_full(task, name)
                 total = total.to(change.device) + change
             change = (total / max(1, len(group))).to(self._dtype)
         return changes.vectors.setdefault(name, change) if self._has_room(changes, change.nbytes) else change
+
+    def in_full(self, task: int, name: str) -> Tensor:
+        """A task's change of a tensor that is stored in full."""
+        return self._stored[task][whole_name(name)]
 
     def _changed(self, group: Group, name: str) -> Tensor | None:
         """A tensor's change, or None where no expert changed it."""

@@ -19,11 +19,16 @@ from mergetool.tensors.source import SINGLE_NAME, ModelSource, weight_map
 from mergetool.tensors.writer import SlotWriter, make_folder, partial_path
 
 CONFIG_NAME = "config.json"
+FIRST_PASS = "first_pass.safetensors"
 REFERENCE = "reference.safetensors"
 """Which tokens every task's training has seen, where that is known, for routers that tell unknown inputs."""
 SPECTRA = "spectra.safetensors"
 """Singular values that could have been kept, in float64, where `size` decides how many are: what later experts need to
 know to share the space fairly."""
+
+
+SHARED = "shared.safetensors"
+"""The change of which every expert has a mask."""
 
 
 @dataclass(frozen=True)

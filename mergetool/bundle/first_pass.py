@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mergetool.bundle.batch import num_samples
-from mergetool.bundle.build import FIRST_PASS
 from mergetool.bundle.factors import TaskFactors
+from mergetool.bundle.files import FIRST_PASS
 from mergetool.bundle.local import make_local, replaced
 from mergetool.bundle.manifest import Pool, Router
 from mergetool.bundle.readout import pool_tokens
@@ -39,7 +39,7 @@ class _Stop(Exception):  # noqa: N818  (no error: it ends the pass)
     pass
 
 
-class Reading:
+class FirstReading:
     """What one pass has read so far."""
 
     def __init__(
@@ -120,9 +120,9 @@ class FirstPass:
         """Pooled inputs (samples, features), float32, of every routing matrix."""
         return self.read(inputs).pooled
 
-    def read(self, inputs: Mapping[str, Tensor], *, closely: bool = False) -> Reading:
+    def read(self, inputs: Mapping[str, Tensor], *, closely: bool = False) -> FirstReading:
         """Everything that is read of inputs. Stops the pass at the last routing matrix."""
-        reading = Reading(self.bases, inputs, self._router.pool, closely)
+        reading = FirstReading(self.bases, inputs, self._router.pool, closely)
         self._local.reading = reading
         try:
             with self._merged_weights():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mergetool.bundle.files import REFERENCE
-from mergetool.bundle.first_pass import Reading
+from mergetool.bundle.first_pass import FirstReading
 from mergetool.bundle.manifest import Unknown
 from mergetool.kernels.known import doubt, seen, whole
 
@@ -40,7 +40,7 @@ class Knowing:
         self._markup = None if self._markup is None else self._markup.to(device)
 
     def doubt(
-        self, reading: Reading, bases: Sequence[Sequence[Tensor]], distances: Tensor, inputs: Mapping[str, Tensor]
+        self, reading: FirstReading, bases: Sequence[Sequence[Tensor]], distances: Tensor, inputs: Mapping[str, Tensor]
     ) -> Tensor:
         """(samples,): 0 about usual inputs, 1 about strange ones, infinite about those without any word."""
         scored = self.scores(reading, bases, distances, inputs)
@@ -56,7 +56,7 @@ class Knowing:
         return self._unknown.strange, self._unknown.usual
 
     def scores(
-        self, reading: Reading, bases: Sequence[Sequence[Tensor]], distances: Tensor, inputs: Mapping[str, Tensor]
+        self, reading: FirstReading, bases: Sequence[Sequence[Tensor]], distances: Tensor, inputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """All scores that can be told of these inputs, (samples,) each."""
         nearest, parts = distances.argmin(-1), [reading.parts[place] for place in range(len(bases))]

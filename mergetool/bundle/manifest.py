@@ -15,8 +15,8 @@ from mergetool.arch.heads import HeadKind as HeadKind
 from mergetool.errors import SourceError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSIONS = (1, 2)
-"""2 has heads that are parts of classes of transformers; a bundle without any is written as 1."""
+FORMAT_VERSIONS = (1, 2, 3)
+"""2 has heads that are parts of classes of transformers, 3 masks of one change that experts share; else it is 1."""
 
 Pool = Literal["cls", "mean", "last"]
 HeadRule = Literal["joint", "log-softmax", "max", "mean"]
@@ -26,6 +26,10 @@ Mode = Literal["weighted", "topk", "top1"]
 Features = Literal["base", "merged"]
 UnknownRule = Literal["refuse", "base", "nearest"]
 Storage = Literal["bfloat16", "float16", "float32"]
+Kind = Literal["mass", "tsv-compress", "emr", "tall-masks"]
+MASKED: tuple[Kind, ...] = ("emr", "tall-masks")
+"""Kinds whose experts are masks of one change that they share."""
+Policy = Literal["svd", "full", "skip", "mask"]
 
 
 class _Part(BaseModel):
@@ -66,6 +70,8 @@ class Task(_Part):
     files: Mapping[str, str]
     """SHA-256 of the expert's weight files, by name."""
     factors: str
+    scale: float | None = None
+    """What its masked changes are multiplied by (EMR)."""
     head: Head | ClassHead | None = None
 
 
@@ -79,12 +85,12 @@ class Base(_Part):
 
 
 class Parameter(_Part):
-    """How one tensor's changes are stored: as factors per task, in full per task, or not at all."""
+    """How one tensor's changes are stored: as factors per task, in full per task, as a mask of a shared one, or not."""
 
-    policy: Literal["svd", "full", "skip"]
+    policy: Policy
     shape: tuple[int, ...]
     ranks: tuple[int, ...] = ()
-    """Kept rank of each task (svd only)."""
+    """Kept rank of each task (of svd, and of directions that a router reads beside a mask)."""
     interference: float | None = None
     """Singular task interference of all tasks, over the sum of their singular values."""
     kept: tuple[int, ...] | None = None
@@ -127,9 +133,9 @@ class Router(_Part):
 class Manifest(_Part):
     """Everything about a bundle but the numbers."""
 
-    format_version: Literal[1, 2] = 1
+    format_version: Literal[1, 2, 3] = 1
     mergetool: str
-    kind: Literal["mass", "tsv-compress"]
+    kind: Kind
     base: Base
     tasks: tuple[Task, ...] = Field(min_length=1)
     dtype: Storage
@@ -165,7 +171,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise SourceError("the manifest is not valid JSON", str(path), fix) from None
     version = document.get("format_version") if isinstance(document, dict) else None
     if version not in FORMAT_VERSIONS:
-        what = f"format version {version!r}, this mergetool reads {' and '.join(map(str, FORMAT_VERSIONS))}"
+        what = f"format version {version!r}, this mergetool reads {', '.join(map(str, FORMAT_VERSIONS))}"
         raise SourceError(what, str(path), "use the mergetool that made it, or make it again")
     try:
         return Manifest.model_validate(document)

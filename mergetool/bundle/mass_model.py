@@ -167,7 +167,7 @@ class MassModel(nn.Module):
         inputs = self._inputs(text, inputs)
         router = self.manifest.router
         if router is None or self.first_pass is None:
-            what = "this bundle has no router (it was made by tsv-compress)"
+            what = f"this bundle has no router (it was made by {self.manifest.kind})"
             raise PlanError(what, str(self.folder), f"say which: tasks=[{self.task_names[0]!r}]")
         if not router.matrices:
             return self._told(self.task_names, inputs)

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from mergetool.bundle.classes import load_networks, stored_dtype
-from mergetool.bundle.factors import TaskFactors
 from mergetool.bundle.manifest import ClassHead, Head, read_manifest
+from mergetool.bundle.masks import open_factors
 from mergetool.bundle.mass_model import MassModel
 from mergetool.bundle.verify import base_folder, check_base, check_files
 from mergetool.errors import PlanError
@@ -50,7 +50,7 @@ def load_bundle(
         raise PlanError(what, str(folder), "leave device_map out, and move it whole: .to(device)")
     base = load_base(place, dtype, encoder=bool(matrices), spread=spread) if plain else None
     dtype = next(base.model.parameters()).dtype if base is not None else dtype or stored_dtype(place)
-    factors = TaskFactors(manifest, folder, dtype, CACHE_BYTES if cache_bytes is None else cache_bytes)
+    factors = open_factors(manifest, folder, dtype, CACHE_BYTES if cache_bytes is None else cache_bytes)
     networks = load_networks(manifest, folder, place, factors, dtype)
     base = base or LoadedModel(networks[0].base, TensorMap(networks[0].names))
     model = MassModel(manifest, base, factors, folder, networks)

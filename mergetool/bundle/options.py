@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from mergetool.arch.matrices import MatrixFilter
-from mergetool.bundle.manifest import Features, HeadRule, Mode, Norm, Per, Pool, Storage, UnknownRule
+from mergetool.bundle.manifest import Features, HeadRule, Kind, Mode, Norm, Per, Pool, Storage, UnknownRule
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ class RouterOptions:
 class Options:
     """What is kept of every expert, and how a bundle is used."""
 
-    kind: Literal["mass", "tsv-compress"]
+    kind: Kind
     rank: "Rank"
     filter: MatrixFilter
     conv: Literal["mean", "matricize"]
@@ -65,6 +65,8 @@ class Options:
     heads: HeadRule = "joint"
     of_numbers: bool = False
     """Take `size` as if the base was stored in float32 and factors in two bytes, so that no dtype decides on ranks."""
+    margin: float = 0.0
+    """TALL masks: an entry is an expert's own where its change exceeds this many times what others add to it."""
 
 
 class Experts(Protocol):

@@ -35,7 +35,7 @@ def is_worthwhile(shape: Shape, rank: int, options: Options) -> bool:
     """Whether factors of this rank are smaller than the matrix, or fit for routing."""
     rows, width = shape[0], columns(shape)
     smaller = rank * (rows + width + 1) < rows * width
-    return smaller or (options.kind == "mass" and rank < min(rows, width))
+    return smaller or (options.router is not None and rank < min(rows, width))
 
 
 def factor_specs(name: str, shape: Shape, rank: int, options: Options) -> list[TensorSpec]:

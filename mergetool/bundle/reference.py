@@ -6,6 +6,7 @@ none (images), usual is what lies clearly beyond noise.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from mergetool.bundle.files import REFERENCE
 from mergetool.bundle.known import Knowing
 from mergetool.bundle.made_up import made_up, markup
-from mergetool.bundle.manifest import Unknown, UnknownRule
+from mergetool.bundle.manifest import Manifest, Unknown, UnknownRule
 from mergetool.bundle.mass_model import MassModel
+from mergetool.bundle.opening import load_bundle
+from mergetool.bundle.options import RouterOptions
 from mergetool.kernels.known import participation
+from mergetool.tensors.io import sha256_file
 from mergetool.tensors.writer import write_tensors
 
 _STRANGE = {
@@ -33,6 +37,18 @@ _BEYOND = 3.0
 
 Change = Callable[[str, str], Tensor | None]
 """What a task's expert changed of a tensor, or None where it is none of those that experts may change."""
+
+
+def with_reference(folder: Path, manifest: Manifest, options: RouterOptions, change: Change) -> Manifest:
+    """The manifest of a bundle that lies in `folder` with what tells unknown inputs. Raises PlanError."""
+    assert options.unknown is not None
+    assert manifest.router is not None
+    unknown = measure(load_bundle(folder, verify=False), options.unknown, options.doubt, change)
+    files = dict(manifest.files)
+    if (folder / REFERENCE).is_file():
+        files[REFERENCE] = sha256_file(folder / REFERENCE)
+    router = manifest.router.model_copy(update={"unknown": unknown})
+    return manifest.model_copy(update={"router": router, "files": files})
 
 
 def measure(model: MassModel, answer: UnknownRule, most_doubt: float, change: Change) -> Unknown:

@@ -97,7 +97,11 @@ def facts_about_bundle(folder: Path) -> dict[str, Any]:
         "bytes_beside_base": beside,
         "size_over_base": round((base_bytes + beside) / base_bytes, 4),
         "dtype": manifest.dtype,
-        "tensors": {policy: policies.count(policy) for policy in ("svd", "full", "skip")},
+        "tensors": {
+            policy: policies.count(policy)
+            for policy in ("svd", "full", "mask", "skip")
+            if policy in policies or policy != "mask"
+        },
         "calibrated": read_calibration(folder) is not None,
         "router": None if manifest.router is None else _router_facts(manifest),
         "tasks": [

@@ -49,6 +49,8 @@ def say_result(result: "Result") -> None:
     say_of_more()
     for note, count in result.notes.items():
         say(f"note: {note} ({count} tensors)" if count > 1 else f"note: {note}")
+    for each in result.results:
+        say(f"result: {each}")
     say(f"{result.num_tensors} tensors, {filesize(result.bytes_written)} in {timespan(result.seconds)}")
     if result.pushed is not None:
         say_pushed(result.pushed)

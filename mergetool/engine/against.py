@@ -110,6 +110,9 @@ def _beyond_us(path: Path, recipe: Recipe) -> tuple[str, str] | None:
         return "it is a bundle of experts, which holds no merged weights", f"mergetool verify {path}"
     if is_adapter(path) and recipe.result == "checkpoint":
         return "it is an adapter, not a checkpoint", "merge it into its base first: adapters: [ADAPTER]"
+    if recipe.points:
+        what = f"the recipe is a sweep with {len(recipe.points)} results"
+        return what, f"compare with one of them: mergetool diff {path} SWEEP/{next(iter(recipe.points))}"
     if recipe.method.searches:
         return f"{method} searches for its numbers", "give the recipe that it wrote beside its result"
     if recipe.result == "bundle" and not is_bundle(path):

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mergetool.bundle.build import build
+from mergetool.bundle.kinds import build
 from mergetool.bundle.manifest import Parameter
 from mergetool.bundle.options import Experts, HeadSource
 from mergetool.bundle.present import OwnHead, PresentedSource
@@ -33,6 +33,12 @@ from mergetool.tensors.factors import Halves, nothing_added
 from mergetool.tensors.source import is_same_tensor
 
 _STORE = ".factors"
+_KEPT = {
+    "svd": "kept as factors",
+    "full": "kept in full",
+    "mask": "kept as masks of one change",
+    "skip": "unchanged in every expert",
+}
 _I = TypeVar("_I")
 _T = TypeVar("_T")
 
@@ -159,6 +165,6 @@ class FactoriseStage:
 
 def _notes(parameter: Parameter) -> list[Note]:
     """What became of a tensor."""
-    kept = {"svd": "kept as factors", "full": "kept in full", "skip": "unchanged in every expert"}[parameter.policy]
+    kept = _KEPT[parameter.policy]
     measured = parameter.interference
     return [kept] if measured is None else [kept, ("interference between tasks", measured)]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergetool.bundle.manifest import Head, Manifest, Task, read_manifest
+from mergetool.bundle.manifest import MASKED, Head, Manifest, Task, read_manifest
 from mergetool.bundle.verify import base_folder, check_base, check_files
 from mergetool.engine.run import Flags, Progress, Silent, run_recipe
 from mergetool.errors import PlanError, RecipeError
@@ -43,6 +43,7 @@ def change_bundle(
     manifest = read_manifest(bundle)
     if settled and _is_done(manifest, add, remove):
         return None
+    _check_kind(bundle, manifest, add, remove)
     _check_names(bundle, manifest, add, remove)
     check_files(bundle, manifest, hashes=True)
     check_base(bundle, manifest, hashes=True)
@@ -50,6 +51,16 @@ def change_bundle(
     if (bundle / "calibration.json").is_file():
         progress.say("warning: its calibration was for other experts and is left out: calibrate again")
     return run_recipe(asked, replace(flags, output=output, push=False), progress)
+
+
+def _check_kind(bundle: Path, manifest: Manifest, add: Mapping[str, Any], remove: Sequence[str]) -> None:
+    """Raises PlanError for a bundle whose experts are kept as what they have to do with all others."""
+    if manifest.kind not in MASKED:
+        return
+    what = f"{manifest.kind} keeps masks of one change that all experts have a part in, and no expert by itself"
+    done = f"add {', '.join(add)} to" if add else f"take {', '.join(remove)} out of"
+    fix = f"{done} the models of the recipe that made it (see {bundle / 'mergetool.json'}), and run that again"
+    raise PlanError(what, str(bundle), fix)
 
 
 def _is_done(manifest: Manifest, add: Mapping[str, Any], remove: Sequence[str]) -> bool:

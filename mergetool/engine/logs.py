@@ -8,6 +8,7 @@ from mergetool.methods.base import Stats
 from mergetool.methods.group import Note
 from mergetool.outputs.journal import Done
 from mergetool.planning import Step
+from mergetool.planning.operations import Merge
 
 
 class Log(Protocol):
@@ -48,9 +49,5 @@ class MemoryLog(Log):
 def _settings(steps: Sequence[Step]) -> str:
     """Tensors, models, and the settings that decide what the passes find."""
     operation = steps[0].operation
-    method = operation.method
-    assert method is not None
-    names = operation.numbers.keys() if method.pass_depends_on is None else method.pass_depends_on
-    chosen = {name: operation.numbers[name] for name in names}
-    told = [[step.name for step in steps], steps[0].reads, method.settings_of_passes(), chosen]
-    return json.dumps(told, default=str)
+    assert isinstance(operation, Merge)
+    return json.dumps([[step.name for step in steps], steps[0].reads, *operation.pass_settings], default=str)

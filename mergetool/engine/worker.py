@@ -19,8 +19,9 @@ from mergetool.engine.shelf import Shelves
 from mergetool.engine.sinks import Sink
 from mergetool.engine.stash import Stash
 from mergetool.engine.storable import lost_in, within
+from mergetool.engine.swept import Sweeping, told_of_overflow
 from mergetool.errors import MergeError, at
-from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup, TensorMethod
+from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup
 from mergetool.methods.group import Note, Shelf
 from mergetool.outputs.record import INFINITE, KEPT_WIDE, LOST, NOT_FINITE, RANK
 from mergetool.planning.graph import SLICE_ELEMENTS, Operand, Plan, Step
@@ -38,7 +39,7 @@ _RUN = 1 << 14
 """Elements of a sample that lie together."""
 
 
-class Worker(Bench[Step]):
+class Worker(Sweeping, Bench[Step]):
     """Counts over units and makes them. Used by one thread at a time."""
 
     _device = torch.device("cpu")
@@ -78,7 +79,7 @@ class Worker(Bench[Step]):
         """
         ((start, stop),) = step.pieces()
         outcome: StatisticsPass | Stats = counts
-        shares, self._kept = [], {}
+        shares, self._kept = [], {} if step.operation.keeps else None
         try:
             with self._stash.keeping():
                 while not isinstance(outcome, Mapping):
@@ -103,7 +104,9 @@ class Worker(Bench[Step]):
 
     def merge(self, step: Step, start: int, stop: int, notes: list[Note], operation: Merge, stats: Stats) -> None:
         """Have a method merge a slice."""
-        merged = self.merged(step, start, stop, notes, operation, stats)
+        self._finish(step, start, self.merged(step, start, stop, notes, operation, stats), notes)
+
+    def _finish(self, step: Step, start: int, merged: Tensor, notes: list[Note]) -> None:
         if step.name.endswith(_VARIANCE):
             _check_variance(step.name, merged)
         self._put(step, start, merged, notes)
@@ -112,8 +115,8 @@ class Worker(Bench[Step]):
         """What a method makes of a slice."""
         group = self._group(step, start, stop)
         group.notes = notes
-        with at(f"{operation.name}: {step.name}"):
-            merged = _merge(operation.method, group, operation.params, stats)
+        with at(f"{operation.name}: {step.name}"), told_of_overflow():
+            merged = operation.method.merge(group, operation.params, stats)
         assert merged.shape == group.models[0].shape, f"{step.name}: a method must not change shapes"
         return merged
 
@@ -361,12 +364,3 @@ def combined(counts: StatisticsPass, parts: Iterable[Tensor]) -> Tensor:
     for other in waiting:
         total.add_(other)
     return total
-
-
-def _merge(method: TensorMethod, group: TensorGroup, params: Params, stats: Stats) -> Tensor:
-    try:
-        return method.merge(group, params, stats)
-    except RuntimeError as error:  # torch's answer to a factor such as 1e300 in float32
-        if "without overflow" not in str(error):
-            raise
-        raise MergeError(f"{error}", "", "use smaller numbers, or set compute.dtype: float64") from None

@@ -344,6 +344,11 @@ class TensorMethod(Method):
         """Whether a pass counts over each tensor alone or over all tensors of the model together."""
         return "tensor"
 
+    def change(self, group: TensorGroup, p: Params, stats: Stats) -> "tuple[Tensor, float] | None":
+        """What `merge` adds to the base times `p.scale`, and what `scale` is divided by, where it decides nothing else:
+        several scales then share all that comes before. None where that is not so. The base must stay as it is."""
+        return None
+
     @abstractmethod
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         """The merged slice: same shape, dtype and device as `group.models[0]`. It may be one of their buffers."""

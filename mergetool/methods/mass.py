@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from mergetool.bundle.manifest import Features, HeadRule, Mode, Per, Pool, UnknownRule
 from mergetool.methods.base import Field, Finite, Unit
-from mergetool.methods.families.bundle import BundleMethod
+from mergetool.methods.families.bundle import FactorsMethod
 
 if TYPE_CHECKING:
     from mergetool.bundle.options import Options
@@ -109,7 +109,7 @@ class RouterSettings(BaseModel):
         return self
 
 
-class Mass(BundleMethod):
+class Mass(FactorsMethod):
     """A bundle: base, factors, heads, router"""
 
     method: Literal["mass"] = "mass"

@@ -51,10 +51,13 @@ class TaskArithmetic(TensorMethod):
         factor = p.scale / sum(p.weight) if self.normalize else p.scale
         return tuple(factor * weight for weight in p.weight)
 
-    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
-        factor = p.scale / sum(p.weight) if self.normalize else p.scale
+    def change(self, group: TensorGroup, p: Params, stats: Stats) -> "tuple[Tensor, float]":
         total = group.scratch("total").zero_()
         for weight, delta in zip(p.weight, group.deltas, strict=True):
             total.add_(delta, alpha=weight)
+        return total, sum(p.weight) if self.normalize else 1.0
+
+    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+        total, divisor = self.change(group, p, stats)
         assert group.base is not None
-        return group.base.add_(total, alpha=factor)
+        return group.base.add_(total, alpha=p.scale / divisor)

@@ -15,13 +15,13 @@ is kept in full; convolutions are compressed, too.
 
 from typing import TYPE_CHECKING, Literal
 
-from mergetool.methods.families.bundle import BundleMethod
+from mergetool.methods.families.bundle import FactorsMethod
 
 if TYPE_CHECKING:
     from mergetool.bundle.options import Options
 
 
-class TsvCompress(BundleMethod):
+class TsvCompress(FactorsMethod):
     """A library: base and factors per task"""
 
     method: Literal["tsv-compress"] = "tsv-compress"

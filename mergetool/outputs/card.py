@@ -34,6 +34,7 @@ def card(plan: Plan, changes: Sequence[RoleChange] = ()) -> str:
         f"# {plan.output.name if plan.output else 'merged model'}\n\n"
         f"A merge of {len(plan.recipe.models)} models by {name}, made with mergetool {__version__}.\n\n"
         f"| model | source | licence |\n|---|---|---|\n{rows}\n\n"
+        f"{_about_results(plan)}"
         f"{_about_licences(plan)}"
         f"{_about_changes(changes)}"
         f"## Recipe\n\n```yaml\n{recipe}```\n\n"
@@ -116,6 +117,12 @@ def _role(name: str) -> str:
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
+
+
+def _about_results(plan: Plan) -> str:
+    """The folders of a sweep."""
+    rows = "".join(f"- [{name}]({name}/README.md)\n" for name in plan.points)
+    return f"{len(plan.points)} results, each whole in its folder:\n\n{rows}\n" if rows else ""
 
 
 def _about_licences(plan: Plan) -> str:

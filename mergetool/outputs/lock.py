@@ -18,7 +18,7 @@ from mergetool.outputs.push import read_lock
 from mergetool.outputs.record import Record
 from mergetool.outputs.redaction import redacted
 from mergetool.outputs.result import Result
-from mergetool.outputs.staging import LOCK_NAME, Staging
+from mergetool.outputs.staging import LOCK_NAME
 from mergetool.planning import Plan
 from mergetool.planning.graph import BASE
 from mergetool.planning.parents import label
@@ -58,11 +58,10 @@ def _remarks(notes: Mapping[str, Sequence[Note]]) -> dict[str, list[str]]:
     return {name: texts for name, texts in remarks.items() if texts}
 
 
-def describe_run(plan: Plan, staging: Staging, record: Record, result: Result) -> None:
-    """Model card, and the lock of everything that lies in the partial folder by now."""
-    folder = staging.partial
+def describe_run(plan: Plan, folder: Path, key: str, record: Record, result: Result) -> None:
+    """Model card, and the lock of everything that lies in an unfinished folder by now; `key` is the plan's."""
     write_file(folder / "README.md", card(plan, changes_by_role(plan, folder)))
-    lock = _lock(plan, staging.key, record, result)
+    lock = _lock(plan, key, record, result)
     weights = set(lock["output"]["files"])
     written = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     names = (path.relative_to(folder).as_posix() for path in written)
@@ -93,6 +92,7 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
         },
         "vocabulary": plan.words.rows,
         "resolved_sha256": _resolved(plan),
+        **({"results": list(plan.points)} if plan.points else {}),
         **({"inner": _inner(plan)} if plan.inner else {}),
         **({"statistics": record.statistics} if record.statistics else {}),
         "output": {"dtype": plan.recipe.output.dtype, "files": dict(sorted(record.outputs.items()))},
@@ -131,7 +131,7 @@ def _resolved(plan: Plan) -> str:
             [slot.spec.name for slot in step.slots],
             step.operation.name,
             [[operand.source, operand.tensor, operand.view.name] for operand in step.operands],
-            dict(step.operation.numbers),
+            dict(step.operation.told),
         ]
         for step in plan.steps
     ]

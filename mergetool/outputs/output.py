@@ -1,6 +1,7 @@
 """What a finished run leaves, one file for each kind, and the last steps that all kinds share."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol
@@ -9,8 +10,11 @@ from mergetool.outputs.lock import describe_run, same_content, summary
 from mergetool.outputs.record import Record, peak_memory
 from mergetool.outputs.result import Result
 from mergetool.outputs.staging import Staging
+from mergetool.outputs.sweep import record_of
 from mergetool.planning import Plan
 from mergetool.planning.graph import Shard
+from mergetool.planning.key import plan_key
+from mergetool.tensors.writer import sync_folder
 
 
 class OutputKind(Protocol):
@@ -52,6 +56,11 @@ def finish(plan: Plan, staging: Staging, records: Sequence[Record], seconds: flo
         num_processes=len(records),
         notes={**output.notes(plan, folder, record), **summary(record.notes)},
         warnings=(*plan.warnings, *same_content(plan, record.inputs)),
+        results=tuple(staging.output / name for name in plan.points),
     )
-    describe_run(plan, staging, record, result)
+    for name, each in plan.points.items():
+        alone = replace(result, path=staging.output / name)
+        describe_run(each, folder / name, plan_key(each), record_of(plan, name, record), alone)
+        sync_folder(folder / name)
+    describe_run(plan, folder, staging.key, record, result)
     return result

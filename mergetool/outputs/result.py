@@ -24,6 +24,8 @@ class Result:
     """How many tensors carry each remark."""
     warnings: tuple[str, ...] = ()
     num_processes: int = 1
+    results: tuple[Path, ...] = ()
+    """Of a sweep, the folders inside `path`."""
     pushed: Pushed | None = None
     """Where on the Hub it is now."""
 
@@ -31,6 +33,7 @@ class Result:
         """JSON-able form, for `--json`."""
         return {
             "path": str(self.path),
+            **({"results": [str(each) for each in self.results]} if self.results else {}),
             "seconds": round(self.seconds, 3),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,

@@ -1,7 +1,7 @@
 """Check a finished output: digests against its lock, and every weight for being finite."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ def verify_output(path: Path, *, load: bool = False) -> dict[str, Any]:
 
     With `load`, transformers opens it and runs one step. Raises SourceError for the first kind of damage.
     """
+    if results := _results(path / LOCK_NAME):
+        return _verified_together(path, results, load=load)
     source = _opened_adapter(path, load=load) if (path / CONFIG_NAME).is_file() else open_model(path)
     lock_path = path / LOCK_NAME
     checked = _check_lock(lock_path) if lock_path.is_file() else None
@@ -49,6 +51,24 @@ def verify_output(path: Path, *, load: bool = False) -> dict[str, Any]:
         "tensors": len(source.specs),
         "summary": f"{files}; {len(source.specs)} tensors are finite{opened}",
     }
+
+
+def _results(lock_path: Path) -> list[str]:
+    """The folders of a sweep, as its lock has them."""
+    try:
+        return [str(name) for name in json.loads(lock_path.read_text("utf-8")).get("results", ())]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return []  # what is wrong with it will be said
+
+
+def _verified_together(path: Path, results: Sequence[str], *, load: bool) -> dict[str, Any]:
+    """All results of a sweep."""
+    checked = _check_lock(path / LOCK_NAME)
+    if any(Path(name).name != name for name in results):
+        raise SourceError("the lock names results that are not in this folder", str(path / LOCK_NAME), "merge again")
+    each = [verify_output(path / name, load=load) for name in results]
+    summary = f"{len(each)} results, {checked} files match the lock; {each[0]['summary']} in each"
+    return {**each[0], "path": str(path), "files_checked": checked, "results": list(results), "summary": summary}
 
 
 def _opened_adapter(path: Path, *, load: bool) -> ModelSource:

@@ -6,9 +6,11 @@ shards     steps dealt into files in order, each file with its exact header
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mergetool.bundle.present import present
 from mergetool.checkpoints.adapters import AdapterAlone
@@ -20,10 +22,12 @@ from mergetool.planning.draft import Draft
 from mergetool.planning.graph import BASE, Plan, Shard, Slot, Step, compute_bits
 from mergetool.planning.inner import NONE, PlannedModel, place_of, with_inner
 from mergetool.planning.measures import data_files, statistics_of
+from mergetool.planning.numbers import with_numbers
 from mergetool.planning.outcome import check_vocabulary, words_about_result
 from mergetool.planning.parents import check_shares, words_about
 from mergetool.planning.passes import with_partners, with_passes
 from mergetool.planning.sources import Lookup, Provenance
+from mergetool.planning.sweep import swept
 from mergetool.planning.words import in_one_vocabulary
 from mergetool.recipe.adapters import on_their_base
 from mergetool.recipe.candidate import first_candidate
@@ -54,6 +58,10 @@ def make_plan(
     Of a search, the plan of its first candidate: the others differ in numbers only.
     Raises SourceError or HubError for models that cannot be read, PlanError for models that do not fit together.
     """
+    if recipe.points:
+        given: dict[str, Any] = {"whole": whole, "parts": parts, "statistics": statistics}
+        one = partial(make_plan, output=output, sources=sources, lookup=lookup, **given)
+        return swept(recipe, output, partial(_point, one))
     if recipe.method.searches:
         recipe = first_candidate(recipe)
     _check_adapters(recipe)
@@ -77,6 +85,11 @@ def make_plan(
     from mergetool.planning.bundles import as_bundle
 
     return as_bundle(plan)
+
+
+def _point(make: Callable[[Recipe], Plan], first: Plan | None, recipe: Recipe) -> Plan:
+    """The plan of one result of a sweep: that of the first with other numbers, where no layout has its own."""
+    return make(recipe) if first is None or recipe.layout_overrides else with_numbers(first, recipe)
 
 
 def _check_adapters(recipe: Recipe) -> None:

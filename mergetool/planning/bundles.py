@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
-from mergetool.bundle.files import SPECTRA, factors_path, model_files, small_files, spectrum_key, triplet_names
+from mergetool.bundle.files import SHARED, SPECTRA, factors_path, model_files, small_files, spectrum_key, triplet_names
+from mergetool.bundle.manifest import MASKED
 from mergetool.bundle.options import Options
 from mergetool.bundle.present import PresentedSource
 from mergetool.bundle.ranks import bytes_within, factor_specs, full_spec, most_directions
@@ -16,6 +17,7 @@ from mergetool.bundle.task_vector import directions_of
 from mergetool.methods.base import expect
 from mergetool.methods.families.bundle import BundleMethod
 from mergetool.planning.graph import BASE, Plan, PlannedFile, Shard, Slot, Step
+from mergetool.planning.masks import masked_steps
 from mergetool.planning.operations import Factorise
 from mergetool.tensors.dtypes import BY_NAME
 from mergetool.tensors.header import TensorSpec, lay_out
@@ -26,13 +28,14 @@ def as_bundle(plan: Plan) -> Plan:
     """The plan with steps that make factors instead of merging, and the files of a bundle."""
     options = expect(plan.recipe.method, BundleMethod).options()
     tasks = tuple(plan.recipe.models)
-    steps = [
-        _factorised(step, slot.spec, options, _added(plan, step, tasks))
-        for step in plan.steps
-        if step.operation.arithmetic
-        for slot in step.slots
-    ]
-    shards = [_shard(index, task, steps) for index, task in enumerate(tasks)]
+    merged = [(step, slot.spec) for step in plan.steps if step.operation.arithmetic for slot in step.slots]
+    files = [factors_path(task) for task in tasks]
+    if options.kind in MASKED:
+        steps = masked_steps(merged, [_added(plan, step, tasks) for step, _ in merged], options)
+        files.append(SHARED)
+    else:
+        steps = [_factorised(step, spec, options, _added(plan, step, tasks)) for step, spec in merged]
+    shards = [_shard(index, path, steps) for index, path in enumerate(files)]
     kept = tuple(replace(step, index=index) for index, step in enumerate(steps))
     others = tuple(_others(plan, options, steps))
     return replace(
@@ -79,9 +82,9 @@ def _parts(spec: TensorSpec, rank: int, added: int | None, options: Options) -> 
     return factor_specs(spec.name, spec.shape, own, options) if own else []
 
 
-def _shard(index: int, task: str, steps: Iterable[Step]) -> Shard:
+def _shard(index: int, path: str, steps: Iterable[Step]) -> Shard:
     specs = [slot.spec for step in steps for slot in step.slots if slot.shard == index]
-    return Shard(factors_path(task), *lay_out(specs, {"format": "pt"}))
+    return Shard(path, *lay_out(specs, {"format": "pt"}))
 
 
 def _factor_bytes(plan: Plan, options: Options, steps: Iterable[Step], shards: Iterable[Shard]) -> int:

@@ -214,6 +214,8 @@ class Plan:
     """Files beside the models that the method reads, by the recipe's field."""
     words: Lexicon = field(default_factory=lambda: Lexicon({}))
     """The vocabulary, where the models' are not one."""
+    points: "Mapping[str, Plan]" = field(default_factory=dict)
+    """Of a sweep, the plans of its results by name, as if each were made alone in its folder inside the output."""
     inner: "Mapping[str, Plan]" = field(default_factory=dict)
     """The plans of models that other recipes make first, by name."""
     forms: Mapping[str, Form] = field(default_factory=dict)

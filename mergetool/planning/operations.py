@@ -60,6 +60,8 @@ class Operation(ABC):
     """What it holds, where that is no number of whole tensors."""
     flops: float | None = None
     """Multiply-adds, where they are not those of decomposing every operand."""
+    keeps: bool = True
+    """Whether what its passes keep on the way is there for what comes next."""
     transposed: bool = False
     """Whether factors are those of the tensor turned, which is stored as (inputs, outputs)."""
 
@@ -67,6 +69,11 @@ class Operation(ABC):
     def numbers(self) -> Mapping[str, Any]:
         """The numbers that it goes by here."""
         return {}
+
+    @property
+    def told(self) -> Mapping[str, Any]:
+        """The same for people, where there are several."""
+        return self.numbers
 
     @property
     def sliced(self) -> "Operation":
@@ -159,6 +166,18 @@ class Factorise(_Plain):
     def granularity(self, spec: TensorSpec) -> Granularity:
         by_itself = self.changed == 0 or (self.changed is not None and self.rank > 0)
         return "element" if by_itself else "tensor"
+
+
+@dataclass(frozen=True)
+class Mask(Factorise):
+    """Masks of one change that all models share; `rank`: directions that a router reads beside them."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "unchanged" if self.changed == 0 else "masks"
+
+    def granularity(self, spec: TensorSpec) -> Granularity:
+        return "element" if self.changed == 0 else "tensor"
 
 
 @dataclass(frozen=True)
@@ -282,6 +301,13 @@ class Merge(Operation):
 
     def partners(self, name: str) -> tuple[str, ...]:
         return self.method.partners(name)
+
+    @property
+    def pass_settings(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """All that decides what its passes find, but for the weights: settings and numbers."""
+        depends = self.method.pass_depends_on
+        names = self.numbers.keys() if depends is None else depends
+        return self.method.settings_of_passes(), {name: self.numbers[name] for name in names}
 
     def counting(self, spec: TensorSpec, num_elements: int, bits: int) -> Operation:
         counts = self.method.counts(spec.name, spec.shape)

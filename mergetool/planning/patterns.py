@@ -17,7 +17,7 @@ class Pattern:
 
     def parameters(self) -> dict[str, str]:
         """Every number of the method as text: one value, or the first and the last along depth."""
-        along = [step.operation.numbers for step in sorted(self.steps, key=lambda step: step.depth)]
+        along = [step.operation.told for step in sorted(self.steps, key=lambda step: step.depth)]
         return {key: _along([each[key] for each in along]) for key in along[0]}
 
 
@@ -59,6 +59,8 @@ def _ranges(numbers: Sequence[int]) -> Iterator[str]:
 
 def _along(values: Sequence[Any]) -> str:
     """Values along depth; of numbers per model, each by itself where models differ."""
+    if isinstance(values[0], str):
+        return str(values[0])
     if not isinstance(values[0], tuple):
         return _range(values)
     each = [_range(column) for column in zip(*values, strict=True)]

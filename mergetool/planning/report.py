@@ -35,7 +35,8 @@ def describe(plan: Plan, costs: Costs, search: Method | None = None) -> dict[str
         "output": str(plan.output) if plan.output else None,
         "method": plan.recipe.method.method_name(),
         "then": [step.model_dump(exclude_defaults=True) | {"step": step.step_name()} for step in plan.recipe.then],
-        "steps": [_step(plan, step, slot) for step in plan.steps for slot in step.slots],
+        "results": {name: str(each.output) for name, each in plan.points.items()},
+        "steps": [_step(plan, step, slot) for step in plan.steps for slot in _slots(plan, step)],
         "files": [{"name": file.name, "bytes": file.size, "at_most": file.at_most} for file in plan.files],
         "shards": [{"name": shard.name, "bytes": shard.header.file_size} for shard in plan.shards],
         "bytes_to_download": plan.bytes_missing,
@@ -82,6 +83,11 @@ def tables(plan: Plan, *, full: bool = False) -> list[tuple[str, Rows]]:
     return [*inner, (f"then: {plan.recipe.method.method_name()}" if inner else "", rows(plan, full=full))]
 
 
+def _slots(plan: Plan, step: Step) -> Sequence[Slot]:
+    """The slots of a step; of a sweep, in its first result."""
+    return step.slots[: len(step.slots) // max(1, len(plan.points))]
+
+
 def _step(plan: Plan, step: Step, slot: Slot) -> dict[str, Any]:
     return {
         "name": slot.spec.name,
@@ -92,7 +98,7 @@ def _step(plan: Plan, step: Step, slot: Slot) -> dict[str, Any]:
         "how": treatment(step),
         "from": list(step.reads),
         "depth": round(step.depth, 6),
-        "parameters": dict(step.operation.numbers),
+        "parameters": dict(step.operation.told),
     }
 
 
@@ -124,6 +130,7 @@ def totals(plan: Plan, costs: Costs, *, machines: bool = False, search: Method |
     elsewhere = [(machine.name, _told(plan, expected_seconds(plan, machine))) for machine in MACHINES if machines]
     return [
         ("tensors", f"{plan.num_tensors:,} ({told})"),
+        *([("sweep", f"{len(plan.points)} results: {', '.join(plan.points)}")] if plan.points else []),
         *([("to download first", filesize(plan.bytes_missing))] if plan.bytes_missing else []),
         *_vocabulary(plan),
         ("to read", filesize(costs.bytes_in)),

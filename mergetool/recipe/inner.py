@@ -143,6 +143,9 @@ class Inside:
             yield self.document.error(
                 place, what, f"run it first, then name its result: mergetool run {path} -o FOLDER"
             )
+        elif recipe.points:
+            what = "a sweep makes several models, and here is one"
+            yield self.document.error(place, what, "remove `sweep` in it, and sweep here")
         elif recipe.method.result != "checkpoint":
             what = f"{name} makes a bundle of several experts, which is not one model"
             fix = (

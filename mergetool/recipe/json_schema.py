@@ -15,6 +15,25 @@ from mergetool.recipe.section import override_class
 _METHOD, _SEARCHED, _SETTING = "TensorMethod", "SearchedMethod", "SearchedSetting"
 
 
+SWEEP = {
+    "type": "object",
+    "minProperties": 1,
+    "additionalProperties": {
+        "anyOf": [
+            {"type": "array", "minItems": 1},
+            {
+                "type": "object",
+                "properties": {"simplex": {"type": "integer", "minimum": 1}},
+                "required": ["simplex"],
+                "additionalProperties": False,
+            },
+        ]
+    },
+    "description": "numbers of the method, and the values of each: one result for each combination",
+}
+"""The section that makes several results."""
+
+
 def recipe_schema() -> dict[str, Any]:
     """JSON schema of a recipe file: sections, and for `merge` one alternative per method, chosen by `method`."""
     definitions: dict[str, Any] = {}
@@ -26,6 +45,7 @@ def recipe_schema() -> dict[str, Any]:
         "items": {"oneOf": [_step_schema(kind, definitions) for kind in steps().values()]},
         "description": "steps on what merging changed, in order",
     }
+    properties["sweep"] = SWEEP
     methods = [kind for kind in registry().values() if kind.merges]
     definitions[_METHOD] = {"oneOf": [_method_schema(kind, definitions) for kind in methods]}
     definitions[_SEARCHED] = {"oneOf": [_searched(_merge_schema(kind, definitions)) for kind in methods]}

@@ -5,6 +5,7 @@ checks that need several sections (names of models, bases that would not be used
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +30,7 @@ from mergetool.recipe.mergekit import as_text
 from mergetool.recipe.render import render, unknown_key
 from mergetool.recipe.schema import Check, Compute, Output, Override, Recipe, Reference
 from mergetool.recipe.section import merge_section, override_class, then_section
+from mergetool.recipe.sweep import sweep_documents
 from mergetool.recipe.words import Template, Tokenizer
 
 _Models = Annotated[dict[str, Reference], Field(min_length=1)]
@@ -155,6 +157,8 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
     data = document.data
     if not isinstance(data, dict):
         raise document.error((), "a recipe is a mapping with `models` and `merge`", "see: mergetool schema")
+    if "sweep" in data:
+        return _swept(document, settings, around)
     problems: list[RecipeError] = []
     given = _sections_of(document, problems)
     kind, method, overrides = merge_section(document, problems) if "merge" in data else (None, None, ())
@@ -196,6 +200,25 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
     return recipe if is_alone(data) else on_their_base(recipe)
 
 
+def _swept(document: Document, settings: tuple[str, ...], around: Around | None) -> Recipe:
+    """A recipe that makes several results, checked as those of all of them."""
+    problems: list[RecipeError] = []
+    documents: Mapping[str, Document] = sweep_documents(document, problems)
+    if not documents:
+        plain = {key: each for key, each in document.data.items() if key != "sweep"}
+        documents = {"": replace(document, data=plain)}
+    recipes = {}
+    for name, each in documents.items():
+        try:
+            recipes[name] = check_document(each, settings, around)
+        except RecipeError as error:
+            problems += [each for each in error.problems if str(each) not in map(str, problems)]
+    if problems:
+        raise RecipeError.of(problems)
+    first = next(iter(recipes.values()))
+    return replace(first, document=inlined(document, first.inner), points=recipes)
+
+
 def _check_inner(document: Document, around: Around) -> Recipe:
     return check_document(document, around=around)
 
@@ -210,7 +233,7 @@ def _sections_of(document: Document, problems: list[RecipeError]) -> dict[str, A
                 given[key] = TypeAdapter(kind).validate_python(data[key])
             except ValidationError as error:
                 problems += render(document, (key,), error, Data if kind is Calibration else kind)
-    known = [*sections(), "merge", "then"]
+    known = [*sections(), "merge", "then", "sweep"]
     problems += [_misplaced(document, key) or unknown_key(document, (key,), known) for key in data if key not in known]
     problems += [
         document.error((), f"required key {key!r} is missing", f"add {key}:")

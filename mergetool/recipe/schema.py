@@ -227,6 +227,8 @@ class Recipe:
     """Which tensors of the models each output tensor comes from."""
     layout_overrides: tuple[Override, ...] = ()
     """Overrides that the layout's sections hold; where they apply, the layout says."""
+    points: "Mapping[str, Recipe]" = field(default_factory=dict)
+    """Of a sweep, the recipes of its results by name; all else here is that of the first."""
     inner: "Mapping[str, Recipe]" = field(default_factory=dict)
     """The recipes that make some of the models, by name (the base under "base")."""
     intermediate: bool = False
@@ -249,6 +251,8 @@ class Recipe:
     @property
     def result(self) -> str:
         """The kind of output that a run leaves."""
+        if self.points:
+            return "sweep"
         if self.method.result != "checkpoint":
             return self.method.result
         return "adapter" if self.adapters_alone or self.output.kind == "adapter" else "checkpoint"

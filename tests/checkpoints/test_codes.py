@@ -171,6 +171,43 @@ def gptq(bits=4, *, zero=False, two=False, shuffled=False, index=True):
     return quantise
 
 
+def stream(codes, axis):
+    """3-bit numbers one after the other along an axis, the first in the lowest bits of the first 32."""
+    rows = codes.movedim(axis, -1)
+    bits = (rows[..., None] >> torch.arange(3) & 1).reshape(*rows.shape[:-1], -1, 32)
+    words = (bits.long() << torch.arange(32)).sum(-1)
+    return (words - (words >> 31 << 32)).to(torch.int32).movedim(-1, axis).contiguous()
+
+
+def gptq_3(*, zero=False, two=False, less=None):
+    def quantise(key, value):
+        groups = torch.arange(value.shape[1]) // 8
+        codes, scales, zeros, expected = integers(value, groups, 3, zero=zero)
+        if not two and not less:  # what is one less has to be a number
+            zeros = zeros.clamp_min(1)
+            expected = (codes - zeros.T[:, groups]).double() * scales.double().T[:, groups]
+        words = stream(zeros - (0 if two or less else 1), 1).long()
+        if less:
+            words = words - torch.tensor(less).repeat(words.shape[1] // 3)
+        stem = key.removesuffix("weight")
+        stored = {
+            f"{stem}qweight": stream(codes.T, 0),
+            f"{stem}qzeros": (words + 2**31).remainder(2**32).sub(2**31).to(torch.int32),
+            f"{stem}scales": scales,
+            f"{stem}g_idx": groups.to(torch.int32),
+        }
+        return stored, expected
+
+    return quantise
+
+
+BY_GPTQMODEL = (  # what that library takes from every third word
+    0b00100100100100100100100100100100,
+    0b10010010010010010010010010010010,
+    0b01001001001001001001001001001001,
+)
+
+
 def awq(key, value):
     codes, scales, zeros, expected = integers(value, torch.arange(value.shape[1]) // 8, 4, zero=True)
     stem, order = key.removesuffix("weight"), (0, 2, 4, 6, 1, 3, 5, 7)
@@ -226,6 +263,15 @@ FORMS = {
     "GPTQ, shuffled": (gptq(zero=True, shuffled=True), {"quant_method": "gptq", "bits": 4, "desc_act": True}),
     "GPTQ, 8 bits": (gptq(8, zero=True), {"quant_method": "gptq", "bits": 8}),
     "GPTQ, 2 bits": (gptq(2), {"quant_method": "gptq", "bits": 2}),
+    "GPTQ, 3 bits": (gptq_3(zero=True), {"quant_method": "gptq", "bits": 3}),
+    "GPTQ, 3 bits, format 2": (
+        gptq_3(zero=True, two=True),
+        {"quant_method": "gptq", "bits": 3, "checkpoint_format": "gptq_v2"},
+    ),
+    "GPTQ, 3 bits, by GPTQModel": (
+        gptq_3(zero=True, less=BY_GPTQMODEL),
+        {"quant_method": "gptq", "bits": 3, "meta": {"quantizer": ["gptqmodel:4.2.5"]}},
+    ),
     "GPTQ, format 2": (gptq(zero=True, two=True), {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}),
     "GPTQ, no index": (gptq(index=False), {"quant_method": "gptq", "bits": 4}),
     "AWQ": (awq, {"quant_method": "awq", "bits": 4, "version": "gemm"}),
@@ -270,6 +316,14 @@ def sources(tmp_path_factory):
     return [change_config(build(root / name, "llama", seed), dtype="bfloat16") for seed, name in enumerate("ab")]
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose matrices have rows and columns by the 32."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = tmp_path_factory.mktemp("wide") / "a"
+    return change_config(build(folder, "llama", 0, head_dim=16, **sizes), dtype="bfloat16")
+
+
 def quantised(folder, source, form):
     """`source` with the projections as codes, and what these mean by name."""
     quantise, settings = FORMS[form]
@@ -290,8 +344,8 @@ def quantised(folder, source, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_codes_are_read_as_what_they_mean(form, sources, tmp_path):
-    expected = quantised(tmp_path / "codes", sources[0], form)
+def test_codes_are_read_as_what_they_mean(form, sources, wide, tmp_path):
+    expected = quantised(tmp_path / "codes", wide if "3 bits" in form else sources[0], form)
     recipe = {
         "models": {"a": str(tmp_path / "codes")},
         "merge": {"method": "passthrough"},

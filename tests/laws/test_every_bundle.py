@@ -3,7 +3,7 @@
 sound         what a run made, verify finds sound, and inspect can tell of
 workers       the number of workers does not matter, to the bit
 order         the order of the tasks does not matter to what is kept of each, to the bit
-independent   how many directions an expert keeps is all that it takes from the others, to the bit
+independent   how many directions an expert keeps is all that it takes from the others, to the bit (bundles of factors)
 whole         at full rank in float32 an expert comes back
 non-finite    a value that is not finite is never lost: the build stops and says whose it is
 """
@@ -17,16 +17,13 @@ from mergetool import MergeError
 from mergetool.bundle.manifest import read_manifest
 from mergetool.bundle.verify import facts_about_bundle, verify_bundle
 from mergetool.methods import registry
-from mergetool.methods.families.bundle import BundleMethod
+from mergetool.methods.families.bundle import BundleMethod, FactorsMethod
 from mergetool.testing.cases import MethodCase, bundle_cases
 from mergetool.testing.toys import INTEGERS, assert_near, read, write
 
 every_case = pytest.mark.parametrize("case", bundle_cases(), ids=lambda case: f"{case.method} {case.option}".strip())
-every_bundle = pytest.mark.parametrize(
-    "case",
-    [MethodCase(kind) for kind in registry().values() if issubclass(kind, BundleMethod)],
-    ids=lambda case: case.method,
-)
+BUNDLES = [MethodCase(kind) for kind in registry().values() if issubclass(kind, BundleMethod)]
+every_bundle = pytest.mark.parametrize("case", BUNDLES, ids=str)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +68,7 @@ def test_the_order_of_the_tasks_does_not_matter_to_what_is_kept_of_each(case, to
         ).read_bytes()
 
 
-@every_bundle
+@pytest.mark.parametrize("case", [each for each in BUNDLES if issubclass(each.kind, FactorsMethod)], ids=str)
 def test_the_number_of_directions_is_all_that_an_expert_takes_from_the_others(case, toys, tmp_path):
     case = case.with_settings(rank=2)
     three, two = (make(case, toys[1], tmp_path / names, names) for names in ("abc", "ab"))

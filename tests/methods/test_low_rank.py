@@ -110,7 +110,7 @@ def test_methods_that_need_weights_say_why():
     assert "scope: tensor" in reasons["ties scope=model"]
 
 
-MATRIX = ("dc-merge", "tsv-merge", "iso-c", "iso-cts")
+MATRIX = ("dc-merge", "tsv-merge", "iso-c", "iso-cts", "star", "swudi", "wudi")
 
 
 WAYS = {

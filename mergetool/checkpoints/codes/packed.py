@@ -6,8 +6,9 @@
     compressed-tensors   weight_packed (out, in / 8), counted from the middle; weight_scale (out, groups);
                          weight_zero_point (out / 8, groups) perhaps; weight_shape; weight_g_idx perhaps
 
-(8 for 4 bits.) The number is `scale * (code - zero)`. Stored with inputs first, a slice of the weight is a few columns
-of what is packed, so the codes of one weight are kept while it is read.
+(8 for 4 bits; of GPTQ's 3 bits, 32 in a row fill three words.) The number is `scale * (code - zero)`. Stored with
+inputs first, a slice of the weight is a few columns of what is packed, so the codes of one weight are kept while it is
+read.
 
 References: GPTQ, https://arxiv.org/abs/2210.17323; AWQ, https://arxiv.org/abs/2306.00978; compressed-tensors,
 https://github.com/vllm-project/compressed-tensors.
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BITS = (2, 4, 8)
+_THREES = 3
+"""Bits of a code that may lie in two words."""
+_BY_GPTQMODEL = (0x24924924, 0x92492492, 0x49249249)
+"""What GPTQModel takes from words of 3-bit zero points when it writes format 1, and adds when it reads it."""
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where the output of each number lies among those that AWQ packs together."""
 
@@ -80,21 +85,28 @@ class InputsFirst(_Packed):
 
 @dataclass(frozen=True)
 class Gptq(InputsFirst):
-    """Inputs packed one after the other; `less`: zero points are one less than meant."""
+    """Inputs packed one after the other."""
 
-    less: bool
+    words: tuple[int, ...]
+    """What is added to the words of zero points, in turn: those that are packed together change together, so that what
+    went over the edge comes back."""
+    more: int
+    """What is added to zero points themselves."""
 
     def _codes(self, reader: Reader, first: int, last: int) -> "Tensor":
-        packed = reader.whole(self.codes)[:, first:last]
-        return _unpacked(packed, self.bits).transpose(1, 2).reshape(-1, last - first)[: self.shape[1]]
+        return _in_a_row(reader.whole(self.codes)[:, first:last].T, self.bits).T[: self.shape[1]]
 
     def _outputs_packed(self, packed: "Tensor", first: int, last: int) -> "Tensor":
-        each = 32 // self.bits
+        import torch
+
+        each, width = (32, _THREES) if self.bits == _THREES else (32 // self.bits, 1)
         low = first // each
-        words = packed[:, low : -(-last // each)]
-        if self.less:  # added to all that are packed together, so that what went over the edge comes back
-            words = words + int.from_bytes(_ones(self.bits), "little", signed=True)
-        return _unpacked(words, self.bits).flatten(1)[:, first - low * each : last - low * each]
+        words = packed[:, low * width : -(-last // each) * width]
+        if self.words:
+            added = torch.tensor(self.words).repeat(words.shape[1] // len(self.words))
+            words = (words + added).to(torch.int32)
+        zeros = (_in_a_row(words, self.bits) + self.more) & ((1 << self.bits) - 1)
+        return zeros[:, first - low * each : last - low * each]
 
 
 @dataclass(frozen=True)
@@ -139,9 +151,17 @@ class Compressed(_Packed):
         return zeros[first - low * each : last - low * each]
 
 
-def _ones(bits: int) -> bytes:
-    """32 bits with a one in each place that a code begins at."""
-    return sum(1 << place for place in range(0, 32, bits)).to_bytes(4, "little")
+def _in_a_row(packed: "Tensor", bits: int) -> "Tensor":
+    """The codes of all words of the last axis."""
+    import torch
+
+    if bits != _THREES:
+        return _unpacked(packed, bits).flatten(-2)
+    words = packed.reshape(*packed.shape[:-1], -1, _THREES).long() & 0xFFFFFFFF
+    places = torch.arange(0, 32 * bits, bits)
+    both = words | words.roll(-1, -1) << 32  # each word, and the one that follows it
+    codes: Tensor = both[..., places // 32] >> places % 32 & 7
+    return codes.flatten(-2).int()
 
 
 def _unpacked(packed: "Tensor", bits: int) -> "Tensor":
@@ -180,9 +200,20 @@ def _inputs_first(specs: Specs, stem: str, settings: Settings) -> Iterator[Weigh
     inputs = specs[index].shape[0] if own_index else 32 * height // int(settings.get("bits") or 4)
     bits = 32 * height // inputs if inputs else 0
     kind = settings.get("checkpoint_format") or "gptq"
-    fits = specs[zeros].shape == (groups, -(-outputs * bits // 32)) and height == -(-inputs * bits // 32)
-    if outputs == width and bits in _BITS and fits and kind in ("gptq", "gptq_v2"):
-        yield Gptq(name, (outputs, inputs), codes, bits, zeros, scales, own_index, kind == "gptq")
+    odd = bits == _THREES and (inputs % 32 or outputs % 32)
+    fits = not odd and specs[zeros].shape == (groups, -(-outputs * bits // 32)) and height == -(-inputs * bits // 32)
+    if outputs == width and bits in (_THREES, *_BITS) and fits and kind in ("gptq", "gptq_v2"):
+        words, more = _added(bits, settings) if kind == "gptq" else ((), 0)
+        yield Gptq(name, (outputs, inputs), codes, bits, zeros, scales, own_index, words, more)
+
+
+def _added(bits: int, settings: Settings) -> tuple[tuple[int, ...], int]:
+    """What is added to words of zero points in format 1, which are one less than meant, and to zero points."""
+    if bits != _THREES:
+        return (sum(1 << place for place in range(0, 32, bits)),), 0
+    meta = settings.get("meta")
+    writers = str(meta.get("quantizer") or "") if isinstance(meta, dict) else ""
+    return (_BY_GPTQMODEL, 0) if "gptqmodel" in writers.lower() else ((), 1)
 
 
 def _compressed(reader: Reader, stem: str) -> Iterator[Weight]:

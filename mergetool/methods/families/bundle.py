@@ -30,21 +30,7 @@ class _Kept(TensorMethod):
 class BundleMethod(Method):
     """A method whose result is a folder that serves many tasks (`mergetool.bundle`), not a checkpoint."""
 
-    rank: Rank = Field("auto", description=RANK)
-    factors: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of stored factors")
-    size: Annotated[Finite, Field(gt=0)] | None = Field(
-        None,
-        description="most that the factors of all experts may take, as a share of the base's bytes; directions that "
-        "hold the least energy are left out beyond it (default: with `rank: auto`, 0.59 of a base in float32 for "
-        "factors of two bytes, and the same directions in other dtypes; else no bound)",
-    )
     base: Literal["copy", "reference"] = Field("copy", description="copy the base, or only refer to it")
-    filter: MatrixFilter = Field(
-        "fusionbench", description="which two-dimensional tensors are kept as factors; all others are kept in full"
-    )
-    conv: Literal["mean", "matricize"] = Field(
-        "matricize", description="keep tensors of more axes in full, or as factors of (out, everything else)"
-    )
     needs_base: ClassVar = "required"
     uses_factors: ClassVar = True
     result: ClassVar = "bundle"
@@ -56,11 +42,30 @@ class BundleMethod(Method):
     def kernel(self) -> TensorMethod:
         return _Kept()
 
+    @abstractmethod
+    def options(self) -> "Options":
+        """What is kept of the models, and how the bundle is used."""
+
+
+class FactorsMethod(BundleMethod):
+    """One that keeps a few directions of every expert's changes."""
+
+    rank: Rank = Field("auto", description=RANK)
+    factors: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of stored factors")
+    size: Annotated[Finite, Field(gt=0)] | None = Field(
+        None,
+        description="most that the factors of all experts may take, as a share of the base's bytes; directions that "
+        "hold the least energy are left out beyond it (default: with `rank: auto`, 0.59 of a base in float32 for "
+        "factors of two bytes, and the same directions in other dtypes; else no bound)",
+    )
+    filter: MatrixFilter = Field(
+        "fusionbench", description="which two-dimensional tensors are kept as factors; all others are kept in full"
+    )
+    conv: Literal["mean", "matricize"] = Field(
+        "matricize", description="keep tensors of more axes in full, or as factors of (out, everything else)"
+    )
+
     @property
     def most(self) -> float | None:
         """The bound on the size of factors."""
         return 0.59 if self.size is None and self.rank == "auto" else self.size
-
-    @abstractmethod
-    def options(self) -> "Options":
-        """What is kept of the models, and how the bundle is used."""

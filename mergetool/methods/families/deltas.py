@@ -22,9 +22,13 @@ class DeltaMethod(TensorMethod):
     def combined(self, group: TensorGroup, deltas: "list[Tensor]", p: Params) -> "Tensor":
         """One task vector of several, which may be overwritten; it may be one of them, or a temporary."""
 
-    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+    def change(self, group: TensorGroup, p: Params, stats: Stats) -> "tuple[Tensor, float]":
         for weight, delta in zip(p.weight, group.deltas, strict=True):
             if weight != 1.0:
                 delta.mul_(weight)
+        return self.combined(group, group.deltas, p), 1.0
+
+    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+        merged, _ = self.change(group, p, stats)
         assert group.base is not None
-        return group.base.add_(self.combined(group, group.deltas, p), alpha=p.scale)
+        return group.base.add_(merged, alpha=p.scale)

@@ -69,19 +69,28 @@ class MatrixMethod(TensorMethod):
     def partners(self, name: str) -> tuple[str, ...]:
         return tuple(other for other in query_key_value(name) if other != name) if self.fuse == "qkv" else ()
 
+    def change(self, group: TensorGroup, p: Params, stats: Stats) -> "tuple[Tensor, float] | None":
+        if not isinstance(vars(p)["scale"], float | int) or not chosen_of(p):
+            return None
+        return self._update_or_mean(group, p)[0], 1.0
+
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         assert group.base is not None
-        chosen = chosen_of(p)
-        if not chosen:
+        if not chosen_of(p):
             return group.base
-        update = self.update(group, p)
+        update, matrix = self._update_or_mean(group, p)
+        scale = self.factor(group, p, stats, update) if matrix else self.factor_of_averages(p)
+        return group.base.add_(update, alpha=scale)
+
+    def _update_or_mean(self, group: TensorGroup, p: Params) -> "tuple[Tensor, bool]":
+        """What is to be added, and whether it is the merged task vector of a matrix."""
+        chosen, update = chosen_of(p), self.update(group, p)
         if update is not None:
-            scale = self.factor(group, p, stats, update)
-            return group.base.add_(update.view_as(group.base), alpha=scale)
-        update = group.scratch("update").zero_()
+            return update.view_as(group.models[0]), True
+        mean = group.scratch("update").zero_()
         for index, weight in chosen:
-            update.add_(group.deltas[index], alpha=weight / len(chosen))
-        return group.base.add_(update, alpha=self.factor_of_averages(p))
+            mean.add_(group.deltas[index], alpha=weight / len(chosen))
+        return mean, False
 
     def factor(self, group: TensorGroup, p: Params, stats: Stats, update: "Tensor") -> float:
         """What a merged matrix is multiplied by."""

@@ -104,12 +104,15 @@ class SparseMethod(TensorMethod):
         """What comes once it is known which entries go: called with that, the pass over norms where they are needed."""
         return _Norms(self, {})
 
-    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+    def change(self, group: TensorGroup, p: Params, stats: Stats) -> "tuple[Tensor, float]":
         self.thin(group, p, stats)
         for delta, factor in zip(group.deltas, stats.get("factor") or self.own_factors(p), strict=True):
             if factor != 1.0:
                 delta.mul_(factor)
-        merged, divisor = self.reduced(group, p)
+        return self.reduced(group, p)
+
+    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+        merged, divisor = self.change(group, p, stats)
         assert group.base is not None
         return group.base.add_(merged, alpha=p.scale / divisor)
 

@@ -97,7 +97,7 @@ class Followed(TensorMethod):
         return self.inner.pass_scope()
 
     def counts(self, name: str, shape: tuple[int, ...]) -> bool:
-        return self.inner.counts(name, shape)
+        return self._counts or self.inner.counts(name, shape)
 
     @property
     def by_tensor(self) -> str:  # type: ignore[override]

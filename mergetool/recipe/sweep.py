@@ -1,0 +1,157 @@
+"""`sweep`: several results of one recipe in one run, told apart by numbers of its method.
+
+    sweep: {scale: [0.5, 1.0, 1.5]}                    three results, PATH/scale-0.5 and so on
+    sweep: {scale: [0.5, 1.0], density: [0.2, 0.4]}    a grid of four
+    sweep: {weight: {simplex: 4}}                      all weights of the models that are quarters and add up to 1
+
+Each result is that of a plain recipe, with these numbers in `merge`: so it is checked, and so its lock has it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from mergetool.errors import RecipeError
+from mergetool.methods import registry
+from mergetool.methods.base import Method
+from mergetool.recipe.adapters import makes_adapter
+from mergetool.recipe.document import Document, Place
+from mergetool.recipe.render import suggestion
+
+MOST = 64
+"""Results of one sweep."""
+_LONGEST = 80
+"""Letters of a result's name, beyond which it is a number."""
+
+
+@dataclass
+class PointDocument(Document):
+    """The recipe of one result; messages point to where its numbers stand in `sweep`."""
+
+    written: Document = field(default_factory=lambda: Document("", None))
+    places: Mapping[str, Place] = field(default_factory=dict)
+    """Where each number stands, by its key in `merge`."""
+
+    def where(self, place: Place) -> str:
+        if len(place) > 1 and place[0] == "merge" and place[1] in self.places:
+            own = self.places[str(place[1])]
+            return self.written.where((*own, *place[2:]) if len(own) > 2 else own)
+        return self.written.where(place)
+
+
+def sweep_documents(document: Document, problems: list[RecipeError]) -> dict[str, PointDocument]:
+    """The recipes of all results, by name; what is wrong with the sweep itself is added to `problems`."""
+    axes = _axes(document, problems)
+    if problems or not axes:
+        return {}
+    points = list(product(*([(key, place, value) for place, value in axis] for key, axis in axes.items())))
+    if len(points) > MOST:
+        what = f"{len(points)} results, and one run makes at most {MOST}"
+        problems.append(document.error(("sweep",), what, "sweep over fewer values, in several runs"))
+        return {}
+    names = _names([{key: value for key, _, value in point} for point in points])
+    return {name: _document(document, point) for name, point in zip(names, points, strict=True)}
+
+
+def _document(document: Document, point: Sequence[tuple[str, Place, Any]]) -> PointDocument:
+    merge = {**document.data["merge"], **{key: value for key, _, value in point}}
+    data = {key: each for key, each in document.data.items() if key != "sweep"} | {"merge": merge}
+    places = {key: place for key, place, _ in point}
+    return PointDocument(document.name, data, folder=document.folder, written=document, places=places)
+
+
+def _axes(document: Document, problems: list[RecipeError]) -> dict[str, list[tuple[Place, Any]]]:
+    """The values of each number, with their places."""
+    sweep, merge = document.data["sweep"], document.data.get("merge")
+    kind = registry().get(str(merge.get("method"))) if isinstance(merge, dict) else None
+    if not isinstance(sweep, dict) or not sweep:
+        what = "expected numbers of the method with their values"
+        problems.append(document.error(("sweep",), what, "write sweep: {scale: [0.5, 1.0]}"))
+        return {}
+    if kind is None:
+        return {}  # which will be said
+    problems += _refusals(document, kind)
+    return {key: _values(document, kind, key, sweep[key], problems) for key in sweep}
+
+
+def _values(
+    document: Document, kind: type[Method], key: str, values: Any, problems: list[RecipeError]
+) -> list[tuple[Place, Any]]:
+    place: Place = ("sweep", key)
+    schedulable = kind.schedulables().get(key)
+    if key not in kind.model_fields or key == "method":
+        fix = suggestion(key, kind.schedulables()) or f"its numbers are: {', '.join(kind.schedulables()) or 'none'}"
+        problems.append(document.error(place, f"{kind.method_name()} has no number {key!r}", fix))
+        return []
+    if key in document.data["merge"]:
+        what = f"`{key}` is swept, so that in `merge` it would have no effect"
+        problems.append(document.error(("merge", key), what, f"remove `{key}` here, or in `sweep`"))
+    if isinstance(values, dict) and set(values) == {"simplex"} and schedulable is not None and schedulable.per_model:
+        return [(place, each) for each in _simplex(document, place, values["simplex"], problems)]
+    if not isinstance(values, list) or not values:
+        problems.append(document.error(place, "expected a list of values", f"write {key}: [0.5, 1.0]"))
+        return []
+    numbers = all(type(value) in (int, float) for value in values)
+    if schedulable is None and not numbers:
+        problems.append(document.error(place, f"`{key}` is no number that a sweep could vary", "run it several times"))
+    return [((*place, index), value) for index, value in enumerate(values)]
+
+
+def _simplex(document: Document, place: Place, steps: Any, problems: list[RecipeError]) -> Iterator[dict[str, float]]:
+    """Weights of all models that are multiples of 1 / steps and add up to 1."""
+    models = list(document.data.get("models") or ())
+    if type(steps) is not int or not 1 <= steps <= MOST or not models:
+        what = f"expected a whole number of steps, found {steps!r}"
+        problems.append(document.error(place, what, "write {simplex: 4} for quarters"))
+        return
+    for counts in _sums(steps, len(models)):
+        yield {name: count / steps for name, count in zip(models, counts, strict=True)}
+
+
+def _sums(total: int, count: int) -> Iterator[tuple[int, ...]]:
+    """All ways to add up to a number with so many others."""
+    if count == 1:
+        yield (total,)
+        return
+    for first in range(total, -1, -1):
+        for rest in _sums(total - first, count - 1):
+            yield (first, *rest)
+
+
+def _refusals(document: Document, kind: type[Method]) -> Iterator[RecipeError]:
+    """What cannot be made several times at once."""
+    data, name = document.data, kind.method_name()
+    if kind.searches or kind.result != "checkpoint" or kind.arranges or kind.uses_architecture:
+        what = f"{name} looks at whole models, or leaves no plain checkpoint, so it makes one result a run"
+        yield document.error(("sweep",), what, "remove `sweep`, and run it several times: --set merge.NUMBER=...")
+    elif makes_adapter(data):
+        what = "adapters are made one a run"
+        yield document.error(("sweep",), what, "write output: {kind: checkpoint}, or remove `sweep`")
+    output = data.get("output")
+    if isinstance(output, dict) and "hub" in output:
+        what = "a repository holds one model, and a sweep makes several"
+        yield document.error(("output", "hub"), what, "remove `hub`; then: mergetool push PATH/RESULT ORG/NAME")
+    if "evaluate" in data:
+        what = "results of a sweep are scored one by one"
+        yield document.error(("evaluate",), what, "remove `evaluate`; then: mergetool evaluate PATH/RESULT --tasks ...")
+
+
+def _names(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A folder's name for each result: its numbers, or where these are too long or not enough, how many there are."""
+    told = ["_".join(f"{key}-{_told(value)}" for key, value in point.items()) for point in points]
+    if len(set(told)) == len(told) and max(map(len, told)) <= _LONGEST:
+        return told
+    keys = "_".join(points[0])[:_LONGEST]
+    return [f"{keys}-{index:0{len(str(len(points)))}}" for index in range(1, len(points) + 1)]
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        told = "-".join(f"{key}-{_told(each)}" for key, each in value.items() if each != 0)
+    elif isinstance(value, list):
+        told = "-".join(map(_told, value))
+    else:
+        told = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^A-Za-z0-9.+-]", "-", told)
