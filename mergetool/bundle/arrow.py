@@ -2,7 +2,8 @@
 
 At the matrix of a linear layer, x W0^T + sum of w_t (x V_t) S_t U_t^T. The shares w_t are those of the token x itself
 (`per: token`, each matrix decides for itself), or of its whole sequence, which the first pass found. What is no such
-matrix (embeddings, norms, biases, convolutions) is that of all tasks as one group.
+matrix (embeddings, norms, biases, convolutions) is that of all tasks as one group; with SMILE's gate, a linear layer's
+bias has the shares of its matrix.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mergetool.bundle.factors import TaskFactors
 from mergetool.bundle.manifest import Router
-from mergetool.kernels.arrow import prototypes, shares, similarities
+from mergetool.kernels.arrow import gates, lengths, prototypes, shares, similarities
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class _Site:
     """(K, outputs), with the singular values in it."""
     owner: Tensor
     """(K,): whose direction it is."""
-    prototypes: Tensor
-    """(T, inputs), float32."""
+    compared: Tensor
+    """Prototypes (T, inputs), or gates (T, k, inputs), float32."""
 
 
 class Mixer:
@@ -48,15 +49,22 @@ class Mixer:
             known = self._known[name] = self._side_by_side(name, like, turned=turned)
         return known
 
+    def biases(self, name: str, like: Tensor) -> Tensor:
+        """(T, outputs): what every expert adds to a bias."""
+        tasks = range(len(self.factors.manifest.tasks))
+        return torch.stack([self.factors.in_full(task, name) for task in tasks]).to(like)
+
     def _side_by_side(self, name: str, like: Tensor, *, turned: bool) -> _Site:
+        gate = self.router.gate
         every = [self.factors.of(task, name) for task in range(len(self.factors.manifest.tasks))]
         every = [each.mT for each in every] if turned else every
         ranks = torch.tensor([each.rank for each in every])
+        bases = [each.v.mT.float() for each in every]
         return _Site(
             torch.cat([each.v for each in every], 1).to(like),
             torch.cat([each.u * each.s for each in every], 1).mT.to(like),
             torch.arange(len(every)).repeat_interleave(ranks).to(like.device),
-            prototypes([each.v.mT.float() for each in every]).to(like.device),
+            (prototypes(bases) if gate is None else gates(bases, gate.directions)).to(like.device),
         )
 
 
@@ -72,15 +80,26 @@ class Mix:
         """The same for some of the samples."""
         return self if self.weights is None else replace(self, weights=self.weights[list(samples)])
 
-    def change(self, x: Tensor, name: str, *, turned: bool) -> Tensor:
-        """What experts add to what a linear layer makes of x (rows, ..., inputs); `turned`: W0 is (inputs, outputs)."""
+    @property
+    def of_biases(self) -> bool:
+        """Whether the bias of a layer has the shares of its matrix."""
+        return self.mixer.router.gate is not None
+
+    def change(self, x: Tensor, name: str, *, turned: bool, bias: str | None = None) -> Tensor:
+        """What experts add to what a linear layer makes of x (rows, ..., inputs); `turned`: W0 is (inputs, outputs).
+
+        `bias`: that of the layer, if it is to have the same shares.
+        """
         site = self.mixer.site(name, x, turned=turned)
-        weights = self._of_tokens(x, site) if self.weights is None else _spread(self.weights, x)
-        return ((x @ site.reads) * weights.to(x)[..., site.owner]) @ site.writes
+        weights = (self._of_tokens(x, site) if self.weights is None else _spread(self.weights, x)).to(x)
+        change = ((x @ site.reads) * weights[..., site.owner]) @ site.writes
+        return change if bias is None else change + weights @ self.mixer.biases(bias, x)
 
     def _of_tokens(self, x: Tensor, site: _Site) -> Tensor:
-        router = self.mixer.router
-        return shares(similarities(x.float(), site.prototypes), router.temperature, router.top_k)
+        router, gate = self.mixer.router, self.mixer.router.gate
+        if gate is not None:
+            return shares(lengths(x.float(), site.compared), gate.temperature, gate.top_k)
+        return shares(similarities(x.float(), site.compared), router.temperature, router.top_k)
 
 
 def _spread(weights: Tensor, x: Tensor) -> Tensor:

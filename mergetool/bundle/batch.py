@@ -59,3 +59,23 @@ def take(inputs: Mapping[str, Any], samples: Sequence[int]) -> dict[str, Any]:
         else value
         for key, value in inputs.items()
     }
+
+
+def first_tokens(inputs: Mapping[str, Any], most: int) -> tuple[dict[str, Any], Tensor] | None:
+    """Samples cut to so many tokens, and which of them (samples,) go on; None where none does, or there are no tokens.
+
+    A sample is cut to its own first tokens, wherever its padding is.
+    """
+    ids = inputs.get("input_ids")
+    if ids is None or ids.ndim != 2 or ids.shape[1] <= most:
+        return None
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask
+    if not bool((longer := (mask != 0).sum(1) > most).any()):
+        return None
+    order = (mask == 0).int().argsort(dim=1, stable=True)[:, :most]
+    cut = {
+        key: value.gather(1, order) if isinstance(value, Tensor) and value.shape == ids.shape else value
+        for key, value in inputs.items()
+    }
+    return cut, longer

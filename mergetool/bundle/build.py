@@ -236,6 +236,8 @@ class Work:
             temperature=options.temperature,
             redundancy=options.redundancy if merged else None,
             per=options.per,
+            early=options.early,
+            gate=options.gate,
         )
 
     def without_redundancy(self, name: str, parameters: Mapping[str, Parameter]) -> Parameter:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mergetool.bundle.batch import num_samples
+from mergetool.bundle.batch import first_tokens, num_samples, take
 from mergetool.bundle.factors import TaskFactors
 from mergetool.bundle.files import FIRST_PASS
 from mergetool.bundle.local import make_local, replaced
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _UNUSED = ("labels", "past_key_values", "use_cache")
 """Inputs that only the outputs need, which a first pass never gets to."""
+_NO_DOUBT = 8.0
+"""Nats by which a task must be ahead after the first tokens."""
 
 
 class _Stop(Exception):  # noqa: N818  (no error: it ends the pass)
@@ -110,8 +112,26 @@ class FirstPass:
             (module, {k: v.to(device, dtype) for k, v in values.items()}) for module, values in self._merged
         ]
 
-    def distances(self, features: Sequence[Tensor]) -> Tensor:
-        """(samples, tasks): of each sample from each task's directions, or minus its similarity to its first one."""
+    def distances(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """(samples, tasks): of each sample from each task's directions, or minus its similarity to its first one.
+
+        Samples that are longer than `early` tokens are read to the end only if those leave a doubt.
+        """
+        early = None if self._router.early is None else first_tokens(inputs, self._router.early)
+        if early is None:
+            return self._distances(inputs)
+        found = self._distances(early[0])
+        nearest, second = found.topk(2, largest=False).values.unbind(-1)
+        rows = ((second - nearest < _NO_DOUBT) & early[1]).nonzero().flatten().tolist()
+        if rows:
+            found[rows] = self._distances(take(inputs, rows))
+        return found
+
+    def _distances(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.compare(self.features(inputs))
+
+    def compare(self, features: Sequence[Tensor]) -> Tensor:
+        """Distances (samples, tasks) of what was read of whole samples."""
         if self._router.norm == "arrow":
             return -mean_similarity(features, [prototypes(bases) for bases in self.bases])
         return mean_distance(features, self.bases, self._router.norm)

@@ -6,7 +6,7 @@ changed gets another `forward` for the time being:
 linear      x W0^T and ((x V) S) U^T on top, run by run; or, for groups that have seen enough rows for it to pay, x W^T
             with the group's own weights
 embedding   rows of W0, and rows of U S times V^T on top
-norm        the same normalisation, then each sample's own weight and bias
+norm        run by run with the group's own weight and bias
 conv        run by run with the group's own weights
 others      (class tokens, tables of positions) one value per sample, where the model adds them up by broadcasting
 
@@ -141,7 +141,8 @@ class GroupedModel:
         runs = self._passes.current
         if runs is None or runs.mix is None:
             return None
-        return output + runs.mix.change(arguments[0], place.names["weight"], turned=True)
+        bias = place.names.get("bias") if runs.mix.of_biases else None
+        return output + runs.mix.change(arguments[0], place.names["weight"], turned=True, bias=bias)
 
     def _install(self) -> None:
         for place in self._places:
@@ -208,7 +209,9 @@ class _Place:
 
     def whole(self, runs: Runs, factors: TaskFactors) -> dict[str, Tensor]:
         """All changed parameters, by their names in the module."""
-        left = {"weight"} if self.turned and runs.mix is not None else set()
+        left = set()
+        if self.turned and runs.mix is not None:
+            left = {"weight", "bias"} if runs.mix.of_biases else {"weight"}
         return {key: self._whole(key, runs, factors) for key in self.names.keys() - left}
 
     def of_one_group(self, key: str, runs: Runs, factors: TaskFactors) -> Tensor:
@@ -316,7 +319,9 @@ def _linear(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> Tenso
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if runs.mix is not None:
-        return F.linear(x, weight, biases[0]) + runs.mix.change(x, name, turned=False)
+        own = place.names.get("bias") if runs.mix.of_biases else None
+        bias = biases[0] if own is None else own_tensor(module, "bias")
+        return F.linear(x, weight, bias) + runs.mix.change(x, name, turned=False, bias=own)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     for (group, run), bias in zip(runs_of_rows, biases, strict=True):
         out[run] = _low_rank(x[run], weight, bias, group, name, factors)
@@ -356,13 +361,13 @@ def _rows(group: Group, name: str, ids: Tensor, factors: TaskFactors) -> Tensor:
 def _layer_norm(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> Tensor:
     module = place.module
     assert isinstance(module, nn.LayerNorm)
-    weight, bias = ([place.value(key, group, factors) for group in runs.groups] for key in ("weight", "bias"))
-    normed = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
-    if weight[0] is not None:
-        normed = normed * runs.spread([w for w in weight if w is not None], x)
-    if bias[0] is not None:
-        normed = normed + runs.spread([b for b in bias if b is not None], x)
-    return normed
+    if len(runs.groups) > 1 and x.shape[0] == 1:  # what all samples share
+        x = x.expand(runs.num_samples, *x.shape[1:])
+    outputs = []
+    for group, run in runs.slices(x.shape[0]):
+        weight, bias = (place.value(key, group, factors) for key in ("weight", "bias"))
+        outputs.append(F.layer_norm(x[run], module.normalized_shape, weight, bias, module.eps))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _scaled_norm(place: _Place, runs: Runs, factors: TaskFactors, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ What the scores are, and what they are held against, is in `mergetool.kernels.kn
 measures the latter as a bundle is made.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mergetool.bundle.files import REFERENCE
-from mergetool.bundle.first_pass import FirstReading
+from mergetool.bundle.first_pass import FirstPass
 from mergetool.bundle.manifest import Unknown
 from mergetool.kernels.known import doubt, seen, whole
 
@@ -39,34 +39,35 @@ class Knowing:
         self._table = None if self._table is None else self._table.to(device)
         self._markup = None if self._markup is None else self._markup.to(device)
 
-    def doubt(
-        self, reading: FirstReading, bases: Sequence[Sequence[Tensor]], distances: Tensor, inputs: Mapping[str, Tensor]
-    ) -> Tensor:
-        """(samples,): 0 about usual inputs, 1 about strange ones, infinite about those without any word."""
-        scored = self.scores(reading, bases, distances, inputs)
+    def judge(self, first: FirstPass, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Distances (samples, tasks), and doubt (samples,): 0 about usual inputs, 1 about strange ones.
+
+        About inputs without any word it is infinite.
+        """
+        distances, scored = self.scores(first, inputs)
         places = [place for place, name in enumerate(self._unknown.scores) if name in scored]
         found = torch.stack([scored[self._unknown.scores[place]] for place in places], -1)
         strange, usual = (found.new_tensor([values[place] for place in places]) for values in self._anchors)
         doubts = doubt(found, strange, usual)
         words = self._words(inputs)
-        return doubts if words is None else doubts.masked_fill(~words.any(1), float("inf"))
+        return distances, doubts if words is None else doubts.masked_fill(~words.any(1), float("inf"))
 
     @property
     def _anchors(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return self._unknown.strange, self._unknown.usual
 
-    def scores(
-        self, reading: FirstReading, bases: Sequence[Sequence[Tensor]], distances: Tensor, inputs: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """All scores that can be told of these inputs, (samples,) each."""
+    def scores(self, first: FirstPass, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Distances (samples, tasks), and all scores that can be told of these inputs, (samples,) each."""
+        reading, bases = first.read(inputs, closely=True), first.bases
+        distances = first.compare(reading.pooled)
         nearest, parts = distances.argmin(-1), [reading.parts[place] for place in range(len(bases))]
         scored = {"nearness": -distances.amin(-1), "spread": torch.stack([each.spread for each in parts]).mean(0)}
         words = self._words(inputs)
         if self._table is None or words is None:
-            return scored
+            return distances, scored
         assert reading.mask is not None
         scored["seen"], scored["seen_whole"] = seen(self._table, inputs["input_ids"], words, nearest)
-        return scored | {"whole": whole(parts, reading.mask, bases, nearest)}
+        return distances, scored | {"whole": whole(parts, reading.mask, bases, nearest)}
 
     def _words(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """(samples, tokens): which tokens are more than markup; None where inputs are no tokens, or nobody knows."""

@@ -26,7 +26,7 @@ Mode = Literal["weighted", "topk", "top1"]
 Features = Literal["base", "merged"]
 UnknownRule = Literal["refuse", "base", "nearest"]
 Storage = Literal["bfloat16", "float16", "float32"]
-Kind = Literal["mass", "tsv-compress", "emr", "tall-masks"]
+Kind = Literal["mass", "tsv-compress", "emr", "tall-masks", "smile"]
 MASKED: tuple[Kind, ...] = ("emr", "tall-masks")
 """Kinds whose experts are masks of one change that they share."""
 Policy = Literal["svd", "full", "skip", "mask"]
@@ -112,6 +112,15 @@ class Unknown(_Part):
     """Share of the features' dimensions that they really have: what log-odds of tasks are worth of what they say."""
 
 
+class Gate(_Part):
+    """SMILE: how every matrix gives each token its own shares of the experts."""
+
+    directions: int
+    """How many of an expert's directions are compared with a token."""
+    top_k: int
+    temperature: float
+
+
 class Router(_Part):
     """How tasks are chosen from the features that go into some of the matrices."""
 
@@ -125,7 +134,10 @@ class Router(_Part):
     temperature: float
     redundancy: float | None = None
     per: Per | None = None
-    """Of Arrow's router: what has shares of its own."""
+    """What has shares of all experts, instead of one group of tasks: Arrow, SMILE."""
+    gate: Gate | None = None
+    early: int | None = None
+    """First tokens of a sample that are read alone, and decide where they leave no doubt."""
     unknown: Unknown | None = None
     """Without it every input is answered, and nothing was measured."""
 

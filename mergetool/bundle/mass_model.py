@@ -171,11 +171,11 @@ class MassModel(nn.Module):
             raise PlanError(what, str(self.folder), f"say which: tasks=[{self.task_names[0]!r}]")
         if not router.matrices:
             return self._told(self.task_names, inputs)
-        reading = self.first_pass.read(inputs, closely=self.knowing is not None)
-        distances = self.first_pass.distances(reading.pooled)
-        doubt = distances.new_zeros(len(distances))
-        if self.knowing is not None:
-            doubt = self.knowing.doubt(reading, self.first_pass.bases, distances, inputs)
+        if self.knowing is None:
+            distances = self.first_pass.distances(inputs)
+            doubt = distances.new_zeros(len(distances))
+        else:
+            distances, doubt = self.knowing.judge(self.first_pass, inputs)
         temperature = router.temperature
         if self.calibration is not None:
             distances = distances - distances.new_tensor(self.calibration.offsets)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from mergetool.arch.matrices import MatrixFilter
-from mergetool.bundle.manifest import Features, HeadRule, Kind, Mode, Norm, Per, Pool, Storage, UnknownRule
+from mergetool.bundle.manifest import Features, Gate, HeadRule, Kind, Mode, Norm, Per, Pool, Storage, UnknownRule
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,8 @@ class RouterOptions:
     temperature: float
     redundancy: float
     per: Per | None = None
+    early: int | None = None
+    gate: Gate | None = None
     unknown: UnknownRule | None = None
     doubt: float = 1.0
 

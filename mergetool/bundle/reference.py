@@ -88,9 +88,8 @@ def _scores(
     found, nearest = list[dict[str, Tensor]](), list[Tensor]()
     for inputs in batches:
         with torch.inference_mode():
-            reading = first.read(inputs, closely=True)
-            distances = first.distances(reading.pooled)
-            found.append(knowing.scores(reading, first.bases, distances, inputs))
+            distances, scored = knowing.scores(first, inputs)
+            found.append(scored)
             nearest.append(distances.argmin(-1))
     return {name: torch.cat([each[name] for each in found]) for name in found[0]}, torch.cat(nearest)
 

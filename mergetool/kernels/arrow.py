@@ -3,11 +3,13 @@
 The prototype of an expert at a matrix is the top right singular vector v of what it changed there (of B A, for an
 adapter): the direction of the inputs that fine-tuning made most of. How much an input x has of it is |x . v|, without
 its sign, which a singular vector has by chance. Of the experts with the largest of these, a softmax makes shares.
+SMILE takes several vectors V of an expert, its gate, and the length of V^T x.
 
-Legend: T experts, D features, K directions of all experts together; prototypes are (T, D).
+Legend: T experts, D features, K directions of all experts together; prototypes are (T, D), gates (T, k, D).
 
 Reference: Ostapenko et al., Towards Modular LLMs by Building and Reusing a Library of LoRAs, ICML 2024,
-https://arxiv.org/abs/2405.11157 (Arrow).
+https://arxiv.org/abs/2405.11157 (Arrow); Tang et al., SMILE: Zero-Shot Sparse Mixture of Low-Rank Experts
+Construction From Pre-Trained Foundation Models, https://arxiv.org/abs/2408.10174, section 4.
 Differs from the paper: an expert that changed nothing at a matrix has a prototype of zeros there; `mean_similarity`,
 for one choice a sequence.
 """
@@ -26,6 +28,19 @@ def prototypes(bases: Sequence[Tensor]) -> Tensor:
 def similarities(x: Tensor, prototypes: Tensor) -> Tensor:
     """|x . v| (..., T) of features x (..., D)."""
     return (x @ prototypes.mT).abs()
+
+
+def gates(bases: Sequence[Tensor], k: int) -> Tensor:
+    """(T, k, D): the first k of every expert's right singular vectors, and zeros where it has fewer."""
+    kept = [basis[:k] for basis in bases]
+    return torch.stack([torch.nn.functional.pad(basis, (0, 0, 0, k - len(basis))) for basis in kept])
+
+
+def lengths(x: Tensor, gates: Tensor) -> Tensor:
+    """|V^T x| (..., T) of features x (..., D) and every expert's gate."""
+    inside = x @ gates.flatten(0, 1).mT
+    found: Tensor = torch.linalg.vector_norm(inside.view(*x.shape[:-1], *gates.shape[:2]), dim=-1)
+    return found
 
 
 def mean_similarity(features: Sequence[Tensor], prototypes: Sequence[Tensor]) -> Tensor:

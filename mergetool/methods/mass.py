@@ -89,6 +89,10 @@ class RouterSettings(BaseModel):
         1.0,
         description="with more of it an input is unknown: 0 is the doubt about usual inputs, 1 that about strange ones",
     )
+    early: Annotated[int, Field(strict=True, ge=1)] | None = Field(
+        None,
+        description="read so many first tokens of a text alone, and the whole only where they leave a doubt (faster)",
+    )
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -104,8 +108,12 @@ class RouterSettings(BaseModel):
             raise ValueError(f"`{written[0]}` would have no effect with `kind: {self.kind}`: leave it out")
         if self.unknown is None and self.doubt != fields["doubt"].default:
             raise ValueError("without `unknown` nothing is asked about an input: write e.g. unknown: refuse")
+        if self.unknown is not None and self.early is not None:
+            raise ValueError("`unknown` needs inputs to their ends, which `early` leaves out: choose one of them")
         if self.redundancy is not None and self.features == "base":
             raise ValueError("without `features: merged` nothing is merged, so this would have no effect")
+        if self.early is not None and (self.kind, self.norm) != ("mass", "likelihood"):
+            raise ValueError("`early` asks how likely tasks are: leave it out, or `kind`, `norm` and `mode`")
         return self
 
 
@@ -126,14 +134,11 @@ class Mass(FactorsMethod):
         return self
 
     def options(self) -> "Options":
-        from mergetool.bundle.options import Options, RouterOptions
+        from mergetool.bundle.options import RouterOptions
 
         router = self.router.model_dump(exclude={"kind"})
         if router["redundancy"] is None:
             router["redundancy"] = 0.3
         if self.router.kind == "arrow":
             router |= {"norm": "arrow", "threshold": 0.0, "per": self.router.per or "token"}
-        kept = Options(
-            "mass", self.rank, self.filter, self.conv, self.factors, self.most, self.base, of_numbers=self.size is None
-        )
-        return replace(kept, router=RouterOptions(**router), heads=self.heads)
+        return replace(self.kept("mass"), router=RouterOptions(**router), heads=self.heads)

@@ -27,15 +27,4 @@ class TsvCompress(FactorsMethod):
     method: Literal["tsv-compress"] = "tsv-compress"
 
     def options(self) -> "Options":
-        from mergetool.bundle.options import Options
-
-        return Options(
-            "tsv-compress",
-            self.rank,
-            self.filter,
-            self.conv,
-            self.factors,
-            self.most,
-            self.base,
-            of_numbers=self.size is None,
-        )
+        return self.kept("tsv-compress")

@@ -129,5 +129,6 @@ def all_cases() -> Iterator[MethodCase]:
 
 
 def bundle_cases() -> list[MethodCase]:
-    """Cases of all methods whose result is a bundle."""
-    return [case for kind in registry().values() if issubclass(kind, BundleMethod) for case in cases(kind)]
+    """Cases of all methods whose result is a bundle; choices that their routers share are tried under mass alone."""
+    every = [case for kind in registry().values() if issubclass(kind, BundleMethod) for case in cases(kind)]
+    return [case for case in every if case.method == "mass" or not case.option.startswith("router.")]

@@ -171,3 +171,5 @@ def test_what_unknown_inputs_need_is_asked_for_beforehand(paths, tmp_path):
         mergetool.run(recipe(paths, doubt=0.5), output=tmp_path / "out")
     with pytest.raises(RecipeError, match="`unknown` would have no effect"):
         mergetool.run(recipe(paths, kind="arrow", unknown="refuse"), output=tmp_path / "out")
+    with pytest.raises(RecipeError, match="`early` leaves out"):
+        mergetool.run(recipe(paths, unknown="refuse", early=4), output=tmp_path / "out")

@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -273,7 +272,7 @@ def test_inputs_that_lie_where_a_task_changed_the_weights_go_to_that_task(tmp_pa
     (bases,) = model.first_pass.bases
     for task, basis in enumerate(bases):
         z = torch.randn(5, len(basis)) @ basis
-        model.first_pass.read = lambda inputs, closely, z=z: SimpleNamespace(pooled=[z])
+        model.first_pass.features = lambda inputs, z=z: [z]
         routing = model.route(input_ids=torch.ones(5, 3, dtype=torch.long))
         assert routing.coefficients.argmax(1).tolist() == [task] * 5
         assert all("abc"[task] in chosen for chosen in routing.tasks)

@@ -10,6 +10,7 @@ import transformers
 from typer.testing import CliRunner
 
 import mergetool
+from mergetool.bundle.batch import first_tokens
 from mergetool.bundle.classifier import TextClassifier
 from mergetool.cli.app import app
 from mergetool.errors import OutputError, PlanError, SourceError
@@ -158,6 +159,7 @@ def test_a_saved_bundle_answers_as_before(folder, model, tmp_path):
 
 SERVING = """
 import json, sys
+from mergetool.bundle.batch import first_tokens
 from mergetool.bundle.classifier import TextClassifier
 from mergetool.bundle.opening import load_bundle
 model = load_bundle(sys.argv[1])
@@ -206,3 +208,57 @@ def test_text_is_continued(tmp_path):
     tokens = dict(model.tokenizer()(["w1 w2 w3", "w4"], padding=True, padding_side="left", return_tensors="pt"))
     found = model.generate(["w1 w2 w3", "w4"], tasks=["a"], max_new_tokens=3, do_sample=False)
     assert torch.equal(found, model.generate(tasks=["a"], **tokens, max_new_tokens=3, do_sample=False))
+
+
+# Texts whose first tokens leave no doubt
+
+
+def tokens_of_router(model, monkeypatch):
+    """How many samples and tokens each first pass has read, from now on."""
+    seen = []
+    features = model.first_pass.features
+    monkeypatch.setattr(
+        model.first_pass, "features", lambda inputs: seen.append(tuple(inputs["input_ids"].shape)) or features(inputs)
+    )
+    return seen
+
+
+@pytest.fixture(scope="module")
+def early(tmp_path_factory):
+    place = tmp_path_factory.mktemp("early")
+    return mergetool.load_bundle(make_text_bundle(place, early=2))
+
+
+def test_only_what_the_first_tokens_leave_open_is_read_to_the_end(early, model, monkeypatch):
+    assert early.manifest.router.early == 2
+    inputs = {key: value.clone() for key, value in early.read([f"{text} w5" for text in TEXTS]).items()}
+    cut = {key: value[:, :2] for key, value in inputs.items()}
+    seen = tokens_of_router(early, monkeypatch)
+    monkeypatch.setattr("mergetool.bundle.first_pass._NO_DOUBT", 0.0)
+    torch.testing.assert_close(early.route(**inputs).distances, model.route(**cut).distances)
+    assert seen == [(4, 2)]
+    monkeypatch.setattr("mergetool.bundle.first_pass._NO_DOUBT", float("inf"))
+    found, expected = early.route(**inputs), model.route(**inputs)
+    torch.testing.assert_close(found.distances, expected.distances)  # two of the texts have no more than two words
+    assert seen[1:] == [(4, 2), (2, 7)]
+    margin = model.route(**cut).distances.diff().abs().flatten()[[1, 3]]
+    monkeypatch.setattr("mergetool.bundle.first_pass._NO_DOUBT", float(margin.mean()))
+    mixed, doubtful = early.route(**inputs), [1, 3][int(margin.argmin())]
+    torch.testing.assert_close(mixed.distances[doubtful], expected.distances[doubtful])
+    assert seen[3:] == [(4, 2), (1, 7)]
+
+
+def test_padding_on_the_left_is_no_first_token():
+    ids, mask = torch.tensor([[1, 1, 5, 6, 7], [1, 1, 1, 1, 8]]), torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
+    cut, longer = first_tokens({"input_ids": ids, "attention_mask": mask, "scale": 2}, 2)
+    assert cut["input_ids"].tolist() == [[5, 6], [8, 1]]
+    assert cut["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    assert cut["scale"] == 2
+    assert longer.tolist() == [True, False]
+
+
+def test_what_is_short_or_no_text_is_read_whole(early, model, monkeypatch):
+    seen = tokens_of_router(early, monkeypatch)
+    same(early(["w2 w3", "w21"]), model(["w2 w3", "w21"]))
+    assert seen == [(2, 2)]
+    assert first_tokens({"pixel_values": torch.ones(2, 3, 8, 8)}, 2) is None

@@ -171,7 +171,7 @@ def save_tokenizer(folder):
     fast.save_pretrained(folder)
 
 
-def make_text_bundle(folder: Path) -> Path:
+def make_text_bundle(folder: Path, **router) -> Path:
     """Two classifiers of text, each of which answers some of TEXTS, on one base that has a tokenizer."""
     kind = transformers.BertForSequenceClassification
     paths = save_experts(folder, kind, tiny_config(kind), transformers.BertModel)
@@ -179,6 +179,6 @@ def make_text_bundle(folder: Path) -> Path:
     recipe = {
         "base": str(paths["base"]),
         "models": {task: str(paths[task]) for task in "ab"},
-        "merge": {"method": "mass", "router": {"threshold": 0.45}},
+        "merge": {"method": "mass", "router": {"threshold": 0.45, **router}},
     }
     return mergetool.run(recipe, output=folder / "out").path

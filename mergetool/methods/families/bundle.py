@@ -1,14 +1,18 @@
 """Methods whose result is a folder that serves many tasks."""
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from mergetool.arch.matrices import MatrixFilter
+from mergetool.bundle.manifest import HeadRule
 from mergetool.methods.base import RANK, Field, Finite, Method, Params, Rank, Stats, TensorGroup, TensorMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergetool.bundle.manifest import Kind
     from mergetool.bundle.options import Options
 
 
@@ -69,3 +73,25 @@ class FactorsMethod(BundleMethod):
     def most(self) -> float | None:
         """The bound on the size of factors."""
         return 0.59 if self.size is None and self.rank == "auto" else self.size
+
+    def kept(self, kind: "Kind") -> "Options":
+        """What a bundle of this kind keeps, without a router."""
+        from mergetool.bundle.options import Options
+
+        kept = (self.rank, self.filter, self.conv, self.factors, self.most, self.base)
+        return Options(kind, *kept, of_numbers=self.size is None)
+
+
+class RoutedMethod(FactorsMethod):
+    """One whose bundle needs directions to route by, and asks the heads of several tasks."""
+
+    heads: HeadRule = Field(
+        "joint",
+        description="whose head answers: best probability (joint: times coefficient), or best or mean raw score",
+    )
+
+    @model_validator(mode="after")
+    def _has_matrices(self) -> Self:
+        if self.filter == "none":
+            raise ValueError("without matrices there is nothing to route by (filter)")
+        return self

@@ -1,47 +1,16 @@
-"""Bundles whose experts are masks of one change that they share, and the router that such a bundle may have."""
+"""Bundles whose experts are masks of one change that they share."""
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, field_validator
-
-from mergetool.bundle.manifest import HeadRule, Mode, Pool
-from mergetool.methods.base import RANK, Field, Finite, Rank, Unit
+from mergetool.bundle.manifest import HeadRule
+from mergetool.methods.base import RANK, Field, Rank
 from mergetool.methods.families.bundle import BundleMethod
+from mergetool.methods.families.nearest import NearestRouter
 
 if TYPE_CHECKING:
     from mergetool.bundle.manifest import Kind
     from mergetool.bundle.options import Options
-
-
-class NearestRouter(BaseModel):
-    """How tasks are chosen for an input: by the directions that each task's own change of some matrices acts on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    layers: Literal["auto"] | tuple[str, ...] = Field(
-        "auto",
-        description="matrices whose inputs are compared: auto (the output projections of all attention blocks; where "
-        "there are none, all matrices inside layers), or globs on tensor names",
-    )
-    pool: Pool = Field("mean", description="which token's features, or the mean of all")
-    norm: Literal["likelihood", "l2", "l1", "mahalanobis"] = Field(
-        "likelihood", description="how distances are measured: minus log-likelihood, or a norm of what is left"
-    )
-    mode: Mode = Field(
-        "weighted",
-        description="coefficients: softmax of distances as they are, of standardised distances, or the nearest",
-    )
-    threshold: Unit = Field(0.2, description="tasks with a larger coefficient are chosen")
-    top_k: Annotated[int, Field(strict=True, ge=1)] = Field(
-        1, description="at most so many tasks for one input; several have the mean of their changes"
-    )
-    temperature: Annotated[Finite, Field(gt=0)] = Field(1.0, description="divides distances before the softmax")
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _as_tuple(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
 
 
 class MasksMethod(BundleMethod):
@@ -65,11 +34,8 @@ class MasksMethod(BundleMethod):
         """How many times what others add to an entry an expert's own change of it must exceed."""
 
     def options(self) -> "Options":
-        from mergetool.bundle.options import Options, RouterOptions
+        from mergetool.bundle.options import Options
 
-        router = None
-        if self.router is not None:
-            router = RouterOptions(**self.router.model_dump(), features="base", redundancy=0.3)
         return Options(
             kind=cast("Kind", self.method_name()),
             rank=self.rank,
@@ -78,7 +44,7 @@ class MasksMethod(BundleMethod):
             dtype=self.factors,
             size=None,
             base=self.base,
-            router=router,
+            router=None if self.router is None else self.router.options(),
             heads=self.heads,
             margin=self.least,
         )
