@@ -16,16 +16,21 @@ from mergetool.bundle.marks import check_tasks_of
 from mergetool.bundle.mass_model import MassModel
 from mergetool.bundle.rows import inputs_of, on_device_of
 from mergetool.errors import SourceError
+from mergetool.kernels.known import WORST
 from mergetool.kernels.routing import fit_offsets
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.writer import write_file
 
 _REFUSED = 0.01
 """Share of known rows that may count as unknown."""
+_KNOWN_BEFORE = 400
+"""Rows that weigh as much as what was known without any: of few rows, hundredths are chance."""
 
 
-def _most(doubt: torch.Tensor) -> float:
-    return float(doubt.clamp_max(1e6).quantile(1 - _REFUSED))
+def _most(doubt: torch.Tensor, before: float) -> float:
+    """The most doubt about a known input, by that about some rows and the limit that held without them."""
+    found = float(doubt.clamp_max(WORST).quantile(1 - _REFUSED))
+    return (len(doubt) * found + _KNOWN_BEFORE * before) / (len(doubt) + _KNOWN_BEFORE)
 
 
 def calibrate(model: MassModel, rows: Sequence[dict[str, Any]], batch_size: int = 32) -> Calibration:
@@ -47,7 +52,9 @@ def calibrate(model: MassModel, rows: Sequence[dict[str, Any]], batch_size: int 
         offsets=tuple(offsets.tolist()),
         temperature=temperature,
         num_rows=len(rows),
-        doubt=None if model.knowing is None else _most(torch.cat([each.doubt.cpu() for each in routed])),
+        doubt=None
+        if (unknown := model.unknown) is None
+        else _most(torch.cat([each.doubt.cpu() for each in routed]), unknown.doubt),
     )
     text = calibration.model_dump_json(indent=1, exclude_none=True)
     write_file(model.folder / CALIBRATION_NAME, text + "\n")

@@ -8,7 +8,7 @@ Reference: Crisostomi et al., MASS, https://arxiv.org/abs/2504.05342, section 3.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +37,9 @@ _NO_DOUBT = 8.0
 """Nats by which a task must be ahead after the first tokens."""
 
 
+Watch = Callable[[Tensor], None]
+
+
 class _Stop(Exception):  # noqa: N818  (no error: it ends the pass)
     pass
 
@@ -45,9 +48,15 @@ class FirstReading:
     """What one pass has read so far."""
 
     def __init__(
-        self, bases: Sequence[Sequence[Tensor]], inputs: Mapping[str, Tensor], pool: Pool, closely: bool
+        self,
+        bases: Sequence[Sequence[Tensor]],
+        inputs: Mapping[str, Tensor],
+        pool: Pool,
+        closely: bool,
+        watch: Watch | None,
     ) -> None:
-        """`closely`: look at beginnings and ends of inputs, too."""
+        """`closely`: look at beginnings and ends of inputs, too, and let `watch` see (tokens, features)."""
+        self._watch = watch
         self._bases = bases
         self._closely = closely
         self._mask = inputs.get("attention_mask")
@@ -79,6 +88,8 @@ class FirstReading:
         usable = self._mask is not None and self._mask.shape == x.shape[:2]
         self.mask = self._mask if usable else x.new_ones(x.shape[:2])
         assert self.mask is not None
+        if self._watch is not None:
+            self._watch(x[self.mask != 0])
         self.parts[place] = parts(x, self.mask, self._bases[place])
 
     def _by_sample(self, x: Tensor) -> Tensor:
@@ -140,9 +151,9 @@ class FirstPass:
         """Pooled inputs (samples, features), float32, of every routing matrix."""
         return self.read(inputs).pooled
 
-    def read(self, inputs: Mapping[str, Tensor], *, closely: bool = False) -> FirstReading:
+    def read(self, inputs: Mapping[str, Tensor], *, closely: bool = False, watch: Watch | None = None) -> FirstReading:
         """Everything that is read of inputs. Stops the pass at the last routing matrix."""
-        reading = FirstReading(self.bases, inputs, self._router.pool, closely)
+        reading = FirstReading(self.bases, inputs, self._router.pool, closely, watch)
         self._local.reading = reading
         try:
             with self._merged_weights():

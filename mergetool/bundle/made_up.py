@@ -1,7 +1,7 @@
 """Inputs that are made up, for a bundle to know beforehand what strange ones look like, and usual ones of its tasks.
 
 random      tokens drawn from the whole vocabulary; images of noise
-repeated    one token, again and again; images of one colour
+repeated    one to three tokens, again and again; images of one colour
 usual       tokens that one task's training has seen, the more it has moved them the oftener
 glued       beginnings of two tasks' usual inputs
 
@@ -64,7 +64,10 @@ def texts(model: MassModel, around: Markup, moved: Tensor | None) -> dict[str, l
     def some(count: int) -> Tensor:
         return words[torch.randint(len(words), (count,), generator=draw)]
 
-    rows = {"random": [some(length) for length in lengths], "repeated": [some(1).expand(n) for n in lengths]}
+    rows = {"random": [some(length) for length in lengths], "repeated": []}
+    for place, length in enumerate(lengths):
+        unit = some(1 + place % 3)  # what people see as one character may be several tokens
+        rows["repeated"].append(unit.repeat(length)[:length])
     if moved is not None:
         weights = moved.clone()
         weights[:, list(around.every)] = 0

@@ -35,7 +35,7 @@ from mergetool.bundle.first_pass import FirstPass
 from mergetool.bundle.generation import generate_in_groups, to_the_right_end
 from mergetool.bundle.grouped import GroupedModel, Runs, SeveralGroups
 from mergetool.bundle.known import Knowing
-from mergetool.bundle.manifest import ClassHead, Head, Manifest, Pool
+from mergetool.bundle.manifest import ClassHead, Head, Manifest, Pool, Unknown
 from mergetool.bundle.readout import head_scores, pool_tokens
 from mergetool.bundle.texts import TextReader, Texts
 from mergetool.bundle.verify import base_folder
@@ -95,8 +95,7 @@ class MassModel(nn.Module):
         self.calibration = read_calibration(folder)
         router = manifest.router
         self.first_pass = None if router is None else FirstPass(base, factors, router, folder)
-        unknown = None if router is None else router.unknown
-        self.knowing = None if unknown is None else Knowing.read(unknown, folder)
+        self.knowing = None if self.unknown is None else Knowing.read(self.unknown, folder)
         self._mixer = None if router is None or router.per is None else Mixer(factors, router)
         self._reader = TextReader(self._tokenizer_folders(), _longest(base.model))
         self.eval()
@@ -192,16 +191,19 @@ class MassModel(nn.Module):
         return Routing(names, weights, distances, known, self._probabilities(weights, distances), doubt)
 
     @property
+    def unknown(self) -> Unknown | None:
+        """What tells unknown inputs, if anything does."""
+        return None if self.manifest.router is None else self.manifest.router.unknown
+
+    @property
     def _refuses(self) -> bool:
-        unknown = None if self.manifest.router is None else self.manifest.router.unknown
-        return unknown is not None and unknown.answer == "refuse"
+        return self.unknown is not None and self.unknown.answer == "refuse"
 
     @property
     def _most_doubt(self) -> float:
         """The most doubt about a known input: as a calibration found it, or the router's."""
-        unknown = None if self.manifest.router is None else self.manifest.router.unknown
         found = None if self.calibration is None else self.calibration.doubt
-        return float("inf") if unknown is None else unknown.doubt if found is None else found
+        return float("inf") if self.unknown is None else self.unknown.doubt if found is None else found
 
     def _probabilities(self, weights: Tensor, distances: Tensor) -> Tensor:
         """(samples, tasks): coefficients, or less sure than those where features have fewer dimensions than numbers."""

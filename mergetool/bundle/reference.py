@@ -117,12 +117,15 @@ def _anchors(name: str, scored: dict[str, dict[str, Tensor]]) -> tuple[float, fl
 
 
 def _sharpness(model: MassModel, batches: Sequence[dict[str, Tensor]]) -> float:
-    """Dimensions that features of noise really have, as a share of their numbers; the mean over matrices."""
-    assert model.first_pass is not None
-    with torch.inference_mode():
-        seen = [model.first_pass.features(inputs) for inputs in batches]
-    whole = [torch.cat(own) for own in zip(*seen, strict=True)]
-    shares = [participation(features) / features.shape[1] for features in whole]
+    """Dimensions that all that is read of a token of noise really has, as a share of one matrix' numbers."""
+    first = model.first_pass
+    assert first is not None
+    shares = []
+    for inputs in batches:
+        tokens: list[Tensor] = []
+        with torch.inference_mode():
+            first.read(inputs, closely=True, watch=tokens.append)
+        shares.append(participation(tokens) / (sum(each.shape[1] for each in tokens) / len(tokens)))
     return round(min(1.0, sum(shares) / len(shares)), 4)
 
 

@@ -28,7 +28,7 @@ _LEAST_TOKENS = 3
 """Tokens of a beginning or an end of which features are judged."""
 _LEAST_WORDS = 4
 """Tokens that are words, of a beginning or an end of which it is asked whether they were seen."""
-_WORST = 3.0
+WORST = 3.0
 """Most that one score adds to doubt."""
 
 
@@ -100,11 +100,16 @@ def _better(claims: Tensor, nearest: Tensor, enough: Tensor) -> Tensor:
 
 def doubt(scores: Tensor, strange: Tensor, usual: Tensor) -> Tensor:
     """(B,): doubt of scores (B, J), given those (J,) of strange and of usual inputs."""
-    return ((usual - scores) / (usual - strange)).clamp(0, _WORST).square().sum(-1).sqrt()
+    return ((usual - scores) / (usual - strange)).clamp(0, WORST).square().sum(-1).sqrt()
 
 
-def participation(features: Tensor) -> float:
-    """How many dimensions features (B, D) really have: (sum of variances)^2 over the sum of their squares."""
-    centred = (features - features.mean(0)).to(torch.float64)
-    variances = torch.linalg.svdvals(centred).square()
-    return float(variances.sum().square() / variances.square().sum().clamp_min(torch.finfo(torch.float64).tiny))
+def participation(features: Sequence[Tensor]) -> float:
+    """How many dimensions the features (B, D_i) of several matrices really have, side by side and of equal variance.
+
+    (sum of variances)^2 over the sum of their squares, along principal axes.
+    """
+    gram = torch.zeros(len(features[0]), len(features[0]), dtype=torch.float64, device=features[0].device)
+    for each in features:
+        centred = (each - each.mean(0)).to(torch.float64)
+        gram += centred @ centred.mT / centred.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return float(gram.trace().square() / gram.square().sum().clamp_min(torch.finfo(torch.float64).tiny))

@@ -53,6 +53,9 @@ def test_doubt_is_0_about_what_is_usual_and_1_about_what_one_score_calls_strange
 
 
 def test_features_on_a_line_have_one_dimension_and_round_ones_have_all():
-    line = torch.linspace(-1, 1, 9)[:, None] * torch.tensor([[1.0, 2.0, -1.0]])
-    assert participation(line) == pytest.approx(1.0)
-    assert participation(torch.cat([torch.eye(3), -torch.eye(3)])) == pytest.approx(3.0)
+    line = torch.linspace(-1, 1, 6)[:, None] * torch.tensor([[1.0, 2.0, -1.0]])
+    round_ = torch.cat([torch.eye(3), -torch.eye(3)])
+    assert participation([line]) == pytest.approx(1.0)
+    assert participation([100 * round_]) == pytest.approx(3.0)
+    assert participation([line, line]) == pytest.approx(1.0)
+    assert 1.5 < participation([line, 100 * round_]) < 3  # scales do not count
