@@ -2,8 +2,8 @@
 
 At the matrix of a linear layer, x W0^T + sum of w_t (x V_t) S_t U_t^T. The shares w_t are those of the token x itself
 (`per: token`, each matrix decides for itself), or of its whole sequence, which the first pass found. What is no such
-matrix (embeddings, norms, biases, convolutions) is that of all tasks as one group; with SMILE's gate, a linear layer's
-bias has the shares of its matrix.
+matrix (embeddings, norms, biases, convolutions) is that of all tasks as one group; but for Arrow, the bias of a linear
+layer has the shares of its matrix.
 """
 
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ class Mix:
     @property
     def of_biases(self) -> bool:
         """Whether the bias of a layer has the shares of its matrix."""
-        return self.mixer.router.gate is not None
+        return self.mixer.router.gate is not None or self.mixer.router.norm != "arrow"
 
     def change(self, x: Tensor, name: str, *, turned: bool, bias: str | None = None) -> Tensor:
         """What experts add to what a linear layer makes of x (rows, ..., inputs); `turned`: W0 is (inputs, outputs).

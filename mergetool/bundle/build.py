@@ -22,9 +22,11 @@ from mergetool.arch.depth import structural_depths
 from mergetool.bundle.files import (
     CONFIG_NAME,
     FIRST_PASS,
+    MODELING,
     SHARED,
     SPECTRA,
     TensorWriter,
+    bundle_config,
     copy_files,
     factors_path,
     model_files,
@@ -75,17 +77,20 @@ from mergetool.tensors.writer import write_file, write_tensors
 
 
 def build(
-    experts: Experts, folder: Path, store: FactorStore, options: Options, num_threads: int = 1
+    experts: Experts,
+    folder: Path,
+    store: FactorStore,
+    options: Options,
+    num_threads: int = 1,
+    kind: "type[Work] | None" = None,
 ) -> Manifest | None:
     """Write a bundle into `folder` (which exists) and return its manifest; None in a process that does not lead.
 
+    `kind`: what does it, where something is done in another way.
     Raises PlanError for heads that are missing or do not fit and for layers that match nothing, MergeError for weights
     that are not finite.
     """
-    if options.router is not None and options.router.unknown == "base" and experts.heads:
-        what = "`unknown: base` lets the base answer, which has none of the experts' heads"
-        raise PlanError(what, "merge.router.unknown", "write unknown: refuse, or unknown: nearest")
-    work = Work(experts, folder, store, options)
+    work = (kind or Work)(experts, folder, store, options)
     heads = work.write_heads() if experts.leads else {}
     largest = sorted(experts.shapes, key=work.cost, reverse=True)
     factored = dict(zip(largest, experts.share(work.factor, largest, num_threads), strict=True))
@@ -278,6 +283,10 @@ class Work:
 
     def write_heads(self) -> dict[str, Head | ClassHead]:
         """Copy the heads; either every task has one or none has."""
+        router = self.options.router
+        if self.experts.heads and router is not None and router.unknown == "base":
+            what = "`unknown: base` lets the base answer, which has none of the experts' heads"
+            raise PlanError(what, "merge.router.unknown", "write unknown: refuse, or unknown: nearest")
         missing = [name for name in self.experts.names if name not in self.experts.heads]
         if missing and self.experts.heads:
             what = f"task {missing[0]!r} has no head, but {next(iter(self.experts.heads))!r} has"
@@ -330,7 +339,7 @@ class Work:
         """Config, hashes, manifest."""
         config = read_config(self.experts.sources["base"].folder)
         write_file(self.folder / CONFIG_NAME, json.dumps(bundle_config(config), indent=2) + "\n")
-        write_file(self.folder / "modeling_mass.py", _MODELING)
+        write_file(self.folder / "modeling_mass.py", MODELING)
         globs = ("base/*", "factors/*", "heads/**/*", FIRST_PASS, SPECTRA, SHARED, CONFIG_NAME, "modeling_mass.py")
         written = [path for glob in globs for path in sorted(self.folder.glob(glob)) if path.is_file()]
         manifest = Manifest(
@@ -362,22 +371,6 @@ class Work:
         unused = None if manifest.layouts else {"layouts"}
         text = json.dumps(manifest.model_dump(mode="json", exclude_none=True, exclude=unused), indent=1)
         write_file(self.folder / MANIFEST_NAME, text + "\n")
-
-
-_MODELING = '''"""Lets transformers' AutoModel open this folder; the code is in the package mergetool."""
-
-from mergetool.bundle.auto import AutoMassModel, MassConfig  # noqa: F401
-'''
-
-
-def bundle_config(base: Mapping[str, object]) -> dict[str, object]:
-    """config.json of a bundle: its own model type, with the base's config inside."""
-    return {
-        "model_type": "mass",
-        "architectures": ["AutoMassModel"],
-        "auto_map": {"AutoConfig": "modeling_mass.MassConfig", "AutoModel": "modeling_mass.AutoMassModel"},
-        "base_config": dict(base),
-    }
 
 
 def _torch(name: str) -> torch.dtype:

@@ -16,7 +16,6 @@ from mergetool.bundle.marks import check_tasks_of
 from mergetool.bundle.mass_model import MassModel
 from mergetool.bundle.rows import inputs_of, on_device_of
 from mergetool.errors import SourceError
-from mergetool.kernels.known import WORST
 from mergetool.kernels.routing import fit_offsets
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.writer import write_file
@@ -24,13 +23,18 @@ from mergetool.tensors.writer import write_file
 _REFUSED = 0.01
 """Share of known rows that may count as unknown."""
 _KNOWN_BEFORE = 400
-"""Rows that weigh as much as what was known without any: of few rows, hundredths are chance."""
+"""Rows that weigh as much as a limit which held without any, and which they do not contradict."""
+_CONTRADICTION = 0.05
+"""Share of known rows from which on a limit that refuses them was wrong."""
 
 
 def _most(doubt: torch.Tensor, before: float) -> float:
     """The most doubt about a known input, by that about some rows and the limit that held without them."""
-    found = float(doubt.clamp_max(WORST).quantile(1 - _REFUSED))
-    return (len(doubt) * found + _KNOWN_BEFORE * before) / (len(doubt) + _KNOWN_BEFORE)
+    told = doubt[doubt.isfinite()]
+    found = float(told.quantile(1 - _REFUSED)) if len(told) else before
+    if float((doubt > before).float().mean()) > _CONTRADICTION:
+        return found
+    return (len(doubt) * found + _KNOWN_BEFORE * before) / (len(doubt) + _KNOWN_BEFORE)  # hundredths of few are chance
 
 
 def calibrate(model: MassModel, rows: Sequence[dict[str, Any]], batch_size: int = 32) -> Calibration:

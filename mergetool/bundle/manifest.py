@@ -26,9 +26,11 @@ Mode = Literal["weighted", "topk", "top1"]
 Features = Literal["base", "merged"]
 UnknownRule = Literal["refuse", "base", "nearest"]
 Storage = Literal["bfloat16", "float16", "float32"]
-Kind = Literal["mass", "tsv-compress", "emr", "tall-masks", "smile"]
+Kind = Literal["mass", "tsv-compress", "emr", "tall-masks", "smile", "twin"]
 MASKED: tuple[Kind, ...] = ("emr", "tall-masks")
 """Kinds whose experts are masks of one change that they share."""
+AROUND: tuple[Kind, ...] = ("twin",)
+"""Kinds whose base is a merge of all experts."""
 Policy = Literal["svd", "full", "skip", "mask"]
 
 

@@ -69,6 +69,8 @@ class Options:
     """Take `size` as if the base was stored in float32 and factors in two bytes, so that no dtype decides on ranks."""
     margin: float = 0.0
     """TALL masks: an entry is an expert's own where its change exceeds this many times what others add to it."""
+    scale: float = 0.0
+    """Twin-Merging: what the sum of all changes is multiplied by before it is added to the base."""
 
 
 class Experts(Protocol):

@@ -38,7 +38,7 @@ def slice_elements(plan: Plan, device: torch.device, workers: int) -> int:
     if free is None:
         return SLICE_ELEMENTS
     share = _SLICES if any(step.granularity == "tensor" for step in plan.steps) else _SLICES + _WHOLE
-    most = int(share * free / max(1, workers) / bytes_per_element(plan))
+    most = int(share * free / max(1, workers) / bytes_per_element(plan, on_device=True))
     return max(devices.LEAST_SLICE, min(_LONGEST, 1 << max(0, most.bit_length() - 1)))
 
 
@@ -127,6 +127,8 @@ class DeviceWorker(Worker):
         finally:
             self._sample = None
         return counts.observe(iter([group]), Params(**step.operation.numbers))
+
+    _one_by_one = False  # copies to a device overlap with what is done there
 
     def _scratch(self, shape: tuple[int, ...]) -> Callable[[str, torch.dtype], Tensor]:
         """What is larger than a buffer is kept as long as the slice is worked on."""

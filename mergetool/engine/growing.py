@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergetool.bundle.manifest import MASKED, Head, Manifest, Task, read_manifest
+from mergetool.bundle.manifest import AROUND, MASKED, Head, Manifest, Task, read_manifest
 from mergetool.bundle.verify import base_folder, check_base, check_files
 from mergetool.engine.run import Flags, Progress, Silent, run_recipe
 from mergetool.errors import PlanError, RecipeError
@@ -55,9 +55,10 @@ def change_bundle(
 
 def _check_kind(bundle: Path, manifest: Manifest, add: Mapping[str, Any], remove: Sequence[str]) -> None:
     """Raises PlanError for a bundle whose experts are kept as what they have to do with all others."""
-    if manifest.kind not in MASKED:
+    if manifest.kind not in (*MASKED, *AROUND):
         return
-    what = f"{manifest.kind} keeps masks of one change that all experts have a part in, and no expert by itself"
+    kept = "masks of one change" if manifest.kind in MASKED else "what experts differ by from one merged model"
+    what = f"{manifest.kind} keeps {kept} that all experts have a part in, and no expert by itself"
     done = f"add {', '.join(add)} to" if add else f"take {', '.join(remove)} out of"
     fix = f"{done} the models of the recipe that made it (see {bundle / 'mergetool.json'}), and run that again"
     raise PlanError(what, str(bundle), fix)

@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from mergetool.bundle.store import FactorStore
+from mergetool.engine.folding import OneByOne
 from mergetool.engine.measured import Measured
 from mergetool.engine.shelf import Shelves
 from mergetool.engine.sinks import Sink
@@ -43,6 +45,8 @@ class Worker(Sweeping, Bench[Step]):
     """Counts over units and makes them. Used by one thread at a time."""
 
     _device = torch.device("cpu")
+    _one_by_one = True
+    """Whether models are read when a method that goes through them comes to them."""
     shelves: Shelves | None = None
     """Where counts over the whole model leave what they make, if anywhere."""
 
@@ -182,7 +186,7 @@ class Worker(Sweeping, Bench[Step]):
         if step.operation.granularity(step.spec) != "element":
             shape = (length // step.row, *step.spec.shape[1:]) if step.row < step.spec.num_elements else step.spec.shape
         base = None if step.base is None else self._read(step.base, start, shape, (owner, "base"))
-        models = [self._read(operand, start, shape, (owner, place)) for place, operand in enumerate(step.models)]
+        models = self._models(step, start, shape, owner)
         return TensorGroup(
             name=step.key,
             shape=step.spec.shape,
@@ -198,6 +202,15 @@ class Worker(Sweeping, Bench[Step]):
             shelf=self._shelf(step),
             kept=None if self._kept is None else self._kept.setdefault((start, stop), {}),
         )
+
+    def _models(self, step: Step, start: int, shape: tuple[int, ...], owner: str) -> list[Tensor]:
+        def read(place: int, room: int) -> Tensor:
+            return self._read(step.models[place], start, shape, (owner, room))
+
+        count = len(step.models)
+        if self._one_by_one and step.operation.folds and count > 2:
+            return cast("list[Tensor]", OneByOne(lambda place: read(place, min(place, 1)), range(count)))
+        return [read(place, place) for place in range(count)]
 
     def _shelf(self, step: Step) -> Shelf | None:
         """Where what a count makes of a whole tensor waits for its merge."""

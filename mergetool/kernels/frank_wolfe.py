@@ -13,16 +13,20 @@ Two models can never move together: each would be turned to where the other was,
 the iterate would go back and forth in the freedom of the universe's own order. So one of them stays. With three or
 more models all move, and the order of the universe is fixed afterwards.
 
+Where all starts end, no single move gains, but forgetting the places of two models at once and finding them anew often
+does: such releases are tried from the best of the starts on.
+
 Reference: Crisostomi et al., C2M3, NeurIPS 2024, https://arxiv.org/abs/2405.17897, section 3 and algorithm 1;
 Lacoste-Julien, Convergence rate of Frank-Wolfe for non-convex objectives, 2016 (the gap).
 Differs from the paper: exact line search, stopping by the Frank-Wolfe gap, one of two models held, block mode, a hard
-polish, several starts, groups beyond plain permutations (signs, heads within layers).
+polish, several starts, releases, groups beyond plain permutations (signs, heads within layers).
 """
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice, pairwise
+from itertools import combinations, cycle, islice, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -57,7 +61,8 @@ class AlignmentSettings:
     `init`: "identity", or "barycenter" (the mean of the group; the anchor stays at the identity). `anchor`: the model
     whose order the universe takes, by default the first. `starts`: how many runs to choose the best from (the first of
     equals): one as asked, hard moves alone from the identity (MergeMany, so that the result is never below it), block
-    mode from the identity, and block mode from the barycentre with one anchor after the other.
+    mode from the identity, and block mode from the barycentre with one anchor after the other. `releases`: how often,
+    with three models or more, two of them are put back to the barycentre and matched anew to the others.
     `tolerance`: stop when the gap is below this share of the objective.
     """
 
@@ -66,6 +71,7 @@ class AlignmentSettings:
     anchor: int | None = None
     polish: bool = True
     starts: int = 3
+    releases: int = 10
     iterations: int = 100
     tolerance: float = 1e-6
 
@@ -110,9 +116,9 @@ def align(
         if best is None or alignment.objective - best.objective > STALLED * abs(best.objective):
             best = alignment
         if settled:
-            break
+            return best
     assert best is not None
-    return best
+    return _released(problem, settings, best) if settings.polish and len(problem.models) > 2 else best
 
 
 def in_universe_of(elements: Sequence[Element], anchor: int) -> tuple[Element, ...]:
@@ -185,6 +191,29 @@ def _run(problem: MatchingProblem, plan: AlignmentSettings, anchor: int) -> tupl
         history = history or tuple(Iteration(after, after - before, 1.0) for before, after in pairwise(sweeps))
     elements = in_universe_of([soft.elements[0] for soft in point], anchor)
     return Alignment(elements, reached, rounded, history), stationary and len(history) == 1
+
+
+def _released(problem: MatchingProblem, settings: AlignmentSettings, best: Alignment) -> Alignment:
+    """The best alignment after letting two of the models go at once, again and again, another two each time."""
+    plan = replace(settings, mode="block", init="barycenter")
+    models = range(len(problem.models))
+    pairs = list(combinations(models, 2))
+    random.Random(0).shuffle(pairs)
+    first = best.elements[0]  # in its order, so that the anchor does not matter
+    point = hard_point(problem, [first @ element.inverse() for element in best.elements])
+    reached, idle = best.objective, 0
+    for released in islice(cycle(pairs), settings.releases):
+        moved = tuple(Soft.middle(problem.faces) if i in released else soft for i, soft in enumerate(point))
+        moved, _, _ = _iterate(problem, moved, [[i] for i in released], plan)
+        moved, sweeps = ascend(problem, _round(problem, moved), models)
+        gains = sweeps[-1] - reached > STALLED * abs(reached)
+        idle = 0 if gains else idle + 1
+        if gains:
+            point, reached = moved, sweeps[-1]
+        if idle == len(pairs):
+            break
+    elements = in_universe_of([soft.elements[0] for soft in point], settings.anchor or 0)
+    return replace(best, elements=elements, objective=reached)
 
 
 def _iterate(

@@ -26,6 +26,9 @@ _LANES = 16
 _MOST_IN_BRACKET = 1 / 8
 """Share of the entries beyond which keeping those in a bracket is dearer than counting all."""
 
+_LARGEST = (1 << 31) - 1
+"""No number has bits that are larger as a whole number."""
+
 
 @dataclass(frozen=True)
 class RankedMagnitude:
@@ -138,6 +141,8 @@ class Bracket:
     rank: int
     low: int
     end: int
+    share: float = 0.0
+    """Of all entries those that are probably between."""
 
     @classmethod
     def around(cls, rank: int, total: int, sample: Tensor) -> "Bracket | None":
@@ -147,9 +152,13 @@ class Bracket:
         margin = 1 + _DEVIATIONS * math.sqrt(share * (1 - share) * size)
         ranks = torch.tensor([share * size - margin, share * size + margin]).clamp(1, size).round().long()
         first, last = torch.searchsorted(larger, ranks).tolist()
-        if int(larger[last]) - (int(larger[first - 1]) if first else 0) > _MOST_IN_BRACKET * size:
+        first = first if share * size - margin >= 1 else 0  # what is larger, or smaller, than all of a sample counts
+        last = last if share * size + margin <= size else len(sample) - 1
+        inside = (int(larger[last]) - (int(larger[first - 1]) if first else 0)) / size
+        if inside > _MOST_IN_BRACKET:
             return None
-        return cls(rank, len(sample) - 1 - last << _DIGIT, len(sample) - first << _DIGIT)
+        end = min(len(sample) - first << _DIGIT, _LARGEST)
+        return cls(rank, len(sample) - 1 - last << _DIGIT, end, inside)
 
     def settle(self, table: Tensor) -> RankedMagnitude | None:
         """The magnitude searched for, from the tallies of all slices, one below the other; None if it lies outside."""

@@ -271,6 +271,9 @@ class TensorMethod(Method):
 
     by_tensor: ClassVar[str] = "scope: tensor"
     """What to write where a pass is not to count over all tensors of the model together."""
+    folds: ClassVar[bool] = False
+    """Whether `merge` goes through the models once and in order: they are then read one by one, however many."""
+
     pass_depends_on: ClassVar[tuple[str, ...] | None] = None
     """Numbers that decide what a statistics pass finds; None: all. A search counts anew only where one changed."""
 

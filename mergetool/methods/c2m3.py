@@ -76,6 +76,7 @@ class C2M3(AligningMethod):
             anchor=None if asked.anchor is None else task.place(asked.anchor, "merge.align.anchor"),
             polish=asked.polish,
             starts=asked.starts,
+            releases=asked.releases,
             iterations=asked.iterations,
             tolerance=asked.tolerance,
         )

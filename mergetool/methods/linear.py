@@ -25,6 +25,7 @@ class Linear(TensorMethod):
     needs_base: ClassVar = "unused"
     granularity: ClassVar = "element"
     buffers: ClassVar = 0
+    folds: ClassVar = True
     neutral: ClassVar = {"normalize": True}
 
     def problem(self, p: Params) -> str | None:

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
+from mergetool.bundle.around import whole_of
 from mergetool.bundle.files import SHARED, SPECTRA, factors_path, model_files, small_files, spectrum_key, triplet_names
-from mergetool.bundle.manifest import MASKED
+from mergetool.bundle.manifest import AROUND, MASKED
 from mergetool.bundle.options import Options
 from mergetool.bundle.present import PresentedSource
 from mergetool.bundle.ranks import bytes_within, factor_specs, full_spec, most_directions
@@ -21,7 +22,7 @@ from mergetool.planning.masks import masked_steps
 from mergetool.planning.operations import Factorise
 from mergetool.tensors.dtypes import BY_NAME
 from mergetool.tensors.header import TensorSpec, lay_out
-from mergetool.tensors.source import is_same_tensor
+from mergetool.tensors.source import SINGLE_NAME, is_same_tensor
 
 
 def as_bundle(plan: Plan) -> Plan:
@@ -100,8 +101,12 @@ def _factor_bytes(plan: Plan, options: Options, steps: Iterable[Step], shards: I
 def _others(plan: Plan, options: Options, steps: Iterable[Step]) -> Iterable[PlannedFile]:
     """The base, the heads, and what a router reads; not the few small files that are written new."""
     base = plan.sources[BASE]
-    if options.base == "copy":
-        whole = base.model if isinstance(base, PresentedSource) else base
+    if options.kind in AROUND:
+        whole = whole_of(base)
+        yield PlannedFile(f"base/{SINGLE_NAME}", _size(whole.specs.values()))
+        yield from _copies("base", small_files(whole.folder) if whole.folder is not None else {}, {})
+    elif options.base == "copy":
+        whole = whole_of(base)
         yield from _copies("base", model_files(whole), {stamp.path: stamp.size for stamp in whole.files})
     for task in plan.recipe.models:
         source = plan.sources[task]

@@ -63,9 +63,11 @@ def _statistics_memory(plan: Plan, step: Step) -> int:
     return max((_HELD_STATISTICS * spec.num_elements for spec in each if spec.shape != step.spec.shape), default=0)
 
 
-def bytes_per_element(plan: Plan) -> int:
-    """What one element of every slice takes in a worker's buffers."""
-    streams = max((len(step.reads) for step in plan.steps), default=1)
+def bytes_per_element(plan: Plan, *, on_device: bool = False) -> int:
+    """What one element of every slice takes in a worker's buffers. A device has all operands there at once."""
+    streams = max(
+        (len(step.reads) if on_device else step.operation.streams(len(step.reads)) for step in plan.steps), default=1
+    )
     temporaries = max((step.operation.buffers for step in plan.steps), default=0)
     return plan.compute_bits // 8 * (streams + temporaries + 2) + 8
 

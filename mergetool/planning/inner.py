@@ -41,9 +41,13 @@ class PlannedModel(SafetensorsSource):
 
 
 def _small_files(owner: PlannedModel, plan: Plan) -> Path:
-    """A folder with config.json, and links to the files beside it; it goes with its owner."""
+    """A folder with config.json, and links to the files beside it and to weights that are there; it goes with its
+    owner."""
     folder = folder_of(owner)
     write_small_files(plan, folder, lambda path, link: link.symlink_to(path.absolute()))
+    assert plan.output is not None
+    for path in sorted(plan.output.glob("*.safetensors*")):  # and their index
+        (folder / path.name).symlink_to(path.absolute())
     return folder
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _CUTTING, _TURNING = 9, 26
 """Whole tensors that taking one apart needs, measured: for a few directions of it, and for all of them."""
 
+_FOLDED = 3
+"""The base, the first model, and the one that is looked at."""
+
 _S = TypeVar("_S", contravariant=True)
 """A step, as whoever carries it out knows it."""
 
@@ -60,6 +63,8 @@ class Operation(ABC):
     """What it holds, where that is no number of whole tensors."""
     flops: float | None = None
     """Multiply-adds, where they are not those of decomposing every operand."""
+    folds: bool = False
+    """Whether it needs its operands one after the other only."""
     keeps: bool = True
     """Whether what its passes keep on the way is there for what comes next."""
     transposed: bool = False
@@ -92,9 +97,13 @@ class Operation(ABC):
         """Where these are summed up: the factor of every model's."""
         raise TypeError(f"{self.name} is no sum")
 
+    def streams(self, reads: int) -> int:
+        """How many of so many operands are there at once."""
+        return min(reads, _FOLDED) if self.folds else reads
+
     def copies(self, reads: int) -> int:
         """Whole tensors held at once, where it must see them whole, of so many operands."""
-        return reads + self.buffers + 1
+        return self.streams(reads) + self.buffers + 1
 
     def treatment(self, spec: TensorSpec) -> str:
         """What is done to a tensor, in a word."""
@@ -274,6 +283,10 @@ class Merge(Operation):
     @property
     def buffers(self) -> int:  # type: ignore[override]
         return self.method.buffers
+
+    @property
+    def folds(self) -> bool:  # type: ignore[override]
+        return self.method.folds
 
     @property
     def counts_model(self) -> bool:  # type: ignore[override]

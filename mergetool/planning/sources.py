@@ -237,10 +237,21 @@ def is_on_hub(folder: Path, text: str) -> bool:
 
 def pinned(recipe: Recipe) -> Recipe:
     """The recipe with every repository on the Hub at the commit that its branch has now. Raises HubError."""
-    lookup = Lookup(recipe.folder)
+    return _pinned(recipe, Lookup(recipe.folder))
+
+
+def _pinned(recipe: Recipe, lookup: Lookup) -> Recipe:
+    """The same, and what was pinned is known to `lookup`, also of recipes inside."""
+    inner: dict[str, Recipe] = {}
+    pins: dict[str, str] = {}
+    for name, each in recipe.inner.items():
+        below = lookup.inside(each.folder)
+        inner[name] = _pinned(each, below)
+        pins |= below.pins
 
     def pin(reference: ModelReference) -> ModelReference:
-        source = lookup.pin(reference.source, adapter=False)
+        made = reference.recipe is not None
+        source = reference.source if made else lookup.pin(reference.source, adapter=False)
         adapters = tuple(lookup.pin(adapter, adapter=True) for adapter in reference.adapters)
         return reference.model_copy(update={"source": source, "adapters": adapters})
 
@@ -249,9 +260,9 @@ def pinned(recipe: Recipe) -> Recipe:
     words = recipe.tokenizer
     if words is not None and words.source not in (*models, "base", UNION):
         words = words.model_copy(update={"source": lookup.pin(words.source, adapter=False)})
-    return replace(
-        recipe, base=base, models=models, tokenizer=words, document=pinned_document(recipe.document, lookup.pins)
-    )
+    lookup.pins |= pins
+    document = pinned_document(recipe.document, lookup.pins)
+    return replace(recipe, base=base, models=models, tokenizer=words, document=document, inner=inner)
 
 
 def pinned_document(document: Mapping[str, Any], pins: Mapping[str, str]) -> dict[str, Any]:

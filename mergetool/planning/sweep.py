@@ -62,6 +62,10 @@ class Sweep(Operation):
         return any(point.counts_model for point in self.points)
 
     @property
+    def folds(self) -> bool:  # type: ignore[override]
+        return all(point.folds for point in self.points)
+
+    @property
     def numbers(self) -> Mapping[str, Any]:
         return self.points[0].numbers
 

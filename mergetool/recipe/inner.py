@@ -61,8 +61,6 @@ class Inside:
     read: Read
     check: Check
     problems: list[RecipeError]
-    searches: bool
-    """Whether the method of the outer recipe is a search."""
 
     def all(self, given: Mapping[str, Any]) -> dict[str, Recipe]:
         """The recipe of every model that one makes, by the model's name."""
@@ -130,12 +128,7 @@ class Inside:
         """What cannot be made on the way, or not be used so."""
         name = recipe.method.method_name()
         path = reference.recipe if isinstance(reference.recipe, str) else "INNER.yaml"
-        if self.searches:
-            what = "a search reads its models again and again before anything is merged, so they must be there"
-            yield self.document.error(
-                place, what, f"run it first, then name its result: mergetool run {path} -o FOLDER"
-            )
-        elif place[0] == "base" and self.document.data["merge"].get("base") == "reference":
+        if place[0] == "base" and self.document.data["merge"].get("base") == "reference":
             what = "the bundle would refer to a base that is gone when it is finished"
             yield self.document.error(place, what, "write merge: {base: copy}")
         elif recipe.method.searches:

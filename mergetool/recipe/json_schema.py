@@ -9,6 +9,7 @@ from mergetool.methods import registry
 from mergetool.methods.base import Method, TensorMethod
 from mergetool.methods.families.genes import Inner, Range
 from mergetool.methods.then import After, steps
+from mergetool.recipe.checkpoints import SCHEMA as CHECKPOINTS
 from mergetool.recipe.load import sections
 from mergetool.recipe.section import override_class
 
@@ -46,6 +47,7 @@ def recipe_schema() -> dict[str, Any]:
         "description": "steps on what merging changed, in order",
     }
     properties["sweep"] = SWEEP
+    properties["models"] = {"anyOf": [properties["models"], CHECKPOINTS]}
     methods = [kind for kind in registry().values() if kind.merges]
     definitions[_METHOD] = {"oneOf": [_method_schema(kind, definitions) for kind in methods]}
     definitions[_SEARCHED] = {"oneOf": [_searched(_merge_schema(kind, definitions)) for kind in methods]}

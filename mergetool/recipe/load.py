@@ -21,6 +21,7 @@ from mergetool.layouts.same import Same
 from mergetool.methods.base import Method
 from mergetool.recipe.adapters import is_alone, names_base, on_their_base
 from mergetool.recipe.candidate import other_documents
+from mergetool.recipe.checkpoints import with_checkpoints
 from mergetool.recipe.checks import check_override, cross_checks
 from mergetool.recipe.data import Calibration, Data
 from mergetool.recipe.document import Document, Place, parse_value, read_documents
@@ -157,6 +158,8 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
     data = document.data
     if not isinstance(data, dict):
         raise document.error((), "a recipe is a mapping with `models` and `merge`", "see: mergetool schema")
+    document = with_checkpoints(document)
+    data = document.data
     if "sweep" in data:
         return _swept(document, settings, around)
     problems: list[RecipeError] = []
@@ -168,8 +171,7 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
         layout = brought
         problems += layout_problems(document, layout)
     problems += cross_checks(document, kind, method, layout)
-    searches = kind is not None and kind.searches
-    inner = Inside(document, around or Around(), _read, _check_inner, problems, searches).all(given)
+    inner = Inside(document, around or Around(), _read, _check_inner, problems).all(given)
     if method is not None and not problems:
         problems += _check_tried(document, method)
     if problems or method is None:

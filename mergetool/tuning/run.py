@@ -1,5 +1,6 @@
 """Run any recipe: a search first, where it asks for one, then the merge that it found."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -7,13 +8,16 @@ from typing import TYPE_CHECKING
 
 from mergetool.engine import Flags, Progress, Result
 from mergetool.engine import run_recipe as run_plain
-from mergetool.engine.processes import joined, leads
-from mergetool.engine.run import Silent
+from mergetool.engine.processes import Team, joined, leads
+from mergetool.engine.run import Silent, run_inner
 from mergetool.errors import MergeError, OutputError, PlanError
 from mergetool.outputs.journal import journal_path
+from mergetool.outputs.parts import check_parts
 from mergetool.outputs.push import push_result, push_target
 from mergetool.outputs.staging import check_output
-from mergetool.planning.sources import pinned
+from mergetool.planning import Plan
+from mergetool.planning.build import make_plan
+from mergetool.planning.sources import Lookup, pinned
 from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.folder import open_model
@@ -59,12 +63,33 @@ def _merged(recipe: Recipe, flags: Flags, progress: Progress) -> Result:
         if team.leads:
             push_target(recipe, flags.push)  # that it cannot be pushed is better known now than after the search
         asked = team.leader_first(lambda: pinned(recipe))  # what is searched is merged, however long it takes
-        winner = search(asked, search_folder(output), flags, progress if team.leads else Silent(), team)
+        teller = progress if team.leads else Silent()
+        inner = _made_before(asked, output, flags, teller, team)
+        winner = search(asked, inner, search_folder(output), flags, teller, team)
         merged = run_plain(*_winner(asked, winner, replace(flags, output=output)), progress, winner.warnings)
         if team.leads:
             _check_saved(merged.path, winner.digest)
         team.all_gather(None)
         return replace(merged, notes={**dict.fromkeys(winner.notes, 1), **merged.notes})
+
+
+def _made_before(recipe: Recipe, output: Path, flags: Flags, progress: Progress, team: Team) -> Mapping[str, Plan]:
+    """The plans of the recipes inside this one, whose results are there now, where the merge will look for them."""
+    if not recipe.inner:
+        return {}
+
+    def planned() -> Plan:
+        check_parts(output)
+        lookup = Lookup(recipe.folder)
+        plan = make_plan(recipe, output, lookup=lookup, whole=True)
+        if not plan.bytes_missing:
+            return plan
+        lookup.fetch(progress.say)
+        return make_plan(recipe, output, lookup=lookup, whole=True)
+
+    plan = team.leader_first(planned)
+    run_inner(plan, {}, flags, progress, team)
+    return plan.inner
 
 
 def search_folder(output: Path) -> Path:

@@ -2,8 +2,8 @@
 
 import json
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mergetool.evaluate.items import TaskItems
 from mergetool.methods.base import expect
 from mergetool.methods.merge3 import Merge3
 from mergetool.planning.build import open_models
-from mergetool.planning.graph import BASE
+from mergetool.planning.graph import BASE, Plan
 from mergetool.planning.search import SearchSize
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.candidate import candidate_recipe
@@ -53,12 +53,16 @@ class Winner:
     """For people, and for the lock of what is merged."""
 
 
-def search(recipe: Recipe, folder: Path, flags: Flags, progress: Progress, team: Team) -> Winner:
-    """Search, and write what was found into a folder."""
+def search(
+    recipe: Recipe, inner: Mapping[str, Plan], folder: Path, flags: Flags, progress: Progress, team: Team
+) -> Winner:
+    """Search, and write what was found into a folder. What the recipes inside this one make, `inner`, is there."""
     method = expect(recipe.method, Merge3)
     progress.start(0, "opening models and tasks")
-    sources = _fetched(recipe, progress)
-    candidates = Candidates(recipe, sources, flags.device, method.search.batch_size, spread_of(flags))
+    sources = _fetched(recipe, inner, progress)
+    candidates = Candidates(
+        replace(recipe, inner={}), sources, flags.device, method.search.batch_size, spread_of(flags)
+    )
     loaded = [load_task(task, recipe.folder, trust_code=flags.trust_code) for task in method.tasks]
     tasks = [TaskItems(*pair, candidates.live.lm) for pair in zip(method.tasks, loaded, strict=True)]
     splits = split(tasks, method.search.report, recipe.compute.seed)
@@ -147,14 +151,14 @@ def _notes(facts: dict[str, Any], folder: Path) -> tuple[str, ...]:
     )
 
 
-def _fetched(recipe: Recipe, progress: Progress) -> dict[str, ModelSource]:
+def _fetched(recipe: Recipe, inner: Mapping[str, Plan], progress: Progress) -> dict[str, ModelSource]:
     """Every model, its weights here."""
     lookup = Lookup(recipe.folder)
-    sources = open_models(recipe, lookup)
+    sources = open_models(recipe, lookup, inner)
     if not lookup.missing:
         return sources
     lookup.fetch(progress.say)
-    return open_models(recipe, lookup)
+    return open_models(recipe, lookup, inner)
 
 
 def _version(name: str) -> str:

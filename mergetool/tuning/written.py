@@ -5,7 +5,6 @@ search wrote its winner is taken.
 """
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,7 @@ def parent_recipe(recipe: Recipe, name: str) -> Recipe:
         "merge": {"method": "passthrough"},
     }
     output = {key: value for key, value in recipe.document.get("output", {}).items() if key not in ("path", "hub")}
-    parent = load_recipe(data | ({"output": output} if output else {}))
-    return replace(parent, folder=recipe.folder)
+    return load_recipe(data | ({"output": output} if output else {}), folder=recipe.folder)
 
 
 def moved(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -58,6 +56,8 @@ def moved(recipe: Recipe, folder: Path) -> dict[str, Any]:
         moved = {**value, **{key: there(value[key]) for key in ("source", "adapter") if key in value}}
         if "adapters" in value:
             moved["adapters"] = [there(path) for path in value["adapters"]]
+        if "recipe" in value:
+            moved["folder"] = os.path.relpath(recipe.path_of(value.get("folder") or ".").resolve(), here)
         if isinstance(value.get("head"), dict):
             moved["head"] = {**value["head"], "weights": there(value["head"]["weights"])}
         return moved

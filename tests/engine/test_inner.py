@@ -248,12 +248,14 @@ def test_code_of_a_recipe_inside_needs_trust_too(here):
         mergetool.run(outer({"recipe": inner}), output="out")
 
 
-def test_a_search_over_what_is_not_made_yet_is_refused(here):
+def test_a_search_is_a_run_of_its_own(here):
     search = yaml.safe_load((ROOT / "recipes/merge3.yaml").read_text())
-    search["models"] = {"mix": {"recipe": "first.yaml"}, "c": "c"}
-    what, fix = problems(search)["models.mix.recipe"]
-    assert "a search reads its models again and again" in what
-    assert "mergetool run first.yaml -o FOLDER" in fix
+    search["models"] = {"mix": {"recipe": "first.yaml"}, "c": "c"}  # over what others make
+    what, fix = problems({"models": {"found": {"recipe": search}}, "merge": {"method": "linear"}})[
+        "models.found.recipe"
+    ]
+    assert "merge3 is a search, which is a run of its own" in what
+    assert "mergetool run INNER.yaml -o FOLDER" in fix
 
 
 # -------------------------------------------------------------------- places

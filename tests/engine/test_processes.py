@@ -63,17 +63,19 @@ SHARED = {
     "git-rebasin": {},
     "mass": {"router": {"features": "merged", "layers": ["*"]}},
     "emr": {"router": {"layers": ["*"]}},
+    "twin": {"router": {"layers": ["*"]}},
 }
+BUNDLES = ("mass", "emr", "twin")
 BLOCKS = {f"model.layers.{layer}.mlp.weight": (24, 16 + layer) for layer in range(9)} | {"model.norm.weight": (7,)}
 
 
 @pytest.mark.parametrize("method", SHARED)
 def test_a_fit_and_the_factors_of_a_bundle_are_shared_and_the_bytes_are_those_of_one(forks, tmp_path, method):
-    write_models(tmp_path, names=("base", "a", "b", "c"), shapes=BLOCKS if method in ("mass", "emr") else WIDE)
-    asked = {"base": "base"} if method in ("mass", "emr") else {"architecture": "mlp"}
+    write_models(tmp_path, names=("base", "a", "b", "c"), shapes=BLOCKS if method in BUNDLES else WIDE)
+    asked = {"base": "base"} if method in BUNDLES else {"architecture": "mlp"}
     models = {name: name for name in "abc"}
     recipe = write_recipe(tmp_path / "r.yaml", **asked, models=models, merge={"method": method, **SHARED[method]})
-    for size in (1, 3) if method in ("git-rebasin", "emr") else (1, 2, 3):
+    for size in (1, 3) if method in ("git-rebasin", "emr", "twin") else (1, 2, 3):
         done = forks.team(size, ["run", recipe, "-o", str(size)], cwd=tmp_path).wait()
         assert [each.code for each in done] == [0] * size, done[0].err
         assert content(tmp_path / str(size)) == content(tmp_path / "1")

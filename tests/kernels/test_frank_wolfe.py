@@ -89,7 +89,7 @@ def test_images_that_are_held_and_updated_equal_images_made_anew(name, mode, ini
 def test_more_starts_are_never_worse():
     toy = toys.mlp(4, 7, 7, 3)
     problem = toys.problem(toy, [toys.weights(toy[1], i) for i in range(3)])
-    values = [align(problem, AlignmentSettings(starts=starts)).objective for starts in (1, 2, 5)]
+    values = [align(problem, AlignmentSettings(starts=starts, releases=0)).objective for starts in (1, 2, 5)]
     assert values == sorted(values)
 
 
@@ -225,3 +225,16 @@ def test_the_best_step_of_a_line_a_parabola_and_nothing():
     t = np.linspace(0, 1, 5)
     basis = np.stack([np.array([1, 4, 6, 4, 1])[m] * t**m * (1 - t) ** (4 - m) for m in range(5)], axis=1)
     assert best_step(np.linalg.solve(basis, parabola)) == pytest.approx(0.4, abs=1e-6)
+
+
+def test_letting_two_models_go_at_once_gains_where_no_single_move_does():
+    toy = toys.mlp(6, 24, 24, 4)
+    gains = []
+    for seed in range(3):
+        models = [toys.weights(toy[1], 10 * seed + i) for i in range(5)]
+        problem = toys.problem(toy, models)
+        without, released = (align(problem, AlignmentSettings(releases=count)) for count in (0, 10))
+        assert released.objective == pytest.approx(objective(problem, hard_point(problem, inverses(released.elements))))
+        gains.append(released.objective / without.objective - 1)
+    assert min(gains) >= 0
+    assert max(gains) > 2e-3

@@ -150,6 +150,16 @@ def test_a_sample_that_misleads_is_noticed():
     assert settled(large, [x]) is None
 
 
+@pytest.mark.parametrize("rank", [1, 3, 59_998, 60_000])
+def test_the_ends_are_found_even_where_no_sample_has_them(rank):
+    x = uniform((60_000,), "values") + 2.0
+    places = x.topk(10, largest=rank < 10).indices
+    x[places] *= 1e3 if rank < 10 else 1e-3
+    others = torch.ones(len(x), dtype=torch.bool)
+    others[places] = False
+    assert settled(bracket_of(x[others][::16], rank, len(x)), x.split(25_000)) == sorted_out(x, rank)
+
+
 def test_a_bracket_that_would_hold_most_entries_is_not_made():
     x = uniform((20_000,), "values")
     x[:15_000] = 0.0

@@ -3,7 +3,7 @@
 sound         what a run made, verify finds sound, and inspect can tell of
 workers       the number of workers does not matter, to the bit
 order         the order of the tasks does not matter to what is kept of each, to the bit
-independent   how many directions an expert keeps is all that it takes from the others, to the bit (bundles of factors)
+independent   how many directions an expert keeps is all that it takes from the others, to the bit, where it is `apart`
 whole         at full rank in float32 an expert comes back
 non-finite    a value that is not finite is never lost: the build stops and says whose it is
 """
@@ -17,7 +17,7 @@ from mergetool import MergeError
 from mergetool.bundle.manifest import read_manifest
 from mergetool.bundle.verify import facts_about_bundle, verify_bundle
 from mergetool.methods import registry
-from mergetool.methods.families.bundle import BundleMethod, FactorsMethod
+from mergetool.methods.families.bundle import BundleMethod
 from mergetool.testing.cases import MethodCase, bundle_cases
 from mergetool.testing.toys import INTEGERS, assert_near, read, write
 
@@ -68,7 +68,7 @@ def test_the_order_of_the_tasks_does_not_matter_to_what_is_kept_of_each(case, to
         ).read_bytes()
 
 
-@pytest.mark.parametrize("case", [each for each in BUNDLES if issubclass(each.kind, FactorsMethod)], ids=str)
+@pytest.mark.parametrize("case", [each for each in BUNDLES if each.kind.apart], ids=str)
 def test_the_number_of_directions_is_all_that_an_expert_takes_from_the_others(case, toys, tmp_path):
     case = case.with_settings(rank=2)
     three, two = (make(case, toys[1], tmp_path / names, names) for names in ("abc", "ab"))

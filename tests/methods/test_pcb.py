@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mergetool import merge_state_dicts
+from mergetool.methods.families import ranks
 from mergetool.testing.toys import assert_near, assert_same_bytes, toy_models, uniform
 
 
@@ -73,6 +74,13 @@ def test_the_smallest_and_the_largest_changes_do_not_differ():
     deltas = [uniform((20_000,), name).double() for name in "ab"]
     expected = naive(torch.stack(deltas), (0.3, 0.3), (1.0, 1.0), clip=0.01)
     torch.testing.assert_close(merged(*deltas, density=0.3, clip=0.01), expected)
+
+
+def test_ranks_found_by_a_sample_and_by_counting_all_are_the_same(monkeypatch):
+    deltas = [uniform((300_000,), name) ** 3 for name in "ab"]
+    sampled = merged(*deltas)
+    monkeypatch.setattr(ranks, "_MOST_KEPT", 0)
+    assert merged(*deltas).equal(sampled)
 
 
 def test_scores_below_zero_can_be_among_those_that_count():

@@ -39,6 +39,8 @@ class BundleMethod(Method):
     uses_factors: ClassVar = True
     result: ClassVar = "bundle"
     varies: ClassVar = False
+    apart: ClassVar[bool] = True
+    """Whether how many directions an expert keeps is all that it takes from the others."""
 
     def stages(self) -> tuple[str, ...]:
         return ("factorise",)

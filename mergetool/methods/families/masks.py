@@ -1,7 +1,7 @@
 """Bundles whose experts are masks of one change that they share."""
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from mergetool.bundle.manifest import HeadRule
 from mergetool.methods.base import RANK, Field, Rank
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class MasksMethod(BundleMethod):
     """A method that keeps a mask of one shared change for every expert."""
 
+    apart: ClassVar = False
     rank: Rank = Field("auto", description=f"of what the router compares: {RANK}")
     factors: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="dtype of the shared change, and of the directions that the router compares"

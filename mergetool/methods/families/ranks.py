@@ -20,8 +20,10 @@ so it is a function of a module, or a method of one of our classes."""
 Then = Callable[[Stats], "StatisticsPass | Stats"]
 """What comes once the values are known."""
 
-_LARGE, _TOO_LARGE = 1 << 18, 1 << 26
-"""Sizes between which a sample pays and the entries in the brackets fit into memory."""
+_LARGE = 1 << 18
+"""Size from which on a sample pays."""
+_MOST_KEPT = 1 << 23
+"""Entries in all brackets together, as a sample tells, beyond which keeping them would take too much memory."""
 
 
 def magnitudes(group: TensorGroup, p: Params) -> "Sequence[Tensor]":
@@ -41,7 +43,7 @@ def find(
 
     which = tuple(place for place, _ in ranks)
     searches = tuple(RankSearch.begin(rank, bits) for _, rank in ranks)
-    if bits == 32 and _LARGE <= num_elements <= _TOO_LARGE:
+    if bits == 32 and num_elements >= _LARGE:
         return _Sample(scores, then, which, searches, num_elements)
     return _Thresholds(scores, then, which, searches)
 
@@ -71,12 +73,17 @@ class _Thresholds(_Search):
 
         from mergetool.kernels.select import Count
 
-        counts = [Count(search) for search in self.searches]
+        counts = {key: Count(search) for key, search in zip(self._keys(), self.searches, strict=True)}
         for group in groups:
             scores = self.scores(group, p)
-            for count, place in zip(counts, self.which, strict=True):
+            for (place, *_), count in counts.items():
                 count.add(scores[place].reshape(-1))
-        return torch.stack([count.histogram() for count in counts]).to("cpu")
+        histograms = {key: count.histogram() for key, count in counts.items()}
+        return torch.stack([histograms[key] for key in self._keys()]).to("cpu")
+
+    def _keys(self) -> list[tuple[int, int, int]]:
+        """Which scores each rank is looked for in, and among which of them: for many ranks they are the same."""
+        return [(place, each.shift, each.prefix) for place, each in zip(self.which, self.searches, strict=True)]
 
     def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
         from mergetool.kernels.select import RankedMagnitude, RankSearch
@@ -100,7 +107,8 @@ class _Sample(_Thresholds):
         ranks = [search.rank for search in self.searches]
         guesses = [Bracket.around(rank, self.num_elements, counts) for rank, counts in zip(ranks, total, strict=True)]
         brackets = tuple(guess for guess in guesses if guess is not None)
-        if len(brackets) < len(ranks):
+        kept = sum(bracket.share for bracket in brackets) * self.num_elements
+        if len(brackets) < len(ranks) or kept > _MOST_KEPT:
             return _Thresholds(self.scores, self.then, self.which, self.searches)
         return _Brackets(self.scores, self.then, self.which, self.searches, brackets)
 

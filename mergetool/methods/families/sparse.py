@@ -36,7 +36,7 @@ MEAN = "divide by the weights that agree (mean); false: sum"
 class _Norms(StatisticsPass):
     """L1 norm of every task vector, before and after thinning out, in float64."""
 
-    method: "SparseMethod"
+    method: "ThinnedMethod"
     known: Stats
 
     def __call__(self, known: Stats) -> StatisticsPass | Stats:
@@ -62,10 +62,9 @@ class _Norms(StatisticsPass):
         return {**self.known, "factor": factors}
 
 
-class SparseMethod(TensorMethod):
+class ThinnedMethod(TensorMethod):
     """A method that drops entries of task vectors, rescales the rest, and adds up."""
 
-    density: PerModel[Fraction] = Field(0.5, description="share of each task vector that is kept")
     weight: PerModel[Finite] = Field(1.0, description="weight of each task vector")
     scale: Scheduled[Finite] = Field(1.0, description="factor on the merged task vector")
     rescale: Literal["l1", "none"] = Field(
@@ -75,7 +74,6 @@ class SparseMethod(TensorMethod):
     needs_base: ClassVar = "required"
     granularity: ClassVar[Granularity] = "element"
     buffers: ClassVar = 8
-    neutral: ClassVar = {"density": 1.0, "normalize": True}
     votes: ClassVar[bool] = False
     """Whether only entries with the elected sign are added up."""
 
@@ -85,7 +83,7 @@ class SparseMethod(TensorMethod):
 
     def own_factors(self, p: Params) -> Sequence[float]:
         """Factor on what is left of each task vector, where no L1 norm is to be restored."""
-        return (1.0,) * len(p.density)
+        return (1.0,) * len(p.weight)
 
     @property
     def needs_float64(self) -> bool:
@@ -95,9 +93,6 @@ class SparseMethod(TensorMethod):
         if self.normalize and not self.votes and cancel(p.weight):
             return f"the weights {p.weight} add up to 0, so they cannot be normalised"
         return None
-
-    def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
-        return _Norms(self, {}) if self.rescale == "l1" and any(density < 1.0 for density in p.density) else None
 
     @property
     def norms(self) -> "_Norms":
@@ -126,3 +121,16 @@ class SparseMethod(TensorMethod):
         for weight, delta in zip(p.weight, group.deltas, strict=True):
             total.add_(delta, alpha=weight)
         return total, sum(p.weight) if self.normalize else 1.0
+
+
+class _Density(TensorMethod):
+    density: PerModel[Fraction] = Field(0.5, description="share of each task vector that is kept")
+
+
+class SparseMethod(ThinnedMethod, _Density):
+    """One of which a recipe says how much is kept."""
+
+    neutral: ClassVar = {"density": 1.0, "normalize": True}
+
+    def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
+        return _Norms(self, {}) if self.rescale == "l1" and any(density < 1.0 for density in p.density) else None
