@@ -32,7 +32,7 @@ from torch.nn import functional as F  # noqa: N812  (as everybody calls it)
 from mergetool.bundle.arrow import Mix
 from mergetool.bundle.factors import Group, TaskFactors
 from mergetool.bundle.local import make_local, own_tensor, pending, replaced
-from mergetool.errors import SourceError
+from mergetool.errors import PlanError, SourceError
 from mergetool.networks.places import Fragment
 from mergetool.networks.spread import fetched, forward_key
 
@@ -105,6 +105,7 @@ class GroupedModel:
         Raises SourceError where a changed tensor of the checkpoint (or of `held`, the part that it has) is not found.
         """
         self.factors = factors
+        self._model = model
         parameters = factors.manifest.parameters
         changed = {name for name, parameter in parameters.items() if parameter.policy != "skip"}
         changed &= changed if held is None else set(held)
@@ -145,6 +146,12 @@ class GroupedModel:
         return output + runs.mix.change(arguments[0], place.names["weight"], turned=True, bias=bias)
 
     def _install(self) -> None:
+        """Raises PlanError where modules were replaced: what experts changed of those would be left out unseen."""
+        present = {id(module) for module in self._model.modules()}
+        if gone := next((place for place in self._places if id(place.module) not in present), None):
+            what = f"the module of {next(iter(gone.names.values()))} was replaced (quantised, or wrapped) after opening"
+            fix = "open it again, and do so with one expert: mergetool bundle dense BUNDLE NAME -o NAME"
+            raise PlanError(what, type(self._model).__name__, fix)
         for place in self._places:
             if place.forward is not None:
                 key = forward_key(place.module)

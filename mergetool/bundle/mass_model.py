@@ -12,12 +12,12 @@ calibrated best one answers.
 Reference: Crisostomi et al., MASS, https://arxiv.org/abs/2504.05342, sections 3 and 4.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from safetensors.torch import load_file
@@ -46,6 +46,14 @@ from mergetool.networks.spread import input_device, is_offloaded
 
 if TYPE_CHECKING:
     from mergetool.networks.build import LoadedModel
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _as_it_is(method: Method) -> Method:
+    """What torch.compile runs as it is: which operations there are depends on the inputs."""
+    return cast("Method", torch.compiler.disable(method))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -216,6 +224,7 @@ class MassModel(nn.Module):
 
     # ---------------------------------------------------------------- second pass
 
+    @_as_it_is
     @torch.inference_mode()
     def forward(
         self, text: Texts | None = None, /, *, tasks: Sequence[str] | Literal["route"] = "route", **inputs: Tensor
@@ -246,6 +255,9 @@ class MassModel(nn.Module):
         return replace(said, known=tuple(routing.known.tolist()), probability=probability, runner_up=runner_up)
 
     def _inputs(self, text: Texts | None, inputs: dict[str, Any]) -> dict[str, Any]:
+        if torch.compiler.is_exporting():
+            what = "an exported program does the same for every input, and a bundle chooses experts"
+            raise PlanError(what, str(self.folder), _dense(self.folder, self.task_names[0]))
         inputs = inputs if text is None else {**self.read(text), **inputs}
         check_batch({key: value for key, value in inputs.items() if isinstance(value, Tensor)})
         return inputs
@@ -386,6 +398,11 @@ def _longest(model: nn.Module) -> int | None:
     """Most tokens that a model can see at once, where its config says so."""
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def _dense(folder: Path, task: str) -> str:
+    """How to get one expert as an ordinary model, with which everything can be done."""
+    return f"take one expert out, and use that: mergetool bundle dense {folder} {task} -o {task}"
 
 
 def _device(inputs: Mapping[str, Tensor]) -> torch.device:

@@ -36,12 +36,12 @@ def load_bundle(
     bytes, or like 8GiB) stays in memory.
     Raises SourceError for a bundle that is damaged, incomplete, or whose base is another model.
     """
+    most = None if memory is None else parse_size(memory)
+    spread = None if device_map is None else Spread(device_map, most, one_device=True)
     folder = Path(path)
     manifest = read_manifest(folder)
     check_files(folder, manifest, hashes=verify)
     check_base(folder, manifest, hashes=verify)
-    most = None if memory is None else parse_size(memory)
-    spread = None if device_map is None else Spread(device_map, most, one_device=True)
     place = base_folder(folder, manifest)
     matrices = [task for task in manifest.tasks if isinstance(task.head, Head)]
     plain = bool(matrices) or all(task.head is None for task in manifest.tasks)

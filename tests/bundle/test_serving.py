@@ -262,3 +262,34 @@ def test_what_is_short_or_no_text_is_read_whole(early, model, monkeypatch):
     same(early(["w2 w3", "w21"]), model(["w2 w3", "w21"]))
     assert seen == [(2, 2)]
     assert first_tokens({"pixel_values": torch.ones(2, 3, 8, 8)}, 2) is None
+
+
+# Compilers
+
+
+def test_compiled_it_answers_as_before(folder):
+    model = mergetool.load_bundle(folder)
+    expected = model(TEXTS)
+    same(torch.compile(model, backend="eager")(TEXTS), expected)
+
+
+def test_an_export_is_refused_and_one_expert_can_be_exported(folder, model, tmp_path, monkeypatch):
+    inputs = model.read(TEXTS)
+    with pytest.raises(PlanError, match="an exported program does the same for every input") as error:
+        torch.export.export(model, (), kwargs=inputs)
+    monkeypatch.chdir(tmp_path)
+    command = error.value.fix.partition("mergetool ")[2].split()
+    assert CliRunner().invoke(app, command).exit_code == 0
+    expert = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "a").eval()
+    exported = torch.export.export(expert, (), kwargs=inputs).module()
+    torch.testing.assert_close(exported(**inputs).logits, model(TEXTS, tasks=["a"]).logits, rtol=0, atol=1e-4)
+
+
+def test_modules_that_were_replaced_are_not_passed_over(folder):
+    model = mergetool.load_bundle(folder)
+    attention = model.networks[0].base.bert.encoder.layer[1].attention.self
+    attention.query = torch.nn.Sequential(attention.query)
+    attention.query[0] = torch.nn.Linear(32, 32)
+    with pytest.raises(PlanError, match=r"layer.1.attention.self.query.* was replaced \(quantised, or wrapped\)"):
+        model(TEXTS)
+    assert not any("forward" in vars(module) for module in model.base.modules())
