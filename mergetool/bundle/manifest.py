@@ -26,10 +26,10 @@ Mode = Literal["weighted", "topk", "top1"]
 Features = Literal["base", "merged"]
 UnknownRule = Literal["refuse", "base", "nearest"]
 Storage = Literal["bfloat16", "float16", "float32"]
-Kind = Literal["mass", "tsv-compress", "emr", "tall-masks", "smile", "twin"]
+Kind = Literal["mass", "tsv-compress", "emr", "tall-masks", "smile", "twin", "wemoe"]
 MASKED: tuple[Kind, ...] = ("emr", "tall-masks")
 """Kinds whose experts are masks of one change that they share."""
-AROUND: tuple[Kind, ...] = ("twin",)
+AROUND: tuple[Kind, ...] = ("twin", "wemoe")
 """Kinds whose base is a merge of all experts."""
 Policy = Literal["svd", "full", "skip", "mask"]
 

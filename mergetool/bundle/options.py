@@ -70,7 +70,9 @@ class Options:
     margin: float = 0.0
     """TALL masks: an entry is an expert's own where its change exceeds this many times what others add to it."""
     scale: float = 0.0
-    """Twin-Merging: what the sum of all changes is multiplied by before it is added to the base."""
+    """Twin-Merging, WEMoE: what the sum of all changes is multiplied by before it is added to the base."""
+    own: tuple[str, ...] | Literal["all", "mlp"] = "all"
+    """WEMoE: what experts keep for themselves, and is not merged: those of MLPs, or globs on names of tensors."""
 
 
 class Experts(Protocol):
