@@ -14,7 +14,7 @@ Reference: Crisostomi et al., MASS, https://arxiv.org/abs/2504.05342, sections 3
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mergetool.bundle.answer import Answer as Answer
+from mergetool.bundle.answer import Routing as Routing
 from mergetool.bundle.answer import Scored, answer, standing
 from mergetool.bundle.arrow import Mix, Mixer
 from mergetool.bundle.batch import check_batch, lengths_in, num_samples, take
@@ -54,24 +55,6 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 def _as_it_is(method: Method) -> Method:
     """What torch.compile runs as it is: which operations there are depends on the inputs."""
     return cast("Method", torch.compiler.disable(method))  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Where each sample belongs."""
-
-    tasks: tuple[tuple[str, ...], ...]
-    """Tasks chosen for every sample, in the bundle's order."""
-    coefficients: Tensor
-    """(samples, tasks): how much every task claims the sample; rows sum to 1."""
-    distances: Tensor
-    """(samples, tasks): distance from the span of the task's directions."""
-    known: Tensor
-    """(samples,): whether a sample is like inputs of any of the tasks."""
-    probabilities: Tensor
-    """(samples, tasks): how probable every task is."""
-    doubt: Tensor
-    """(samples,): how unlike the inputs of all tasks a sample is: 0 for usual ones, 1 for strange ones."""
 
 
 class MassModel(nn.Module):
