@@ -5,8 +5,8 @@
     classify(["several", "texts"], batch_size=32)       # one each, in order
     classify("a text", top_k=None)                      # all classes of the task that answered, the surest first
 
-A text that belongs to no task has the label "unknown", score 0 and no task. transformers' own class reads labels off the
-model's config, one set for all inputs; here each task has its own.
+A text that belongs to no task has the label "unknown", score 0 and no task. transformers' own class reads labels off
+the model's config, one set for all inputs; here each task has its own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
