@@ -129,12 +129,16 @@ class Pcb(ScopedMethod):
         ranks = [(model, low) for model in models] + [(model, high) for model in models]
         return find(magnitudes, ranks, num_elements, bits, _Search(p.density, num_elements, bits))
 
-    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+    def change(self, group: TensorGroup, p: Params, stats: Stats) -> "tuple[Tensor, float]":
         from mergetool.kernels.competition import Clip, balanced
 
-        assert group.base is not None
-        if not stats:
-            return group.base
+        if not stats:  # it has no elements
+            return group.deltas[0], 1.0
         clips = [Clip(low, high) for low, high in zip(stats["low"], stats["high"], strict=True)]
         spans = list(zip(stats["cut"], stats["top"], strict=True))
-        return group.base.add_(balanced(group.deltas, p.weight, clips, spans, group.scratch), alpha=p.scale)
+        return balanced(group.deltas, p.weight, clips, spans, group.scratch), 1.0
+
+    def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
+        merged, _ = self.change(group, p, stats)
+        assert group.base is not None
+        return group.base.add_(merged, alpha=p.scale)

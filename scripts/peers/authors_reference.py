@@ -45,6 +45,7 @@ def main() -> None:
         "cabs": cabs(clones, base, deltas[:2]),
         "localize-and-stitch": stitched(clones, base, deltas),
         "free": free(clones, base, deltas),
+        "opcm": opcm(base, deltas),
     }
     numbers: dict[str, np.ndarray] = {}
     for method, result in merged.items():
@@ -85,6 +86,33 @@ def magmax(base: State, deltas: list[State]) -> State:
 
     chosen = _magmax_select(deltas)
     return {name: value + 0.5 * chosen[name] for name, value in base.items()}
+
+
+def opcm(base: State, deltas: list[State]) -> State:
+    """The loop over models and tensors is FusionBench's, without what it logs and evaluates."""
+    import fusion_bench
+
+    folder = Path(fusion_bench.__file__).parent / "method" / "opcm"
+    svd = functions(folder / "utils.py")["svd"]
+    run = functions(folder / "opcm.py", svd=svd)
+    known = SimpleNamespace(previous_lambda_t=1.0, lambda_t=1.0)
+    lengths = [length(deltas[0])]
+    merged = {name: value + deltas[0][name] for name, value in base.items()}
+    for delta in deltas[1:]:
+        lengths.append(length(delta))
+        for name, value in base.items():
+            given = (known, merged[name], value, value + delta[name], name)
+            kind = "merge_linear_weights" if "_proj" in name else "merge_other_parameters"
+            merged[name] = run[kind](*given, 0.5) if "_proj" in name else run[kind](*given)
+        raw = {name: merged[name] - value for name, value in base.items()}
+        factor = float(np.mean(lengths)) / length(raw)
+        merged = {name: value + factor * raw[name] for name, value in base.items()}
+        known.previous_lambda_t = 1.0 / factor
+    return merged
+
+
+def length(vector: State) -> float:
+    return float(torch.cat([value.flatten() for value in vector.values()]).norm())
 
 
 def pcb(clones: Path, base: State, deltas: list[State]) -> State:

@@ -17,6 +17,7 @@ SETTINGS = {
     "consensus": {"threshold": 0.4, "agreeing": 2, "scale": 0.3},
     "cabs": {"density": 0.25, "block": 16, "weight": 1.2},
     "localize-and-stitch": {"density": 0.05, "boundary": "drop"},
+    "opcm": {"share": 0.5},
     "free": {"variant": "authors", "cutoff": 0.4, "scale": 0.5},
 }
 

@@ -70,11 +70,17 @@ class RecoveringMethod(MatrixMethod):
         return p.scale if self.recovery is None else 1.0
 
     def update(self, group: TensorGroup, p: Params) -> "Tensor | None":
-        if group.shelf is not None and (kept := group.shelf.take()) is not None:
-            tensor, notes = kept
-            group.notes += [note for note in notes if note not in group.notes]
-            return tensor.to(group.models[0].device)
-        return super().update(group, p)
+        kept = from_shelf(group)
+        return super().update(group, p) if kept is None else kept
+
+
+def from_shelf(group: TensorGroup) -> "Tensor | None":
+    """What a pass over the whole model has merged of this tensor, if it has been kept."""
+    if group.shelf is None or (kept := group.shelf.take()) is None:
+        return None
+    tensor, notes = kept
+    group.notes += [note for note in notes if note not in group.notes]
+    return tensor.to(group.models[0].device)
 
 
 @dataclass(frozen=True)
