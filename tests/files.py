@@ -16,6 +16,8 @@ SHAPES = {
     "model.layers.1.norm.weight": (8,),
     "lm_head.weight": (16, 8),
 }
+LONG = bool(os.environ.get("LONG_TESTS"))
+"""Whether campaigns try all that they know (`scripts/test --long`), or some of it."""
 
 
 def write_raw(path, header, data=b""):

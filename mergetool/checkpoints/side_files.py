@@ -9,8 +9,10 @@ Never: other weights, a training's state, cards, notes. All names are relative t
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +91,9 @@ def has_processor(folder: Path | None) -> bool:
 
 def _names(folder: Path) -> Iterator[str]:
     """Files in a folder, and in those of its folders that libraries look into."""
-    for place in (folder, *(folder / name for name in _SEARCHED)):
-        for path in place.iterdir() if place.is_dir() else ():
-            if path.is_file():
-                yield path.relative_to(folder).as_posix()
+    for inside in ("", *(f"{name}/" for name in _SEARCHED)):
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder / inside) as entries:
+            yield from (f"{inside}{entry.name}" for entry in entries if entry.is_file())
 
 
 # -------------------------------------------------------------------- Python code

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mergetool.cli.commands import named
 from mergetool.cli.progress import ProgressBar
 from mergetool.cli.show import manner, say, table
-from mergetool.errors import RecipeError
 
 if TYPE_CHECKING:
     from mergetool.analysis.result import Analysis
@@ -53,7 +53,7 @@ def analyze(
         asked = load_recipe(recipe, settings or ())
         from mergetool.api import analyze as look
 
-        rows, runs = _named("--data", data), _named("--checkpoints", checkpoints)
+        rows, runs = _paths("--data", data), _paths("--checkpoints", checkpoints)
         analysis = look(
             asked, workers=workers, progress=progress, output=output, data=rows, checkpoints=runs, cache=cache
         )
@@ -67,12 +67,8 @@ def analyze(
         _show(analysis)
 
 
-def _named(flag: str, given: list[str] | None) -> dict[str, str | Path]:
-    """What NAME=PATH says, several times."""
-    for text in given or ():
-        if not all(text.partition("=")):
-            raise RecipeError(f"{text!r} is not NAME=PATH", flag, f"write e.g. {flag} math=./math")
-    return {text.partition("=")[0]: Path(text.partition("=")[2]) for text in given or ()}
+def _paths(flag: str, given: list[str] | None) -> dict[str, str | Path]:
+    return {name: Path(path) for name, path in named(flag, given or (), "NAME=PATH", f"{flag} math=./math").items()}
 
 
 def _show(analysis: "Analysis") -> None:

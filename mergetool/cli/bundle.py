@@ -10,10 +10,9 @@ import typer
 
 from mergetool.cli.against import refuse_idle
 from mergetool.cli.answers import print_answer, say_result
-from mergetool.cli.commands import command, existing
+from mergetool.cli.commands import command, existing, named
 from mergetool.cli.progress import ProgressBar, waiting
 from mergetool.cli.show import manner, say, table
-from mergetool.errors import RecipeError
 from mergetool.units import filesize
 
 if TYPE_CHECKING:
@@ -147,8 +146,8 @@ def add(
     as_json: AsJson = False,
 ) -> None:
     """Add experts to a bundle. What it keeps of the others is cut to make room, never computed anew."""
-    named = dict(_named(text) for text in experts)
-    models = {name: {"adapter": source} if adapter else source for name, source in named.items()}
+    sources = named("mergetool bundle add", experts, "NAME=SOURCE", "reviews=models/reviews")
+    models = {name: {"adapter": source} if adapter else source for name, source in sources.items()}
     _change(bundle, models, [], output, workers, as_json=as_json)
 
 
@@ -179,13 +178,6 @@ def dense(
         result = run_recipe(dense_recipe(existing(bundle), expert), Flags(output), progress)
     say_result(result)
     print_answer(result.as_dict() if as_json else result.path, as_json=as_json)
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, _, source = text.partition("=")
-    if not (name and source):
-        raise RecipeError(f"{text!r} is not NAME=SOURCE", "mergetool bundle add", "write e.g. reviews=models/reviews")
-    return name, source
 
 
 def _change(

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -66,6 +66,15 @@ def existing(path: Path) -> Path:
     if not path.exists():
         raise SourceError("there is no such folder", str(path.absolute()), "check the path")
     return path
+
+
+def named(where: str, given: Iterable[str], shape: str, example: str) -> dict[str, str]:
+    """What NAME=VALUE says, several times; `shape` is what it is called. Raises RecipeError."""
+    pairs = {text: text.partition("=") for text in given}
+    for text, (name, _, value) in pairs.items():
+        if not (name and value):
+            raise RecipeError(f"{text!r} is not {shape}", where, f"write e.g. {example}")
+    return {name: value for name, _, value in pairs.values()}
 
 
 def method_names(incomplete: str) -> list[str]:

@@ -77,13 +77,14 @@ class WorkerPool:
         """Whether no step needs a tensor whole."""
         return all(step.granularity != "tensor" for step in self.plan.steps)
 
-    def fork(self, count: int, held: int) -> None:
+    def fork(self, count: int, held: int) -> OSError | None:
         """Give `count` workers processes of their own, where that pays; they must not hold the file descriptor `held`.
 
-        Not for programs that have threads of their own.
+        Not for programs that have threads of their own. Returns why that was not possible: then threads do the work.
         """
+        refused: OSError | None = None
         if self.device != "cpu" or not self._sliced:
-            return
+            return refused
         from mergetool.engine.fork import Fork
 
         steps = {step.index: step for step in self.plan.steps}
@@ -91,10 +92,12 @@ class WorkerPool:
             for _ in range(count):
                 others = [held, *(fork.fileno() for fork in self._forks)]
                 self._forks.append(Fork(self.new(), steps, others))
-        except OSError:  # no more processes, files or memory are allowed: threads will do
+        except OSError as error:  # no more processes, files or memory are allowed
+            refused = error
             self.close()
             self._forks = []
         self._idle = list(self._forks)
+        return refused
 
     def mine(self) -> "Worker | Fork":
         """The worker of the thread that asks."""

@@ -325,4 +325,6 @@ def _fork(run: Context, count: int, journal: Journal) -> None:
     Not beside other processes of a team: threads that talk to those are not to be forked.
     """
     if run.team.size == 1 and 1 < count < sum(run.to_do.values()):
-        run.pool.fork(count, journal.fileno())
+        refused = run.pool.fork(count, journal.fileno())
+        if refused is not None:
+            run.teller.say(f"threads do the work of the workers: no process could be started ({refused.strerror})")

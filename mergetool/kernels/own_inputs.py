@@ -35,12 +35,13 @@ def least_disturbing(deltas: Sequence[Tensor], ridge: float, *, normalize: bool)
     Without `normalize` G_t is D_t^T D_t, so that long task vectors count for more.
     """
     _, grams, applied = _gathered(deltas, normalize=normalize)
+    if ridge and bool(grams.any()):
+        grams.diagonal().add_(ridge / len(deltas) * grams.diagonal().sum())
+        factor, failed = torch.linalg.cholesky_ex(grams)
+        if not bool(failed):
+            return torch.cholesky_solve(applied.mT, factor).mT
     values, vectors = checked_eigh(grams)
-    values = values.clamp(min=0)
-    if ridge:
-        inverse = 1 / (values + ridge * values.sum() / len(deltas)).clamp(min=torch.finfo(values.dtype).tiny)
-    else:
-        inverse = torch.where(values > _ROUNDING * values[-1], 1 / values, 0)
+    inverse = torch.where(values > _ROUNDING * values[-1], 1 / values, 0)
     return (applied @ vectors * inverse) @ vectors.mT
 
 

@@ -13,12 +13,23 @@ from mergetool.kernels.spectral import Factors, live_factors
 
 def with_its_nuclear_norm(delta: Tensor, share: float) -> Factors:
     """The fewest leading directions whose singular values add up to `share` of all, made so long that all do."""
-    factors = live_factors(delta, min(delta.shape))
-    if not factors.rank:
-        return factors
-    sums = factors.s.cumsum(0)
-    kept = factors.leading(int((sums < share * sums[-1] * (1 - 1e-12)).sum()) + 1)
+    sums = _values(delta).cumsum(0)
+    if not len(sums):
+        return live_factors(delta, 1)
+    count = int((sums < share * sums[-1] * (1 - 1e-12)).sum()) + 1
+    kept = live_factors(delta, count)
     return kept.scaled(float(sums[-1] / kept.s.sum()))
+
+
+def _values(delta: Tensor) -> Tensor:
+    """Singular values that are no rounding; of float32 from the Gram matrix, which tells those as well."""
+    if delta.dtype != torch.float32:
+        return live_factors(delta, min(delta.shape)).s
+    exact = delta.to(torch.float64)
+    gram = exact.mT @ exact if delta.shape[0] >= delta.shape[1] else exact @ exact.mT
+    values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
+    live: Tensor = values[values > max(delta.shape) * torch.finfo(delta.dtype).eps * values[:1]]
+    return live
 
 
 def lifted(change: Tensor, share: float) -> Tensor:

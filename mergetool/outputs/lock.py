@@ -6,11 +6,10 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergetool._version import __version__
+from mergetool._version import __version__, installed
 from mergetool.methods.group import Note
 from mergetool.outputs.card import card
 from mergetool.outputs.changed import changes_by_role
@@ -80,7 +79,7 @@ def _lock(plan: Plan, key: str, record: Record, result: Result) -> dict[str, Any
         "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
         "settings": redacted(plan.recipe.settings, plan.recipe.folder),
         "seed": plan.seed,
-        "versions": {name: version(name) for name in ("torch", "safetensors", "numpy", "pydantic")}
+        "versions": {name: installed(name) for name in ("torch", "safetensors", "numpy", "pydantic")}
         | {"python": platform.python_version(), "platform": sys.platform},
         "inputs": {
             name: plan.recipe.past.inputs.get(name) or [_input(plan, record, name, stamp) for stamp in stamps]

@@ -3,10 +3,9 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 
-from mergetool._version import __version__
+from mergetool._version import __version__, installed
 from mergetool.planning.graph import UNIT_ELEMENTS, Plan
 
 _FORMAT = 2
@@ -22,7 +21,7 @@ def plan_key(plan: Plan) -> str:
         for stamp in stamps
     ]
     layout = [[shard.name, hashlib.sha256(shard.prefix).hexdigest()] for shard in plan.shards]
-    versions = [_FORMAT, __version__, version("torch")]
+    versions = [_FORMAT, __version__, installed("torch")]
     inner = {name: plan_key(each) for name, each in plan.inner.items()}
     known = [versions, UNIT_ELEMENTS, document, inputs, layout, plan.words.digest, inner]
     text = json.dumps(known, sort_keys=True, default=str)

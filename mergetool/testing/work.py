@@ -63,10 +63,9 @@ def neither_the_number_of_workers_nor_the_sharding_matters(case: MethodCase) -> 
     """Neither the number of workers nor the sharding of the output matters, to the bit."""
     expected, num_files = run(case, exact=False, slices=(8, 16), workers=1)
     assert num_files == 1, f"{num_files} files"
-    for workers, shard_size in ((2, 200), (4, 1)):
-        found, num_files = run(case, exact=False, slices=(8, 16), workers=workers, shard_size=shard_size)
-        assert num_files > 1, "one file"
-        assert_same_bytes(found, expected)
+    found, num_files = run(case, exact=False, slices=(8, 16), workers=3, shard_size=200)
+    assert num_files > 1, "one file"
+    assert_same_bytes(found, expected)
 
 
 @law("memory", fitted=True)

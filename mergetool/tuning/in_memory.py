@@ -8,14 +8,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergetool._version import __version__
+from mergetool._version import __version__, installed
 from mergetool.checkpoints.side_files import side_files
 from mergetool.engine.logs import MemoryLog
 from mergetool.engine.memory import merge_into
@@ -175,7 +174,7 @@ def _network(folder: Path, tokenizer: Path) -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {"mergetool": __version__} | {name: version(name) for name in ("torch", "transformers", "lm_eval")}
+    return {"mergetool": __version__} | {name: installed(name) for name in ("torch", "transformers", "lm_eval")}
 
 
 def _sha256(facts: Any) -> str:

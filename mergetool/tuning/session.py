@@ -4,10 +4,10 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mergetool._version import installed
 from mergetool.engine import Flags, Progress
 from mergetool.engine.processes import Team
 from mergetool.errors import EvaluationError, MergetoolError
@@ -163,7 +163,7 @@ def _fetched(recipe: Recipe, inner: Mapping[str, Plan], progress: Progress) -> d
 
 def _version(name: str) -> str:
     try:
-        return version(name)
+        return installed(name)
     except ImportError:
         return "absent"
 

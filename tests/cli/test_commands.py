@@ -11,6 +11,8 @@ import typer
 from safetensors.torch import load_file
 
 from mergetool.cli.app import app
+from mergetool.cli.commands import named
+from mergetool.errors import RecipeError
 from tests.files import tensors, write_model, write_models, write_raw, write_recipe
 
 FLAGS = {
@@ -313,3 +315,11 @@ def torchless(*arguments):
 def test_colours_and_bars_are_imported_when_there_is_something_to_show():
     code = "import sys, mergetool.cli.app; sys.exit(any(name.partition('.')[0] == 'rich' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_what_is_not_a_name_and_a_value_is_told_with_what_to_write():
+    assert named("--data", ["a=x", "b=y=z"], "NAME=PATH", "--data a=x") == {"a": "x", "b": "y=z"}
+    for wrong in ("a", "a=", "=x"):
+        with pytest.raises(RecipeError, match=f"'{wrong}' is not NAME=PATH") as caught:
+            named("--data", ["a=x", wrong], "NAME=PATH", "--data a=x")
+        assert (caught.value.where, caught.value.fix) == ("--data", "write e.g. --data a=x")

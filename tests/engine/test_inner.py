@@ -20,7 +20,17 @@ from mergetool.planning.inner import bytes_on_disk
 from mergetool.planning.key import plan_key
 from mergetool.recipe import load_recipe
 from tests.dense import write_dense
-from tests.files import StoppedError, Watch, content, tensors, write_model, write_models, write_recipe, write_sparse
+from tests.files import (
+    LONG,
+    StoppedError,
+    Watch,
+    content,
+    tensors,
+    write_model,
+    write_models,
+    write_recipe,
+    write_sparse,
+)
 from tests.forks import clean_environment
 from tests.words import models as words
 from tests.zoo.build import build, tuned
@@ -325,12 +335,12 @@ def test_memory_that_is_too_small_for_a_recipe_inside_is_told_before(here):
 
 @pytest.mark.parametrize("kind", ["files", "journal"])
 def test_a_run_killed_at_any_moment_is_ended_by_the_same_command(forks, here, kind):
-    """Before files that are made, renamed or removed; or after lines of a journal. Every third: each takes two runs."""
+    """Before files are made, renamed or removed, or after lines of a journal; some of these, as each takes two runs."""
     write_recipe(here / "r.yaml", **outer(DEEP))
     env, command = clean_environment(), ["run", "r.yaml", "-o", "out"]
     assert forks.run(["run", "r.yaml", "-o", "undisturbed"], cwd=here, env=env).code == 0
     wanted = content(here / "undisturbed")
-    for moment in range(1 if kind == "files" else 2, 200, 3):
+    for moment in range(1 if kind == "files" else 2, 200, 3 if LONG else 7):
         files = {"KILL_AT": str(moment), "KILL_IN": str(here / "out")}
         lines = {"KILL_AFTER": f"mergetool.outputs.journal:Journal._write {moment}"}
         code = forks.run(command, cwd=here, env=env | (files if kind == "files" else lines)).code

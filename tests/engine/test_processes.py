@@ -26,7 +26,7 @@ MERGES = {
     "linear": {"method": "linear"},
     "ties": {"method": "ties", "density": 0.3},
     "ties-model": {"method": "ties", "density": 0.3, "scope": "model"},
-    "tsv-merge": {"method": "tsv-merge"},
+    "tsv-merge": {"method": "tsv-merge", "scale": "recover"},
 }
 
 

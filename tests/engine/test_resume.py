@@ -173,8 +173,11 @@ def test_after_a_reboot_only_what_was_synced_counts(recipe, undisturbed, tmp_pat
     assert content(tmp_path / "out") == undisturbed
 
 
-def test_what_was_surveyed_before_is_not_surveyed_again(recipe, tmp_path):
-    recipe["merge"] = {**TIES, "scope": "model"}
+@pytest.mark.parametrize(
+    "merge", [{**TIES, "scope": "model"}, {"method": "iso-c", "scale": "recover", "filter": "fusionbench"}]
+)
+def test_what_was_surveyed_before_is_not_surveyed_again(recipe, tmp_path, merge):
+    recipe["merge"] = merge
     mergetool.run(recipe, output=tmp_path / "undisturbed")
     interrupt(recipe, 2)
     done = sum(sum(step_bytes(recipe, step).values()) for step in mergetool.plan(recipe).steps[:2])

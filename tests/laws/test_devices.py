@@ -91,7 +91,7 @@ def test_the_host_waits_only_a_few_times_for_a_slice(case, monkeypatch):
 @pytest.mark.parametrize("case", SLICED)
 def test_bytes_do_not_depend_on_the_length_of_slices(case):
     with Elsewhere(), streaming():
-        long, short = (merged(case, DEVICE, exact=True, length=length) for length in (1 << 20, 8))
+        long, short = (merged(case, DEVICE, exact=True, length=length) for length in (1 << 20, 24))
     for name, expected in long.items():
         assert torch.equal(short[name], expected), name
 

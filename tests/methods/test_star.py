@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mergetool.api import merge_state_dicts
 from tests.methods.test_dc_merge import SETS, drawn
 from tests.methods.test_wudi import update
 
@@ -20,6 +21,13 @@ def test_what_is_kept_has_the_nuclear_norm_of_all(share, expected):
     found = torch.linalg.svdvals(update([with_spectrum(5.0, 3.0, 2.0)], method="star", share=share))
     torch.testing.assert_close(found[: len(expected)], torch.tensor(expected, dtype=torch.float64))
     assert float(found[len(expected) :].abs().max()) < 1e-9
+
+
+def test_float32_takes_a_shorter_way_to_the_same():
+    exact = update(SETS["A"], method="star")
+    models = [{"mlp.weight": torch.as_tensor(delta).float()} for delta in SETS["A"]]
+    found = merge_state_dicts("star", models, {"mlp.weight": torch.zeros(12, 8)})["mlp.weight"]
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_task_vectors_are_averaged():

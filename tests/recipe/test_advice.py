@@ -105,8 +105,8 @@ def test_a_key_at_the_top_that_belongs_into_a_section_is_told_where(key, value, 
 class Model:
     """Of a bundle, as much as rows need."""
 
-    def tokenizer(self):
-        return lambda texts, pairs, **_: {"input_ids": torch.ones(len(texts), 2)}
+    def read(self, texts):
+        return {"input_ids": torch.ones(len(texts), 2)}
 
 
 @pytest.mark.parametrize("rows", [[{"prompt": "b", "id": 1}], [{"text": "a"}, {"prompt": "b"}]])
@@ -117,7 +117,7 @@ def test_a_row_without_its_field_is_told_the_field(rows):
     assert inputs_of(Model(), [offer])["input_ids"].shape == (1, 2)
 
 
-@pytest.mark.parametrize("command", ["evaluate {} --tasks x", "push {} a/b", "route {} --input rows.jsonl"])
+@pytest.mark.parametrize("command", ["evaluate {} --tasks x --include .", "push {} a/b", "route {} --input rows.jsonl"])
 def test_a_missing_folder_is_told_before_anything_else(call, tmp_path, monkeypatch, command):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
