@@ -24,6 +24,11 @@ _ATTENTION_OUTPUT = re.compile(
     r"|attention\.(wo|o_proj)|(SelfAttention|attn)\.o)\.weight$"
 )
 
+_MLP = re.compile(
+    r"(^|\.)(mlp|feed_forward|ffn|DenseReluDense|intermediate|fc1|fc2|lin1|lin2|ff|feedforward)\."
+    r"|(?<!attention)\.output\.dense\."
+)
+
 _QKV = (
     "query key value",
     "q_proj k_proj v_proj",
@@ -50,6 +55,11 @@ def query_key_value(name: str) -> tuple[str, ...]:
 def is_attention_output(name: str) -> bool:
     """Whether a tensor is the projection that an attention block ends with (as transformers, timm and T5 call it)."""
     return _ATTENTION_OUTPUT.search(name) is not None
+
+
+def is_of_mlp(name: str) -> bool:
+    """Whether a tensor is of the part of a layer that sees one token at a time (as transformers calls it)."""
+    return _MLP.search(name) is not None
 
 
 def is_matrix(name: str, shape: tuple[int, ...], kept: MatrixFilter, *, conv: Literal["mean", "matricize"]) -> bool:

@@ -1,4 +1,7 @@
-"""Bundles around a merged model (Twin-Merging): its base is the base plus the sum of all changes, times a scale.
+"""Bundles around a merged model: its base is the base plus the sum of all changes, times a scale.
+
+Twin-Merging merges everything, and keeps what experts differ by from that. WEMoE merges only what is not in MLPs, and
+keeps what experts changed of those.
 
 merge      tensor by tensor, shared out: the merged tensor, in the base's dtype, into a file of its own
 build      as any bundle of factors, of what experts differ by from the merged model
@@ -9,6 +12,7 @@ times: once for the merge, and for each thing that is done to a change.
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mergetool.arch.matrices import is_of_mlp
 from mergetool.bundle.build import Work, build
 from mergetool.bundle.files import TensorWriter, copy_files, small_files
 from mergetool.bundle.manifest import Base, Manifest
@@ -23,7 +28,7 @@ from mergetool.bundle.options import Experts, Options
 from mergetool.bundle.present import PresentedSource
 from mergetool.bundle.store import FactorStore
 from mergetool.bundle.task_vector import Difference, TaskVector
-from mergetool.errors import MergeError
+from mergetool.errors import MergeError, PlanError
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.io import bytes_of, sha256_file
 from mergetool.tensors.source import SINGLE_NAME, ModelSource
@@ -37,7 +42,7 @@ def build_around(
     experts: Experts, folder: Path, store: FactorStore, options: Options, num_threads: int = 1
 ) -> Manifest | None:
     """Write a bundle around the merged model into `folder`, as `mergetool.bundle.build.build` does one of factors."""
-    around = _Around(experts, folder / _PARTS, options.scale)
+    around = _Around(experts, folder / _PARTS, options)
     (folder / _PARTS).mkdir(exist_ok=True)
     experts.share(around.merge, [*experts.shapes], num_threads)
     manifest = build(around, folder, store, options, num_threads, _WorkAround)
@@ -49,8 +54,8 @@ def build_around(
 class _Around(Experts):
     """Experts, seen from the merged model."""
 
-    def __init__(self, experts: Experts, parts: Path, scale: float) -> None:
-        self._experts, self._parts, self._scale = experts, parts, scale
+    def __init__(self, experts: Experts, parts: Path, options: Options) -> None:
+        self._experts, self._parts, self._options = experts, parts, options
         self.names, self.sources, self.heads, self.shapes = (
             experts.names,
             experts.sources,
@@ -68,7 +73,8 @@ class _Around(Experts):
                 what = "holds values that are not finite, or the base does"
                 raise MergeError(what, f"model {task!r}: {name}", "repair or replace that model")
             total += change.dense()
-        merged = (base.double() + self._scale * total).to(torch_dtype(self.sources["base"].specs[name].dtype))
+        scale = 0.0 if self._options.own != "all" and is_own(name, self._options) else self._options.scale
+        merged = (base.double() + scale * total).to(torch_dtype(self.sources["base"].specs[name].dtype))
         write_tensors(self._part(name), {"merged": merged.cpu()}, {"format": "pt"})
 
     def merged(self, name: str) -> Tensor:
@@ -84,6 +90,8 @@ class _Around(Experts):
         return self._experts.read(model, name)
 
     def change(self, model: str, name: str) -> TaskVector:
+        if not is_own(name, self._options):
+            return Difference(torch.zeros(self.shapes[name], device=self.device))
         base = self._experts.read("base", name)
         return Difference(self._experts.change(model, name).dense() - (self.merged(name).to(base) - base))
 
@@ -119,6 +127,23 @@ class _WorkAround(Work):
         if source.folder is not None:
             copy_files(small_files(source.folder), self.folder / "base")
         return Base(kind="copy", path="base", files={SINGLE_NAME: sha256_file(self.folder / path)})
+
+
+def is_own(name: str, options: Options) -> bool:
+    """Whether experts keep something of a tensor for themselves."""
+    if isinstance(options.own, tuple):
+        return any(fnmatchcase(name, glob) for glob in options.own)
+    return options.own == "all" or is_of_mlp(name)
+
+
+def check_own(names: Sequence[str], options: Options) -> None:
+    """Raises PlanError where experts would keep nothing for themselves."""
+    if any(is_own(name, options) for name in names):
+        return
+    what = (
+        "no tensor is of an MLP by its name" if options.own == "mlp" else f"no tensor matches {', '.join(options.own)}"
+    )
+    raise PlanError(what, "merge.layers", f"write layers: with globs on names such as {names[0]}")
 
 
 def whole_of(base: ModelSource) -> ModelSource:

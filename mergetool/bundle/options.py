@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from mergetool.arch.matrices import MatrixFilter
-from mergetool.bundle.manifest import Features, Gate, HeadRule, Kind, Mode, Norm, Per, Pool, Storage
+from mergetool.bundle.manifest import Features, Gate, HeadRule, Kind, Mode, Norm, Per, Pool, Storage, UnknownRule
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,8 @@ class RouterOptions:
     per: Per | None = None
     early: int | None = None
     gate: Gate | None = None
+    unknown: UnknownRule | None = None
+    doubt: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Options:
     margin: float = 0.0
     """TALL masks: an entry is an expert's own where its change exceeds this many times what others add to it."""
     scale: float = 0.0
-    """Twin-Merging: what the sum of all changes is multiplied by before it is added to the base."""
+    """Twin-Merging, WEMoE: what the sum of all changes is multiplied by before it is added to the base."""
+    own: tuple[str, ...] | Literal["all", "mlp"] = "all"
+    """WEMoE: what experts keep for themselves, and is not merged: those of MLPs, or globs on names of tensors."""
 
 
 class Experts(Protocol):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="List the experts of a bundle, add and remove some, or take one out.", no_args_is_help=True)
 
-Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by mass, smile, emr, tall-masks ...")]
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by mass, smile, twin, emr ...")]
 Elsewhere = Annotated[
     Path | None, typer.Option("-o", "--output", help="Write a new bundle there, and leave this one as it is.")
 ]

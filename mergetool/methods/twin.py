@@ -17,34 +17,18 @@ convolutions are kept, too; what is no linear layer (norms, embeddings, convolut
 that of all tasks; whose head answers is found out.
 """
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import model_validator
-
-from mergetool.methods.base import Field, Finite
-from mergetool.methods.families.bundle import RoutedMethod
-from mergetool.methods.families.nearest import NearestRouter
+from mergetool.methods.families.around import AroundMethod
 
 if TYPE_CHECKING:
     from mergetool.bundle.options import Options
 
 
-class Twin(RoutedMethod):
+class Twin(AroundMethod):
     """A bundle around a merged model: what experts differ by from it, router, heads"""
 
     method: Literal["twin"] = "twin"
-    apart: ClassVar = False
-    scale: Finite = Field(0.3, description="what the sum of all task vectors is multiplied by in the merged model")
-    router: NearestRouter = Field(NearestRouter(), description="how probable the tasks are, and whose heads are asked")
-
-    @model_validator(mode="after")
-    def _holds_its_base(self) -> "Twin":
-        if self.base == "reference":
-            raise ValueError("`base: reference` cannot be: the base of this bundle is made for it. Leave it out")
-        return self
 
     def options(self) -> "Options":
-        from dataclasses import replace
-
-        router = replace(self.router.options(), per="sequence")
-        return replace(self.kept("twin"), router=router, heads=self.heads, scale=self.scale)
+        return self.around("all")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
-from mergetool.bundle.around import whole_of
+from mergetool.bundle.around import check_own, is_own, whole_of
 from mergetool.bundle.files import SHARED, SPECTRA, factors_path, model_files, small_files, spectrum_key, triplet_names
 from mergetool.bundle.manifest import AROUND, MASKED
 from mergetool.bundle.options import Options
@@ -19,7 +19,7 @@ from mergetool.methods.base import expect
 from mergetool.methods.families.bundle import BundleMethod
 from mergetool.planning.graph import BASE, Plan, PlannedFile, Shard, Slot, Step
 from mergetool.planning.masks import masked_steps
-from mergetool.planning.operations import Factorise
+from mergetool.planning.operations import Factorise, Merged
 from mergetool.tensors.dtypes import BY_NAME
 from mergetool.tensors.header import TensorSpec, lay_out
 from mergetool.tensors.source import SINGLE_NAME, is_same_tensor
@@ -35,7 +35,8 @@ def as_bundle(plan: Plan) -> Plan:
         steps = masked_steps(merged, [_added(plan, step, tasks) for step, _ in merged], options)
         files.append(SHARED)
     else:
-        steps = [_factorised(step, spec, options, _added(plan, step, tasks)) for step, spec in merged]
+        check_own([spec.name for _, spec in merged], options)
+        steps = [_kept(plan, step, spec, options) for step, spec in merged]
     shards = [_shard(index, path, steps) for index, path in enumerate(files)]
     kept = tuple(replace(step, index=index) for index, step in enumerate(steps))
     others = tuple(_others(plan, options, steps))
@@ -46,6 +47,13 @@ def as_bundle(plan: Plan) -> Plan:
         beside=others,
         bytes_at_most=_factor_bytes(plan, options, steps, shards) + sum(each.size for each in others),
     )
+
+
+def _kept(plan: Plan, step: Step, spec: TensorSpec, options: Options) -> Step:
+    """The step that keeps what experts changed of a tensor, or merges it into the base."""
+    if not is_own(spec.name, options):
+        return replace(step, slots=(), work=spec, operation=Merged(step.operation.models, 0))
+    return _factorised(step, spec, options, _added(plan, step, tuple(plan.recipe.models)))
 
 
 def _added(plan: Plan, step: Step, tasks: Sequence[str]) -> list[int | None]:

@@ -178,6 +178,15 @@ class Factorise(_Plain):
 
 
 @dataclass(frozen=True)
+class Merged(Factorise):
+    """What a bundle has of a tensor in its base alone: the merge of all models."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "merged"
+
+
+@dataclass(frozen=True)
 class Mask(Factorise):
     """Masks of one change that all models share; `rank`: directions that a router reads beside them."""
 

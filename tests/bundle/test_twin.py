@@ -1,4 +1,4 @@
-"""Twin-Merging in a bundle: the merged model plus shares of what is each expert's own, against naive float64."""
+"""Twin-Merging and WEMoE in bundles: a merged model plus shares of what is each expert's own, against naive float64."""
 
 import pytest
 import torch
@@ -6,6 +6,8 @@ import transformers
 from safetensors.torch import load_file
 
 import mergetool
+from mergetool.arch.matrices import is_of_mlp
+from mergetool.bundle.manifest import read_manifest
 from mergetool.bundle.verify import verify_bundle
 from mergetool.engine.against import verify_against
 from mergetool.engine.growing import change_bundle
@@ -123,3 +125,68 @@ def test_what_cannot_be_is_refused_with_what_to_do_instead(paths, bundle):
     assert "add d to the models of the recipe that made it" in str(raised.value)
     with pytest.raises(RecipeError, match=r"the base of this bundle is made for it\. Leave it out"):
         load_recipe(recipe(paths, **SETTINGS, base="reference"), folder=paths["base"])
+
+
+def mixed_mlps(base, experts, weights):
+    """WEMoE as its paper says, but for the kept directions: everything merged but MLPs, which have shares."""
+    mixed = {}
+    for name, value in base.items():
+        changes = [own[name].double() - value.double() for own in experts]
+        if ".mlp." in name:
+            mixed[name] = value.double() + sum(w * kept(change) for w, change in zip(weights, changes, strict=True))
+        else:
+            mixed[name] = value.double() + 0.4 * sum(changes)
+    return mixed
+
+
+@pytest.mark.parametrize("asked", ["route", ["b"]])
+def test_mlps_are_mixed_and_all_else_is_merged(tmp_path, asked):
+    places = write_models(tmp_path, tiny_model("llama"))
+    made = recipe(places, **SETTINGS | {"method": "wemoe"}, router={"temperature": 0.3})
+    model = mergetool.load_bundle(mergetool.run(made, output=tmp_path / "out").path)
+    base, *experts = (load_file(places[name] / "model.safetensors") for name in ("base", "a", "b", "c"))
+    inputs = tiny_inputs("llama")
+    assert {name.split(".")[3] for name in model.manifest.router.matrices} == {"mlp"}
+    shares = model.route(**inputs).coefficients.double() if asked == "route" else [[0.0, 1.0, 0.0]] * 7
+    found = model(tasks=asked, **inputs).logits
+    for row, weights in enumerate(shares):
+        plain = tiny_model("llama").double().eval()
+        plain.load_state_dict(mixed_mlps(base, experts, weights), strict=False)
+        with torch.no_grad():
+            expected = plain(**{key: value[row : row + 1] for key, value in inputs.items()}).logits[0]
+        torch.testing.assert_close(found[row].double(), expected, rtol=0, atol=1e-4)
+
+
+def test_what_is_mixed_may_be_said_and_must_be_there(paths, tmp_path):
+    wemoe = {**SETTINGS, "method": "wemoe"}
+    made = mergetool.run(recipe(paths, **wemoe, layers=["*attention.output.dense*"]), output=tmp_path / "out").path
+    changed = [name for name, each in read_manifest(made).parameters.items() if each.policy != "skip"]
+    assert {name.split(".", 3)[3] for name in changed} == {
+        f"attention.output.dense.{key}" for key in ("weight", "bias")
+    }
+    with pytest.raises(PlanError, match="no tensor matches nothing") as raised:
+        mergetool.run(recipe(paths, **wemoe, layers=["nothing"]), output=tmp_path / "none")
+    example = str(raised.value).rpartition("such as ")[2]
+    with pytest.raises(PlanError, match="nothing to route by"):  # a vector, which is found, and tells no directions
+        mergetool.run(recipe(paths, **wemoe, layers=[example]), output=tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("encoder.layer.0.intermediate.dense.weight", True),
+        ("encoder.layer.0.output.dense.bias", True),
+        ("encoder.layer.0.attention.output.dense.weight", False),
+        ("encoder.layer.0.output.LayerNorm.weight", False),
+        ("model.layers.3.mlp.down_proj.weight", True),
+        ("h.0.mlp.c_fc.weight", True),
+        ("h.0.attn.c_proj.weight", False),
+        ("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", True),
+        ("vision_model.encoder.layers.0.mlp.fc1.weight", True),
+        ("transformer.layer.0.ffn.lin1.weight", True),
+        ("model.decoder.layers.0.fc2.weight", True),
+        ("model.embed_tokens.weight", False),
+    ],
+)
+def test_tensors_of_mlps_are_known_by_their_names(name, expected):
+    assert is_of_mlp(name) is expected

@@ -78,7 +78,7 @@ def test_the_number_of_directions_is_all_that_an_expert_takes_from_the_others(ca
 @every_bundle
 def test_at_full_rank_an_expert_comes_back(case, toys, tmp_path):
     states, paths = toys
-    folder = make(case.with_settings(rank=1.0, factors="float32"), paths, tmp_path / "out", "a")
+    folder = make(case.neutral().with_settings(rank=1.0, factors="float32"), paths, tmp_path / "out", "a")
     recipe = {"models": {"a": {"source": str(folder), "select": "a"}}, "merge": {"method": "passthrough"}}
     assert_near(read(mergetool.run(recipe, output=tmp_path / "a").path), states["a"])
 
