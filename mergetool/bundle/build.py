@@ -21,9 +21,12 @@ from mergetool._version import __version__
 from mergetool.arch.depth import structural_depths
 from mergetool.bundle.files import (
     CONFIG_NAME,
+    FIRST_PASS,
+    MODELING,
     SHARED,
     SPECTRA,
     TensorWriter,
+    bundle_config,
     copy_files,
     factors_path,
     model_files,
@@ -32,7 +35,7 @@ from mergetool.bundle.files import (
     triplet_names,
     whole_name,
 )
-from mergetool.bundle.heads import write_class_head, write_head
+from mergetool.bundle.heads import hidden_size, write_class_head, write_head
 from mergetool.bundle.manifest import (
     MANIFEST_NAME,
     Base,
@@ -71,8 +74,6 @@ from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.writer import write_file, write_tensors
-
-FIRST_PASS = "first_pass.safetensors"
 
 
 def build(
@@ -282,6 +283,10 @@ class Work:
 
     def write_heads(self) -> dict[str, Head | ClassHead]:
         """Copy the heads; either every task has one or none has."""
+        router = self.options.router
+        if self.experts.heads and router is not None and router.unknown == "base":
+            what = "`unknown: base` lets the base answer, which has none of the experts' heads"
+            raise PlanError(what, "merge.router.unknown", "write unknown: refuse, or unknown: nearest")
         missing = [name for name in self.experts.names if name not in self.experts.heads]
         if missing and self.experts.heads:
             what = f"task {missing[0]!r} has no head, but {next(iter(self.experts.heads))!r} has"
@@ -292,7 +297,7 @@ class Work:
     def _write_head(self, task: str) -> Head | ClassHead:
         source = self.experts.heads[task]
         if isinstance(source, HeadSource):
-            width = _hidden_size(read_config(self.experts.sources["base"].folder))
+            width = hidden_size(read_config(self.experts.sources["base"].folder))
             return write_head(task, source.path, self.folder, width, source.pool, source.normalize, source.labels)
         if source.layout not in self._layouts:
             self._layouts.append(source.layout)
@@ -334,7 +339,7 @@ class Work:
         """Config, hashes, manifest."""
         config = read_config(self.experts.sources["base"].folder)
         write_file(self.folder / CONFIG_NAME, json.dumps(bundle_config(config), indent=2) + "\n")
-        write_file(self.folder / "modeling_mass.py", _MODELING)
+        write_file(self.folder / "modeling_mass.py", MODELING)
         globs = ("base/*", "factors/*", "heads/**/*", FIRST_PASS, SPECTRA, SHARED, CONFIG_NAME, "modeling_mass.py")
         written = [path for glob in globs for path in sorted(self.folder.glob(glob)) if path.is_file()]
         manifest = Manifest(
@@ -350,26 +355,22 @@ class Work:
             layouts=tuple(self._layouts),
             files={path.relative_to(self.folder).as_posix(): sha256_file(path) for path in written},
         )
+        self._write(manifest)
+        if self.options.router is None or self.options.router.unknown is None or router is None or not router.matrices:
+            return manifest  # (one expert is kept whole, so that nothing tells its inputs)
+        from mergetool.bundle.reference import with_reference
+
+        told = with_reference(self.folder, manifest, self.options.router, self._whole_change)
+        self._write(told)
+        return told
+
+    def _whole_change(self, task: str, name: str) -> Tensor | None:
+        return self.experts.change(task, name).dense() if name in self.experts.shapes else None
+
+    def _write(self, manifest: Manifest) -> None:
         unused = None if manifest.layouts else {"layouts"}
         text = json.dumps(manifest.model_dump(mode="json", exclude_none=True, exclude=unused), indent=1)
         write_file(self.folder / MANIFEST_NAME, text + "\n")
-        return manifest
-
-
-_MODELING = '''"""Lets transformers' AutoModel open this folder; the code is in the package mergetool."""
-
-from mergetool.bundle.auto import AutoMassModel, MassConfig  # noqa: F401
-'''
-
-
-def bundle_config(base: Mapping[str, object]) -> dict[str, object]:
-    """config.json of a bundle: its own model type, with the base's config inside."""
-    return {
-        "model_type": "mass",
-        "architectures": ["AutoMassModel"],
-        "auto_map": {"AutoConfig": "modeling_mass.MassConfig", "AutoModel": "modeling_mass.AutoMassModel"},
-        "base_config": dict(base),
-    }
 
 
 def _torch(name: str) -> torch.dtype:
@@ -389,10 +390,3 @@ def _at_most(parameter: Parameter, ranks: Sequence[int]) -> Parameter:
     """The parameter with no more directions of each task than these."""
     fewer = tuple(min(pair) for pair in zip(parameter.ranks, ranks, strict=True))
     return parameter.model_copy(update={"ranks": fewer})
-
-
-def _hidden_size(config: Mapping[str, object]) -> int | None:
-    for key in ("hidden_size", "d_model"):
-        if isinstance(value := config.get(key), int):
-            return value
-    return None

@@ -20,6 +20,22 @@ from mergetool.kernels.routing import fit_offsets
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.writer import write_file
 
+_REFUSED = 0.01
+"""Share of known rows that may count as unknown."""
+_KNOWN_BEFORE = 400
+"""Rows that weigh as much as a limit which held without any, and which they do not contradict."""
+_CONTRADICTION = 0.05
+"""Share of known rows from which on a limit that refuses them was wrong."""
+
+
+def _most(doubt: torch.Tensor, before: float) -> float:
+    """The most doubt about a known input, by that about some rows and the limit that held without them."""
+    told = doubt[doubt.isfinite()]
+    found = float(told.quantile(1 - _REFUSED)) if len(told) else before
+    if float((doubt > before).float().mean()) > _CONTRADICTION:
+        return found
+    return (len(doubt) * found + _KNOWN_BEFORE * before) / (len(doubt) + _KNOWN_BEFORE)  # hundredths of few are chance
+
 
 def calibrate(model: MassModel, rows: Sequence[dict[str, Any]], batch_size: int = 32) -> Calibration:
     """Fit a calibration, write it into the bundle, and let the model use it.
@@ -40,7 +56,11 @@ def calibrate(model: MassModel, rows: Sequence[dict[str, Any]], batch_size: int 
         offsets=tuple(offsets.tolist()),
         temperature=temperature,
         num_rows=len(rows),
+        doubt=None
+        if (unknown := model.unknown) is None
+        else _most(torch.cat([each.doubt.cpu() for each in routed]), unknown.doubt),
     )
-    write_file(model.folder / CALIBRATION_NAME, calibration.model_dump_json(indent=1) + "\n")
+    text = calibration.model_dump_json(indent=1, exclude_none=True)
+    write_file(model.folder / CALIBRATION_NAME, text + "\n")
     model.calibration = calibration
     return calibration

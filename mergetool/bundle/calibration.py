@@ -26,6 +26,8 @@ class Calibration(BaseModel):
     offsets: tuple[float, ...]
     temperature: float
     num_rows: int
+    doubt: float | None = None
+    """The most doubt about a known input, of routers that tell unknown ones."""
 
 
 def read_calibration(folder: Path) -> Calibration | None:

@@ -166,7 +166,8 @@ class TaskFactors:
         return dense
 
     def _matrix(self, group: Group, name: str) -> GroupMatrix:
-        every = concatenated([self.of(task, name).to(torch.float64) for task in group])
+        every = concatenated([self.of(task, name).to(torch.float64) for task in group or (0,)])
+        every = every if group else every.leading(0)  # no task: the base
         if len(group) > 1:
             every = orthogonalised(every)
         return GroupMatrix((every.u * every.s).to(self._dtype), every.v.mT.to(self._dtype).contiguous())
@@ -184,7 +185,7 @@ class TaskFactors:
             for task in group:
                 change = self.in_full(task, name)
                 total = total.to(change.device) + change
-            change = (total / len(group)).to(self._dtype)
+            change = (total / max(1, len(group))).to(self._dtype)
         return changes.vectors.setdefault(name, change) if self._has_room(changes, change.nbytes) else change
 
     def in_full(self, task: int, name: str) -> Tensor:

@@ -19,6 +19,9 @@ from mergetool.tensors.source import SINGLE_NAME, ModelSource, weight_map
 from mergetool.tensors.writer import SlotWriter, make_folder, partial_path
 
 CONFIG_NAME = "config.json"
+FIRST_PASS = "first_pass.safetensors"
+REFERENCE = "reference.safetensors"
+"""Which tokens every task's training has seen, where that is known, for routers that tell unknown inputs."""
 SPECTRA = "spectra.safetensors"
 """Singular values that could have been kept, in float64, where `size` decides how many are: what later experts need to
 know to share the space fairly."""
@@ -127,3 +130,19 @@ def whole_name(name: str) -> str:
 def spectrum_key(task: int, name: str) -> str:
     """What `SPECTRA` calls the singular values of a task's change of a tensor."""
     return f"{task}.{name}"
+
+
+MODELING = '''"""Lets transformers' AutoModel open this folder; the code is in the package mergetool."""
+
+from mergetool.bundle.auto import AutoMassModel, MassConfig  # noqa: F401
+'''
+
+
+def bundle_config(base: Mapping[str, object]) -> dict[str, object]:
+    """config.json of a bundle: its own model type, with the base's config inside."""
+    return {
+        "model_type": "mass",
+        "architectures": ["AutoMassModel"],
+        "auto_map": {"AutoConfig": "modeling_mass.MassConfig", "AutoModel": "modeling_mass.AutoMassModel"},
+        "base_config": dict(base),
+    }

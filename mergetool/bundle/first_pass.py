@@ -8,7 +8,7 @@ Reference: Crisostomi et al., MASS, https://arxiv.org/abs/2504.05342, section 3.
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mergetool.bundle.batch import first_tokens, num_samples, take
-from mergetool.bundle.build import FIRST_PASS
 from mergetool.bundle.factors import TaskFactors
+from mergetool.bundle.files import FIRST_PASS
 from mergetool.bundle.local import make_local, replaced
 from mergetool.bundle.manifest import Pool, Router
 from mergetool.bundle.readout import pool_tokens
 from mergetool.errors import SourceError
 from mergetool.kernels.arrow import mean_similarity, prototypes
+from mergetool.kernels.known import Parts, parts
 from mergetool.kernels.routing import mean_distance
 
 if TYPE_CHECKING:
@@ -36,20 +37,40 @@ _NO_DOUBT = 8.0
 """Nats by which a task must be ahead after the first tokens."""
 
 
+Watch = Callable[[Tensor], None]
+
+
 class _Stop(Exception):  # noqa: N818  (no error: it ends the pass)
     pass
 
 
-class _Reading:
+class FirstReading:
     """What one pass has read so far."""
 
-    def __init__(self, num_places: int, inputs: Mapping[str, Tensor], pool: Pool) -> None:
-        self._num_places = num_places
+    def __init__(
+        self,
+        bases: Sequence[Sequence[Tensor]],
+        inputs: Mapping[str, Tensor],
+        pool: Pool,
+        closely: bool,
+        watch: Watch | None,
+    ) -> None:
+        """`closely`: look at beginnings and ends of inputs, too, and let `watch` see (tokens, features)."""
+        self._watch = watch
+        self._bases = bases
+        self._closely = closely
         self._mask = inputs.get("attention_mask")
         self._num_samples = num_samples(inputs)
         self._pool = pool
         self._pooled: dict[int, tuple[Tensor, Tensor]] = {}  # query, key and value read the same tensor: pool it once
         self.features: dict[int, Tensor] = {}
+        self.parts: dict[int, Parts] = {}
+        self.mask: Tensor | None = None
+
+    @property
+    def pooled(self) -> list[Tensor]:
+        """What was read at every matrix, in their order."""
+        return [self.features[place] for place in range(len(self._bases))]
 
     def read(self, place: int, x: Tensor) -> None:
         """Pool what goes into one of the matrices. Raises _Stop after the last of them."""
@@ -57,8 +78,19 @@ class _Reading:
             if id(x) not in self._pooled:
                 self._pooled[id(x)] = x, pool_tokens(self._by_sample(x).float(), self._mask, self._pool)
             self.features[place] = self._pooled[id(x)][1]
-        if len(self.features) == self._num_places:
+            if self._closely:
+                self._look_closely(place, self._by_sample(x).float())
+        if len(self.features) == len(self._bases):
             raise _Stop
+
+    def _look_closely(self, place: int, x: Tensor) -> None:
+        x = x.reshape(len(x), -1, x.shape[-1])
+        usable = self._mask is not None and self._mask.shape == x.shape[:2]
+        self.mask = self._mask if usable else x.new_ones(x.shape[:2])
+        assert self.mask is not None
+        if self._watch is not None:
+            self._watch(x[self.mask != 0])
+        self.parts[place] = parts(x, self.mask, self._bases[place])
 
     def _by_sample(self, x: Tensor) -> Tensor:
         """(samples, ..., features): windows of one image lie one after the other in some networks."""
@@ -71,7 +103,7 @@ class FirstPass:
 
     def __init__(self, base: "LoadedModel", factors: TaskFactors, router: Router, folder: Path) -> None:
         self._model = base.model
-        self._names = base.places.names
+        self.names = base.places.names
         self._router = router
         self.modules = _modules(base, router, folder)
         turned = [type(module).__name__ == "Conv1D" for module in self.modules]  # GPT-2's linear layers
@@ -107,14 +139,21 @@ class FirstPass:
         return found
 
     def _distances(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        features = self.features(inputs)
+        return self.compare(self.features(inputs))
+
+    def compare(self, features: Sequence[Tensor]) -> Tensor:
+        """Distances (samples, tasks) of what was read of whole samples."""
         if self._router.norm == "arrow":
             return -mean_similarity(features, [prototypes(bases) for bases in self.bases])
         return mean_distance(features, self.bases, self._router.norm)
 
     def features(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Pooled inputs (samples, features), float32, of every routing matrix. Stops the pass at the last one."""
-        reading = _Reading(len(self.modules), inputs, self._router.pool)
+        """Pooled inputs (samples, features), float32, of every routing matrix."""
+        return self.read(inputs).pooled
+
+    def read(self, inputs: Mapping[str, Tensor], *, closely: bool = False, watch: Watch | None = None) -> FirstReading:
+        """Everything that is read of inputs. Stops the pass at the last routing matrix."""
+        reading = FirstReading(self.bases, inputs, self._router.pool, closely, watch)
         self._local.reading = reading
         try:
             with self._merged_weights():
@@ -123,7 +162,7 @@ class FirstPass:
             pass
         finally:
             self._local.reading = None
-        return [reading.features[place] for place in range(len(self.modules))]
+        return reading
 
     def _read(self, place: int, x: Tensor) -> None:
         reading = getattr(self._local, "reading", None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergetool.bundle.batch import take
+from mergetool.bundle.batch import num_samples, take
 from mergetool.bundle.factors import Group
 
 
@@ -21,17 +21,23 @@ def generate_in_groups(
     inputs: Mapping[str, Tensor],
     options: Mapping[str, Any],
     using: Callable[[Group, int], AbstractContextManager[None]],
+    *,
+    refuses: bool = False,
 ) -> Tensor:
     """What transformers' `generate` gives for each sample with its group's weights, in order, padded on the right.
 
     As in transformers, where the network only decodes, rows start with the prompts, padded on the left to the width
     that they were given in. `using`: while inside what it returns, the model has a group's weights for so many samples.
+    With `refuses`, samples of no task get nothing more than their prompts.
     """
     starts_with_prompt = not model.config.is_encoder_decoder
     inputs = to_the_right_end(inputs) if starts_with_prompt else inputs
     rows: dict[int, Tensor] = {}
     for group, samples in _grouped(groups):
         given = take(inputs, samples)
+        if refuses and not group:
+            rows |= dict(zip(samples, _prompts(model, given, options), strict=True))
+            continue
         part = _narrow(given) if "max_new_tokens" in options else given
         with using(group, len(samples)):
             made = model.generate(**part, **options)
@@ -67,6 +73,16 @@ def _narrow(inputs: Mapping[str, Any]) -> dict[str, Any]:
         key: value[:, kept] if isinstance(value, Tensor) and value.shape == mask.shape else value
         for key, value in inputs.items()
     }
+
+
+def _prompts(model: Any, given: Mapping[str, Any], options: Mapping[str, Any]) -> list[Tensor]:
+    """(sequences, tokens) of each sample: its prompt, or where that is not repeated one token of padding."""
+    ids = given.get("input_ids")
+    starts_with_prompt = ids is not None and not model.config.is_encoder_decoder
+    count = num_samples(given)
+    said = ids if starts_with_prompt else torch.full((count, 1), _padding(model), device=model.device)
+    assert isinstance(said, Tensor)
+    return list(said[:, None].expand(-1, options.get("num_return_sequences", 1), -1))
 
 
 def _grouped(groups: Sequence[Group]) -> Iterator[tuple[Group, list[int]]]:

@@ -1,5 +1,6 @@
 """Classifier heads: read from files in the forms in which people have them, kept in one form in a bundle."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
@@ -93,6 +94,14 @@ def write_class_head(task: str, head: OwnHead, folder: Path, layout: int) -> Cla
         labels=labels,
         problem=read_config(head.folder).get("problem_type"),
     )
+
+
+def hidden_size(config: Mapping[str, object]) -> int | None:
+    """How many features a base has by its config."""
+    for key in ("hidden_size", "d_model"):
+        if isinstance(value := config.get(key), int):
+            return value
+    return None
 
 
 def _labels(path: Path) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ Norm = Literal["likelihood", "l2", "l1", "mahalanobis", "arrow"]
 Per = Literal["token", "sequence"]
 Mode = Literal["weighted", "topk", "top1"]
 Features = Literal["base", "merged"]
+UnknownRule = Literal["refuse", "base", "nearest"]
 Storage = Literal["bfloat16", "float16", "float32"]
 Kind = Literal["mass", "tsv-compress", "emr", "tall-masks", "smile", "twin", "wemoe"]
 MASKED: tuple[Kind, ...] = ("emr", "tall-masks")
@@ -98,6 +99,21 @@ class Parameter(_Part):
     """Tasks that the redundancy filter left in the first-pass merge, if there is one."""
 
 
+class Unknown(_Part):
+    """What becomes of inputs that are like those of no task, and how they are told (see `mergetool.kernels.known`)."""
+
+    answer: UnknownRule
+    doubt: float
+    """Inputs with more doubt are unknown."""
+    scores: tuple[str, ...]
+    strange: tuple[float, ...]
+    """Scores of made-up inputs that fail them."""
+    usual: tuple[float, ...]
+    """Scores of made-up inputs of the tasks."""
+    sharpness: float
+    """Share of the features' dimensions that they really have: what log-odds of tasks are worth of what they say."""
+
+
 class Gate(_Part):
     """SMILE: how every matrix gives each token its own shares of the experts."""
 
@@ -124,6 +140,8 @@ class Router(_Part):
     gate: Gate | None = None
     early: int | None = None
     """First tokens of a sample that are read alone, and decide where they leave no doubt."""
+    unknown: Unknown | None = None
+    """Without it every input is answered, and nothing was measured."""
 
 
 class Manifest(_Part):

@@ -34,7 +34,8 @@ from mergetool.bundle.files import copy_bundle
 from mergetool.bundle.first_pass import FirstPass
 from mergetool.bundle.generation import generate_in_groups, to_the_right_end
 from mergetool.bundle.grouped import GroupedModel, Runs, SeveralGroups
-from mergetool.bundle.manifest import ClassHead, Head, Manifest, Pool
+from mergetool.bundle.known import Knowing
+from mergetool.bundle.manifest import ClassHead, Head, Manifest, Pool, Unknown
 from mergetool.bundle.readout import head_scores, pool_tokens
 from mergetool.bundle.texts import TextReader, Texts
 from mergetool.bundle.verify import base_folder
@@ -69,6 +70,8 @@ class Routing:
     """(samples,): whether a sample is like inputs of any of the tasks."""
     probabilities: Tensor
     """(samples, tasks): how probable every task is."""
+    doubt: Tensor
+    """(samples,): how unlike the inputs of all tasks a sample is: 0 for usual ones, 1 for strange ones."""
 
 
 class MassModel(nn.Module):
@@ -100,6 +103,7 @@ class MassModel(nn.Module):
         self.calibration = read_calibration(folder)
         router = manifest.router
         self.first_pass = None if router is None else FirstPass(base, factors, router, folder)
+        self.knowing = None if self.unknown is None else Knowing.read(self.unknown, folder)
         self._mixer = None if router is None or router.per is None else Mixer(factors, router)
         self._reader = TextReader(self._tokenizer_folders(), _longest(base.model))
         self.eval()
@@ -156,6 +160,8 @@ class MassModel(nn.Module):
         ]
         if self.first_pass is not None:
             self.first_pass.to(device, self.dtype)
+        if self.knowing is not None:
+            self.knowing.to(device)
 
     # ---------------------------------------------------------------- first pass
 
@@ -170,9 +176,13 @@ class MassModel(nn.Module):
         if router is None or self.first_pass is None:
             what = f"this bundle has no router (it was made by {self.manifest.kind})"
             raise PlanError(what, str(self.folder), f"say which: tasks=[{self.task_names[0]!r}]")
-        if len(self.task_names) == 1:
+        if not router.matrices:
             return self._told(self.task_names, inputs)
-        distances = self.first_pass.distances(inputs)
+        if self.knowing is None:
+            distances = self.first_pass.distances(inputs)
+            doubt = distances.new_zeros(len(distances))
+        else:
+            distances, doubt = self.knowing.judge(self.first_pass, inputs)
         temperature = router.temperature
         if self.calibration is not None:
             distances = distances - distances.new_tensor(self.calibration.offsets)
@@ -182,8 +192,35 @@ class MassModel(nn.Module):
         else:
             weights = coefficients(distances, router.mode, temperature)
         chosen = select(weights, router.threshold, router.top_k)
+        known = doubt <= self._most_doubt
+        if router.unknown is not None and router.unknown.answer != "nearest":
+            chosen = [tasks if sure else () for tasks, sure in zip(chosen, known.tolist(), strict=True)]
         names = tuple(tuple(self.task_names[task] for task in tasks) for tasks in chosen)
-        return Routing(names, weights, distances, torch.ones(len(names), dtype=torch.bool), weights)
+        return Routing(names, weights, distances, known, self._probabilities(weights, distances), doubt)
+
+    @property
+    def unknown(self) -> Unknown | None:
+        """What tells unknown inputs, if anything does."""
+        return None if self.manifest.router is None else self.manifest.router.unknown
+
+    @property
+    def _refuses(self) -> bool:
+        return self.unknown is not None and self.unknown.answer == "refuse"
+
+    @property
+    def _most_doubt(self) -> float:
+        """The most doubt about a known input: as a calibration found it, or the router's."""
+        found = None if self.calibration is None else self.calibration.doubt
+        return float("inf") if self.unknown is None else self.unknown.doubt if found is None else found
+
+    def _probabilities(self, weights: Tensor, distances: Tensor) -> Tensor:
+        """(samples, tasks): coefficients, or less sure than those where features have fewer dimensions than numbers."""
+        router = self.manifest.router
+        if router is None or router.unknown is None or self.calibration is not None:
+            return weights
+        if router.norm != "likelihood" or router.mode != "weighted":
+            return weights
+        return coefficients(distances, router.mode, router.temperature / router.unknown.sharpness)
 
     # ---------------------------------------------------------------- second pass
 
@@ -202,6 +239,8 @@ class MassModel(nn.Module):
         mix = self._mixer.mix(routing.coefficients) if self._mixer is not None and tasks == "route" else None
         if all(task.head is None for task in self.manifest.tasks):
             outputs = self._second_pass(groups, inputs, mix)
+            if self._refuses:
+                outputs[[not group for group in groups]] = float("-inf")
             nearest = [self.task_names[task] for task in routing.coefficients.argmax(-1).tolist()]
             best = [name if chosen else None for name, chosen in zip(nearest, routing.tasks, strict=True)]
             return self._judged(Answer(tuple(best), routing.tasks, routing.coefficients, outputs), routing)
@@ -235,7 +274,7 @@ class MassModel(nn.Module):
         for name in names:
             weights[:, self.task_names.index(name)].fill_(1 / len(names))
         known = torch.ones(count, dtype=torch.bool)
-        return Routing((names,) * count, weights, torch.zeros_like(weights), known, weights)
+        return Routing((names,) * count, weights, torch.zeros_like(weights), known, weights, weights.new_zeros(count))
 
     def check_tasks(self, tasks: Sequence[str]) -> tuple[str, ...]:
         """The given tasks in the bundle's order. Raises PlanError for one that does not exist."""
@@ -318,7 +357,7 @@ class MassModel(nn.Module):
             return self._generate_mixed(self._mixer, tensors, options)
         routing = self._routing(tasks, tensors)
         groups = [tuple(self.task_names.index(name) for name in chosen) for chosen in routing.tasks]
-        return generate_in_groups(self.base, groups, tensors, options, self._using)
+        return generate_in_groups(self.base, groups, tensors, options, self._using, refuses=self._refuses)
 
     def _using(self, group: Group, count: int) -> AbstractContextManager[None]:
         return self._grouped.using(Runs((group,), (0, count)))

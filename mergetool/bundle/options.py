@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from mergetool.arch.matrices import MatrixFilter
-from mergetool.bundle.manifest import Features, Gate, HeadRule, Kind, Mode, Norm, Per, Pool, Storage
+from mergetool.bundle.manifest import Features, Gate, HeadRule, Kind, Mode, Norm, Per, Pool, Storage, UnknownRule
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,8 @@ class RouterOptions:
     per: Per | None = None
     early: int | None = None
     gate: Gate | None = None
+    unknown: UnknownRule | None = None
+    doubt: float = 1.0
 
 
 @dataclass(frozen=True)

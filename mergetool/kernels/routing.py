@@ -44,7 +44,7 @@ def distance(z: Tensor, basis: Tensor, norm: Norm = "l2") -> Tensor:
     the basis' rows plus 0.001 on the diagonal. likelihood: minus the nats above.
     """
     if norm == "likelihood":
-        return -_nats(_inside(z, basis), basis.shape[0] / z.shape[1], z.shape[1])
+        return -nats(_inside(z, basis), basis.shape[0] / z.shape[1], z.shape[1])
     residual = z - (z @ basis.mT) @ basis
     if norm == "mahalanobis":
         lower = torch.linalg.cholesky(_covariance(basis))
@@ -57,7 +57,7 @@ def _inside(z: Tensor, basis: Tensor) -> Tensor:
     return (z @ basis.mT).square().sum(-1) / z.square().sum(-1).clamp_min(torch.finfo(z.dtype).tiny)
 
 
-def _nats(inside: Tensor, expected: Tensor | float, size: float) -> Tensor:
+def nats(inside: Tensor, expected: Tensor | float, size: float) -> Tensor:
     """By how much a variance of its own inside the span explains features better than one variance for all.
 
     inside: shares e; expected: q = k/D, what they are for features that have nothing to do with the span; size: D.
@@ -95,7 +95,7 @@ def mean_distance(features: Sequence[Tensor], bases: Sequence[Sequence[Tensor]],
         sizes = [z.shape[1] for z in features]
         expected = [[v.shape[0] / size for v in own] for size, own in zip(sizes, bases, strict=True)]
         q = torch.tensor(expected, dtype=inside[0].dtype, device=inside[0].device).mean(0)
-        return -_nats(torch.stack(inside).mean(0), q, sum(sizes) / len(sizes))
+        return -nats(torch.stack(inside).mean(0), q, sum(sizes) / len(sizes))
     order = 1 if norm == "l1" else 2
     relative = [
         distances(z, own, norm) / _length(z, order).unsqueeze(-1).clamp_min(torch.finfo(z.dtype).tiny)

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from mergetool.bundle.manifest import Features, HeadRule, Mode, Per, Pool
+from mergetool.bundle.manifest import Features, HeadRule, Mode, Per, Pool, UnknownRule
 from mergetool.methods.base import Field, Finite, Unit
 from mergetool.methods.families.bundle import FactorsMethod
 
@@ -79,6 +79,16 @@ class RouterSettings(BaseModel):
         None, description="leave tasks out of the merged first pass whose cosine with an earlier one exceeds this (0.3)"
     )
 
+    unknown: UnknownRule | None = Field(
+        None,
+        description="what becomes of inputs like those of no task: no answer (refuse), the base's answer (base, of "
+        "language models), or that of the nearest task, which tells (nearest); they are found by running the base on "
+        "made-up inputs as the bundle is made (default: all inputs are answered)",
+    )
+    doubt: Annotated[Finite, Field(gt=0)] = Field(
+        1.0,
+        description="with more of it an input is unknown: 0 is the doubt about usual inputs, 1 that about strange ones",
+    )
     early: Annotated[int, Field(strict=True, ge=1)] | None = Field(
         None,
         description="read so many first tokens of a text alone, and the whole only where they leave a doubt (faster)",
@@ -91,11 +101,15 @@ class RouterSettings(BaseModel):
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "RouterSettings":
-        idle = ("per",) if self.kind == "mass" else ("features", "norm", "mode", "threshold", "redundancy")
+        idle = ("per",) if self.kind == "mass" else ("features", "norm", "mode", "threshold", "redundancy", "unknown")
         fields = type(self).model_fields
         written = [field for field in idle if getattr(self, field) != fields[field].default]
         if written:
             raise ValueError(f"`{written[0]}` would have no effect with `kind: {self.kind}`: leave it out")
+        if self.unknown is None and self.doubt != fields["doubt"].default:
+            raise ValueError("without `unknown` nothing is asked about an input: write e.g. unknown: refuse")
+        if self.unknown is not None and self.early is not None:
+            raise ValueError("`unknown` needs inputs to their ends, which `early` leaves out: choose one of them")
         if self.redundancy is not None and self.features == "base":
             raise ValueError("without `features: merged` nothing is merged, so this would have no effect")
         if self.early is not None and (self.kind, self.norm) != ("mass", "likelihood"):

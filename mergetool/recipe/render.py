@@ -123,7 +123,7 @@ _EXPECTED = {
 
 _NOTHING_TO_RECOVER = (
     "there is no length to recover: this method adds task vectors up or averages them, and made longer, such merges "
-    "were worse wherever it was measured"
+    "got worse where it was measured"
 )
 
 
