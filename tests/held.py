@@ -15,6 +15,12 @@ JOURNALLED = "mergetool.outputs.journal:Journal.unit"
 """Called when a unit is done."""
 
 
+def is_measured():
+    """Whether coverage is looking: then each process that is forked begins with work of its own, and ends with some."""
+    coverage = sys.modules.get("coverage")
+    return coverage is not None and coverage.Coverage.current() is not None
+
+
 def hold(target, count):
     """After `count` calls of a function, whoever calls it stops there until `release` of the result is called."""
     go = threading.Event()

@@ -1,36 +1,39 @@
 """The largest few of every block of neighbouring entries: n:m sparsity."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
+Scratch = Callable[[str, torch.dtype], Tensor]
 
-def keep_in_blocks_(x: Tensor, free: Tensor, size: int, density: float) -> None:
-    """Zero all of x (rows, n) but the largest free entries of every block, which are not free any more.
+
+def keep_in_blocks_(x: Tensor, taken: Tensor, size: int, density: float, scratch: Scratch) -> None:
+    """Zero all of x (rows, n) but the largest entries of every block that are not taken, which are taken from now on.
 
     A block is `size` neighbours within a row; the last of a row may be shorter. `density` of its length are kept, at
-    least one, as far as entries are `free` (booleans). Of equal magnitudes the first are kept. What is not finite is
-    never dropped, but becomes NaN.
+    least one, as far as there are any. `taken` holds whole numbers as wide as the floats, -1 where an entry is taken,
+    else 0. Of equal magnitudes the first are kept. What is not finite is never dropped, but becomes NaN.
     """
+    ranks = torch.bitwise_and(x.view(taken.dtype), torch.iinfo(taken.dtype).max, out=scratch("ranks", taken.dtype))
+    ranks.bitwise_or_(taken)  # ordered as magnitudes are, NaN above all; below them what is taken
     whole = x.shape[1] // size * size
     for begin, end, length in ((0, whole, size), (whole, x.shape[1], x.shape[1] - whole)):
         if end > begin:
-            part, left = x[:, begin:end], free[:, begin:end]
-            count = max(1, round(density * length))
-            kept = _largest(part.reshape(-1, length), left.reshape(-1, length), count).view(part.shape)
-            part.mul_(kept)
-            left.logical_and_(kept.logical_not_())
+            part = ranks[:, begin:end]
+            kept = _largest(part.reshape(-1, length), max(1, round(density * length))).view(part.shape)
+            x[:, begin:end].mul_(kept)
+            taken[:, begin:end].sub_(kept.view(torch.int8))
 
 
-def _largest(x: Tensor, free: Tensor, count: int) -> Tensor:
-    """Where one of the `count` largest free entries of a row is (rows, n)."""
-    whole = torch.int32 if x.dtype == torch.float32 else torch.int64
-    ranks = (x.view(whole) & torch.iinfo(whole).max).masked_fill_(~free, -1)  # ordered as magnitudes are, NaN above all
-    threshold = _kth_largest(ranks, count)
-    if x.device.type != "cpu":  # it would be waited for to hear which rows have too many
-        return _exactly(count, ranks, threshold).logical_and_(free)
-    kept = (ranks >= threshold).logical_and_(free)
-    crowded = (kept.sum(1) > count).nonzero().view(-1)
+def _largest(ranks: Tensor, count: int) -> Tensor:
+    """Where the `count` largest of a row (rows, n) are, as far as they are not negative."""
+    threshold = _kth_largest(ranks, count).clamp_(min=0)
+    if ranks.device.type != "cpu":  # it would be waited for to hear which rows have too many
+        return _exactly(count, ranks, threshold)
+    kept = ranks >= threshold
+    crowded = (kept.view(torch.uint8).sum(1, dtype=torch.int32) > count).nonzero().view(-1)
     if len(crowded):
         kept[crowded] = _exactly(count, ranks[crowded], threshold[crowded])
     return kept

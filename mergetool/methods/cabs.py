@@ -38,9 +38,11 @@ class Cabs(SparseMethod):
 
         from mergetool.kernels.blocks import keep_in_blocks_
 
-        free = group.scratch("free", torch.bool).fill_(True)
+        whole = torch.int32 if group.models[0].dtype == torch.float32 else torch.int64
+        taken = group.scratch("taken", whole).zero_()
+        rows = (1 if taken.dim() < 2 else len(taken), -1)
         for delta, density, weight in zip(group.deltas, p.density, p.weight, strict=True):
             if weight == 0.0:  # takes nothing from those that come after it
                 continue
-            rows = (1 if delta.dim() < 2 else len(delta), -1)
-            keep_in_blocks_(delta.view(rows), free.view(rows), self.block, density)
+            in_rows = delta.view(rows)
+            keep_in_blocks_(in_rows, taken.view(rows), self.block, density, lambda *key: group.scratch(*key).view(rows))
