@@ -8,6 +8,8 @@
               transformers                   answer   whose head answers
     present   what is an expert's own        expert   one compressed expert as a model that any method can read
     texts     what people write, as inputs   classifier   the face of a pipeline
+    kinds     which kind is made by what     masked   masks of one change, made, and masks   used
+    around    experts around a merged model  arrow    shares of all experts, for a token or an input
 
 Usable by itself: nothing here knows of recipes, plans or runs, and what serves a bundle imports none of these.
 """

@@ -37,6 +37,24 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """Where each sample belongs."""
+
+    tasks: tuple[tuple[str, ...], ...]
+    """Tasks chosen for every sample, in the bundle's order."""
+    coefficients: Tensor
+    """(samples, tasks): how much every task claims the sample; rows sum to 1."""
+    distances: Tensor
+    """(samples, tasks): distance from the span of the task's directions."""
+    known: Tensor
+    """(samples,): whether a sample is like inputs of any of the tasks."""
+    probabilities: Tensor
+    """(samples, tasks): how probable every task is."""
+    doubt: Tensor
+    """(samples,): how unlike the inputs of all tasks a sample is: 0 for usual ones, 1 for strange ones."""
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a bundle says about a batch."""
 

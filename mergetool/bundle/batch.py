@@ -79,3 +79,8 @@ def first_tokens(inputs: Mapping[str, Any], most: int) -> tuple[dict[str, Any], 
         for key, value in inputs.items()
     }
     return cut, longer
+
+
+def device_of(inputs: Mapping[str, Tensor]) -> torch.device:
+    """Where a batch is."""
+    return next(iter(inputs.values())).device

@@ -5,7 +5,8 @@
     classify(["several", "texts"], batch_size=32)       # one each, in order
     classify("a text", top_k=None)                      # all classes of the task that answered, the surest first
 
-transformers' own class reads the labels off the model's config, one set for all inputs; here each task has its own.
+A text that belongs to no task has the label "unknown", score 0 and no task. transformers' own class reads labels off
+the model's config, one set for all inputs; here each task has its own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from mergetool.bundle.answer import kind_of
+from mergetool.bundle.answer import UNKNOWN, kind_of
 from mergetool.bundle.manifest import ClassHead, Head
 from mergetool.bundle.mass_model import MassModel
 from mergetool.bundle.texts import Text, Texts, listed, parts_of
@@ -55,8 +56,9 @@ class TextClassifier:
         return [_classes(task, head, scores) for task, head, scores in every]
 
 
-def _classes(task: str, head: Head | ClassHead | None, scores: Tensor) -> list[dict[str, Any]]:
-    assert head is not None
+def _classes(task: str | None, head: Head | ClassHead | None, scores: Tensor) -> list[dict[str, Any]]:
+    if head is None:
+        return [{"label": UNKNOWN, "score": 0.0, "task": None}]
     values = _probabilities(head, scores[: head.num_classes]).tolist()
     names = head.labels or tuple(map(str, range(len(values))))
     classes = [{"label": name, "score": value, "task": task} for name, value in zip(names, values, strict=True)]

@@ -2,7 +2,7 @@
 
     mergetool route out/bundle --input rows.jsonl --marks        {"text": "...", "task": "reviews", "label": "good"}
 
-Right is a row whose task's head answered, strictly right one whose class is right, too.
+Right is a row whose task's head answered, strictly right one whose class is right, too. A row that was refused is not.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,11 +25,14 @@ class Marks:
     """Rows of each task (one after the other) by the task that answered."""
     strict: Mapping[str, int]
     """Of each task whose rows all tell their classes: how many are strictly right."""
+    refused: tuple[int, ...] = ()
+    """Rows of each task that no task answered, where there are any."""
 
     @property
     def figures(self) -> list[dict[str, Any]]:
         """Shares of every task that has rows, and of all rows together, with intervals of 95 %."""
-        asked = [(at, sum(counts)) for at, counts in enumerate(self.confusion) if sum(counts)]
+        left = self.refused or (0,) * len(self.tasks)
+        asked = [(at, sum(counts) + left[at]) for at, counts in enumerate(self.confusion) if sum(counts) + left[at]]
         right = sum(self.confusion[at][at] for at, _ in asked)
         known = sum(self.strict.values()) if len(self.strict) == len(asked) else None
         each = [_figures(self.tasks[at], self.confusion[at][at], n, self.strict.get(self.tasks[at])) for at, n in asked]
@@ -37,7 +40,8 @@ class Marks:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"tasks": self.tasks, "confusion": self.confusion, "figures": self.figures}
+        told = {"tasks": self.tasks, "confusion": self.confusion, "figures": self.figures}
+        return told | ({"refused": self.refused} if self.refused else {})
 
 
 def _figures(task: str, right: int, rows: int, strict: int | None) -> dict[str, Any]:
@@ -59,12 +63,16 @@ def check_tasks_of(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None
 def marks(names: Sequence[str], rows: Sequence[dict[str, Any]], answered: Iterable[Mapping[str, Any]]) -> Marks:
     """Mark the answers to rows that each name their `task`. Raises SourceError for a row that does not."""
     check_tasks_of(rows, names)
-    confusion = [[0] * len(names) for _ in names]
+    confusion, refused = [[0] * len(names) for _ in names], [0] * len(names)
     strict: dict[str, list[bool]] = {}
     for row, answer in zip(rows, answered, strict=True):
         task, right = row["task"], row["task"] == answer["task"]
-        confusion[names.index(task)][names.index(answer["task"])] += 1
-        if "label" in row and "class" in answer:
+        if answer["task"] is None:
+            refused[names.index(task)] += 1
+        else:
+            confusion[names.index(task)][names.index(answer["task"])] += 1
+        if "label" in row and ("class" in answer or answer["task"] is None):
             strict.setdefault(task, []).append(right and row["label"] in (answer["class"], answer["label"]))
-    whole = {task: sum(told) for task, told in strict.items() if len(told) == sum(confusion[names.index(task)])}
-    return Marks(tuple(names), tuple(map(tuple, confusion)), whole)
+    rows_of = {name: sum(confusion[at]) + refused[at] for at, name in enumerate(names)}
+    whole = {task: sum(told) for task, told in strict.items() if len(told) == rows_of[task]}
+    return Marks(tuple(names), tuple(map(tuple, confusion)), whole, tuple(refused) if any(refused) else ())

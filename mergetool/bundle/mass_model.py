@@ -14,7 +14,7 @@ Reference: Crisostomi et al., MASS, https://arxiv.org/abs/2504.05342, sections 3
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -24,9 +24,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mergetool.bundle.answer import Answer as Answer
+from mergetool.bundle.answer import Routing as Routing
 from mergetool.bundle.answer import Scored, answer, standing
 from mergetool.bundle.arrow import Mix, Mixer
-from mergetool.bundle.batch import check_batch, lengths_in, num_samples, take
+from mergetool.bundle.batch import check_batch, device_of, lengths_in, num_samples, take
 from mergetool.bundle.calibration import read_calibration
 from mergetool.bundle.classes import ClassNetwork
 from mergetool.bundle.factors import Group, TaskFactors
@@ -37,7 +38,7 @@ from mergetool.bundle.grouped import GroupedModel, Runs, SeveralGroups
 from mergetool.bundle.known import Knowing
 from mergetool.bundle.manifest import ClassHead, Head, Manifest, Pool, Unknown
 from mergetool.bundle.readout import head_scores, pool_tokens
-from mergetool.bundle.texts import TextReader, Texts
+from mergetool.bundle.texts import TextReader, Texts, longest
 from mergetool.bundle.verify import base_folder
 from mergetool.errors import PlanError
 from mergetool.kernels.arrow import shares
@@ -54,24 +55,6 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 def _as_it_is(method: Method) -> Method:
     """What torch.compile runs as it is: which operations there are depends on the inputs."""
     return cast("Method", torch.compiler.disable(method))  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Where each sample belongs."""
-
-    tasks: tuple[tuple[str, ...], ...]
-    """Tasks chosen for every sample, in the bundle's order."""
-    coefficients: Tensor
-    """(samples, tasks): how much every task claims the sample; rows sum to 1."""
-    distances: Tensor
-    """(samples, tasks): distance from the span of the task's directions."""
-    known: Tensor
-    """(samples,): whether a sample is like inputs of any of the tasks."""
-    probabilities: Tensor
-    """(samples, tasks): how probable every task is."""
-    doubt: Tensor
-    """(samples,): how unlike the inputs of all tasks a sample is: 0 for usual ones, 1 for strange ones."""
 
 
 class MassModel(nn.Module):
@@ -105,7 +88,7 @@ class MassModel(nn.Module):
         self.first_pass = None if router is None else FirstPass(base, factors, router, folder)
         self.knowing = None if self.unknown is None else Knowing.read(self.unknown, folder)
         self._mixer = None if router is None or router.per is None else Mixer(factors, router)
-        self._reader = TextReader(self._tokenizer_folders(), _longest(base.model))
+        self._reader = TextReader(self._tokenizer_folders(), longest(base.model))
         self.eval()
 
     @property
@@ -270,7 +253,7 @@ class MassModel(nn.Module):
     def _told(self, names: tuple[str, ...], inputs: Mapping[str, Tensor]) -> Routing:
         """All samples to these tasks."""
         count = num_samples(inputs)
-        weights = torch.zeros(count, len(self.task_names), device=_device(inputs))
+        weights = torch.zeros(count, len(self.task_names), device=device_of(inputs))
         for name in names:
             weights[:, self.task_names.index(name)].fill_(1 / len(names))
         known = torch.ones(count, dtype=torch.bool)
@@ -394,17 +377,6 @@ class MassModel(nn.Module):
         return scored
 
 
-def _longest(model: nn.Module) -> int | None:
-    """Most tokens that a model can see at once, where its config says so."""
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) and longest > 0 else None
-
-
 def _dense(folder: Path, task: str) -> str:
     """How to get one expert as an ordinary model, with which everything can be done."""
     return f"take one expert out, and use that: mergetool bundle dense {folder} {task} -o {task}"
-
-
-def _device(inputs: Mapping[str, Tensor]) -> torch.device:
-    """Where a batch is."""
-    return next(iter(inputs.values())).device

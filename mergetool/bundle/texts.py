@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mergetool.errors import SourceError
 from mergetool.networks.tokenizer import load_tokenizer
@@ -72,3 +72,9 @@ def parts_of(text: Any) -> tuple[str, str | None]:
             return text["text"], pair
     what = f"{str(text)[:60]!r} ({type(text).__name__}) is no text"
     raise SourceError(what, "text", 'write "a text", or {"text": "a text", "pair": "another"}; tensors go by name')
+
+
+def longest(model: nn.Module) -> int | None:
+    """Most tokens that a model can see at once, where its config says so."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None

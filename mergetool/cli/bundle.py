@@ -116,7 +116,10 @@ def _show_marks(found: "Marks", *, as_json: bool) -> None:
     heads = ("task", "rows", "task right", "low", "high", "class too", "low", "high")
     table(heads, [[each["task"], each["rows"], *(_share(each[key]) for key in keys)] for each in found.figures])
     print("\nrows of each task (down) by the task that answered (across)")
-    table(("", *found.tasks), [[task, *counts] for task, counts in zip(found.tasks, found.confusion, strict=True)])
+    refused = [[count] for count in found.refused] or [[] for _ in found.tasks]
+    counts = zip(found.tasks, found.confusion, refused, strict=True)
+    head = ("", *found.tasks, *(("refused",) if found.refused else ()))
+    table(head, [[task, *answered, *left] for task, answered, left in counts])
 
 
 def _share(value: float | None) -> str:

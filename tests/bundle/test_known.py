@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import mergetool
 from mergetool.bundle.answer import standing
 from mergetool.bundle.calibrate import calibrate
+from mergetool.bundle.marks import marks
 from mergetool.errors import PlanError, RecipeError
 from tests.bundle.tiny import make_bundle, tiny_inputs, tiny_model, write_models
 
@@ -133,6 +134,15 @@ def test_calibrating_lets_nearly_all_known_rows_be_known(bundles):
     assert float(routing.known.float().mean()) >= 0.97
     assert mergetool.load_bundle(bundles["nearest"]).route(["never heard"]).known.tolist() == [False]
     (bundles["nearest"] / "calibration.json").unlink()
+
+
+def test_refused_rows_are_marked_as_such():
+    rows = [{"task": "a", "label": 0}, {"task": "a", "label": 1}, {"task": "b", "label": 0}]
+    answers = [{"task": "a", "class": 0, "label": "no"}, {"task": None, "label": "unknown"}, {"task": "a", "class": 0}]
+    found = marks("ab", rows, [answer | {"label": answer.get("label", "no")} for answer in answers])
+    assert found.confusion == ((1, 0), (1, 0))
+    assert found.refused == (1, 0)
+    assert [(each["right"], each["strict"]) for each in found.figures] == [(0.5, 0.5), (0.0, 0.0), (1 / 3, 1 / 3)]
 
 
 def test_one_expert_is_kept_whole_and_answers_all(paths, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 import mergetool
 from mergetool.bundle.batch import first_tokens
 from mergetool.bundle.classifier import TextClassifier
+from mergetool.bundle.mass_model import MassModel
 from mergetool.cli.app import app
 from mergetool.errors import OutputError, PlanError, SourceError
 from tests.bundle.tiny import TEXTS, make_bundle, make_text_bundle, save_tokenizer, tiny_inputs
@@ -293,3 +295,19 @@ def test_modules_that_were_replaced_are_not_passed_over(folder):
     with pytest.raises(PlanError, match=r"layer.1.attention.self.query.* was replaced \(quantised, or wrapped\)"):
         model(TEXTS)
     assert not any("forward" in vars(module) for module in model.base.modules())
+
+
+class Refusing(MassModel):
+    """A model that knows none of the texts."""
+
+    def route(self, text=None, /, **inputs):
+        found = super().route(text, **inputs)
+        return replace(found, tasks=((),) * len(found.tasks))
+
+
+def test_a_text_of_no_task_has_no_class(folder):
+    model = mergetool.load_bundle(folder)
+    model.__class__ = Refusing
+    unknown = {"label": "unknown", "score": 0.0, "task": None}
+    assert TextClassifier(model)(TEXTS[:2]) == [unknown] * 2
+    assert TextClassifier(model)(TEXTS[0], top_k=None) == [unknown]
