@@ -29,7 +29,7 @@ from mergetool.cli.compare import compare
 from mergetool.cli.diff import diff
 from mergetool.cli.evaluate import evaluate
 from mergetool.cli.progress import ProgressBar, waiting
-from mergetool.cli.show import manner, say, say_of_more, show_methods, table
+from mergetool.cli.show import manner, say, say_of_more, show_found, show_methods, table
 
 app = typer.Typer(
     name="mergetool",
@@ -273,11 +273,19 @@ def methods(
         str | None,
         typer.Argument(metavar="NAME", help="A method, for its full documentation.", autocompletion=method_names),
     ] = None,
+    word: Annotated[
+        str | None, typer.Option("--find", metavar="WORD", help="What papers call it, such as chat-vector or SWA.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the merging methods, or explain one."""
+    """List the merging methods, explain one, or find what is known by another name."""
     from mergetool.recipe.documentation import method_facts
 
+    if word is not None:
+        from mergetool.recipe.known_as import find
+
+        print_answer(find(word), as_json=True) if as_json else show_found(find(word))
+        return
     facts = method_facts(name)
     if as_json:
         print_answer(facts, as_json=True)

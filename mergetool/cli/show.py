@@ -176,6 +176,11 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
+def show_found(found: Sequence[Mapping[str, str]]) -> None:
+    """What is known by a word, what to write for it, and a recipe that shows it."""
+    table(("known as", "here", "recipe"), [(f["name"], f["write"], f["recipe"]) for f in found])
+
+
 def show_methods(facts: Sequence[Mapping[str, Any]], *, in_full: bool) -> None:
     """The list of methods, or everything about one."""
     if not in_full:

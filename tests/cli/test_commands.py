@@ -45,7 +45,7 @@ FLAGS = {
     "analyze": {"recipe", "-o", "--output", "--workers", "--set", "--data", "--checkpoints", "--cache", "--json"},
     "diff": {"a", "b", "--base", "--top", "--exit-code", "--workers", "--json"},
     "compare": {"runs", "--base", "-o", "--output", "--workers", "--json"},
-    "methods": {"name", "--json"},
+    "methods": {"name", "--find", "--json"},
     "init": {"method", "-o", "--output"},
     "schema": set(),
     "import": {"recipe", "-o", "--output"},
@@ -323,3 +323,11 @@ def test_what_is_not_a_name_and_a_value_is_told_with_what_to_write():
         with pytest.raises(RecipeError, match=f"'{wrong}' is not NAME=PATH") as caught:
             named("--data", ["a=x", wrong], "NAME=PATH", "--data a=x")
         assert (caught.value.where, caught.value.fix) == ("--data", "write e.g. --data a=x")
+
+
+def test_methods_are_found_by_other_names(call):
+    code, out, _ = call("methods", "--find", "chat-vector")
+    assert code == 0
+    assert "task-arithmetic" in out
+    assert json.loads(call("methods", "--find", "swa", "--json")[1])[0]["recipe"] == "recipes/swa.yaml"
+    assert call("methods", "--find", "alchemy")[0] == 2

@@ -1,0 +1,29 @@
+"""What papers call what is here can be found, and what is found exists."""
+
+from pathlib import Path
+
+import pytest
+
+from mergetool.errors import RecipeError
+from mergetool.methods import registry
+from mergetool.recipe.known_as import find, known_as
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("entry", known_as(), ids=lambda entry: entry["names"][0])
+def test_every_entry_is_found_by_each_of_its_names_and_has_a_recipe(entry):
+    for name in entry["names"]:
+        assert entry["write"] in [found["write"] for found in find(name.upper())]
+    assert (RECIPES / f"{entry['recipe']}.yaml").exists()
+    assert set(entry) == {"names", "write", "recipe"}
+
+
+@pytest.mark.fast
+def test_methods_are_found_by_name_and_by_what_their_documentation_says():
+    assert [found["name"] for found in find("localize_and stitch")][-1] == "localize-and-stitch"
+    assert "ties" in [found["name"] for found in find("Yadav")]
+    assert set(registry()) >= {found["name"] for found in find("arxiv.org/abs/2306.01708")}
+    with pytest.raises(RecipeError, match="nothing here is known as 'alchemy'"):
+        find("alchemy")
