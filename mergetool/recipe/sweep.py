@@ -152,7 +152,7 @@ def _refusals(document: Document, kind: type[Method]) -> Iterator[RecipeError]:
 
 
 def _names(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A folder's name for each result: its numbers, with all digits where they need them, or its place among them all."""
+    """A folder's name for each result: its numbers, with more digits where needed, or its place among all."""
     for digits in (4, 17):
         told = ["_".join(f"{key}-{_told(value, digits)}" for key, value in point.items()) for point in points]
         if len(set(told)) == len(told) and max(map(len, told)) <= _LONGEST:
