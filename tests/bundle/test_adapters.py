@@ -196,7 +196,7 @@ def test_workers_do_not_matter_and_a_killed_run_goes_on(llama, tmp_path, monkeyp
     first = mergetool.run(recipe(llama, "mass"), output=tmp_path / "one", workers=1).path
     second = mergetool.run(recipe(llama, "mass"), output=tmp_path / "two", workers=3).path
     assert read_manifest(first).files == read_manifest(second).files
-    finish, calls = build._Work.write_base, []
+    finish, calls = build.Work.write_base, []
 
     def killed_once(work):
         calls.append(work)
@@ -204,7 +204,7 @@ def test_workers_do_not_matter_and_a_killed_run_goes_on(llama, tmp_path, monkeyp
             raise KeyboardInterrupt
         return finish(work)
 
-    monkeypatch.setattr(build._Work, "write_base", killed_once)
+    monkeypatch.setattr(build.Work, "write_base", killed_once)
     with pytest.raises(KeyboardInterrupt):
         mergetool.run(recipe(llama, "mass"), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
