@@ -65,13 +65,22 @@ def listed(texts: Texts) -> list[Text]:
 def parts_of(text: Any) -> tuple[str, str | None]:
     """A text, and what it is paired with. Raises SourceError for what is no text."""
     if isinstance(text, str):
-        return text, None
+        return _whole(text), None
     if isinstance(text, Mapping) and "text" in text and set(text) <= {"text", *_PAIR} and len(text) <= 2:
         pair = next((text[key] for key in _PAIR if key in text), None)
         if isinstance(text["text"], str) and (pair is None or isinstance(pair, str)):
-            return text["text"], pair
+            return _whole(text["text"]), pair and _whole(pair)
     what = f"{str(text)[:60]!r} ({type(text).__name__}) is no text"
     raise SourceError(what, "text", 'write "a text", or {"text": "a text", "pair": "another"}; tensors go by name')
+
+
+def _whole(text: str) -> str:
+    """The text. Raises SourceError for half a character, which JSON can write, but no tokenizer reads."""
+    if text.isprintable() or not any("\ud800" <= letter <= "\udfff" for letter in text):
+        return text
+    what = f"{ascii(text)[:60]} holds half a character (a surrogate)"
+    fix = "write text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace'), or cut texts between characters"
+    raise SourceError(what, "text", fix)
 
 
 def longest(model: nn.Module) -> int | None:

@@ -317,7 +317,7 @@ class Worker(Sweeping, Bench[Step]):
             notes.append(NOT_FINITE)
             return
         first = start + int(bad.nonzero()[0])
-        culprit = self._culprit(step, first)
+        culprit = self._culprit(step, first) or self._culprit_elsewhere(step)
         overflow = "" if culprit else f" (its largest finite {dtype.name} value is {dtype.largest:g})"
         raise MergeError(
             f"{count} values are not finite, the first at flat index {first}{culprit}{overflow}",
@@ -347,6 +347,13 @@ class Worker(Sweeping, Bench[Step]):
                     place = "" if length == 1 else f" at flat index {begin + int(bad.nonzero()[0])}"
                     return f": it is not finite in {label(operand.source)}{place}"
         return ""
+
+    def _culprit_elsewhere(self, step: Step) -> str:
+        """Whose value it is, as what is counted over the whole model spreads it from another tensor."""
+        if not step.operation.counts_model:
+            return ""
+        culprits = ((other, self._culprit(other, 0)) for other in self._plan.steps if other.operation.counts_model)
+        return next((f"{culprit} of {other.spec.name}" for other, culprit in culprits if culprit), "")
 
 
 def sliced(step: Step) -> Step:

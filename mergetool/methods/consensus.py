@@ -35,4 +35,5 @@ class Consensus(DeltaMethod):
     def combined(self, group: TensorGroup, deltas: "list[Tensor]", p: Params) -> "Tensor":
         from mergetool.kernels.consensus import agreed_sum
 
-        return agreed_sum(deltas, p.threshold, self.agreeing, scratch=group.scratch)
+        agreeing = min(self.agreeing, len(deltas) + 1)  # more than all: none
+        return agreed_sum(deltas, p.threshold, agreeing, scratch=group.scratch)

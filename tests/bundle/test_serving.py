@@ -63,6 +63,8 @@ def test_pairs_are_answered_as_their_tensors_are(key, model):
         (["w1", 3], "'3' \\(int\\) is no text"),
         (["w1", {"text": "w1", "pair": "w2"}], "some texts come in pairs and others alone"),
         ([{"sentence": "w1"}], "is no text"),
+        ("w1 \ud83d", "half a character"),
+        ({"text": "w1", "pair": "\ud83d w2"}, "half a character"),
     ],
 )
 def test_what_is_no_text_is_refused(wrong, said, model):

@@ -57,3 +57,9 @@ def test_copies_agree_up_to_one_over_their_number_less_one(threshold, kept):
 def test_one_model_alone_is_that_model_where_one_is_enough():
     base, models = toy_models("a")
     assert_near(merge_state_dicts("consensus", models, base, agreeing=1), models["a"])
+
+
+def test_more_models_than_there_are_agree_on_nothing():
+    base = {"w": torch.zeros(2)}
+    models = {"a": {"w": torch.ones(2)}, "b": {"w": torch.ones(2)}}
+    assert merge_state_dicts("consensus", models, base, agreeing=2**70)["w"].tolist() == [0.0, 0.0]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mergetool import merge_state_dicts
+from mergetool import MergeError, merge_state_dicts
 from mergetool.methods.families import ranks
 from mergetool.testing.toys import assert_near, assert_same_bytes, toy_models, uniform
 
@@ -120,3 +120,12 @@ def test_many_models_stay_within_float32():
 def test_models_that_equal_the_base_give_the_base():
     base, _ = toy_models("a", exact=False)
     assert_same_bytes(merge_state_dicts("pcb", dict.fromkeys("ab", base), base), base)
+
+
+def test_a_value_that_is_not_finite_is_told_where_it_is_though_ranks_spread_it():
+    """Ranks are those of the whole model: the tensor that is merged first shows what is wrong with another."""
+    base = {name: torch.zeros(8) for name in "vw"}
+    models = {model: {name: torch.arange(8.0) + 1 for name in "vw"} for model in "ab"}
+    models["b"]["w"][3] = torch.nan
+    with pytest.raises(MergeError, match="not finite in model 'b' at flat index 3 of w"):
+        merge_state_dicts("pcb", models, base)
