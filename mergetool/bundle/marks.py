@@ -60,19 +60,26 @@ def check_tasks_of(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None
             raise SourceError(what, place_of(row, number), f"name one of the tasks {', '.join(names)} in every row")
 
 
+def strictly_right(row: Mapping[str, Any], answer: Mapping[str, Any]) -> bool | None:
+    """Whether task and class are right; None where the row, or the head that answered, tells no class."""
+    if "label" not in row or ("class" not in answer and answer["task"] is not None):
+        return None
+    return row["task"] == answer["task"] and row["label"] in (answer["class"], answer["label"])
+
+
 def marks(names: Sequence[str], rows: Sequence[dict[str, Any]], answered: Iterable[Mapping[str, Any]]) -> Marks:
     """Mark the answers to rows that each name their `task`. Raises SourceError for a row that does not."""
     check_tasks_of(rows, names)
     confusion, refused = [[0] * len(names) for _ in names], [0] * len(names)
     strict: dict[str, list[bool]] = {}
     for row, answer in zip(rows, answered, strict=True):
-        task, right = row["task"], row["task"] == answer["task"]
+        task = row["task"]
         if answer["task"] is None:
             refused[names.index(task)] += 1
         else:
             confusion[names.index(task)][names.index(answer["task"])] += 1
-        if "label" in row and ("class" in answer or answer["task"] is None):
-            strict.setdefault(task, []).append(right and row["label"] in (answer["class"], answer["label"]))
+        if (told := strictly_right(row, answer)) is not None:
+            strict.setdefault(task, []).append(told)
     rows_of = {name: sum(confusion[at]) + refused[at] for at, name in enumerate(names)}
     whole = {task: sum(told) for task, told in strict.items() if len(told) == rows_of[task]}
     return Marks(tuple(names), tuple(map(tuple, confusion)), whole, tuple(refused) if any(refused) else ())

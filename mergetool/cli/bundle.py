@@ -13,6 +13,7 @@ from mergetool.cli.answers import print_answer, say_alike, say_result
 from mergetool.cli.commands import command, existing, named
 from mergetool.cli.progress import ProgressBar, waiting
 from mergetool.cli.show import manner, say, table
+from mergetool.errors import PlanError
 from mergetool.units import filesize
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ def route(
             "--labels", help="Mark the answers by each row's `task` and `label`, and print how many are right."
         ),
     ] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="With --labels: marks.html and .json there.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer rows with a bundle: which tasks they belong to, and what the right head says."""
@@ -75,11 +79,14 @@ def route(
     from mergetool.bundle.rows import answers, read_rows
     from mergetool.engine.devices import device_for_networks
 
+    if labels:
+        refuse_idle({"--task": task}, "--labels, which asks whether the task is found")
+    elif output is not None:
+        raise PlanError("the page is about marks, and no answer is marked", "-o", "mark the answers: --labels")
     given = read_rows(rows)
     model = load_bundle(existing(bundle)).to(device_for_networks(device))
     if labels:
-        refuse_idle({"--task": task}, "--labels, which asks whether the task is found")
-        _show_marks(_marked(model, given, batch_size), as_json=as_json)
+        _mark(model, given, batch_size, output, as_json=as_json)
         return
     answered = answers(model, given, tasks=task, batch_size=batch_size)
     if as_json:
@@ -99,12 +106,31 @@ def _or_dash(value: Any) -> Any:
     return "-" if value is None else value
 
 
-def _marked(model: "MassModel", rows: "Sequence[Row]", batch_size: int = 32) -> "Marks":
-    from mergetool.bundle.marks import check_tasks_of, marks
+def _mark(model: "MassModel", rows: "Sequence[Row]", batch_size: int, output: Path | None, *, as_json: bool) -> None:
+    from mergetool.bundle.marks import marks
+
+    answered = _answered(model, rows, batch_size)
+    found = marks(model.task_names, rows, answered)
+    if output is not None:
+        from mergetool.analysis.marks_page import write_marks
+
+        say(f"written: {write_marks(found, rows, answered, output)}, and marks.json")
+    _show_marks(found, as_json=as_json)
+
+
+def _marked(model: "MassModel", rows: "Sequence[Row]") -> "Marks":
+    from mergetool.bundle.marks import marks
+
+    return marks(model.task_names, rows, _answered(model, rows))
+
+
+def _answered(model: "MassModel", rows: "Sequence[Row]", batch_size: int = 32) -> list[dict[str, Any]]:
+    """Answers to rows that each name one of the bundle's tasks."""
+    from mergetool.bundle.marks import check_tasks_of
     from mergetool.bundle.rows import answers
 
     check_tasks_of(rows, model.task_names)
-    return marks(model.task_names, rows, answers(model, rows, batch_size=batch_size))
+    return list(answers(model, rows, batch_size=batch_size))
 
 
 def _show_marks(found: "Marks", *, as_json: bool) -> None:

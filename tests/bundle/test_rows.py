@@ -272,8 +272,17 @@ def test_answers_are_marked_where_tasks_and_classes_are_known(bundle, tmp_path):
     assert found["figures"][-1]["task"] == "all"
     assert found["figures"][-1]["right"] == pytest.approx(sum(right) / len(right))
     assert found["figures"][-1]["right_low"] < found["figures"][-1]["right"] < found["figures"][-1]["right_high"]
-    table = CliRunner().invoke(app, ["route", str(bundle), "--input", str(file), "--labels"]).stdout
+    asked = ["route", str(bundle), "--input", str(file)]
+    table = CliRunner().invoke(app, [*asked, "--labels"]).stdout
     assert "class too" in table
+    unmarked = CliRunner().invoke(app, [*asked, "-o", str(tmp_path / "page")])
+    assert unmarked.exception.fix == "mark the answers: --labels"
+    shown = CliRunner().invoke(app, [*asked, "--labels", "-o", str(tmp_path / "page")])
+    assert (shown.exit_code, shown.stdout) == (0, table)
+    kept = json.loads((tmp_path / "page" / "marks.json").read_text("utf-8"))
+    assert {key: kept[key] for key in found} == found
+    assert kept["wrong"] == strict.count(False)
+    assert (tmp_path / "page" / "marks.html").is_file()
     write_rows(file, [{**row, "task": "x"} for row in told])
     refused = CliRunner().invoke(app, ["route", str(bundle), "--input", str(file), "--labels"])
     assert isinstance(refused.exception, SourceError)

@@ -51,7 +51,7 @@ FLAGS = {
     "import": {"recipe", "-o", "--output"},
     "push": {"path", "repo", "--private", "--create", "--pull-request", "--json"},
     "calibrate": {"bundle", "--input", "--device", "--json"},
-    "route": {"bundle", "--input", "--task", "--batch-size", "--device", "--json", "--labels"},
+    "route": {"bundle", "--input", "--task", "--batch-size", "--device", "--json", "--labels", "-o", "--output"},
     "evaluate": {
         "path",
         "--tasks",
