@@ -26,11 +26,11 @@ from mergetool.kernels.spectral import Factors, concatenated
 LIMIT = 0.7
 """Experts whose cosine is larger are alike."""
 _MOST = 32
-"""Leading directions of a tensor that are compared: they hold nearly all of what changed, and large models stay quick."""
+"""Leading directions of a tensor that are compared: they hold most of what changed, and large models stay quick."""
 
 
 @dataclass(frozen=True)
-class Pair:
+class Alike:
     """Two experts that changed nearly the same."""
 
     one: str
@@ -41,11 +41,11 @@ class Pair:
         return f"`{self.one}` and `{self.other}` changed nearly the same (cosine {self.cosine:.2f})"
 
 
-def alike(folder: Path, manifest: Manifest) -> list[Pair]:
+def alike(folder: Path, manifest: Manifest) -> list[Alike]:
     """Every two experts that changed nearly the same, the most alike first. Raises SourceError for a damaged file."""
     names = manifest.names
     found = cosines(folder, manifest).tolist() if len(names) > 1 else []
-    pairs = [Pair(names[i], names[j], value) for i, row in enumerate(found) for j, value in enumerate(row) if i < j]
+    pairs = [Alike(names[i], names[j], value) for i, row in enumerate(found) for j, value in enumerate(row) if i < j]
     return sorted((pair for pair in pairs if pair.cosine > LIMIT), key=lambda pair: -pair.cosine)
 
 

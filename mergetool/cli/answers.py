@@ -83,11 +83,11 @@ def inspect_bundle(folder: Path, *, as_json: bool) -> None:
 
 def say_alike(folder: Path, facts: Mapping[str, Any]) -> None:
     """Which experts of a bundle cannot be told apart, and what to do about it."""
-    from mergetool.bundle.alike import Pair
+    from mergetool.bundle.alike import Alike
     from mergetool.bundle.manifest import AROUND, MASKED
 
     for each in facts["alike"]:
-        pair = Pair(**each)
+        pair = Alike(**each)
         command = shlex.join(["mergetool", "bundle", "remove", str(folder), pair.other])
         again = facts["kind"] in (*MASKED, *AROUND)
         say(f"note: {pair}; leave one out: {'run its recipe again without it' if again else command}")
