@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from mergetool.tensors.io import write_error
 
 _OLD_NAMES = ("journal.jsonl", ".journal.*.jsonl")
 """Inside the folder, where they were once."""
+_GRACE = 2.0
+"""Seconds in which processes of a run that was just killed notice it and let its lock go."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -189,6 +192,7 @@ def _open_locked(path: Path) -> int:
     busy = OutputError(
         "another run is writing this output", str(path), "wait for it, or choose another place with -o PATH"
     )
+    patient_until = time.monotonic() + _GRACE
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -200,7 +204,10 @@ def _open_locked(path: Path) -> int:
                 return fd
         except BlockingIOError:
             os.close(fd)
-            raise busy from None
+            if time.monotonic() > patient_until:
+                raise busy from None
+            time.sleep(0.02)
+            continue
         except FileNotFoundError:
             pass
         except OSError as error:

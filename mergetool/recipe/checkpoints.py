@@ -4,6 +4,7 @@ Numbers in names count as numbers: checkpoint-900 comes before checkpoint-1000. 
 found stands in the lock in full, so that a run can be made again when there are more.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,8 @@ from mergetool.recipe.schema import expanded
 
 _WILD = re.compile(r"[*?\[]")
 _KEYS = {"glob", "last"}
+_LEFT = re.compile(r"\.partial(\.\w+)?$")
+"""What a killed run leaves: no checkpoint."""
 _ENDS = (".safetensors", ".bin", ".pt", ".pth")
 
 SCHEMA = {
@@ -57,12 +60,31 @@ def _found(document: Document, pattern: str) -> list[Path]:
     start = expanded(pattern)
     whole = Path(document.folder) / start
     anchor, rest = Path(whole.anchor), whole.relative_to(whole.anchor)
-    matching = [path for path in anchor.glob(str(rest)) if path.is_dir() or path.suffix in _ENDS]
+    every = [path for path in anchor.glob(str(rest)) if not _LEFT.search(path.name)]
+    matching = [path for path in every if path.is_dir() or path.suffix in _ENDS]
+    if every and not matching:
+        what = f"{pattern} matches files only, and none of weights ({', '.join(_ENDS)})"
+        raise document.error(("models", "glob"), what, "write a pattern of folders, such as runs/checkpoint-*")
     if not matching:
         raise document.error(("models", "glob"), f"nothing matches {pattern}", f"check the path: ls -d {pattern}")
+    _check_output(document, whole)
     folder = Path(document.folder).absolute()
     told = [path if start.is_absolute() else _relative(path, folder) for path in matching]
     return sorted(told, key=_natural)
+
+
+def _check_output(document: Document, pattern: Path) -> None:
+    """What is made would be one of the models the next time, and what is half made, after a kill."""
+    output = document.data.get("output")
+    path = output.get("path") if isinstance(output, dict) else None
+    if isinstance(path, str) and _plain(document.folder / expanded(path)).match(str(_plain(pattern))):
+        what = f"{path} would itself be one of the models, for {pattern.name} matches it"
+        raise document.error(("output", "path"), what, "write another path, such as path: out/merged")
+
+
+def _plain(path: Path) -> Path:
+    """Without `..`, as it is written: nothing need be there yet."""
+    return Path(os.path.normpath(path.absolute()))
 
 
 def _relative(path: Path, folder: Path) -> Path:

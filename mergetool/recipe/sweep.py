@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import comb, prod
 from typing import Any
 
 from mergetool.errors import RecipeError
@@ -23,7 +24,7 @@ from mergetool.recipe.render import suggestion
 MOST = 64
 """Results of one sweep."""
 _LONGEST = 80
-"""Letters of a result's name, beyond which it is a number."""
+"""Letters of a result's name, beyond which its place is its name."""
 
 
 @dataclass
@@ -46,13 +47,18 @@ def sweep_documents(document: Document, problems: list[RecipeError]) -> dict[str
     axes = _axes(document, problems)
     if problems or not axes:
         return {}
-    points = list(product(*([(key, place, value) for place, value in axis] for key, axis in axes.items())))
-    if len(points) > MOST:
-        what = f"{len(points)} results, and one run makes at most {MOST}"
-        problems.append(document.error(("sweep",), what, "sweep over fewer values, in several runs"))
+    count = prod(map(len, axes.values()))
+    if count > MOST:
+        problems.append(_too_many(document, ("sweep",), count))
         return {}
+    points = list(product(*([(key, place, value) for place, value in axis] for key, axis in axes.items())))
     names = _names([{key: value for key, _, value in point} for point in points])
     return {name: _document(document, point) for name, point in zip(names, points, strict=True)}
+
+
+def _too_many(document: Document, place: Place, count: int) -> RecipeError:
+    what = f"{count} results, and one run makes at most {MOST}"
+    return document.error(place, what, "sweep over fewer values, in several runs")
 
 
 def _document(document: Document, point: Sequence[tuple[str, Place, Any]]) -> PointDocument:
@@ -96,6 +102,10 @@ def _values(
     numbers = all(type(value) in (int, float) for value in values)
     if schedulable is None and not numbers:
         problems.append(document.error(place, f"`{key}` is no number that a sweep could vary", "run it several times"))
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            fix = "remove it: two results would be the same"
+            problems.append(document.error((*place, index), f"the value {value!r} is there already", fix))
     return [((*place, index), value) for index, value in enumerate(values)]
 
 
@@ -105,6 +115,9 @@ def _simplex(document: Document, place: Place, steps: Any, problems: list[Recipe
     if type(steps) is not int or not 1 <= steps <= MOST or not models:
         what = f"expected a whole number of steps, found {steps!r}"
         problems.append(document.error(place, what, "write {simplex: 4} for quarters"))
+        return
+    if (count := comb(steps + len(models) - 1, steps)) > MOST:
+        problems.append(_too_many(document, place, count))
         return
     for counts in _sums(steps, len(models)):
         yield {name: count / steps for name, count in zip(models, counts, strict=True)}
@@ -139,19 +152,20 @@ def _refusals(document: Document, kind: type[Method]) -> Iterator[RecipeError]:
 
 
 def _names(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A folder's name for each result: its numbers, or where these are too long or not enough, how many there are."""
-    told = ["_".join(f"{key}-{_told(value)}" for key, value in point.items()) for point in points]
-    if len(set(told)) == len(told) and max(map(len, told)) <= _LONGEST:
-        return told
-    keys = "_".join(points[0])[:_LONGEST]
-    return [f"{keys}-{index:0{len(str(len(points)))}}" for index in range(1, len(points) + 1)]
+    """A folder's name for each result: its numbers, with more digits where needed, or its place among all."""
+    for digits in (4, 17):
+        told = ["_".join(f"{key}-{_told(value, digits)}" for key, value in point.items()) for point in points]
+        if len(set(told)) == len(told) and max(map(len, told)) <= _LONGEST:
+            return told
+    keys, count = "_".join(points[0])[:_LONGEST], len(points)
+    return [f"{keys}-{index:0{len(str(count))}}-of-{count}" for index in range(1, count + 1)]
 
 
-def _told(value: Any) -> str:
+def _told(value: Any, digits: int) -> str:
     if isinstance(value, dict):
-        told = "-".join(f"{key}-{_told(each)}" for key, each in value.items() if each != 0)
+        told = "-".join(f"{key}-{_told(each, digits)}" for key, each in value.items() if each != 0)
     elif isinstance(value, list):
-        told = "-".join(map(_told, value))
+        told = "-".join(_told(each, digits) for each in value)
     else:
-        told = f"{value:.4g}" if isinstance(value, float) else str(value)
+        told = min(f"{value:.{digits}g}", repr(value), key=len) if isinstance(value, float) else str(value)
     return re.sub(r"[^A-Za-z0-9.+-]", "-", told)

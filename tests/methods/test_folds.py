@@ -124,6 +124,7 @@ def test_samples_are_several_results_of_one_run(run, tmp_path):
     ("models", "what"),
     [
         ({"glob": "nowhere/*"}, "nothing matches"),
+        ({"glob": "runs/*.txt"}, "files only, and none of weights"),
         ({"glob": "runs/*", "last": 0}, "above 0"),
         ({"glob": "runs/*", "x": "./x"}, "stands for all models"),
     ],
@@ -131,6 +132,21 @@ def test_samples_are_several_results_of_one_run(run, tmp_path):
 def test_wrong_globs_are_told(run, models, what):
     with pytest.raises(RecipeError, match=what):
         recipe_of(run, models, method="linear")
+
+
+def test_what_is_made_is_not_one_of_its_own_models(run):
+    """Not the result, which the next run would find, and not what a killed run leaves where `-o` puts it there."""
+    models = {"glob": "runs/checkpoint-*"}
+    for path in ("runs/checkpoint-mean", "./other/../runs/checkpoint-mean", str(run / "runs" / "checkpoint-mean")):
+        with pytest.raises(RecipeError, match="would itself be one of the models") as caught:
+            load_recipe({"models": models, "merge": {"method": "linear"}, "output": {"path": path}}, folder=run)
+        assert caught.value.problems[0].where.endswith("output.path")
+    left = [run / "runs" / f"checkpoint-mean.partial{end}" for end in ("", ".parts", ".journal")]
+    for folder in left:
+        folder.mkdir()
+    assert len(recipe_of(run, models, method="linear").models) == 7
+    for folder in left:
+        folder.rmdir()
 
 
 def test_a_model_may_be_called_glob(run):

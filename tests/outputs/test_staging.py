@@ -276,6 +276,19 @@ def test_a_journal_is_locked_until_it_is_removed_and_then_begun_anew(tmp_path):
     other.close()
 
 
+def test_a_lock_that_a_killed_run_is_about_to_let_go_is_waited_for(tmp_path):
+    """Its workers notice the kill a moment later than whoever gives the command again."""
+    partial = tmp_path / "out.partial"
+    journal = Journal(partial, "key", resume=True)
+    journal.unit("merge", SimpleNamespace(index=0, name="w"), 0, [])
+    end = threading.Timer(0.3, journal.close)
+    end.start()
+    other = Journal(partial, "key", resume=True)
+    assert other.resumed
+    end.join()
+    other.close()
+
+
 def test_many_runs_started_at_once_make_one_result(recipe, tmp_path):
     results = []
 

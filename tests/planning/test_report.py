@@ -106,7 +106,12 @@ SEARCH = {
 
 @pytest.mark.parametrize(
     ("estimator", "each", "calibration"),
-    [({}, 100, 3 + 17), ({"kind": "full"}, None, 0), ({"kind": "mean", "subset": "random", "items": 7}, 14, 0)],
+    [
+        ({}, 100, 3),
+        ({"kind": "gmp-irt"}, 100, 3 + 17),
+        ({"kind": "full"}, None, 0),
+        ({"kind": "mean", "subset": "random", "items": 7}, 14, 0),
+    ],
 )
 def test_a_search_says_how_many_candidates_answer_how_much(plan_of, estimator, each, calibration):
     merge = {**SEARCH, "estimator": estimator}

@@ -110,7 +110,9 @@ def test_results_are_called_by_their_numbers(models):
     ]
     assert names("ties", {"scale": [0.5], "density": [0.1, 0.2]}) == ["scale-0.5_density-0.1", "scale-0.5_density-0.2"]
     assert names("linear", {"weight": {"simplex": 2}}) == ["weight-a-1", "weight-a-0.5-b-0.5", "weight-b-1"]
-    assert names("ties", {"scale": [0.5, 0.5]}) == ["scale-1", "scale-2"]
+    assert names("ties", {"scale": [0.50001, 0.500011]}) == ["scale-0.50001", "scale-0.500011"]
+    long = [{"gradient": [n / 7 for n in range(start, start + 20)]} for start in (1, 2)]
+    assert names("ties", {"scale": long}) == ["scale-1-of-2", "scale-2-of-2"]  # not as if their scales were 1 and 2
 
 
 def test_what_scales_share_is_made_once(models, tmp_path, monkeypatch):
@@ -157,6 +159,8 @@ WRONG = {
     "a value": ("ties", {"density": [0.5, 2.0]}, {}, "must be less than or equal to 1"),
     "a choice": ("ties", {"scope": ["tensor", "model"]}, {}, "no number that a sweep could vary"),
     "too many": ("ties", {"scale": [n / 100 for n in range(65)]}, {}, "at most 64"),
+    "far too many": ("linear", {"weight": {"simplex": 64}}, {"models": dict.fromkeys("abcdefgh", "x")}, "at most 64"),
+    "the same twice": ("ties", {"scale": [0.5, 1.0, 0.5]}, {}, "the value 0.5 is there already"),
     "a bundle": ("mass", {"rank": [1, 2]}, {}, "one result a run"),
     "an adapter": ("ties", {"scale": [1.0]}, {"output": {"kind": "adapter", "rank": 2}}, "adapters are made one a run"),
     "a repository": ("ties", {"scale": [1.0]}, {"output": {"hub": {"repo": "a/b"}}}, "holds one model"),
