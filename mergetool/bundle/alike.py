@@ -4,8 +4,8 @@ The cosine of two experts is that of their changes, all tensors together:
 
     <A, B> / (|A| |B|),    <A, B> = sum over tensors of tr(A^T B)
 
-Copies have 1, with noise a little less, and fine-tunes on different tasks less than 0.3: so has a second training on one
-task from another seed, which is not found.
+Copies have 1, with noise a little less, fine-tunes on different tasks less than 0.3. So has a second training on one task
+from another seed, which is not found.
 """
 
 from collections.abc import Sequence
