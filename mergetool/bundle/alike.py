@@ -4,7 +4,7 @@ The cosine of two experts is that of their changes, all tensors together:
 
     <A, B> / (|A| |B|),    <A, B> = sum over tensors of tr(A^T B)
 
-Copies have 1, with noise a little less, fine-tunes on different tasks less than 0.3. So has a second training on one task
+Copies have 1, with noise a little less, fine-tunes on different tasks less than 0.3. So has a second training on a task
 from another seed, which is not found.
 """
 
