@@ -1,11 +1,13 @@
 """Is a bundle what its manifest says? Files, hashes, the base, and whether all numbers are finite."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mergetool.bundle.alike import alike
 from mergetool.bundle.calibration import read_calibration
 from mergetool.bundle.manifest import ClassHead, Head, Manifest, read_manifest
 from mergetool.errors import SourceError
@@ -104,23 +106,38 @@ def facts_about_bundle(folder: Path) -> dict[str, Any]:
         },
         "calibrated": read_calibration(folder) is not None,
         "router": None if manifest.router is None else _router_facts(manifest),
-        "tasks": [
-            {
-                "name": task.name,
-                "source": task.source,
-                "bytes": factor_bytes[task.name],
-                "classes": None if task.head is None else task.head.num_classes,
-                "head": _head_facts(task.head),
-                "pool": task.head.pool if isinstance(task.head, Head) else None,
-            }
-            for task in manifest.tasks
-        ],
+        "tasks": [_task_facts(folder, manifest, place) for place in range(len(manifest.tasks))],
+        "alike": [asdict(pair) for pair in alike(folder, manifest)],
         "interference": {
             name: parameter.interference
             for name, parameter in manifest.parameters.items()
             if parameter.interference is not None
         },
     }
+
+
+def _task_facts(folder: Path, manifest: Manifest, place: int) -> dict[str, Any]:
+    """What one expert is, and what it costs."""
+    task = manifest.tasks[place]
+    ranks = [parameter.ranks[place] for parameter in manifest.parameters.values() if parameter.ranks]
+    return {
+        "name": task.name,
+        "source": task.source,
+        "bytes": (folder / task.factors).stat().st_size,
+        "rank": max(ranks, default=0),
+        "directions": sum(ranks),
+        "classes": None if task.head is None else task.head.num_classes,
+        "head": _head_facts(task.head),
+        "head_bytes": 0 if task.head is None else _head_bytes(folder, task.head),
+        "pool": task.head.pool if isinstance(task.head, Head) else None,
+    }
+
+
+def _head_bytes(folder: Path, head: Head | ClassHead) -> int:
+    """Of its tensors and, for a class, what lies beside them."""
+    path = folder / head.file
+    files = path.parent.iterdir() if isinstance(head, ClassHead) else (path,)
+    return sum(file.stat().st_size for file in files)
 
 
 def _head_facts(head: Head | ClassHead | None) -> str | None:

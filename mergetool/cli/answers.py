@@ -1,6 +1,8 @@
 """What commands answer with, and what they say beside it."""
 
 import json
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +74,20 @@ def inspect_bundle(folder: Path, *, as_json: bool) -> None:
         return
     tasks, interference = facts.pop("tasks"), facts.pop("interference")
     table(("matrix", "interference (0: none)"), sorted(interference.items(), key=lambda item: -item[1]))
-    columns = ("name", "head", "classes", "pool", "bytes", "source")
-    table(("task", *columns[1:]), [["-" if task[key] is None else task[key] for key in columns] for task in tasks])
-    table(("", ""), list(facts.items()))
+    columns = ("name", "rank", "directions", "bytes", "head_bytes", "head", "classes", "pool", "source")
+    heads = [column.replace("_", " ") for column in columns[1:]]
+    table(("task", *heads), [["-" if task[key] is None else task[key] for key in columns] for task in tasks])
+    table(("", ""), [(key, value) for key, value in facts.items() if key != "alike"])
+    say_alike(folder, facts)
+
+
+def say_alike(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Which experts of a bundle cannot be told apart, and what to do about it."""
+    from mergetool.bundle.alike import Alike
+    from mergetool.bundle.manifest import AROUND, MASKED
+
+    for each in facts["alike"]:
+        pair = Alike(**each)
+        command = shlex.join(["mergetool", "bundle", "remove", str(folder), pair.other])
+        again = facts["kind"] in (*MASKED, *AROUND)
+        say(f"note: {pair}; leave one out: {'run its recipe again without it' if again else command}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergetool.cli.against import refuse_idle
-from mergetool.cli.answers import print_answer, say_result
+from mergetool.cli.answers import print_answer, say_alike, say_result
 from mergetool.cli.commands import command, existing, named
 from mergetool.cli.progress import ProgressBar, waiting
 from mergetool.cli.show import manner, say, table
@@ -154,15 +154,19 @@ def _share(value: float | None) -> str:
 
 @command(app, "mergetool bundle list bundle", "list")
 def list_experts(bundle: Bundle, as_json: AsJson = False) -> None:
-    """List the experts of a bundle."""
+    """List the experts of a bundle: what each is and costs, and which of them cannot be told apart."""
     from mergetool.bundle.verify import facts_about_bundle
 
-    tasks = facts_about_bundle(existing(bundle))["tasks"]
+    facts = facts_about_bundle(existing(bundle))
+    tasks = facts["tasks"]
     if as_json:
         print_answer(tasks, as_json=True)
-        return
-    rows = [[task["name"], task["source"], filesize(task["bytes"]), task["classes"], task["head"]] for task in tasks]
-    table(["expert", "source", "factors", "classes", "head"], [[cell or "-" for cell in row] for row in rows])
+    else:
+        columns = ("name", "source", "bytes", "rank", "head", "head_bytes", "classes")
+        sized = [task | {key: filesize(task[key]) for key in ("bytes", "head_bytes") if task[key]} for task in tasks]
+        heads = ("expert", "source", "factors", "rank", "head", "size of head", "classes")
+        table(heads, [[task[column] or "-" for column in columns] for task in sized])
+    say_alike(bundle, facts)
 
 
 @command(app, "mergetool bundle add bundle reviews=models/reviews")

@@ -162,15 +162,21 @@ def select(coefficients: Tensor, threshold: float, top_k: int) -> list[tuple[int
 
 
 def cosines(gram_left: Tensor, gram_right: Tensor, s: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Cosines (T, T) between low-rank matrices u_t diag(s_t) v_t^T, without multiplying any of them out.
+    """Cosines (T, T) between low-rank matrices; arguments as for `inner_products`."""
+    inner = inner_products(gram_left, gram_right, s, sizes)
+    lengths = inner.diagonal().clamp_min(0).sqrt()
+    return inner / (lengths[:, None] * lengths).clamp_min(torch.finfo(inner.dtype).tiny)
+
+
+def inner_products(gram_left: Tensor, gram_right: Tensor, s: Tensor, sizes: Sequence[int]) -> Tensor:
+    """tr(A^T B), (T, T), of low-rank matrices u_t diag(s_t) v_t^T, without multiplying any of them out.
 
     gram_left, gram_right (K, K): U^T U and V^T V of all factors side by side; s (K,); sizes: rank of each task.
     """
     weighted = gram_left * gram_right * s[:, None] * s
-    blocks = [torch.split(rows, list(sizes), 1) for rows in torch.split(weighted, list(sizes), 0)]
-    inner = torch.stack([torch.stack([block.sum() for block in row]) for row in blocks])
-    lengths = inner.diagonal().clamp_min(0).sqrt()
-    return inner / (lengths[:, None] * lengths).clamp_min(torch.finfo(inner.dtype).tiny)
+    task = torch.arange(len(sizes), device=s.device).repeat_interleave(torch.tensor(sizes, device=s.device))
+    member = torch.nn.functional.one_hot(task, len(sizes)).to(s)
+    return member.mT @ weighted @ member
 
 
 def without_duplicates(cosines: Tensor, limit: float) -> list[int]:
