@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -85,6 +85,10 @@ def _written(document: Document, loc: tuple[str | int, ...], kind: str) -> Place
     return tuple(place)
 
 
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
 def _known_keys(kind: Any, loc: tuple[str | int, ...]) -> list[str]:
     """Keys that are known where an unknown one was found: at the end of `loc`, inside a section, method or model."""
     if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
@@ -93,9 +97,10 @@ def _known_keys(kind: Any, loc: tuple[str | int, ...]) -> list[str]:
     for part in loc[:-1]:
         if part in fields:
             annotation = fields[str(part)].annotation
-            if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            inside = [each for each in (annotation, *get_args(annotation)) if _is_section(each)]
+            if not inside:
                 return ["gradient"]
-            fields = annotation.model_fields
+            fields = inside[0].model_fields
     return [*fields, *(["overrides"] if is_method(kind) and len(loc) == 1 else [])]
 
 
