@@ -36,6 +36,10 @@ class Swag(TensorMethod):
         "tied": "draws are keyed by the tensor's name, so two stored copies of a tensor get two draws",
     }
 
+    @property
+    def needs_float64(self) -> bool:
+        return True  # for draws from a normal distribution
+
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
         import torch
 
