@@ -174,8 +174,9 @@ def inner_products(gram_left: Tensor, gram_right: Tensor, s: Tensor, sizes: Sequ
     gram_left, gram_right (K, K): U^T U and V^T V of all factors side by side; s (K,); sizes: rank of each task.
     """
     weighted = gram_left * gram_right * s[:, None] * s
-    task = torch.arange(len(sizes), device=s.device).repeat_interleave(torch.tensor(sizes, device=s.device))
-    member = torch.nn.functional.one_hot(task, len(sizes)).to(s)
+    tasks = torch.arange(len(sizes), device=s.device)
+    owner = tasks.repeat_interleave(torch.tensor(sizes, device=s.device))
+    member = (owner[:, None] == tasks).to(s)
     return member.mT @ weighted @ member
 
 
