@@ -62,7 +62,8 @@ class SlotWriter:
     def _create(self, layout: FileLayout) -> None:
         path = self.folder / layout.name
         size = layout.header.file_size
-        make_folder(path.parent)
+        if path.parent != self.folder:  # one result of several
+            make_folder(path.parent)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             self._fds.append(fd)
