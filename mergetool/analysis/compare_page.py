@@ -6,12 +6,10 @@ from typing import Any
 
 from mergetool._version import __version__
 from mergetool.analysis.compared import ComparedRuns
-from mergetool.errors import OutputError
+from mergetool.analysis.written import write_both
 from mergetool.pages import Chapter, Column, Facts, Note, Page, Picture, Piece, Table, bars, heat, render
-from mergetool.tensors.writer import make_folder, write_file
 from mergetool.units import timespan
 
-PAGE_NAME = "compare.html"
 _COSTS = (
     Column("result"),
     Column("method", "code"),
@@ -38,14 +36,7 @@ _OF_CHANGES = (
 
 def write_compared(found: ComparedRuns, folder: Path) -> Path:
     """Write `compare.json` and the page, whose path is returned. Raises OutputError."""
-    make_folder(folder)
-    write_file(folder / "compare.json", found.to_json() + "\n")
-    try:
-        write_file(folder / PAGE_NAME, page(found))
-    except ModuleNotFoundError as error:
-        where = str(folder / PAGE_NAME)
-        raise OutputError(f"{error.name} is not installed", where, "pip install 'mergetool[report]'") from None
-    return folder / PAGE_NAME
+    return write_both(folder, "compare", found.to_json(), lambda: page(found))
 
 
 def page(found: ComparedRuns) -> str:

@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 
 from mergetool._version import __version__
+from mergetool.analysis.written import write_both
 from mergetool.bundle.marks import Marks, strictly_right
-from mergetool.errors import OutputError
 from mergetool.evaluate.reliability import calibration_error, reliability
 from mergetool.pages import Chapter, Column, Facts, Page, Picture, Piece, Table, bars, heat, points, render
 from mergetool.pages.cells import share
-from mergetool.tensors.writer import make_folder, write_file
 
 Row = Mapping[str, Any]
-PAGE_NAME = "marks.html"
 MOST_WRONG = 50
 """Wrong answers that are told, the surest first."""
 _MOST_TEXT = 200
@@ -32,15 +30,9 @@ _RIGHT, _STRICT = ("right", "right_low", "right_high"), ("strict", "strict_low",
 
 def write_marks(found: Marks, rows: Sequence[Row], answered: Sequence[Row], folder: Path) -> Path:
     """Write `marks.json` and the page, whose path is returned. Raises OutputError."""
-    make_folder(folder)
     facts = facts_of_marks(found, rows, answered)
-    write_file(folder / "marks.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    try:
-        write_file(folder / PAGE_NAME, page_of_marks(facts))
-    except ModuleNotFoundError as error:
-        where = str(folder / PAGE_NAME)
-        raise OutputError(f"{error.name} is not installed", where, "pip install 'mergetool[report]'") from None
-    return folder / PAGE_NAME
+    data = json.dumps(facts, indent=2, ensure_ascii=False)
+    return write_both(folder, "marks", data, lambda: page_of_marks(facts))
 
 
 def facts_of_marks(found: Marks, rows: Sequence[Row], answered: Sequence[Row]) -> dict[str, Any]:

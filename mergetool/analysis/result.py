@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mergetool.analysis.page import analysis_page
-from mergetool.errors import OutputError, PlanError
-from mergetool.tensors.writer import make_folder, write_file
+from mergetool.analysis.written import write_both
+from mergetool.errors import PlanError
 
-PAGE_NAME = "analysis.html"
 Row = dict[str, Any]
 
 
@@ -55,15 +54,7 @@ class Analysis:
 
     def write(self, folder: Path) -> Path:
         """Write `analysis.json` and the page, whose path is returned. Raises OutputError."""
-        make_folder(folder)
-        write_file(folder / "analysis.json", self.to_json() + "\n")
-        page = folder / PAGE_NAME
-        try:
-            write_file(page, analysis_page(self.facts))
-        except ModuleNotFoundError as error:
-            fix = "pip install 'mergetool[report]'"
-            raise OutputError(f"{error.name} is not installed", str(page), fix) from None
-        return page
+        return write_both(folder, "analysis", self.to_json(), lambda: analysis_page(self.facts))
 
 
 def plain(value: Any) -> Any:

@@ -150,16 +150,11 @@ def _show(facts: Mapping[str, Any], output: Path | None, *, as_json: bool) -> No
 def _write(facts: Mapping[str, Any], folder: Path) -> None:
     import json
 
-    from mergetool.tensors.writer import make_folder, write_file
+    from mergetool.analysis.written import write_both
 
-    make_folder(folder)
-    write_file(folder / "evaluation.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    try:
-        write_file(folder / "evaluation.html", _page_of(facts)(facts))
-    except ModuleNotFoundError as error:
-        where = str(folder / "evaluation.html")
-        raise OutputError(f"{error.name} is not installed", where, "pip install 'mergetool[report]'") from None
-    say(f"written: {folder / 'evaluation.html'}, and evaluation.json")
+    data = json.dumps(facts, indent=2, ensure_ascii=False)
+    page = write_both(folder, "evaluation", data, lambda: _page_of(facts)(facts))
+    say(f"written: {page}, and evaluation.json")
 
 
 def _page_of(facts: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], str]:
