@@ -32,20 +32,19 @@ more than `size` of the base. `mergetool calibrate` corrects a router with a few
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import model_validator
 
-from mergetool.bundle.manifest import Features, HeadRule, Mode, Per, Pool, UnknownRule
-from mergetool.methods.base import Field, Finite, Unit
+from mergetool.bundle.manifest import Features, HeadRule, Per, UnknownRule
+from mergetool.methods.base import Field, Finite
 from mergetool.methods.families.bundle import FactorsMethod
+from mergetool.methods.families.nearest import NearestRouter
 
 if TYPE_CHECKING:
-    from mergetool.bundle.options import Options
+    from mergetool.bundle.options import Options, RouterOptions
 
 
-class RouterSettings(BaseModel):
+class RouterSettings(NearestRouter):
     """How tasks are chosen for an input."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["mass", "arrow"] = Field(
         "mass",
@@ -55,30 +54,13 @@ class RouterSettings(BaseModel):
     per: Per | None = Field(
         None, description="whose shares they are (arrow only): every token's at every matrix (token), or an input's"
     )
-
-    layers: Literal["auto"] | tuple[str, ...] = Field(
-        "auto",
-        description="matrices whose inputs are compared: auto (the output projections of all attention blocks; where "
-        "there are none, all matrices inside layers), or globs on tensor names",
-    )
     features: Features = Field(
         "base", description="what the first pass runs: the base, or the merge of all experts (takes more space)"
     )
-    pool: Pool = Field("mean", description="which token's features, or the mean of all")
-    norm: Literal["likelihood", "l2", "l1", "mahalanobis"] = Field(
-        "likelihood", description="how distances are measured: minus log-likelihood, or a norm of what is left"
-    )
-    mode: Mode = Field(
-        "weighted",
-        description="coefficients: softmax of distances as they are, of standardised distances, or the nearest",
-    )
-    threshold: Unit = Field(0.2, description="tasks with a larger coefficient are chosen")
     top_k: Annotated[int, Field(strict=True, ge=1)] = Field(3, description="at most so many tasks for one input")
-    temperature: Annotated[Finite, Field(gt=0)] = Field(1.0, description="divides distances before the softmax")
     redundancy: Annotated[Finite, Field(ge=-1, le=1)] | None = Field(
         None, description="leave tasks out of the merged first pass whose cosine with an earlier one exceeds this (0.3)"
     )
-
     unknown: UnknownRule | None = Field(
         None,
         description="what becomes of inputs like those of no task: no answer (refuse), the base's answer (base, of "
@@ -93,11 +75,6 @@ class RouterSettings(BaseModel):
         None,
         description="read so many first tokens of a text alone, and the whole only where they leave a doubt (faster)",
     )
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _as_tuple(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "RouterSettings":
@@ -115,6 +92,17 @@ class RouterSettings(BaseModel):
         if self.early is not None and (self.kind, self.norm) != ("mass", "likelihood"):
             raise ValueError("`early` asks how likely tasks are: leave it out, or `kind`, `norm` and `mode`")
         return self
+
+    def options(self) -> "RouterOptions":
+        """As a bundle's build sees it."""
+        from mergetool.bundle.options import RouterOptions
+
+        router = self.model_dump(exclude={"kind"})
+        if self.redundancy is None:
+            router["redundancy"] = 0.3
+        if self.kind == "arrow":
+            router |= {"norm": "arrow", "threshold": 0.0, "per": self.per or "token"}
+        return RouterOptions(**router)
 
 
 class Mass(FactorsMethod):
@@ -134,11 +122,4 @@ class Mass(FactorsMethod):
         return self
 
     def options(self) -> "Options":
-        from mergetool.bundle.options import RouterOptions
-
-        router = self.router.model_dump(exclude={"kind"})
-        if router["redundancy"] is None:
-            router["redundancy"] = 0.3
-        if self.router.kind == "arrow":
-            router |= {"norm": "arrow", "threshold": 0.0, "per": self.router.per or "token"}
-        return replace(self.kept("mass"), router=RouterOptions(**router), heads=self.heads)
+        return replace(self.kept("mass"), router=self.router.options(), heads=self.heads)

@@ -1,4 +1,4 @@
-"""The router of bundles that only ask it which tasks an input belongs to."""
+"""Which tasks an input belongs to: what all routers of bundles can be told; some ask nothing else."""
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
