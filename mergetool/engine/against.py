@@ -112,6 +112,8 @@ def _beyond_us(path: Path, recipe: Recipe) -> tuple[str, str] | None:
         return "it is an adapter, not a checkpoint", "merge it into its base first: adapters: [ADAPTER]"
     if recipe.points:
         what = f"the recipe is a sweep with {len(recipe.points)} results"
+        if all((path / name).is_dir() for name in recipe.points):
+            return f"{what}, and this is their folder", f"mergetool verify {path}"
         return what, f"compare with one of them: mergetool diff {path} SWEEP/{next(iter(recipe.points))}"
     if recipe.method.searches:
         return f"{method} searches for its numbers", "give the recipe that it wrote beside its result"

@@ -7,6 +7,7 @@ import pytest
 
 import mergetool
 from mergetool import RecipeError, SourceError
+from mergetool.engine.against import verify_against
 from mergetool.engine.memory import merge_in_memory
 from mergetool.methods.families.matrix import MatrixMethod
 from mergetool.outputs.verify import verify_output
@@ -79,6 +80,8 @@ def test_every_result_is_whole_with_the_lock_of_a_run_of_its_own(models, tmp_pat
         assert {key: lock[key] for key in same} == {key: own[key] for key in same}
         assert lock["output"]["files"]["model.safetensors"] == own["output"]["files"]["model.safetensors"]
         assert lock["output"]["files"].keys() == own["output"]["files"].keys()
+    unclear = verify_against(result.path, recipe)
+    assert (unclear.answer, unclear.fix) == ("cannot tell", f"mergetool verify {result.path}")
     found = verify_output(result.path)
     assert (found["results"], found["tensors"]) == (list(recipe.points), len(toy_models()[0]))
     (result.path / "scale-1" / "README.md").write_text("other")
