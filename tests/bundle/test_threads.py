@@ -25,7 +25,7 @@ def folders(tmp_path_factory):
     return {family: make_bundle(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
 
 
-def batches(family, count=12):
+def batches(family, count=6):
     """Batches of several lengths, all different."""
     torch.manual_seed(2)
     found = []

@@ -87,10 +87,12 @@ def test_the_host_waits_only_a_few_times_for_a_slice(case, monkeypatch):
         return done
 
     monkeypatch.setattr(DeviceWorker, "_tried", watched)
-    for _ in range(2):  # tables are made once
+    for _ in range(2):
         waits.clear()
         with Elsewhere(), streaming() as streams:
             merged(case, DEVICE)
+        if max(waits) <= 4:  # else there were tables to be made, once
+            break
     assert waits
     assert max(waits) <= 4
 
