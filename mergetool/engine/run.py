@@ -161,8 +161,8 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
     plan = make_plan(recipe, output, lookup=lookup, whole=True)
     if plan.output is None:
         raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
-    methods = [each.recipe.method for each in (plan, *inside(plan).values())]
-    if flags.cache is not None and not any(each.uses_factors or each.statistic for each in methods):
+    recipes = [each.recipe for each in (plan, *inside(plan).values())]
+    if flags.cache is not None and not any(each.method.uses_factors or each.measures for each in recipes):
         what = f"{recipe.method.method_name()} computes no factors and no statistics, so this would have no effect"
         raise PlanError(what, "--cache", "leave it out")
     costs = _settled(plan, flags, team)

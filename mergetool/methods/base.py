@@ -163,6 +163,8 @@ class Method(BaseModel):
     """Why it can merge nothing but adapters by themselves, where that is so."""
     statistic: ClassVar[str] = ""
     """The statistic of every model that it needs, if any (`mergetool.statistics`)."""
+    statistic_of_base: ClassVar[str] = ""
+    """The statistic of the base that steps after it need, if any."""
     varies: ClassVar[bool] = True
     """Whether its settings may differ from tensor to tensor (overrides)."""
 

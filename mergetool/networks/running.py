@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mergetool.errors import PlanError, SourceError
-from mergetool.networks.library import BUILDING, class_of, first_line, library, module_of_library, quiet
+from mergetool.networks.library import BUILDING, class_of, first_line, library, quiet
+from mergetool.networks.modules import kind_of
 from mergetool.networks.places import TensorMap, places_of, tensors_of
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.io import bytes_of
@@ -34,8 +35,11 @@ class RunningNetwork:
 
     def linears(self) -> dict[str, nn.Module]:
         """The linear layers by what the checkpoint calls their weights."""
-        kinds = (nn.Linear, module_of_library("pytorch_utils").Conv1D)
-        modules = {f"{path}.weight": each for path, each in self.model.named_modules() if isinstance(each, kinds)}
+        return {name: each for name, each in self.layers().items() if kind_of(each) != "vector"}
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Linear layers and norms by what the checkpoint calls their weights."""
+        modules = {f"{path}.weight": each for path, each in self.model.named_modules() if kind_of(each) is not None}
         return {self.places.names[name]: each for name, each in modules.items() if name in self.places.names}
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -1,7 +1,8 @@
 """What a statistic is: what it has of which tensors, and how a network and examples come to it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -9,7 +10,7 @@ from mergetool.tensors.header import TensorSpec
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from mergetool.networks.running import RunningNetwork
     from mergetool.statistics.examples import Example
@@ -72,3 +73,18 @@ def tensor_of(batch: "Sequence[Example]", device: "torch.device") -> "dict[str, 
 
     keys = batch[0].inputs
     return {key: torch.tensor([each.inputs[key] for each in batch], device=device) for key in keys}
+
+
+@contextmanager
+def hearing(modules: "Mapping[str, nn.Module]", hear: "Callable[[str, Tensor], None]") -> Iterator[None]:
+    """While inside, `hear` is told what goes into each of these modules, by its name."""
+
+    def hook(name: str) -> Any:
+        return lambda _, given: hear(name, given[0])
+
+    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()

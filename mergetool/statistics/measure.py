@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergetool.statistics.activation import InputActivation
 from mergetool.statistics.base import Extent, Statistic
 from mergetool.statistics.examples import Example
 from mergetool.statistics.fisher import DiagonalFisher
@@ -17,7 +18,8 @@ from mergetool.tensors.source import ModelSource
 if TYPE_CHECKING:
     import torch
 
-STATISTICS: Mapping[str, type[Statistic]] = {kind.name: kind for kind in (DiagonalFisher, InputGram, LossGradient)}
+_KINDS = (DiagonalFisher, InputActivation, InputGram, LossGradient)
+STATISTICS: Mapping[str, type[Statistic]] = {kind.name: kind for kind in _KINDS}
 """Every statistic by name."""
 _LIBRARY_BYTES = 200_000_000
 """transformers itself, measured."""
