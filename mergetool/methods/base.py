@@ -341,6 +341,10 @@ class TensorMethod(Method):
         """What else decides what a statistics pass finds, beside `pass_depends_on`."""
         return self.model_dump(exclude=set(self.schedulables()))
 
+    def alone(self) -> "TensorMethod":
+        """What merges without the steps that follow."""
+        return self
+
     def unmeasured(self) -> "TensorMethod":
         """What merges tensors of which there is no statistic."""
         return self

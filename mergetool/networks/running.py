@@ -56,6 +56,16 @@ class RunningNetwork:
                 found |= dict(self._parts(name, value))
         return found
 
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """Set tensors, by their names in the checkpoint. What the network does not have is passed over."""
+        with torch.no_grad():
+            for name, tensor in tensors_of(self.model).items():
+                if (stored := values.get(self.places.names.get(name, ""))) is not None:
+                    tensor.copy_(stored.view(tensor.shape))
+                for part in self.places.fragments.get(name, ()):
+                    if part.name in values:
+                        part.put(tensor, values[part.name].to(tensor.device))
+
     def _parts(self, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the checkpoint that a parameter is, or is made of where it holds whole ones."""
         if name in self.places.names:
@@ -73,7 +83,7 @@ def load_network(source: ModelSource, dtype: torch.dtype, device: torch.device, 
     """The network of a model's own class, its weights read from `source`. Raises SourceError."""
     assert source.folder is not None
     kind = class_of(read_config(source.folder), where)
-    tensors = {name: _read(source, name) for name in source.specs}
+    tensors = {name: read_tensor(source, name) for name in source.specs}
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     try:
         with BUILDING, quiet():
@@ -92,7 +102,8 @@ def load_network(source: ModelSource, dtype: torch.dtype, device: torch.device, 
     return RunningNetwork(model.eval().to(device), places_of(model, shapes), shapes, where)
 
 
-def _read(source: ModelSource, name: str) -> Tensor:
+def read_tensor(source: ModelSource, name: str) -> Tensor:
+    """One tensor, whole, in the dtype in which it is stored."""
     spec = source.specs[name]
     tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
     source.read_bytes(name, 0, bytes_of(tensor.reshape(-1)))

@@ -11,11 +11,12 @@ from types import MappingProxyType
 from typing import Any
 
 from mergetool.errors import PlanError, at
+from mergetool.layouts.same import Same
 from mergetool.planning.graph import BASE
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.data import Data, data_of
 from mergetool.recipe.schema import Compute, Recipe
-from mergetool.statistics.base import Extent, Statistic
+from mergetool.statistics.base import Extent, JointStatistic, Statistic
 from mergetool.statistics.measure import STATISTICS, Measuring
 from mergetool.statistics.store import SHARED, TURNED
 from mergetool.tensors.dtypes import BY_TORCH_NAME
@@ -126,6 +127,7 @@ def statistics_of(
     method = recipe.method.kernel()
     if method.statistic:
         wanted = dict.fromkeys(recipe.models, STATISTICS[method.statistic](**method.measuring()))
+        _check_layout(recipe, next(iter(wanted.values())))
     if step := recipe.measuring_step:
         wanted[BASE] = STATISTICS[step.statistic]()
     return {
@@ -134,6 +136,13 @@ def statistics_of(
         else _planned(recipe, model, statistic, sources, lookup)
         for model, statistic in wanted.items()
     }
+
+
+def _check_layout(recipe: Recipe, statistic: Statistic) -> None:
+    """Raise PlanError where layers of another network are made of what is measured on the models as they are."""
+    if isinstance(statistic, JointStatistic) and not isinstance(recipe.layout, Same):
+        what = f"{recipe.method.method_name()} runs the merged network, and `slices` make another one than the models"
+        raise PlanError(what, "slices", "write method: regmean, or remove `slices`")
 
 
 def _planned(

@@ -4,8 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from mergetool.errors import PlanError
 from mergetool.tensors.header import TensorSpec
 
 if TYPE_CHECKING:
@@ -65,6 +66,35 @@ class Statistic(ABC):
         self, network: "RunningNetwork", examples: "Sequence[Example]", names: Collection[str], seed: int, tell: Tell
     ) -> Found:
         """Measure it, for the weights of these names. Raises MergeError, which names the row, for what is no number."""
+
+
+class Merger(Protocol):
+    """Makes single tensors of the result, as the plan of a run says, while something is measured on what comes out."""
+
+    def merged(self, name: str, found: "Mapping[str, Tensor]") -> "Tensor | None":
+        """A whole tensor, by what was `found` of each model for it; None for one that the result does not have."""
+        ...
+
+
+class JointStatistic(Statistic):
+    """A measure of models together: what one's is depends on the others, and on how they are merged."""
+
+    @abstractmethod
+    def together(
+        self,
+        networks: "Mapping[str, RunningNetwork]",
+        examples: "Mapping[str, Sequence[Example]]",
+        merger: Merger,
+        seed: int,
+        tell: Tell,
+    ) -> Mapping[str, Found]:
+        """Measure it on all models, by their names; the networks may be changed. Raises MergeError."""
+
+    def measure(
+        self, network: "RunningNetwork", examples: "Sequence[Example]", names: Collection[str], seed: int, tell: Tell
+    ) -> Found:
+        what = f"{self.name} is a measure of several models and of how they are merged"
+        raise PlanError(what, network.where, "run a recipe whose method needs it")
 
 
 def tensor_of(batch: "Sequence[Example]", device: "torch.device") -> "dict[str, Tensor]":

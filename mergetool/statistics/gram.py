@@ -116,6 +116,10 @@ class InputSums:
         self._totals[name] = product.to(torch.float64) if known is None else known.add_(product)
         self._counts[name] = self._counts.get(name, 0) + len(rows)
 
+    def has(self, name: str) -> bool:
+        """Whether something has gone into a layer."""
+        return name in self._leaders
+
     def found(self, linears: "Mapping[str, nn.Module]", dtype: Any) -> Found:
         """Means; zeros for layers that nothing went into."""
         tensors, shared = {}, {}

@@ -94,6 +94,9 @@ class Followed(TensorMethod):
     def partners(self, name: str) -> tuple[str, ...]:
         return self.inner.partners(name)
 
+    def alone(self) -> TensorMethod:
+        return self.inner
+
     def unmeasured(self) -> TensorMethod:
         return Followed(inner=self.inner.unmeasured(), steps=self.steps)
 
