@@ -273,6 +273,9 @@ class TensorMethod(Method):
     """What to write where a pass is not to count over all tensors of the model together."""
     folds: ClassVar[bool] = False
     """Whether `merge` goes through the models once and in order: they are then read one by one, however many."""
+    recalls: ClassVar[bool] = False
+    """Whether what its pass keeps of a slice can be all that `merge` needs beside the base. The pass then goes through
+    the models once and in order."""
 
     pass_depends_on: ClassVar[tuple[str, ...] | None] = None
     """Numbers that decide what a statistics pass finds; None: all. A search counts anew only where one changed."""
