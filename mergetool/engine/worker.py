@@ -199,7 +199,7 @@ class Worker(Sweeping, Bench[Step]):
             new=self._scratch(shape),
             other=partial(self._other, step),
             store=self._store,
-            measured=Measured(self._plan, step, start, shape, self._read) if step.statistics else None,
+            measured=Measured(self._plan, step, start, shape, self._read) if step.is_measured else None,
             shelf=self._shelf(step),
             kept=None if self._kept is None else self._kept.setdefault((start, stop), {}),
             room=partial(self._stash.keep, shape, self._compute) if self._recalls(step) else None,

@@ -163,6 +163,8 @@ class Method(BaseModel):
     """Why it can merge nothing but adapters by themselves, where that is so."""
     statistic: ClassVar[str] = ""
     """The statistic of every model that it needs, if any (`mergetool.statistics`)."""
+    statistic_of_base: ClassVar[str] = ""
+    """The statistic of the base that steps after it need, if any."""
     varies: ClassVar[bool] = True
     """Whether its settings may differ from tensor to tensor (overrides)."""
 
@@ -341,6 +343,10 @@ class TensorMethod(Method):
     def settings_of_passes(self) -> dict[str, Any]:
         """What else decides what a statistics pass finds, beside `pass_depends_on`."""
         return self.model_dump(exclude=set(self.schedulables()))
+
+    def alone(self) -> "TensorMethod":
+        """What merges without the steps that follow."""
+        return self
 
     def unmeasured(self) -> "TensorMethod":
         """What merges tensors of which there is no statistic."""
