@@ -267,7 +267,6 @@ class TensorMethod(Method):
     """What one call must see whole: any slice of flat elements, whole rows, or the whole tensor."""
     buffers: ClassVar[int] = 3
     """Temporaries the size of a slice that `merge` or a pass uses; the memory plan counts them."""
-
     mixes: ClassVar[bool] = True
     """Whether values of several models meet."""
 
@@ -275,7 +274,8 @@ class TensorMethod(Method):
     """What to write where a pass is not to count over all tensors of the model together."""
     folds: ClassVar[bool] = False
     """Whether `merge` goes through the models once and in order: they are then read one by one, however many."""
-
+    recalls: ClassVar[bool] = False
+    """Whether what its pass, which goes through them once, keeps of a slice can be all that `merge` needs of models."""
     pass_depends_on: ClassVar[tuple[str, ...] | None] = None
     """Numbers that decide what a statistics pass finds; None: all. A search counts anew only where one changed."""
 

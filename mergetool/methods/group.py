@@ -84,7 +84,9 @@ class TensorGroup:
     """Of this tensor, where passes count over the whole model."""
     kept: "dict[object, Tensor] | None" = None
     """What was found on the way over this very slice and is dear to find again; None where passes and merges are done
-    by whoever is free. It must be small, and nobody may count on it."""
+    by whoever is free. It must be small, or lie in `room`, and nobody may count on it."""
+    room: "Callable[[], Tensor | None] | None" = None
+    """Room for one more slice in the compute dtype that may be kept, if there is any."""
 
     def measure(self, what: str, value: float) -> None:
         """Record a number about this tensor; it goes into the lock, and its mean into the summary of the run."""
