@@ -2,7 +2,7 @@
 
     python -m scripts.studies.data FOLDER [--tasks NAME ...] [--steps 300] [--samples 300] [--rows 16 64 256]
 
-Tasks are those of the study of mass. Base, classifiers and merges are made in FOLDER unless they are there, and
+Base, tasks and fine-tunes are those of the study of mass, made in FOLDER unless they are there; so are merges, and
 results.json with results.md made of it.
 """
 
@@ -20,8 +20,9 @@ import torch
 import mergetool
 from mergetool.search.interval import of_difference
 from scripts.demo.tasks import Task
-from scripts.studies.data.classifiers import MAX_LENGTH, prepare, right
-from scripts.studies.mass.experts import Training
+from scripts.studies.data.classifiers import prepare, right
+from scripts.studies.mass import experts
+from scripts.studies.mass.experts import MAX_LENGTH, Training
 from scripts.studies.mass.tasks import SETS
 from scripts.studies.spectral.__main__ import chosen
 
@@ -56,7 +57,7 @@ def recipe(folder: Path, tasks: list[Task], merge: dict[str, Any], rows: int) ->
         "merge": {**merge, "overrides": [{"match": "classifier.*", "use": tasks[0].name}]},
     }
     if merge["method"] in ("tsv-merge", "iso-c", "wudi", "ada-merging"):
-        made["base"] = str(folder / "base")
+        made["base"] = str(folder / "models" / "base")
     if rows:
         each = {"samples": rows, "length": MAX_LENGTH}
         made["calibration"] = {name: {"data": str(folder / f"{name}.jsonl"), **each} for name in models}
@@ -69,7 +70,7 @@ def scores(folder: Path, tasks: list[Task], name: str, merge: dict[str, Any], ro
     mergetool.run(recipe(folder, tasks, merge, rows), output=output, overwrite=True, cache=_cache(folder, rows))
     seconds = time.monotonic() - started
     print(f"{name}: {seconds:.0f} s", file=sys.stderr)
-    return {"seconds": seconds, "right": {task.name: right(folder, output, task, samples).tolist() for task in tasks}}
+    return {"seconds": seconds, "right": {task.name: right(folder, output, task, samples) for task in tasks}}
 
 
 def _cache(folder: Path, rows: int) -> Path | None:
@@ -101,11 +102,12 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 256], help="rows of each task to merge with")
     given = parser.parse_args()
     folder = given.folder.absolute()
-    tasks, names, path = chosen(folder, given.tasks), sorted(given.tasks), folder / "results.json"
-    prepare(folder, tasks, Training(given.steps), max(given.rows))
+    tasks, names, path = chosen(folder, given.tasks), given.tasks, folder / "results.json"
+    experts.prepare(folder, tasks, Training(given.steps))
+    prepare(folder, tasks, max(given.rows))
     known = json.loads(path.read_text()) if path.exists() else {}
     if "experts" not in known:
-        own = {task.name: right(folder, folder / "models" / task.name, task, given.samples).tolist() for task in tasks}
+        own = {task.name: right(folder, folder / "models" / task.name, task, given.samples) for task in tasks}
         known["experts"] = {"seconds": 0, "right": own}
     for name, merge, rows in cases(given.rows):
         if name not in known:
