@@ -8,7 +8,7 @@ from mergetool.engine.count import CountStage
 from mergetool.engine.logs import MemoryLog
 from mergetool.engine.partition import Partition
 from mergetool.engine.pool import WorkerPool
-from mergetool.engine.run import Progress
+from mergetool.engine.progress import Progress
 from mergetool.engine.schedule import Schedule
 from mergetool.engine.sinks import MemorySink
 from mergetool.engine.worker import Worker

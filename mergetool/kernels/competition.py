@@ -49,7 +49,7 @@ def _tanh_(x: Tensor) -> Tensor:
     """The hyperbolic tangent, in place; left out where it is each number itself, as of products of small changes."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and len(x):
         low, high = torch.aminmax(x)
-        if -_ITSELF < float(low) and float(high) < _ITSELF:
+        if float(low) > -_ITSELF and float(high) < _ITSELF:
             return x
     return x.tanh_()
 
