@@ -30,8 +30,8 @@ from mergetool.bundle.store import FactorStore
 from mergetool.bundle.task_vector import Difference, TaskVector
 from mergetool.errors import MergeError, PlanError
 from mergetool.tensors.dtypes import torch_dtype
-from mergetool.tensors.io import bytes_of, sha256_file
-from mergetool.tensors.source import SINGLE_NAME, ModelSource
+from mergetool.tensors.io import sha256_file
+from mergetool.tensors.source import SINGLE_NAME, ModelSource, read_whole
 from mergetool.tensors.writer import write_tensors
 
 _PARTS = ".merged"
@@ -123,7 +123,7 @@ class _WorkAround(Work):
         path = f"base/{SINGLE_NAME}"
         with TensorWriter(self.folder, path, list(source.specs.values())) as writer:
             for name in source.specs:
-                writer.put(name, self.experts.merged(name) if name in self.experts.shapes else _stored(source, name))
+                writer.put(name, self.experts.merged(name) if name in self.experts.shapes else read_whole(source, name))
         if source.folder is not None:
             copy_files(small_files(source.folder), self.folder / "base")
         return Base(kind="copy", path="base", files={SINGLE_NAME: sha256_file(self.folder / path)})
@@ -149,9 +149,3 @@ def check_own(names: Sequence[str], options: Options) -> None:
 def whole_of(base: ModelSource) -> ModelSource:
     """The base with what no expert shares."""
     return base.model if isinstance(base, PresentedSource) else base
-
-
-def _stored(source: ModelSource, name: str) -> Tensor:
-    stored = torch.empty(source.specs[name].shape, dtype=torch_dtype(source.specs[name].dtype))
-    source.read_bytes(name, 0, bytes_of(stored.reshape(-1)))
-    return stored
