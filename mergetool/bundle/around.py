@@ -95,6 +95,10 @@ class _Around(Experts):
         base = self._experts.read("base", name)
         return Difference(self._experts.change(model, name).dense() - (self.merged(name).to(base) - base))
 
+    def trained(self, model: str, name: str) -> Tensor:
+        """What an expert changed of the base's tensor."""
+        return self._experts.change(model, name).dense()
+
     def share(self, call: Callable[[str], T], items: Sequence[str], num_threads: int) -> Sequence[T]:
         return self._experts.share(call, items, num_threads)
 
@@ -115,6 +119,11 @@ class _Around(Experts):
 
 class _WorkAround(Work):
     """One build, whose base is the merged model."""
+
+    def _whole_change(self, task: str, name: str) -> Tensor | None:
+        """What training changed, and not what the expert differs by from the merged model."""
+        assert isinstance(self.experts, _Around)
+        return self.experts.trained(task, name) if name in self.experts.shapes else None
 
     def write_base(self) -> Base:
         """The merged model with what else the base holds, in one file, and the base's config and tokenizer."""
