@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scripts.studies.spectral.__main__ import chosen
 
 import mergetool
 from mergetool.search.interval import of_difference
@@ -24,7 +25,6 @@ from scripts.studies.data.classifiers import prepare, right
 from scripts.studies.mass import experts
 from scripts.studies.mass.experts import MAX_LENGTH, Training
 from scripts.studies.mass.tasks import SETS
-from scripts.studies.spectral.__main__ import chosen
 
 WITHOUT: dict[str, dict[str, Any]] = {
     "linear": {"method": "linear"},
