@@ -111,7 +111,7 @@ def test_many_threads_generate_what_one_generates(family, folders):
 
 def test_a_small_service_answers_all_its_clients(folders):
     model = mergetool.load_bundle(folders["bert"])
-    asked = [each for _ in range(3) for each in batches("bert")][:32]
+    asked = [each for _ in range(3) for each in batches("bert", 12)][:32]
     expected = [model(**inputs) for inputs in asked]
 
     class Service(BaseHTTPRequestHandler):
