@@ -200,7 +200,7 @@ def dequantise(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A quantised model that transformers opens.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="Where to write plain weights.")],
 ) -> None:
-    """Write a quantised model as plain weights, by the library that quantised it: where merges cannot read its codes."""
+    """Write a quantised model as plain weights, by the library that quantised it: for codes that no merge can read."""
     from mergetool.networks.dequantise import dequantise as write
 
     with waiting("dequantising"):
