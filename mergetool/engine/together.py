@@ -9,9 +9,10 @@ from torch import Tensor
 
 from mergetool.methods.base import TensorGroup
 from mergetool.networks.running import read_tensor
-from mergetool.planning.graph import Plan, Step
+from mergetool.planning.graph import BASE, Operand, Plan, Step
 from mergetool.planning.operations import Merge
 from mergetool.statistics.measure import Measuring
+from mergetool.statistics.store import content_of
 from mergetool.tensors.dtypes import BY_TORCH_NAME, torch_dtype
 
 
@@ -21,7 +22,8 @@ def joint_key(plan: Plan, asked: Mapping[str, Measuring], model: str) -> str:
     merges = (step for step in plan.steps if isinstance(step.operation, Merge))
     steps = [[step.name, step.operation.name, dict(step.operation.numbers), step.reads] for step in merges]
     copies = [[step.name, step.reads] for step in plan.steps if not isinstance(step.operation, Merge)]
-    facts = [each, steps, copies, model]
+    base = content_of(plan.sources[BASE]) if any(step.base for step in plan.steps) else []
+    facts = [each, steps, copies, base, model]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -38,10 +40,26 @@ class PlanMerger:
         step = self._steps.get(name)
         if step is None or not step.spec.dtype.is_float:
             return None
-        tensors = [read_tensor(self._plan.sources[o.source], o.tensor).to(self._dtype) for o in step.models]
+        tensors = [self._read(operand) for operand in step.models]
         if not isinstance(step.operation, Merge):
             return tensors[0]
         return self._merge(step, step.operation, tensors, found)
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors of the result; of those that are the same one, the first."""
+        return [step.slots[0].spec.name for step in self._plan.steps]
+
+    def task_vectors(self, name: str) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """A tensor of the base, and what every model changed of it; None for one that is not merged by a statistic."""
+        step = self._steps[name]
+        if step.base is None or not step.statistics:
+            return None
+        base = self._read(step.base)
+        return base, {operand.source: self._read(operand).sub_(base) for operand in step.models}
+
+    def _read(self, operand: Operand) -> Tensor:
+        return read_tensor(self._plan.sources[operand.source], operand.tensor).to(self._dtype)
 
     def _merge(self, step: Step, operation: Merge, tensors: list[Tensor], found: Mapping[str, Tensor]) -> Tensor:
         names = [operand.source for operand in step.models]

@@ -134,3 +134,20 @@ def _never_zero_(count: Tensor, weights: Sequence[float]) -> Tensor:
     if all(weight > 0 for weight in weights):
         return count.clamp_(min=min(weights) / 2)
     return count.masked_fill_(count == 0, 1.0)
+
+
+def keep_elected_(values: Sequence[Tensor], density: float) -> None:
+    """Keep of each value its largest entries, so many, and of those the ones that have the sign of the sum."""
+    for value in values:
+        keep_highest_(value, value.abs(), density)
+    sign = sum(value.double() for value in values[1:]) + values[0].double()
+    for value in values:
+        value.mul_(torch.sign(value) == torch.sign(sign))
+
+
+def keep_highest_(x: Tensor, scores: Tensor, density: float) -> None:
+    """Zero, in place, all entries but that share whose scores are highest; those equal to the last one stay, too."""
+    count = max(1, int(density * x.numel()))
+    if count < x.numel():
+        threshold = torch.kthvalue(scores.reshape(-1), x.numel() - count + 1).values
+        x.mul_(scores >= threshold)

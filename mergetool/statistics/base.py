@@ -57,6 +57,10 @@ class Statistic(ABC):
         """Whether the seed matters."""
         return False
 
+    def passes(self, rows: int) -> float:
+        """How often each of so many rows goes through a network."""
+        return 1.0
+
     @abstractmethod
     def form(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Extent:
         """What it will hold of a model with these tensors. Raises PlanError for one that it cannot be measured on."""
@@ -73,6 +77,15 @@ class Merger(Protocol):
 
     def merged(self, name: str, found: "Mapping[str, Tensor]") -> "Tensor | None":
         """A whole tensor, by what was `found` of each model for it; None for one that the result does not have."""
+        ...
+
+    @property
+    def names(self) -> Collection[str]:
+        """The tensors of the result; of those that are the same one, the first."""
+        ...
+
+    def task_vectors(self, name: str) -> "tuple[Tensor, Mapping[str, Tensor]] | None":
+        """A tensor of the base, and what every model changed of it; None for one that is not merged by a statistic."""
         ...
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergetool.statistics.activation import InputActivation
 from mergetool.statistics.base import Extent, JointStatistic, Statistic
+from mergetool.statistics.coefficients import Coefficients
 from mergetool.statistics.examples import Example
 from mergetool.statistics.fisher import DiagonalFisher
 from mergetool.statistics.gradient import LossGradient
@@ -21,7 +22,14 @@ if TYPE_CHECKING:
 
     from mergetool.networks.running import RunningNetwork
 
-_KINDS: tuple[type[Statistic], ...] = (DiagonalFisher, InputActivation, InputGram, LossGradient, PrefixGram)
+_KINDS: tuple[type[Statistic], ...] = (
+    Coefficients,
+    DiagonalFisher,
+    InputActivation,
+    InputGram,
+    LossGradient,
+    PrefixGram,
+)
 STATISTICS: Mapping[str, type[Statistic]] = {kind.name: kind for kind in _KINDS}
 """Every statistic by name."""
 _LIBRARY_BYTES = 200_000_000
@@ -69,7 +77,8 @@ class Measuring:
     @property
     def flops(self) -> float:
         """Multiply-adds."""
-        return self.statistic.cost * self.tokens * sum(spec.num_elements for spec in self.model.specs.values())
+        cost = self.statistic.cost * self.statistic.passes(len(self.examples))
+        return cost * self.tokens * sum(spec.num_elements for spec in self.model.specs.values())
 
     @property
     def _width(self) -> int:
