@@ -171,7 +171,8 @@ def _is_of_base(step: Step, added: Sequence[int] | None = None) -> bool:
 
 
 def _check(plan: Plan, step: Step, why: str | None) -> None:
-    fix = f"keep the base's: overrides: [{{match: {_with_its_like(step.name)!r}, use: base}}], or write kind: checkpoint"
+    like = _with_its_like(step.name)
+    fix = f"keep the base's: overrides: [{{match: {like!r}, use: base}}], or write kind: checkpoint"
     if why is not None:
         raise PlanError(f"an adapter cannot hold it: {why}", step.name, fix)
     known = plan.sources[BASE].specs.get(step.name)

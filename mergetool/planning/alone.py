@@ -140,7 +140,7 @@ def sites_of(adapters: Mapping[str, AdapterAlone]) -> dict[str, Site]:
     for adapter in adapters.values():
         for name in sorted(adapter.sites, key=adapter.position):
             site = adapter.sites[name]
-            if site.kind is SiteKind.WHOLE and name in sites:  # by itself in another adapter, it is part of a module here
+            if site.kind is SiteKind.WHOLE and name in sites:  # elsewhere by itself, it is part of a module here
                 sites[name] = site
             sites.setdefault(name, site)
     return hung_together(sites)

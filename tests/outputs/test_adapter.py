@@ -66,7 +66,8 @@ def answer(model):
     words = torch.randint(2, 60, (2, 7))
     images = {"pixel_values": torch.randn(2, 3, 32, 32)}
     seq2seq = {"input_ids": words, "decoder_input_ids": words}
-    inputs = {"vit": images, "siglip_vision_model": images, "t5": seq2seq}.get(model.config.model_type, {"input_ids": words})
+    kinds = {"vit": images, "siglip_vision_model": images, "t5": seq2seq}
+    inputs = kinds.get(model.config.model_type, {"input_ids": words})
     with torch.no_grad():
         made = model.eval()(**inputs)
     return made.logits if "logits" in made else made.pooler_output
