@@ -22,6 +22,7 @@ from mergetool.analysis.result import Analysis, plain
 from mergetool.engine.devices import one_thread
 from mergetool.engine.run import Progress, Silent
 from mergetool.errors import PlanError
+from mergetool.pages.cells import share
 from mergetool.recipe.schema import Recipe
 from mergetool.units import counted
 
@@ -146,7 +147,8 @@ def _summary(figures: Figures, advice: Sequence[Advice]) -> Iterator[str]:
         if cosines := _range(row["cosine"] for row in figures.whole.pairs()):
             yield f"cosine of task vectors {cosines}"
     if facts["conflict"] is not None and figures.models.reference != "mean":
-        yield f"opposite signs on {facts['conflict']:.0%} of the entries (chance: {facts['conflict_by_chance']:.0%})"
+        found, chance = (share(facts[key]) for key in ("conflict", "conflict_by_chance"))
+        yield f"opposite signs on {found} of the entries (chance: {chance})"
     if missing := sum(1 for _ in figures.models.missing()):
         yield f"{missing} tensors are not in all models in one shape, and are left out"
     if not any(each.weight == "problem" for each in advice):

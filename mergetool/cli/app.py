@@ -90,7 +90,8 @@ def run(
     manner.quiet |= is_follower()
     with ProgressBar(quiet=manner.quiet) as progress:
         asked = load_recipe(recipe, settings or ())
-        progress.say(f"{asked.method.method_name()} of {', '.join(asked.models)}")
+        names = (asked.method.method_name(), *(step.step_name() for step in asked.then))
+        progress.say(f"{', then '.join(names)} of {', '.join(asked.models)}")
         say_steps(asked)
         from mergetool.engine import Flags  # torch comes with it: not before the first word
         from mergetool.tuning.run import run_recipe

@@ -8,6 +8,7 @@ import typer
 from mergetool.cli.answers import print_answer
 from mergetool.cli.progress import ProgressBar
 from mergetool.cli.show import manner, say, table
+from mergetool.units import setting
 
 if TYPE_CHECKING:
     from mergetool.outputs.difference import Comparison
@@ -84,5 +85,5 @@ def _listed(names: Sequence[str], top: int) -> str:
 
 
 def _short(value: Any) -> str:
-    text = "-" if value is None else str(value)
+    text = "-" if value is None else setting(value)
     return text if len(text) <= _LONG else f"{text[:_LONG]}..."
