@@ -127,8 +127,8 @@ def _dtype(adviser: Adviser) -> Iterator[Advice]:
         "warning",
         (),
         "the mean of the models hardly survives bfloat16",
-        f"{share(survives)} of the entries that it changes are still changed once stored in bfloat16, and rounding adds "
-        f"an error of {error:.2f} times the change",
+        f"{share(survives)} of the entries that it changes are still changed once stored in bfloat16, and rounding "
+        f"adds an error of {error:.2f} times the change",
         {"survives_bfloat16": survives, "error_bfloat16": error},
         f"||bf16(w) - w|| / ||w - w_base|| > {_LOST}, w the mean of the models",
         "output: {dtype: float32}",

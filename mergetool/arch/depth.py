@@ -9,7 +9,6 @@ a torch `Sequential`) do not matter, and every tower of a network counts its own
 import re
 from collections.abc import Iterable, Sequence
 
-
 _EXPERT = re.compile(r"(experts)\.\d+(?=\.)")
 
 

@@ -8,6 +8,7 @@ import typer
 from mergetool.cli.answers import print_answer
 from mergetool.cli.progress import ProgressBar
 from mergetool.cli.show import manner, say, table
+from mergetool.pages.cells import short
 from mergetool.units import setting
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _titled(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]
 
 
 def _figure(value: Any) -> Any:
-    return f"{value:.3g}" if isinstance(value, float) else value
+    return short(value) if isinstance(value, float) else value
 
 
 def _listed(names: Sequence[str], top: int) -> str:
