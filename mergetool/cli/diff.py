@@ -7,7 +7,7 @@ import typer
 
 from mergetool.cli.answers import print_answer
 from mergetool.cli.progress import ProgressBar
-from mergetool.cli.show import manner, say, table
+from mergetool.cli.show import manner, plain, say, table
 from mergetool.pages.cells import short
 from mergetool.units import setting
 
@@ -58,7 +58,7 @@ def _show(comparison: "Comparison", top: int) -> None:
         _titled("By role", ("name", "tensors", "changed", *columns), comparison.roles)
     for title, names in (("Only in the first", comparison.only_a), ("Only in the second", comparison.only_b)):
         if names:
-            print(f"\n{title}\n{_listed(names, top)}")
+            print(plain(f"\n{title}\n{_listed(names, top)}"))
     if comparison.reshaped:
         print("\nOf two shapes")
         table(("tensor", "a", "b"), comparison.reshaped)
