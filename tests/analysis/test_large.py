@@ -55,7 +55,7 @@ def test_sums_are_of_all_entries_and_signs_of_a_part(analysis, states):
         assert told["norm"] == pytest.approx(float(change.norm()), rel=1e-5)
         assert told["share_changed"] == pytest.approx(float((change != 0).double().mean()), rel=1e-6)
         assert told["max"] == pytest.approx(float(change.abs().max()), rel=1e-5)
-    assert analysis.facts["cost"]["sampled"] == pytest.approx(1 / 8, abs=0.01)
+    assert analysis.facts["cost"]["sampled"] == pytest.approx(1 / 16, abs=0.01)
     conflict = float((changes[0] * changes[1] < 0).double().mean())
     assert row["conflict"] == pytest.approx(conflict, abs=0.02)
     assert analysis.rows("pairs")[0]["opposed"] == pytest.approx(conflict, abs=0.02)
