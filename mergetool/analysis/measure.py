@@ -36,9 +36,9 @@ SLICE = 1 << 16
 """Entries of every model that are looked at together: few enough for the processor's cache."""
 _PIECE = 1 << 22
 """Entries that one thread looks at in a row."""
-_ALL = 1 << 20
+_ALL = 1 << 18
 """Entries up to which a tensor is looked at closely everywhere; of larger ones, a `_PART` of a slice in `_ONE_IN`."""
-_ONE_IN = _PART = 4
+_ONE_IN, _PART = 2, 8
 _OF_CONVOLUTION = 4
 """Axes of a convolution over images; three axes may be experts."""
 DIRECTIONS = 16
