@@ -290,6 +290,15 @@ class TensorMethod(Method):
         """Whether the pass is over this tensor, too."""
         return True
 
+    @property
+    def counts_again(self) -> bool:
+        """Whether more is counted over each tensor alone, once what is counted over the whole model is known."""
+        return False
+
+    def pass_after(self, found: Stats) -> StatisticsPass | None:
+        """The first of those passes."""
+        return None
+
     def kernel(self) -> "TensorMethod":
         return self
 
