@@ -23,8 +23,7 @@ from scripts.demo.tasks import Task
 from scripts.studies.data.classifiers import prepare, right
 from scripts.studies.mass import experts
 from scripts.studies.mass.experts import MAX_LENGTH, Training
-from scripts.studies.mass.tasks import SETS
-from scripts.studies.spectral.__main__ import chosen
+from scripts.studies.mass.tasks import SETS, chosen
 
 WITHOUT: dict[str, dict[str, Any]] = {
     "linear": {"method": "linear"},
