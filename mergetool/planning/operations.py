@@ -322,7 +322,7 @@ class Merge(Operation):
 
     @property
     def counts_again(self) -> bool:  # type: ignore[override]
-        return self.method.counts_again
+        return self.method.pass_after({}) is not None
 
     def pass_after(self, found: Stats) -> StatisticsPass | None:
         return self.method.pass_after(found)

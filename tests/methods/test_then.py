@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mergetool
-from mergetool import PlanError, RecipeError, merge_state_dicts
+from mergetool import RecipeError, merge_state_dicts
 from mergetool.methods import registry
 from mergetool.methods.then import steps
 from mergetool.planning import make_plan

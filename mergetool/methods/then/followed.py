@@ -104,14 +104,15 @@ class Followed(TensorMethod):
         return self.inner.pass_scope()
 
     def counts(self, name: str, shape: tuple[int, ...]) -> bool:
-        return (self._counts and not self.counts_again) or self.inner.counts(name, shape)
+        return (self._counts and not self._counts_again) or self.inner.counts(name, shape)
 
     @property
-    def counts_again(self) -> bool:
+    def _counts_again(self) -> bool:
+        """Whether steps count over each tensor by itself once something is known of the whole model."""
         return self._counts and self.inner.pass_scope() == "model"
 
     def pass_after(self, found: Stats) -> StatisticsPass | None:
-        following = self.following(found, 0)
+        following = self.following(found, 0) if self._counts_again else found
         return None if isinstance(following, Mapping) else following
 
     @property
@@ -167,7 +168,8 @@ class Followed(TensorMethod):
             return first
         if first is not None:
             return _PassBefore(self, first, first.one_in, first.joined)
-        return None if self.counts_again else self.pass_after({})
+        following = {} if self._counts_again else self.following({}, 0)
+        return None if isinstance(following, Mapping) else following
 
     def following(self, known: Stats, place: int) -> StatisticsPass | Stats:
         """The pass of the next step that counts, from this place on; or what is known, where there is none."""
@@ -252,7 +254,7 @@ class _PassBefore(StatisticsPass):
     def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
         found = self.before.conclude(total)
         if isinstance(found, Mapping):
-            return found if self.method.counts_again else self.method.following(found, 0)
+            return found if self.method._counts_again else self.method.following(found, 0)
         return _PassBefore(self.method, found, found.one_in, found.joined)
 
 
