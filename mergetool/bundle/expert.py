@@ -6,7 +6,7 @@ An expert that was a classifier of transformers is one again: its own head, name
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mergetool.bundle.files import SPECTRA, spectrum_key, triplet_names, whole_name
+from mergetool.bundle.files import COMPARED, SPECTRA, spectrum_key, triplet_names, whole_name
 from mergetool.bundle.manifest import ClassHead, Manifest, Task, read_manifest
 from mergetool.bundle.masks import masked_change
 from mergetool.bundle.verify import base_folder, check_base, check_files
@@ -117,7 +117,7 @@ class ExpertSource(ModelSource):
         found = [read_whole(self._own, part) for part in parts if part in self._own.specs]
         b, a = nothing_added(self._base.specs[name].shape)
         u, s, vh = found if len(found) == len(parts) > 1 else (b, torch.zeros(0), a)
-        return tuple(found) if len(parts) == 1 else (u, s, vh, self._spectrum(name, s))
+        return tuple(found) if len(parts) == 1 else (u, s, vh, self._spectrum(name, s), *self._read(name))
 
     def _is_masked(self, name: str) -> bool:
         return name in self._parameters and self._parameters[name].policy == "mask"
@@ -127,6 +127,16 @@ class ExpertSource(ModelSource):
         key = spectrum_key(self._place, name)
         spectra = self._all_spectra
         return s if spectra is None or key not in spectra.specs else read_whole(spectra, key)
+
+    def _read(self, name: str) -> Iterator[Tensor]:
+        """What the bundle's router compares, where these are other directions than the expert keeps."""
+        parts = triplet_names(spectrum_key(self._place, name))
+        if (read := self._compared) is not None:
+            yield from (read_whole(read, part) for part in parts if part in read.specs)
+
+    @cached_property
+    def _compared(self) -> ModelSource | None:
+        return open_model(self._bundle / COMPARED) if (self._bundle / COMPARED).is_file() else None
 
     @cached_property
     def _own(self) -> ModelSource:
@@ -145,9 +155,9 @@ class ExpertSource(ModelSource):
             raise SourceError(what, str(self._factors), "make the bundle again") from None
 
     def close(self) -> None:
-        for opened in (self.__dict__.pop("_own", None), self.__dict__.pop("_all_spectra", None)):
-            if opened is not None:
-                opened.close()
+        for opened in ("_own", "_all_spectra", "_compared"):
+            if (source := self.__dict__.pop(opened, None)) is not None:
+                source.close()
         self._base.close()
         if self._head is not None:
             self._head.close()
