@@ -6,16 +6,16 @@ An expert that was a classifier of transformers is one again: its own head, name
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mergetool.bundle.files import SPECTRA, spectrum_key, triplet_names, whole_name
+from mergetool.bundle.files import COMPARED, SPECTRA, spectrum_key, triplet_names, whole_name
 from mergetool.bundle.manifest import ClassHead, Manifest, Task, read_manifest
 from mergetool.bundle.masks import masked_change
 from mergetool.bundle.verify import base_folder, check_base, check_files
@@ -23,9 +23,9 @@ from mergetool.checkpoints.view import RenamedModel
 from mergetool.errors import SourceError
 from mergetool.tensors.factors import Halves, Kept, nothing_added
 from mergetool.tensors.folder import open_model
-from mergetool.tensors.header import TensorSpec
+from mergetool.tensors.header import Header, TensorSpec
 from mergetool.tensors.io import bytes_of
-from mergetool.tensors.source import FileStamp, ModelSource, read_whole
+from mergetool.tensors.source import FileStamp, ModelSource, OpenFile, SafetensorsSource, read_header, read_whole
 
 
 class ExpertSource(ModelSource):
@@ -37,7 +37,6 @@ class ExpertSource(ModelSource):
         self._parameters = manifest.parameters
         self._place = manifest.names.index(task.name)
         self._bundle, self._factors, self._scale = folder, folder / task.factors, task.scale
-        self._spectra = folder / SPECTRA
         self._head = head = open_model(folder / task.head.file) if isinstance(task.head, ClassHead) else None
         self._names: Mapping[str, str] = {name: name for name in base.specs}
         self._last = threading.local()
@@ -117,7 +116,7 @@ class ExpertSource(ModelSource):
         found = [read_whole(self._own, part) for part in parts if part in self._own.specs]
         b, a = nothing_added(self._base.specs[name].shape)
         u, s, vh = found if len(found) == len(parts) > 1 else (b, torch.zeros(0), a)
-        return tuple(found) if len(parts) == 1 else (u, s, vh, self._spectrum(name, s))
+        return tuple(found) if len(parts) == 1 else (u, s, vh, self._spectrum(name, s), *self._read(name))
 
     def _is_masked(self, name: str) -> bool:
         return name in self._parameters and self._parameters[name].policy == "mask"
@@ -128,6 +127,16 @@ class ExpertSource(ModelSource):
         spectra = self._all_spectra
         return s if spectra is None or key not in spectra.specs else read_whole(spectra, key)
 
+    def _read(self, name: str) -> Iterator[Tensor]:
+        """What the bundle's router compares, where these are other directions than the expert keeps."""
+        parts = triplet_names(spectrum_key(self._place, name))
+        if (read := self._compared) is not None:
+            yield from (read_whole(read, part) for part in parts if part in read.specs)
+
+    @cached_property
+    def _compared(self) -> ModelSource | None:
+        return _of_all_experts(self._bundle / COMPARED)
+
     @cached_property
     def _own(self) -> ModelSource:
         """The file of factors."""
@@ -135,7 +144,7 @@ class ExpertSource(ModelSource):
 
     @cached_property
     def _all_spectra(self) -> ModelSource | None:
-        return open_model(self._spectra) if self._spectra.is_file() else None
+        return _of_all_experts(self._bundle / SPECTRA)
 
     def _masked(self, name: str) -> Tensor:
         try:
@@ -145,12 +154,26 @@ class ExpertSource(ModelSource):
             raise SourceError(what, str(self._factors), "make the bundle again") from None
 
     def close(self) -> None:
-        for opened in (self.__dict__.pop("_own", None), self.__dict__.pop("_all_spectra", None)):
-            if opened is not None:
-                opened.close()
+        for opened in ("_own", "_all_spectra", "_compared"):
+            if (source := self.__dict__.pop(opened, None)) is not None:
+                source.close()
         self._base.close()
         if self._head is not None:
             self._head.close()
+
+
+def _of_all_experts(path: Path) -> ModelSource | None:
+    """A file with something of every expert, if it is there."""
+    if not path.is_file():
+        return None
+    stamp = FileStamp.of(path)
+    return SafetensorsSource([path], None, elsewhere={path: OpenFile(stamp, _header(stamp))})
+
+
+@lru_cache(maxsize=4)
+def _header(stamp: FileStamp) -> Header:
+    """It names tensors of all experts, and each of these asks for it."""
+    return read_header(stamp.path)
 
 
 def open_expert(folder: Path, task: str) -> ExpertSource:

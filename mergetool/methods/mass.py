@@ -64,7 +64,7 @@ class RouterSettings(NearestRouter):
 
     @model_validator(mode="after")
     def _is_of_its_kind(self) -> "RouterSettings":
-        common = ("features", "norm", "mode", "threshold", "redundancy", "unknown", "early")
+        common = ("features", "norm", "mode", "threshold", "redundancy", "unknown", "early", "rank")
         idle = ("per",) if self.kind == "mass" else common
         fields = type(self).model_fields
         written = [field for field in idle if getattr(self, field) != fields[field].default]

@@ -42,6 +42,11 @@ class NearestRouter(BaseModel):
         1.0,
         description="with more of it an input is unknown: 0 is the doubt about usual inputs, 1 that about strange ones",
     )
+    rank: Annotated[int, Field(strict=True, ge=1)] | None = Field(
+        None,
+        description="directions of every expert that inputs are compared with, in a file of their own (default: those "
+        "that are kept, which get few where many experts share the space; about a quarter of the features is best)",
+    )
     early: Annotated[int, Field(strict=True, ge=1)] | None = Field(
         None,
         description="read so many first tokens of a text alone, and the whole only where they leave a doubt (faster)",
