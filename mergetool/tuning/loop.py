@@ -19,6 +19,7 @@ from mergetool.search.estimate import Estimate
 from mergetool.search.pareto import front
 from mergetool.search.space import Point, SearchSpace, Value
 from mergetool.tuning.calibration import Extract, Prepared
+from mergetool.tuning.responses import Rows
 from mergetool.tuning.scorer import REPORT, Scorer, Subject
 from mergetool.tuning.splits import Splits
 
@@ -59,10 +60,17 @@ class Loop:
     """One search. Deterministic in the recipe, the seed and the answers."""
 
     def __init__(
-        self, method: Merge3, space: SearchSpace, scorer: Scorer, splits: Splits, seed: int, say: Callable[[str], None]
+        self,
+        method: Merge3,
+        space: SearchSpace,
+        scorer: Scorer,
+        splits: Splits,
+        seed: int,
+        say: Callable[[str], None],
+        others: Rows | None = None,
     ) -> None:
         self._method, self._space, self._scorer, self._splits, self._seed = method, space, scorer, splits, seed
-        self._say = say
+        self._say, self._others = say, others
         self.weights = np.array([task.weight for task in method.tasks]) / sum(task.weight for task in method.tasks)
         self.several = method.search.algorithm == "nsga2" and len(method.tasks) > 1
         self.history = History()
@@ -91,7 +99,7 @@ class Loop:
         return self.history
 
     def _extract(self, models: Sequence[str], base: str | None) -> None:
-        extract = Extract(self._method.estimator, self._space, self._scorer, self._splits, self._seed)
+        extract = Extract(self._method.estimator, self._space, self._scorer, self._splits, self._seed, self._others)
         self.history.prepared = extract.run(models, base)
         for task, prepared in self.history.prepared.items():
             asked, used = self._method.estimator.kind, prepared.estimator.kind
