@@ -64,8 +64,9 @@ class AlignmentSettings:
     equals): one as asked, hard moves alone from the identity (MergeMany, so that the result is never below it), block
     mode from the identity, one as asked but with the paper's step, and block mode from the barycentre with one anchor
     after the other. `releases`: how often, with three models or more, two of them are put back to the barycentre and
-    matched anew to the others. `tolerance`: stop when the gap is below this share of the objective. `step`: the best of all lengths, or what a
-    bounded numerical search finds (the paper's): it never reaches 0 or 1, so that a share of every order tried stays.
+    matched anew to the others. `tolerance`: stop when the gap is below this share of the objective. `step`: the best of
+    all lengths, or what a bounded numerical search finds (the paper's): never 0 or 1, so that a share of every order
+    tried stays.
     """
 
     mode: Literal["joint", "block"] = "joint"

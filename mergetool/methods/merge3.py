@@ -52,8 +52,10 @@ class SearchOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    algorithm: Literal["cma-es", "ga", "nsga2", "random", "sobol"] = Field(
-        "cma-es", description="who proposes candidates; nsga2 treats every task as an objective of its own"
+    algorithm: Literal["cma-es", "ga", "nsga2", "tpe", "random", "sobol", "grid", "greedy", "cocktail"] = Field(
+        "cma-es",
+        description="who proposes candidates; nsga2 treats every task as an objective of its own; grid, greedy (soup) "
+        "and cocktail end by themselves, whatever `generations` says",
     )
     population: Count = Field(16, description="candidates of one generation")
     generations: Count = Field(10, description="generations, the first included")
@@ -63,6 +65,11 @@ class SearchOptions(BaseModel):
         0.5, description="share of each task's items that takes no part in the search and serves the final report"
     )
     batch_size: Count = Field(32, description="sequences that the model runs at once")
+
+    @property
+    def generations_matter(self) -> bool:
+        """Whether the search goes on as long as it is told to."""
+        return self.algorithm not in ("grid", "greedy", "cocktail")
 
 
 class EstimatorOptions(BaseModel):
@@ -145,6 +152,14 @@ class Merge3(SearchMethod):
     search: SearchOptions = Field(SearchOptions(), description="how candidates are found")
     estimator: EstimatorOptions = Field(EstimatorOptions(), description="how few items tell a candidate's score")
     needs_base: ClassVar = "optional"
+
+    @model_validator(mode="after")
+    def _grids_have_steps(self) -> "Merge3":
+        endless = [place for place, span in self.inner.ranges().items() if span.search and span.step is None]
+        if self.search.algorithm == "grid" and endless:
+            place = ".".join(map(str, endless[0]))
+            raise ValueError(f"inner.{place} has any number of values: with `algorithm: grid` give it a `step`")
+        return self
 
     def files(self) -> Mapping[str, str]:
         path = self.estimator.responses

@@ -8,6 +8,7 @@ report         the winner, the models and the start of the search answer items t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,13 +87,17 @@ class Loop:
             seeds=self._seeds(),
             seed=self._seed,
             snap=self._space.snap,
+            counts=self._space.counts if search.algorithm == "grid" else (),
         )
-        for generation in range(search.generations):
+        for generation in range(search.generations) if search.generations_matter else count():
             points = engine.ask()
+            if not points:
+                break
             trials = self._try(generation, [self._space.values(point) for point in points])
             engine.tell(points, self._scores(trials))
             best = max(self.history.trials, key=lambda trial: trial.fitness)
-            self._say(f"generation {generation + 1} of {search.generations}: best estimate {best.fitness:.4f}")
+            last = f" of {search.generations}" if search.generations_matter else ""
+            self._say(f"generation {generation + 1}{last}: best estimate {best.fitness:.4f}")
         self._rerank()
         if self.history.winner is not None:
             self._report(self.history.winner, [*([base] if base else []), *models])

@@ -75,7 +75,7 @@ def search(
     try:
         scorer = Scorer(candidates, tasks, journal, team=team, cache=cache, count=progress.advance)
         space = method.space(tuple(recipe.models))
-        size = SearchSize.of(method, len(recipe.models) + (recipe.base is not None))
+        size = SearchSize.of(method, tuple(sources))
         progress.start(size.items(splits.num_search, splits.num_report), "searching", "items")
         others = _others(recipe, folder, scorer, splits, flags, team)
         loop = Loop(method, space, scorer, splits, recipe.compute.seed, progress.say, others)

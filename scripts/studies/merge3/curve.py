@@ -48,12 +48,12 @@ WAYS = {
     "all items": FULL,
     "100 of each task": Asked(100, 5, stratified=True),
     "50": Asked(50, 5, stratified=True),
-    "50, `gmp-irt` by 64 other models": Asked(50, 5, stratified=True, others=64),
     "20": Asked(20, 5, stratified=True),
-    "20, `gmp-irt` by 64 other models": Asked(20, 5, stratified=True, others=64),
     "15, any, two re-ranked": Asked(15, 2, stratified=False),
     "all items, Sobol": Asked(0, 0, stratified=False, algorithm="sobol"),
     "all items, ga": Asked(0, 0, stratified=False, algorithm="ga"),
+    "all items, tpe": Asked(0, 0, stratified=False, algorithm="tpe"),
+    "20, `gmp-irt` by 32 other models": Asked(20, 5, stratified=True, others=32),
 }
 PARENTS = 3
 
