@@ -21,7 +21,8 @@ from mergetool.checkpoints.other_rows import OtherRows, Rows
 from mergetool.checkpoints.vocabulary import tokens_of
 from mergetool.checkpoints.vocabulary_axes import axes_of
 from mergetool.engine.processes import Team
-from mergetool.engine.run import Flags, Progress, run_inner
+from mergetool.engine.progress import Progress
+from mergetool.engine.run import Flags, run_inner
 from mergetool.errors import PlanError
 from mergetool.outputs.settings_beside import settings_beside
 from mergetool.planning import Plan, make_plan

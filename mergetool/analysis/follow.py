@@ -9,7 +9,8 @@ from statistics import fmean
 
 from mergetool.analysis.advice import Advice
 from mergetool.analysis.descent import SCALES, DescentStudy, Row, Rows, path_rows
-from mergetool.engine.run import Flags, Progress, run_recipe
+from mergetool.engine.progress import Progress
+from mergetool.engine.run import Flags, run_recipe
 from mergetool.errors import PlanError
 from mergetool.planning.graph import BASE
 from mergetool.recipe.schema import Recipe

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from mergetool.analysis.beside import Beside, OtherNumbers
 from mergetool.arch.matrices import is_matrix
-from mergetool.engine.run import Progress
+from mergetool.engine.progress import Progress
 from mergetool.kernels.differences import ratio
 from mergetool.kernels.sketch import Spectrum, shared, spectrum
 from mergetool.kernels.spectral import Factors, Interference, concatenated, interference

@@ -20,7 +20,7 @@ from mergetool.analysis.numbers import coefficients_of, words_about_numbers
 from mergetool.analysis.problems import problems
 from mergetool.analysis.result import Analysis, plain
 from mergetool.engine.devices import one_thread
-from mergetool.engine.run import Progress, Silent
+from mergetool.engine.progress import Progress, Silent
 from mergetool.errors import PlanError
 from mergetool.recipe.schema import Recipe
 from mergetool.units import counted

@@ -24,7 +24,8 @@ from mergetool.engine.opposites import Matched, matched
 from mergetool.engine.partition import Partition
 from mergetool.engine.pool import WorkerPool
 from mergetool.engine.processes import Team
-from mergetool.engine.run import Flags, Progress, Silent, run_inner, run_recipe
+from mergetool.engine.progress import Progress, Silent
+from mergetool.engine.run import Flags, run_inner, run_recipe
 from mergetool.engine.schedule import Schedule
 from mergetool.engine.sinks import MemorySink, Sink
 from mergetool.engine.stages import run_stages

@@ -11,6 +11,7 @@ from mergetool.engine.logs import Log
 from mergetool.engine.partition import Partition
 from mergetool.engine.pool import WorkerPool
 from mergetool.engine.processes import Team
+from mergetool.engine.progress import Teller
 from mergetool.engine.schedule import Job, Schedule
 from mergetool.methods.base import Stats
 from mergetool.outputs.record import Record
@@ -21,14 +22,6 @@ from mergetool.tensors.source import ModelSource
 if TYPE_CHECKING:
     from mergetool.alignment.models import Fitted, Models
     from mergetool.engine.sinks import Sink
-
-
-class Teller(Protocol):
-    """The part of a progress display that stages talk to."""
-
-    def start(self, total: int, label: str, unit: str = "B") -> None: ...
-    def advance(self, count: int) -> None: ...
-    def say(self, text: str) -> None: ...
 
 
 class Merging(Protocol):

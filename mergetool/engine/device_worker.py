@@ -134,7 +134,9 @@ class DeviceWorker(Worker):
         """What is larger than a buffer is kept as long as the slice is worked on."""
         return cache(super()._scratch(shape))
 
-    def _read(self, operand: Operand, start: int, shape: tuple[int, ...], place: object) -> Tensor:
+    def _read(
+        self, operand: Operand, start: int, shape: tuple[int, ...], place: object, *, keep: bool = True
+    ) -> Tensor:
         values = self._buffer(place, shape, self._compute)
         source = self._plan.sources[operand.source]
         dtype = torch_dtype(source.specs[operand.tensor].dtype)

@@ -11,7 +11,8 @@ from typing import Any
 
 from mergetool.bundle.manifest import AROUND, MASKED, Head, Manifest, Task, read_manifest
 from mergetool.bundle.verify import base_folder, check_base, check_files
-from mergetool.engine.run import Flags, Progress, Silent, run_recipe
+from mergetool.engine.progress import Progress, Silent
+from mergetool.engine.run import Flags, run_recipe
 from mergetool.errors import PlanError, RecipeError
 from mergetool.outputs.push import read_lock
 from mergetool.outputs.result import Result

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from mergetool.engine.context import Teller
 from mergetool.engine.processes import Team
+from mergetool.engine.progress import Teller
 from mergetool.errors import at
 from mergetool.outputs.parts import keep_parts, remove_part
 from mergetool.outputs.push import read_lock

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from mergetool.engine.context import Context
 from mergetool.errors import PlanError, RecipeError, at
 from mergetool.planning.graph import Stage
-from mergetool.planning.measures import StatisticSource, measuring
+from mergetool.planning.measures import StatisticSource, key_of_statistic, measuring
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.data import Data
 from mergetool.recipe.schema import Compute
-from mergetool.statistics.base import Statistic
-from mergetool.statistics.measure import STATISTICS, Measuring, measured
+from mergetool.statistics.base import Found, JointStatistic, Statistic
+from mergetool.statistics.measure import STATISTICS, Measuring, measured, opened
 from mergetool.statistics.store import StatisticStore
 from mergetool.tensors.source import SafetensorsSource
 
@@ -47,29 +47,69 @@ class MeasureStage:
 
     def _measure(self, wanted: dict[str, StatisticSource]) -> dict[str, Path]:
         store, paths = StatisticStore(self._run.cache), {}
-        for key, source in wanted.items():
-            assert source.asked is not None
-            paths[key] = self._one(source.asked, store)
-        return paths
+        asked = {key: source.asked for key, source in wanted.items() if source.asked is not None}
+        together = {key: each for key, each in asked.items() if each.is_joint}
+        for key, each in asked.items():
+            _check_words(each)
+            if key not in together:
+                paths[key] = self._one(each, store)
+        return paths | (self._together(together, store) if together else {})
 
     def _one(self, asked: Measuring, store: StatisticStore) -> Path:
         """Where the statistic of one model lies."""
         import torch
 
-        run, name = self._run, asked.statistic.name
-        if asked.guessed:
-            fix = "write tokenizer: MODEL in `calibration`, of a model that has one"
-            raise PlanError("has no tokenizer to read the rows with", asked.where, fix)
-        key = asked.key()
+        run, name, key = self._run, asked.statistic.name, asked.key()
         known = store.has(key)
         if not known:
             run.teller.start(len(asked.examples), f"measuring {name} of {asked.where}", "rows")
         with at(f"measuring {name}"):
             path = measured(asked, store, key, torch.device(run.pool.device), run.teller.advance)
+        self._told(asked, key, known=known)
+        return path
+
+    def _together(self, asked: dict[str, Measuring], store: StatisticStore) -> dict[str, Path]:
+        """Where a statistic lies that all models have together."""
+        from mergetool.engine.together import joint_key
+
+        keys = {name: joint_key(self._run.plan, asked, name) for name in asked}
+        known = all(store.has(key) for key in keys.values())
+        if not known:
+            for name, found in self._found_together(asked).items():
+                store.keep(keys[name], found, sorted(asked[name].form.turned))
+        for name, each in asked.items():
+            self._told(each, keys[name], known=known)
+        return {name: store.path(key) for name, key in keys.items()}
+
+    def _found_together(self, asked: dict[str, Measuring]) -> Mapping[str, Found]:
+        import torch
+
+        from mergetool.engine.together import PlanMerger
+
+        run, first = self._run, next(iter(asked.values()))
+        assert isinstance(first.statistic, JointStatistic)
+        models = {key_of_statistic(model): model for model in run.plan.recipe.models}
+        rows = sum(len(each.examples) for each in asked.values())
+        run.teller.start(rows, f"measuring {first.statistic.name} of all models", "rows")
+        with at(f"measuring {first.statistic.name}"):
+            networks = {models[key]: opened(each, torch.device(run.pool.device)) for key, each in asked.items()}
+            examples = {models[key]: each.examples for key, each in asked.items()}
+            merger = PlanMerger(run.plan)
+            found = first.statistic.together(networks, examples, merger, first.seed, run.teller.advance)
+        return {key: found[models[key]] for key in asked}
+
+    def _told(self, asked: Measuring, key: str, *, known: bool) -> None:
+        run, name = self._run, asked.statistic.name
         how = "kept from before" if known else f"measured on {len(asked.examples)} rows"
         run.teller.say(f"{name} of {asked.where}: {how}")
         run.record.statistics[asked.where] = asked.describe() | {"key": key}
-        return path
+
+
+def _check_words(asked: Measuring) -> None:
+    """Raise PlanError where nothing can read the rows."""
+    if asked.guessed:
+        fix = "write tokenizer: MODEL in `calibration`, of a model that has one"
+        raise PlanError("has no tokenizer to read the rows with", asked.where, fix)
 
 
 def measure_one(

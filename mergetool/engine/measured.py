@@ -29,6 +29,12 @@ class Measured:
             return self._read(operand, self._start, self._shape, "statistic")
         return self._read(operand, 0, spec.shape, "statistic")
 
+    def of_base(self) -> Tensor | None:
+        operand = self._step.statistic_of_base
+        if operand is None:
+            return None
+        return self._read(operand, 0, self._plan.spec(operand).shape, "statistic of the base")
+
     def size(self, place: int) -> float:
         return self._source(place).size
 

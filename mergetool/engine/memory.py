@@ -9,6 +9,7 @@ from mergetool.engine.context import Context
 from mergetool.engine.logs import Log, MemoryLog
 from mergetool.engine.partition import Partition
 from mergetool.engine.pool import WorkerPool
+from mergetool.engine.progress import Silent
 from mergetool.engine.schedule import Schedule
 from mergetool.engine.sinks import MemorySink, Sink
 from mergetool.engine.stages import run_stages
@@ -19,19 +20,6 @@ from mergetool.recipe.schema import Recipe
 from mergetool.tensors.source import MemorySource
 
 NONE: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
-
-
-class _Silent:
-    """Nobody to tell."""
-
-    def start(self, total: int, label: str, unit: str = "B") -> None:
-        pass
-
-    def advance(self, count: int) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
 
 
 def merge_in_memory(
@@ -64,7 +52,7 @@ def merge_into(plan: Plan, sink: Sink, device: str = "cpu", log: Log | None = No
 
 def here(plan: Plan, sink: Sink, pool: WorkerPool, log: Log | None = None) -> Context:
     """What stages need to run in the thread that asks, with nobody beside it."""
-    return Context(plan, sink, log or MemoryLog(), Schedule(), pool, Partition(), _Silent())
+    return Context(plan, sink, log or MemoryLog(), Schedule(), pool, Partition(), Silent())
 
 
 def _check_result(recipe: Recipe) -> None:

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from mergetool.engine.choice import settled
 from mergetool.engine.context import Context
@@ -20,6 +19,7 @@ from mergetool.engine.inner import known_digests, make_inner, with_inner_results
 from mergetool.engine.partition import partition
 from mergetool.engine.pool import WorkerPool
 from mergetool.engine.processes import Team, joined
+from mergetool.engine.progress import Progress, Silent
 from mergetool.engine.schedule import Schedule
 from mergetool.engine.stages import run_stages
 from mergetool.engine.sync import SyncLoop
@@ -38,31 +38,6 @@ from mergetool.planning.inner import inside
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.writer import SlotWriter
-
-
-class Progress(Protocol):
-    """What a run tells while it works. Calls come from several threads, one at a time."""
-
-    def start(self, total: int, label: str, unit: str = "B") -> None: ...
-    def advance(self, count: int) -> None: ...
-    def say(self, text: str) -> None: ...
-    def stop(self) -> None: ...
-
-
-class Silent:
-    """No progress at all."""
-
-    def start(self, total: int, label: str, unit: str = "B") -> None:
-        pass
-
-    def advance(self, count: int) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -161,8 +136,8 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
     plan = make_plan(recipe, output, lookup=lookup, whole=True)
     if plan.output is None:
         raise OutputError("nowhere to write to", recipe.name, "add output: {path: FOLDER} or give -o FOLDER")
-    methods = [each.recipe.method for each in (plan, *inside(plan).values())]
-    if flags.cache is not None and not any(each.uses_factors or each.statistic for each in methods):
+    recipes = [each.recipe for each in (plan, *inside(plan).values())]
+    if flags.cache is not None and not any(each.method.uses_factors or each.measures for each in recipes):
         what = f"{recipe.method.method_name()} computes no factors and no statistics, so this would have no effect"
         raise PlanError(what, "--cache", "leave it out")
     costs = _settled(plan, flags, team)

@@ -3,6 +3,7 @@
 Reading from the system's cache costs more than a copy: pages are looked for and locked one by one.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -40,26 +41,34 @@ class Stash:
         finally:
             self._kept = None
 
-    def read(self, operand: Operand, start: int, count: int) -> Tensor:
+    def read(self, operand: Operand, start: int, count: int, *, keep: bool = True) -> Tensor:
         """So many elements of an operand, at most those of a slice. They are there until the next call."""
         key = (operand.source, operand.tensor, start, count)
         if self._kept is not None and key in self._kept:
             return self._kept[key]
         source = self._sources[operand.source]
         dtype = torch_dtype(source.specs[operand.tensor].dtype)
-        values = self._place(key, dtype, count)
+        values = self._place(key, dtype, count, keep=keep)
         source.read_bytes(operand.tensor, start * dtype.itemsize, bytes_of(values))
         return values
 
-    def _place(self, key: tuple[str, str, int, int], dtype: torch.dtype, count: int) -> Tensor:
+    def keep(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Room for elements that stay as long as what is kept, if there is any."""
+        size = math.prod(shape) * dtype.itemsize
+        if self._kept is None or self._used + size > KEPT_BYTES:
+            return None
+        if self._heap is None:
+            self._heap = torch.empty(KEPT_BYTES, dtype=torch.uint8)
+        values = self._heap[self._used : self._used + size].view(dtype).view(shape)
+        self._used += -(-size // _ALIGNED) * _ALIGNED
+        return values
+
+    def _place(self, key: tuple[str, str, int, int], dtype: torch.dtype, count: int, *, keep: bool) -> Tensor:
         """Where to read to: the stash, where something may be kept and there is room, else what all share."""
-        size = count * dtype.itemsize
-        if self._kept is not None and self._used + size <= KEPT_BYTES:
-            if self._heap is None:
-                self._heap = torch.empty(KEPT_BYTES, dtype=torch.uint8)
-            values = self._kept[key] = self._heap[self._used : self._used + size].view(dtype)
-            self._used += -(-size // _ALIGNED) * _ALIGNED
+        values = self.keep((count,), dtype) if keep else None
+        if values is not None and self._kept is not None:
+            self._kept[key] = values
             return values
         if (dtype, count) not in self._views:
-            self._views[dtype, count] = self._room[:size].view(dtype)
+            self._views[dtype, count] = self._room[: count * dtype.itemsize].view(dtype)
         return self._views[dtype, count]

@@ -143,7 +143,7 @@ def drawn_tensors(plan: Plan) -> set[str]:
         for step in plan.steps
         if inner
         or draws(step.operation.method)
-        or step.statistics
+        or step.is_measured
         or any(operand.source == GATES for operand in step.operands)
     )
     return {slot.spec.name for step in steps for slot in step.slots}

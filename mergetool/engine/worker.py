@@ -121,7 +121,8 @@ class Worker(Sweeping, Bench[Step]):
         group.notes = notes
         with at(f"{operation.name}: {step.name}"), told_of_overflow():
             merged = operation.method.merge(group, operation.params, stats)
-        assert merged.shape == group.models[0].shape, f"{step.name}: a method must not change shapes"
+        like = group.models[0] if group.base is None else group.base
+        assert merged.shape == like.shape, f"{step.name}: a method must not change shapes"
         return merged
 
     def pair(self, step: Step, notes: list[Note], operation: Decompose, stats: Stats) -> None:
@@ -198,19 +199,27 @@ class Worker(Sweeping, Bench[Step]):
             new=self._scratch(shape),
             other=partial(self._other, step),
             store=self._store,
-            measured=Measured(self._plan, step, start, shape, self._read) if step.statistics else None,
+            measured=Measured(self._plan, step, start, shape, self._read) if step.is_measured else None,
             shelf=self._shelf(step),
             kept=None if self._kept is None else self._kept.setdefault((start, stop), {}),
+            room=partial(self._stash.keep, shape, self._compute) if self._recalls(step) else None,
         )
 
     def _models(self, step: Step, start: int, shape: tuple[int, ...], owner: str) -> list[Tensor]:
+        recalls = self._recalls(step)
+
         def read(place: int, room: int) -> Tensor:
-            return self._read(step.models[place], start, shape, (owner, room))
+            return self._read(step.models[place], start, shape, (owner, room), keep=not recalls)
 
         count = len(step.models)
+        if recalls:
+            return cast("list[Tensor]", OneByOne(lambda place: read(place, place), range(count)))
         if self._one_by_one and step.operation.folds and count > 2:
             return cast("list[Tensor]", OneByOne(lambda place: read(place, min(place, 1)), range(count)))
         return [read(place, place) for place in range(count)]
+
+    def _recalls(self, step: Step) -> bool:
+        return self._one_by_one and self._kept is not None and step.operation.recalls
 
     def _shelf(self, step: Step) -> Shelf | None:
         """Where what a count makes of a whole tensor waits for its merge."""
@@ -245,7 +254,9 @@ class Worker(Sweeping, Bench[Step]):
             view = self._views[place, dtype, shape] = self._buffers[place, dtype][:length].view(shape)
         return view
 
-    def _read(self, operand: Operand, start: int, shape: tuple[int, ...], place: object) -> Tensor:
+    def _read(
+        self, operand: Operand, start: int, shape: tuple[int, ...], place: object, *, keep: bool = True
+    ) -> Tensor:
         """Elements from `start` on of an operand, in this shape and compute dtype, in this place's buffer."""
         name, length = operand.tensor, math.prod(shape)
         values = self._buffer(place, shape, self._compute)
@@ -257,7 +268,7 @@ class Worker(Sweeping, Bench[Step]):
             return values
         for begin in range(0, length, SLICE_ELEMENTS):
             count = min(SLICE_ELEMENTS, length - begin)
-            part = self._stash.read(operand, start + begin, count)
+            part = self._stash.read(operand, start + begin, count, keep=keep)
             if count == length:
                 values.copy_(part if values.dim() == 1 else part.view(shape))
             else:

@@ -134,3 +134,14 @@ def _never_zero_(count: Tensor, weights: Sequence[float]) -> Tensor:
     if all(weight > 0 for weight in weights):
         return count.clamp_(min=min(weights) / 2)
     return count.masked_fill_(count == 0, 1.0)
+
+
+def keep_elected_(values: Sequence[Tensor], density: float) -> None:
+    """Keep of each value its largest entries, so many, and of those the ones that have the sign of the sum."""
+    for value in values:
+        size = value.abs().reshape(-1)
+        count = max(1, round(density * size.numel()))
+        value.mul_(value.abs() >= size.topk(count).values[-1])
+    sign = sum(value.double() for value in values[1:]) + values[0].double()
+    for value in values:
+        value.mul_(torch.sign(value) == torch.sign(sign))

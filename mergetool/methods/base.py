@@ -163,6 +163,8 @@ class Method(BaseModel):
     """Why it can merge nothing but adapters by themselves, where that is so."""
     statistic: ClassVar[str] = ""
     """The statistic of every model that it needs, if any (`mergetool.statistics`)."""
+    statistic_of_base: ClassVar[str] = ""
+    """The statistic of the base that steps after it need, if any."""
     varies: ClassVar[bool] = True
     """Whether its settings may differ from tensor to tensor (overrides)."""
 
@@ -265,7 +267,6 @@ class TensorMethod(Method):
     """What one call must see whole: any slice of flat elements, whole rows, or the whole tensor."""
     buffers: ClassVar[int] = 3
     """Temporaries the size of a slice that `merge` or a pass uses; the memory plan counts them."""
-
     mixes: ClassVar[bool] = True
     """Whether values of several models meet."""
 
@@ -273,7 +274,8 @@ class TensorMethod(Method):
     """What to write where a pass is not to count over all tensors of the model together."""
     folds: ClassVar[bool] = False
     """Whether `merge` goes through the models once and in order: they are then read one by one, however many."""
-
+    recalls: ClassVar[bool] = False
+    """Whether what its pass, which goes through them once, keeps of a slice can be all that `merge` needs of models."""
     pass_depends_on: ClassVar[tuple[str, ...] | None] = None
     """Numbers that decide what a statistics pass finds; None: all. A search counts anew only where one changed."""
 
@@ -338,6 +340,10 @@ class TensorMethod(Method):
     def settings_of_passes(self) -> dict[str, Any]:
         """What else decides what a statistics pass finds, beside `pass_depends_on`."""
         return self.model_dump(exclude=set(self.schedulables()))
+
+    def alone(self) -> "TensorMethod":
+        """What merges without the steps that follow."""
+        return self
 
     def unmeasured(self) -> "TensorMethod":
         """What merges tensors of which there is no statistic."""

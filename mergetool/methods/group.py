@@ -35,6 +35,10 @@ class Measurements(Protocol):
         """The root mean square of a model's whole statistic."""
         ...
 
+    def of_base(self) -> "Tensor | None":
+        """The whole statistic of the base that a step after merging needs, if there is one of this tensor."""
+        ...
+
 
 class Shelf(Protocol):
     """Where a pass over the whole model may leave a merged tensor for the merge that follows: a cache."""
@@ -74,13 +78,15 @@ class TensorGroup:
     store: "FactorStore | None" = None
     """Where factors of task vectors are kept between runs, if anywhere."""
     measured: Measurements | None = None
-    """The statistic that the method needs, of every model; None where it needs none, or there is none."""
+    """The statistics that the method and the steps after it need; None where they need none, or there is none."""
     notes: list[Note] = field(default_factory=list)
     shelf: Shelf | None = None
     """Of this tensor, where passes count over the whole model."""
     kept: "dict[object, Tensor] | None" = None
     """What was found on the way over this very slice and is dear to find again; None where passes and merges are done
-    by whoever is free. It must be small, and nobody may count on it."""
+    by whoever is free. It must be small, or lie in `room`, and nobody may count on it."""
+    room: "Callable[[], Tensor | None] | None" = None
+    """Room for one more slice in the compute dtype that may be kept, if there is any."""
 
     def measure(self, what: str, value: float) -> None:
         """Record a number about this tensor; it goes into the lock, and its mean into the summary of the run."""

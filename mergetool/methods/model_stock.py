@@ -7,9 +7,10 @@ nearest point on the way is `base + t * (mean - base)` with `t = N c / (1 + (N -
 Reference: Jang et al., Model Stock: All we need is just a few fine-tuned models, ECCV 2024,
 https://arxiv.org/abs/2403.19522, section 4, equations 3 and 4.
 Differs from the paper: with more than two models c is the mean over all pairs, as the authors suggest; inner products
-are summed in float64 and compared as they are, where others add a constant to norms and lose small task vectors. Where
-task vectors disagree on the whole (c below 0, of which the paper does not speak) nothing is left of them: t is 0. A
-model that leaves a tensor as it was agrees with nobody. `per: row` takes an angle for each row of a matrix.
+are summed in float64 (of long tensors, those of runs of 512 entries) and compared as they are, where others add a
+constant to norms and lose small task vectors. Where task vectors disagree on the whole (c below 0, of which the paper
+does not speak) nothing is left of them: t is 0. A model that leaves a tensor as it was agrees with nobody. `per: row`
+takes an angle for each row of a matrix.
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -24,7 +25,7 @@ from mergetool.methods.base import (
     TensorGroup,
     TensorMethod,
 )
-from mergetool.methods.families.gram import Gram, gram
+from mergetool.methods.families.gram import SUM, Gram, add_up, gram
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +44,7 @@ class ModelStock(TensorMethod):
     granularity: ClassVar = "row"
     buffers: ClassVar = 4
     pass_depends_on: ClassVar = ()
+    recalls: ClassVar = True
 
     @property
     def needs_float64(self) -> bool:
@@ -55,7 +57,7 @@ class ModelStock(TensorMethod):
         return "inputs" if self.per == "row" else "cores"
 
     def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
-        return Gram(self.found, p) if self.per == "tensor" else None
+        return Gram(self.found, p, sums=True) if self.per == "tensor" else None
 
     def found(self, total: "Tensor", p: Params) -> Stats:
         """What the inner products of whole tensors come to."""
@@ -71,10 +73,9 @@ class ModelStock(TensorMethod):
             shares = torch.tensor(stats["share"], dtype=torch.float64)
         if len(shares) == 1:
             group.measure("share of the mean", float(shares))
-        total = group.scratch("total").zero_()
-        for delta in group.deltas:
-            total.add_(delta)
-        factors = (shares / len(group.deltas)).to(total)
+        kept = None if group.kept is None else group.kept.get(SUM)
+        total = add_up(group.deltas, group.models[0]) if kept is None else kept
+        factors = (shares / len(group.names)).to(total)
         return group.base.add_(total.view(len(factors), -1).mul_(factors[:, None]).view_as(total))
 
     def _share(self, products: "Tensor") -> "Tensor":

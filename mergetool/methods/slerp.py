@@ -1,9 +1,10 @@
 """Spherical interpolation between two models.
 
 Each tensor is a vector; the result walks the great circle between the directions of the two, so that their norm is
-kept where a straight line would cut through the sphere. `t` is 0 at the first model and 1 at the second. Where the
-vectors are almost parallel (|cosine| above 0.9995) or one of them is zero there is no circle to walk and the straight
-line is taken; most fine-tunes of one base are that close, and each such tensor is noted in the lock.
+kept where a straight line would cut through the sphere. `t` is 0 at the first model and 1 at the second; outside, the
+walk goes on beyond them. Where the vectors are almost parallel (|cosine| above 0.9995) or one of them is zero there is
+no circle to walk and the straight line is taken; most fine-tunes of one base are that close, and each such tensor is
+noted in the lock.
 
 Reference: Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985, section 3.3.
 Differs from the paper: vectors need not have length 1. As is usual for weights, the coefficients come from the unit
@@ -15,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mergetool.methods.base import Field, Params, Scheduled, StatisticsPass, Stats, TensorGroup, TensorMethod, Unit
+from mergetool.methods.base import Field, Finite, Params, Scheduled, StatisticsPass, Stats, TensorGroup, TensorMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +49,7 @@ class Slerp(TensorMethod):
     """`sin((1 - t) w) / sin w * a + sin(t w) / sin w * b`, w the angle between a and b"""
 
     method: Literal["slerp"] = "slerp"
-    t: Scheduled[Unit] = Field(0.5, description="0 is the first model, 1 the second")
+    t: Scheduled[Finite] = Field(0.5, description="0 is the first model, 1 the second; outside, beyond them")
     needs_base: ClassVar = "unused"
     min_models: ClassVar = 2
     max_models: ClassVar = 2

@@ -1,7 +1,7 @@
 """The modules of a network without its weights: which parameter each tensor of a checkpoint is, and of what layer."""
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -31,19 +31,41 @@ def parts_of(names: Collection[str], config: Mapping[str, Any], where: str) -> d
     return parts
 
 
+Kind = Literal["linear", "turned", "vector"]
+"""What the weight of a layer is: (outputs, inputs), (inputs, outputs), or one number for each channel."""
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """What the weight of a module is, if the module is a layer of channels."""
+    if isinstance(module, module_of_library("pytorch_utils").Conv1D):
+        return "turned"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    return "vector" if getattr(getattr(module, "weight", None), "ndim", 0) == 1 else None
+
+
 def linears_of(names: Collection[str], config: Mapping[str, Any], where: str, fix: str) -> dict[str, bool]:
     """The weights of linear layers among the tensors of a checkpoint, and whether each is stored as (inputs, outputs).
 
     Not what several modules share. Raises SourceError or PlanError where transformers cannot build the network.
     """
+    kinds = layers_of(names, config, where, fix)
+    return {name: kind == "turned" for name, kind in kinds.items() if kind != "vector"}
+
+
+def layers_of(names: Collection[str], config: Mapping[str, Any], where: str, fix: str) -> dict[str, Kind]:
+    """The weights of layers among the tensors of a checkpoint. Not what several modules share.
+
+    Raises SourceError or PlanError where transformers cannot build the network.
+    """
     network = _empty(config, where, "measuring", fix)
-    turned = module_of_library("pytorch_utils").Conv1D
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module, parameter in _parameters(network):
         owners.setdefault(id(parameter), []).append((name, module))
     alone = {each[0][0]: each[0][1] for each in owners.values() if len(each) == 1}
-    kinds = {name: alone.get(inner) for name, inner in _in_memory(names, network).items() if inner.endswith(".weight")}
-    return {name: isinstance(kind, turned) for name, kind in kinds.items() if isinstance(kind, turned | nn.Linear)}
+    inside = {name: inner for name, inner in _in_memory(names, network).items() if inner.endswith(".weight")}
+    kinds = {name: kind_of(alone[inner]) for name, inner in inside.items() if inner in alone}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
 def _empty(

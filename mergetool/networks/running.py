@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mergetool.errors import PlanError, SourceError
-from mergetool.networks.library import BUILDING, class_of, first_line, library, module_of_library, quiet
+from mergetool.networks.library import BUILDING, class_of, first_line, library, quiet
+from mergetool.networks.modules import kind_of
 from mergetool.networks.places import TensorMap, places_of, tensors_of
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.io import bytes_of
@@ -34,8 +35,11 @@ class RunningNetwork:
 
     def linears(self) -> dict[str, nn.Module]:
         """The linear layers by what the checkpoint calls their weights."""
-        kinds = (nn.Linear, module_of_library("pytorch_utils").Conv1D)
-        modules = {f"{path}.weight": each for path, each in self.model.named_modules() if isinstance(each, kinds)}
+        return {name: each for name, each in self.layers().items() if kind_of(each) != "vector"}
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Linear layers and norms by what the checkpoint calls their weights."""
+        modules = {f"{path}.weight": each for path, each in self.model.named_modules() if kind_of(each) is not None}
         return {self.places.names[name]: each for name, each in modules.items() if name in self.places.names}
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -51,6 +55,16 @@ class RunningNetwork:
             if (value := alike.get(id(tensor))) is not None:
                 found |= dict(self._parts(name, value))
         return found
+
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """Set tensors, by their names in the checkpoint. What the network does not have is passed over."""
+        with torch.no_grad():
+            for name, tensor in tensors_of(self.model).items():
+                if (stored := values.get(self.places.names.get(name, ""))) is not None:
+                    tensor.copy_(stored.view(tensor.shape))
+                for part in self.places.fragments.get(name, ()):
+                    if part.name in values:
+                        part.put(tensor, values[part.name].to(tensor.device))
 
     def _parts(self, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the checkpoint that a parameter is, or is made of where it holds whole ones."""
@@ -69,7 +83,7 @@ def load_network(source: ModelSource, dtype: torch.dtype, device: torch.device, 
     """The network of a model's own class, its weights read from `source`. Raises SourceError."""
     assert source.folder is not None
     kind = class_of(read_config(source.folder), where)
-    tensors = {name: _read(source, name) for name in source.specs}
+    tensors = {name: read_tensor(source, name) for name in source.specs}
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     try:
         with BUILDING, quiet():
@@ -88,7 +102,8 @@ def load_network(source: ModelSource, dtype: torch.dtype, device: torch.device, 
     return RunningNetwork(model.eval().to(device), places_of(model, shapes), shapes, where)
 
 
-def _read(source: ModelSource, name: str) -> Tensor:
+def read_tensor(source: ModelSource, name: str) -> Tensor:
+    """One tensor, whole, in the dtype in which it is stored."""
     spec = source.specs[name]
     tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
     source.read_bytes(name, 0, bytes_of(tensor.reshape(-1)))

@@ -47,6 +47,7 @@ def write_beside(plan: Plan, folder: Path, record: Record) -> None:
     """The file without what is not needed, and what PEFT reads beside it. Raises MergeError where nothing is left."""
     with closing(SafetensorsSource([folder / WEIGHTS_NAME], None)) as written:
         ranks = {name: int(_measured(record, name, RANK)) for name, form in plan.forms.items() if form.is_product}
+        ranks |= _of_attentions(ranks, plan.forms)
         saved = _changed_modules(plan, written)
         if not any(ranks.values()) and not saved:
             what = "nothing of the base is changed, so there is nothing to put into an adapter"
@@ -78,6 +79,13 @@ def _measured(record: Record, name: str, what: str) -> float:
     return next((note[1] for note in record.notes.get(name, ()) if note[0] == what and not isinstance(note, str)), 0.0)
 
 
+def _of_attentions(ranks: Mapping[str, int], forms: Mapping[str, Form]) -> dict[str, int]:
+    """PEFT gives MultiheadAttention and its out_proj one rank: that of the one with more directions."""
+    of_module = {form.target: name for name, form in forms.items() if form.is_product}
+    pairs = [(name, of_module.get(form.around or "")) for name, form in forms.items()]
+    return {each: max(ranks[one], ranks[two]) for one, two in pairs if two is not None for each in (one, two)}
+
+
 def _changed_modules(plan: Plan, written: ModelSource) -> set[str]:
     """The modules that are kept in full, because a tensor of theirs is not the base's; of biases alone, their names."""
     base = plan.sources[BASE]
@@ -91,7 +99,7 @@ def _changed_modules(plan: Plan, written: ModelSource) -> set[str]:
 
 def _holder(form: Form, place: InFull) -> str:
     """What decides whether a tensor is kept: its module, or itself."""
-    return place.key if form.alone and place.module == form.module else place.module
+    return place.key if form.holds_alone(place) else place.module
 
 
 def _differs(base: ModelSource, name: str, written: ModelSource, spec: TensorSpec) -> bool:
@@ -154,7 +162,7 @@ def _config(plan: Plan, ranks: Mapping[str, int], saved: Collection[str]) -> str
     """adapter_config.json."""
     products = {name: form for name, form in plan.forms.items() if form.is_product and ranks[name]}
     held = Held(
-        ranks={form.module: ranks[name] for name, form in products.items() if not form.parameter},
+        ranks={form.module: ranks[name] for name, form in products.items() if not form.parameter and not form.around},
         parameters={form.parameter: ranks[name] for name, form in products.items() if form.parameter},
         saved={place for place in saved if not place.startswith(PREFIX)},
         biases=any(place.startswith(PREFIX) and not place.endswith(_ADDED) for place in saved),

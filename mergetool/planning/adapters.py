@@ -8,6 +8,7 @@ Reference: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
@@ -48,8 +49,9 @@ def as_adapter(plan: Plan) -> Plan:
         held += _first_layer(plan.steps, parts)
     for step in held:
         _check(plan, step, problem(step.name, parts))
-    names = [slot.spec.name for step in held for slot in step.slots if slot.spec.name in parts]
-    every = forms_of(names, parts, shapes)
+    apart = _names(plan.steps, parts)
+    held = _with_modules(held, plan.steps, parts, forms_of(_names(held, parts), parts, shapes, apart))
+    every = forms_of(_names(held, parts), parts, shapes, apart)
     forms = {step.name: _joined(step, every) for step in held}
     name, revision = _base_name(plan)
     about = About(
@@ -61,6 +63,21 @@ def as_adapter(plan: Plan) -> Plan:
         turned=any(form.turned for form in forms.values()),
     )
     return _laid_out(replace(plan, about=about), held, forms)
+
+
+def _names(steps: Sequence[Step], parts: Mapping[str, InMemory]) -> list[str]:
+    return [slot.spec.name for step in steps for slot in step.slots if slot.spec.name in parts]
+
+
+def _with_modules(
+    held: Sequence[Step], steps: Sequence[Step], parts: Mapping[str, InMemory], forms: Mapping[str, Form]
+) -> list[Step]:
+    """With all of every module that is kept in full: PEFT opens none that lacks one of its tensors."""
+    places = [(form, place) for form in forms.values() for place in form.places]
+    saved = tuple(f"{place.module}." for form, place in places if not form.holds_alone(place))
+    inside = {name for name, part in parts.items() if any(each.startswith(saved) for each in part.names)}
+    chosen = {step.name for step in held} | inside
+    return [step for step in steps if step.name in chosen]
 
 
 def _first_layer(steps: Sequence[Step], parts: Mapping[str, InMemory]) -> Sequence[Step]:
@@ -90,9 +107,26 @@ def of_adapters(plan: Plan, adapters: Mapping[str, AdapterAlone]) -> Plan:
     name, revision = _base_name(plan)
     settings = [adapter.settings for adapter in adapters.values()]
     name = name or next((each.made_for for each in settings if each.made_for), None)
-    about = about_together(settings, name, revision, read_config(plan.sources[BASE].folder))
+    ties = [adapter.keeps_tied for adapter in adapters.values() if adapter.keeps_tied is not None]
+    tied = bool(ties) and all(ties)
+    about = about_together(settings, name, revision, read_config(plan.sources[BASE].folder), tied=tied)
     about = replace(about, modules=frozenset(site.module for site in sites.values()))
-    return _laid_out(replace(plan, about=about), held, {step.name: form_at(sites[step.name]) for step in held})
+    warnings = (*plan.warnings, *_taken_as_they_are(plan, [step for step in held if sites[step.name].is_full]))
+    plan = replace(plan, about=about, warnings=warnings)
+    return _laid_out(plan, held, {step.name: form_at(sites[step.name]) for step in held})
+
+
+def _taken_as_they_are(plan: Plan, full: Sequence[Step]) -> list[str]:
+    """Values have no weights: what a base has is not known, so that nothing tells what was changed."""
+    chosen = {each.match for each in plan.recipe.overrides if each.use is not None}
+    names = [step.name for step in full if not any(fnmatchcase(step.name, match) for match in chosen)]
+    if plan.recipe.base is not None or not names:
+        return []
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [
+        f"{names[0]}{more}: held in full by one adapter, and taken as they are, whatever its weight; with base: MODEL"
+        " and output: {kind: adapter} they are merged as changes of the base's"
+    ]
 
 
 def _parts(shapes: Mapping[str, tuple[int, ...]], base: ModelSource) -> dict[str, InMemory]:

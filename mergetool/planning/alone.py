@@ -152,7 +152,8 @@ def _zeros(name: str, adapters: Mapping[str, AdapterAlone]) -> TensorSpec:
 
 def _stored_as(places: Places, site: Site) -> str | None:
     """The base's tensor that a value takes the place of; of an output layer that it ties, its input embeddings."""
-    return places.counterpart(site.name) or places.shared(site.module, site.shape)
+    outer = site.name.replace(".decoder.", ".")  # a bias that a decoder shares with the head around it
+    return places.counterpart(site.name) or places.shared(site.module, site.shape) or places.counterpart(outer)
 
 
 def _check_kinds(adapters: Mapping[str, AdapterAlone]) -> None:

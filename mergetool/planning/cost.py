@@ -136,10 +136,15 @@ def _fit_memory(plan: Plan, threads: int, memory: int | None) -> int:
 
 
 def _measuring_memory(plan: Plan, memory: int | None) -> int:
-    """What measuring one statistic takes at most. Raises PlanError when `memory` is less."""
-    for asked in to_measure(plan.sources):
+    """What measuring one statistic takes at most, or one of all models together. Raises PlanError for less `memory`."""
+    every = to_measure(plan.sources)
+    alone, together = ([each for each in every if each.is_joint == joint] for joint in (False, True))
+    for asked in alone:
         _check_before(asked.memory, memory, f"{asked.where} needs {{}} to measure its {asked.statistic.name}")
-    return max((asked.memory for asked in to_measure(plan.sources)), default=0)
+    at_once = sum(asked.memory for asked in together)
+    if together:
+        _check_before(at_once, memory, f"all models together need {{}} to measure {together[0].statistic.name}")
+    return max((at_once, *(asked.memory for asked in alone)))
 
 
 def _check_before(needed: int, memory: int | None, what: str) -> None:

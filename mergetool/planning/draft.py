@@ -181,6 +181,7 @@ class Draft:
             operands,
             self._operand(origin, BASE) if uses_base else None,
             statistics,
+            self._statistic_of_base(origin) if method.statistic_of_base and uses_base else None,
             key=self.twins.get(origin.name, origin.name),
             depth=depth,
         )
@@ -193,6 +194,12 @@ class Draft:
             for key, operand in zip(keys, operands, strict=True)
         )
         return tuple(Operand(k, o.tensor) for k, o in zip(keys, operands, strict=True)) if known else ()
+
+    def _statistic_of_base(self, origin: Origin) -> Operand | None:
+        """What was measured on the base of a tensor, where there is such a statistic."""
+        operand, key = self._operand(origin, BASE), key_of_statistic(BASE)
+        known = operand.view is STORED and key in self.measured and operand.tensor in self.measured[key].specs
+        return Operand(key, operand.tensor) if known else None
 
     def _extra(self, origin: Origin, holders: Sequence[str], depth: float) -> Step | None:
         """A tensor that the base lacks."""

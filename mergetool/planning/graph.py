@@ -89,6 +89,8 @@ class Step:
     """Set where the method sees the base."""
     statistics: tuple[Operand, ...] = ()
     """What was measured on each of the models, where the method needs that."""
+    statistic_of_base: Operand | None = None
+    """What was measured on the base, where a step after merging needs that."""
     partners: Mapping[str, int] = field(default_factory=dict)
     """Other steps whose operands are looked at, too: by name of the tensor, their indices."""
     work: TensorSpec | None = None
@@ -105,6 +107,11 @@ class Step:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether it reads what was measured on data."""
+        return bool(self.statistics) or self.statistic_of_base is not None
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -230,7 +237,7 @@ class Plan:
         """What is done, one stage after the other, as the method says."""
         counted = tuple(step for step in self.steps if step.operation.counts_model)
         every = {"count": counted}
-        stages = [Stage(name, every.get(name, self.steps)) for name in self.recipe.method.stages()]
+        stages = [Stage(name, every.get(name, self.steps)) for name in self.recipe.stages]
         return tuple(stage for stage in stages if stage.steps)
 
     @property

@@ -11,10 +11,12 @@ from types import MappingProxyType
 from typing import Any
 
 from mergetool.errors import PlanError, at
+from mergetool.layouts.same import Same
+from mergetool.planning.graph import BASE
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.data import Data, data_of
 from mergetool.recipe.schema import Compute, Recipe
-from mergetool.statistics.base import Extent, Statistic
+from mergetool.statistics.base import Extent, JointStatistic, Statistic
 from mergetool.statistics.measure import STATISTICS, Measuring
 from mergetool.statistics.store import SHARED, TURNED
 from mergetool.tensors.dtypes import BY_TORCH_NAME
@@ -115,36 +117,50 @@ def key_of_statistic(model: str) -> str:
 def statistics_of(
     recipe: Recipe, sources: Mapping[str, ModelSource], given: Mapping[str, ModelSource], lookup: Lookup
 ) -> dict[str, StatisticSource]:
-    """The statistic of every model that a method needs, by its key among the sources.
+    """The statistics that a method needs of every model, and steps after it of the base, by their keys among sources.
 
     Raises SourceError or PlanError for data that cannot be used, or models that cannot be run on it.
     """
-    name = recipe.method.kernel().statistic
-    if not name or recipe.adapters_alone:
+    if recipe.adapters_alone:
         return {}
+    wanted: dict[str, Statistic] = {}
+    method = recipe.method.kernel()
+    if method.statistic:
+        wanted = dict.fromkeys(recipe.models, STATISTICS[method.statistic](**method.measuring()))
+        _check_layout(recipe, next(iter(wanted.values())))
+    if step := recipe.measuring_step:
+        wanted[BASE] = STATISTICS[step.statistic]()
     return {
         key_of_statistic(model): StatisticSource.given(given[model])
         if model in given
-        else _planned(recipe, model, sources, lookup)
-        for model in recipe.models
+        else _planned(recipe, model, statistic, sources, lookup)
+        for model, statistic in wanted.items()
     }
 
 
-def _planned(recipe: Recipe, model: str, sources: Mapping[str, ModelSource], lookup: Lookup) -> StatisticSource:
+def _check_layout(recipe: Recipe, statistic: Statistic) -> None:
+    """Raise PlanError where layers of another network are made of what is measured on the models as they are."""
+    if isinstance(statistic, JointStatistic) and not isinstance(recipe.layout, Same):
+        what = f"{recipe.method.method_name()} runs the merged network, and `slices` make another one than the models"
+        raise PlanError(what, "slices", "write method: regmean, or remove `slices`")
+
+
+def _planned(
+    recipe: Recipe, model: str, statistic: Statistic, sources: Mapping[str, ModelSource], lookup: Lookup
+) -> StatisticSource:
+    where = "base" if model == BASE else f"model {model!r}"
     if recipe.calibration is None:
         what = f"{recipe.method.method_name()} needs a statistic of every model"
-        raise PlanError(what, f"model {model!r}", "give statistics={MODEL: {NAME: TENSOR}}, or run models in folders")
+        raise PlanError(what, where, "give statistics={MODEL: {NAME: TENSOR}}, or run models in folders")
     data = data_of(recipe.calibration, model)
     if data.measured is not None:
         with at(f"calibration.{model}.measured"):
             return StatisticSource.given(open_model(recipe.path_of(data.measured)))
     assert data.data is not None
-    method = recipe.method.kernel()
-    statistic = STATISTICS[method.statistic](**method.measuring())
     data = data.model_copy(update={"data": str(recipe.path_of(data.data))})
-    with at(f"model {model!r}"):
+    with at(where):
         tokenizer = _tokenizer(data, sources, lookup)
-        asked = measuring(statistic, sources[model], data, recipe.compute, f"model {model!r}", tokenizer)
+        asked = measuring(statistic, sources[model], data, recipe.compute, where, tokenizer)
     return StatisticSource(asked.form, asked.dtype, asked)
 
 

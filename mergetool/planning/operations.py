@@ -65,6 +65,8 @@ class Operation(ABC):
     """Multiply-adds, where they are not those of decomposing every operand."""
     folds: bool = False
     """Whether it needs its operands one after the other only."""
+    recalls: bool = False
+    """Whether what a pass keeps can be all that it needs of its operands, but for the base."""
     keeps: bool = True
     """Whether what its passes keep on the way is there for what comes next."""
     transposed: bool = False
@@ -296,6 +298,10 @@ class Merge(Operation):
     @property
     def folds(self) -> bool:  # type: ignore[override]
         return self.method.folds
+
+    @property
+    def recalls(self) -> bool:  # type: ignore[override]
+        return self.method.recalls
 
     @property
     def counts_model(self) -> bool:  # type: ignore[override]

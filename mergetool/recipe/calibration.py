@@ -1,6 +1,6 @@
 """Checks of the section `calibration` that need the method and the models."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergetool.errors import RecipeError
@@ -9,6 +9,7 @@ from mergetool.methods.base import Method
 from mergetool.recipe.data import SHARED, form_of
 from mergetool.recipe.document import Document
 from mergetool.recipe.render import suggestion
+from mergetool.recipe.then import steps_in
 
 _SAY = "calibration: {data: ./FILE.jsonl}"
 
@@ -18,6 +19,7 @@ def calibration_problems(
 ) -> Iterator[RecipeError]:
     """Whether there is data where it is needed, and only there, for all models that there are."""
     data, name = document.data.get("calibration"), kind.method_name()
+    step = next((step.step_name() for _, step in steps_in(document.data) if step.statistic), None)
     for field, part in _inside(document, kind, method).items():
         if part.statistic:
             what = f"{part.method_name()} needs data, which only the method of the whole recipe can be given"
@@ -25,11 +27,17 @@ def calibration_problems(
     if kind.statistic and data is None:
         what = f"{name} measures the models on data, and the recipe names none"
         yield document.error(("merge", "method"), what, f"add {_SAY} (merge_state_dicts takes `statistics` instead)")
-    elif data is not None and not kind.statistic:
+    elif step and kind.searches:
+        what = f"{step} needs data, and candidates of a search are not measured"
+        yield document.error(("then",), what, "remove that step, and run it on the best recipe that is found")
+    elif step and data is None:
+        what = f"{step} measures the base on data, and the recipe names none"
+        yield document.error(("then",), what, f"add {_SAY} (merge_state_dicts takes `statistics` of `base` instead)")
+    elif data is not None and not kind.statistic and not step:
         what = f"{name} measures nothing on data, so this would have no effect"
         yield document.error(("calibration",), what, "remove `calibration`")
     elif isinstance(data, dict):
-        yield from _names(document, data, models)
+        yield from _names(document, data, [*(models if kind.statistic else ()), *(["base"] if step else ())])
 
 
 def _inside(document: Document, kind: type[Method], method: Method | None) -> Mapping[str, type[Method]]:
@@ -40,16 +48,20 @@ def _inside(document: Document, kind: type[Method], method: Method | None) -> Ma
     return {**found, **({"inner": registry()[name]} if name in registry() else {})}
 
 
-def _names(document: Document, data: Mapping[str, Any], models: Mapping[str, Any]) -> Iterator[RecipeError]:
+def _names(document: Document, data: Mapping[str, Any], models: Sequence[str]) -> Iterator[RecipeError]:
+    """Whether there is data for each of what is measured, and for nothing else."""
     if form_of(data) == SHARED:
         if isinstance(data.get("measured"), str):
-            fix = f"write {{{next(iter(models))}: {{measured: {data['measured']}}}, ...}}"
+            fix = f"write {{{models[0]}: {{measured: {data['measured']}}}, ...}}"
             yield document.error(("calibration", "measured"), "is the statistic of one model, but of which?", fix)
         return
     for name in data:
         if name not in models:
-            fix = suggestion(name, models) or f"the models are: {', '.join(models)}"
-            yield document.error(("calibration", name), f"there is no model {name!r}", fix)
+            there = name in document.data["models"] or name == "base"
+            what = f"{name!r} is not measured, so this would have no effect" if there else f"there is no model {name!r}"
+            fix = suggestion(name, models) or f"what is measured: {', '.join(models)}"
+            yield document.error(("calibration", name), what, fix)
     for name in models:
         if name not in data:
-            yield document.error(("calibration",), f"nothing for model {name!r}", f"add {name}: {{data: ./FILE.jsonl}}")
+            about = "the base" if name == "base" else f"model {name!r}"
+            yield document.error(("calibration",), f"nothing for {about}", f"add {name}: {{data: ./FILE.jsonl}}")

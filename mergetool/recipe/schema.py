@@ -243,6 +243,22 @@ class Recipe:
         return all(reference.adapter is not None for reference in self.models.values())
 
     @property
+    def measuring_step(self) -> After | None:
+        """The step after merging that needs a statistic of the base, if there is one."""
+        return next((step for step in self.then if step.statistic), None)
+
+    @property
+    def measures(self) -> bool:
+        """Whether it needs statistics."""
+        return bool(self.method.statistic) or self.measuring_step is not None
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What a run does, one after the other."""
+        stages = self.method.stages()
+        return stages if "measure" in stages or not self.measures else ("measure", *stages)
+
+    @property
     def all_warnings(self) -> tuple[str, ...]:
         """What was found in it and in the recipes inside it."""
         inner = [f"{name}: {text}" for name, each in self.inner.items() for text in each.all_warnings]

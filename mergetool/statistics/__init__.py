@@ -4,7 +4,10 @@ rows        calibration data: JSON lines
 examples    the same as tokens, with labels
 base        what a statistic is
 gradient    the way down its loss
+activation  how large what goes into each layer is
 gram        inner products of what goes into each linear layer
+prefix      the same where all blocks before are merged
+coefficients  how much of each task vector to take
 fisher      how much each parameter matters for what a model says
 store       where they are kept, under the hash of all that decides them
 measure     one statistic of one model: kept, or measured now

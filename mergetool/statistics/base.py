@@ -1,15 +1,17 @@
 """What a statistic is: what it has of which tensors, and how a network and examples come to it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from mergetool.errors import PlanError
 from mergetool.tensors.header import TensorSpec
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from mergetool.networks.running import RunningNetwork
     from mergetool.statistics.examples import Example
@@ -55,6 +57,10 @@ class Statistic(ABC):
         """Whether the seed matters."""
         return False
 
+    def passes(self, rows: int) -> float:
+        """How often each of so many rows goes through a network."""
+        return 1.0
+
     @abstractmethod
     def form(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Extent:
         """What it will hold of a model with these tensors. Raises PlanError for one that it cannot be measured on."""
@@ -66,9 +72,62 @@ class Statistic(ABC):
         """Measure it, for the weights of these names. Raises MergeError, which names the row, for what is no number."""
 
 
+class Merger(Protocol):
+    """Makes single tensors of the result, as the plan of a run says, while something is measured on what comes out."""
+
+    def merged(self, name: str, found: "Mapping[str, Tensor]") -> "Tensor | None":
+        """A whole tensor, by what was `found` of each model for it; None for one that the result does not have."""
+        ...
+
+    @property
+    def names(self) -> Collection[str]:
+        """The tensors of the result; of those that are the same one, the first."""
+        ...
+
+    def task_vectors(self, name: str) -> "tuple[Tensor, Mapping[str, Tensor]] | None":
+        """A tensor of the base, and what every model changed of it; None for one that is not merged by a statistic."""
+        ...
+
+
+class JointStatistic(Statistic):
+    """A measure of models together: what one's is depends on the others, and on how they are merged."""
+
+    @abstractmethod
+    def together(
+        self,
+        networks: "Mapping[str, RunningNetwork]",
+        examples: "Mapping[str, Sequence[Example]]",
+        merger: Merger,
+        seed: int,
+        tell: Tell,
+    ) -> Mapping[str, Found]:
+        """Measure it on all models, by their names; the networks may be changed. Raises MergeError."""
+
+    def measure(
+        self, network: "RunningNetwork", examples: "Sequence[Example]", names: Collection[str], seed: int, tell: Tell
+    ) -> Found:
+        what = f"{self.name} is a measure of several models and of how they are merged"
+        raise PlanError(what, network.where, "run a recipe whose method needs it")
+
+
 def tensor_of(batch: "Sequence[Example]", device: "torch.device") -> "dict[str, Tensor]":
     """Examples of one length as what a network takes."""
     import torch
 
     keys = batch[0].inputs
     return {key: torch.tensor([each.inputs[key] for each in batch], device=device) for key in keys}
+
+
+@contextmanager
+def hearing(modules: "Mapping[str, nn.Module]", hear: "Callable[[str, Tensor], None]") -> Iterator[None]:
+    """While inside, `hear` is told what goes into each of these modules, by its name."""
+
+    def hook(name: str) -> Any:
+        return lambda _, given: hear(name, given[0])
+
+    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mergetool.errors import MergeError, PlanError
-from mergetool.statistics.base import Extent, Found, Statistic, Tell, tensor_of
+from mergetool.statistics.base import Extent, Found, Statistic, Tell, hearing, tensor_of
 from mergetool.tensors.header import TensorSpec
 
 if TYPE_CHECKING:
@@ -74,16 +74,11 @@ class InputSums:
     @contextmanager
     def watching(self, linears: "Mapping[str, nn.Module]") -> Iterator[None]:
         """While inside, whatever goes into these layers is added up."""
-        hooks = [module.register_forward_pre_hook(self._hook(name)) for name, module in linears.items()]
         try:
-            yield
+            with hearing(linears, self.add):
+                yield
         finally:
-            for hook in hooks:
-                hook.remove()
             self._last = None, ""
-
-    def _hook(self, name: str) -> Any:
-        return lambda _, given: self.add(name, given[0])
 
     def add(self, name: str, inputs: "Tensor") -> None:
         """Count what goes into a layer, unless it was counted for the layer before."""
@@ -120,6 +115,10 @@ class InputSums:
         known = self._totals.get(name)
         self._totals[name] = product.to(torch.float64) if known is None else known.add_(product)
         self._counts[name] = self._counts.get(name, 0) + len(rows)
+
+    def has(self, name: str) -> bool:
+        """Whether something has gone into a layer."""
+        return name in self._leaders
 
     def found(self, linears: "Mapping[str, nn.Module]", dtype: Any) -> Found:
         """Means; zeros for layers that nothing went into."""

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergetool.statistics.base import Extent, Statistic
+from mergetool.statistics.activation import InputActivation
+from mergetool.statistics.base import Extent, JointStatistic, Statistic
+from mergetool.statistics.coefficients import Coefficients
 from mergetool.statistics.examples import Example
 from mergetool.statistics.fisher import DiagonalFisher
 from mergetool.statistics.gradient import LossGradient
 from mergetool.statistics.gram import InputGram
+from mergetool.statistics.prefix import PrefixGram
 from mergetool.statistics.store import StatisticStore, key_of
 from mergetool.tensors.dtypes import BY_TORCH_NAME, torch_dtype
 from mergetool.tensors.source import ModelSource
@@ -17,7 +20,17 @@ from mergetool.tensors.source import ModelSource
 if TYPE_CHECKING:
     import torch
 
-STATISTICS: Mapping[str, type[Statistic]] = {kind.name: kind for kind in (DiagonalFisher, InputGram, LossGradient)}
+    from mergetool.networks.running import RunningNetwork
+
+_KINDS: tuple[type[Statistic], ...] = (
+    Coefficients,
+    DiagonalFisher,
+    InputActivation,
+    InputGram,
+    LossGradient,
+    PrefixGram,
+)
+STATISTICS: Mapping[str, type[Statistic]] = {kind.name: kind for kind in _KINDS}
 """Every statistic by name."""
 _LIBRARY_BYTES = 200_000_000
 """transformers itself, measured."""
@@ -42,6 +55,11 @@ class Measuring:
     """Whether the tokens of examples are not known yet."""
 
     @property
+    def is_joint(self) -> bool:
+        """Whether it is measured on all models at once."""
+        return isinstance(self.statistic, JointStatistic)
+
+    @property
     def tokens(self) -> int:
         return sum(each.length for each in self.examples)
 
@@ -59,7 +77,8 @@ class Measuring:
     @property
     def flops(self) -> float:
         """Multiply-adds."""
-        return self.statistic.cost * self.tokens * sum(spec.num_elements for spec in self.model.specs.values())
+        cost = self.statistic.cost * self.statistic.passes(len(self.examples))
+        return cost * self.tokens * sum(spec.num_elements for spec in self.model.specs.values())
 
     @property
     def _width(self) -> int:
@@ -82,15 +101,20 @@ def _product(shape: Sequence[int]) -> int:
     return prod(shape)
 
 
+def opened(asked: Measuring, device: "torch.device") -> "RunningNetwork":
+    """The network of a model that is to be measured. Raises SourceError."""
+    from mergetool.networks.running import load_network
+
+    return load_network(asked.model, torch_dtype(BY_TORCH_NAME[asked.dtype]), device, asked.where)
+
+
 def measured(
     asked: Measuring, store: StatisticStore, key: str, device: "torch.device", tell: Callable[[int], None]
 ) -> Path:
     """Where a statistic lies, which is measured first if it is not there. `tell` hears of examples that are done."""
-    from mergetool.networks.running import load_network
-
     if store.has(key):
         tell(len(asked.examples))
         return store.path(key)
-    network = load_network(asked.model, torch_dtype(BY_TORCH_NAME[asked.dtype]), device, asked.where)
+    network = opened(asked, device)
     found = asked.statistic.measure(network, asked.examples, list(asked.form.shapes), asked.seed, tell)
     return store.keep(key, found, sorted(asked.form.turned))

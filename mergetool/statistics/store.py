@@ -42,11 +42,11 @@ def key_of(
     settings = [statistic.name, vars(statistic), dtype, seed if statistic.draws else None]
     told = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
     rows = [[dict(each.inputs), each.label] for each in examples]
-    facts = [_VERSION, settings, told, rows, sorted(model.specs), _content(model)]
+    facts = [_VERSION, settings, told, rows, sorted(model.specs), content_of(model)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _content(model: ModelSource) -> list[str]:
+def content_of(model: ModelSource) -> list[str]:
     """Digests of a model's files where these are all there is to it, else of its tensors as they are read."""
     plain = getattr(model, "model", model)  # a view under other names
     if isinstance(plain, SafetensorsSource):

@@ -97,9 +97,13 @@ def times(state: State, factor: float) -> State:
 def toy_statistics(kind: str, model: str, state: State) -> State:
     """A made-up statistic of one model: the same for tensors of one shape, as of weights that are stored twice.
 
-    `gram`: positive definite matrices as wide as two-dimensional tensors; else numbers above 0 like each tensor.
+    `gram` and kinds of it: positive definite matrices as wide as two-dimensional tensors; `coefficient`: one number;
+    else numbers above 0 like each tensor.
     """
-    if kind != "gram":
+    if kind == "coefficient":
+        value = whole((), 4, kind, model).abs() / 8 + 0.125
+        return {name: value.clone() for name, each in state.items() if each.is_floating_point()}
+    if not kind.endswith("gram"):
         floats = {name: value for name, value in state.items() if value.is_floating_point()}
         return {name: 1.0 + whole(tuple(value.shape), 15, kind, model).abs() / 4 for name, value in floats.items()}
     wide = {name: value.shape[1] for name, value in state.items() if value.ndim == 2 and value.is_floating_point()}

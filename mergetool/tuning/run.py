@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from mergetool.engine import Flags, Progress, Result
 from mergetool.engine import run_recipe as run_plain
 from mergetool.engine.processes import Team, joined, leads
-from mergetool.engine.run import Silent, run_inner
+from mergetool.engine.progress import Silent
+from mergetool.engine.run import run_inner
 from mergetool.errors import MergeError, OutputError, PlanError
 from mergetool.outputs.journal import journal_path
 from mergetool.outputs.parts import check_parts

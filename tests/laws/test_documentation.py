@@ -75,9 +75,9 @@ def test_its_recipe_runs_from_end_to_end(name, tmp_path):
         names = ("base", *document["models"])
         paths = {key: str(write_dense(tmp_path / "models" / key, seed=seed)) for seed, key in enumerate(names)}
     elif "calibration" in document:
-        paths = {
-            key: str(write_dense(tmp_path / "models" / key, seed=seed)) for seed, key in enumerate(document["models"])
-        }
+        names = ("base", *document["models"])
+        paths = {key: str(write_dense(tmp_path / "models" / key, seed=seed)) for seed, key in enumerate(names)}
+        document["merge"] |= {"steps": 2} if "steps" in document["merge"] else {}
         (tmp_path / "rows.jsonl").write_text('{"text": "w1 w2 w3"}\n{"text": "w4 w5"}\n')
         for data in document["calibration"].values():
             data |= {"data": "./rows.jsonl", "length": 64}

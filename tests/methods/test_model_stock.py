@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mergetool
+from mergetool.testing.toys import read, write
 
 SHAPES = {"w": (6, 5), "norm": (7,), "conv": (3, 2, 2)}
 
@@ -81,3 +82,27 @@ def test_without_the_clamp_exactly_opposite_task_vectors_leave_the_base():
     base = {"w": torch.ones(2)}
     models = {"a": {"w": torch.tensor([2.0, 1.0])}, "b": {"w": torch.tensor([0.0, 1.0])}}
     assert mergetool.merge_state_dicts("model-stock", models, base, clamp=False)["w"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("length", [16_383, 16_384, 300_001])
+def test_long_tensors_are_counted_run_by_run_and_give_the_same(length):
+    generator = torch.Generator().manual_seed(0)
+    base = {"w": torch.randn(length, generator=generator)}
+    common = torch.randn(length, generator=generator)
+    tuned = [base["w"] + 1e-3 * (common + torch.randn(length, generator=generator)) for _ in range(3)]
+    found = mergetool.merge_state_dicts("model-stock", {f"m{i}": {"w": value} for i, value in enumerate(tuned)}, base)
+    expected = naive(base["w"].double(), [value.double() for value in tuned])
+    torch.testing.assert_close(found["w"].double(), expected, rtol=0, atol=3e-7)
+
+
+def test_what_is_kept_of_a_slice_changes_no_byte(tmp_path, monkeypatch):
+    states = {
+        f"m{seed}": {"w": torch.randn(600, 1000, generator=torch.Generator().manual_seed(seed))} for seed in range(4)
+    }
+    paths = {name: str(path) for name, path in write(tmp_path, states).items()}
+    recipe = {"base": paths.pop("m0"), "models": paths, "merge": {"method": "model-stock"}}
+    merged = [mergetool.run(recipe, output=tmp_path / "kept", workers=1)]
+    monkeypatch.setattr("mergetool.engine.stash.KEPT_BYTES", 1 << 20)  # room for the first slice only
+    merged.append(mergetool.run(recipe, output=tmp_path / "read", workers=1))
+    first, second = (read(result.path)["w"] for result in merged)
+    assert torch.equal(first, second)

@@ -309,8 +309,55 @@ def test_a_head_that_one_adapter_has_is_kept(tmp_path):
     train(tmp_path, "b", again(), 2, target_modules=["q_proj"])
     alone, _ = recipes(tmp_path, "linear", names="ab")
     mergetool.run(alone)
+    warnings = make_plan(load_recipe(alone)).warnings
+    assert any(text.startswith("lm_head.weight: held in full by one adapter") for text in warnings)
     made, own = merged_by_peft(again, tmp_path / "out"), merged_by_peft(again, tmp_path / "a")
     assert torch.equal(made["lm_head.weight"], own["lm_head.weight"])
+
+
+PAIRS = {
+    "biases of layers that only the other wraps": (
+        lambda: hf.BertForMaskedLM(BERT),
+        {"target_modules": ["query"], "bias": "all"},
+        {"target_modules": ["dense", "decoder"]},
+    ),
+    "the bias of a tied output layer": (
+        lambda: hf.BertForMaskedLM(BERT),
+        {"target_modules": ["decoder"], "bias": "lora_only"},
+        {"target_modules": ["query"]},
+    ),
+    "modules of which the base gives a part": (
+        lambda: hf.BertForMaskedLM(BERT),
+        {"target_modules": ["query"], "bias": "all"},
+        {"target_modules": ["query"], "use_dora": True},
+    ),
+    "words and an output layer that are no longer tied": (
+        lambda: llama(tie_word_embeddings=True),
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"], "use_dora": True},
+    ),
+    "tied and no longer tied": (
+        lambda: llama(tie_word_embeddings=True),
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_values_of_one_of_two_are_merged_with_a_base(tmp_path, case):
+    make, *settings = PAIRS[case]
+    again = start(tmp_path, make)
+    for seed, (name, own) in enumerate(zip("ab", settings, strict=True)):
+        train(tmp_path, name, again(), seed, r=2, **own)
+    sections = {"models": {name: {"adapter": name} for name in "ab"}, "merge": {"method": "linear"}}
+    output = {"path": "out", "kind": "adapter", "rank": "exact"}
+    mergetool.run(write_recipe(tmp_path / "based.yaml", base="base", **sections, output=output))
+    made, base = merged_by_peft(again, tmp_path / "out"), again().state_dict()
+    own = [merged_by_peft(again, tmp_path / name) for name in "ab"]
+    for name, tensor in made.items():
+        wanted = base[name] + sum(each[name] - base[name] for each in own) / 2
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_dora_needs_its_base_and_the_advice_works(tmp_path):

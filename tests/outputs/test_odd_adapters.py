@@ -19,6 +19,7 @@ from tests.outputs.test_merged_adapters import (
     ALL,
     BERT,
     MOE,
+    Net,
     assert_same_merge,
     llama,
     merged_by_peft,
@@ -95,6 +96,11 @@ CASES = {
         llama,
         {"target_modules": r"model\.layers\.\d+\.self_attn\.(q|v)_proj"},
         {"target_modules": "all-linear", "exclude_modules": r".*\.1\..*"},
+    ),
+    "attention, which PEFT wraps with its output layer": (
+        Net,
+        {"target_modules": ["attention"]},
+        {"target_modules": ["linear"], "rank_pattern": {"linear": 1}},
     ),
     "the output layer": (llama, {"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["lm_head"]}),
     "parameters as targets": (

@@ -106,3 +106,18 @@ def test_sce_and_model_stock_say_what_mergekit_does():
         "clamp": False,
         "per": "row",
     }
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "expected"),
+    [
+        ("nearswap", "{t: -1}", {"t": 0.0}),
+        ("karcher", "{tol: 0, max_iter: -1}", {"tol": 1e-300, "max_iter": 0}),
+        ("slerp", "{t: 1.5}", {"t": 1.5}),
+        ("slerp", "{t: [-0.2, 1.5]}", {"t": {"gradient": [-0.2, 1.5]}}),
+    ],
+)
+def test_numbers_that_mergekit_takes_are_ones_that_the_method_takes(method, parameters, expected):
+    merge = merge_of(method, parameters, "{}", base=f"base_model: {'base' if method == 'karcher' else 'a'}")["merge"]
+    assert merge.items() >= expected.items()
+    registry()[merge["method"]].model_validate(merge)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mergetool.checkpoints.adapters.arithmetic import Arithmetic, rows_of
 from mergetool.checkpoints.adapters.files import changes_nothing, open_weights
+from mergetool.checkpoints.adapters.places import is_vocabulary
 from mergetool.checkpoints.adapters.settings import CONFIG_NAME, read_settings
 from mergetool.checkpoints.adapters.sites import Site, SiteKind, Sites
 from mergetool.checkpoints.vocabulary import tokens_of
@@ -50,6 +51,11 @@ class AdapterAlone(ModelSource):
         self.needs_base = tuple(_needs_base(sites))
         """What of it means nothing without the weights it was trained on, and why."""
         self.warnings = (*self.settings.warnings, *sites.warnings, *self._idle())
+
+    @property
+    def keeps_tied(self) -> bool | None:
+        """Whether training kept words and the output layer one tensor; None of one that changes neither."""
+        return self.settings.keeps_tied if any(is_vocabulary(site.module) for site in self.sites.values()) else None
 
     # ------------------------------------------------------------------ factors
 

@@ -68,6 +68,15 @@ class Form:
     """How often PEFT adds the product."""
 
     @property
+    def around(self) -> str | None:
+        """Of MultiheadAttention's out_proj, whose product is added twice: the attention, with which PEFT wraps it."""
+        return self.module.rpartition(".")[0] if self.times > 1 else None
+
+    def holds_alone(self, place: InFull) -> bool:
+        """Whether a place may have the tensor without the rest of its module."""
+        return self.alone and place.module == self.module
+
+    @property
     def is_product(self) -> bool:
         return bool(self.a)
 
@@ -90,14 +99,21 @@ def _is_layer(name: str, shape: Shape) -> bool:
     return len(shape) == 2 or (len(shape) == _CONVOLUTION and shape[1] > 1)
 
 
-def forms_of(wanted: Collection[str], parts: Mapping[str, InMemory], shapes: Mapping[str, Shape]) -> dict[str, Form]:
-    """The form of every wanted tensor of a network; that no adapter can hold it, `problem` says."""
+def forms_of(
+    wanted: Collection[str], parts: Mapping[str, InMemory], shapes: Mapping[str, Shape], apart: Collection[str] = ()
+) -> dict[str, Form]:
+    """The form of every wanted tensor of a network; that no adapter can hold it, `problem` says.
+
+    What the network has as one tensor, but `apart` lists by several names, is kept by each of them for itself.
+    """
     layers = {_module(part.names[0]) for part in parts.values() if part.is_layer}
     modules = {_module(name) for part in parts.values() for name in part.names if name.endswith(".weight")}
     single = {_parent(parts[name].names[0], parts) for name in wanted} - {None}
+    others = {parts[name].names[0] for name in apart if name in parts}
     forms = {}
     for name in wanted:
-        names = parts[name].names
+        own, *more = parts[name].names
+        names = (own, *(each for each in more if each not in others))
         parent = next((parent for parent in single if names[0].startswith(f"{parent}.")), None)
         if parent is not None:
             forms[name] = Form(_module(names[0]), places=tuple(InFull(PREFIX + each, parent) for each in names))

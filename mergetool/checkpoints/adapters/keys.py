@@ -81,10 +81,13 @@ def factors_at(
     return a, b, embedding
 
 
-def times_added(site: str, sites: Container[str]) -> int:
-    """PEFT adds the product of MultiheadAttention's out_proj twice, in training as in merging."""
+def attention_around(site: str, sites: Container[str]) -> str | None:
+    """The MultiheadAttention that a site is the out_proj of.
+
+    PEFT wraps it with the attention, by the settings of that, and adds its product twice, in training as in merging.
+    """
     outer, mark, leaf = site.rpartition(".base_layer.")
-    return 2 if mark and leaf == "out_proj" and outer in sites else 1
+    return unwrapped(outer) if mark and leaf == "out_proj" and outer in sites else None
 
 
 def _half(parts: Mapping[Part, str], half: Part, other: Part, where: str) -> str:

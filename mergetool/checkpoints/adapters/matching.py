@@ -12,7 +12,7 @@ from typing import Any
 from mergetool.checkpoints.adapters import experts
 from mergetool.checkpoints.adapters.changes import Added, Block, Change, LowRank, Magnitude, Rows
 from mergetool.checkpoints.adapters.conv1d import is_transposed
-from mergetool.checkpoints.adapters.keys import Key, Part, by_site, factors_at, read_keys, times_added, unwrapped
+from mergetool.checkpoints.adapters.keys import Key, Part, attention_around, by_site, factors_at, read_keys, unwrapped
 from mergetool.checkpoints.adapters.places import INPUTS, Places, is_vocabulary_weight, leaf_of
 from mergetool.checkpoints.adapters.refusals import by_peft
 from mergetool.checkpoints.adapters.settings import Settings
@@ -41,7 +41,7 @@ class Matching:
         keys = read_keys(own, where)
         self._places = Places(specs, config, _names_in_memory(keys, settings))
         self.warnings: list[str] = []
-        whole = Whole(own, specs, settings, self._places, where)
+        whole = Whole(own, specs, settings, self._places, where, self._by_peft())
         self.changes = whole.changes([key for key in keys if key.part is Part.WHOLE])
         self._sites = by_site(keys)
         for site, parts in self._sites.items():
@@ -67,10 +67,11 @@ class Matching:
         self, module: str, site: str, parts: Mapping[Part, str], a: TensorSpec, b: TensorSpec, *, embedding: bool
     ) -> None:
         where = f"{self._where}: {a.name}"
-        products = list(self._products(module, a, b, embedding=embedding))
+        around = attention_around(site, self._sites)
+        products = list(self._products(module, around or module, a, b, embedding=embedding))
         if not products:
             raise self._no_tensor(f"{module}.weight", a.name)
-        times = times_added(site, self._sites)
+        times = 1 if around is None else 2
         for name, term in products:
             self._check_floating(name, a, b, where)
             self._change(name, LowRank(a.name, b.name, times * term.factor, term.transposed, term.block), where)
@@ -78,9 +79,13 @@ class Matching:
 
     # ------------------------------------------------------------------ where a product goes
 
-    def _products(self, module: str, a: TensorSpec, b: TensorSpec, *, embedding: bool) -> Iterator[tuple[str, LowRank]]:
-        """Every tensor that B A is added to, and how."""
+    def _products(
+        self, module: str, named: str, a: TensorSpec, b: TensorSpec, *, embedding: bool
+    ) -> Iterator[tuple[str, LowRank]]:
+        """Every tensor that B A is added to, and how, by the settings of the module that is `named` in them."""
         name = self._places.counterpart(f"{module}.weight")
+        if name is None and f"{module}.weight" in self.changes:  # a head that is no longer tied
+            name = f"{module}.weight"
         if name is None and (len(a.shape) == 2):
             name = self._places.shared(module, (0, a.shape[1] if not embedding else b.shape[0]))
         if name is None:
@@ -99,9 +104,8 @@ class Matching:
             raise SourceError(
                 f"B A is {list(product)}, {name} is {list(shape)}", f"{self._where}: {a.name}", self._fix()
             )
-        term = LowRank(
-            a.name, b.name, self._settings.factor(f"{module}.weight" if direct else module, a.shape[0]), transposed
-        )
+        factor = self._settings.factor(f"{module}.weight" if direct else named, a.shape[0])
+        term = LowRank(a.name, b.name, factor, transposed)
         for twin in self._places.twins(name):
             yield twin, term
         self._warn_tied(module, name)
@@ -160,7 +164,8 @@ class Matching:
         if spec.num_elements != sizes or len(change.terms) != 1:
             times = len(change.terms)
             what = f"its magnitude is {list(spec.shape)}, {name} is {list(change.shape)}, changed {times} times"
-            raise SourceError(what, f"{self._where}: {own}", self._fix())
+            fix = self._fix() if times == 1 else self._by_peft()
+            raise SourceError(what, f"{self._where}: {own}", fix)
         self.changes[name] = replace(change, magnitude=Magnitude(own, by_row))
 
     def _add_bias(self, module: str, own: str, a: str) -> None:
@@ -174,7 +179,7 @@ class Matching:
     def _change(self, name: str, term: LowRank, where: str) -> None:
         change = self._started(name)
         if change.is_own and (".base_layer." not in change.origin):
-            raise SourceError(f"{name} is both adapted and replaced, by {change.origin}", where, self._fix())
+            raise SourceError(f"{name} is both adapted and replaced, by {change.origin}", where, self._by_peft())
         others = [other for other in change.terms if isinstance(other, LowRank)]
         if (others and self._places.is_tied is False) or any(other.block for other in others):
             raise SourceError(f"{name} is changed twice, by {others[0].a} too", where, self._fix())
@@ -231,8 +236,11 @@ class Matching:
                     raise SourceError(what, self._where, fix)
 
     def _no_tensor(self, name: str, own: str) -> SourceError:
-        fix = f"{self._fix()}; if it is that one, {by_peft(self._settings.fields, *self._folders)}"
+        fix = f"{self._fix()}; if it is that one, {self._by_peft()}"
         return SourceError(f"the model has no tensor {name!r}", f"{self._where}: {own}", fix)
+
+    def _by_peft(self) -> str:
+        return by_peft(self._settings.fields, *self._folders)
 
     def _fix(self) -> str:
         made_for = self._settings.made_for

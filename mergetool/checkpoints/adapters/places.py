@@ -78,11 +78,16 @@ class Places:
 
     def lacks_head(self) -> bool:
         """Whether the output layer is tied to the input embeddings and therefore not in the file."""
+        return self._lacks_head("ForCausalLM", "LMHeadModel")
+
+    def lacks_other_head(self) -> bool:
+        """The same of networks that may call it otherwise than `lm_head`."""
+        return self._lacks_head("ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
+
+    def _lacks_head(self, *ends: str) -> bool:
         heads = [name for name in self._vocabulary() if is_head(name.removesuffix(".weight"))]
         kinds = [str(kind) for kind in self._config.get("architectures") or ()]
-        return (
-            self.is_tied is True and not heads and any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
-        )
+        return self.is_tied is True and not heads and any(kind.endswith(ends) for kind in kinds)
 
     def _vocabulary(self) -> list[str]:
         return [name for name, spec in self._specs.items() if is_vocabulary_weight(name) and len(spec.shape) == 2]

@@ -13,10 +13,10 @@ from mergetool.checkpoints.adapters.keys import (
     WRAPPED,
     Key,
     Part,
+    attention_around,
     by_site,
     factors_at,
     read_keys,
-    times_added,
     unwrapped,
 )
 from mergetool.checkpoints.adapters.places import leaf_of
@@ -144,7 +144,7 @@ class Sites:
     def _product(self, hung: str, a: TensorSpec, b: TensorSpec, *, embedding: bool) -> Site:
         module = unwrapped(hung)
         name, own, rank = f"{module}.weight", (a.name, b.name), a.shape[0]
-        times = times_added(hung, self._hung)
+        around = attention_around(hung, self._hung)
         if embedding:
             factor = self._settings.factor(module, rank)
             return Site(name, SiteKind.EMBEDDING, module, hung, own, (b.shape[0], a.shape[1]), rank, factor)
@@ -154,7 +154,8 @@ class Sites:
             name = f"{module}.{_IN_PROJECTION}"
         elif (leaf := self._parameter(hung)) is not None:
             return self._experts(hung, leaf, a, b)
-        factor = times * self._settings.factor(module, rank)
+        times = 1 if around is None else 2
+        factor = times * self._settings.factor(around or module, rank)
         return Site(name, SiteKind.LINEAR, module, hung, own, (b.shape[0], a.shape[1]), rank, factor, times=times)
 
     def _convolution(self, hung: str, a: TensorSpec, b: TensorSpec) -> Site:
@@ -214,7 +215,7 @@ class Sites:
     def _add_whole(self, key: Key) -> None:
         module, _, leaf = key.module.rpartition(".")
         saved = self._settings.saves(module)
-        kind = SiteKind.BIAS if leaf == "bias" and not saved else SiteKind.WHOLE
+        kind = SiteKind.BIAS if "bias" in leaf and not saved else SiteKind.WHOLE
         site = Site(key.module, kind, module, key.site.rpartition(".")[0], (key.own,), self._own[key.own].shape)
         other = self.found.get(site.name)
         if other is not None and other.kind is SiteKind.ADDED and other.shape == site.shape:
@@ -238,8 +239,9 @@ class Sites:
 
 
 def hung_together(sites: Mapping[str, Site]) -> dict[str, Site]:
-    """Sites of several adapters, as one has them: PEFT wraps a module once for each parameter, the last one outermost.
+    """Sites of several adapters, as one has them.
 
+    PEFT wraps a module once for each parameter, the last one outermost; biases lie in what is wrapped.
     Raises SourceError where nothing tells the order of the parameters.
     """
     several: dict[str, list[Site]] = {}
@@ -254,4 +256,11 @@ def hung_together(sites: Mapping[str, Site]) -> dict[str, Site]:
             raise SourceError(what, module, "add base: MODEL and output: {kind: checkpoint}")
         outermost = sorted(parameters, key=lambda site: (*_ORDER, *leaves).index(leaf_of(site.name)), reverse=True)
         hung |= {site.name: module + WRAPPED * depth for depth, site in enumerate(outermost)}
-    return {name: replace(site, hung=hung.get(name, site.hung)) for name, site in sites.items()}
+    together = {name: replace(site, hung=hung.get(name, site.hung)) for name, site in sites.items()}
+    inner = {site.module: site.hung for site in sorted(together.values(), key=_depth) if site.is_product}
+    biases = {name: site for name, site in together.items() if site.kind is SiteKind.BIAS and site.module in inner}
+    return together | {name: replace(site, hung=inner[site.module] + WRAPPED) for name, site in biases.items()}
+
+
+def _depth(site: Site) -> int:
+    return len(site.hung)

@@ -73,7 +73,9 @@ class AdapterSource(ModelSource):
         change = self._changes.get(name)
         if change is None or change.is_copy:
             return super().stored_as(name) if change is not None else self._model.stored_as(name)
-        return self._model.stored_as(name) if name in self._model.specs else self._adapter.stored_as(change.origin)
+        if name in self._model.specs:
+            return self._model.stored_as(name)
+        return self._origin(change).stored_as(change.origin)
 
     @cached_property
     def tokenizer_folder(self) -> Path | None:

@@ -53,7 +53,7 @@ class About:
 
 
 def about_together(
-    several: Sequence[Settings], base: str | None, revision: str | None, config: Mapping[str, Any]
+    several: Sequence[Settings], base: str | None, revision: str | None, config: Mapping[str, Any], *, tied: bool
 ) -> About:
     """What is known of an adapter that is made of others, for the model of a config.json (or none)."""
     fields = [each.fields for each in several]
@@ -65,7 +65,7 @@ def about_together(
         tasks.pop() if len(tasks) == 1 else task_of(config),
         proven=frozenset.intersection(*map(_proven, fields)),
         turned=any(each.get("fan_in_fan_out") is True for each in fields),
-        more=more | ({"ensure_weight_tying": True} if any(each.keeps_tied for each in several) else {}),
+        more=more | ({"ensure_weight_tying": True} if tied else {}),
     )
 
 

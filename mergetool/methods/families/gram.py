@@ -1,6 +1,6 @@
 """Inner products of a tensor's vectors, one of each model: all that methods of angles and lengths need to know."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +11,12 @@ if TYPE_CHECKING:
 
 Per = Literal["tensor", "row", "column"]
 Conclude = Callable[["Tensor", Params], Stats]
+
+SUM = "sum of the vectors"
+_RUN = 512
+"""So many products are summed in the compute dtype; what they come to is added up in float64."""
+_SHORT = 1 << 14
+"""Slices below this have every product added up in float64: they cost nothing."""
 
 
 def vectors_of(group: TensorGroup) -> "list[Tensor]":
@@ -45,35 +51,89 @@ def _matrices(pairs: "Tensor", count: int) -> "Tensor":
 
 @dataclass(frozen=True)
 class Gram(StatisticsPass):
-    """Inner products of all vectors of a tensor, (N, N) in float64."""
+    """Inner products of all vectors of a tensor, (N, N) in float64. Leaves the models as they are."""
 
     then: Conclude
     params: Params
+    sums: bool = False
+    """Whether the sum of the vectors is kept for the merge, under `SUM`."""
 
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
         import torch
 
-        parts = []
-        for group in groups:
-            count, pairs = len(group.models), _pairs(group)
-            parts.append(pairs.to("cpu"))
-        return _matrices(torch.stack(parts).sum(0)[None], count)[0]  # added up here, wherever the slices are
+        parts = [_products(group, _room_for_sum(group) if self.sums else None).to("cpu") for group in groups]
+        return torch.stack(parts).sum(0)  # added up here, wherever the slices are
 
     def conclude(self, total: "Tensor") -> Stats:
         return self.then(total, self.params)
 
 
-def _pairs(group: TensorGroup) -> "Tensor":
-    """Inner products of a slice, the lower half of their matrix, row after row."""
+def _room_for_sum(group: TensorGroup) -> "Tensor | None":
+    """Where the sum of a slice's vectors may wait for its merge, if there is room."""
+    if group.kept is None or group.room is None or (room := group.room()) is None:
+        return None
+    group.kept[SUM] = room
+    return room.view(-1)
+
+
+def _products(group: TensorGroup, summed: "Tensor | None" = None) -> "Tensor":
+    """Inner products of a slice, (N, N); the sum of its vectors goes to `summed`.
+
+    Its vectors are laid side by side piece by piece, all of a piece in the processor's cache, where a product of
+    matrices makes every inner product of a run from what it reads once.
+    """
     import torch
 
-    from mergetool.kernels.sums import wide_sum
+    count, like = len(group.names), group.models[0]
+    total = torch.zeros(count, count, dtype=torch.float64, device=like.device)
+    for begin, vectors, whole in _side_by_side(group):
+        if summed is not None:
+            add_up(vectors, summed[begin : begin + vectors.shape[1]])
+        if like.numel() < _SHORT:
+            return gram(list(vectors), torch.empty_like(vectors[0]), "tensor")[0]
+        total += _of_runs(whole.view(count, -1, _RUN).transpose(0, 1))
+    return total
 
-    vectors, product = vectors_of(group), group.scratch("product")
-    return torch.stack(
-        [
-            wide_sum(torch.mul(first, second, out=product), group.scratch)
-            for i, first in enumerate(vectors)
-            for second in vectors[: i + 1]
-        ]
-    )
+
+def _of_runs(runs: "Tensor") -> "Tensor":
+    """Inner products of many runs (runs, N, length of one), (N, N)."""
+    import torch
+
+    total = torch.bmm(runs, runs.mT).sum(0, dtype=torch.float64)
+    return (total + total.mT) / 2
+
+
+def add_up(vectors: "Iterable[Tensor]", out: "Tensor") -> "Tensor":
+    """The sum of vectors, one after the other."""
+    import torch
+
+    first, second, *others = vectors
+    torch.add(first, second, out=out)
+    for vector in others:
+        out.add_(vector)
+    return out
+
+
+def _side_by_side(group: TensorGroup) -> "Iterator[tuple[int, Tensor, Tensor]]":
+    """Pieces of all vectors of a slice: where each begins, the vectors (N, length), and with zeros up to whole runs.
+
+    Vectors are task vectors where there is a base.
+    """
+    import torch
+
+    models = [model.reshape(-1) for model in group.models]
+    base = None if group.base is None else group.base.reshape(-1)
+    count, length = len(models), len(models[0])
+    runs = length // count // _RUN if length >= _SHORT else -(-length // _RUN)
+    piece = max(1, runs) * _RUN
+    fits = count * piece <= length
+    room = group.scratch("vectors").reshape(-1)[: count * piece] if fits else models[0].new_empty(count * piece)
+    for begin in range(0, length, piece):
+        size = min(piece, length - begin)
+        whole = room.view(count, piece)[:, : -(-size // _RUN) * _RUN]
+        whole[:, size:].zero_()
+        vectors = whole[:, :size]
+        for model, vector in zip(models, vectors, strict=True):
+            there = model[begin : begin + size]
+            vector.copy_(there) if base is None else torch.sub(there, base[begin : begin + size], out=vector)
+        yield begin, vectors, whole

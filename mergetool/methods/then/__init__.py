@@ -68,6 +68,8 @@ class After(BaseModel):
     )
     needs_base: ClassVar[bool] = False
     """Whether only what was changed of a base can be treated so."""
+    statistic: ClassVar[str] = ""
+    """The statistic of the base that it needs, if any (`mergetool.statistics`)."""
     granularity: ClassVar[Granularity] = "element"
     """What one call must see whole."""
     buffers: ClassVar[int] = 1

@@ -46,6 +46,10 @@ class Followed(TensorMethod):
         return self.inner.statistic
 
     @property
+    def statistic_of_base(self) -> str:  # type: ignore[override]
+        return next((step.statistic for step in self.steps if step.statistic), "")
+
+    @property
     def min_models(self) -> int:  # type: ignore[override]
         return self.inner.min_models
 
@@ -90,6 +94,9 @@ class Followed(TensorMethod):
     def partners(self, name: str) -> tuple[str, ...]:
         return self.inner.partners(name)
 
+    def alone(self) -> TensorMethod:
+        return self.inner
+
     def unmeasured(self) -> TensorMethod:
         return Followed(inner=self.inner.unmeasured(), steps=self.steps)
 
@@ -128,6 +135,8 @@ class Followed(TensorMethod):
         return self.inner.problem(p)
 
     def needs_weights(self) -> str | None:
+        if self.statistic_of_base:
+            return "a step after it runs the base on data"
         if self.inner.in_factors("", (2, 2)) == "halves" and not self._scales:
             return f"{self.steps[0].step_name()} looks at what the matrices come to, which are added up by themselves"
         return self.inner.needs_weights()

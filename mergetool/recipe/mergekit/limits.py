@@ -3,6 +3,7 @@
 density 0     nothing of the model is kept: a weight of 0; where weights are averaged, and its own counts though
               nothing is left of it, a density that keeps nothing of any tensor
 density > 1   all of it is kept: 1
+less than the least of what a step, a tolerance or a number of steps can be: the least
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,9 @@ from mergetool.methods import registry
 
 _NOTHING = 1e-12
 """A density that keeps nothing, or of methods that keep the largest one entry of each tensor."""
+
+_LEAST: Mapping[str, Mapping[str, float]] = {"nearswap": {"t": 0.0}, "karcher": {"max_iter": 0, "tol": 1e-300}}
+"""Where mergekit takes less, and nothing more comes of it."""
 
 
 class ByModel(dict[str, Any]):
@@ -26,7 +30,9 @@ class ByModel(dict[str, Any]):
 
 
 def within_limits(values: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """The same fields, with densities between 0 and 1."""
+    """The same fields, with densities between 0 and 1, and nothing below its least."""
+    least = _LEAST.get(method, {})
+    values = {key: least[key] if _is_below(value, least.get(key)) else value for key, value in values.items()}
     density, weight = values.get("density"), values.get("weight")
     if not isinstance(density, ByModel) or not isinstance(weight, ByModel):
         return {**values, "density": _bounded(density)} if isinstance(density, int | float) else dict(values)
@@ -37,6 +43,10 @@ def within_limits(values: Mapping[str, Any], method: str) -> dict[str, Any]:
     densities = {name: 1.0 if name in gone else _bounded(value) for name, value in density.items()}
     weights = {name: 0.0 if name in gone else value for name, value in weight.items()}
     return {**values, "density": ByModel(densities), "weight": ByModel(weights)}
+
+
+def _is_below(value: Any, least: float | None) -> bool:
+    return least is not None and isinstance(value, int | float) and value < least
 
 
 def _bounded(value: Any) -> Any:

@@ -136,6 +136,8 @@ KINDS: dict[str, Case] = {
         llama,
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [1]}},
     ),
+    "attention by a pattern": (Net, {"target_modules": ["attention"], "rank_pattern": {"attention": 3}}),
+    "own bias of a tied head": (bert, {"target_modules": ["decoder"], "bias": "lora_only"}),
     "resnet": (
         lambda: hf.ResNetForImageClassification(
             hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3)
@@ -157,6 +159,8 @@ TIED: dict[str, Case] = {
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ),
     "saved both": (tied, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "saved embeddings, head": (tied, {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}),
+    "saved head with a bias": (bert, {"target_modules": ["query"], "modules_to_save": ["decoder"]}),
     "gpt2": (gpt2, {"target_modules": ["lm_head"]}),
     "gpt2, saved embeddings": (gpt2, {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}),
     "distilbert": (
