@@ -21,9 +21,9 @@ class Align(_Strict):
     mode: Literal["joint", "block"] = Field("joint", description="all models move together, or one at a time")
     init: Literal["identity", "barycenter"] = Field("identity", description="where the first start begins")
     anchor: Text | None = Field(None, description="model whose order the result takes; else one chosen by content")
-    starts: Annotated[int, Field(ge=1, strict=True)] = Field(4, description="runs to choose the best of")
+    starts: Annotated[int, Field(ge=1, strict=True)] = Field(3, description="runs to choose the best of")
     releases: Annotated[int, Field(ge=0, strict=True)] = Field(
-        10, description="how often two of three or more models are matched anew to the others, after the best run"
+        20, description="how often two of three or more models are matched anew to the others, after the best run"
     )
     polish: bool = Field(True, strict=True, description="improve the rounded permutations by hard moves")
     iterations: Annotated[int, Field(ge=1, strict=True)] = Field(100, description="most Frank-Wolfe steps of a start")

@@ -31,7 +31,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import fminbound
 
 from mergetool.kernels.assignment import Choice
 from mergetool.kernels.matching import (
@@ -62,20 +61,17 @@ class AlignmentSettings:
     `init`: "identity", or "barycenter" (the mean of the group; the anchor stays at the identity). `anchor`: the model
     whose order the universe takes, by default the first. `starts`: how many runs to choose the best from (the first of
     equals): one as asked, hard moves alone from the identity (MergeMany, so that the result is never below it), block
-    mode from the identity, one as asked but with the paper's step, and block mode from the barycentre with one anchor
-    after the other. `releases`: how often, with three models or more, two of them are put back to the barycentre and
-    matched anew to the others. `tolerance`: stop when the gap is below this share of the objective. `step`: the best of
-    all lengths, or what a bounded numerical search finds (the paper's): never 0 or 1, so that a share of every order
-    tried stays.
+    mode from the identity, and block mode from the barycentre with one anchor after the other. `releases`: how often,
+    with three models or more, two of them are put back to the barycentre and matched anew to the others.
+    `tolerance`: stop when the gap is below this share of the objective.
     """
 
     mode: Literal["joint", "block"] = "joint"
-    step: Literal["exact", "bounded"] = "exact"
     init: Literal["identity", "barycenter"] = "identity"
     anchor: int | None = None
     polish: bool = True
-    starts: int = 4
-    releases: int = 10
+    starts: int = 3
+    releases: int = 20
     iterations: int = 100
     tolerance: float = 1e-6
 
@@ -143,11 +139,6 @@ def best_step(along: Curve) -> float:
     return max(zip(values, candidates, strict=True))[1]
 
 
-def bounded_step(along: Curve) -> float:
-    """Where a bounded numerical search of 20 evaluations finds the polynomial largest: never at 0 or 1."""
-    return float(fminbound(lambda t: -value_at(along, t), 0.0, 1.0, xtol=1e-3, maxfun=20))
-
-
 def value_at(along: Curve, t: float) -> float:
     """The polynomial at t, by de Casteljau's scheme: exact at both ends."""
     level: NDArray[np.float64] = along
@@ -174,7 +165,6 @@ def _plans(settings: AlignmentSettings, num_models: int) -> Iterator[AlignmentSe
         plans.append(replace(settings, mode="block", init="identity", iterations=0))
     if num_models > 2:
         plans.append(replace(settings, mode="block", init="identity"))
-        plans.append(replace(settings, step="bounded"))
     first = settings.anchor or 0
     for k in range(num_models):
         plans.append(replace(settings, mode="block", init="barycenter", anchor=(first + k) % num_models))
@@ -244,7 +234,7 @@ def _iterate(
                 continue
             along = curve(problem, point, target, movers=movers, seen=seen)
             gap += 4 * (along[1] - along[0])
-            length = best_step(along) if plan.step == "exact" else bounded_step(along)
+            length = best_step(along)
             value += value_at(along, length) - along[0]
             stationary = False
             point = tuple(s if s is t else s.toward(t, length) for s, t in zip(point, target, strict=True))
