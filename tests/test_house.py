@@ -43,6 +43,28 @@ def test_functions_stay_short():
     assert long == {}
 
 
+def test_no_two_files_of_methods_share_six_lines():
+    """Beside what they import: what two say alike belongs to a family."""
+    found = {}
+    for path, tree in trees().items():
+        if path.parts[1] != "methods":
+            continue
+        lines = (ROOT / path).read_text("utf-8").splitlines()
+        code = [lines[number - 1].strip() for number in sorted(told(tree)) if lines[number - 1].strip()]
+        for start in range(len(code) - 5):
+            found.setdefault(tuple(code[start : start + 6]), set()).add(str(path))
+    assert {each: paths for each, paths in found.items() if len(paths) > 1} == {}
+
+
+def told(tree):
+    """Numbers of the lines of a module that are neither documentation nor about names of other modules."""
+    shown = [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom | ast.If | ast.Assign)]
+    every = {number for node in shown for number in range(node.lineno, node.end_lineno + 1)}
+    documented = (node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
+    texts = [node.body[0] for node in documented if ast.get_docstring(node)]
+    return every - {number for text in texts for number in range(text.lineno, text.end_lineno + 1)}
+
+
 def test_a_number_that_has_a_type_is_of_that_type_in_every_method():
     """One for all models, or one for each: what `Params` promises to methods and to mypy."""
     per_model = {name: kind == tuple[float, ...] for name, kind in Params.__annotations__.items()}

@@ -18,11 +18,15 @@ from mergetool.bundle.opening import load_bundle
 from mergetool.bundle.texts import parts_of
 from mergetool.errors import MergetoolError
 
+MOST_BYTES = 1 << 20
+"""Of a request: longer texts would keep all others waiting while they are cut into words."""
+
 
 class Server(ThreadingHTTPServer):
     """A thread for each connection; one more answers what they have gathered."""
 
     request_queue_size = 128
+    daemon_threads = True
 
     def __init__(self, address: tuple[str, int], classify: TextClassifier, most: int = 32) -> None:
         super().__init__(address, Handler)
@@ -36,33 +40,56 @@ class Server(ThreadingHTTPServer):
             batch = [self.waiting.get()]
             while len(batch) < self.most and not self.waiting.empty():
                 batch.append(self.waiting.get())
-            self.counts["batches"] += 1
-            try:
-                found = self.classify([text for text, _ in batch])
-                for (_, future), result in zip(batch, found, strict=True):
-                    future.set_result(result)
-                    self.counts["answers"] += 1
-            except Exception as error:
-                for _, future in batch:
-                    future.set_exception(error)
+            if not self.answered(batch):
+                for one in batch:  # what cannot be answered is refused alone
+                    self.answered([one])
+
+    def answered(self, batch: list[tuple[object, Future]]) -> bool:
+        """Whether all of it could be answered; one that could not by itself is told why."""
+        self.counts["batches"] += 1
+        try:
+            found = self.classify([text for text, _ in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0][1].set_exception(error)
+            return len(batch) == 1
+        for (_, future), result in zip(batch, found, strict=True):
+            self.counts["answers"] += 1
+            future.set_result(result)
+        return True
 
 
 class Handler(BaseHTTPRequestHandler):
     """POST / answers {"text": ...}, with a "pair" if there is one; GET /health and /metrics tell how it does."""
 
     protocol_version = "HTTP/1.1"
+    timeout = 60  # of a connection that says nothing
     server: Server
 
+    def handle(self) -> None:
+        with suppress(ConnectionError, TimeoutError):  # whoever asked has gone
+            super().handle()
+
     def do_POST(self) -> None:
+        status, said = self.answer(self.headers.get("Content-Length", ""))
+        self.server.counts["refused"] += status != 200
+        self.reply(status, json.dumps(said))
+
+    def answer(self, length: str) -> tuple[int, object]:
+        if not length.isdecimal() or len(length) > 9 or int(length) > MOST_BYTES:
+            self.close_connection = True  # where the next request begins is not known
+            status, why = (413, "is too long") if length.isdecimal() else (411, "needs a Content-Length")
+            return status, {"error": f"the request {why}: at most {MOST_BYTES} bytes"}
         future: Future = Future()
         try:
-            text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            parts_of(text)  # refused alone, not with all that it would have been answered with
+            text = json.loads(self.rfile.read(int(length)))
+            parts_of(text)
             self.server.waiting.put((text, future))
-            self.reply(200, json.dumps(future.result()))
-        except (ValueError, MergetoolError) as error:
-            self.server.counts["refused"] += 1
-            self.reply(400, json.dumps({"error": str(error)}))
+            return 200, future.result()
+        except (ValueError, RecursionError, MergetoolError) as error:
+            return 400, {"error": str(error)}
+        except RuntimeError as error:
+            return 500, {"error": str(error)}
 
     def do_GET(self) -> None:
         counts = self.server.counts | Counter(waiting=self.server.waiting.qsize())

@@ -30,8 +30,8 @@ from mergetool.bundle.store import FactorStore
 from mergetool.bundle.task_vector import Difference, TaskVector
 from mergetool.errors import MergeError, PlanError
 from mergetool.tensors.dtypes import torch_dtype
-from mergetool.tensors.io import bytes_of, sha256_file
-from mergetool.tensors.source import SINGLE_NAME, ModelSource
+from mergetool.tensors.io import sha256_file
+from mergetool.tensors.source import SINGLE_NAME, ModelSource, read_whole
 from mergetool.tensors.writer import write_tensors
 
 _PARTS = ".merged"
@@ -95,6 +95,10 @@ class _Around(Experts):
         base = self._experts.read("base", name)
         return Difference(self._experts.change(model, name).dense() - (self.merged(name).to(base) - base))
 
+    def trained(self, model: str, name: str) -> Tensor:
+        """What an expert changed of the base's tensor."""
+        return self._experts.change(model, name).dense()
+
     def share(self, call: Callable[[str], T], items: Sequence[str], num_threads: int) -> Sequence[T]:
         return self._experts.share(call, items, num_threads)
 
@@ -116,6 +120,11 @@ class _Around(Experts):
 class _WorkAround(Work):
     """One build, whose base is the merged model."""
 
+    def _whole_change(self, task: str, name: str) -> Tensor | None:
+        """What training changed, and not what the expert differs by from the merged model."""
+        assert isinstance(self.experts, _Around)
+        return self.experts.trained(task, name) if name in self.experts.shapes else None
+
     def write_base(self) -> Base:
         """The merged model with what else the base holds, in one file, and the base's config and tokenizer."""
         assert isinstance(self.experts, _Around)
@@ -123,7 +132,7 @@ class _WorkAround(Work):
         path = f"base/{SINGLE_NAME}"
         with TensorWriter(self.folder, path, list(source.specs.values())) as writer:
             for name in source.specs:
-                writer.put(name, self.experts.merged(name) if name in self.experts.shapes else _stored(source, name))
+                writer.put(name, self.experts.merged(name) if name in self.experts.shapes else read_whole(source, name))
         if source.folder is not None:
             copy_files(small_files(source.folder), self.folder / "base")
         return Base(kind="copy", path="base", files={SINGLE_NAME: sha256_file(self.folder / path)})
@@ -149,9 +158,3 @@ def check_own(names: Sequence[str], options: Options) -> None:
 def whole_of(base: ModelSource) -> ModelSource:
     """The base with what no expert shares."""
     return base.model if isinstance(base, PresentedSource) else base
-
-
-def _stored(source: ModelSource, name: str) -> Tensor:
-    stored = torch.empty(source.specs[name].shape, dtype=torch_dtype(source.specs[name].dtype))
-    source.read_bytes(name, 0, bytes_of(stored.reshape(-1)))
-    return stored

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from mergetool._version import __version__
 from mergetool.arch.depth import structural_depths
+from mergetool.bundle.compared import write_compared
 from mergetool.bundle.files import (
+    COMPARED,
     CONFIG_NAME,
     FIRST_PASS,
     MODELING,
@@ -102,6 +104,8 @@ def build(
         parameters = dict(zip(parameters, chosen, strict=True))
         if experts.leads:
             work.write_first_pass(parameters, router)
+    if router is not None and router.rank is not None:
+        write_compared(experts, folder, store, options, router.matrices, num_threads)
     paths = experts.share(lambda task: work.write_factors(task, parameters), experts.names, num_threads)
     files = dict(zip(experts.names, paths, strict=True))
     measured = experts.share(lambda name: work.measured(parameters[name], name, paths), [*parameters], num_threads)
@@ -243,6 +247,7 @@ class Work:
             per=options.per,
             early=options.early,
             gate=options.gate,
+            rank=options.rank if matrices else None,
         )
 
     def without_redundancy(self, name: str, parameters: Mapping[str, Parameter]) -> Parameter:
@@ -340,7 +345,7 @@ class Work:
         config = read_config(self.experts.sources["base"].folder)
         write_file(self.folder / CONFIG_NAME, json.dumps(bundle_config(config), indent=2) + "\n")
         write_file(self.folder / "modeling_mass.py", MODELING)
-        globs = ("base/*", "factors/*", "heads/**/*", FIRST_PASS, SPECTRA, SHARED, CONFIG_NAME, "modeling_mass.py")
+        globs = ("base/*", "factors/*", "heads/**/*", FIRST_PASS, SPECTRA, COMPARED, SHARED, CONFIG_NAME, "*.py")
         written = [path for glob in globs for path in sorted(self.folder.glob(glob)) if path.is_file()]
         manifest = Manifest(
             format_version=3 if (self.folder / SHARED).is_file() else 2 if self._layouts else 1,

@@ -7,28 +7,25 @@ An expert that was a classifier of transformers is one again: its own head, name
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from mergetool.bundle.files import SPECTRA, spectrum_key, triplet_names, whole_name
+from mergetool.bundle.files import COMPARED, SPECTRA, spectrum_key, triplet_names, whole_name
 from mergetool.bundle.manifest import ClassHead, Manifest, Task, read_manifest
 from mergetool.bundle.masks import masked_change
 from mergetool.bundle.verify import base_folder, check_base, check_files
 from mergetool.checkpoints.view import RenamedModel
 from mergetool.errors import SourceError
-from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.factors import Halves, Kept, nothing_added
 from mergetool.tensors.folder import open_model
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import bytes_of
-from mergetool.tensors.source import FileStamp, ModelSource
+from mergetool.tensors.source import FileStamp, ModelSource, read_whole
 
 
 class ExpertSource(ModelSource):
@@ -80,17 +77,15 @@ class ExpertSource(ModelSource):
     def _rebuilt(self, name: str) -> Tensor:
         """Base + U diag(S) Vh (or the change kept in full), rounded once to the base's dtype."""
         spec = self._base.specs[name]
-        stored = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
-        self._base.read_bytes(name, 0, bytes_of(stored.reshape(-1)))
+        stored = read_whole(self._base, name)
         values = stored.to(torch.float64)
-        with self._opened() as file:
-            if self._parameters[name].policy == "mask":
-                values += masked_change(self._bundle, self._factors.relative_to(self._bundle), name, self._scale)
-            elif self._parameters[name].policy == "full":
-                values += file.get_tensor(whole_name(name))
-            elif triplet_names(name)[0] in file.keys():  # noqa: SIM118  (not a mapping)
-                u, s, vh = (file.get_tensor(part).to(torch.float64) for part in triplet_names(name))
-                values += ((u * s) @ vh).view(spec.shape)
+        if self._parameters[name].policy == "mask":
+            values += self._masked(name)
+        elif self._parameters[name].policy == "full":
+            values += read_whole(self._own, whole_name(name))
+        elif triplet_names(name)[0] in self._own.specs:
+            u, s, vh = (read_whole(self._own, part).to(torch.float64) for part in triplet_names(name))
+            values += ((u * s) @ vh).view(spec.shape)
         return values.to(stored.dtype).contiguous()
 
     # ------------------------------------------------------------------ what was added to the base
@@ -110,44 +105,59 @@ class ExpertSource(ModelSource):
         """Kept as they are in the bundle, in float32, not rounded to the base's dtype."""
         if not (directions := self.num_directions(name)):
             return None if directions is None else nothing_added(self.specs[name].shape)
-        with self._opened() as file:
-            u, s, vh = (file.get_tensor(part).float() for part in triplet_names(self._names[name]))
-            return u * s, vh
+        u, s, vh = (read_whole(self._own, part).float() for part in triplet_names(self._names[name]))
+        return u * s, vh
 
     def kept(self, name: str) -> Kept | None:
         if name not in self._names or self._is_masked(self._names[name]):
             return None
         name = self._names[name]
-        with self._opened() as file:
-            whole = whole_name(name)
-            parts = (whole,) if whole in file.keys() else triplet_names(name)  # noqa: SIM118
-            found = [file.get_tensor(part) for part in parts if part in file.keys()]  # noqa: SIM118
+        whole = whole_name(name)
+        parts = (whole,) if whole in self._own.specs else triplet_names(name)
+        found = [read_whole(self._own, part) for part in parts if part in self._own.specs]
         b, a = nothing_added(self._base.specs[name].shape)
         u, s, vh = found if len(found) == len(parts) > 1 else (b, torch.zeros(0), a)
-        return tuple(found) if len(parts) == 1 else (u, s, vh, self._spectrum(name, s))
+        return tuple(found) if len(parts) == 1 else (u, s, vh, self._spectrum(name, s), *self._read(name))
 
     def _is_masked(self, name: str) -> bool:
         return name in self._parameters and self._parameters[name].policy == "mask"
 
     def _spectrum(self, name: str, s: Tensor) -> Tensor:
         """The singular values that were there when it was decided how many to keep."""
-        if not self._spectra.is_file():
-            return s
-        with safe_open(self._spectra, framework="pt") as file:
-            key = spectrum_key(self._place, name)
-            return file.get_tensor(key) if key in file.keys() else s  # noqa: SIM118  (not a mapping)
+        key = spectrum_key(self._place, name)
+        spectra = self._all_spectra
+        return s if spectra is None or key not in spectra.specs else read_whole(spectra, key)
 
-    @contextmanager
-    def _opened(self) -> Iterator[Any]:
-        """The file of factors. Raises SourceError where it cannot be read."""
+    def _read(self, name: str) -> Iterator[Tensor]:
+        """What the bundle's router compares, where these are other directions than the expert keeps."""
+        parts = triplet_names(spectrum_key(self._place, name))
+        if (read := self._compared) is not None:
+            yield from (read_whole(read, part) for part in parts if part in read.specs)
+
+    @cached_property
+    def _compared(self) -> ModelSource | None:
+        return open_model(self._bundle / COMPARED) if (self._bundle / COMPARED).is_file() else None
+
+    @cached_property
+    def _own(self) -> ModelSource:
+        """The file of factors."""
+        return open_model(self._factors)
+
+    @cached_property
+    def _all_spectra(self) -> ModelSource | None:
+        return open_model(self._spectra) if self._spectra.is_file() else None
+
+    def _masked(self, name: str) -> Tensor:
         try:
-            with safe_open(self._factors, framework="pt") as file:
-                yield file
+            return masked_change(self._bundle, self._factors.relative_to(self._bundle), name, self._scale)
         except (OSError, SafetensorError) as error:
             what = f"cannot be read ({str(error)[:100]})"
             raise SourceError(what, str(self._factors), "make the bundle again") from None
 
     def close(self) -> None:
+        for opened in ("_own", "_all_spectra", "_compared"):
+            if (source := self.__dict__.pop(opened, None)) is not None:
+                source.close()
         self._base.close()
         if self._head is not None:
             self._head.close()

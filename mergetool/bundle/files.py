@@ -26,7 +26,8 @@ SPECTRA = "spectra.safetensors"
 """Singular values that could have been kept, in float64, where `size` decides how many are: what later experts need to
 know to share the space fairly."""
 
-
+COMPARED = "compared.safetensors"
+"""Directions that only a router compares inputs with, where it is to see others than those that experts keep."""
 SHARED = "shared.safetensors"
 """The change of which every expert has a mask."""
 

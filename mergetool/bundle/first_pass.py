@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mergetool.bundle.batch import first_tokens, num_samples, take
+from mergetool.bundle.compared import read_compared
 from mergetool.bundle.factors import TaskFactors
 from mergetool.bundle.files import FIRST_PASS
 from mergetool.bundle.local import make_local, replaced
@@ -107,7 +108,10 @@ class FirstPass:
         self._router = router
         self.modules = _modules(base, router, folder)
         turned = [type(module).__name__ == "Conv1D" for module in self.modules]  # GPT-2's linear layers
-        self.bases = factors.bases(router.matrices, turned)
+        if router.rank is None:
+            self.bases = factors.bases(router.matrices, turned)
+        else:
+            self.bases = read_compared(folder, router.matrices, turned, len(factors.manifest.tasks))
         merged = folder / FIRST_PASS
         self._merged: list[tuple[nn.Module, dict[str, Tensor]]] = []
         if merged.is_file():

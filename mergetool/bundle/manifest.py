@@ -140,6 +140,8 @@ class Router(_Part):
     gate: Gate | None = None
     early: int | None = None
     """First tokens of a sample that are read alone, and decide where they leave no doubt."""
+    rank: int | None = None
+    """Directions of every task that are compared, in a file of their own; None: those that experts keep."""
     unknown: Unknown | None = None
     """Without it every input is answered, and nothing was measured."""
 

@@ -347,11 +347,27 @@ class MassModel(nn.Module):
 
     def _generate_mixed(self, mixer: Mixer, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
         """All prompts at once, with shares of all experts; those of a sequence are those of its prompt."""
+        if self._refuses:
+            return self._generate_known(mixer, inputs, options)
         count = num_samples(inputs)
         mix = Mix(mixer) if mixer.router.per == "token" else Mix(mixer, self.route(**inputs).coefficients)
         with self._grouped.using(Runs.mixed(mix, count)):
             generated: Tensor = self.base.generate(**to_the_right_end(inputs), **options)  # type: ignore[operator]
         return generated
+
+    def _generate_known(self, mixer: Mixer, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
+        """The same for prompts that are known; the others stay as they are."""
+        routing = self.route(**inputs)
+        mix = mixer.mix(routing.coefficients[routing.known])
+        groups: list[Group] = [(0,) if known else () for known in routing.known.tolist()]
+        return generate_in_groups(
+            self.base,
+            groups,
+            inputs,
+            options,
+            lambda _, count: self._grouped.using(Runs.mixed(mix, count)),
+            refuses=True,
+        )
 
     # ---------------------------------------------------------------- heads
 

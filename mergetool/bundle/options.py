@@ -46,6 +46,8 @@ class RouterOptions:
     redundancy: float
     per: Per | None = None
     early: int | None = None
+    rank: int | None = None
+    """Directions that are compared, where these are not the ones that are kept."""
     gate: Gate | None = None
     unknown: UnknownRule | None = None
     doubt: float = 1.0

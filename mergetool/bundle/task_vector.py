@@ -37,6 +37,10 @@ class TaskVector(Protocol):
         """At most k leading live singular triplets, float64, of the tensor seen as (rows, everything else)."""
         ...
 
+    def compared(self, store: FactorStore, k: int) -> Factors:
+        """The directions that a router compares inputs with, as far as they are known: at most k, as `factors`."""
+        return self.factors(store, k)
+
     def chosen(self, store: FactorStore, k: int, rank: Rank) -> Factors:
         """Of these the ones that are kept, where `rank` asks for a share of the energy."""
         return kept(self.factors(store, k), rank)
@@ -115,11 +119,16 @@ class Stored(TaskVector):
     values: Tensor
     """The singular values that could have been kept."""
     shape: tuple[int, ...]
+    read: Factors | None = None
+    """Those that the bundle's router compared, if these were others; their sizes are not known."""
     is_stored = True
 
     @property
     def num_directions(self) -> int:
         return self.parts.rank
+
+    def compared(self, store: FactorStore, k: int) -> Factors:
+        return (self.read or self.parts).leading(k)
 
     @property
     def is_nothing(self) -> bool:
@@ -146,8 +155,9 @@ def as_stored(kept: Kept, shape: tuple[int, ...]) -> TaskVector:
     """A change as an earlier bundle kept it."""
     if len(kept) == 1:
         return StoredInFull(kept[0].float())
-    u, s, vh, values = (part.double() for part in kept)
-    return Stored(Factors(u, s, vh.mT), values, shape)
+    u, s, vh, values, *read = (part.double() for part in kept)
+    compared = Factors(read[0], read[0].new_zeros(read[0].shape[1]), read[1].mT) if read else None
+    return Stored(Factors(u, s, vh.mT), values, shape, compared)
 
 
 def directions_of(known: Iterable[int | None]) -> int | None:

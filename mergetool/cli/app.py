@@ -5,7 +5,7 @@ stdout carries the result (a path, a table, or JSON with --json); stderr carries
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,6 +30,11 @@ from mergetool.cli.diff import diff
 from mergetool.cli.evaluate import evaluate
 from mergetool.cli.progress import ProgressBar, waiting
 from mergetool.cli.show import manner, say, say_of_more, show_found, show_methods, table
+
+if TYPE_CHECKING:
+    from mergetool.methods.base import Stats
+    from mergetool.planning import Plan
+    from mergetool.planning.cost import Costs
 
 app = typer.Typer(
     name="mergetool",
@@ -147,6 +152,9 @@ def plan(
     workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads to plan for.")] = None,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory to plan for, e.g. 8GiB.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Every tensor in a row of its own.")] = False,
+    count: Annotated[
+        bool, typer.Option("--count", help="Count what a run counts first (scale: recover), which reads weights.")
+    ] = False,
     machines: Annotated[bool, typer.Option("--machines", help="Expected times on other machines, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -163,13 +171,22 @@ def plan(
     for warning in made.warnings:
         say(f"warning: {warning}")
     say_of_more()
+    counted = _counted(made, costs) if count else {}
     if as_json:
-        print_answer(describe(made, costs, search), as_json=True)
+        print_answer(describe(made, costs, search) | ({"counted": counted} if count else {}), as_json=True)
         return
-    table(("", ""), totals(made, costs, machines=machines, search=search))
+    found = [("counted", f"{name} {', '.join(f'{value:.4g}' for value in each)}") for name, each in counted.items()]
+    table(("", ""), [*totals(made, costs, machines=machines, search=search), *found])
     for title, rows in tables(made, full=full or manner.verbose):
         print(f"\n{title}" if title else "")
         table(HEADS, rows)
+
+
+def _counted(made: "Plan", costs: "Costs") -> "Stats":
+    from mergetool.engine.dry import dry_count
+
+    with ProgressBar(quiet=manner.quiet) as progress:
+        return dry_count(made, costs, progress)
 
 
 @command(app, "mergetool inspect org/model@main")

@@ -18,10 +18,9 @@ from mergetool.methods.base import expect
 from mergetool.methods.families.fitted import FittedMethod
 from mergetool.planning import Plan
 from mergetool.planning.graph import BASE, Stage
-from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import bytes_of
-from mergetool.tensors.source import FileStamp, ModelSource
+from mergetool.tensors.source import FileStamp, ModelSource, read_whole
 
 _I = TypeVar("_I")
 _T = TypeVar("_T")
@@ -58,7 +57,7 @@ class WholeModels:
             del self._here.device
 
     def read(self, model: str, name: str) -> Tensor:
-        tensor = _read_stored(self._plan.sources[model], name).to(self.compute, copy=True)
+        tensor = read_whole(self._plan.sources[model], name).to(self.compute, copy=True)
         if not bool(torch.isfinite(tensor).all()):
             label = "base" if model == BASE else f"model {model!r}"
             raise MergeError("holds values that are not finite", f"{label}: {name}", "repair or replace that model")
@@ -79,13 +78,6 @@ class WholeModels:
 
 def _compute(plan: Plan) -> torch.dtype:
     return torch.float64 if plan.compute_bits == 64 else torch.float32
-
-
-def _read_stored(source: ModelSource, name: str) -> Tensor:
-    spec = source.specs[name]
-    tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
-    source.read_bytes(name, 0, bytes_of(tensor.reshape(-1)))
-    return tensor
 
 
 def with_room(models: WholeModels, call: Callable[[], _T]) -> _T:
@@ -126,7 +118,7 @@ class FittedSource(ModelSource):
 
     def read_bytes(self, name: str, begin: int, buffer: memoryview) -> None:
         if getattr(self._last, "name", None) != name:  # one tensor is read in several slices, one after the other
-            tensor = self._fitted.apply(self._model, name, _read_stored(self._source, name))
+            tensor = self._fitted.apply(self._model, name, read_whole(self._source, name))
             self._last.name, self._last.data = name, bytes_of(tensor.contiguous().reshape(-1))
         buffer[:] = self._last.data[begin : begin + len(buffer)]
 
@@ -145,7 +137,7 @@ class MergedModel(Mapping[str, Tensor]):
         self._compute = compute
 
     def __getitem__(self, name: str) -> Tensor:
-        return _read_stored(self._source, name).to(self._compute, copy=True)
+        return read_whole(self._source, name).to(self._compute, copy=True)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._source.specs)

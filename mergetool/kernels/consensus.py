@@ -139,9 +139,15 @@ def _never_zero_(count: Tensor, weights: Sequence[float]) -> Tensor:
 def keep_elected_(values: Sequence[Tensor], density: float) -> None:
     """Keep of each value its largest entries, so many, and of those the ones that have the sign of the sum."""
     for value in values:
-        size = value.abs().reshape(-1)
-        count = max(1, round(density * size.numel()))
-        value.mul_(value.abs() >= size.topk(count).values[-1])
+        keep_highest_(value, value.abs(), density)
     sign = sum(value.double() for value in values[1:]) + values[0].double()
     for value in values:
         value.mul_(torch.sign(value) == torch.sign(sign))
+
+
+def keep_highest_(x: Tensor, scores: Tensor, density: float) -> None:
+    """Zero, in place, all entries but that share whose scores are highest; those equal to the last one stay, too."""
+    count = max(1, int(density * x.numel()))
+    if count < x.numel():
+        threshold = torch.kthvalue(scores.reshape(-1), x.numel() - count + 1).values
+        x.mul_(scores >= threshold)

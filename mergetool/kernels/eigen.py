@@ -61,6 +61,15 @@ def checked_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([one for one, _ in each]), torch.stack([one for _, one in each])
 
 
+def gram_of(x: Tensor) -> Tensor:
+    """x^T x of a matrix (m, n), float64."""
+    x = x.to(torch.float64)
+    if not x.is_cpu:
+        return x.mT @ x
+    upper = _upper_gram(x)
+    return upper.add_(upper.triu(1).mT)
+
+
 def _orthonormal(vectors: Tensor) -> bool:
     overlap = vectors.mT @ vectors
     overlap.diagonal(dim1=-2, dim2=-1).sub_(1)

@@ -21,7 +21,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from mergetool.kernels.eigen import checked_eigh
+from mergetool.kernels.eigen import checked_eigh, gram_of
 
 _ROUNDING = 1e-12
 """Share of the largest eigenvalue up to which others are 0 for the pseudo-inverse."""
@@ -52,10 +52,11 @@ def softly_least_disturbing(deltas: Sequence[Tensor], share: float, steepness: f
     """
     total, grams, applied = _gathered(deltas, normalize=True)
     values, vectors = checked_eigh(grams)
-    values, vectors = values.flip(0).clamp(min=_LEAST), vectors.flip(1)
+    leading = min(ceil(share * columns), len(values))
+    values, vectors = values.flip(0)[:leading].clamp(min=_LEAST), vectors.flip(1)[:, :leading]
     strength = -torch.expm1(-steepness * values)
-    strength[ceil(share * columns) :].zero_()
-    return total - (total @ vectors * strength) @ vectors.mT + (applied @ vectors * (strength / values)) @ vectors.mT
+    along = (applied @ vectors * (strength / values)).sub_(total @ vectors * strength)
+    return torch.addmm(total, along, vectors.mT)
 
 
 def _gathered(deltas: Sequence[Tensor], *, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,8 +68,11 @@ def _gathered(deltas: Sequence[Tensor], *, normalize: bool) -> tuple[Tensor, Ten
         size = float(exact.square().sum()) if normalize else 1.0
         if size == 0:
             continue
-        gram = exact.mT @ exact / size
+        gram = gram_of(exact).div_(size)
         total += exact
         grams += gram
-        applied += exact @ gram
+        if len(exact) < exact.shape[1]:
+            applied.addmm_(gram_of(exact.mT), exact, alpha=1 / size)  # (D D^T) D: the smaller one
+        else:
+            applied.addmm_(exact, gram)
     return total, grams, applied

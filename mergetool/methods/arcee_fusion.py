@@ -39,15 +39,15 @@ class ArceeFusion(TensorMethod):
         "units": "a softmax is sharper for larger weights",
     }
 
-    @property
-    def needs_float64(self) -> bool:
-        return True
-
     def statistics_pass(self, p: Params, num_elements: int, bits: int) -> StatisticsPass | None:
         if num_elements == 0:
             return None
         places = [int(share * (num_elements - 1)) for share in (0.25, 0.5, 0.75)]  # from the smallest
         return find(_importance, [(0, num_elements - place) for place in places], num_elements, bits, _threshold)
+
+    @property
+    def needs_float64(self) -> bool:
+        return True
 
     def needs_weights(self) -> str | None:
         return "it measures changes against the base's weights"

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import model_validator
 
-from mergetool.bundle.manifest import Features, HeadRule, Per, UnknownRule
+from mergetool.bundle.manifest import Features, HeadRule, Per
 from mergetool.methods.base import Field, Finite
 from mergetool.methods.families.bundle import FactorsMethod
 from mergetool.methods.families.nearest import NearestRouter
@@ -61,36 +61,17 @@ class RouterSettings(NearestRouter):
     redundancy: Annotated[Finite, Field(ge=-1, le=1)] | None = Field(
         None, description="leave tasks out of the merged first pass whose cosine with an earlier one exceeds this (0.3)"
     )
-    unknown: UnknownRule | None = Field(
-        None,
-        description="what becomes of inputs like those of no task: no answer (refuse), the base's answer (base, of "
-        "language models), or that of the nearest task, which tells (nearest); they are found by running the base on "
-        "made-up inputs as the bundle is made (default: all inputs are answered)",
-    )
-    doubt: Annotated[Finite, Field(gt=0)] = Field(
-        1.0,
-        description="with more of it an input is unknown: 0 is the doubt about usual inputs, 1 that about strange ones",
-    )
-    early: Annotated[int, Field(strict=True, ge=1)] | None = Field(
-        None,
-        description="read so many first tokens of a text alone, and the whole only where they leave a doubt (faster)",
-    )
 
     @model_validator(mode="after")
-    def _has_an_effect(self) -> "RouterSettings":
-        idle = ("per",) if self.kind == "mass" else ("features", "norm", "mode", "threshold", "redundancy", "unknown")
+    def _is_of_its_kind(self) -> "RouterSettings":
+        common = ("features", "norm", "mode", "threshold", "redundancy", "unknown", "early", "rank")
+        idle = ("per",) if self.kind == "mass" else common
         fields = type(self).model_fields
         written = [field for field in idle if getattr(self, field) != fields[field].default]
         if written:
             raise ValueError(f"`{written[0]}` would have no effect with `kind: {self.kind}`: leave it out")
-        if self.unknown is None and self.doubt != fields["doubt"].default:
-            raise ValueError("without `unknown` nothing is asked about an input: write e.g. unknown: refuse")
-        if self.unknown is not None and self.early is not None:
-            raise ValueError("`unknown` needs inputs to their ends, which `early` leaves out: choose one of them")
         if self.redundancy is not None and self.features == "base":
             raise ValueError("without `features: merged` nothing is merged, so this would have no effect")
-        if self.early is not None and (self.kind, self.norm) != ("mass", "likelihood"):
-            raise ValueError("`early` asks how likely tasks are: leave it out, or `kind`, `norm` and `mode`")
         return self
 
     def options(self) -> "RouterOptions":

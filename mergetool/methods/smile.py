@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mergetool.methods.base import Field, Finite
 from mergetool.methods.families.bundle import RoutedMethod
-from mergetool.methods.families.nearest import NearestRouter
+from mergetool.methods.families.nearest import SharesRouter
 
 if TYPE_CHECKING:
     from mergetool.bundle.options import Options
@@ -44,7 +44,7 @@ class Smile(RoutedMethod):
 
     method: Literal["smile"] = "smile"
     gate: GateSettings = Field(GateSettings(), description="which experts a token has at a matrix")
-    router: NearestRouter = Field(NearestRouter(), description="whose heads an input asks")
+    router: SharesRouter = Field(SharesRouter(), description="whose heads an input asks")
 
     def options(self) -> "Options":
         from dataclasses import replace

@@ -9,8 +9,19 @@ from pathlib import Path
 from urllib.parse import quote
 
 from mergetool.bundle.around import check_own, is_own, whole_of
-from mergetool.bundle.files import SHARED, SPECTRA, factors_path, model_files, small_files, spectrum_key, triplet_names
+from mergetool.bundle.compared import compared_specs, most_compared
+from mergetool.bundle.files import (
+    COMPARED,
+    SHARED,
+    SPECTRA,
+    factors_path,
+    model_files,
+    small_files,
+    spectrum_key,
+    triplet_names,
+)
 from mergetool.bundle.manifest import AROUND, MASKED
+from mergetool.bundle.masked import matrices_to_route
 from mergetool.bundle.options import Options
 from mergetool.bundle.present import PresentedSource
 from mergetool.bundle.ranks import bytes_within, factor_specs, full_spec, most_directions
@@ -130,9 +141,20 @@ def _others(plan: Plan, options: Options, steps: Iterable[Step]) -> Iterable[Pla
             for slot, step in kept
         ]
         yield PlannedFile(SPECTRA, _size(values), at_most=True)
+    if options.router is not None and options.router.rank is not None and len(plan.recipe.models) > 1:
+        yield PlannedFile(COMPARED, _size(_compared(plan, options, steps)), at_most=True)
     if options.router is not None and options.router.features == "merged":
         read = [replace(step.spec, dtype=base.specs[step.name].dtype) for step in steps]
         yield PlannedFile("first_pass.safetensors", _size(read), at_most=True)
+
+
+def _compared(plan: Plan, options: Options, steps: Iterable[Step]) -> list[TensorSpec]:
+    """What a router compares, at most."""
+    shapes = {step.name: step.spec.shape for step in steps}
+    ranks = {step.name: [step.operation.numbers.get("rank", 0)] * len(plan.recipe.models) for step in steps}
+    read = matrices_to_route(ranks, shapes, options)
+    most = {name: (shapes[name], [most_compared(shapes[name], options)] * len(ranks[name])) for name in read}
+    return compared_specs(most, options)
 
 
 def _copies(place: str, files: Mapping[str, Path], known: Mapping[Path, int]) -> Iterable[PlannedFile]:

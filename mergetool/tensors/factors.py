@@ -16,7 +16,8 @@ Halves = tuple["Tensor", "Tensor"]
 
 Kept = tuple["Tensor", ...]
 """A change as a bundle keeps it: U (rows, r), S (r), Vh (r, everything else), and the singular values that could have
-been kept, more than r where space was short; or all of it alone."""
+been kept, more than r where space was short, then U and Vh of what a router compares, if these are others; or all of it
+alone."""
 
 
 def nothing_added(shape: tuple[int, ...]) -> Halves:

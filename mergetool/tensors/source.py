@@ -19,10 +19,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from mergetool.errors import SourceError
-from mergetool.tensors.dtypes import DType, of_torch
+from mergetool.tensors.dtypes import DType, of_torch, torch_dtype
 from mergetool.tensors.foreign import disguised
 from mergetool.tensors.header import Header, TensorSpec, header_length, is_storable_name, parse_header
-from mergetool.tensors.io import read_error, read_exact
+from mergetool.tensors.io import bytes_of, read_error, read_exact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +54,11 @@ class FileStamp:
         if not stat.S_ISREG(status.st_mode):
             raise SourceError("is not a file", str(path), "get the model again")
         return cls(path, status.st_size, status.st_mtime_ns)
+
+    @cached_property
+    def place(self) -> str:
+        """Where the path leads: asked for every tensor, and told by a look at every folder above it."""
+        return str(self.path.resolve())
 
     def changed(self) -> bool:
         try:
@@ -140,7 +145,17 @@ def is_same_tensor(one: ModelSource, other: ModelSource, name: str) -> bool:
 def _place(source: ModelSource, name: str) -> tuple[str, int, int, int]:
     index, offset = source.position(name)
     stamp = source.files[index]
-    return str(stamp.path.resolve()), stamp.size, stamp.mtime_ns, offset
+    return stamp.place, stamp.size, stamp.mtime_ns, offset
+
+
+def read_whole(source: ModelSource, name: str) -> "Tensor":
+    """A tensor as it is stored."""
+    import torch
+
+    spec = source.specs[name]
+    tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+    source.read_bytes(name, 0, bytes_of(tensor.reshape(-1)))
+    return tensor
 
 
 @dataclass

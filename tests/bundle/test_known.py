@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import mergetool
+from mergetool.bundle import first_pass
 from mergetool.bundle.answer import standing
 from mergetool.bundle.calibrate import calibrate
 from mergetool.bundle.marks import marks
@@ -43,10 +44,10 @@ def paths(tmp_path_factory):
     return paths
 
 
-def recipe(paths, tasks="abc", **router):
+def recipe(paths, tasks="abc", method="mass", **router):
     heads = {task: {"weights": str(paths[task].parent / f"{task}.head.safetensors")} for task in tasks}
     references = {task: {"source": str(paths[task]), "head": heads[task]} for task in tasks}
-    return {"base": str(paths["base"]), "models": references, "merge": {"method": "mass", "router": router}}
+    return {"base": str(paths["base"]), "models": references, "merge": {"method": method, "router": router}}
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,61 @@ def test_one_expert_is_kept_whole_and_answers_all(paths, tmp_path):
     answer = mergetool.load_bundle(folder)(["never heard"])
     assert answer.task == ("a",)
     assert answer.runner_up == (None,)
+
+
+@pytest.mark.parametrize("method", ["twin", "wemoe", "emr"])
+def test_every_kind_of_bundle_knows_when_it_does_not_know(method, paths, tmp_path):
+    folder = mergetool.run(recipe(paths, method=method, unknown="refuse"), output=tmp_path / "out").path
+    seen = load_file(folder / "reference.safetensors")["seen"]
+    assert [row.nonzero()[:, 0].tolist() for row in seen] == [list(OWN[task]) for task in "abc"]
+    model = mergetool.load_bundle(folder)
+    calibrate(model, [{"text": text_of(task, start), "task": task} for task in "abc" for start in range(6)])
+    answer = model([text_of("a"), "never heard", text_of("b")])
+    assert answer.known == (True, False, True)
+    assert answer.task[1] is None
+    assert (answer.logits[1] == float("-inf")).all()
+    assert answer.logits[0].isfinite().any()
+
+
+def test_first_tokens_decide_in_other_kinds_too(paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(first_pass, "_NO_DOUBT", 0.0)
+    model = mergetool.load_bundle(mergetool.run(recipe(paths, method="twin", early=4), output=tmp_path / "out").path)
+    long, short = ([text_of(task, count=count) for task in "abc"] for count in (12, 4))
+    assert torch.equal(model.route(long).distances, model.route(short).distances)
+
+
+def test_prompts_that_no_task_knows_are_left_alone_where_experts_are_mixed(tmp_path):
+    paths = write_models(tmp_path / "models", tiny_model("llama"))
+    models_ = {task: str(paths[task]) for task in "abc"}
+    made = {
+        doubt: mergetool.run(
+            {
+                "base": str(paths["base"]),
+                "models": models_,
+                "merge": {"method": "smile", "router": {"unknown": "refuse", "doubt": doubt}},
+            },
+            output=tmp_path / str(doubt),
+        ).path
+        for doubt in (1e-9, 100.0)
+    }
+    inputs = tiny_inputs("llama")
+    few, all_ = (mergetool.load_bundle(folder) for folder in made.values())
+    known = few.route(**inputs).known
+    assert not known.all()
+    options = {"max_new_tokens": 3, "do_sample": False}
+    some, every = few.generate(**inputs, **options), all_.generate(**inputs, **options)
+    assert torch.equal(some[known], every[known][:, : some.shape[1]])
+    assert (some[~known][:, inputs["input_ids"].shape[1] :] == 0).all()
+    assert (every[:, inputs["input_ids"].shape[1] :] != 0).any()
+    with pytest.raises(RecipeError, match="shares of all experts"):
+        mergetool.run(
+            {
+                "base": str(paths["base"]),
+                "models": models_,
+                "merge": {"method": "twin", "router": {"unknown": "base"}},
+            },
+            output=tmp_path / "base",
+        )
 
 
 @pytest.mark.parametrize("answer", ["refuse", "base"])

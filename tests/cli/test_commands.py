@@ -39,7 +39,7 @@ FLAGS = {
         "--json",
     },
     "validate": {"recipe", "--online", "--set", "--json"},
-    "plan": {"recipe", "--set", "--workers", "--memory", "--full", "--machines", "--json"},
+    "plan": {"recipe", "--set", "--workers", "--memory", "--full", "--count", "--machines", "--json"},
     "inspect": {"reference", "--json"},
     "verify": {"path", "--load", "--against", "--set", "--workers", "--memory", "--trust-code", "--json"},
     "analyze": {"recipe", "-o", "--output", "--workers", "--set", "--data", "--checkpoints", "--cache", "--json"},

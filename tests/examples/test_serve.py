@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import socket
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
@@ -72,3 +74,40 @@ def test_many_threads_get_the_answers_of_one_and_share_batches(classify, tmp_pat
     told = capsys.readouterr().out
     assert "32 of 32 answers are the same" in told, told
     assert 8 + 32 < batches < 8 + 32 + 24
+
+
+LENGTH = b"Content-Length: %d\r\n\r\n"
+WRONG = {
+    "no JSON": (400, LENGTH % 1 + b"{"),
+    "nothing": (400, LENGTH % 0),
+    "no text": (400, LENGTH % 1 + b"3"),
+    "an empty text": (400, LENGTH % 2 + b'""'),
+    "half a character": (400, LENGTH % 8 + b'"\\ud800"'),
+    "no UTF-8": (400, LENGTH % 3 + b'"\xff"'),
+    "too deep": (400, LENGTH % 100_000 + b"[" * 100_000),
+    "too long": (413, LENGTH % (1 << 30)),
+    "longer than a number may be": (413, b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n"),
+    "no length": (411, b"\r\n"),
+    "a length below nothing": (411, b"Content-Length: -1\r\n\r\n"),
+    "pieces": (411, b"Transfer-Encoding: chunked\r\n\r\n"),
+}
+
+
+def test_whatever_is_sent_is_answered_with_what_is_wrong_and_the_next_one_is_served(classify, capfd):
+    with served(classify) as place:
+        host, port = place.split(":")
+        for kind, (status, sent) in WRONG.items():
+            with socket.create_connection((host, int(port)), timeout=60) as asking, asking.makefile("rb") as said:
+                asking.sendall(b"POST / HTTP/1.1\r\n" + sent)
+                assert said.readline().split()[1] == b"%d" % status, kind
+        with socket.create_connection((host, int(port))) as gone:
+            gone.sendall(b"POST / HTTP/1.1\r\nContent-Length: 50\r\n\r\n{}")
+        assert ask(place, body="w2")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_text_that_cannot_be_answered_is_refused_alone(classify):
+    texts = ["w1 w2", "", "w3", *[f"w{number}" for number in range(4, 12)], "  "] * 2
+    with served(classify) as place, ThreadPoolExecutor(len(texts)) as pool:
+        found = list(pool.map(lambda text: ask(place, body=text)[0], texts))
+    assert found == [200 if text.strip() else 400 for text in texts]

@@ -37,3 +37,15 @@ def test_a_sparse_delta_keeps_the_largest_tenth_of_the_changes(tmp_path):
     assert abs(int(kept.sum()) - before.numel() // 10) <= 1
     assert after[kept].equal(before[kept])
     assert before[kept].abs().min() >= before[~kept].abs().max()
+
+
+def test_subspace_interpolation_keeps_the_leading_directions_of_a_mean(tmp_path):
+    base, models = toy_models("ab", exact=False)
+    found = result_of("subspace-interpolation", tmp_path, base, {"math": models["a"], "code": models["b"]})
+    name = "model.layers.0.mlp.up_proj.weight"
+    mean = 0.6 * models["a"][name].double() + 0.4 * models["b"][name].double() - base[name].double()
+    u, s, v = torch.linalg.svd(mean, full_matrices=False)
+    kept = int(((s.square().cumsum(0) / s.square().sum()) < 0.9).sum()) + 1
+    assert kept < len(s)
+    expected = base[name].double() + (u[:, :kept] * s[:kept]) @ v[:kept]
+    torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=1e-5)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mergetool import MergeError, merge_state_dicts
+from mergetool.kernels import competition
 from mergetool.methods.families import ranks
 from mergetool.testing.toys import assert_near, assert_same_bytes, toy_models, uniform
 
@@ -68,6 +69,16 @@ def test_it_is_the_authors_formula(scope, density):
         parts = {name: naive(delta, density, weights) if delta.numel() else delta[0] for name, delta in deltas.items()}
     expected = {name: value.double() + 0.6 * parts[name].view(value.shape) for name, value in base.items()}
     assert_near(found, expected, tolerance=1e-6)
+
+
+def test_the_hyperbolic_tangent_of_what_is_tiny_is_just_that():
+    """So that it may be left out, whatever else a slice holds."""
+    bits = torch.arange(0, 114 << 23, 10_007, dtype=torch.int32).view(torch.float32)  # up to 2**-13
+    tiny = torch.cat([bits, -bits])
+    assert torch.equal(competition._tanh_(tiny.clone()), tiny)
+    assert torch.equal(torch.tanh(tiny), tiny)
+    mixed = torch.cat([tiny[:100], torch.tensor([0.5, torch.nan])])
+    torch.testing.assert_close(competition._tanh_(mixed.clone()), torch.tanh(mixed), rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_smallest_and_the_largest_changes_do_not_differ():

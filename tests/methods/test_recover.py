@@ -1,12 +1,15 @@
 """A scale that is counted gives task vectors their length back on average."""
 
 import json
+import re
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import mergetool
 from mergetool.api import merge_state_dicts
+from mergetool.cli.app import app
 from mergetool.engine.shelf import Shelves
 from mergetool.errors import PlanError, RecipeError
 from mergetool.methods.families import recovering
@@ -116,6 +119,30 @@ def test_what_is_merged_for_counting_is_not_merged_again(tmp_path, monkeypatch):
     again, _ = run(tmp_path, "again")
     assert asked.count(MATRIX) == 2
     assert (kept.path / "model.safetensors").read_bytes() == (again.path / "model.safetensors").read_bytes()
+
+
+def test_a_dry_count_finds_the_scale_of_the_run_and_writes_nothing(tmp_path):
+    result, recipe = run(tmp_path, "made")
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    before = sorted(tmp_path.rglob("*"))
+    shown = CliRunner().invoke(app, ["plan", str(tmp_path / "r.yaml"), "--count", "--json"])
+    counted = json.loads(shown.stdout)["counted"]
+    (scale,) = counted.pop("scale")
+    assert counted == {}
+    assert scale == pytest.approx(
+        json.loads((result.path / "mergetool.json").read_text())["measured"][MATRIX]["scale"], 1e-5
+    )
+    told = CliRunner().invoke(app, ["plan", str(tmp_path / "r.yaml"), "--count"]).stdout
+    assert re.search(rf"counted +scale {scale:.4g}\n", told)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_count_is_refused_where_nothing_is_counted_over_the_whole_model(tmp_path):
+    _, recipe = run(tmp_path, "made", scale=1.0)
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    refused = CliRunner().invoke(app, ["plan", str(tmp_path / "r.yaml"), "--count"]).exception
+    assert "this recipe counts nothing over the whole model" in str(refused)
+    assert CliRunner().invoke(app, ["plan", str(tmp_path / "r.yaml")]).exit_code == 0
 
 
 @pytest.mark.parametrize("scale", ["recover", {"recover": "tensor", "cap": 2.0}])

