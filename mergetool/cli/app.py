@@ -95,7 +95,8 @@ def run(
     manner.quiet |= is_follower()
     with ProgressBar(quiet=manner.quiet) as progress:
         asked = load_recipe(recipe, settings or ())
-        progress.say(f"{asked.method.method_name()} of {', '.join(asked.models)}")
+        after = "".join(f", then {step.step_name()}" for step in asked.then)
+        progress.say(f"{asked.method.method_name()}{after} of {', '.join(asked.models)}")
         say_steps(asked)
         from mergetool.engine import Flags  # torch comes with it: not before the first word
         from mergetool.tuning.run import run_recipe

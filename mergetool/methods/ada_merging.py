@@ -18,6 +18,7 @@ defaults: 500 steps of 16 rows, rate 0.001; fewer steps want a larger `rate`.
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mergetool.methods.base import Field, Finite, Fraction, Granularity, Params, Stats, TensorGroup, TensorMethod
+from mergetool.methods.families.measured import numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,8 +75,7 @@ class AdaMerging(TensorMethod):
         return _AsAtStart(start=self.start)
 
     def merge(self, group: TensorGroup, p: Params, stats: Stats) -> "Tensor":
-        assert group.measured is not None
-        coefficients = [float(group.measured.of(place)) for place in range(len(group.models))]
+        coefficients = numbers(group)
         for name, value in zip(group.names, coefficients, strict=True):
             group.measure(f"coefficient of {name}", value)
         if self.density < 1.0:

@@ -52,10 +52,10 @@ class SearchOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    algorithm: Literal["cma-es", "ga", "nsga2", "tpe", "random", "sobol", "grid", "greedy", "cocktail"] = Field(
+    algorithm: Literal["cma-es", "ga", "nsga2", "tpe", "random", "sobol", "grid", "greedy"] = Field(
         "cma-es",
-        description="who proposes candidates; nsga2 treats every task as an objective of its own; grid, greedy (soup) "
-        "and cocktail end by themselves, whatever `generations` says",
+        description="who proposes candidates; nsga2 treats every task as an objective of its own; grid and greedy "
+        "(soup) end by themselves, whatever `generations` says",
     )
     population: Count = Field(16, description="candidates of one generation")
     generations: Count = Field(10, description="generations, the first included")
@@ -69,7 +69,7 @@ class SearchOptions(BaseModel):
     @property
     def generations_matter(self) -> bool:
         """Whether the search goes on as long as it is told to."""
-        return self.algorithm not in ("grid", "greedy", "cocktail")
+        return self.algorithm not in ("grid", "greedy")
 
 
 class EstimatorOptions(BaseModel):

@@ -51,7 +51,8 @@ class SearchSize:
 def _candidates(method: Merge3, models: Sequence[str]) -> int:
     """Of all generations, at most."""
     search, space = method.search, method.space(models)
-    ending = {"greedy": 2 * len(space.genes) - 1, "cocktail": len(space.genes) + 1}
+    if search.algorithm == "greedy":
+        return 2 * len(space.genes) - 1
     if search.algorithm == "grid":
         return prod(space.counts)
-    return ending.get(search.algorithm, search.population * search.generations)
+    return search.population * search.generations

@@ -1,14 +1,11 @@
 """Engines that end by themselves: each point of a grid, or models one by one. Afterwards `ask` gives no more points.
 
-The choosers of models see every gene at its lowest value as a model left out, and at its highest as one taken whole:
-`inner: {method: linear, weight: {search: [0, 1]}}`, one gene a model. First every model is asked alone.
+The greedy soup sees every gene at its lowest value as a model left out, and at its highest as one taken whole:
+`inner: {method: linear, weight: {search: [0, 1]}}`, one gene a model. It asks every model alone, begins with the best,
+and adds, from the better to the worse, each one with which the average scores no less.
 
-    greedy     the best model; then, from the better to the worse, each one with which the average scores no less
-    cocktail   one average of all, by weights in proportion to what each scores alone
-
-Reference: Wortsman et al., Model soups, ICML 2022, https://arxiv.org/abs/2203.05482, recipe 1 (greedy);
-Xiao et al., LM-Cocktail, Findings of ACL 2024, https://arxiv.org/abs/2311.13534 (cocktail).
-Differs from the papers: scores in place of losses.
+Reference: Wortsman et al., Model soups, ICML 2022, https://arxiv.org/abs/2203.05482, recipe 1.
+Differs from the paper: nothing.
 """
 
 from collections.abc import Sequence
@@ -65,23 +62,6 @@ class Greedy:
         if reached[0] >= self._reached:
             self._soup.add(tried)
             self._reached = reached[0]
-
-
-class Cocktail:
-    """One average, by what every model scores alone."""
-
-    def __init__(self, num_genes: int) -> None:
-        self._next = [_taken({gene}, num_genes) for gene in range(num_genes)]
-        self._alone = True
-
-    def ask(self) -> list[Point]:
-        return self._next
-
-    def tell(self, points: Sequence[Point], scores: Scores) -> None:
-        reached = np.maximum(scores.mean(axis=1), 0.0)
-        mixed = self._alone and reached.any()
-        self._next = [tuple((reached / reached.max()).tolist())] if mixed else []
-        self._alone = False
 
 
 def _taken(genes: set[int], num_genes: int) -> Point:

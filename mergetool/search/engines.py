@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import qmc
 
-from mergetool.search.choosers import Cocktail, Greedy, Grid
+from mergetool.search.choosers import Greedy, Grid
 from mergetool.search.space import Point
 from mergetool.search.tpe import proposal
 
@@ -40,10 +40,6 @@ class Engine(Protocol):
     def tell(self, points: Sequence[Point], scores: Scores) -> None: ...
 
 
-CHOOSERS: dict[str, Callable[[int], Engine]] = {"greedy": Greedy, "cocktail": Cocktail}
-"""Of models, by the number of genes."""
-
-
 def make_engine(
     algorithm: str,
     num_genes: int,
@@ -58,8 +54,8 @@ def make_engine(
 
     Raises ModuleNotFoundError where its library is not installed.
     """
-    if algorithm in CHOOSERS:
-        return CHOOSERS[algorithm](num_genes)
+    if algorithm == "greedy":
+        return Greedy(num_genes)
     if algorithm == "grid":
         return Grid(counts, population)
     if algorithm == "tpe":

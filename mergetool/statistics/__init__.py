@@ -5,6 +5,7 @@ examples    the same as tokens, with labels
 base        what a statistic is
 gradient    the way down its loss
 activation  how large what goes into each layer is
+loss        how wrong a model is
 gram        inner products of what goes into each linear layer
 prefix      the same where all blocks before are merged
 coefficients  how much of each task vector to take

@@ -12,6 +12,7 @@ from mergetool.statistics.examples import Example
 from mergetool.statistics.fisher import DiagonalFisher
 from mergetool.statistics.gradient import LossGradient
 from mergetool.statistics.gram import InputGram
+from mergetool.statistics.loss import MeanLoss
 from mergetool.statistics.prefix import PrefixGram
 from mergetool.statistics.store import StatisticStore, key_of
 from mergetool.tensors.dtypes import BY_TORCH_NAME, torch_dtype
@@ -28,6 +29,7 @@ _KINDS: tuple[type[Statistic], ...] = (
     InputActivation,
     InputGram,
     LossGradient,
+    MeanLoss,
     PrefixGram,
 )
 STATISTICS: Mapping[str, type[Statistic]] = {kind.name: kind for kind in _KINDS}

@@ -79,7 +79,8 @@ def test_its_recipe_runs_from_end_to_end(name, tmp_path):
         paths = {key: str(write_dense(tmp_path / "models" / key, seed=seed)) for seed, key in enumerate(names)}
         document["merge"] |= {"steps": 2} if "steps" in document["merge"] else {}
         (tmp_path / "rows.jsonl").write_text('{"text": "w1 w2 w3"}\n{"text": "w4 w5"}\n')
-        for data in document["calibration"].values():
+        calibration = document["calibration"]
+        for data in [calibration] if "data" in calibration else calibration.values():
             data |= {"data": "./rows.jsonl", "length": 64}
     elif has_adapters(document):
         paths = {key: write_adapter(tmp_path, key) for key in document["models"]}

@@ -103,6 +103,7 @@ def test_layers_of_two_stacks_with_the_same_numbers_stand_side_by_side():
     axes = Figure().subplots()
     picture.draw(axes)
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "3", "other"]
+    assert picture.caption.endswith("Layers are numbered through: `model.layers` 0 to 1, `encoder.layers` 2 to 3.")
 
 
 def test_a_model_keeps_its_name_at_the_beginning_of_a_sentence(html):

@@ -148,9 +148,3 @@ def test_a_greedy_soup_takes_models_from_the_better_to_the_worse_where_that_does
     assert alone == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
     assert second == [(0, 1, 1)]
     assert third == [(1, *soup[1:])]
-
-
-def test_a_cocktail_weighs_models_by_what_they_score_alone():
-    alone, mixed = to_the_end("cocktail", lambda point: point[0] * 0.2 + point[1] * 0.8 + point[2] * 0.4)
-    assert alone == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
-    assert mixed == [(0.25, 1.0, 0.5)]

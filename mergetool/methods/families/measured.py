@@ -47,3 +47,13 @@ def mean(models: "Sequence[Tensor]", weights: Sequence[float]) -> "Tensor":
     for weight, model in zip(weights[1:], models[1:], strict=True):
         out.add_(model, alpha=weight / total)
     return out
+
+
+def numbers(group: TensorGroup) -> list[float]:
+    """What was measured of each model, where that is one number."""
+    import torch
+
+    assert group.measured is not None
+    each = [group.measured.of(place).reshape(()).clone() for place in range(len(group.models))]
+    found: list[float] = torch.stack(each).tolist()  # a device is waited for once
+    return found

@@ -14,7 +14,7 @@ from transformers import ViTConfig, ViTModel
 
 from scripts.studies.c2m3.networks import digits
 
-PRETRAIN, FINETUNE, BATCH = 1500, 300, 64
+PRETRAIN, FINETUNE, BATCH = 600, 250, 32
 _ORDER = torch.randperm(16, generator=torch.Generator().manual_seed(5))
 
 
@@ -40,12 +40,12 @@ def prepare(folder: Path) -> None:
         torch.manual_seed(0)
         turned = torch.cat([images.rot90(quarter, (2, 3)) for quarter in range(4)])
         quarters = torch.arange(4).repeat_interleave(len(images))
-        _train(ViTModel(_config(), add_pooling_layer=False), turned, quarters, PRETRAIN, 1e-3, folder / "base")
+        _train(ViTModel(_config(), add_pooling_layer=False), turned, quarters, PRETRAIN, 2e-3, folder / "base")
     for way, show in WAYS.items():
         if not (folder / way / "head.safetensors").exists():
             torch.manual_seed(1)
             base = ViTModel.from_pretrained(folder / "base", add_pooling_layer=False)
-            _train(base, show(images), labels, FINETUNE, 3e-4, folder / way)
+            _train(base, show(images), labels, FINETUNE, 1e-3, folder / way)
 
 
 @torch.inference_mode()
@@ -85,10 +85,10 @@ def _config() -> ViTConfig:
         image_size=8,
         patch_size=2,
         num_channels=1,
-        hidden_size=96,
-        num_hidden_layers=4,
+        hidden_size=64,
+        num_hidden_layers=3,
         num_attention_heads=4,
-        intermediate_size=192,
+        intermediate_size=128,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )

@@ -16,15 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from scripts.studies.spectral.__main__ import chosen
 
 import mergetool
 from mergetool.search.interval import of_difference
 from scripts.demo.tasks import Task
 from scripts.studies.data.classifiers import prepare, right
 from scripts.studies.mass import experts
+from scripts.studies.mass import tasks as sets
 from scripts.studies.mass.experts import MAX_LENGTH, Training
-from scripts.studies.mass.tasks import SETS
 
 WITHOUT: dict[str, dict[str, Any]] = {
     "linear": {"method": "linear"},
@@ -38,6 +37,13 @@ WITH: dict[str, dict[str, Any]] = {
     "fisher": {"method": "fisher"},
     "ada-merging": {"method": "ada-merging", "steps": 40, "rate": 0.02, "batch": 8},
 }
+
+
+def chosen(folder: Path, names: list[str]) -> list[Task]:
+    """Tasks by name, of whichever set."""
+    wanted = [one for one in sets.SETS if set(names) & set(sets.SETS[one])]
+    every = [task for one in wanted for task in sets.prepare(one, folder / "wheels", folder / "tasks")]
+    return [task for name in names for task in every if task.name == name]
 
 
 def cases(rows: list[int]) -> Iterator[tuple[str, dict[str, Any], int]]:
@@ -84,8 +90,10 @@ def table(known: dict[str, Any], tasks: list[str]) -> str:
     lines = [["", *tasks, "mean", f"minus {best}", "seconds"]]
     lines.append(["---"] * len(lines[0]))
     for name in sorted(means, key=lambda name: -means[name]):
-        each = [np.array(known[name]["right"][task]) for task in tasks]
-        first, second = (np.concatenate([np.array(known[n]["right"][task]) for task in tasks]) for n in (name, best))
+        each = [np.array(known[name]["right"][task], float) for task in tasks]
+        first, second = (
+            np.concatenate([np.array(known[n]["right"][task], float) for task in tasks]) for n in (name, best)
+        )
         low, high = of_difference(first, second)
         apart = "" if name in (best, "experts") else f"{low:+.3f} to {high:+.3f}"
         seconds = f"{known[name]['seconds']:.0f}" if known[name]["seconds"] else ""
@@ -96,7 +104,9 @@ def table(known: dict[str, Any], tasks: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tasks", nargs="+", default=[*SETS["first"], "script"], help="names of tasks of both sets")
+    parser.add_argument(
+        "--tasks", nargs="+", default=[*sets.SETS["first"], "script"], help="names of tasks of both sets"
+    )
     parser.add_argument("--steps", type=int, default=Training.steps, help="length of every fine-tune")
     parser.add_argument("--samples", type=int, default=300, help="test samples of every task")
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 256], help="rows of each task to merge with")

@@ -18,7 +18,7 @@ from scripts.studies.mass.experts import encode, features
 def prepare(folder: Path, tasks: list[Task], rows: int) -> None:
     """Base, classifiers, and for each task a file of unlabelled rows that were not trained on."""
     if not (folder / "models" / "base").exists():
-        _save(folder, "base", BertModel.from_pretrained(folder / "base"))
+        _save(folder, "base", BertModel.from_pretrained(folder / "base", add_pooling_layer=False))
     for task in tasks:
         texts = [text for text, _ in task.splits["validation"][:rows]]
         lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
