@@ -18,6 +18,7 @@ from mergetool.errors import MergeError
 from mergetool.outputs.record import LOST, RANK, Record
 from mergetool.outputs.redaction import redacted
 from mergetool.planning import Plan, Step
+from mergetool.planning.adapters import biases_of_zeros, is_added
 from mergetool.planning.graph import BASE, Shard, Slot
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.header import TensorSpec, lay_out
@@ -26,16 +27,14 @@ from mergetool.tensors.source import ModelSource, SafetensorsSource
 from mergetool.tensors.writer import SlotWriter, write_file
 
 _CHUNK = 1 << 22
-_ADDED = ".lora_B.bias"
-"""What is added to the bias of a layer is called so."""
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """A tensor of the finished file, and the slot that its first bytes come from."""
+    """A tensor of the finished file, and the slot that its first bytes come from; zeros have none."""
 
     spec: TensorSpec
-    slot: str
+    slot: str | None
 
 
 def slot_files(plan: Plan) -> Sequence[Shard]:
@@ -52,11 +51,12 @@ def write_beside(plan: Plan, folder: Path, record: Record) -> None:
         if not any(ranks.values()) and not saved:
             what = "nothing of the base is changed, so there is nothing to put into an adapter"
             raise MergeError(what, "output.kind", "name models that differ from the base")
-        if ranks and not any(ranks.values()):
-            ranks[next(iter(ranks))] = 1  # of zeros: PEFT opens no adapter without any
+        ranks |= dict.fromkeys(_of_zeros(ranks, saved, plan.forms), 1)
         saved |= always_kept(plan.forms, plan.about.task)
         wrapped = {plan.forms[name].target for name, rank in ranks.items() if rank}
         kept = [each for step in plan.steps for each in _kept(step, plan.forms[step.name], ranks, saved, wrapped)]
+        layers = [step for step in plan.steps if ranks.get(step.name)]
+        kept += [_Kept(spec, None) for spec in biases_of_zeros(layers, plan.forms, saved)]
         shard = Shard(f".{WEIGHTS_NAME}.tmp", *lay_out([each.spec for each in kept], {"format": "pt"}))
         if shard.header != plan.shards[0].header:
             _copy(written, folder, shard, kept)
@@ -84,6 +84,12 @@ def _of_attentions(ranks: Mapping[str, int], forms: Mapping[str, Form]) -> dict[
     of_module = {form.target: name for name, form in forms.items() if form.is_product}
     pairs = [(name, of_module.get(form.around or "")) for name, form in forms.items()]
     return {each: max(ranks[one], ranks[two]) for one, two in pairs if two is not None for each in (one, two)}
+
+
+def _of_zeros(ranks: Mapping[str, int], saved: Collection[str], forms: Mapping[str, Form]) -> list[str]:
+    """What has no directions, and gets one: PEFT opens no adapter without any, and adds to no bias without."""
+    at_biases = [name for name, rank in ranks.items() if not rank and forms[name].bias in saved]
+    return at_biases if any(ranks.values()) else at_biases or list(ranks)[:1]
 
 
 def _changed_modules(plan: Plan, written: ModelSource) -> set[str]:
@@ -151,7 +157,8 @@ def _copy(written: ModelSource, folder: Path, shard: Shard, kept: Sequence[_Kept
         for each in kept:
             for begin in range(0, each.spec.num_bytes, _CHUNK):
                 chunk = memoryview(bytearray(min(_CHUNK, each.spec.num_bytes - begin)))
-                written.read_bytes(each.slot, begin, chunk)
+                if each.slot is not None:
+                    written.read_bytes(each.slot, begin, chunk)
                 writer.write(0, each.spec.name, begin, chunk)
         writer.sync()
     finally:
@@ -165,7 +172,7 @@ def _config(plan: Plan, ranks: Mapping[str, int], saved: Collection[str]) -> str
         ranks={form.module: ranks[name] for name, form in products.items() if not form.parameter and not form.around},
         parameters={form.parameter: ranks[name] for name, form in products.items() if form.parameter},
         saved={place for place in saved if not place.startswith(PREFIX)},
-        biases=any(place.startswith(PREFIX) and not place.endswith(_ADDED) for place in saved),
-        added=any(place.endswith(_ADDED) for place in saved),
+        biases=any(place.startswith(PREFIX) and not is_added(place) for place in saved),
+        added=any(map(is_added, saved)),
     )
     return config_text(replace(plan.about, base=redacted(plan.about.base, plan.recipe.folder)), held)

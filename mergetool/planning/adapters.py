@@ -7,7 +7,7 @@ Reference: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -17,6 +17,7 @@ from mergetool.checkpoints.adapters import AdapterAlone
 from mergetool.checkpoints.adapters.files import WEIGHTS_NAME
 from mergetool.checkpoints.adapters.forms import Form, InMemory, form_at, forms_of, modules_of, plain_parts, problem
 from mergetool.checkpoints.adapters.places import TASK_HEADS, leaf_of
+from mergetool.checkpoints.adapters.sites import Site, SiteKind
 from mergetool.checkpoints.adapters.written import About, about_together, task_of
 from mergetool.errors import PlanError
 from mergetool.methods.families.low_rank import HELD
@@ -105,6 +106,7 @@ def of_adapters(plan: Plan, adapters: Mapping[str, AdapterAlone]) -> Plan:
         raise PlanError(f"{method.method_name()} cannot merge adapters by themselves: {why}", "merge.method", fix)
     sites = sites_of(adapters)
     held = [step for step in plan.steps if not _is_of_base(step)]
+    _check_added({step.name: sites[step.name] for step in held})
     name, revision = _base_name(plan)
     settings = [adapter.settings for adapter in adapters.values()]
     name = name or next((each.made_for for each in settings if each.made_for), None)
@@ -115,6 +117,32 @@ def of_adapters(plan: Plan, adapters: Mapping[str, AdapterAlone]) -> Plan:
     warnings = (*plan.warnings, *_taken_as_they_are(plan, [step for step in held if sites[step.name].is_full]))
     plan = replace(plan, about=about, warnings=warnings)
     return _laid_out(plan, held, {step.name: form_at(sites[step.name]) for step in held})
+
+
+def _check_added(sites: Mapping[str, Site]) -> None:
+    """Raise PlanError where PEFT could not add to a bias: it does that at all layers that have factors, or at none."""
+    added = {name: site.module for name, site in sites.items() if site.kind is SiteKind.ADDED}
+    for name, site in sites.items():
+        if added and site.kind in (SiteKind.PARAMETER, SiteKind.EMBEDDING):
+            what = f"lora_bias adds to {next(iter(added))}, and PEFT opens no adapter that has both that and this"
+            raise PlanError(what, name, "add base: MODEL and output: {kind: checkpoint}")
+    wrapped = {site.module for site in sites.values() if site.is_product}
+    for name, module in added.items():
+        if module not in wrapped:
+            what = "lora_bias adds to it, which PEFT does only at layers whose weight is changed, too"
+            raise PlanError(what, name, f"keep the base's: overrides: [{{match: {name!r}, use: base}}]")
+
+
+def biases_of_zeros(steps: Sequence[Step], forms: Mapping[str, Form], there: Collection[str]) -> list[TensorSpec]:
+    """Where some factors have a bias of their own, PEFT looks for one at all of them: those that are not `there`."""
+    products = [(forms[step.name].bias, step.slots[1].spec) for step in steps if forms[step.name].is_product]
+    missing = [(name, b) for name, b in products if name not in there] if any(map(is_added, there)) else []
+    return [TensorSpec(name, b.dtype, b.shape[:1]) for name, b in missing]
+
+
+def is_added(key: str) -> bool:
+    """Whether a name in an adapter's file is that of the factors' own bias."""
+    return key.endswith(".lora_B.bias")
 
 
 def _taken_as_they_are(plan: Plan, full: Sequence[Step]) -> list[str]:
@@ -151,13 +179,16 @@ def _joined(step: Step, forms: Mapping[str, Form]) -> Form:
 
 def _laid_out(plan: Plan, held: Sequence[Step], forms: Mapping[str, Form]) -> Plan:
     steps = [_changed(plan, step, forms[step.name]) for step in held]
-    layout = lay_out([slot.spec for step in steps for slot in step.slots], {"format": "pt"})
+    specs = [slot.spec for step in steps for slot in step.slots]
+    layout = lay_out(specs, {"format": "pt"})
+    zeros = biases_of_zeros(steps, forms, {spec.name for spec in specs})
+    most = lay_out([*specs, *zeros], {"format": "pt"})[1].file_size
     shard = Shard(WEIGHTS_NAME, *layout, sparse=isinstance(plan.recipe.output.rank, str | dict))
     placed = tuple(
         replace(step, index=index, slots=tuple(replace(slot, shard=0) for slot in step.slots))
         for index, step in enumerate(steps)
     )
-    return replace(plan, steps=placed, shards=(shard,), bytes_at_most=shard.header.file_size, forms=forms)
+    return replace(plan, steps=placed, shards=(shard,), bytes_at_most=most, forms=forms)
 
 
 def _is_of_base(step: Step, added: Sequence[int] | None = None) -> bool:

@@ -81,6 +81,11 @@ class Form:
         return bool(self.a)
 
     @property
+    def bias(self) -> str:
+        """What the factors' own bias is called, where they have one."""
+        return f"{self.b.removesuffix('weight')}bias"
+
+    @property
     def target(self) -> str:
         """What adapter_config.json calls it among the targets."""
         return self.parameter or self.module
