@@ -16,7 +16,7 @@ from typing import Any
 from mergetool.checkpoints.adapters import AdapterAlone
 from mergetool.checkpoints.adapters.files import WEIGHTS_NAME
 from mergetool.checkpoints.adapters.forms import Form, InMemory, form_at, forms_of, modules_of, plain_parts, problem
-from mergetool.checkpoints.adapters.places import TASK_HEADS, leaf_of
+from mergetool.checkpoints.adapters.places import TASK_HEADS, is_vocabulary, leaf_of
 from mergetool.checkpoints.adapters.sites import Site, SiteKind
 from mergetool.checkpoints.adapters.written import About, about_together, task_of
 from mergetool.errors import PlanError
@@ -111,7 +111,8 @@ def of_adapters(plan: Plan, adapters: Mapping[str, AdapterAlone]) -> Plan:
     settings = [adapter.settings for adapter in adapters.values()]
     name = name or next((each.made_for for each in settings if each.made_for), None)
     ties = [adapter.keeps_tied for adapter in adapters.values() if adapter.keeps_tied is not None]
-    tied = bool(ties) and all(ties)
+    apart = any(site.is_product and is_vocabulary(site.module) for site in sites.values())
+    tied = bool(ties) and all(ties) and not apart  # PEFT would open the factors of one layer for both
     about = about_together(settings, name, revision, read_config(plan.sources[BASE].folder), tied=tied)
     about = replace(about, modules=frozenset(site.module for site in sites.values()))
     warnings = (*plan.warnings, *_taken_as_they_are(plan, [step for step in held if sites[step.name].is_full]))

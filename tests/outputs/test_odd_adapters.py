@@ -1,17 +1,18 @@
 """Adapters as they lie about: of several towers, of experts, of new words, broken, alike, or idle."""
 
 import json
+import resource
 import shutil
 import warnings
 
 import pytest
 import torch
 import transformers as hf
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import mergetool
-from mergetool.errors import MergeError, PlanError, RecipeError, SourceError
+from mergetool.errors import MergeError, OutputError, PlanError, RecipeError, SourceError
 from mergetool.outputs.verify import verify_output
 from tests.checkpoints.adapters.peft_oracle import LLAMA, SMALL, quiet
 from tests.files import write_recipe
@@ -324,6 +325,37 @@ def test_words_that_are_trained_with_the_output_layer_that_is_tied_to_them(tmp_p
     mergetool.run(write_recipe(tmp_path / "made.yaml", **sections, output={"path": "out", "kind": "adapter"}))
     mergetool.run(write_recipe(tmp_path / "whole.yaml", **sections, output={"path": "whole"}))
     assert_same_merge(tmp_path, again)
+
+
+def test_words_and_their_tied_output_layer_may_come_out_with_other_ranks_and_scales(tmp_path):
+    """PEFT would open one layer's factors for both, if the adapter said that they are tied."""
+    again = start(tmp_path, lambda: llama(tie_word_embeddings=True))
+    words = {"target_modules": ["embed_tokens", "q_proj"], "r": 4, "ensure_weight_tying": True}
+    train(tmp_path, "a", again(), 0, **words, rank_pattern={"lm_head": 5}, alpha_pattern={"lm_head": 40})
+    train(tmp_path, "b", again(), 1, **words)
+    merge(tmp_path, again)
+    alone, _ = recipes(tmp_path, "linear", {"energy": 0.6}, names="ab")
+    mergetool.run(alone, output=tmp_path / "cut")
+    made = load_file(tmp_path / "cut" / "adapter_model.safetensors")
+    assert len(made["base_model.model.lm_head.lora_A.weight"]) == 2
+    assert len(made["base_model.model.model.embed_tokens.lora_embedding_A"]) == 3
+    with quiet():
+        opened = get_peft_model_state_dict(PeftModel.from_pretrained(again(), tmp_path / "cut"))
+    assert all(torch.equal(opened[name], tensor) for name, tensor in made.items())
+
+
+def test_a_file_that_is_too_large_is_told_and_the_advice_works(tmp_path):
+    two(tmp_path, first={"r": 32}, second={"r": 32})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+        with pytest.raises(OutputError, match="larger than this system allows") as caught:
+            mergetool.run(recipes(tmp_path, "linear", names="ab")[0])
+        assert "of an adapter a smaller output.rank" in caught.value.fix
+        mergetool.run(recipes(tmp_path, "linear", 8, names="ab")[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert verify_output(tmp_path / "out")
 
 
 def test_adapters_of_two_networks_are_refused(tmp_path):

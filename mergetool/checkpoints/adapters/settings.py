@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mergetool.checkpoints.adapters.keys import words
+from mergetool.checkpoints.adapters.places import is_head
 from mergetool.checkpoints.adapters.refusals import REFUSED_FIELDS, refuse_what_is_no_lora
 from mergetool.errors import SourceError
 from mergetool.tensors.io import read_error
@@ -90,13 +91,14 @@ class Settings:
     def factor(self, module: str, rank: int) -> float:
         """What the product of two factors is multiplied by. Raises SourceError where the file contradicts them."""
         expected = _patterned(self.ranks, module, self.fields.get("r", rank))
-        if expected != rank:
+        tied = self.keeps_tied and is_head(module) and type(expected) is int and expected > 0
+        if expected != rank and not tied:  # PEFT ties the factors, whose rank is that of the words, not the scale
             what = f"the factors of {module} have rank {rank}, {CONFIG_NAME} says {expected!r}"
             raise SourceError(what, self.where, f"set r (or rank_pattern) to {rank} in {CONFIG_NAME}")
         alpha = _patterned(self.alphas, module, self.fields.get("lora_alpha", 8))
         if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max:
             raise SourceError(f"the alpha of {module} is {alpha!r}, not a number", self.where, _AGAIN)
-        return float(alpha) / (math.sqrt(rank) if self.fields.get("use_rslora") is True else rank)
+        return float(alpha) / (math.sqrt(expected) if self.fields.get("use_rslora") is True else expected)
 
     def rank(self, module: str) -> int | None:
         """The rank of one factor; None where the file does not say it."""

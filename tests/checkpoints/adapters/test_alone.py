@@ -114,7 +114,14 @@ def test_what_it_adds_is_what_pefts_merge_adds(case: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "case",
-    ["conv1d: biases", "kind: convolutions, attention", "kind: resnet", "mixture: patterns", "with both biases"],
+    [
+        "conv1d: biases",
+        "kind: convolutions, attention",
+        "kind: resnet",
+        "mixture: patterns",
+        "with both biases",
+        "tied: embeddings, kept tied, with a rank of the head",
+    ],
 )
 def test_what_is_written_again_adds_the_same(case: str, tmp_path: Path) -> None:
     """An adapter by itself, in and out: peft makes the same of both."""

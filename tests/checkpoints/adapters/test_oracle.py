@@ -149,6 +149,20 @@ TIED: dict[str, Case] = {
     "head": (tied, {"target_modules": ["lm_head"]}),
     "embeddings": (tied, {"target_modules": ["embed_tokens"]}),
     "embeddings, kept tied": (tied, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
+    "embeddings, kept tied, of another rank than the head's": (
+        tied,
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "rank_pattern": {"embed_tokens": 5}},
+    ),
+    "embeddings, kept tied, with a rank of the head": (
+        tied,
+        {
+            "target_modules": ["embed_tokens"],
+            "ensure_weight_tying": True,
+            "use_rslora": True,
+            "rank_pattern": {"lm_head": 5},
+            "alpha_pattern": {"lm_head": 3},
+        },
+    ),
     "both": (tied, {"target_modules": ["embed_tokens", "lm_head"]}),
     "dora": (tied, {"target_modules": ["embed_tokens"], "use_dora": True}),
     "tokens": (tied, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7]}),
