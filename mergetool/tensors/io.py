@@ -55,7 +55,7 @@ def write_error(error: OSError, where: str) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError("no space left on the disk", where, "free some space, or choose another place with -o PATH")
     if error.errno == errno.EFBIG:
-        fix = "set a smaller output.shard_size, of an adapter a smaller output.rank, or choose another place with -o PATH"
+        fix = "set a smaller output.shard_size (of an adapter a smaller output.rank), or choose another place: -o PATH"
         return OutputError("the file would be larger than this system allows", where, fix)
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return OutputError(f"cannot be written: {error.strerror}", where, "choose another place with -o PATH")
