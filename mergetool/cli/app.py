@@ -213,6 +213,18 @@ def inspect(
     table(("", ""), list(facts.items()))
 
 
+@command(app, "mergetool dequantise ./hqq-model -o plain")
+def dequantise(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A quantised model that transformers opens.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="Where to write plain weights.")],
+) -> None:
+    """Write a quantised model as plain weights, by the library that quantised it: for codes that no merge can read."""
+    from mergetool.networks.dequantise import dequantise as write
+
+    with waiting("dequantising"):
+        print_answer(str(write(path, output)), as_json=False)
+
+
 @command(app, "mergetool verify merged --against recipe.yaml")
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A merged checkpoint (or any model).")],
