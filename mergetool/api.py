@@ -106,12 +106,13 @@ def analyze(
 
     The result has `advice`, `summary`, tables (`rows("models")`, `rows("pairs")`, `rows("layers")` ... ready for
     `pandas.DataFrame`; `sections` names them) and `to_json()`; into the folder `output`, it is written, with a page.
-    Raises RecipeError, SourceError, PlanError or HubError.
+    Raises RecipeError, SourceError, PlanError, HubError or OutputError.
     """
     from mergetool.analysis.follow import Following
     from mergetool.analysis.run import analyze_recipe
 
     following = Following(_paths(data), _paths(checkpoints), None if cache is None else Path(cache))
+    _ready(output)
     analysis = analyze_recipe(_loaded(recipe, settings), progress, workers, following)
     if output is not None:
         analysis.write(Path(output))
@@ -162,6 +163,7 @@ def compare(
     from mergetool.analysis.compare import compare_runs
     from mergetool.engine.devices import one_thread
 
+    _ready(output)
     with one_thread():
         paths = [Path(run) for run in runs]
         found = compare_runs(paths, None if base is None else str(base), workers=workers, listener=progress)
@@ -170,6 +172,14 @@ def compare(
 
         write_compared(found, Path(output))
     return found
+
+
+def _ready(output: str | Path | None) -> None:
+    """Find out that a folder cannot be made before what will be written there is computed."""
+    from mergetool.tensors.writer import make_folder
+
+    if output is not None:
+        make_folder(Path(output))
 
 
 def change_bundle(

@@ -1,5 +1,6 @@
 """Amounts as people read them, three digits and a unit that fits, and as they write them."""
 
+import json
 import math
 import re
 from typing import Any
@@ -28,6 +29,11 @@ def timespan(seconds: float) -> str:
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
+def setting(value: Any) -> str:
+    """A value of a recipe or of config.json, as it is written there; a text as it is."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def counted(count: int) -> str:

@@ -15,6 +15,7 @@ TESTS = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE"):
     os.environ.setdefault(name, "1")
+os.fsync = os.fdatasync = lambda _: None  # what tests write need not outlive a power cut, and the disk has no rest
 os.environ["XDG_CACHE_HOME"] = CACHE = tempfile.mkdtemp(prefix="mergetool-tests-")
 
 FAST = ("kernels", "laws", "methods", "planning", "recipe", "search", "tensors", "test_house", "test_documents")

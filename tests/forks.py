@@ -1,6 +1,6 @@
 """Commands in processes of their own without a second of imports each: children of one process that has imported torch.
 
-huggingface_hub is not imported there, as it looks at the environment once, when it is.
+What huggingface_hub needs is imported there, it itself is not: it looks at the environment once, when it is.
 
 With KILL_AT=n in its environment a command is killed (SIGKILL) before it makes, renames or removes the n-th file or
 folder in whose path is KILL_IN; with "KILL_AFTER=module:function n" after the n-th call of a function; with
@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from tests.held import JOURNALLED
 
 _SERVER = """
-import gc, json, os, signal, sys, tempfile
+import gc, json, logging, os, signal, sys, tempfile
 import mergetool.cli.app, mergetool.cli.show, mergetool.engine, mergetool.planning, mergetool.engine.worker
 import mergetool.engine.fit, mergetool.engine.fork, mergetool.outputs.checkpoint, mergetool.tuning.run, tests.held
 import torch.distributed
@@ -29,6 +29,11 @@ from mergetool.methods import registry
 from mergetool.recipe.load import sections
 
 registry(), sections()  # and all modules that these import
+from huggingface_hub import HfApi
+for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+    del sys.modules[name]
+logging.getLogger("huggingface_hub").handlers.clear()
+del HfApi
 gc.freeze()
 
 def kill_at(left, place):

@@ -1,6 +1,6 @@
 """Finished results side by side: recipes, scores, distances between the weights, time and size."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -41,10 +41,11 @@ def compare_runs(
     workers: int | None = None,
     listener: Listener | None = None,
 ) -> ComparedRuns:
-    """Lay results side by side; with a base, what they changed of it, too.
+    """Lay results side by side, those of a sweep one by one; with a base, what they changed of it, too.
 
     Raises RecipeError for fewer than two, SourceError for a folder that no run has left.
     """
+    paths = [result for path in paths for result in _results(path)]
     if len({path.absolute() for path in paths}) < max(2, len(paths)):
         what = "fewer than two results" if len(paths) < 2 else "a result is named twice"
         raise RecipeError(what, ", ".join(map(str, paths)), "name the folders of two or more runs")
@@ -65,6 +66,11 @@ def compare_runs(
         costs=tuple(map(_costs, runs)),
         remarks=tuple(remarks),
     )
+
+
+def _results(path: Path) -> list[Path]:
+    """The result in a folder, or those of a sweep."""
+    return [path / str(name) for name in read_lock(path).get("results", ())] or [path]
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -155,7 +161,7 @@ def _costs(run: _Run) -> dict[str, Any]:
     told, output = run.lock.get("run", {}), run.lock["output"]
     return {
         "run": run.name,
-        "method": run.lock["recipe"].get("merge", {}).get("method"),
+        "method": _method(run.lock["recipe"]),
         "kind": run.kind,
         "seconds": told.get("seconds"),
         "peak_memory": told.get("peak_memory"),
@@ -164,6 +170,12 @@ def _costs(run: _Run) -> dict[str, Any]:
         "device": told.get("device"),
         "mergetool": run.lock.get("mergetool"),
     }
+
+
+def _method(recipe: Mapping[str, Any]) -> str | None:
+    """With the steps after it."""
+    then = [str(step.get("step")) for step in recipe.get("then", ()) if isinstance(step, Mapping)]
+    return ", then ".join(filter(None, [recipe.get("merge", {}).get("method"), *then])) or None
 
 
 def _size(path: Path) -> int:

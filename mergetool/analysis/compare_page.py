@@ -8,7 +8,8 @@ from mergetool._version import __version__
 from mergetool.analysis.compared import ComparedRuns
 from mergetool.analysis.written import write_both
 from mergetool.pages import Chapter, Column, Facts, Note, Page, Picture, Piece, Table, bars, heat, render
-from mergetool.units import timespan
+from mergetool.pages.cells import share
+from mergetool.units import setting, timespan
 
 _COSTS = (
     Column("result"),
@@ -57,7 +58,7 @@ def page(found: ComparedRuns) -> str:
 def _facts(found: ComparedRuns) -> Iterator[Facts]:
     if found.retention:
         best = max(found.retention, key=lambda row: float(row["mean"]))
-        kept = f"{best['mean']:.1%} ({best['run']})"
+        kept = f"{share(best['mean'])} ({best['run']})"
         yield Facts([("results", str(len(found.runs))), ("most kept of the best parents", kept)])
     else:
         seconds = [row["seconds"] for row in found.costs if row["seconds"] is not None]
@@ -122,7 +123,7 @@ def _settings(found: ComparedRuns) -> Chapter:
 
 
 def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+    return None if value is None else setting(value)
 
 
 def _distances(found: ComparedRuns) -> Iterator[Chapter]:

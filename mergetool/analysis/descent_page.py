@@ -40,7 +40,7 @@ def _gradients(told: Told) -> Iterator[Piece]:
             for key, ending in (("alignment", ""), ("preconditioned", ", preconditioned"))
             for name, points in over_depth(layers, depth, ("model",), key).items()
         }
-        yield Picture(lines(series, "layer", "cosine with the way down", zero=True), "Alignment, layer by layer.")
+        yield Picture(lines(series, "layer", "cosine with the way down", least=(0, 0.1)), "Alignment, layer by layer.")
 
 
 def _crosstalk(rows: Rows) -> Iterator[Piece]:
@@ -52,7 +52,8 @@ def _crosstalk(rows: Rows) -> Iterator[Piece]:
     draw = heat(
         grid, losses, models, "share of the gain", diverging=True, numbers=".2f", xlabel="task vector", ylabel="loss"
     )
-    yield Picture(draw, "How much of what a task gains each task vector brings, to first order.")
+    caption = "How much of what a task gains each task vector brings, to first order."
+    yield Picture(draw, caption, (min(3.5 + 0.8 * len(models), 9), min(1.6 + 0.6 * len(losses), 9)))
 
 
 def _curves(rows: Mapping[str, Rows]) -> Iterator[Piece]:
@@ -67,7 +68,7 @@ def _curves(rows: Mapping[str, Rows]) -> Iterator[Piece]:
             for name, points in _series(steps, "at", key).items()
         }
         yield Picture(
-            lines(series, "checkpoint", "of the finished task vector", zero=True),
+            lines(series, "checkpoint", "of the finished task vector", least=(0, 1)),
             "Length and direction of a run's checkpoints, relative to where it ended.",
         )
 

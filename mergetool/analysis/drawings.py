@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from mergetool.pages import Chapter, Column, Picture, Piece, Table, bars, heat, lines
 from mergetool.pages.cells import share
 from mergetool.pages.plots import Points
+from mergetool.pages.words import MOST_OF_ROW
 
 Told: TypeAlias = Mapping[str, Any]
 
@@ -24,12 +25,13 @@ def norms(told: Told) -> Chapter | None:
     pieces: list[Piece] = []
     if depth:
         series = over_depth(told["rows"]["layers_by_model"], depth, ("model",), "relative")
-        caption = "The size of every model's change, layer by layer."
+        caption = f"The size of every model's change, layer by layer.{stacks(told)}"
         pieces.append(
             Picture(lines(series, "layer", against, log=_is_wide(series), zero=not _is_wide(series)), caption)
         )
     if grid := _grid(told["rows"]["roles_by_model"], "role", "model", "relative"):
-        roles = list(dict.fromkeys(row["role"] for row in told["rows"]["roles_by_model"]))
+        known = (row["role"] for row in told["rows"]["roles_by_model"] if row["relative"] is not None)
+        roles = list(dict.fromkeys(known))
         values = [[grid.get((role, model)) for model in models] for role in roles]
         numbers = ".2g" if len(models) <= _WRITTEN else None
         size = _size(len(roles), len(models), numbers is not None, longest=roles)
@@ -114,7 +116,7 @@ def conflicts(told: Told) -> Chapter | None:
             high=max(chance or 0, 1e-9),
             xlabel="layer (other: outside of all)",
         ),
-        f"The far end of the scale is what signs by chance would have ({share(chance)}).",
+        f"The far end of the scale is what signs by chance would have ({share(chance)}).{stacks(told)}",
         _size(len(roles), len(layers), False, longest=roles),
     )
     lead = (
@@ -262,6 +264,15 @@ def depths_of(told: Told) -> dict[str, int]:
     return found if len(found) > 1 else {}
 
 
+def stacks(told: Told) -> str:
+    """Which stack has which numbers on the axis of layers, where there are several."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for layer, place in depths_of(told).items():
+        found[layer.rpartition(".")[0]].append(place)
+    named = (f"`{stack}` {min(places)} to {max(places)}" for stack, places in found.items())
+    return f" Layers are numbered through: {', '.join(named)}." if len(found) > 1 else ""
+
+
 def over_depth(
     rows: Iterable[Told], depth: Mapping[str, int], by: Sequence[str], key: str,
     of: Callable[[Sequence[float]], float] = median,
@@ -307,6 +318,6 @@ def _square(pairs: Sequence[Told], order: Sequence[str], key: str) -> list[list[
 
 def _size(rows: int, columns: int, written: bool, longest: Sequence[str]) -> tuple[float, float]:
     """Room for the names at the left and the cells, no wider than the page."""
-    names = min(max(map(len, longest), default=0), 28) * 0.075
+    names = min(max(map(len, longest), default=0), MOST_OF_ROW) * 0.075
     width = names + 1.6 + columns * (0.62 if written else 0.24)
     return min(max(width, 4.0), 9.0), min(1.2 + rows * (0.42 if written else 0.27), 11.0)

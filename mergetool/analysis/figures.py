@@ -13,7 +13,7 @@ import numpy as np
 
 from mergetool.analysis.beside import Beside
 from mergetool.analysis.measure import DIRECTIONS, Matrix, Readings, interference_by_chance, kept_directions
-from mergetool.arch.depth import structural_depths
+from mergetool.arch.depth import role, structural_depths
 from mergetool.kernels.differences import cosine, ratio
 from mergetool.kernels.task_vectors import Array, SliceSums, density_of_energy, energy_in_largest
 
@@ -31,7 +31,7 @@ class Standing:
     """What stands before and with the number of the layer."""
     depth: int | None
     role: str
-    """What stands behind that number: the same in every layer."""
+    """What stands behind that number: the same in every layer, and for every expert."""
 
 
 class Together:
@@ -316,7 +316,7 @@ def _placed(name: str, depth: tuple[int, int] | None, layers: Mapping[str, set[s
     number = next((place for place in numbers if len(layers[".".join(parts[:place])]) > 1), None)
     if depth is None or number is None:
         return Standing(OUTSIDE, None, name)
-    return Standing(".".join(parts[: number + 1]), depth[0], ".".join(parts[number + 1 :]))
+    return Standing(".".join(parts[: number + 1]), depth[0], role(parts[number + 1 :]))
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -12,6 +12,7 @@ from mergetool.analysis.descent import SCALES, DescentStudy, Row, Rows, path_row
 from mergetool.engine.progress import Progress
 from mergetool.engine.run import Flags, run_recipe
 from mergetool.errors import PlanError
+from mergetool.pages.cells import share
 from mergetool.planning.graph import BASE
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.folder import open_model
@@ -141,7 +142,7 @@ def _crossed(rows: list[Row]) -> list[Advice]:
             weight="warning",
             models=(row["model"], row["loss"]),
             title=f"{row['model']} climbs the loss of {row['loss']}",
-            why=f"to first order, its task vector undoes {-row['crosstalk']:.0%} of what {row['loss']} gained",
+            why=f"to first order, its task vector undoes {share(-row['crosstalk'])} of what {row['loss']} gained",
             evidence={"crosstalk": row["crosstalk"]},
             formula="<g_s, t_t> / <g_s, t_s>, g_s the gradient of the loss of s at the base",
             fix=f"give {row['model']} a smaller weight, or a method that removes interference: tsv-merge",

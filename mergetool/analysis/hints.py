@@ -1,17 +1,20 @@
 """Numbers to begin with: weights, scale, density, dtype."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
 import numpy as np
 
 from mergetool.analysis.advice import Advice, Adviser
 from mergetool.kernels.differences import ratio
-from mergetool.kernels.task_vectors import Array, density_of_energy
+from mergetool.kernels.task_vectors import Array, SliceSums, energies_in_largest
+from mergetool.pages.cells import share
 
 _DOMINATES = 0.8
 _ENERGY = 0.9
+_GRID = np.arange(1, 101) / 100
+"""Densities that are tried."""
 _LOST = 0.5
 
 
@@ -82,24 +85,33 @@ def _density(adviser: Adviser) -> Iterator[Advice]:
     """How few entries hold most of a change."""
     if not adviser.has_changes or not adviser.left:
         return
-    tally = adviser.whole.tally
-    needed = {
-        adviser.models[i]: density_of_energy(tally.drawn.magnitudes[i], tally.entries, _ENERGY) for i in adviser.left
-    }
-    known = {model: value for model, value in needed.items() if not math.isnan(value)}
+    tallies = [each.in_full() for each in adviser.figures.measured.tallies.values()]
+    needed = {adviser.models[i]: _density_in_tensors(tallies, i) for i in adviser.left}
+    known = {model: value for model, value in needed.items() if value is not None}
     if not known:
         return
-    density = min(1.0, math.ceil(max(known.values()) * 20) / 20)
+    density = min(1.0, math.ceil(round(20 * max(known.values()), 9)) / 20)
     yield Advice(
         "density",
         "hint",
         (),
         f"density {density:g}",
-        f"so many of the entries hold {_ENERGY:.0%} of every task vector's squared norm; fewer cut into them",
+        f"so many of the entries of each tensor hold {share(_ENERGY)} of every task vector's squared norm; fewer cut "
+        "into them",
         {"by_model": known},
-        f"smallest d whose largest d entries hold {_ENERGY} of ||t_i||^2, the most of all models, rounded up to 0.05",
+        f"smallest d whose largest d entries of each tensor hold {_ENERGY} of ||t_i||^2, the most of all models, "
+        "rounded up to 0.05",
         f"merge: {{method: ties, density: {density:g}}}",
     )
+
+
+def _density_in_tensors(tallies: Sequence[SliceSums], i: int) -> float | None:
+    """What a method that trims tensor by tensor must keep of a task vector; None of one that is zero."""
+    held = np.zeros(len(_GRID))
+    for each in tallies:
+        if own := float(each.gram[i + 1, i + 1]):
+            held += own * np.nan_to_num(energies_in_largest(each.drawn.magnitudes[i], each.entries, _GRID), nan=1.0)
+    return float(_GRID[np.argmax(held >= _ENERGY * held[-1])]) if held[-1] else None
 
 
 def _dtype(adviser: Adviser) -> Iterator[Advice]:
@@ -115,8 +127,8 @@ def _dtype(adviser: Adviser) -> Iterator[Advice]:
         "warning",
         (),
         "the mean of the models hardly survives bfloat16",
-        f"{survives:.0%} of the entries that it changes are still changed once stored in bfloat16, and rounding adds "
-        f"an error of {error:.2f} times the change",
+        f"{share(survives)} of the entries that it changes are still changed once stored in bfloat16, and rounding "
+        f"adds an error of {error:.2f} times the change",
         {"survives_bfloat16": survives, "error_bfloat16": error},
         f"||bf16(w) - w|| / ||w - w_base|| > {_LOST}, w the mean of the models",
         "output: {dtype: float32}",

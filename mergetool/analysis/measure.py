@@ -36,9 +36,9 @@ SLICE = 1 << 16
 """Entries of every model that are looked at together: few enough for the processor's cache."""
 _PIECE = 1 << 22
 """Entries that one thread looks at in a row."""
-_ALL = 1 << 20
-"""Entries up to which a tensor is looked at closely everywhere; of larger ones it is half of one slice in `_ONE_IN`."""
-_ONE_IN = 4
+_ALL = 1 << 18
+"""Entries up to which a tensor is looked at closely everywhere; of larger ones, a `_PART` of a slice in `_ONE_IN`."""
+_ONE_IN, _PART = 2, 8
 _OF_CONVOLUTION = 4
 """Axes of a convolution over images; three axes may be experts."""
 DIRECTIONS = 16
@@ -106,7 +106,7 @@ def _looked_at(total: int, begin: int, end: int) -> int:
     """How many entries of a slice of a tensor are looked at closely."""
     if total <= _ALL:
         return end - begin
-    return 0 if begin // SLICE % _ONE_IN else (end - begin + 1) // 2
+    return 0 if begin // SLICE % _ONE_IN else -(-(end - begin) // _PART)
 
 
 def _is_weight(models: Beside, name: str) -> bool:

@@ -35,8 +35,10 @@ def methods_to_try(adviser: Adviser) -> Iterator[Advice]:
     elif abs(mean) <= _APART:
         why = "the task vectors are nearly orthogonal: a sum keeps each of them"
         yield _try("task-arithmetic", why, {"cosine": mean}, f"|mean cos(t_i, t_j)| <= {_APART}")
-    yield from _by_signs(adviser)
-    yield from _by_directions(adviser)
+    if not adviser.out:  # signs and overlaps are those of all models
+        yield from _by_signs(adviser)
+        yield from _overlapping(adviser)
+    yield from _low_rank(adviser)
 
 
 def _without_base(adviser: Adviser) -> Iterator[Advice]:
@@ -63,11 +65,9 @@ def _by_signs(adviser: Adviser) -> Iterator[Advice]:
         )
 
 
-def _by_directions(adviser: Adviser) -> Iterator[Advice]:
+def _overlapping(adviser: Adviser) -> Iterator[Advice]:
     figures, matrices = adviser.figures, adviser.figures.measured.matrices
-    if not matrices:
-        return
-    found, chance = figures.interference(matrices), sum(map(figures.chance, matrices)) / len(matrices)
+    found, chance = figures.interference(matrices), sum(map(figures.chance, matrices)) / max(1, len(matrices))
     if found > _ENTANGLED * chance:
         yield _try(
             "tsv-merge",
@@ -75,7 +75,10 @@ def _by_directions(adviser: Adviser) -> Iterator[Advice]:
             {"interference": found, "by_chance": chance, "directions": DIRECTIONS},
             f"mean over matrices of ||(U^T U - I) S (V^T V - I)||_1 / sum S > {_ENTANGLED} x what chance gives",
         )
-    shares = [figures.median_of(i, lambda each: each.effective_rank / min(each.shape)) for i in adviser.left]
+
+
+def _low_rank(adviser: Adviser) -> Iterator[Advice]:
+    shares = [adviser.figures.median_of(i, lambda each: each.effective_rank / min(each.shape)) for i in adviser.left]
     if max(shares) < _LOW_RANK:
         yield _try(
             "iso-c",

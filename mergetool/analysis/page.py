@@ -4,12 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from mergetool._version import __version__
 from mergetool.analysis.descent_page import descent
 from mergetool.analysis.drawings import agreement, conflicts, dominance, norms, redundancy, rounding, spaces
 from mergetool.pages import Bullets, Chapter, Column, Details, Facts, Finding, Note, Page, Piece, Table, Text, render
 from mergetool.pages.cells import share, short
 from mergetool.pages.parts import Cell, Level
-from mergetool.units import counted, filesize, timespan
+from mergetool.units import counted, filesize, setting, timespan
 
 Told: TypeAlias = Mapping[str, Any]
 
@@ -33,7 +34,8 @@ def analysis_page(told: Told) -> str:
         _method(told),
     ]
     title = f"Analysis of {Path(told['recipe']).name}"
-    return render(Page(title, _lead(told), [each for each in chapters if each], _intro(told)))
+    found = [each for each in chapters if each]
+    return render(Page(title, _lead(told), found, _intro(told), f"mergetool {__version__}"))
 
 
 def _lead(told: Told) -> str:
@@ -169,7 +171,7 @@ def _beside(told: Told) -> Chapter | None:
 def _differences(settings: Sequence[Told], missing: Sequence[Told]) -> Iterator[Piece]:
     if settings:
         keys = ("model", "file", "key", "reference", "value")
-        rows = [[_plain(row[key]) for key in keys] for row in settings]
+        rows = [[None if row[key] is None else setting(row[key]) for key in keys] for row in settings]
         yield Table(["model", "file", Column("key", "code"), "in the reference", "in the model"], rows)
     if missing:
         rows = [

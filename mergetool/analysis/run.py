@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from mergetool._version import __version__
 from mergetool.analysis.advice import WEIGHTS, Advice, Adviser
 from mergetool.analysis.beside import Beside, beside
+from mergetool.analysis.clusters import clustered
 from mergetool.analysis.descent import Rows
 from mergetool.analysis.figures import Figures, Row
 from mergetool.analysis.follow import Following, descent_advice, followed
@@ -22,6 +22,7 @@ from mergetool.analysis.result import Analysis, plain
 from mergetool.engine.devices import one_thread
 from mergetool.engine.progress import Progress, Silent
 from mergetool.errors import PlanError
+from mergetool.pages.cells import share
 from mergetool.recipe.schema import Recipe
 from mergetool.units import counted
 
@@ -113,19 +114,17 @@ def _cost(figures: Figures, measured: Readings, seconds: float) -> Row:
 
 
 def clusters(figures: Figures) -> tuple[list[str], list[list[float]]]:
-    """An order in which relatives stand side by side, and scipy's rows of what joins what at which height.
+    """An order in which relatives stand side by side, and what joins what at which height.
 
     By average linkage of 1 - cosine: of task vectors, or, where there is no base, of the weights.
     """
     models, whole = figures.models.models, figures.whole
     if len(models) < 2 or whole is None:
         return list(models), []
-    from scipy.cluster.hierarchy import leaves_list, linkage
-
-    of_changes = figures.models.reference != "mean"
-    cosines = [(whole.cosine if of_changes else whole.kinship)(i, j) for i, j in combinations(range(len(models)), 2)]
-    joined = linkage(1 - np.nan_to_num(np.array(cosines), nan=0.0), "average", optimal_ordering=True)
-    return [models[place] for place in leaves_list(joined)], joined.tolist()
+    of_cosine = whole.kinship if figures.models.reference == "mean" else whole.cosine
+    cosines = np.array([[of_cosine(i, j) for j in range(len(models))] for i in range(len(models))])
+    order, linkage = clustered(1 - np.nan_to_num(cosines, nan=0.0))
+    return [models[place] for place in order], linkage
 
 
 def _summary(figures: Figures, advice: Sequence[Advice]) -> Iterator[str]:
@@ -146,7 +145,8 @@ def _summary(figures: Figures, advice: Sequence[Advice]) -> Iterator[str]:
         if cosines := _range(row["cosine"] for row in figures.whole.pairs()):
             yield f"cosine of task vectors {cosines}"
     if facts["conflict"] is not None and figures.models.reference != "mean":
-        yield f"opposite signs on {facts['conflict']:.0%} of the entries (chance: {facts['conflict_by_chance']:.0%})"
+        found, chance = (share(facts[key]) for key in ("conflict", "conflict_by_chance"))
+        yield f"opposite signs on {found} of the entries (chance: {chance})"
     if missing := sum(1 for _ in figures.models.missing()):
         yield f"{missing} tensors are not in all models in one shape, and are left out"
     if not any(each.weight == "problem" for each in advice):

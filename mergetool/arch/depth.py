@@ -9,6 +9,13 @@ a torch `Sequential`) do not matter, and every tower of a network counts its own
 import re
 from collections.abc import Iterable, Sequence
 
+_EXPERT = re.compile(r"(experts)\.\d+(?=\.)")
+
+
+def role(parts: Sequence[str]) -> str:
+    """What stands behind the number of a layer: the same in every layer, and for every expert of a layer."""
+    return _EXPERT.sub(r"\1.*", ".".join(parts))
+
 
 def structural_depths(names: Iterable[str]) -> dict[str, tuple[int, int] | None]:
     """(layer, number of layers) of every name, None for those outside repeated blocks."""

@@ -8,7 +8,7 @@ An expert that was a classifier of transformers is one again: its own head, name
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -23,9 +23,9 @@ from mergetool.checkpoints.view import RenamedModel
 from mergetool.errors import SourceError
 from mergetool.tensors.factors import Halves, Kept, nothing_added
 from mergetool.tensors.folder import open_model
-from mergetool.tensors.header import TensorSpec
+from mergetool.tensors.header import Header, TensorSpec
 from mergetool.tensors.io import bytes_of
-from mergetool.tensors.source import FileStamp, ModelSource, read_whole
+from mergetool.tensors.source import FileStamp, ModelSource, OpenFile, SafetensorsSource, read_header, read_whole
 
 
 class ExpertSource(ModelSource):
@@ -37,7 +37,6 @@ class ExpertSource(ModelSource):
         self._parameters = manifest.parameters
         self._place = manifest.names.index(task.name)
         self._bundle, self._factors, self._scale = folder, folder / task.factors, task.scale
-        self._spectra = folder / SPECTRA
         self._head = head = open_model(folder / task.head.file) if isinstance(task.head, ClassHead) else None
         self._names: Mapping[str, str] = {name: name for name in base.specs}
         self._last = threading.local()
@@ -136,7 +135,7 @@ class ExpertSource(ModelSource):
 
     @cached_property
     def _compared(self) -> ModelSource | None:
-        return open_model(self._bundle / COMPARED) if (self._bundle / COMPARED).is_file() else None
+        return _of_all_experts(self._bundle / COMPARED)
 
     @cached_property
     def _own(self) -> ModelSource:
@@ -145,7 +144,7 @@ class ExpertSource(ModelSource):
 
     @cached_property
     def _all_spectra(self) -> ModelSource | None:
-        return open_model(self._spectra) if self._spectra.is_file() else None
+        return _of_all_experts(self._bundle / SPECTRA)
 
     def _masked(self, name: str) -> Tensor:
         try:
@@ -161,6 +160,20 @@ class ExpertSource(ModelSource):
         self._base.close()
         if self._head is not None:
             self._head.close()
+
+
+def _of_all_experts(path: Path) -> ModelSource | None:
+    """A file with something of every expert, if it is there."""
+    if not path.is_file():
+        return None
+    stamp = FileStamp.of(path)
+    return SafetensorsSource([path], None, elsewhere={path: OpenFile(stamp, _header(stamp))})
+
+
+@lru_cache(maxsize=4)
+def _header(stamp: FileStamp) -> Header:
+    """It names tensors of all experts, and each of these asks for it."""
+    return read_header(stamp.path)
 
 
 def open_expert(folder: Path, task: str) -> ExpertSource:

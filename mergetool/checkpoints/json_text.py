@@ -10,16 +10,18 @@ _VALUE = re.compile(rb"\s*:\s*")
 _NOTHING = re.compile(rb"null\b")
 
 
-def with_entries(text: bytes, key: str, entries: Iterable[str], brackets: bytes) -> bytearray:
-    """An object's text with more entries in the list or object under a key, which it gets where it lacks it."""
+def with_entries(text: bytes, key: str, entries: Iterable[str], brackets: bytes) -> Iterator[bytes]:
+    """An object's text with more entries in the list or object under a key, which it gets where it lacks it.
+
+    It comes piece by piece: there may be as many entries as tokens.
+    """
     begin, end = _place(text, key)
     before, after = (text[:begin], text[end:]) if end else _open_end(text, key)
     inside = text[begin + 1 : end - 1].strip() if text[begin:end].startswith(brackets[:1]) else b""
-    grown = bytearray(before + brackets[:1] + inside)
+    yield before + brackets[:1] + inside
     for number, entry in enumerate(entries):
-        grown += b", " * bool(inside or number) + entry.encode()
-    grown += brackets[1:] + after
-    return grown
+        yield b", " * bool(inside or number) + entry.encode()
+    yield brackets[1:] + after
 
 
 def _open_end(text: bytes, key: str) -> tuple[bytes, bytes]:

@@ -5,6 +5,7 @@ Codes that are understood (`codes`) are dequantised while they are read; all oth
 
 import re
 from collections.abc import Mapping
+from shlex import quote
 
 from mergetool.checkpoints.codes import dequantised, is_dequantised, quantisation_of
 from mergetool.checkpoints.facts import QUANTISED, parts_of
@@ -18,6 +19,33 @@ _COMPANIONS = re.compile(
     r"(.+)\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|SCB|weight_format"
     r"|weight_blocks|weight_scales|absmax|quant_map|quant_state\..+|weight\.(absmax|quant_map|nested_absmax|quant_state\..+|SCB)|scale_weight)"
 )
+OPENED_WITH: Mapping[str, str] = {
+    "aqlm": "'aqlm[gpu,cpu]'",
+    "auto-round": "auto-round",
+    "awq": "gptqmodel",
+    "bitnet": "",
+    "bitsandbytes": "bitsandbytes",
+    "eetq": "kernels",
+    "fbgemm_fp8": "fbgemm-gpu-genai",
+    "fouroversix": "fouroversix",
+    "fp8": "kernels",
+    "fp_quant": "fp_quant",
+    "gemma": "",
+    "gptq": "optimum gptqmodel",
+    "higgs": "flute-kernel fast_hadamard_transform",
+    "hqq": "hqq",
+    "metal": "kernels",
+    "mxfp4": "kernels",
+    "mxfp8": "kernels",
+    "nvfp4": "kernels",
+    "quanto": "optimum-quanto",
+    "quark": "amd-quark",
+    "sinq": "sinq",
+    "spqr": "'spqr_quant[gpu]'",
+    "torchao": "torchao",
+    "vptq": "vptq",
+}
+"""What transformers opens models of a `quant_method` with: packages to install."""
 _PACKED = ("I8", "U8", "I32", "U32", "I64", "U64", "I16", "U16")
 
 
@@ -75,11 +103,16 @@ def _without_scale(specs: Mapping[str, TensorSpec]) -> str | None:
 
 def _advice(model: ModelSource, where: str) -> str:
     """How to get plain weights: with transformers where it can make them, else those that the codes were made of."""
-    if quantisation_of(model).get("quant_method") == "compressed-tensors" and model.folder is not None:
+    method = str(quantisation_of(model).get("quant_method"))
+    if method == "compressed-tensors" and model.folder is not None:
         how = "dtype='bfloat16', quantization_config=t.CompressedTensorsConfig(dequantize=True)"
         load = f"from_pretrained({where!r}, {how})"
         code = f"import transformers as t; t.AutoModelForCausalLM.{load}.save_pretrained({where + '-plain'!r})"
         return f'pip install compressed-tensors; python -c "{code}"; and merge {where}-plain'
+    if method in OPENED_WITH and model.folder is not None:
+        install = f"pip install {OPENED_WITH[method]} && " if OPENED_WITH[method] else ""
+        plain = f"{where}-plain"
+        return f"{install}mergetool dequantise {quote(where)} -o {quote(plain)}, and merge {plain}"
     return "merge the model that it was made from, or dequantise it first with the library that quantised it"
 
 

@@ -1,14 +1,15 @@
 """Tokens that are added to a tokenizer: how its files tell them, and the files with more of them."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mergetool.checkpoints.json_text import with_entries
 from mergetool.checkpoints.vocabulary import small_json
+from mergetool.tensors.writer import Content
 
 _TOKENIZER, _SETTINGS, _ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 _DECODER = "added_tokens_decoder"
@@ -28,6 +29,24 @@ class AddedToken:
     def facts(self) -> dict[str, Any]:
         """As files tell it."""
         return {"content": self.text, **_FLAGS, **self.flags}
+
+
+@dataclass(frozen=True)
+class AddedTokens:
+    """Tokens that a tokenizer gets, numbered from the first on. There may be as many as in a vocabulary: none of them
+    is kept as more than its text."""
+
+    first: int = 0
+    texts: Sequence[str] = ()
+    flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By text, of those that have any."""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __iter__(self) -> Iterator[AddedToken]:
+        for number, text in enumerate(self.texts, self.first):
+            yield AddedToken(number, text, self.flags.get(text, {}))
 
 
 def added_tokens_of(folder: Path | None) -> dict[str, dict[str, Any]]:
@@ -54,9 +73,9 @@ def _added_in(folder: Path, _: tuple[tuple[int, int], ...]) -> dict[str, dict[st
     }
 
 
-def with_tokens(folder: Path, added: Sequence[AddedToken]) -> dict[str, str | bytes | bytearray]:
+def with_tokens(folder: Path, added: Iterable[AddedToken]) -> dict[str, Content]:
     """The files of a tokenizer that change when it gets these tokens, by name."""
-    made: dict[str, str | bytes | bytearray] = {}
+    made: dict[str, Content] = {}
     whole, settings = folder / _TOKENIZER, folder / _SETTINGS
     if whole.is_file():
         listed = (_written({"id": each.number, **each.facts}) for each in added)
@@ -64,7 +83,7 @@ def with_tokens(folder: Path, added: Sequence[AddedToken]) -> dict[str, str | by
     if small_json(settings).get(_DECODER) or not whole.is_file():
         named = (f'"{each.number}": {_written(each.facts)}' for each in added)
         text = settings.read_bytes() if small_json(settings) else b"{}"
-        made[_SETTINGS] = with_entries(text, _DECODER, named, b"{}")
+        made[_SETTINGS] = b"".join(with_entries(text, _DECODER, named, b"{}"))
     if (folder / _ADDED).is_file() or not whole.is_file():
         known = {**small_json(folder / _ADDED), **{each.text: each.number for each in added}}
         made[_ADDED] = _written(known) + "\n"

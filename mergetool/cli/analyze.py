@@ -7,7 +7,7 @@ import typer
 
 from mergetool.cli.commands import named
 from mergetool.cli.progress import ProgressBar
-from mergetool.cli.show import manner, say, table
+from mergetool.cli.show import manner, plain, say, table
 
 if TYPE_CHECKING:
     from mergetool.analysis.result import Analysis
@@ -73,10 +73,10 @@ def _paths(flag: str, given: list[str] | None) -> dict[str, str | Path]:
 
 def _show(analysis: "Analysis") -> None:
     """What people want to know, the most telling first."""
-    print("\n".join(analysis.summary))
+    print(plain("\n".join(analysis.summary)))
     for advice in analysis.advice:
-        print(f"\n{advice['weight']}: {advice['title']}\n  {advice['why']}\n  {_evidence(advice['evidence'])}")
-        print(f"  {advice['formula']}\n  fix: {advice['fix']}")
+        head = f"\n{advice['weight']}: {advice['title']}\n  {advice['why']}\n  {_evidence(advice['evidence'])}"
+        print(plain(f"{head}\n  {advice['formula']}\n  fix: {advice['fix']}"))
     for title, columns, section in _TABLES:
         if section in analysis.sections and (rows := analysis.rows(section)):
             print(f"\n{title}")

@@ -95,7 +95,8 @@ def run(
     manner.quiet |= is_follower()
     with ProgressBar(quiet=manner.quiet) as progress:
         asked = load_recipe(recipe, settings or ())
-        progress.say(f"{asked.method.method_name()} of {', '.join(asked.models)}")
+        after = "".join(f", then {step.step_name()}" for step in asked.then)
+        progress.say(f"{asked.method.method_name()}{after} of {', '.join(asked.models)}")
         say_steps(asked)
         from mergetool.engine import Flags  # torch comes with it: not before the first word
         from mergetool.tuning.run import run_recipe
@@ -210,6 +211,18 @@ def inspect(
     tensors = facts.pop("tensors")
     table(("tensor", "dtype", "shape", "bytes"), [(t["name"], t["dtype"], t["shape"], t["bytes"]) for t in tensors])
     table(("", ""), list(facts.items()))
+
+
+@command(app, "mergetool dequantise ./hqq-model -o plain")
+def dequantise(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A quantised model that transformers opens.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="Where to write plain weights.")],
+) -> None:
+    """Write a quantised model as plain weights, by the library that quantised it: for codes that no merge can read."""
+    from mergetool.networks.dequantise import dequantise as write
+
+    with waiting("dequantising"):
+        print_answer(str(write(path, output)), as_json=False)
 
 
 @command(app, "mergetool verify merged --against recipe.yaml")

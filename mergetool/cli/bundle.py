@@ -10,7 +10,7 @@ import typer
 
 from mergetool.cli.against import refuse_idle
 from mergetool.cli.answers import print_answer, say_alike, say_result
-from mergetool.cli.commands import command, existing, named
+from mergetool.cli.commands import command, existing, named, ready
 from mergetool.cli.progress import ProgressBar, waiting
 from mergetool.cli.show import manner, say, table
 from mergetool.errors import PlanError
@@ -83,6 +83,7 @@ def route(
         refuse_idle({"--task": task}, "--labels, which asks whether the task is found")
     elif output is not None:
         raise PlanError("the page is about marks, and no answer is marked", "-o", "mark the answers: --labels")
+    ready(output)
     given = read_rows(rows)
     model = load_bundle(existing(bundle)).to(device_for_networks(device))
     if labels:

@@ -68,6 +68,14 @@ def existing(path: Path) -> Path:
     return path
 
 
+def ready(output: Path | None) -> None:
+    """Make the folder for a page before anything slow is done. Raises OutputError."""
+    from mergetool.tensors.writer import make_folder
+
+    if output is not None:
+        make_folder(output)
+
+
 def named(where: str, given: Iterable[str], shape: str, example: str) -> dict[str, str]:
     """What NAME=VALUE says, several times; `shape` is what it is called. Raises RecipeError."""
     pairs = {text: text.partition("=") for text in given}

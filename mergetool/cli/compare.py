@@ -9,7 +9,7 @@ import typer
 from mergetool.cli.commands import existing
 from mergetool.cli.progress import ProgressBar
 from mergetool.cli.show import manner, say, table
-from mergetool.units import filesize, timespan
+from mergetool.units import filesize, setting, timespan
 
 if TYPE_CHECKING:
     from mergetool.analysis.compared import ComparedRuns
@@ -70,5 +70,5 @@ def _titled(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]
 def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = "-" if value is None else str(value)
+    text = "-" if value is None else setting(value)
     return text if len(text) <= _LONG or manner.verbose else f"{text[:_LONG]}..."

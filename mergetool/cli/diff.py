@@ -7,7 +7,9 @@ import typer
 
 from mergetool.cli.answers import print_answer
 from mergetool.cli.progress import ProgressBar
-from mergetool.cli.show import manner, say, table
+from mergetool.cli.show import manner, plain, say, table
+from mergetool.pages.cells import short
+from mergetool.units import setting
 
 if TYPE_CHECKING:
     from mergetool.outputs.difference import Comparison
@@ -56,7 +58,7 @@ def _show(comparison: "Comparison", top: int) -> None:
         _titled("By role", ("name", "tensors", "changed", *columns), comparison.roles)
     for title, names in (("Only in the first", comparison.only_a), ("Only in the second", comparison.only_b)):
         if names:
-            print(f"\n{title}\n{_listed(names, top)}")
+            print(plain(f"\n{title}\n{_listed(names, top)}"))
     if comparison.reshaped:
         print("\nOf two shapes")
         table(("tensor", "a", "b"), comparison.reshaped)
@@ -75,7 +77,7 @@ def _titled(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]
 
 
 def _figure(value: Any) -> Any:
-    return f"{value:.3g}" if isinstance(value, float) else value
+    return short(value) if isinstance(value, float) else value
 
 
 def _listed(names: Sequence[str], top: int) -> str:
@@ -84,5 +86,5 @@ def _listed(names: Sequence[str], top: int) -> str:
 
 
 def _short(value: Any) -> str:
-    text = "-" if value is None else str(value)
+    text = "-" if value is None else setting(value)
     return text if len(text) <= _LONG else f"{text[:_LONG]}..."

@@ -8,7 +8,7 @@ import typer
 
 from mergetool.cli.against import refuse_idle
 from mergetool.cli.answers import print_answer
-from mergetool.cli.commands import DeviceMap, existing, size
+from mergetool.cli.commands import DeviceMap, existing, ready, size
 from mergetool.cli.progress import waiting
 from mergetool.cli.show import say, table
 from mergetool.errors import OutputError, RecipeError, SourceError
@@ -57,6 +57,7 @@ def evaluate(
     if device_map is None:
         refuse_idle({"--memory": memory}, "no --device-map")
     flags = Flags(device=device, device_map=device_map, memory=size(memory))
+    ready(output)
     names = [name for part in tasks for name in part.split(",") if name]
     chosen = [TaskOptions(name=name, include=include, metric=metric) for name in names]
     how = {"device": device_of(flags), "spread": spread_of(flags), "batch_size": batch_size, "trust_code": trust_code}

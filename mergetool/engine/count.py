@@ -34,9 +34,9 @@ class Counting:
         """Counts of each piece, in plan order; whole numbers are added to the first at once."""
         self._waiting = 0
 
-    def begin(self) -> None:
-        """Queue the first pass; nothing where all is known from before."""
-        counts = self._steps[0].operation.counts
+    def begin(self, counts: StatisticsPass | None = None) -> None:
+        """Queue the first pass, that of the steps if not another; nothing where all is known from before."""
+        counts = counts or self._steps[0].operation.counts
         assert counts is not None
         stats = self._run.log.known(self._stage, self._steps)
         if stats is None:

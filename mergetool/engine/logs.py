@@ -40,14 +40,14 @@ class MemoryLog(Log):
         pass
 
     def known(self, stage: str, steps: Sequence[Step]) -> Stats | None:
-        return self._known.get(_settings(steps))
+        return self._known.get(_settings(stage, steps))
 
     def counted(self, stage: str, steps: Sequence[Step], stats: Stats) -> None:
-        self._known[_settings(steps)] = stats
+        self._known[_settings(stage, steps)] = stats
 
 
-def _settings(steps: Sequence[Step]) -> str:
+def _settings(stage: str, steps: Sequence[Step]) -> str:
     """Tensors, models, and the settings that decide what the passes find."""
     operation = steps[0].operation
     assert isinstance(operation, Merge)
-    return json.dumps([[step.name for step in steps], steps[0].reads, *operation.pass_settings], default=str)
+    return json.dumps([stage, [step.name for step in steps], steps[0].reads, *operation.pass_settings], default=str)

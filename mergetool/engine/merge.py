@@ -54,16 +54,24 @@ class MergeStage:
         for step in self._stage.steps:
             if not self.mine(step):
                 continue
-            if step.operation.counts is None:
-                self._queue(step, {}, first=False)
-            elif step.operation.counts_model:
-                assert self._run.counted is not None
-                self._queue(step, self._run.counted, first=False)
+            if step.operation.counts is None or step.operation.counts_model:
+                stats = self._run.counted if step.operation.counts_model else {}
+                assert stats is not None
+                self._count_or_queue(step, stats)
             elif step.is_visited and self._run.log.known(self._stage.name, [step]) is None:
                 self._queue_visit(step, step.operation.counts)
             else:
                 then = partial(self._queue, step, first=True)
                 Counting(self._run, self._stage.name, [step], then, everywhere=False).begin()
+
+    def _count_or_queue(self, step: Step, stats: Stats) -> None:
+        """Go on with a step of which what is counted over the whole model is known."""
+        counts = step.operation.pass_after(stats)
+        if counts is None:
+            self._queue(step, stats, first=False)
+        else:
+            then = partial(self._queue, step, first=True)
+            Counting(self._run, self._stage.name, [step], then, everywhere=False).begin(counts)
 
     def _queue(self, step: Step, stats: Stats, *, first: bool) -> None:
         jobs = [

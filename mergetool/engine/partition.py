@@ -54,7 +54,8 @@ def partition(plan: Plan, team: Team) -> Partition:
 
 
 def _counted_alone(step: Step) -> bool:
-    return step.operation.counts is not None and not step.operation.counts_model
+    operation = step.operation
+    return operation.counts_again or (operation.counts is not None and not operation.counts_model)
 
 
 def _dealt(costs: dict[Any, float], load: list[float]) -> list[list[Any]]:

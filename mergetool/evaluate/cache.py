@@ -53,6 +53,18 @@ class ResponseCache:
         wanted = set(items)
         return {item: Score(*score) for item, *score in rows if item in wanted}
 
+    def everybody(self, items: Sequence[str]) -> dict[str, dict[str, Score]]:
+        """What any model is known to have answered to these items, by model and item."""
+        found: dict[str, dict[str, Score]] = {}
+        wanted = set(items)
+        if self._database is not None:
+            for model, item, *score in self._database.execute(
+                "SELECT model, item, value, soft, confidence FROM answers ORDER BY model, item"
+            ):
+                if item in wanted:
+                    found.setdefault(model, {})[item] = Score(*score)
+        return found
+
     def put(self, model: str, scores: Mapping[str, Score]) -> None:
         """Keep these scores."""
         if self._database is None:

@@ -163,9 +163,14 @@ def energy_in_largest(magnitudes: Array, entries: int, density: float, power: in
 
     NaN for a task vector of zeros.
     """
+    return float(energies_in_largest(magnitudes, entries, np.array(density), power))
+
+
+def energies_in_largest(magnitudes: Array, entries: int, densities: Array, power: int = 2) -> Array:
+    """The same for several densities."""
     counts, shares = _falling(magnitudes, power)
-    wanted = density * entries
-    return float(np.interp(wanted, counts, shares)) if shares[-1] else math.nan
+    found: Array = np.interp(densities * entries, counts, shares) * (1.0 if shares[-1] else math.nan)
+    return found
 
 
 def density_of_energy(magnitudes: Array, entries: int, share: float) -> float:

@@ -6,9 +6,9 @@ tensor, a `FittedMethod` first looks at the whole models (fit) and may replace t
 class is abstract or final: concrete methods are never subclassed.
 
 A method lives in one file of this folder and registers itself by being there. At the top it imports this module, what a
-few methods share (`families`) and descriptions of options; kernels it imports inside the functions
-that need them, so that a recipe is checked without torch; other methods never (import-linter holds that). Its module
-docstring is its documentation and must have a `Reference:` and a `Differs from the paper:` paragraph.
+few methods share (`families`) and descriptions of options; kernels inside the functions that need them, so that recipes
+are checked without torch; other methods never (import-linter holds that). Its module docstring is its documentation and
+must have a `Reference:` and a `Differs from the paper:` paragraph.
 """
 
 import sys
@@ -43,7 +43,6 @@ from mergetool.methods.values import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 __all__ = [
     "RANK",
     "AnyTensorMethod",
@@ -76,8 +75,6 @@ __all__ = [
     "resolve",
 ]
 
-_I = TypeVar("_I")
-_T = TypeVar("_T")
 _M = TypeVar("_M", bound="Method")
 Granularity = Literal["element", "row", "tensor"]
 """What must not be torn apart: nothing, rows, or the whole tensor."""
@@ -289,6 +286,10 @@ class TensorMethod(Method):
     def counts(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the pass is over this tensor, too."""
         return True
+
+    def pass_after(self, found: Stats) -> StatisticsPass | None:
+        """The first pass over a tensor by itself, once this is known of the whole model."""
+        return None
 
     def kernel(self) -> "TensorMethod":
         return self

@@ -16,15 +16,15 @@ Reference: Mencattini et al., MERGE3: Efficient Evolutionary Merging on Consumer
 https://arxiv.org/abs/2502.10436.
 Differs from the paper: the default estimate is the subset's weighted mean, which did as well for fewer items wherever
 it was tried, for no merges calibrate it. The item response model (`kind: gmp-irt`, the paper's) learns from answers how
-hard each item is and what it tells about a model; it is fitted here, to answers of the parents and of random merges of
-them, where theirs comes from a public leaderboard; abilities are MAP estimates; the blend's weight is cross-fitted;
-where it does not beat a plain mean on held-out models, the mean is used.
+hard each item is and what it tells about a model; it is fitted to answers of the parents and of random merges of them,
+or, as theirs, to those of many other models (`responses`); abilities are MAP estimates; the blend's weight is
+cross-fitted; where it does not beat a plain mean on held-out merges, the mean is used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from mergetool.evaluate.options import TaskOptions
 from mergetool.methods.base import Field, Finite
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from mergetool.search.space import SearchSpace, Value
 
 Count = Annotated[int, Field(strict=True, ge=1)]
+IN_CACHE = "cache"
+"""Answers of other models that the response cache holds, in place of a file's name."""
 
 
 def _as_tuple(value: Any) -> Any:
@@ -50,8 +52,10 @@ class SearchOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    algorithm: Literal["cma-es", "ga", "nsga2", "random", "sobol"] = Field(
-        "cma-es", description="who proposes candidates; nsga2 treats every task as an objective of its own"
+    algorithm: Literal["cma-es", "ga", "nsga2", "tpe", "random", "sobol", "grid", "greedy"] = Field(
+        "cma-es",
+        description="who proposes candidates; nsga2 treats every task as an objective of its own; grid and greedy "
+        "(soup) end by themselves, whatever `generations` says",
     )
     population: Count = Field(16, description="candidates of one generation")
     generations: Count = Field(10, description="generations, the first included")
@@ -61,6 +65,11 @@ class SearchOptions(BaseModel):
         0.5, description="share of each task's items that takes no part in the search and serves the final report"
     )
     batch_size: Count = Field(32, description="sequences that the model runs at once")
+
+    @property
+    def generations_matter(self) -> bool:
+        """Whether the search goes on as long as it is told to."""
+        return self.algorithm not in ("grid", "greedy")
 
 
 class EstimatorOptions(BaseModel):
@@ -81,8 +90,15 @@ class EstimatorOptions(BaseModel):
     ids: Annotated[dict[str, tuple[int, ...]] | None, BeforeValidator(_tuples)] = Field(
         None, description="the subset itself instead: item numbers by task"
     )
+    responses: Annotated[str, Field(min_length=1, strict=True)] | None = Field(
+        None,
+        description="JSON lines of what other models answered, or `cache`, what --cache has kept of earlier searches; "
+        "with it `kind` is gmp-irt where none is given, and no merges calibrate",
+    )
     calibration: Annotated[int, Field(strict=True, ge=0)] | None = Field(
-        None, description="random merges that answer all search items first; else 16 for item response theory, or 0"
+        None,
+        description="random merges that answer all search items first; else 16 for item response theory without "
+        "`responses`, or 0",
     )
     dimensions: Literal["auto"] | Count = Field("auto", description="dimensions of ability; auto: by held-out models")
     span: Literal["affine", "linear"] = Field(
@@ -97,12 +113,24 @@ class EstimatorOptions(BaseModel):
         description="use the weighted mean where item response theory does no better on held-out merges",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _irt_where_answers_are_known(cls, given: Any) -> Any:
+        known = isinstance(given, dict) and given.get("responses") is not None
+        return {"kind": "gmp-irt", **given} if known else given
+
+    @model_validator(mode="after")
+    def _responses_have_a_use(self) -> "EstimatorOptions":
+        if self.responses is not None and not self.needs_answers:
+            raise ValueError("`responses` would have no effect: of other models' answers nothing is learnt here")
+        return self
+
     @property
     def num_calibration(self) -> int:
         """Random merges that answer all search items."""
         if self.calibration is not None:
             return self.calibration
-        return 16 if self.kind.endswith("irt") else 0
+        return 16 if self.kind.endswith("irt") and self.responses is None else 0
 
     @property
     def needs_answers(self) -> bool:
@@ -124,6 +152,18 @@ class Merge3(SearchMethod):
     search: SearchOptions = Field(SearchOptions(), description="how candidates are found")
     estimator: EstimatorOptions = Field(EstimatorOptions(), description="how few items tell a candidate's score")
     needs_base: ClassVar = "optional"
+
+    @model_validator(mode="after")
+    def _grids_have_steps(self) -> "Merge3":
+        endless = [place for place, span in self.inner.ranges().items() if span.search and span.step is None]
+        if self.search.algorithm == "grid" and endless:
+            place = ".".join(map(str, endless[0]))
+            raise ValueError(f"inner.{place} has any number of values: with `algorithm: grid` give it a `step`")
+        return self
+
+    def files(self) -> Mapping[str, str]:
+        path = self.estimator.responses
+        return {} if path in (None, IN_CACHE) else {"merge.estimator.responses": str(path)}
 
     def space(self, models: Sequence[str]) -> "SearchSpace":
         from mergetool.search.space import SearchSpace

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from mergetool.arch.depth import role
 from mergetool.kernels.differences import Sums, cosine, ratio
 
 IDENTICAL, ROUNDED, CHANGED = "identical", "rounded", "changed"
@@ -181,12 +182,12 @@ def most_changed_first(tensors: Iterable[TensorDifference]) -> tuple[TensorDiffe
 
 
 def layer_and_role(name: str) -> tuple[str, str]:
-    """What stands before and with the first number of a name, and what stands behind it."""
+    """What stands before and with the first number of a name, and what stands behind it: of all experts the same."""
     parts = name.split(".")
     place = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
     if place is None or place + 1 == len(parts):
         return "outside the layers", name
-    return ".".join(parts[: place + 1]), ".".join(parts[place + 1 :])
+    return ".".join(parts[: place + 1]), role(parts[place + 1 :])
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -47,9 +47,9 @@ def written(value: float, form: str) -> str:
 
 
 def short(value: float) -> str:
-    """Three digits: 0.0123, 1.23, 12,300, 1.2e-07. What is nearly one is not shown as one: 0.99978."""
-    if 0.99 < abs(value) < 1:
-        return f"{value:.{min(1 - math.floor(math.log10(1 - abs(value))), 9)}f}"
+    """Three digits: 0.0123, 1.23, 12,300, 1.2e-07. What is nearly one is not shown as one: 0.99978, 0.9999995."""
+    if 0.99 < abs(value) < 1 and (rest := 1 - abs(value)) > 1e-7:
+        return f"{value:.{1 - math.floor(math.log10(rest))}f}"
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from mergetool.pages import cells
 from mergetool.pages.colours import DIVERGING, LEVELS, LIGHT, SEQUENTIAL, SERIES
 from mergetool.pages.pictures import DASHES, MARKERS
-from mergetool.pages.words import label
+from mergetool.pages.words import MOST_OF_ROW, label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,6 +68,7 @@ def points(groups: Mapping[str, Points], xlabel: str, ylabel: str, *, diagonal: 
             axes.plot(x, _gaps(y), label=label(name), **style(place) | {"linestyle": "", "alpha": 0.8})
         if diagonal:
             axes.axline((0, 0), slope=1, color=LIGHT["muted"], lw=1, ls="--")
+            axes.set_aspect("equal", "datalim")
         _finish(axes, xlabel, ylabel, False)
         legend(axes)
 
@@ -97,7 +98,7 @@ def bars(
                 axes.plot((low, high), (row, row), color=LIGHT["ink"], lw=1.2, marker="|", ms=6)
             if stacked:
                 left = [start + value for start, value in zip(left, values, strict=True)]
-        axes.set_yticks(range(len(names)), [label(name) for name in names])
+        axes.set_yticks(range(len(names)), [label(name, MOST_OF_ROW) for name in names])
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         _finish(axes, xlabel, "", False)
@@ -186,10 +187,10 @@ def _frame(axes: "Axes", rows: Sequence[str], columns: Sequence[str]) -> None:
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    for axis, names, most in ((axes.xaxis, columns, 20), (axes.yaxis, rows, 40)):
+    for axis, names, most, longest in ((axes.xaxis, columns, 20, 28), (axes.yaxis, rows, 40, MOST_OF_ROW)):
         step = max(1, -(-len(names) // most))
         places = range(0, len(names), step)
-        axis.set_ticks([place + 0.5 for place in places], [label(names[place]) for place in places])
+        axis.set_ticks([place + 0.5 for place in places], [label(names[place], longest) for place in places])
     if max(map(len, columns), default=0) > 5:
         axes.tick_params(axis="x", rotation=40)
         for text in axes.get_xticklabels():

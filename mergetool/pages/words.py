@@ -13,6 +13,10 @@ def visible(text: str) -> str:
     return _UNSEEN.sub("\ufffd", text)
 
 
+MOST_OF_ROW = 40
+"""Characters of a name at the left of a plot, where there is more room."""
+
+
 def label(name: str, most: int = 28) -> str:
     """A name for an axis: of a long one the beginning and the end."""
     name = visible(name)

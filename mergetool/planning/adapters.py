@@ -6,6 +6,7 @@ when the models are read; planned is what there is at most.
 Reference: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -170,13 +171,20 @@ def _is_of_base(step: Step, added: Sequence[int] | None = None) -> bool:
 
 
 def _check(plan: Plan, step: Step, why: str | None) -> None:
-    fix = f"keep the base's: overrides: [{{match: {step.name!r}, use: base}}], or write kind: checkpoint"
+    like = _with_its_like(step.name)
+    fix = f"keep the base's: overrides: [{{match: {like!r}, use: base}}], or write kind: checkpoint"
     if why is not None:
         raise PlanError(f"an adapter cannot hold it: {why}", step.name, fix)
     known = plan.sources[BASE].specs.get(step.name)
     if known is not None and known.shape != step.spec.shape:
         what = f"it is {list(step.spec.shape)} in the result, {list(known.shape)} in the base"
         raise PlanError(f"{what}: an adapter cannot change sizes", step.name, fix)
+
+
+def _with_its_like(name: str) -> str:
+    """What matches a tensor in all layers, and all of what it is an expert of."""
+    head, mark, tail = re.sub(r"\.\d+\.", ".*.", name).partition(".experts.")
+    return head + mark + ("*" if mark else tail)
 
 
 def _changed(plan: Plan, step: Step, form: Form) -> Step:

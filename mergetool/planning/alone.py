@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mergetool.checkpoints.adapters import AdapterAlone
 from mergetool.checkpoints.adapters.places import Places
-from mergetool.checkpoints.adapters.sites import Site, hung_together
+from mergetool.checkpoints.adapters.sites import Site, SiteKind, hung_together
 from mergetool.errors import PlanError
 from mergetool.planning.graph import BASE
 from mergetool.planning.parents import label, listed
@@ -139,7 +139,10 @@ def sites_of(adapters: Mapping[str, AdapterAlone]) -> dict[str, Site]:
     sites: dict[str, Site] = {}
     for adapter in adapters.values():
         for name in sorted(adapter.sites, key=adapter.position):
-            sites.setdefault(name, adapter.sites[name])
+            site = adapter.sites[name]
+            if site.kind is SiteKind.WHOLE and name in sites:  # elsewhere by itself, it is part of a module here
+                sites[name] = site
+            sites.setdefault(name, site)
     return hung_together(sites)
 
 
@@ -162,13 +165,18 @@ def _check_kinds(adapters: Mapping[str, AdapterAlone]) -> None:
         for name, site in adapter.sites.items():
             first = seen.setdefault(name, model)
             other = adapters[first].sites[name]
-            if (site.is_full, site.kind, site.times) != (other.is_full, other.kind, other.times):
+            if (_sort(site), site.times) != (_sort(other), other.times):
                 what = f"{label(first)} has it as {other.kind}, {label(model)} as {site.kind}"
                 fix = "add base: MODEL and output: {kind: checkpoint}, or leave one of them out"
                 raise PlanError(what, name, fix)
             if not site.is_full and site.shape != other.shape:
                 what = f"{label(first)} changes {list(other.shape)}, {label(model)} {list(site.shape)}"
                 raise PlanError(what, name, "leave one of them out: they were trained on two networks")
+
+
+def _sort(site: Site) -> SiteKind:
+    """Kinds that can be merged with each other."""
+    return SiteKind.WHOLE if site.kind is SiteKind.BIAS else site.kind
 
 
 def _check_values(recipe: Recipe, adapters: Mapping[str, AdapterAlone], names: list[str], *, has_base: bool) -> None:

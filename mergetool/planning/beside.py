@@ -21,6 +21,7 @@ from mergetool.errors import PlanError
 from mergetool.planning.graph import Plan
 from mergetool.planning.parents import label
 from mergetool.tensors.side_files import CONFIG_NAME, GENERATION_NAME, read_config
+from mergetool.tensors.writer import Content
 
 _LEFT_BEHIND: tuple[tuple[Callable[[Path | None], bool], str], ...] = (
     (is_sentence_model, "sentence-transformers' modules (modules.json)"),
@@ -73,7 +74,7 @@ def files_beside(plan: Plan) -> dict[str, Path]:
     return dict(sorted(paths.items()))
 
 
-def made_of_tokens(plan: Plan) -> dict[str, str | bytes | bytearray]:
+def made_of_tokens(plan: Plan) -> dict[str, Content]:
     """Files of the tokenizer that are written anew, by name, where tokens are added to it."""
     folder = tokenizer_folder(plan)
     return with_tokens(folder, plan.words.added) if plan.words.added and folder is not None else {}

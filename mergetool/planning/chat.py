@@ -15,6 +15,7 @@ from mergetool.planning.graph import Plan
 from mergetool.planning.parents import label
 from mergetool.recipe.words import AUTO, TEMPLATES
 from mergetool.tensors.side_files import GENERATION_NAME, read_config
+from mergetool.tensors.writer import Content
 
 _TEMPLATE, _SETTINGS, _SPECIAL = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
 _PROCESSORS = "chat_template.json"
@@ -112,7 +113,7 @@ def _generation(folder: Path | None) -> Path:
 # -------------------------------------------------------------------- files
 
 
-def made_beside(plan: Plan) -> dict[str, str | bytes | bytearray]:
+def made_beside(plan: Plan) -> dict[str, Content]:
     """Files that are written anew, by name: the tokenizer's with what is added to it, the template, who ends a text."""
     made, chat = made_of_tokens(plan), chat_of(plan)
     folder = tokenizer_folder(plan)
@@ -124,13 +125,12 @@ def made_beside(plan: Plan) -> dict[str, str | bytes | bytearray]:
     return made
 
 
-def _settings(
-    folder: Path | None, made: Mapping[str, str | bytes | bytearray], chat: Chat, ours: Vocabulary | None
-) -> dict[str, str]:
+def _settings(folder: Path | None, made: Mapping[str, Content], chat: Chat, ours: Vocabulary | None) -> dict[str, str]:
     """Files that hold the template too, or the token that ends a text, where a folder has them."""
     texts = {}
     for name in (_SETTINGS, _SPECIAL, _PROCESSORS):
-        content = json.loads(made[name]) if name in made else small_json((folder or Path()) / name)
+        written = made.get(name)
+        content = json.loads(written) if isinstance(written, str | bytes) else small_json((folder or Path()) / name)
         changed = dict(content)
         if "chat_template" in content:
             changed["chat_template"] = chat.text

@@ -52,6 +52,8 @@ class Operation(ABC):
     """The pass over the operands that comes first."""
     counts_model: bool = False
     """Whether that pass counts over the whole model, together with the other steps of which this is so."""
+    counts_again: bool = False
+    """Whether more is counted over each tensor by itself once that is known (`pass_after`)."""
     buffers: int = 0
     """Temporaries the size of a slice."""
     arithmetic: bool = False
@@ -118,6 +120,10 @@ class Operation(ABC):
     def counting(self, spec: TensorSpec, num_elements: int, bits: int) -> "Operation":
         """With the pass that it needs for a tensor over so many elements, at this width of the compute dtype."""
         return self
+
+    def pass_after(self, found: Stats) -> StatisticsPass | None:
+        """The first pass over the step by itself, after what is counted over the whole model."""
+        return None
 
     def perform(self, bench: Bench[_S], step: _S, start: int, stop: int, notes: "list[Note]", stats: Stats) -> None:
         """Make elements [start, stop) of the step."""
@@ -249,6 +255,13 @@ class Decompose(Operation):
         return self.inner.counts_model
 
     @property
+    def counts_again(self) -> bool:  # type: ignore[override]
+        return self.inner.counts_again and not self.factored
+
+    def pass_after(self, found: Stats) -> StatisticsPass | None:
+        return None if self.factored else self.inner.pass_after(found)
+
+    @property
     def numbers(self) -> Mapping[str, Any]:
         return {**self.inner.numbers, "rank": self.keep if isinstance(self.keep, float) else self.most}
 
@@ -306,6 +319,13 @@ class Merge(Operation):
     @property
     def counts_model(self) -> bool:  # type: ignore[override]
         return self.counts is not None and self.method.pass_scope() == "model"
+
+    @property
+    def counts_again(self) -> bool:  # type: ignore[override]
+        return self.method.pass_after({}) is not None
+
+    def pass_after(self, found: Stats) -> StatisticsPass | None:
+        return self.method.pass_after(found)
 
     @property
     def needs_float64(self) -> bool:  # type: ignore[override]

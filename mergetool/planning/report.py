@@ -181,7 +181,7 @@ def _beside(plan: Plan) -> Rows:
 
 
 def _size(plan: Plan, search: Method) -> SearchSize:
-    return SearchSize.of(expect(search, Merge3), len(plan.sources))
+    return SearchSize.of(expect(search, Merge3), tuple(plan.sources))
 
 
 def _search(plan: Plan, search: Method, here: Machine) -> Rows:

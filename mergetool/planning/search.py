@@ -1,8 +1,11 @@
 """How much a search asks: known from the recipe, but for the number of items, which the tasks tell."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from mergetool.methods.merge3 import Merge3
+from mergetool.planning.graph import BASE
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,8 @@ class SearchSize:
     """Models and candidates that answer the items of the final report."""
 
     @classmethod
-    def of(cls, method: Merge3, num_models: int) -> "SearchSize":
-        """The size of a search over so many models (the base is one, too)."""
+    def of(cls, method: Merge3, names: Sequence[str]) -> "SearchSize":
+        """The size of a search over these models, and the base, if it is among them."""
         search, estimator = method.search, method.estimator
         merges = estimator.num_calibration + (1 if estimator.num_calibration else 0)
         asked = estimator.kind != "full" and (estimator.needs_answers or merges > 0)
@@ -31,11 +34,11 @@ class SearchSize:
             given = estimator.ids
             each = estimator.items * len(method.tasks) if given is None else sum(map(len, given.values()))
         return cls(
-            calibration=num_models + merges if asked else 0,
-            candidates=search.population * search.generations,
+            calibration=len(names) + merges if asked else 0,
+            candidates=_candidates(method, [name for name in names if name != BASE]),
             each=each,
             finalists=search.rerank,
-            reported=num_models + 2,  # and the winner, and the start of the search
+            reported=len(names) + 2,  # and the winner, and the start of the search
         )
 
     def items(self, num_search: int, num_report: int) -> int:
@@ -43,3 +46,13 @@ class SearchSize:
         each = num_search if self.each is None else self.each
         whole = self.calibration + (0 if self.each is None else self.finalists)
         return whole * num_search + self.candidates * each + self.reported * num_report
+
+
+def _candidates(method: Merge3, models: Sequence[str]) -> int:
+    """Of all generations, at most."""
+    search, space = method.search, method.space(models)
+    if search.algorithm == "greedy":
+        return 2 * len(space.genes) - 1
+    if search.algorithm == "grid":
+        return prod(space.counts)
+    return search.population * search.generations

@@ -223,6 +223,9 @@ def swept(recipe: Recipe, output: Path | None, plan_of: Callable[[Plan | None, R
     output = output or first.output
     shards = tuple(replace(shard, name=f"{name}/{shard.name}") for name in plans for shard in first.shards)
     steps = list(zip(*(plan.steps for plan in plans.values()), strict=True))
+    if any(step.operation.counts_again for each in steps for step in each):
+        what = "a step counts over each tensor once something is counted over the whole model"
+        raise PlanError(what, "sweep", f"write {_by_tensor(first)}; or make one result a run: --set merge.NUMBER=...")
     whole = any(not _all_same([s.operation for s in each]) and _counts_model(each) for each in steps)
     return replace(
         first,
@@ -232,6 +235,10 @@ def swept(recipe: Recipe, output: Path | None, plan_of: Callable[[Plan | None, R
         output=output,
         points={name: replace(plan, output=output and output / name) for name, plan in plans.items()},
     )
+
+
+def _by_tensor(plan: Plan) -> str:
+    return next(step.operation.method.by_tensor for step in plan.steps if step.operation.method is not None)
 
 
 def _counts_model(steps: Sequence[Step]) -> bool:

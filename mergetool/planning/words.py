@@ -5,7 +5,7 @@ left to the checks of shapes, which say what to write.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from mergetool.checkpoints.gathered import GatheredModel
 from mergetool.checkpoints.notation import in_notation_of
 from mergetool.checkpoints.side_files import has_tokenizer
 from mergetool.checkpoints.token_rows import DONATED_ROWS, RowMap, RowRule, Wanted, row_maps
-from mergetool.checkpoints.tokens_added import AddedToken, added_tokens_of
+from mergetool.checkpoints.tokens_added import AddedTokens, added_tokens_of
 from mergetool.checkpoints.vocabulary import Vocabulary, disagreement, tokens_of
 from mergetool.checkpoints.vocabulary_axes import axes_of
 from mergetool.errors import PlanError
@@ -47,7 +47,7 @@ class Lexicon:
     """The folder of the tokenizer, where it is no model's."""
     texts: Mapping[int, str] | None = None
     """The tokens of the result, where rows were matched."""
-    added: tuple[AddedToken, ...] = ()
+    added: AddedTokens = field(default_factory=AddedTokens)
     """Tokens that the tokenizer's files lack."""
     rows: Rows = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
@@ -128,7 +128,7 @@ class _Matching:
         if texts is None:
             return self._as_they_are()
         vocabularies = self._vocabularies(texts)
-        added = tuple(self._added(texts, vocabularies))
+        added = self._added(texts, vocabularies)
         target = self._target(texts, added)
         self._check_overlap(target, vocabularies)
         shown, rows = self._shown(target, vocabularies)
@@ -171,15 +171,14 @@ class _Matching:
 
     # ------------------------------------------------------------------ the target
 
-    def _added(self, texts: Mapping[int, str], vocabularies: Mapping[str, Vocabulary]) -> Iterator[AddedToken]:
+    def _added(self, texts: Mapping[int, str], vocabularies: Mapping[str, Vocabulary]) -> AddedTokens:
         """Tokens that the source lacks: those of the other models for a union, and those that rules name."""
         known = set(texts.values())
-        number = max(texts, default=-1) + 1
+        new: dict[str, Mapping[str, Any]] = {}
         for text, flags in self._wanted(vocabularies):
             if text not in known:
-                known.add(text)
-                yield AddedToken(number, text, flags)
-                number += 1
+                new.setdefault(text, flags)
+        return AddedTokens(max(texts, default=-1) + 1, tuple(new), {text: each for text, each in new.items() if each})
 
     def _wanted(self, vocabularies: Mapping[str, Vocabulary]) -> Iterator[tuple[str, Mapping[str, Any]]]:
         union = self.asked.source == UNION
@@ -197,7 +196,7 @@ class _Matching:
         specs, axes = self.sources[model].specs, self.axes[model]
         return next((specs[name].shape[axis] for name, axis in axes.items()), 0)
 
-    def _target(self, texts: Mapping[int, str], added: Sequence[AddedToken]) -> Wanted:
+    def _target(self, texts: Mapping[int, str], added: AddedTokens) -> Wanted:
         tokens = {**texts, **{each.number: each.text for each in added}}
         rules = {
             text: RowRule(row.model, row.token, row.id, row.zero, row.force) for text, row in self.asked.tokens.items()
@@ -244,7 +243,7 @@ class _Matching:
         donor = None if self.donor is None else Donor(self.donor, source, maps)
         return GatheredModel(source, maps, self.sources, donor)
 
-    def _digest(self, target: Wanted, added: Sequence[AddedToken], shown: Sources) -> str:
+    def _digest(self, target: Wanted, added: AddedTokens, shown: Sources) -> str:
         """Of all tokens, and of where every row comes from."""
         digest = hashlib.sha256()
         for number, text in sorted(target.texts.items()):

@@ -47,6 +47,10 @@ def with_checkpoints(document: Document) -> Document:
     chosen = found if last is None else found[-last:]
     names = _names(chosen)
     named: dict[str, Any] = {name: str(path) for name, path in zip(names, chosen, strict=True)}
+    if "base" in named:
+        others = ", ".join(f"{name}: {path}" for name, path in named.items() if name != "base")
+        what = f"{models['glob']} matches {named['base']}, too, and no model can be called 'base'"
+        raise document.error(("models", "glob"), what, f"write the others by name: models: {{{others}}}")
     return replace(document, data={**document.data, "models": named})
 
 

@@ -23,6 +23,8 @@ from mergetool.recipe.document import Document, Place, refuse_slips
 from mergetool.recipe.inner import MOST
 from mergetool.recipe.mergekit import convert, is_mergekit
 
+_OF_LOCK = frozenset({"mergetool", "recipe", "recipe_sha256", "inputs"})
+
 
 @dataclass(frozen=True)
 class Named:
@@ -61,8 +63,17 @@ def ours(documents: Sequence[Document]) -> list[Named]:
     return _stored(named)
 
 
+def _refuse_lock(document: Document) -> None:
+    """Raise RecipeError for mergetool.json, which is about a recipe and its merge."""
+    if isinstance(document.data, dict) and document.data.keys() >= _OF_LOCK:
+        code = f"import json; json.dump(json.load(open({document.name!r}))['recipe'], open('recipe.yaml', 'w'))"
+        what = "this is the lock of a merge that is done, and its recipe is a part of it"
+        raise document.error((), what, f'write that where it lay (paths are relative to it): python -c "{code}"')
+
+
 def _named(document: Document) -> Named:
     data = document.data
+    _refuse_lock(document)
     if not is_mergekit(data):
         refuse_slips(document)
     if not isinstance(data, dict):

@@ -136,14 +136,15 @@ def _words(detail: ErrorDetails) -> tuple[str, str]:
     """(what, fix) for one pydantic finding."""
     value, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
     shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-    if kind in _EXPECTED and asks_to_recover(value):
+    if kind in _EXPECTED and asks_to_recover(value) and "scale" in detail["loc"]:
         return _NOTHING_TO_RECOVER, "write a number, such as 1.0"
     if kind in _EXPECTED:
         expected, fix = _EXPECTED[kind]
         if context.get("class_name") == ModelReference.__name__:
             expected, fix = "a path or a mapping with `source`", "write the path of a folder or .safetensors file"
         if isinstance(value, str) and "number" in expected:
-            return f"expected {expected}, found the text {shown}", "write the number without quotes"
+            fix = f"{fix}; only a scale can be counted" if asks_to_recover(value) else "write the number without quotes"
+            return f"expected {expected}, found the text {shown}", fix
         return f"expected {expected}, found {shown}", fix
     if kind == "finite_number":
         return f"{shown} is not a finite number", "write a finite number"

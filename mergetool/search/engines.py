@@ -3,6 +3,8 @@
     points = engine.ask()             the next generation, in the unit cube
     engine.tell(points, scores)       what they were worth: one row a point, one column an objective, higher is better
 
+An engine that has asked all that it wants asks for no more points (`choosers`).
+
 An engine draws from a generator of its own, so that the same seed and the same scores give the same points whatever
 else draws random numbers. `seeds` are points that a search knows already, best first; engines begin with them.
 
@@ -17,12 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import qmc
 
+from mergetool.search.choosers import Greedy, Grid
 from mergetool.search.space import Point
+from mergetool.search.tpe import proposal
 
 Scores = NDArray[np.float64]
 Snap = Callable[[Sequence[float]], Point]
 """The representative of all points that mean the same."""
 
+STARTUP = 10
+"""Points that `tpe` has seen before it proposes any."""
 INSTALL = 'pip install "mergetool[search]"'
 
 
@@ -35,9 +41,25 @@ class Engine(Protocol):
 
 
 def make_engine(
-    algorithm: str, num_genes: int, population: int, *, seeds: Sequence[Point], seed: int, snap: Snap
+    algorithm: str,
+    num_genes: int,
+    population: int,
+    *,
+    seeds: Sequence[Point],
+    seed: int,
+    snap: Snap,
+    counts: Sequence[int] = (),
 ) -> Engine:
-    """An engine by name. Raises ModuleNotFoundError where its library is not installed."""
+    """An engine by name; `counts`, for a grid, tells how many values each gene has.
+
+    Raises ModuleNotFoundError where its library is not installed.
+    """
+    if algorithm == "greedy":
+        return Greedy(num_genes)
+    if algorithm == "grid":
+        return Grid(counts, population)
+    if algorithm == "tpe":
+        return Tpe(num_genes, population, seeds, seed)
     if algorithm in ("random", "sobol"):
         kind = RandomSearch if algorithm == "random" else SobolSearch
         return kind(num_genes, population, seeds, seed)
@@ -92,6 +114,24 @@ class SobolSearch(RandomSearch):
             self._drawn += list(self._sequence.random(len(self._drawn) or 1))
         taken, self._drawn = self._drawn[:count], self._drawn[count:]
         return np.array(taken)
+
+
+class Tpe(SobolSearch):
+    """Where good points lie thick and others thin; evenly spread ones first."""
+
+    def __init__(self, num_genes: int, population: int, seeds: Sequence[Point], seed: int) -> None:
+        super().__init__(num_genes, population, seeds, seed)
+        self._points: list[Point] = []
+        self._scores: list[float] = []
+
+    def ask(self) -> list[Point]:
+        if len(self._points) < STARTUP:
+            return super().ask()
+        return [proposal(self._points, np.array(self._scores), self._rng) for _ in range(self._population)]
+
+    def tell(self, points: Sequence[Point], scores: Scores) -> None:
+        self._points += points
+        self._scores += scores.mean(axis=1).tolist()
 
 
 class CmaEs:

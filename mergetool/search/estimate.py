@@ -147,14 +147,16 @@ def cross_check(
     base: int | None,
     num_dimensions: int,
     rng: np.random.Generator,
+    judged: int | None = None,
 ) -> CrossCheck:
     """Try the estimator on calibration models (M, N) that its fit did not see, and settle the blend.
 
     A fit that has seen a model knows what it answered, so each is judged by a fit of the others.
-    Parents and base are in every fit (their abilities span those of merges). Where item response theory does not beat
-    the weighted mean by 5 %, or ranks models worse by more than 0.03, the weighted mean is what should be used.
+    Parents and base are in every fit (their abilities span those of merges), and so are the rows from `judged` on:
+    they are no merges. Where item response theory does not beat the weighted mean by 5 %, or ranks models worse by
+    more than 0.03, the weighted mean is what should be used.
     """
-    fixed = [*parents, *([base] if base is not None else [])]
+    fixed = [*parents, *([base] if base is not None else []), *range(judged or len(answers), len(answers))]
     others = np.array([row for row in range(len(answers)) if row not in fixed], dtype=np.intp)
     if not uses_irt(estimator.kind) or len(others) < 4:
         return CrossCheck(estimator.kind, 0.5, {}, {})

@@ -69,6 +69,14 @@ class SearchSpace:
 
     genes: tuple[Gene, ...]
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many values each gene has. Raises ValueError where that is any number between two."""
+        endless = [gene.name for gene in self.genes if gene.num_values is None]
+        if endless:
+            raise ValueError(f"{endless[0]} has no `step`, so it has too many values for a grid")
+        return tuple(gene.num_values or 0 for gene in self.genes)
+
     def values(self, point: Sequence[float]) -> tuple[Value, ...]:
         """The values of every gene at a point of the unit cube."""
         return tuple(gene.value(coordinate) for gene, coordinate in zip(self.genes, point, strict=True))

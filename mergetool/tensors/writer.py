@@ -7,7 +7,7 @@ or does not exist. Space is reserved when a file is created, so a disk that is t
 import errno
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -20,6 +20,10 @@ from mergetool.tensors.source import SafetensorsSource
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Content = str | bytes | Iterator[bytes]
+"""What is written to a small file, or to one that is made piece by piece."""
 
 
 class FileLayout(Protocol):
@@ -121,12 +125,13 @@ def _reserve(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-def write_file(path: Path, text: str | bytes | bytearray) -> None:
+def write_file(path: Path, text: Content) -> None:
     """Write a small file whole or not at all: to a sibling, synced, then renamed. Raises OutputError."""
     sibling = path.with_name(f".{path.name}.tmp")
     try:
         with sibling.open("wb") as file:  # names of files in a text may be no Unicode
-            file.write(text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text)
+            whole = text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text
+            file.writelines([whole] if isinstance(whole, bytes | bytearray) else whole)
             file.flush()
             os.fsync(file.fileno())
         sibling.replace(path)

@@ -1,7 +1,8 @@
 """What the laws are tried on: every registered method with its defaults, and once more for each choice of an option.
 
-A law is tried on each of these cases. They come from the fields of the classes, so a new method or option is under the
-laws without anything being written here. What a method does not obey, it says itself:
+A law is tried on each of these cases (one about runs: by default, and under options that change what a run does). They
+come from the fields of the classes, so a new method or option is under the laws without anything being written here.
+What a method does not obey, it says itself:
 
     exempt: ClassVar = {"order": "t counts from the first model to the second"}          under all its options
     exempt: ClassVar = {"independent scope=model": "the threshold is the whole model's"}  under this one
@@ -13,6 +14,7 @@ An exempt method must really break the law: an exemption that is not needed is a
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -22,7 +24,7 @@ from mergetool.methods import registry
 from mergetool.methods.base import Method, TensorMethod
 from mergetool.methods.families.bundle import BundleMethod
 from mergetool.methods.families.fitted import FittedMethod
-from mergetool.testing.toys import MLP, State, toy_base, toy_deltas, toy_models, toy_statistics
+from mergetool.testing.toys import FEW, MLP, State, toy_base, toy_deltas, toy_models, toy_statistics
 
 _VALUES = (0.5, 0.25, 1.0)
 """For settings that differ by model: sums and products stay exact, and all lie in (0, 1]."""
@@ -61,13 +63,13 @@ class MethodCase:
         """(base, models by name) for this method: fine-tunes of the base, or networks trained apart."""
         names = names or self.names
         if not self.architecture:
-            return toy_models(names, exact=exact)
+            return toy_models(names, exact=exact, shapes=FEW)
         models = {name: toy_base(f"apart {name}", exact=exact, shapes=MLP) for name in names}
         return toy_base(exact=exact, shapes=MLP), models
 
     def toy_parts(self) -> tuple[State, dict[str, State]]:
         """(base, task vectors by name), exact."""
-        return toy_base(), {name: toy_deltas(name) for name in self.names}
+        return toy_base(shapes=FEW), {name: toy_deltas(name, shapes=FEW) for name in self.names}
 
     def with_settings(self, **more: Any) -> "MethodCase":
         return MethodCase(self.kind, self.option, {**self.settings, **more})
@@ -90,6 +92,14 @@ class MethodCase:
     def section(self) -> dict[str, Any]:
         """The `merge` section of a recipe."""
         return {"method": self.method, **self.settings}
+
+    def work(self) -> tuple[object, ...]:
+        """What the engine sees of the method: stages, passes over models before merging, what it needs whole."""
+        method = self.kind.model_validate(self.settings)
+        kernel = method.kernel()
+        passes = kernel.statistics_pass(kernel.params(0.0, self.names), prod(FEW["lm_head.weight"]), 32)
+        whole = {kernel.granularity_in(name, shape) for name, shape in FEW.items()}
+        return method.stages(), type(passes), kernel.pass_scope(), whole, kernel.partners("a"), kernel.needs_float64
 
     def merge(self, base: State, models: Mapping[str, State], **compute: Any) -> State:
         """Merge state dicts (`seed` and `dtype` go to the computation)."""

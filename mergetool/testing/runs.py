@@ -1,8 +1,9 @@
-"""Real runs of a case, from files to files, cut into slices and units of any size."""
+"""Real runs of a case, from files to files; merges that are cut into slices and units of any size."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import walk_packages
@@ -15,11 +16,9 @@ from mergetool.testing.cases import MethodCase
 from mergetool.testing.toys import INTEGERS, State, read, write, write_statistics
 
 
-def run(
-    case: MethodCase, *, exact: bool, slices: tuple[int, int] | None = None, shard_size: int | str = "5GB", **flags: Any
-) -> tuple[State, int]:
+def run(case: MethodCase, *, exact: bool = False, shard_size: int | str = "5GB", **flags: Any) -> tuple[State, int]:
     """Merge the case's toy models on the disk; what was written, and in how many files."""
-    with TemporaryDirectory() as place, ExitStack() as stack:
+    with TemporaryDirectory() as place:
         base, models = case.toys(exact=exact)
         states = {name: state | INTEGERS for name, state in {"base": base, **models}.items()}
         paths = {name: str(path) for name, path in write(Path(place) / "models", states).items()}
@@ -31,8 +30,6 @@ def run(
             "merge": case.section(),
             "output": {"shard_size": shard_size},
         }
-        if slices is not None:
-            stack.enter_context(cut_finely(*slices))
         result = run_recipe(recipe, output=Path(place) / "out", **flags)
         return read(result.path), len(list(result.path.glob("*.safetensors")))
 
@@ -40,8 +37,7 @@ def run(
 @contextmanager
 def cut_finely(slice_elements: int, unit_elements: int) -> Iterator[None]:
     """The two sizes are constants that several modules import; give all of them other values for a while."""
-    for package in walk_packages(engine.__path__, f"{engine.__name__}."):
-        import_module(package.name)
+    _import_engine()
     modules = [module for name, module in sys.modules.items() if name.startswith("mergetool.")]
     with ExitStack() as stack:
         for key, value in (("SLICE_ELEMENTS", slice_elements), ("UNIT_ELEMENTS", unit_elements)):
@@ -50,6 +46,13 @@ def cut_finely(slice_elements: int, unit_elements: int) -> Iterator[None]:
             for module in holders:
                 stack.enter_context(replaced(module, key, value))
         yield
+
+
+@cache
+def _import_engine() -> None:
+    """All modules that hold the sizes."""
+    for package in walk_packages(engine.__path__, f"{engine.__name__}."):
+        import_module(package.name)
 
 
 @contextmanager

@@ -133,9 +133,10 @@ def a_constant_added_to_everything_is_added_to_the_result(case: MethodCase) -> N
 def everything_doubled_doubles_the_result(case: MethodCase) -> None:
     """Everything doubled doubles the result: no threshold or guard has a size of its own."""
     base, models = case.toys()
+    expected = case.merge(base, models)
     for factor in (2.0, 2.0**-20, 2.0**20):
         scaled = case.merge(times(base, factor), {name: times(model, factor) for name, model in models.items()})
-        assert_near(times(scaled, 1 / factor), case.merge(base, models))
+        assert_near(times(scaled, 1 / factor), expected)
 
 
 # ---------------------------------------------------------------- form and numbers

@@ -1,8 +1,9 @@
 """Before the search: some models answer everything, and from that a subset is chosen and an estimator made per task.
 
 rows       the base, the models, the start of the search and evenly spread random merges, over all search items
+others     what models that are no part of the recipe are known to answer, if that is given
 subset     the items that candidates will answer
-estimator  fitted to the rows; tried on merges held out of the fit, and replaced by the plain mean where it is no better
+estimator  fitted to all of these; tried on merges held out of the fit, and replaced by the mean where it is no better
 """
 
 from collections.abc import Sequence
@@ -20,11 +21,13 @@ from mergetool.search.engines import sobol_points
 from mergetool.search.estimate import CrossCheck, Estimate, Estimator, cross_check, uses_irt, with_fit
 from mergetool.search.irt import IrtFit, choose_dimensions, fit
 from mergetool.search.space import SearchSpace
+from mergetool.tuning.responses import Rows
 from mergetool.tuning.scorer import Scorer, Subject
 from mergetool.tuning.splits import Splits
 
 Floats = NDArray[np.float64]
 Signal = Literal["accuracy", "soft"]
+UNKNOWN = Score(np.nan, np.nan)
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,16 @@ class Extract:
     """Everything that happens before the first generation."""
 
     def __init__(
-        self, options: EstimatorOptions, space: SearchSpace, scorer: Scorer, splits: Splits, seed: int
+        self,
+        options: EstimatorOptions,
+        space: SearchSpace,
+        scorer: Scorer,
+        splits: Splits,
+        seed: int,
+        others: Rows | None = None,
     ) -> None:
         self._options, self._space, self._scorer, self._splits, self._seed = options, space, scorer, splits, seed
+        self._others = others or {}
         self.calibration: list[Subject] = []
         """Who answered all search items, in order: base, models, start, random merges."""
 
@@ -96,13 +106,15 @@ class Extract:
         self.calibration = [who for who, scores in zip(subjects, answered, strict=True) if scores is not None]
 
     def _answers(self, task: str) -> Floats:
-        """The calibration models' answers (models, items of the search pool)."""
+        """The calibration models' answers (models, items of the search pool), then those of others; NaN: not asked."""
         pool = self._splits.search[task]
         rows = []
         for subject in self.calibration:
             scores = self._scorer.scores(subject, {task: pool}, "calibration")
             assert scores is not None
             rows.append(signals([scores[task][item] for item in pool], self._options.signal))
+        given = ([row.get(item, UNKNOWN) for item in pool] for row in self._others.get(task, ()))
+        rows += [signals(scores, self._options.signal) for scores in given]
         return np.array(rows) if rows else np.zeros((0, len(pool)))
 
     def _prepare(self, task: str, parents: Sequence[int], base: int | None) -> Prepared:
@@ -119,7 +131,15 @@ class Extract:
         ids = tuple(pool[place] for place in chosen.items)
         if not uses_irt(estimator.kind) or irt is None:
             return Prepared(ids, estimator, options.signal)
-        check = cross_check(estimator, answers, parents=parents, base=base, num_dimensions=num_dimensions, rng=rng)
+        check = cross_check(
+            estimator,
+            answers,
+            parents=parents,
+            base=base,
+            num_dimensions=num_dimensions,
+            rng=rng,
+            judged=len(self.calibration),
+        )
         fitted = replace(with_fit(estimator, irt, parents, base), blend=check.blend)
         if options.guard:
             fitted = replace(fitted, kind=check.kind)

@@ -8,6 +8,7 @@ report         the winner, the models and the start of the search answer items t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from mergetool.search.estimate import Estimate
 from mergetool.search.pareto import front
 from mergetool.search.space import Point, SearchSpace, Value
 from mergetool.tuning.calibration import Extract, Prepared
+from mergetool.tuning.responses import Rows
 from mergetool.tuning.scorer import REPORT, Scorer, Subject
 from mergetool.tuning.splits import Splits
 
@@ -59,10 +61,17 @@ class Loop:
     """One search. Deterministic in the recipe, the seed and the answers."""
 
     def __init__(
-        self, method: Merge3, space: SearchSpace, scorer: Scorer, splits: Splits, seed: int, say: Callable[[str], None]
+        self,
+        method: Merge3,
+        space: SearchSpace,
+        scorer: Scorer,
+        splits: Splits,
+        seed: int,
+        say: Callable[[str], None],
+        others: Rows | None = None,
     ) -> None:
         self._method, self._space, self._scorer, self._splits, self._seed = method, space, scorer, splits, seed
-        self._say = say
+        self._say, self._others = say, others
         self.weights = np.array([task.weight for task in method.tasks]) / sum(task.weight for task in method.tasks)
         self.several = method.search.algorithm == "nsga2" and len(method.tasks) > 1
         self.history = History()
@@ -78,20 +87,24 @@ class Loop:
             seeds=self._seeds(),
             seed=self._seed,
             snap=self._space.snap,
+            counts=self._space.counts if search.algorithm == "grid" else (),
         )
-        for generation in range(search.generations):
+        for generation in range(search.generations) if search.generations_matter else count():
             points = engine.ask()
+            if not points:
+                break
             trials = self._try(generation, [self._space.values(point) for point in points])
             engine.tell(points, self._scores(trials))
             best = max(self.history.trials, key=lambda trial: trial.fitness)
-            self._say(f"generation {generation + 1} of {search.generations}: best estimate {best.fitness:.4f}")
+            last = f" of {search.generations}" if search.generations_matter else ""
+            self._say(f"generation {generation + 1}{last}: best estimate {best.fitness:.4f}")
         self._rerank()
         if self.history.winner is not None:
             self._report(self.history.winner, [*([base] if base else []), *models])
         return self.history
 
     def _extract(self, models: Sequence[str], base: str | None) -> None:
-        extract = Extract(self._method.estimator, self._space, self._scorer, self._splits, self._seed)
+        extract = Extract(self._method.estimator, self._space, self._scorer, self._splits, self._seed, self._others)
         self.history.prepared = extract.run(models, base)
         for task, prepared in self.history.prepared.items():
             asked, used = self._method.estimator.kind, prepared.estimator.kind

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mergetool.evaluate.items import Score
 from mergetool.search.interval import of_weighted_difference
 from mergetool.search.space import SearchSpace
-from mergetool.tuning.loop import History, Trial, Values
+from mergetool.tuning.loop import CALIBRATION, History, Trial, Values
 from mergetool.tuning.scorer import REPORT, Scorer, Subject
 from mergetool.tuning.splits import Splits
 
@@ -146,8 +146,13 @@ def _trial(trial: Trial, scorer: Scorer, splits: Splits, mean: _Mean) -> dict[st
 
 
 def _spent(history: History, scorer: Scorer, splits: Splits) -> dict[str, Any]:
-    """Items answered by stage; and what asking every candidate all search items would have taken."""
-    candidates: set[Subject] = {trial.values for trial in history.trials if trial.estimates is not None}
+    """Items answered by stage; and what asking every candidate all search items would have taken.
+
+    A search that asks everything needs no merges to calibrate, so they are no candidates of it.
+    """
+    candidates: set[Subject] = {
+        trial.values for trial in history.trials if trial.estimates is not None and trial.generation != CALIBRATION
+    }
     searching = sum(count for stage, count in scorer.spent.items.items() if stage != REPORT)
     full = len(candidates) * splits.num_search
     return {

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mergetool.engine.processes import Team
@@ -16,6 +17,7 @@ from mergetool.evaluate.items import Score, TaskItems
 from mergetool.search.space import Value
 from mergetool.tuning.in_memory import Candidates
 from mergetool.tuning.journal import SearchJournal
+from mergetool.tuning.responses import collect
 
 Subject = str | tuple[Value, ...]
 """A model of the recipe by name, or a candidate by the values of its genes."""
@@ -98,6 +100,10 @@ class Scorer:
             return None
         scores = self._known[subject].scores
         return {task: {item: scores[task][item] for item in wanted} for task, wanted in ids.items()}
+
+    def collect(self, models: Sequence[str], path: Path) -> None:
+        """Write down what the cache knows of these tasks from others than these models."""
+        collect(self._cache, list(self.tasks.values()), {self._candidates.identity(name) for name in models}, path)
 
     def failure(self, subject: Subject) -> str | None:
         """Why a candidate failed, or None."""

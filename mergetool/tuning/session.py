@@ -15,13 +15,14 @@ from mergetool.evaluate.cache import ResponseCache
 from mergetool.evaluate.harness import load_task
 from mergetool.evaluate.items import TaskItems
 from mergetool.methods.base import expect
-from mergetool.methods.merge3 import Merge3
+from mergetool.methods.merge3 import IN_CACHE, Merge3
 from mergetool.planning.build import open_models
 from mergetool.planning.graph import BASE, Plan
 from mergetool.planning.search import SearchSize
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.schema import Recipe
+from mergetool.tensors.io import sha256_file
 from mergetool.tensors.source import ModelSource
 from mergetool.tensors.writer import write_file
 from mergetool.tuning.in_memory import Candidates
@@ -29,6 +30,7 @@ from mergetool.tuning.journal import SearchJournal
 from mergetool.tuning.loop import History, Loop, Values
 from mergetool.tuning.placing import spread_of
 from mergetool.tuning.report_data import PARENT_NAME, facts_of, verdict
+from mergetool.tuning.responses import RESPONSES_NAME, Rows, known_rows
 from mergetool.tuning.scorer import Scorer, Spent
 from mergetool.tuning.splits import Splits, split
 from mergetool.tuning.written import parent_recipe, write_recipe
@@ -73,9 +75,10 @@ def search(
     try:
         scorer = Scorer(candidates, tasks, journal, team=team, cache=cache, count=progress.advance)
         space = method.space(tuple(recipe.models))
-        size = SearchSize.of(method, len(recipe.models) + (recipe.base is not None))
+        size = SearchSize.of(method, tuple(sources))
         progress.start(size.items(splits.num_search, splits.num_report), "searching", "items")
-        loop = Loop(method, space, scorer, splits, recipe.compute.seed, progress.say)
+        others = _others(recipe, folder, scorer, splits, flags, team)
+        loop = Loop(method, space, scorer, splits, recipe.compute.seed, progress.say, others)
         history = loop.run(tuple(recipe.models), BASE if recipe.base else None)
         if history.winner is None:
             reasons = {scorer.failure(trial.values) for trial in history.trials}
@@ -101,7 +104,24 @@ def _header(recipe: Recipe, candidates: Candidates, tasks: Sequence[TaskItems], 
         "optimisers": {name: _version(name) for name in _OPTIMISERS},
         "tasks": {task.name: list(task.keys) for task in tasks},
         "pools": {"search": splits.search, "report": splits.report},
+        **{field: sha256_file(recipe.path_of(path)) for field, path in recipe.method.files().items()},
     }
+
+
+def _others(recipe: Recipe, folder: Path, scorer: Scorer, splits: Splits, flags: Flags, team: Team) -> Rows | None:
+    """What other models answered, where the recipe says where that is known."""
+    asked = expect(recipe.method, Merge3).estimator.responses
+    if asked is None:
+        return None
+    path = folder / RESPONSES_NAME if asked == IN_CACHE else recipe.path_of(asked)
+    if asked == IN_CACHE:
+        if flags.cache is None:
+            what = "there is no cache whose answers could be used"
+            raise EvaluationError(what, "merge.estimator.responses", "name its folder: --cache FOLDER")
+        if team.leads and not (flags.resume and path.exists()):
+            scorer.collect([*recipe.models, *([BASE] if recipe.base else [])], path)
+        team.all_gather(None)
+    return known_rows(asked, path, list(scorer.tasks.values()), splits.search)
 
 
 def _open_journal(folder: Path, header: dict[str, Any], flags: Flags, team: Team) -> SearchJournal:

@@ -47,7 +47,7 @@ def test_a_search_stays_within_what_its_plan_says(tmp_path):
     paths = "".join(f"  {name}: plan/{name}\n" for name in models)
     recipe.write_text(
         f"models:\n{paths}architecture: mlp\noutput: {{path: out}}\n"
-        "merge: {method: c2m3, align: {iterations: 2, starts: 1, polish: false}}\n"
+        "merge: {method: c2m3, align: {iterations: 1, starts: 1, polish: false}}\n"
     )
     done = subprocess.run([sys.executable, "-c", MEASURE, recipe], capture_output=True, text=True, check=True)
     assert int(done.stdout) < costs.peak_memory

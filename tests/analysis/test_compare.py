@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import mergetool
 from mergetool import RecipeError, SourceError
+from mergetool.analysis.compare_page import page
 from mergetool.evaluate.scores import Evaluation, TaskScores
 from mergetool.outputs.scores import keep_scores, kept_scores, scores_path
 from mergetool.search.interval import of_difference, of_mean
@@ -79,6 +80,23 @@ def test_time_and_size_are_those_of_the_locks(runs):
 
 def scores(task, values, items="one"):
     return TaskScores(task, "acc", items, np.array(values, dtype=float))
+
+
+def test_points_of_a_sweep_are_results_and_steps_after_merging_are_told(runs):
+    recipe = {"base": str(runs / "base"), "models": {each: str(runs / each) for each in "ab"}}
+    merge = {"method": "task-arithmetic"}
+    mergetool.run({**recipe, "merge": merge, "sweep": {"scale": [0.5, 1.0]}}, output=runs / "sweep")
+    mergetool.run({**recipe, "merge": merge, "then": [{"step": "match-norm"}]}, output=runs / "then")
+    found = mergetool.compare(runs / "sweep", runs / "then")
+    assert [(row["run"], row["method"]) for row in found.costs] == [
+        ("scale-0.5", "task-arithmetic"),
+        ("scale-1", "task-arithmetic"),
+        ("then", "task-arithmetic, then match-norm"),
+    ]
+    told = {row["key"]: [row[name] for name in found.runs] for row in found.settings}
+    assert told == {"merge.scale": [0.5, 1.0, 1.0], "then": [None, None, [{"step": "match-norm"}]]}
+    text = page(found)
+    assert "[{&#34;step&#34;: &#34;match-norm&#34;}]" in text
 
 
 def planted(runs):

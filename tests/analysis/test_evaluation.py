@@ -200,6 +200,7 @@ def test_the_command_tells_curves_and_pairs_and_writes_pages(folder, run, browse
         (("--along", "merge.scale=0:1", "--pairs"), 2, "leave out --pairs"),
         (("--line-to", "models/right", "--parent", "models/right"), 4, "would have no effect"),
         (("--line-to", "models/gone"), 3, "there is no such folder"),
+        (("-o", "tasks/lefts.yaml"), 6, "choose another place"),
     ],
 )
 def test_questions_that_make_no_sense_are_told_with_a_fix(run, arguments, code, words):

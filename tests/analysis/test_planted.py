@@ -10,7 +10,7 @@ import transformers as hf
 import yaml
 
 import mergetool
-from tests.analysis.models import ancestor, changed, fine_tuned
+from tests.analysis.models import ancestor, changed, fine_tuned, state
 from tests.words.models import save_tokenizer, train, vocabulary
 
 HINTS = {"scale", "density", "method"}
@@ -229,6 +229,31 @@ def test_numbers_that_leave_the_base_or_overshoot(recipe, merge, expected):
         advice = only(found, "numbers")
         assert advice["weight"] == expected
         assert told(mergetool.analyze(recipe() | yaml.safe_load(advice["fix"]))) == []
+
+
+def test_of_models_that_do_not_belong_signs_and_overlaps_are_not_taken_for_advice(recipe, family, stranger):
+    """They are figures of all models: a copy alone makes directions overlap."""
+
+    def methods(found):
+        return {each["fix"] for each in found.advice if each["kind"] == "method"}
+
+    assert "merge: {method: ties}" in methods(mergetool.analyze(recipe()))
+    found = methods(mergetool.analyze(recipe(again=family / "code", other=stranger)))
+    assert found == {"merge: {method: task-arithmetic}", "merge: {method: iso-c}"}
+
+
+def test_a_density_is_what_each_tensor_needs(recipe, family):
+    """`ties` trims tensor by tensor, and embeddings that a text hardly touched hide what the layers need."""
+    base = state(family / "base")
+    parts = [(state(family / "code")[name] - base[name]).abs().flatten().sort(descending=True)[0] for name in base]
+
+    def kept(density):
+        return sum(float(part[: round(density * len(part))].square().sum()) for part in parts)
+
+    needed = next(d / 100 for d in range(1, 101) if kept(d / 100) >= 0.9 * kept(1))
+    found = mergetool.analyze(recipe(("code",)))
+    assert only(found, "density")["evidence"]["by_model"]["code"] == pytest.approx(needed, abs=0.011)
+    assert needed > found.rows("models")[0]["density_90"] + 0.05
 
 
 def test_hints_can_be_typed(recipe, tmp_path):

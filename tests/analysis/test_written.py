@@ -46,5 +46,6 @@ def test_without_jinja_the_figures_are_there_and_the_install_line_is_told(ties, 
 
 def test_a_folder_that_cannot_be_made_is_told(ties, tmp_path):
     (tmp_path / "report").write_text("")
+    (tmp_path / "models" / "code").unlink()  # nothing was read before
     with pytest.raises(OutputError):
         mergetool.analyze(ties, output=tmp_path / "report")

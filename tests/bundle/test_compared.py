@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file
 
 import mergetool
+from mergetool.bundle import expert
 from mergetool.bundle.manifest import read_manifest
 from mergetool.engine.growing import change_bundle
 from mergetool.engine.run import Flags
@@ -60,7 +61,9 @@ def test_answers_of_a_known_task_do_not_depend_on_it(paths, bundle, tmp_path):
 
 def test_a_bundle_that_grew_compares_what_the_whole_one_does(paths, bundle, tmp_path):
     some = mergetool.run(recipe(paths, "abc"), output=tmp_path / "some").path
+    expert._header.cache_clear()
     grown = change_bundle(some, {"d": str(paths["d"])}, flags=Flags(tmp_path / "grown")).path
+    assert expert._header.cache_info().misses == 2  # of files that all experts have something in
     found, whole = (load_file(each / "compared.safetensors") for each in (grown, bundle))
     assert found.keys() == whole.keys()
     assert all(torch.equal(found[key], whole[key]) for key in whole)

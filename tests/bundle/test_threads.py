@@ -25,7 +25,7 @@ def folders(tmp_path_factory):
     return {family: make_bundle(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
 
 
-def batches(family, count=12):
+def batches(family, count=6):
     """Batches of several lengths, all different."""
     torch.manual_seed(2)
     found = []
@@ -111,7 +111,7 @@ def test_many_threads_generate_what_one_generates(family, folders):
 
 def test_a_small_service_answers_all_its_clients(folders):
     model = mergetool.load_bundle(folders["bert"])
-    asked = [each for _ in range(3) for each in batches("bert")][:32]
+    asked = [each for _ in range(3) for each in batches("bert", 12)][:32]
     expected = [model(**inputs) for inputs in asked]
 
     class Service(BaseHTTPRequestHandler):

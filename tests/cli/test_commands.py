@@ -41,6 +41,7 @@ FLAGS = {
     "validate": {"recipe", "--online", "--set", "--json"},
     "plan": {"recipe", "--set", "--workers", "--memory", "--full", "--count", "--machines", "--json"},
     "inspect": {"reference", "--json"},
+    "dequantise": {"path", "-o", "--output"},
     "verify": {"path", "--load", "--against", "--set", "--workers", "--memory", "--trust-code", "--json"},
     "analyze": {"recipe", "-o", "--output", "--workers", "--set", "--data", "--checkpoints", "--cache", "--json"},
     "diff": {"a", "b", "--base", "--top", "--exit-code", "--workers", "--json"},

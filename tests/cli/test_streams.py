@@ -166,7 +166,11 @@ def test_names_out_of_a_file_do_nothing_to_a_terminal(call, here):
     code, out, err = call("inspect", "bad")
     assert (code, out) == (3, "")
     _, table, _ = call("inspect", "odd.safetensors")
-    for text in (err, table):
+    _, alone, _ = call("diff", "odd.safetensors", "a")
+    recipe = {"base": "base", "models": {name: "a"}, "merge": {"method": "task-arithmetic"}}
+    (here / "odd.yaml").write_text(json.dumps(recipe))
+    _, analysis, _ = call("analyze", "odd.yaml")
+    for text in (err, table, alone, analysis):
         assert "owned" in text
         assert not set(text) & set("\x1b\x07\x9b\r\u202e")
     facts = json.loads(call("inspect", "odd.safetensors", "--json")[1])

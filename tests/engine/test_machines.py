@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import mergetool
 from tests.files import content, write_models, write_recipe
 from tests.forks import clean_environment
 
@@ -108,6 +109,5 @@ def test_a_machine_that_dies_ends_the_run_and_two_machines_finish_it_with_the_by
     assert json.loads(first.out)["resumed"]
     assert second.out == ""
     assert json.loads((tmp_path / "two" / "mergetool.json").read_text())["run"]["processes"] == 2
-    alone = [sys.executable, "-m", "mergetool", "run", str(recipe), "-o", "one"]
-    subprocess.run(alone, check=True, cwd=tmp_path, capture_output=True, env=clean_environment())
+    mergetool.run(recipe, output=tmp_path / "one")
     assert content(tmp_path / "two") == content(tmp_path / "one")

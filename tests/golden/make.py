@@ -1,6 +1,7 @@
 """Tiny merges whose results are committed, so that a change meant to be invisible can prove that it is.
 
-    python tests/golden/make.py      merge again, rewrite tests/golden/golden.json; commit that if the change is meant
+    python tests/golden/make.py             merge again, rewrite golden.json; commit that if the change is meant
+    python tests/golden/make.py METHOD      only what is kept of this method
 
 Methods that work element by element must give the same file to the bit: its SHA-256 is kept. Linear algebra on whole
 tensors or models differs in the last bits between builds of BLAS: for such methods the numbers are kept, and compared
@@ -39,8 +40,8 @@ def is_exact(case: MethodCase) -> bool:
 def outcome(case: MethodCase, folder: Path):
     """What is kept of a merge: the digest of its file, or its numbers."""
     base, models = case.toys(exact=False)
-    if not is_exact(case) and not case.architecture:
-        base, models = toy_models(case.names, exact=False, shapes=SMALL)
+    if not case.architecture:
+        base, models = toy_models(case.names, exact=False, shapes=SHAPES if is_exact(case) else SMALL)
     states = {name: _stored(state) for name, state in {"base": base, **models}.items()}
     paths = {name: str(path) for name, path in write(folder / "in", states).items()}
     recipe = {
@@ -77,10 +78,11 @@ def name_of(case: MethodCase) -> str:
 
 
 def main() -> None:
-    """Merge everything again, say what changed, and write the file."""
+    """Merge everything again, or what methods are named, say what changed, and write the file."""
     before = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-    after = {}
-    for case in every_case():
+    asked = set(sys.argv[1:])
+    after = {name: kept for name, kept in before.items() if asked and name.partition(" ")[0] not in asked}
+    for case in (case for case in every_case() if not asked or case.method in asked):
         with TemporaryDirectory() as folder:
             after[name_of(case)] = outcome(case, Path(folder))
     for name in sorted({*before, *after}):

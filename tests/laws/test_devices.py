@@ -52,10 +52,17 @@ def assert_alike(there, here):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_method_works_on_a_device(case):
+def test_a_method_works_on_a_device_and_says_whether_it_needs_float64(case):
     """And nothing is used before somebody has waited for it."""
-    with Elsewhere(), streaming():
-        there = merged(case, DEVICE)
+    try:
+        with Elsewhere(double=False), streaming():
+            there = merged(case, DEVICE)
+        needed = False
+    except NoDoubleError:
+        needed = True
+        with Elsewhere(), streaming():
+            there = merged(case, DEVICE)
+    assert needed is recipe_of(case).method.needs_float64
     assert_alike(there, merged(case, "cpu"))
 
 
@@ -80,10 +87,12 @@ def test_the_host_waits_only_a_few_times_for_a_slice(case, monkeypatch):
         return done
 
     monkeypatch.setattr(DeviceWorker, "_tried", watched)
-    for _ in range(2):  # tables are made once
+    for _ in range(2):
         waits.clear()
         with Elsewhere(), streaming() as streams:
             merged(case, DEVICE)
+        if max(waits) <= 4:  # else there were tables to be made, once
+            break
     assert waits
     assert max(waits) <= 4
 
@@ -94,17 +103,6 @@ def test_bytes_do_not_depend_on_the_length_of_slices(case):
         long, short = (merged(case, DEVICE, exact=True, length=length) for length in (1 << 20, 24))
     for name, expected in long.items():
         assert torch.equal(short[name], expected), name
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_method_says_whether_it_needs_float64(case):
-    try:
-        with Elsewhere(double=False):
-            merged(case, DEVICE)
-        needed = False
-    except NoDoubleError:
-        needed = True
-    assert needed is recipe_of(case).method.needs_float64
 
 
 def test_threads_that_begin_linear_algebra_at_once_do_not_load_it_twice(monkeypatch):

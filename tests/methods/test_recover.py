@@ -170,6 +170,33 @@ def test_steps_follow_a_counted_scale():
     twice = update("iso-c", states, then=[{"step": "lines", "first": 2.0, "last": 2.0}])
     for name, value in once.items():
         torch.testing.assert_close(twice[name], 2 * value)
+
+
+@pytest.mark.parametrize("scale", ["recover", {"recover": "tensor", "cap": 3.0}])
+def test_a_step_that_counts_follows_whatever_was_counted_before(scale):
+    states = [
+        each | {"norm.weight": torch.ones(5).double() * t} for t, each in enumerate(states_of(SETS["A"], SETS["B"]))
+    ]
+    found = update("iso-c", states, then=[{"step": "match-norm"}], scale=scale)
+    for name, value in found.items():
+        lengths = [float(state[name].norm()) for state in states]
+        assert float(value.norm()) == pytest.approx(sum(lengths) / len(lengths)), name
+
+
+def test_a_step_that_counts_follows_thresholds_of_the_whole_model():
+    states = states_of(SETS["A"], SETS["B"])
+    settings = {"scope": "model", "density": 0.3}
+    once = update("ties", states, **settings)
+    found = update("ties", states, then=[{"step": "match-norm"}, {"step": "match-norm"}], **settings)
+    for name, value in once.items():
+        mean = sum(float(state[name].norm()) for state in states) / len(states)
+        torch.testing.assert_close(found[name], value * (mean / float(value.norm())))
+
+
+def test_a_sweep_of_what_is_counted_twice_over_is_refused_with_a_fix_that_helps(tmp_path):
+    recipe = {**run(tmp_path, "once", scale=1.0)[1], "then": [{"step": "match-norm"}], "sweep": {"rank": [1, 2]}}
+    recipe["merge"] = {"method": "tsv-merge", "scale": "recover"}
     with pytest.raises(PlanError, match=r"write scale: \{recover: tensor, cap: 3\.0\}"):
-        update("iso-c", states, then=[{"step": "match-norm"}])
-    update("iso-c", states, then=[{"step": "match-norm"}], scale={"recover": "tensor", "cap": 3.0})
+        mergetool.plan(recipe)
+    recipe["merge"]["scale"] = {"recover": "tensor", "cap": 3.0}
+    assert len(mergetool.plan(recipe).points) == 2

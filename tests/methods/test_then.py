@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mergetool
-from mergetool import PlanError, RecipeError, merge_state_dicts
+from mergetool import RecipeError, merge_state_dicts
 from mergetool.methods import registry
 from mergetool.methods.then import steps
 from mergetool.planning import make_plan
@@ -222,14 +222,6 @@ def test_what_is_wrong_is_told_with_its_place(tmp_path, case):
         load_recipe(path)
     assert all(problem.fix for problem in caught.value.problems)
     assert any(f"{path}:" in problem.where for problem in caught.value.problems)
-
-
-def test_a_step_that_counts_tensors_does_not_follow_a_count_over_the_model(tmp_path):
-    path = recipe_of(tmp_path, merge={"scope": "model"}, then=[MATCH])
-    with pytest.raises(PlanError, match="write scope: tensor"):
-        make_plan(load_recipe(path))
-    make_plan(load_recipe(path, ["merge.scope=tensor"]))
-    make_plan(load_recipe(path, ["then.0.axis=row"]))
 
 
 def test_a_base_that_only_a_step_uses_is_accepted(tmp_path):

@@ -77,6 +77,14 @@ def test_layers_and_roles_are_summed_up(tmp_path):
     assert found.summary() == f"6 tensors: 1 changed, 5 identical; relative difference {found.total.relative:.3g}"
 
 
+def test_the_experts_of_a_layer_have_one_role(tmp_path):
+    state = {f"model.layers.{n}.mlp.experts.{e}.up.weight": torch.ones(2, 2) for n in range(2) for e in range(3)}
+    state |= {f"model.layers.{n}.layer.{part}.weight": torch.ones(2) for n in range(2) for part in range(2)}
+    write_model(tmp_path / "a", state)
+    roles = {row["name"]: row["tensors"] for row in mergetool.diff(tmp_path / "a", tmp_path / "a").roles}
+    assert roles == {"mlp.experts.*.up.weight": 6, "layer.0.weight": 2, "layer.1.weight": 2}
+
+
 def test_the_same_is_identical_whatever_its_files_and_names(tmp_path):
     state = tensors(0)
     write_model(tmp_path / "a", state, {"model_type": "toy"})

@@ -326,6 +326,11 @@ PAIRS = {
         {"target_modules": ["decoder"], "bias": "lora_only"},
         {"target_modules": ["query"]},
     ),
+    "a bias by itself and in its module": (
+        lambda: hf.BertForSequenceClassification(BERT),
+        {"target_modules": ["query"], "bias": "all"},
+        {"target_modules": ["query"], "modules_to_save": ["classifier"]},
+    ),
     "modules of which the base gives a part": (
         lambda: hf.BertForMaskedLM(BERT),
         {"target_modules": ["query"], "bias": "all"},

@@ -39,11 +39,13 @@ def opened(browser, path, mode="light", size=WIDE, **options):
 
 
 def stands(browser, path):
-    """Opens in both modes and in both widths, without a complaint, and nothing sticks out at the side."""
+    """Opens, and in both modes and both widths there is no complaint, and nothing sticks out at the side."""
     papers = set()
-    for mode in ("light", "dark"):
-        for size in (WIDE, NARROW):
-            with opened(browser, path, mode, size) as page:
+    with opened(browser, path) as page:
+        for mode in ("light", "dark"):
+            page.emulate_media(color_scheme=mode)
+            for size in (WIDE, NARROW):
+                page.set_viewport_size(size)
                 assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
                 papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert len(papers) == 2

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from mergetool.analysis.descent_page import descent
 from mergetool.analysis.drawings import conflicts
 from mergetool.analysis.page import MOST_TENSORS, analysis_page
 from mergetool.pages.words import visible
@@ -103,6 +104,20 @@ def test_layers_of_two_stacks_with_the_same_numbers_stand_side_by_side():
     axes = Figure().subplots()
     picture.draw(axes)
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "3", "other"]
+    assert picture.caption.endswith("Layers are numbered through: `model.layers` 0 to 1, `encoder.layers` 2 to 3.")
+
+
+def test_a_task_vector_that_climbs_its_loss_is_seen_below_nothing():
+    from matplotlib.figure import Figure
+
+    facts = Planted(["one", "two"]).facts()
+    facts["rows"]["descent_by_layer"] = [
+        row | {"alignment": -0.3, "preconditioned": 0.1} for row in facts["rows"]["layers_by_model"]
+    ]
+    (picture,) = descent(facts).parts
+    axes = Figure().subplots()
+    picture.draw(axes)
+    assert axes.get_ylim()[0] < -0.3
 
 
 def test_a_model_keeps_its_name_at_the_beginning_of_a_sentence(html):

@@ -117,6 +117,8 @@ def test_next_to_nothing_does_not_look_like_much():
         (12345.6, "number", "12,346"),
         (1.5e-9, "number", "1.5e-09"),
         (0.999779, "number", "0.99978"),
+        (0.99999948, "number", "0.99999948"),
+        (1 - 1e-12, "number", "1"),
         (1.0, "number", "1"),
         (float("nan"), "number", "nan"),
         (0.5, "share", "50 %"),

@@ -3,6 +3,9 @@
 import pytest
 
 from mergetool.pages import Picture, lines
+from scripts.studies.catalogue.candidates import candidates
+from scripts.studies.catalogue.table import render as catalogue_text
+from scripts.studies.catalogue.table import share
 from scripts.studies.mass.table import pictures as of_mass
 from scripts.studies.mass.table import render as mass_text
 from scripts.studies.merge3.estimators import CALIBRATION, KINDS
@@ -39,6 +42,25 @@ def test_markdown_becomes_chapters_with_tables_that_sort_by_their_numbers(browse
         assert page.locator("tbody td:first-child").all_inner_texts() == ["best", "plain"]
         assert page.locator("tr.strong td").all_inner_texts() == ["best", "0.75", "1,200"]
         assert page.locator("section").nth(1).locator("p").inner_text() == "Time: 0.5."
+
+
+def test_the_catalogue_tells_shares_of_the_experts_with_intervals():
+    experts = {"a": "1110", "b": "1111"}
+    best, worst = {"a": "1110", "b": "1111", "seconds": "0.5"}, {"a": "1001", "b": "1100", "seconds": "2"}
+    assert share(best, experts) == (1.0, 0.0, 1.0)
+    mean, half, least = share(worst, experts)
+    assert (mean, least) == (pytest.approx((2 / 3 + 1 / 2) / 2), 0.5)
+    of_a, of_b = (1 - 2 / 3, -2 / 3, -2 / 3, 1), (0.5, 0.5, -0.5, -0.5)  # what each answer is beyond its share
+    squares = sum(x**2 for x in of_a) / 3 / 4 / 0.75**2 + sum(x**2 for x in of_b) / 3 / 4
+    assert half == pytest.approx(1.96 * squares**0.5 / 2)
+    lines = catalogue_text({"set": {"experts": experts, "ties": worst, "iso-c": best}}).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| iso-c", "| ties"]
+
+
+def test_the_catalogue_has_every_method_for_many_fine_tunes_and_no_data():
+    names = {name for name, _ in candidates()}
+    assert {"ties", "tsv-merge", "pcb", "iso-cts", "karcher"} <= names
+    assert not {"slerp", "fisher", "mass", "merge3", "c2m3", "moe", "swag", "factor-sum"} & names
 
 
 def test_merging_and_routing(tmp_path):

@@ -1,5 +1,8 @@
 """Files of several recipes: one is the result, the others become recipes inside it, and every line number is right."""
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -29,6 +32,26 @@ def problems(*texts):
     with pytest.raises(RecipeError) as caught:
         load_recipe(write(*texts))
     return [(problem.where, problem.what, problem.fix) for problem in caught.value.problems]
+
+
+def test_a_lock_is_no_recipe_and_the_advice_gets_it_out(here):
+    mergetool.run(write(f"{FIRST}output: {{path: out}}\n"))
+    with pytest.raises(RecipeError, match="this is the lock of a merge") as caught:
+        load_recipe("out/mergetool.json")
+    code = caught.value.fix.partition("python -c ")[2].strip('"')
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert load_recipe("recipe.yaml").models.keys() == {"a", "b"}
+
+
+def test_a_pattern_that_finds_a_base_names_the_others(here):
+    (here / "a").rename(here / "base")
+    ((_, what, fix),) = problems("models: {glob: '[abc]*'}\nmerge: {method: linear}\n")
+    assert "no model can be called 'base'" in what
+    models = yaml.safe_load(fix.partition("models: ")[2])
+    assert (
+        load_recipe(write(yaml.safe_dump({"models": models, "merge": {"method": "linear"}}))).models.keys()
+        == models.keys()
+    )
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,7 @@ WRONG = {
     # numbers
     "number is text": (density("no"), "r:7:3 merge.density", "found the text 'no'", "without quotes"),
     "number in quotes": (density("'0.2'"), "r:7:3 merge.density", "found the text '0.2'", "without quotes"),
+    "number is counted": (density("recover"), "r:7:3 merge.density", "expected a number", "only a scale"),
     "number is true": (density("true"), "r:7:3 merge.density", "expected a number, found True", "write a number"),
     "number is nothing": (density(""), "r:7:3 merge.density", "expected a number, found None", "write a number"),
     "number is a list": (density("[0.2]"), "r:7:3 merge.density", "expected a number, found [0.2]", "write a number"),

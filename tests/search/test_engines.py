@@ -9,7 +9,7 @@ from mergetool.search.engines import make_engine, sobol_points
 from mergetool.search.pareto import front
 from mergetool.search.space import Gene, SearchSpace
 
-ALGORITHMS = ("random", "sobol", "cma-es", "ga", "nsga2")
+ALGORITHMS = ("random", "sobol", "cma-es", "ga", "nsga2", "tpe")
 BEST = np.array([0.7, 0.2, 0.55])
 
 
@@ -36,7 +36,7 @@ def test_the_optimum_is_found_within_5_percent_in_200_evaluations(algorithm):
     assert run(algorithm)[1].max() >= 0.95
 
 
-@pytest.mark.parametrize("algorithm", ["cma-es", "ga"])
+@pytest.mark.parametrize("algorithm", ["cma-es", "ga", "tpe"])
 def test_an_optimiser_is_better_than_chance(algorithm):
     def median(name):
         return np.median([run(name, seed=seed)[1].max() for seed in range(5)])
@@ -119,3 +119,32 @@ def test_sobol_points_fill_the_cube_more_evenly_than_chance():
     points = np.array(sobol_points(16, 2, 0))
     assert {tuple(cell) for cell in np.floor(points * 4).astype(int)} == {(i, j) for i in range(4) for j in range(4)}
     assert sobol_points(0, 2, 0) == []
+
+
+def to_the_end(algorithm, worth, **options):
+    """Everything that an engine which ends by itself asks, generation by generation."""
+    engine = make_engine(algorithm, 3, 4, seeds=[], seed=0, snap=tuple, **options)
+    asked = []
+    while points := engine.ask():
+        asked.append(points)
+        engine.tell(points, np.array([[worth(point)] for point in points]))
+    return asked
+
+
+def test_a_grid_asks_every_point_once():
+    asked = to_the_end("grid", sum, counts=(2, 1, 3))
+    assert [len(points) for points in asked] == [4, 2]
+    assert {point for points in asked for point in points} == {
+        (x, 0.5, z) for x in (0.25, 0.75) for z in (1 / 6, 0.5, 5 / 6)
+    }
+
+
+@pytest.mark.parametrize(
+    ("together", "soup"), [(0.9, (0, 1, 1)), (0.8, (0, 1, 1)), (0.7, (0, 1, 0))], ids=["more", "no less", "less"]
+)
+def test_a_greedy_soup_takes_models_from_the_better_to_the_worse_where_that_does_no_harm(together, soup):
+    worth = {(1, 0, 0): 0.5, (0, 1, 0): 0.8, (0, 0, 1): 0.6, (0, 1, 1): together}
+    alone, second, third = to_the_end("greedy", lambda point: worth.get(point, 0.1))
+    assert alone == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    assert second == [(0, 1, 1)]
+    assert third == [(1, *soup[1:])]

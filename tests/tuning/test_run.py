@@ -11,7 +11,7 @@ import yaml
 
 import mergetool
 import mergetool.evaluate.items as items_module
-from mergetool import EvaluationError, PlanError
+from mergetool import EvaluationError, PlanError, RecipeError
 from mergetool.evaluate.harness import load_task
 from mergetool.evaluate.items import TaskItems
 from mergetool.evaluate.language_model import LanguageModel
@@ -254,3 +254,24 @@ def test_no_connection_is_tried_where_everything_is_local(folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_greedy_soup_ends_by_itself(folder, tmp_path):
+    inner = {"method": "linear", "weight": {"search": [0, 1]}}
+    asked = recipe(folder, inner=inner, search={"algorithm": "greedy", "generations": 1})
+    del asked["base"]
+    mergetool.run(asked, output=tmp_path / "out")
+    report = json.loads((tmp_path / "out.search" / "report.json").read_text())
+    assert [trial["values"] for trial in report["trials"]] == [[1, 0], [0, 1], [1, 1]]
+
+
+def test_a_grid_asks_all_its_points_and_wants_steps(folder, tmp_path):
+    weight = {"search": [0.0, 2.0], "step": 1.0}
+    asked = recipe(folder, inner={"method": "task-arithmetic", "weight": weight}, search={"algorithm": "grid"})
+    mergetool.run(asked, output=tmp_path / "out")
+    report = json.loads((tmp_path / "out.search" / "report.json").read_text())
+    assert sorted(trial["values"] for trial in report["trials"]) == [[x, y] for x in (0, 1, 2) for y in (0, 1, 2)]
+    assert report["winner"]["values"] == [2, 2]
+    del weight["step"]
+    with pytest.raises(RecipeError, match=r"inner\.weight has any number of values: with `algorithm: grid`"):
+        mergetool.run(asked, output=tmp_path / "other")

@@ -108,7 +108,8 @@ def forms_of(
     """
     layers = {_module(part.names[0]) for part in parts.values() if part.is_layer}
     modules = {_module(name) for part in parts.values() for name in part.names if name.endswith(".weight")}
-    single = {_parent(parts[name].names[0], parts) for name in wanted} - {None}
+    parents = {_parent(parts[name].names[0], parts) for name in wanted}
+    single = sorted((each for each in parents if each is not None), key=len)  # the outermost first: PEFT nests none
     others = {parts[name].names[0] for name in apart if name in parts}
     forms = {}
     for name in wanted:

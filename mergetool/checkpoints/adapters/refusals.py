@@ -64,7 +64,7 @@ def refuse_what_is_no_lora(settings: Mapping[str, Any], folder: Path, base: Path
 
 def _repeated(ranges: Any) -> str:
     """How to repeat the layers: PEFT cannot merge into layers that share their weights."""
-    pairs = [[int(each) for each in pair] for pair in ranges] if isinstance(ranges, list) else []
+    pairs = [pair for pair in ranges if isinstance(pair, list)] if isinstance(ranges, list) else []
     slices = ", ".join(f"{{m: {pair}}}" for pair in pairs)
     inner = f"{{models: {{m: MODEL}}, slices: [{slices}], merge: {{method: passthrough}}}}"
     return f"repeat them in the model, {{recipe: {inner}}}, and set layer_replication to null in adapter_config.json"

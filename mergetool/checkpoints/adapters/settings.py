@@ -11,6 +11,7 @@ https://arxiv.org/abs/2312.03732.
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,14 @@ OF_TRAINING = words(
     " megatron_core qalora_group_size merge_weights"
 )
 """They say which modules were trained and how; what came out is told by the tensors."""
+
+_SORTS: Mapping[type, frozenset[str]] = {
+    bool: words("use_rslora use_dora fan_in_fan_out ensure_weight_tying"),
+    str: words("peft_type task_type base_model_name_or_path revision"),
+    list: words("modules_to_save target_parameters"),
+    dict: words("auto_mapping"),
+}
+_IN_WORDS: Mapping[type, str] = {bool: "true or false", str: "a text", list: "a list of texts", dict: "a mapping"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Settings:
             what = f"the factors of {module} have rank {rank}, {CONFIG_NAME} says {expected!r}"
             raise SourceError(what, self.where, f"set r (or rank_pattern) to {rank} in {CONFIG_NAME}")
         alpha = _patterned(self.alphas, module, self.fields.get("lora_alpha", 8))
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max:
             raise SourceError(f"the alpha of {module} is {alpha!r}, not a number", self.where, _AGAIN)
         return float(alpha) / (math.sqrt(rank) if self.fields.get("use_rslora") is True else rank)
 
@@ -111,9 +120,21 @@ def read_settings(folder: Path, base: Path | None) -> Settings:
     fields = _json(path)
     if not isinstance(fields, dict) or "peft_type" not in fields:
         raise SourceError("is not a LoRA adapter (peft_type)", str(path), "name a folder that peft saved an adapter to")
+    _check_sorts(fields, path)
     refuse_what_is_no_lora(fields, folder, base)
     alphas, ranks = (_patterns(fields, name, path) for name in ("alpha_pattern", "rank_pattern"))
     return Settings(folder, fields, alphas, ranks, _warnings(fields))
+
+
+def _check_sorts(fields: Mapping[str, Any], path: Path) -> None:
+    """Raise SourceError where a field is of another sort than PEFT's: it would be misread, or passed on."""
+    for sort, names in _SORTS.items():
+        for name in sorted(names):
+            value = fields.get(name)
+            strange = [each for each in value if type(each) is not str] if type(value) is list else []
+            if value is not None and (type(value) is not sort or strange):
+                what = f"{name} is {str(value)[:100]!r}, not {_IN_WORDS[sort]}"
+                raise SourceError(what, str(path), f"set {name} in {CONFIG_NAME} to {_IN_WORDS[sort]}, or to null")
 
 
 def _json(path: Path) -> Any:

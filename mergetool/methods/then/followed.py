@@ -104,7 +104,16 @@ class Followed(TensorMethod):
         return self.inner.pass_scope()
 
     def counts(self, name: str, shape: tuple[int, ...]) -> bool:
-        return self._counts or self.inner.counts(name, shape)
+        return (self._counts and not self._counts_again) or self.inner.counts(name, shape)
+
+    @property
+    def _counts_again(self) -> bool:
+        """Whether steps count over each tensor by itself once something is known of the whole model."""
+        return self._counts and self.inner.pass_scope() == "model"
+
+    def pass_after(self, found: Stats) -> StatisticsPass | None:
+        following = self.following(found, 0) if self._counts_again else found
+        return None if isinstance(following, Mapping) else following
 
     @property
     def by_tensor(self) -> str:  # type: ignore[override]
@@ -129,9 +138,6 @@ class Followed(TensorMethod):
         return Params(**{key.removeprefix(begin): each for key, each in vars(p).items() if key.startswith(begin)})
 
     def problem(self, p: Params) -> str | None:
-        if self._counts and self.pass_scope() == "model" and self.inner.statistics_pass(p, 1, 32) is not None:
-            name = next(step.step_name() for step in self.steps if step.counts)
-            return f"{name} counts tensor by tensor, what comes before it over the whole model; write {self.by_tensor}"
         return self.inner.problem(p)
 
     def needs_weights(self) -> str | None:
@@ -162,7 +168,7 @@ class Followed(TensorMethod):
             return first
         if first is not None:
             return _PassBefore(self, first, first.one_in, first.joined)
-        following = self.following({}, 0)
+        following = {} if self._counts_again else self.following({}, 0)
         return None if isinstance(following, Mapping) else following
 
     def following(self, known: Stats, place: int) -> StatisticsPass | Stats:
@@ -248,7 +254,7 @@ class _PassBefore(StatisticsPass):
     def conclude(self, total: "Tensor") -> StatisticsPass | Stats:
         found = self.before.conclude(total)
         if isinstance(found, Mapping):
-            return self.method.following(found, 0)
+            return found if self.method._counts_again else self.method.following(found, 0)
         return _PassBefore(self.method, found, found.one_in, found.joined)
 
 

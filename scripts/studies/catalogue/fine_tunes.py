@@ -11,8 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, ViTModel
 
 from scripts.studies.mass.experts import Training
 from scripts.studies.mass.study import Study, encoder, made, right
-from scripts.studies.mass.tasks import SETS
-from scripts.studies.mass.tasks import prepare as prepare_tasks
+from scripts.studies.mass.tasks import chosen
 from scripts.studies.merge3.models import Training as Llama
 from scripts.studies.merge3.models import prepare as prepare_llama
 from scripts.studies.merge3.skills import SKILLS, Item, items
@@ -43,9 +42,8 @@ class FineTunes:
 
 def of_encoder(folder: Path, sizes: Sizes) -> FineTunes:
     """The sentence encoder of the study of mass, with 22M parameters."""
-    wanted = [name for name in SETS if set(sizes.tasks) & set(SETS[name])]
-    every = {task.name: task for name in wanted for task in prepare_tasks(name, folder / "wheels", folder / "tasks")}
-    study = Study(folder, [every[name] for name in sizes.tasks], Training(sizes.steps), sizes.samples)
+    tasks = chosen(folder, sizes.tasks)
+    study, every = Study(folder, tasks, Training(sizes.steps), sizes.samples), {task.name: task for task in tasks}
     experts = {name: folder / "experts" / name for name in sizes.tasks}
     return FineTunes(folder / "base", experts, lambda name, made: right(study, every[name], encoder(made)))
 

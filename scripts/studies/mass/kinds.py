@@ -24,6 +24,7 @@ KINDS = {
     "smile, two experts a token": {"method": "smile", "gate": {"top_k": 2}},
     "twin": {"method": "twin"},
     "twin, a tenth of the directions": {"method": "twin", "rank": 0.1},
+    "wemoe": {"method": "wemoe"},
     "emr": {"method": "emr"},
     "tall-masks": {"method": "tall-masks"},
     "tall-masks, margin 1": {"method": "tall-masks", "margin": 1.0},

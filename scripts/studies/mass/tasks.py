@@ -16,7 +16,7 @@ import ast
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +42,13 @@ def prepare(name: str, wheels: Path, folder: Path) -> list[Task]:
             for task in second(fetch(wheels)):
                 save(task, folder)
     return [load(folder / f"{task}.json") for task in names]
+
+
+def chosen(folder: Path, names: Sequence[str]) -> list[Task]:
+    """Tasks by name, in this order, of whichever set; written to `folder` unless they are there."""
+    wanted = [name for name in SETS if set(names) & set(SETS[name])]
+    every = {task.name: task for one in wanted for task in prepare(one, folder / "wheels", folder / "tasks")}
+    return [every[name] for name in names]
 
 
 def second(wheels: dict[str, Path]) -> Iterator[Task]:
