@@ -36,6 +36,11 @@ def setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
+def several(count: int, what: str) -> str:
+    """1 tensor; 12,345 tensors."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def counted(count: int) -> str:
     """12,345; 1.58 million; 7.24 billion."""
     for unit, name in ((10**9, "billion"), (10**6, "million")):

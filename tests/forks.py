@@ -185,7 +185,7 @@ class Forks:
 
     def close(self):
         self._server.stdin.close()
-        self._server.wait(timeout=20)
+        self._server.wait(timeout=120)
         self._server.stdout.close()
 
 

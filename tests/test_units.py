@@ -2,7 +2,7 @@
 
 import pytest
 
-from mergetool.units import filesize, memsize, timespan
+from mergetool.units import filesize, memsize, several, timespan
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,11 @@ def test_bytes_of_memory(count, told):
 )
 def test_durations(seconds, told):
     assert timespan(seconds) == told
+
+
+def test_one_thing_is_not_called_things():
+    assert (several(1, "tensor"), several(0, "tensor"), several(12345, "setting")) == (
+        "1 tensor",
+        "0 tensors",
+        "12,345 settings",
+    )

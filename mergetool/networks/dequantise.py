@@ -36,11 +36,22 @@ def dequantise(folder: Path, target: Path) -> Path:
     with quiet(), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         model = _opened(kind, folder)
         plain = _plain(kind, model, _state(model, str(folder)), str(folder))
-        plain.save_pretrained(target)
+    started = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(started, ignore_errors=True)  # of a run that was killed
+    try:
+        _write(plain, folder, started)
+        started.rename(target)
+    except OSError as error:
+        shutil.rmtree(started, ignore_errors=True)
+        raise OutputError(f"cannot be written ({error.strerror})", str(target), "choose another -o") from None
+    return target
+
+
+def _write(plain: Any, folder: Path, target: Path) -> None:
+    plain.save_pretrained(target)
     for path in sorted(folder.iterdir()):
         if path.is_file() and not _is_about_weights(path.name) and not (target / path.name).exists():
             shutil.copyfile(path, target / path.name)
-    return target
 
 
 def _is_about_weights(name: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mergetool.arch.depth import role
 from mergetool.kernels.differences import Sums, cosine, ratio
+from mergetool.units import several
 
 IDENTICAL, ROUNDED, CHANGED = "identical", "rounded", "changed"
 
@@ -129,12 +130,18 @@ class Comparison:
     def summary(self) -> str:
         """One line for people."""
         if self.identical:
-            return f"identical: {len(self.tensors)} tensors, and what lies beside them" if self.tensors else "identical"
-        told = [f"{len(self.files)} settings differ"] if self.files else []
+            return (
+                f"identical: {several(len(self.tensors), 'tensor')}, and what lies beside them"
+                if self.tensors
+                else "identical"
+            )
+        told = [f"{several(len(self.files), 'other setting')}"] if self.files else []
         if self.only_a or self.only_b:
-            told.insert(0, f"{len(self.only_a)} tensors only in the first, {len(self.only_b)} only in the second")
+            told.insert(
+                0, f"{several(len(self.only_a), 'tensor')} only in the first, {len(self.only_b)} only in the second"
+            )
         if self.reshaped:
-            told.insert(0, f"{len(self.reshaped)} tensors of other shapes")
+            told.insert(0, f"{several(len(self.reshaped), 'tensor')} of other shapes")
         if self.tensors:
             told.insert(0, self._states())
         return "; ".join(told)
@@ -143,8 +150,8 @@ class Comparison:
         counts = {state: sum(each.state == state for each in self.tensors) for state in (CHANGED, ROUNDED, IDENTICAL)}
         told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
         if not counts[CHANGED] and not counts[ROUNDED]:
-            return f"all {len(self.tensors)} tensors identical"
-        return f"{len(self.tensors)} tensors: {told}; relative difference {self.total.relative:.3g}"
+            return f"all {several(len(self.tensors), 'tensor')} identical"
+        return f"{several(len(self.tensors), 'tensor')}: {told}; relative difference {self.total.relative:.3g}"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able data; numbers that are not finite are texts."""

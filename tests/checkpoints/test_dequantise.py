@@ -63,6 +63,18 @@ def test_what_is_there_or_plain_is_left(bitnet, zoo, tmp_path):
         dequantise(zoo.tuned("llama", 2), tmp_path / "out")
 
 
+def test_what_cannot_be_written_whole_is_not_there(bitnet, tmp_path):
+    folder = copy_of(tmp_path / "it", bitnet[0])
+    (tmp_path / "plain.partial").mkdir()
+    (tmp_path / "plain.partial" / "of a killed run").touch()
+    made = dequantise(folder, tmp_path / "plain")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it", "plain"]
+    assert not (made / "of a killed run").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written"):
+        dequantise(folder, tmp_path / "file" / "plain")
+
+
 def test_every_way_that_transformers_knows_has_its_advice():
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 

@@ -9,6 +9,8 @@ from tests.forks import clean_environment
 from tests.hub.server import TOKEN, Hub
 
 SHAPES = {"model.embed_tokens.weight": (48, 32), "model.layers.0.mlp.weight": (32, 32), "lm_head.weight": (48, 32)}
+HASTY = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
+"""The environment of whoever is not patient with a Hub that does not answer."""
 CARD = "---\nlicense: {}\n---\n\n# A model\n"
 
 
@@ -41,8 +43,8 @@ def call(hub, tmp_path, forks):
             "HF_HOME": str(tmp_path / "hf"),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DOWNLOAD_TIMEOUT": "1",
-            "HF_HUB_ETAG_TIMEOUT": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "60",
+            "HF_HUB_ETAG_TIMEOUT": "60",
             **({"HF_TOKEN": token} if token else {}),
             **env,
         }

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.files import content, tensors, write_model, write_recipe
-from tests.hub.conftest import SHAPES, model_folder
+from tests.hub.conftest import HASTY, SHAPES, model_folder
 from tests.hub.server import TOKEN
 
 
@@ -226,7 +226,7 @@ TROUBLES = {
 def test_trouble_is_explained_and_nothing_is_left_behind(hub, call, recipe, tmp_path, name):
     method, pattern, answer, words = TROUBLES[name]
     with hub.trouble(method, pattern, answer):
-        done = call("run", recipe, "--json")
+        done = call("run", recipe, "--json", **HASTY)
     assert (done.code, done.answer["error"]) == (8, "HubError"), done.err
     assert words in done.answer["what"]
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.files import content, tensors, write_model, write_recipe
-from tests.hub.conftest import SHAPES, model_folder
+from tests.hub.conftest import HASTY, SHAPES, model_folder
 from tests.hub.server import TOKEN
 
 CI = Path(__file__).parents[2] / "recipes" / "ci"
@@ -114,7 +114,7 @@ def test_a_push_that_fails_leaves_the_result_and_no_commit(hub, call, result, me
     hub.create("me/merged")
     before = hub.refs("me/merged")
     with hub.trouble(method, pattern, answer, times=1):
-        done = call("push", result, "me/merged", "--json", token=TOKEN)
+        done = call("push", result, "me/merged", "--json", token=TOKEN, **HASTY)
     assert done.code == code, done.err
     if code:
         assert done.answer["error"] == "HubError"

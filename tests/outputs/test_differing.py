@@ -160,7 +160,7 @@ def test_settings_beside_the_weights_are_told_by_their_keys(tmp_path):
         ("generation_config.json", "eos_token_id", None, 7),
         ("chat template", "line 2", "{{ x }}", "{{ y }}"),
     ]
-    assert found.summary() == "all 6 tensors identical; 3 settings differ"
+    assert found.summary() == "all 6 tensors identical; 3 other settings"
 
 
 def test_adapters_are_compared_by_what_they_add(tmp_path):

@@ -36,3 +36,8 @@ def test_methods_are_found_by_name_and_by_what_their_documentation_says():
     assert set(registry()) >= {found["name"] for found in find("arxiv.org/abs/2306.01708")}
     with pytest.raises(RecipeError, match="nothing here is known as 'alchemy'"):
         find("alchemy")
+
+
+def test_a_name_means_one_thing():
+    said = [name.lower() for row in [*known_as(), *not_here()] for name in row["names"]]
+    assert sorted(said) == sorted(set(said))

@@ -36,7 +36,7 @@ def _settings() -> Iterator[tuple[str, Sections]]:
         yield f"{method}, 1", {"merge": {"method": method, "scale": 1.0}}
     yield "tsv-merge, recover", {"merge": {"method": "tsv-merge", "scale": "recover"}}
     for method, scale in (("tsv-merge", 1.0), ("iso-c", "recover"), ("iso-cts", "recover"), ("dc-merge", "recover")):
-        yield f"{method}, {scale}, by tensor", {"merge": {"method": method, "scale": BY_TENSOR}}
+        yield f"{method}, recover by tensor", {"merge": {"method": method, "scale": BY_TENSOR}}
         yield f"{method}, {scale}, with embeddings", {"merge": {"method": method, "scale": scale, **ALL}}
     yield "swudi, with embeddings", {"merge": {"method": "swudi", **ALL}}
     for name, method, step in (

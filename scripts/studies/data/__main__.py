@@ -91,10 +91,8 @@ def table(known: dict[str, Any], tasks: list[str]) -> str:
     lines.append(["---"] * len(lines[0]))
     for name in sorted(means, key=lambda name: -means[name]):
         each = [np.array(known[name]["right"][task], float) for task in tasks]
-        first, second = (
-            np.concatenate([np.array(known[n]["right"][task], float) for task in tasks]) for n in (name, best)
-        )
-        low, high = of_difference(first, second)
+        other = [np.array(known[best]["right"][task], float) for task in tasks]
+        low, high = of_difference(np.concatenate(each), np.concatenate(other))
         apart = "" if name in (best, "experts") else f"{low:+.3f} to {high:+.3f}"
         seconds = f"{known[name]['seconds']:.0f}" if known[name]["seconds"] else ""
         lines.append([name, *(f"{part.mean():.3f}" for part in each), f"{means[name]:.3f}", apart, seconds])
