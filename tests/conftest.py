@@ -3,6 +3,7 @@
 What mergetool remembers between runs lies in a folder of this test run.
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -66,6 +67,17 @@ def browser():
         pytest.skip("no chromium here")
     with browser() as found:
         yield found
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Modules and tests stay to the end: no search for garbage goes through them, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_unconfigure() -> None:
