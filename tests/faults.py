@@ -436,7 +436,7 @@ def main() -> None:
         here, hub = (Campaign(Path(place) / name, options.seed) for name in ("here", "hub"))
         try:
             waiting = pool.submit(failing_hub, hub, 1 if options.small else 6) if "hub" in options.only else None
-            local_faults(here, options.only, *((3, 3, 100) if options.small else (50, 15, 1000)))
+            local_faults(here, options.only, *((1, 3, 100) if options.small else (50, 15, 1000)))
             if waiting:  # mostly for answers, which is why both are tried at once
                 waiting.result()
             for campaign in (here, hub):
