@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
@@ -119,9 +120,20 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Base and experts of a case, saved once for all tests. Nobody may change them."""
+
+    @cache
+    def save(place):
+        return CASES[place].save(tmp_path_factory.mktemp("case"), a=3, b=5)
+
+    return lambda case: save(CASES.index(case))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_an_expert_answers_in_the_bundle_as_it_does_alone(case, tmp_path):
-    paths = case.save(tmp_path, a=3, b=5)
+def test_an_expert_answers_in_the_bundle_as_it_does_alone(case, saved, tmp_path):
+    paths = saved(case)
     model = opened(paths, tmp_path / "out")
     for task, classes in (("a", 3), ("b", 5)):
         expected = case.alone(paths[task]).logits
@@ -234,8 +246,8 @@ def group_weights(model, base, group):
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[11], CASES[14], CASES[16]], ids=str)
-def test_every_task_of_a_group_reads_the_groups_network_with_its_own_head(case, tmp_path):
-    paths = case.save(tmp_path, a=3, b=5)
+def test_every_task_of_a_group_reads_the_groups_network_with_its_own_head(case, saved, tmp_path):
+    paths = saved(case)
     model = opened(paths, tmp_path / "out", rank=0.4)
     groups = [(0, 1), (1,), (0,), (0, 1), (1,)]
     scored = model.networks[0].scores(groups, case.inputs)
@@ -254,8 +266,8 @@ def test_every_task_of_a_group_reads_the_groups_network_with_its_own_head(case, 
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_samples_of_a_batch_are_routed_as_each_alone(case, tmp_path):
-    paths = case.save(tmp_path, a=3, b=5)
+def test_samples_of_a_batch_are_routed_as_each_alone(case, saved, tmp_path):
+    paths = saved(case)
     model = opened(paths, tmp_path / "out", "mass", rank=0.4, router={"threshold": 0.4})
     together = model(**case.inputs)
     for sample in range(len(together.task)):
