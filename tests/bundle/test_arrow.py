@@ -236,7 +236,7 @@ def test_a_manifest_says_whose_shares_they_are(adapted, tmp_path):
         ({"kind": "arrow", "threshold": 0.1}, "`threshold` would have no effect with `kind: arrow`"),
         ({"kind": "arrow", "norm": "l2"}, "`norm` would have no effect"),
         ({"per": "token"}, "`per` would have no effect with `kind: mass`"),
-        ({"early": 8, "norm": "l2"}, "`early` asks how likely tasks are: leave it out, or `kind`, `norm` and `mode`"),
+        ({"early": 8, "norm": "l2"}, "`early` asks how likely tasks are: leave it out, or `norm`"),
     ],
 )
 def test_settings_of_the_other_router_are_refused(router, says, adapted):
