@@ -36,6 +36,7 @@ from mergetool.tensors.source import read_header  # noqa: E402
 from tests.files import content, tensors, write_model, write_models, write_recipe  # noqa: E402
 from tests.forks import Forks, clean_environment  # noqa: E402
 from tests.hub.server import TOKEN, Hub  # noqa: E402
+from tests.limits import without_code  # noqa: E402
 
 PARTS = ("kills", "disks", "inputs", "rivals", "nonsense", "hub")
 OURS = {*range(2, 9), 0}
@@ -241,6 +242,7 @@ def full_disks(campaign: Campaign, recipe: Path, count: int) -> None:
             capture_output=True,
             text=True,
             cwd=campaign.folder,
+            env=without_code(),
             preexec_fn=partial(limit_files, limit),  # not in this process, where a Hub is writing
         )
         campaign.printed.append(done.stdout + done.stderr)

@@ -33,6 +33,7 @@ from tests.files import (
 )
 from tests.forks import clean_environment
 from tests.held import is_measured
+from tests.limits import without_code
 from tests.words import models as words
 from tests.zoo.build import build, tuned
 
@@ -377,7 +378,7 @@ def test_a_disk_that_is_full_on_the_way_is_gone_on_with_when_there_is_room(here)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # less than the first result has
 
     command = [sys.executable, "-m", "mergetool", "run", "r.yaml", "-o", "out"]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, env=without_code())
     assert (done.returncode, "first mix" in done.stderr) == (6, True), done.stderr
     assert not (here / "out").exists()
     mergetool.run("r.yaml", output="out")

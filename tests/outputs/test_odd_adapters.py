@@ -1,7 +1,6 @@
 """Adapters as they lie about: of several towers, of experts, of new words, broken, alike, or idle."""
 
 import json
-import resource
 import shutil
 import warnings
 
@@ -16,6 +15,7 @@ from mergetool.errors import MergeError, OutputError, PlanError, RecipeError, So
 from mergetool.outputs.verify import verify_output
 from tests.checkpoints.adapters.peft_oracle import LLAMA, SMALL, quiet
 from tests.files import write_recipe
+from tests.limits import files_of_at_most
 from tests.outputs.test_merged_adapters import (
     ALL,
     BERT,
@@ -346,15 +346,11 @@ def test_words_and_their_tied_output_layer_may_come_out_with_other_ranks_and_sca
 
 def test_a_file_that_is_too_large_is_told_and_the_advice_works(tmp_path):
     two(tmp_path, first={"r": 32}, second={"r": 32})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    with files_of_at_most(40_000):
         with pytest.raises(OutputError, match="larger than this system allows") as caught:
             mergetool.run(recipes(tmp_path, "linear", names="ab")[0])
         assert "of an adapter a smaller output.rank" in caught.value.fix
         mergetool.run(recipes(tmp_path, "linear", 8, names="ab")[0])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert verify_output(tmp_path / "out")
 
 

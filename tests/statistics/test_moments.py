@@ -1,7 +1,6 @@
 """Statistics where something comes in between: other processes, a full disk, a search, a look at the result."""
 
 import json
-import resource
 import shutil
 import threading
 
@@ -12,6 +11,7 @@ import mergetool
 from mergetool import OutputError, PlanError, RecipeError
 from mergetool.planning.cost import estimate
 from tests.files import content
+from tests.limits import files_of_at_most
 from tests.statistics.networks import TEXTS, write_classifier, write_dense, write_rows
 
 
@@ -70,13 +70,8 @@ def test_runs_at_once_measure_the_same_without_harm(recipe, tmp_path):
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_half_done(place, tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))  # less than a statistic has
-        with pytest.raises(OutputError, match="larger than this system allows") as error:
-            mergetool.measure(place / "a", "gram", place / "a.jsonl", cache=tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with files_of_at_most(3000), pytest.raises(OutputError, match="larger than this system allows") as error:
+        mergetool.measure(place / "a", "gram", place / "a.jsonl", cache=tmp_path)  # a statistic has more bytes
     assert error.value.fix.endswith("--cache DIR")
     assert not list((tmp_path / "statistics").iterdir())
     mergetool.measure(place / "a", "gram", place / "a.jsonl", cache=tmp_path)
