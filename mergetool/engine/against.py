@@ -177,7 +177,7 @@ class _Check:
             else:
                 self._merge(made, sink)
         except SourceError as error:
-            self._broken = sink.broken if error is sink.broken else None
+            self._broken = next((each for each in sink.broken if each is error), None)
             raise
         return sink.compared
 

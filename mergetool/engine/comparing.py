@@ -131,8 +131,8 @@ class ComparingSink:
         self._lock = threading.Lock()
         names = [each.name for opposites in places.values() for each in opposites]
         self.compared = {name: Compared(name, found.specs[name].num_elements) for name in names}
-        self.broken: SourceError | None = None
-        """What is wrong with the checkpoint, if it cannot be read."""
+        self.broken: list[SourceError] = []
+        """What is wrong with the checkpoint, if it cannot be read: what each worker met."""
 
     def write(self, shard: int, name: str, begin: int, data: memoryview) -> None:
         dtype = self._made[name].dtype
@@ -200,7 +200,7 @@ class ComparingSink:
         try:
             yield
         except SourceError as error:
-            self.broken = error
+            self.broken.append(error)
             raise
 
 

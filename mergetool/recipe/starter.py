@@ -9,7 +9,7 @@ import yaml
 from mergetool.methods import registry
 from mergetool.recipe.documentation import method_facts
 
-_NAMES = ("first", "second")
+_NAMES = ("first", "second", "third")
 _COLUMN, _WIDTH = 34, 116
 
 
@@ -26,16 +26,17 @@ def _head(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _models(facts: dict[str, Any]) -> Iterator[str]:
-    alone = bool(registry()[facts["name"]].needs_adapters)
+    kind = registry()[facts["name"]]
+    alone = bool(kind.needs_adapters)
     if facts["base"] != "unused" and not alone:
         yield _line(
             "base: ./models/base", "the common ancestor of the models: a folder, a .safetensors file or org/name"
         )
     yield "models:"
-    for name in _NAMES[: facts["max_models"]]:
+    for name in _NAMES[: max(kind.min_models, min(2, kind.max_models or 2))]:
         place = f"{{adapter: ./adapters/{name}}}" if alone else f"./models/{name}"
         yield _line(f"  {name}: {place}", "a name of your choice, and where that model is")
-    if registry()[facts["name"]].statistic:
+    if kind.statistic:
         yield "calibration:"
         yield _line("  data: ./rows.jsonl", 'rows for all models, one JSON object a line: {"text": "an input"}')
         yield _line("  # samples: 256", "rows that are used, from the first on")

@@ -20,7 +20,7 @@ from tests.statistics.networks import write_classifier, write_rows
 def here(tmp_path, monkeypatch):
     """Models where a new recipe looks for them."""
     monkeypatch.chdir(tmp_path)
-    write_models(tmp_path / "models", names=("base", "first", "second"))
+    write_models(tmp_path / "models", names=("base", "first", "second", "third"))
     return tmp_path
 
 
@@ -38,7 +38,7 @@ def test_every_method_has_a_recipe_to_begin_with_that_is_valid_and_names_every_f
     for key in registry()[name].model_fields:
         assert re.search(rf"^  (# )?{key}:", text, re.MULTILINE), key
     if registry()[name].statistic:
-        for seed, model in enumerate(("first", "second")):
+        for seed, model in enumerate(("base", "first", "second")):
             write_classifier(here / "models" / model, seed)
         write_rows(here / "rows.jsonl")
     if issubclass(registry()[name], TensorMethod):

@@ -582,6 +582,9 @@ def test_junk_anywhere_in_a_recipe_is_a_recipe_error_or_fine(document, data):
 
 
 def test_keys_of_a_section_that_may_be_null_are_told(tmp_path):
-    bundle = SOUND.replace("method: ties\n  density: 0.2", "method: emr\n  router: {unknown: refuse}")
+    bundle = SOUND.replace("method: ties\n  density: 0.2", "method: emr\n  router: {certain: true}")
     (found,) = problems(tmp_path, bundle)
-    assert found[1:] == ("unknown key 'unknown'", "known keys: layers, pool, norm, mode, threshold, top_k, temperature")
+    assert found[1:] == (
+        "unknown key 'certain'",
+        "known keys: layers, pool, norm, mode, threshold, top_k, temperature, unknown, doubt, rank, early",
+    )
