@@ -22,8 +22,8 @@ from mergetool.search.interval import of_difference
 from scripts.demo.tasks import Task
 from scripts.studies.data.classifiers import prepare, right
 from scripts.studies.mass import experts
-from scripts.studies.mass import tasks as sets
 from scripts.studies.mass.experts import MAX_LENGTH, Training
+from scripts.studies.mass.tasks import SETS, chosen
 
 WITHOUT: dict[str, dict[str, Any]] = {
     "linear": {"method": "linear"},
@@ -37,13 +37,6 @@ WITH: dict[str, dict[str, Any]] = {
     "fisher": {"method": "fisher"},
     "ada-merging": {"method": "ada-merging", "steps": 40, "rate": 0.02, "batch": 8},
 }
-
-
-def chosen(folder: Path, names: list[str]) -> list[Task]:
-    """Tasks by name, of whichever set."""
-    wanted = [one for one in sets.SETS if set(names) & set(sets.SETS[one])]
-    every = [task for one in wanted for task in sets.prepare(one, folder / "wheels", folder / "tasks")]
-    return [task for name in names for task in every if task.name == name]
 
 
 def cases(rows: list[int]) -> Iterator[tuple[str, dict[str, Any], int]]:
@@ -102,9 +95,7 @@ def table(known: dict[str, Any], tasks: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument(
-        "--tasks", nargs="+", default=[*sets.SETS["first"], "script"], help="names of tasks of both sets"
-    )
+    parser.add_argument("--tasks", nargs="+", default=[*SETS["first"], "script"], help="names of tasks of both sets")
     parser.add_argument("--steps", type=int, default=Training.steps, help="length of every fine-tune")
     parser.add_argument("--samples", type=int, default=300, help="test samples of every task")
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 256], help="rows of each task to merge with")
