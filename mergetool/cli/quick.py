@@ -24,13 +24,18 @@ _WAY = "_how_mergetool_loads_it"
 _KERNELS = ("libtorch_global_deps.so", "libtorch_cpu.so")
 
 
-def link_torch() -> None:
-    """Begin to link torch's kernels, as its import will, in a thread that leaves the interpreter's lock alone."""
-    if sys.platform == "linux" and "torch" not in sys.modules:
+def prepare_torch(*, whole: bool) -> None:
+    """Begin what can be begun before the import, and shorten that, unless `whole`, for code of others."""
+    if "torch" in sys.modules:
+        return
+    if sys.platform == "linux":
         Thread(target=_link, daemon=True).start()
+    if not whole:
+        shorten_torch()
 
 
 def _link() -> None:
+    """Link the kernels as the import will; the interpreter's lock is left alone."""
     import ctypes
 
     found = importlib.machinery.PathFinder.find_spec("torch")
@@ -45,8 +50,7 @@ def shorten_torch() -> None:
     """Have the import of torch leave for later what computing does not need; not beside methods of other packages."""
     from mergetool.methods import registry
 
-    ours = all(kind.__module__.startswith("mergetool.") for kind in registry().values())
-    if ours and "torch" not in sys.modules:
+    if all(kind.__module__.startswith("mergetool.") for kind in registry().values()):
         sys.meta_path.insert(0, _Finder())
 
 
