@@ -15,7 +15,7 @@ _ENDLESS = 1_000_000
 """What tokenizers call their greatest length where they have none is more than this."""
 _CHARACTERS = 4
 """Of a token, roughly."""
-_BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
     batch: list[Example] = []
     for example in sorted(examples, key=lambda each: (each.length, tuple(each.inputs))):
         alike = bool(batch) and (batch[0].length, tuple(batch[0].inputs)) == (example.length, tuple(example.inputs))
-        if batch and not (alike and example.length * (len(batch) + 1) <= _BATCH_TOKENS):
+        if batch and not (alike and example.length * (len(batch) + 1) <= BATCH_TOKENS):
             yield batch
             batch = []
         batch.append(example)

@@ -80,12 +80,17 @@ def losses(network: "RunningNetwork", examples: "Sequence[Example]") -> "list[fl
 
 def loss_of(network: "RunningNetwork", example: "Example") -> "Tensor":
     """The loss of one example. Raises MergeError where what the network says is no number."""
+    logits = network.model(**tensor_of([example], network.device)).logits[0]
+    return loss_in(logits, example, network.where)
+
+
+def loss_in(logits: "Tensor", example: "Example", where: str) -> "Tensor":
+    """The loss of an example, by what a network says of it. Raises MergeError where that is no number."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    logits = network.model(**tensor_of([example], network.device)).logits[0]
     if not bool(logits.isfinite().all()):
-        raise not_finite("what it says", [example], network.where)
+        raise not_finite("what it says", [example], where)
     if example.label is not None:
         return cross_entropy(logits, torch.tensor(example.label, device=logits.device))
     ids = torch.tensor(example.inputs["input_ids"], device=logits.device)

@@ -67,10 +67,10 @@ class StatisticStore:
     """Statistics on the disk: in a folder that was given, or in the user's cache."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._folder = (folder or cache_folder()) / "statistics"
+        self.folder = (folder or cache_folder()) / "statistics"
 
     def path(self, key: str) -> Path:
-        return self._folder / f"{key}.safetensors"
+        return self.folder / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
         """Whether a statistic is there; one that is damaged is not."""
