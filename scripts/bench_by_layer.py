@@ -1,6 +1,6 @@
 """Peak memory of what is measured layer by layer, on a model with layers of real size.
 
-    python scripts/bench_by_layer.py FOLDER        in a new folder with some 6 GB of room
+    python scripts/bench_by_layer.py FOLDER        in a new folder with some 12 GB of room
 
 A Llama of 8 layers of 4096 x 11008 in bfloat16 (3.4 GB; weights of zeros, which the disk does not hold), 4 rows of
 16 tokens; each statistic in a process of its own, which tells its peak and that of a process that measures nothing.

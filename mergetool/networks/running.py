@@ -15,7 +15,7 @@ from mergetool.networks.library import BUILDING, class_of, first_line, library, 
 from mergetool.networks.modules import kind_of
 from mergetool.networks.places import TensorMap, places_of, tensors_of
 from mergetool.networks.spread import Spread, input_device, is_offloaded
-from mergetool.networks.stages import Stage
+from mergetool.networks.ways import Parts, Way, WayBack, with_more
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.io import bytes_of
 from mergetool.tensors.side_files import read_config
@@ -64,9 +64,20 @@ class RunningNetwork:
                 found |= dict(self._parts(name, value))
         return found
 
-    def stages(self, inputs: Sequence[Mapping[str, Tensor]]) -> Iterator[Stage]:
-        """What runs at once, in order. Each stage wants all inputs to be run before the next one."""
-        yield Stage(0, 1, lambda _: True, lambda place: self.model(**inputs[place]))
+    def ways(self, inputs: Sequence[Mapping[str, Tensor]]) -> Iterator[Way]:
+        """What runs at once, in order. Each way wants all inputs to be run before the next one."""
+        yield Way(0, 1, lambda _: True, lambda place: self.model(**inputs[place]))
+
+    def ways_back(self, inputs: Sequence[Mapping[str, Tensor]], parts: Parts) -> Iterator[WayBack]:
+        """The parameters whose gradients are there at once. Raises PlanError where there can be none."""
+        parameters = self.parameters()
+
+        def gradients(place: int) -> Iterator[tuple[float, Sequence[Tensor | None]]]:
+            wanted = list(parameters.values())
+            for share, value, more in with_more(parts(place, self.model(**inputs[place]))):
+                yield share, torch.autograd.grad(value, wanted, retain_graph=more, allow_unused=True)
+
+        yield WayBack(0, 1, parameters, gradients)
 
     def keeping(self) -> MutableMapping[str, Tensor]:
         """Where tensors wait that are found on the way."""

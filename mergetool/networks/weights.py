@@ -12,12 +12,14 @@ from mergetool.tensors.source import ModelSource, read_whole
 from mergetool.tensors.temporary import folder_of
 
 
-class Weights:
+class LentWeights:
     """The parameters of a network that has none of its own: for each, what a source calls it."""
 
     def __init__(self, source: ModelSource, names: Mapping[int, str], device: torch.device) -> None:
         """`names`: by the identity of a parameter, which tied layers share."""
         self._source, self._names, self.device = source, names, device
+        self.are_trained = False
+        """Whether gradients of them are wanted."""
         self._filled: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._there: dict[int, nn.Parameter] = {}
 
@@ -38,7 +40,7 @@ class Weights:
     def _read(self, empty: nn.Parameter) -> nn.Parameter:
         if id(empty) not in self._there:
             stored = read_whole(self._source, self._names[id(empty)]).view(empty.shape)
-            value = nn.Parameter(stored.to(self.device, empty.dtype), requires_grad=False)
+            value = nn.Parameter(stored.to(self.device, empty.dtype), requires_grad=self.are_trained)
             self._there[id(empty)] = value
         return self._there[id(empty)]
 

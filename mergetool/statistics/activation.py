@@ -46,13 +46,13 @@ class InputActivation(Statistic):
         layers = {name: module for name, module in network.layers().items() if name in names}
         rows, found = list(batches(examples)), Found({})
         with torch.no_grad():
-            for stage in network.stages([tensor_of(batch, network.device) for batch in rows]):
+            for way in network.ways([tensor_of(batch, network.device) for batch in rows]):
                 sums = _Sums(network.where)
-                with hearing({name: module for name, module in layers.items() if stage.has(module)}, sums.add):
-                    for _ in through(stage, rows, tell, sums.begin):
+                with hearing({name: module for name, module in layers.items() if way.has(module)}, sums.add):
+                    for _ in through(way, rows, tell, sums.begin):
                         pass
                 for name, module in layers.items():
-                    if stage.has(module):
+                    if way.has(module):
                         shape = _form(network.shapes[name], kind_of(module))
                         found.tensors[name] = sums.mean(name, shape, network.model.dtype)
         return found

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mergetool.networks.running import RunningNetwork
-    from mergetool.networks.stages import Stage
+    from mergetool.networks.ways import Way
     from mergetool.statistics.examples import Example
 
 Tell = Callable[[int], None]
@@ -122,13 +122,13 @@ def tensor_of(batch: "Sequence[Example]", device: "torch.device") -> "dict[str, 
 
 
 def through(
-    stage: "Stage", batches: "Sequence[Sequence[Example]]", tell: Tell, begin: "Callable[[Sequence[Example]], None]"
+    way: "Way", batches: "Sequence[Sequence[Example]]", tell: Tell, begin: "Callable[[Sequence[Example]], None]"
 ) -> "Iterator[Any]":
     """What the network answers to each batch, of which `begin` hears before it runs."""
     for place, batch in enumerate(batches):
         begin(batch)
-        yield stage.run(place)
-        tell(stage.share(len(batch)))
+        yield way.run(place)
+        tell(way.share(len(batch)))
 
 
 @contextmanager

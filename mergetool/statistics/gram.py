@@ -51,12 +51,12 @@ class InputGram(Statistic):
         linears = {name: module for name, module in network.linears().items() if name in names}
         rows, found = list(batches(examples)), Found(network.keeping(), {})
         with torch.no_grad():
-            for stage in network.stages([tensor_of(batch, network.device) for batch in rows]):
+            for way in network.ways([tensor_of(batch, network.device) for batch in rows]):
                 sums = InputSums(network.where)
-                with sums.watching({name: module for name, module in linears.items() if stage.has(module)}):
-                    for _ in through(stage, rows, tell, sums.begin):
+                with sums.watching({name: module for name, module in linears.items() if way.has(module)}):
+                    for _ in through(way, rows, tell, sums.begin):
                         pass
-                own = {name: module for name, module in linears.items() if stage.has(module)}
+                own = {name: module for name, module in linears.items() if way.has(module)}
                 sums.give(own, network.model.dtype, found)
         return found
 
@@ -142,7 +142,7 @@ class InputSums:
             if leader != name:
                 found.shared[name] = leader
             elif name in self._totals:
-                found.tensors[name] = (self._totals.pop(name) / self._counts[name]).to(dtype).cpu()
+                found.tensors[name] = self._totals.pop(name).div_(self._counts[name]).to(dtype).cpu()
             else:
                 found.tensors[name] = _nothing(module, dtype)
 

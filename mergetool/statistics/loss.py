@@ -40,9 +40,9 @@ class MeanLoss(Statistic):
 
         found, rows = [], [[each] for each in examples]
         with torch.inference_mode():
-            for stage in network.stages([tensor_of(row, network.device) for row in rows]):
-                for example, answer in zip(examples, through(stage, rows, tell, lambda _: None), strict=True):
-                    if stage.is_last:
+            for way in network.ways([tensor_of(row, network.device) for row in rows]):
+                for example, answer in zip(examples, through(way, rows, tell, lambda _: None), strict=True):
+                    if way.is_last:
                         found.append(float(loss_in(answer.logits[0], example, network.where)))
         first, *others = sorted(names)
         mean = torch.tensor(sum(found) / len(found), dtype=torch.float64)

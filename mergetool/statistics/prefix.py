@@ -92,7 +92,7 @@ class _Chain:
     _shared: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from mergetool.networks.stages import blocks_of
+        from mergetool.networks.ways import blocks_of
 
         self.blocks = blocks_of(self.network.model)
         self.linears = self.network.linears()

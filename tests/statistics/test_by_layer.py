@@ -56,7 +56,8 @@ def assert_close(found, expected):
 
 
 KINDS = ("bert", "llama", "mistral", "tied", "bfloat16", "gpt2", "mpnet", "gemma2")
-OTHERS = [(kind, statistic) for kind in ("bert", "tied") for statistic in ("activation", "loss")]
+OTHERS = [(kind, statistic) for kind in ("bert", "tied") for statistic in ("activation", "loss", "fisher")]
+OTHERS += [("gpt2", "fisher"), ("mistral", "gradient"), ("gemma2", "gradient")]
 
 
 @pytest.mark.parametrize(("kind", "statistic"), [*((kind, "gram") for kind in KINDS), *OTHERS])
@@ -121,6 +122,16 @@ def test_a_tensor_that_is_missing_is_told(place, tmp_path):
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(PlanError, match=r"classifier.bias of BertForSequenceClassification is no tensor"):
         mergetool.measure(folder, "gram", place / "rows.jsonl", cache=tmp_path, memory=LITTLE)
+
+
+@pytest.mark.parametrize(("statistic", "more"), [("fisher", {"labels": "exact"}), ("gradient", {})])
+def test_gradients_come_back_through_what_all_blocks_share(place, statistic, more, tmp_path):
+    """A table of relative positions, whose gradient is a sum over blocks; several parts of each row."""
+    folder = place / "mpnet" if (place / "mpnet").exists() else write(place / "mpnet", "mpnet")
+    whole = mergetool.measure(folder, statistic, place / "rows.jsonl", cache=tmp_path / "a", **more)
+    parts = mergetool.measure(folder, statistic, place / "rows.jsonl", cache=tmp_path / "b", memory=LITTLE, **more)
+    assert whole["mpnet.encoder.relative_attention_bias.weight"].abs().max() > 1e-4
+    assert_close(parts, whole)
 
 
 @pytest.mark.parametrize("statistic", ["gram", "loss"])
