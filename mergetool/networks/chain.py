@@ -15,7 +15,7 @@ from mergetool.errors import PlanError
 from mergetool.networks.ways import Way, blocks_of
 from mergetool.networks.weights import LentWeights, own_parameters
 
-IN_ANOTHER_WAY = "measure it where its weights fit in memory, or deal it out: --device-map auto"
+IN_ANOTHER_WAY = "let it have the memory that it takes whole (--memory SIZE), or deal it out: --device-map auto"
 """What can be done where a network cannot be read layer by layer."""
 
 

@@ -117,6 +117,11 @@ def tensor_of(batch: "Sequence[Example]", device: "torch.device") -> "dict[str, 
     """Examples of one length as what a network takes."""
     import torch
 
+    if batch[0].image is not None:
+        from mergetool.statistics.images import read_image
+
+        pixels = [torch.from_numpy(read_image(each.image, each.place)) for each in batch if each.image]
+        return {"pixel_values": torch.stack(pixels).to(device)}
     keys = batch[0].inputs
     return {key: torch.tensor([each.inputs[key] for each in batch], device=device) for key in keys}
 

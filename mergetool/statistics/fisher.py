@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Labels = Literal["sampled", "given", "exact"]
 _HEADS = {
     "ForSequenceClassification": "classes",
+    "ForImageClassification": "classes",
     "ForCausalLM": "next",
     "LMHeadModel": "next",
     "ForMaskedLM": "tokens",
