@@ -34,6 +34,8 @@ class Models(Protocol):
     """config.json of the first model, or empty."""
     architecture: str | None
     """The recipe's `architecture`: a family, a spec file (absolute path), or None."""
+    folder: Path | None
+    """Where the first model and its tokenizer lie, if in a folder."""
 
     @property
     def device(self) -> "torch.device":

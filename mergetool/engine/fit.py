@@ -40,6 +40,8 @@ class WholeModels:
         self.shapes = headers.shapes
         self.config = headers.config
         self.architecture = headers.architecture
+        first = plan.sources[self.names[0]]
+        self.folder = first.tokenizer_folder or first.folder
 
     @property
     def device(self) -> torch.device:

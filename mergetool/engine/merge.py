@@ -9,6 +9,7 @@ from mergetool.methods.base import StatisticsPass, Stats
 from mergetool.methods.group import Note
 from mergetool.planning import Step
 from mergetool.planning.graph import Stage
+from mergetool.planning.sweep import told
 
 Unit = tuple[int, int]
 """(index of a step, first element); within a step, [start, stop)."""
@@ -103,7 +104,8 @@ class MergeStage:
         self._run.schedule.add([self._run.job(step, start, stop, run, after)])
 
     def _visit(self, step: Step, counts: StatisticsPass) -> tuple[Stats, list[Note], list[int]]:
-        stats, notes, shares = self._run.pool.mine().visit(step, counts)
+        stats, found, shares = self._run.pool.mine().visit(step, counts)
+        notes = told(step, found)
         self._run.log.unit(self._stage.name, step, 0, notes)
         return stats, notes, shares
 
@@ -115,7 +117,7 @@ class MergeStage:
         self._performed(step, [(start, stop)], notes)
 
     def _perform(self, step: Step, units: list[Unit], stats: Stats) -> list[Note]:
-        notes = self._run.pool.mine().perform(step, units[0][0], units[-1][1], stats)
+        notes = told(step, self._run.pool.mine().perform(step, units[0][0], units[-1][1], stats))
         for start, _ in units:
             self._run.log.unit(self._stage.name, step, start, notes)
         return notes

@@ -13,16 +13,15 @@ must have a `Reference:` and a `Differs from the paper:` paragraph.
 
 import sys
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeGuard, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from mergetool.alignment.models import Headers
 from mergetool.arch.matrices import MatrixFilter
-from mergetool.methods.group import Note, TensorGroup
+from mergetool.methods.group import Factored, Granularity, Note, Params, StatisticsPass, Stats, TensorGroup
 from mergetool.methods.values import (
     RANK,
     Finite,
@@ -76,59 +75,8 @@ __all__ = [
 ]
 
 _M = TypeVar("_M", bound="Method")
-Granularity = Literal["element", "row", "tensor"]
-"""What must not be torn apart: nothing, rows, or the whole tensor."""
-
-Factored = Literal["sum", "cores", "outputs", "inputs", "product", "halves"]
-"""How products of thin matrices, the changes that adapters make, are merged (`families.low_rank`).
-
-sum: as a combination with known `coefficients`. cores: in bases of what all of them write and read. outputs, inputs: in
-a basis of what they write, or of what they read; the other side stays as it is. product: entry by entry, or row by row.
-halves: the thin matrices by themselves, whatever their product.
-"""
-
-Stats = Mapping[str, tuple[float, ...]]
-"""What passes found out about one tensor (or the whole model): small, exact, and savable as JSON."""
 
 _REGISTRY: dict[str, type["Method"]] = {}
-
-
-class Params(SimpleNamespace):
-    """A method's numbers for one tensor: floats, and tuples (one per model of the group) for per-model fields.
-
-    Names that mean the same in every method have a type; those of single methods are what its fields say.
-    """
-
-    weight: tuple[float, ...]
-    gamma: tuple[float, ...]
-    scale: float
-    t: float
-    noise: float
-    r: float
-    alpha: float
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"the numbers of a tensor stay as they are: {name} cannot be set")
-
-
-class StatisticsPass(Protocol):
-    """One reading pass that only counts. Partial counts of slices add up; `conclude` says what to do next."""
-
-    one_in: int = 1
-    """The share of the elements that the pass looks at: all, or a sample of one in so many, in runs."""
-    joined: bool = False
-    """Whether partial counts, rows of tables then, are put one below the other in file order, not added up."""
-
-    def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
-        """Counts (int64) or sums (float64), on the CPU, of the slices of one unit of work, which come one by one.
-
-        Those of all units are added up, sums of floats in a fixed order. The shape does not depend on the slices.
-        """
-        ...
-
-    def conclude(self, total: "Tensor") -> "StatisticsPass | Stats":
-        """From the summed counts: the next pass, or the finished statistics."""
-        ...
 
 
 class Method(BaseModel):

@@ -1,10 +1,11 @@
-"""One tensor of every model, as a merging method sees it."""
+"""One tensor of every model as a merging method sees it: values, numbers, and passes that count over it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +15,20 @@ if TYPE_CHECKING:
 
 Note = str | tuple[str, float]
 """A remark about a tensor, or a number that was measured on it, by what it is."""
+
+Granularity = Literal["element", "row", "tensor"]
+"""What must not be torn apart: nothing, rows, or the whole tensor."""
+
+Factored = Literal["sum", "cores", "outputs", "inputs", "product", "halves"]
+"""How products of thin matrices, the changes that adapters make, are merged (`families.low_rank`).
+
+sum: as a combination with known `coefficients`. cores: in bases of what all of them write and read. outputs, inputs: in
+a basis of what they write, or of what they read; the other side stays as it is. product: entry by entry, or row by row.
+halves: the thin matrices by themselves, whatever their product.
+"""
+
+Stats = Mapping[str, tuple[float, ...]]
+"""What passes found out about one tensor (or the whole model): small, exact, and savable as JSON."""
 
 
 class Measurements(Protocol):
@@ -119,3 +134,41 @@ class TensorGroup:
         if self.new is None:
             return torch.empty_like(like, dtype=dtype or like.dtype)
         return self.new(name, dtype or like.dtype)
+
+
+class Params(SimpleNamespace):
+    """A method's numbers for one tensor: floats, and tuples (one per model of the group) for per-model fields.
+
+    Names that mean the same in every method have a type; those of single methods are what its fields say.
+    """
+
+    weight: tuple[float, ...]
+    gamma: tuple[float, ...]
+    scale: float
+    t: float
+    noise: float
+    r: float
+    alpha: float
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"the numbers of a tensor stay as they are: {name} cannot be set")
+
+
+class StatisticsPass(Protocol):
+    """One reading pass that only counts. Partial counts of slices add up; `conclude` says what to do next."""
+
+    one_in: int = 1
+    """The share of the elements that the pass looks at: all, or a sample of one in so many, in runs."""
+    joined: bool = False
+    """Whether partial counts, rows of tables then, are put one below the other in file order, not added up."""
+
+    def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
+        """Counts (int64) or sums (float64), on the CPU, of the slices of one unit of work, which come one by one.
+
+        Those of all units are added up, sums of floats in a fixed order. The shape does not depend on the slices.
+        """
+        ...
+
+    def conclude(self, total: "Tensor") -> "StatisticsPass | Stats":
+        """From the summed counts: the next pass, or the finished statistics."""
+        ...

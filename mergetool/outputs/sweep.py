@@ -1,10 +1,10 @@
-"""Several checkpoints in one folder, each whole with a card and a lock of its own: the results of a sweep."""
+"""The results of a sweep, checkpoints or adapters in one folder, each whole with a card and a lock of its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mergetool.outputs import checkpoint
+from mergetool.outputs import adapter, checkpoint
 from mergetool.outputs.record import Record
 from mergetool.planning import Plan
 from mergetool.planning.graph import Shard
@@ -19,12 +19,21 @@ def slot_files(plan: Plan) -> Sequence[Shard]:
 def write_beside(plan: Plan, folder: Path, record: Record) -> None:
     """What belongs to each of them."""
     for name, each in plan.points.items():
-        checkpoint.write_beside(each, folder / name, record)
+        own = record_of(plan, name, record)
+        kind, known = adapter if each.forms else checkpoint, set(own.outputs)
+        kind.write_beside(each, folder / name, own)
+        for file in known - own.outputs.keys():
+            del record.outputs[f"{name}/{file}"]
 
 
 def notes(plan: Plan, folder: Path, record: Record) -> Mapping[str, int]:
-    """Tensors say all that is to be said."""
-    return {}
+    """What is to be said of adapters as a whole; of checkpoints, tensors say it."""
+    told = {name: adapter.notes(each, folder / name, record_of(plan, name, record)) for name, each in _adapters(plan)}
+    return {f"{name}: {note}": count for name, notes in told.items() for note, count in notes.items()}
+
+
+def _adapters(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    return ((name, each) for name, each in plan.points.items() if each.forms)
 
 
 def record_of(plan: Plan, name: str, record: Record) -> Record:

@@ -88,8 +88,8 @@ def make_plan(
 
 
 def _point(make: Callable[[Recipe], Plan], first: Plan | None, recipe: Recipe) -> Plan:
-    """The plan of one result of a sweep: that of the first with other numbers, where no layout has its own."""
-    return make(recipe) if first is None or recipe.layout_overrides else with_numbers(first, recipe)
+    """The plan of one result of a sweep: that of the first with other numbers, where nothing else depends on them."""
+    return make(recipe) if first is None or first.forms or recipe.layout_overrides else with_numbers(first, recipe)
 
 
 def _check_adapters(recipe: Recipe) -> None:

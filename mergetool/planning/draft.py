@@ -50,6 +50,7 @@ class Draft:
         self.extras: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         self.types = {name: read_config(source.folder).get("model_type") for name, source in self.sources.items()}
         self.foreign: dict[str, list[str]] = {}
+        self.complex: dict[str, list[str]] = {}
         self.uses_base = BASE in self.sources
         self.overrides = (*recipe.layout_overrides, *recipe.overrides)
         self.matched = [False] * len(self.overrides)
@@ -83,6 +84,10 @@ class Draft:
             f"{', '.join(map(repr, others))} have them, too: {listed(names)}; an override `use` takes another's"
             for (first, others), names in self.extras.items()
             if others
+        ]
+        self.warnings += [
+            f"{len(names)} tensors of complex numbers are copied from {label(model)}, not merged: {listed(names)}"
+            for model, names in self.complex.items()
         ]
         missed = {step.match: step for step in self.recipe.then if step.match not in self.kernels.matched}
         self.warnings += [
@@ -140,6 +145,8 @@ class Draft:
         spec = self._spec(origin, leader)
         if not spec.dtype.is_float:
             self._check_none_is_float(origin, leader, holders)
+            if spec.dtype.is_complex and {leader, *holders} != {leader}:
+                self.complex.setdefault(leader, []).append(origin.name)
         if not spec.dtype.is_float or spec.num_elements == 0:
             return self._copy(origin, leader, depth)
         models = [model for model in origin.models if model in holders or self.recipe.check.missing == "base"]

@@ -98,6 +98,8 @@ class Step:
     key: str = ""
     """The name that keys random draws and factors."""
     depth: float = 0.0
+    result: str = ""
+    """Of a sweep whose results share no steps, the one that it is for."""
 
     @property
     def spec(self) -> TensorSpec:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mergetool.errors import PlanError
 from mergetool.methods.base import Granularity, Params, StatisticsPass, Stats, TensorGroup, TensorMethod
 from mergetool.methods.group import Note
-from mergetool.planning.graph import Plan, Slot, Step
+from mergetool.planning.graph import Plan, Shard, Slot, Step
 from mergetool.planning.operations import Merge, Operation
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.header import TensorSpec
@@ -142,6 +142,11 @@ def note_of(result: str, note: Note) -> Note:
     return f"{result}: {note}" if isinstance(note, str) else (f"{result}: {note[0]}", note[1])
 
 
+def told(step: Step, notes: list[Note]) -> list[Note]:
+    """What is noted of a step, where it is for one result."""
+    return [note_of(step.result, note) for note in notes] if step.result else notes
+
+
 def notes_about(result: str, others: Iterable[str], notes: Iterable[Note]) -> list[Note]:
     """Of notes on all results, those about one of them, and about all."""
     others = [f"{other}: " for other in others if other != result]
@@ -221,6 +226,9 @@ def swept(recipe: Recipe, output: Path | None, plan_of: Callable[[Plan | None, R
         first = first or plans[name]
     assert first is not None
     output = output or first.output
+    points = {name: replace(plan, output=output and output / name) for name, plan in plans.items()}
+    if first.forms:
+        return _side_by_side(replace(first, recipe=recipe, output=output, points=points))
     shards = tuple(replace(shard, name=f"{name}/{shard.name}") for name in plans for shard in first.shards)
     steps = list(zip(*(plan.steps for plan in plans.values()), strict=True))
     if any(step.operation.counts_again for each in steps for step in each):
@@ -233,8 +241,29 @@ def swept(recipe: Recipe, output: Path | None, plan_of: Callable[[Plan | None, R
         steps=tuple(_step(each, tuple(plans), len(first.shards), whole=whole) for each in steps),
         shards=shards,
         output=output,
-        points={name: replace(plan, output=output and output / name) for name, plan in plans.items()},
+        points=points,
     )
+
+
+def _side_by_side(plan: Plan) -> Plan:
+    """Of adapters: every result has steps of its own, which are small."""
+    steps: list[Step] = []
+    shards: list[Shard] = []
+    for name, point in plan.points.items():
+        steps += [_moved(step, name, len(steps), len(shards)) for step in point.steps]
+        shards += [replace(shard, name=f"{name}/{shard.name}") for shard in point.shards]
+    if any(step.operation.counts_model for step in steps):
+        what = "a step counts over the whole model, which is done once a run where the result is an adapter"
+        raise PlanError(what, "sweep", f"write {_by_tensor(plan)}; or make one result a run: --set merge.NUMBER=...")
+    most = sum(point.bytes_out for point in plan.points.values())
+    return replace(plan, steps=tuple(steps), shards=tuple(shards), bytes_at_most=most)
+
+
+def _moved(step: Step, result: str, steps: int, shards: int) -> Step:
+    """A step of one result behind those of others."""
+    slots = tuple(replace(slot, shard=slot.shard + shards) for slot in step.slots)
+    partners = {name: index + steps for name, index in step.partners.items()}
+    return replace(step, index=step.index + steps, slots=slots, partners=partners, result=result)
 
 
 def _by_tensor(plan: Plan) -> str:

@@ -20,6 +20,10 @@ class DType:
     is_float: bool
     largest: float = 0.0
 
+    @property
+    def is_complex(self) -> bool:
+        return self.name.startswith("C")
+
     def num_bytes(self, num_elements: int) -> int:
         """Bytes of `num_elements` packed elements."""
         return (num_elements * self.bits + 7) // 8

@@ -64,6 +64,14 @@ def test_whole_numbers_are_copied_from_the_base(here):
     assert (step.operation.name, step.reads, step.spec.dtype.name) == ("copy", ("base",), "I64")
 
 
+def test_complex_numbers_are_copied_with_a_word(here):
+    for name in ("base", "a"):
+        changed(here, name, 0, w=torch.zeros(2, dtype=torch.complex64))
+    plan = planned({"method": "task-arithmetic"}, models=("a",))
+    assert steps_of(plan)["w"].operation.name == "copy"
+    assert plan.warnings == ("1 tensors of complex numbers are copied from the base, not merged: w",)
+
+
 def test_tensors_are_visited_in_the_order_of_the_base_file(toys):
     plan = planned(TIES)
     source = plan.sources["base"]

@@ -53,6 +53,11 @@ CASES = {
         {"scale": SCALES},
         {"then": [{"step": "match-norm"}, {"step": "lines", "first": 0.5, "last": 1.0}]},
     ),
+    "numbers of steps": (
+        "task-arithmetic",
+        {"scale": [0.5, 1.0], "lines.last": [1.0, 2.0], "truncate-2.rank": [1, 2]},
+        {"then": [{"step": "truncate", "energy": 0.9}, {"step": "lines", "first": 0.5}, {"step": "truncate"}]},
+    ),
     "overrides": ("ties", {"scale": SCALES}, {"merge": {"overrides": [{"match": "*q_proj*", "scale": 0.2}]}}),
 }
 
@@ -165,7 +170,17 @@ WRONG = {
     "far too many": ("linear", {"weight": {"simplex": 64}}, {"models": dict.fromkeys("abcdefgh", "x")}, "at most 64"),
     "the same twice": ("ties", {"scale": [0.5, 1.0, 0.5]}, {}, "the value 0.5 is there already"),
     "a bundle": ("mass", {"rank": [1, 2]}, {}, "one result a run"),
-    "an adapter": ("ties", {"scale": [1.0]}, {"output": {"kind": "adapter", "rank": 2}}, "adapters are made one a run"),
+    "whole models": ("git-rebasin", {"weight": [0.5]}, {}, "looks at whole models"),
+    "a step that is not there": ("ties", {"lines.last": [0.5]}, {}, r"add then: \[{step: lines}\]"),
+    "a step misspelt": ("ties", {"line.last": [0.5]}, {"then": [{"step": "lines"}]}, "did you mean 'lines'"),
+    "no number of a step": ("ties", {"lines.end": [0.5]}, {"then": [{"step": "lines"}]}, "lines has no number 'end'"),
+    "twice in a step": (
+        "ties",
+        {"lines.last": [0.5]},
+        {"then": [{"step": "lines", "first": 1.0, "last": 2.0}]},
+        "in `then` it would have no effect",
+    ),
+    "a value of a step": ("ties", {"lines.last": ["x"]}, {"then": [{"step": "lines", "first": 1.0}]}, "number"),
     "a repository": ("ties", {"scale": [1.0]}, {"output": {"hub": {"repo": "a/b"}}}, "holds one model"),
     "scores": ("ties", {"scale": [1.0]}, {"evaluate": [{"name": "t"}]}, "scored one by one"),
     "a simplex": ("linear", {"weight": {"simplex": 0}}, {}, "whole number of steps"),

@@ -8,7 +8,8 @@ pass before (`counts`), so that it still sees slices only. `followed` puts metho
 
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -53,6 +54,7 @@ __all__ = [
     "Unit",
     "changes",
     "steps",
+    "titles",
 ]
 
 _REGISTRY: dict[str, type["After"]] = {}
@@ -135,6 +137,14 @@ def changes(group: TensorGroup) -> "Iterator[Tensor]":
 
     for model in group.models:
         yield model if group.base is None else torch.sub(model, group.base, out=group.scratch("then model"))
+
+
+def titles(names: Iterable[str]) -> Iterator[str]:
+    """What the numbers of steps of these names are called by: its name, and a number where there are several."""
+    seen: Counter[str] = Counter()
+    for name in names:
+        seen[name] += 1
+        yield name + (f"-{seen[name]}" if seen[name] > 1 else "")
 
 
 def at_depth(value: object, depth: float) -> float:

@@ -15,6 +15,7 @@ from mergetool.methods.then import (
     Stats,
     TensorGroup,
     TensorMethod,
+    titles,
 )
 
 if TYPE_CHECKING:
@@ -128,10 +129,7 @@ class Followed(TensorMethod):
         return Params(**vars(self.inner.params(depth, models)), **own)
 
     def _title(self, place: int) -> str:
-        """What a step's numbers are called by: its name, and a number where there are several."""
-        names = [step.step_name() for step in self.steps]
-        again = names[:place].count(names[place])
-        return names[place] + (f"-{again + 1}" if again else "")
+        return list(titles(step.step_name() for step in self.steps))[place]
 
     def _numbers(self, place: int, p: Params) -> Params:
         begin = f"{self._title(place)}."
