@@ -14,6 +14,7 @@ from mergetool.engine.context import Context
 from mergetool.engine.devices import free_device, load_linear_algebra
 from mergetool.engine.processes import Team
 from mergetool.errors import MergeError
+from mergetool.kernels.sums import all_finite
 from mergetool.methods.base import expect
 from mergetool.methods.families.fitted import FittedMethod
 from mergetool.planning import Plan
@@ -60,7 +61,7 @@ class WholeModels:
 
     def read(self, model: str, name: str) -> Tensor:
         tensor = read_whole(self._plan.sources[model], name).to(self.compute, copy=True)
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             label = "base" if model == BASE else f"model {model!r}"
             raise MergeError("holds values that are not finite", f"{label}: {name}", "repair or replace that model")
         return tensor.to(self.device)

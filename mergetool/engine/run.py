@@ -160,7 +160,7 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
     if plan.bytes_missing:
         lookup.fetch(progress.say)
         plan = make_plan(recipe, output, lookup=lookup, whole=True)
-    return plan, costs, {} if locked is None else locked.check_contents(plan, progress.say)
+    return plan, costs, recipe.past.digests if locked is None else locked.check_contents(plan, progress.say)
 
 
 def _settled(plan: Plan, flags: Flags, team: Team) -> Costs:

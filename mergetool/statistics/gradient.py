@@ -85,7 +85,7 @@ def losses(network: "RunningNetwork", examples: "Sequence[Example]") -> "list[fl
     """The loss of every example by itself."""
     import torch
 
-    with torch.inference_mode():
+    with torch.no_grad():
         return [float(loss_of(network, example)) for example in examples]
 
 

@@ -162,9 +162,12 @@ def opened(asked: Measuring, running: Running, place: Path) -> "RunningNetwork":
 
 def measured(asked: Measuring, store: StatisticStore, key: str, running: Running, tell: Callable[[int], None]) -> Path:
     """Where a statistic lies, which is measured first if it is not there. `tell` hears of examples that are done."""
+    import torch
+
     if store.has(key):
         tell(len(asked.examples))
         return store.path(key)
     network = opened(asked, running, store.folder)
-    found = asked.statistic.measure(network, asked.examples, list(asked.form.shapes), asked.seed, tell)
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
+        found = asked.statistic.measure(network, asked.examples, list(asked.form.shapes), asked.seed, tell)
     return store.keep(key, found, sorted(asked.form.turned))
