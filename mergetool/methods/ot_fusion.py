@@ -59,5 +59,6 @@ class OTFusion(MappingMethod):
     def _masses(self, evidence: "Evidence", model: int, space: str, count: int) -> "Tensor":
         import torch
 
-        masses = torch.ones(count, dtype=torch.float64) if self.masses == "uniform" else evidence.read(model, space)
+        masses = evidence.read(model, space) if self.masses == "outgoing" else torch.zeros(count, dtype=torch.float64)
+        masses = masses if bool(masses.sum() > 0) else torch.ones_like(masses)
         return masses / masses.sum()
