@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergetool.engine.context import Context
+from mergetool.engine.devices import load_linear_algebra
 from mergetool.errors import PlanError, RecipeError, at
 from mergetool.planning.graph import Stage
 from mergetool.planning.measures import StatisticSource, key_of_statistic, measuring
@@ -92,9 +93,11 @@ class MeasureStage:
         rows = sum(len(each.examples) for each in asked.values())
         run.teller.start(rows, f"measuring {first.statistic.name} of all models", "rows")
         with at(f"measuring {first.statistic.name}"):
-            networks = {models[key]: opened(each, torch.device(run.pool.device)) for key, each in asked.items()}
+            device = torch.device(run.pool.device)
+            load_linear_algebra(device)
+            networks = {models[key]: opened(each, device) for key, each in asked.items()}
             examples = {models[key]: each.examples for key, each in asked.items()}
-            merger = PlanMerger(run.plan)
+            merger = PlanMerger(run.plan, device)
             found = first.statistic.together(networks, examples, merger, first.seed, run.teller.advance)
         return {key: found[models[key]] for key in asked}
 
