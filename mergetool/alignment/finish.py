@@ -19,13 +19,13 @@ from mergetool.arch.spec import ArchSpec
 from mergetool.tensors.writer import sync_folder, write_file, write_tensors
 
 if TYPE_CHECKING:
-    from mergetool.alignment.models import Models
+    from mergetool.alignment.models import Fitted, Models
 
 TENSORS, REPORT = "alignment/repair.safetensors", "alignment/repair.json"
 
 
 def finish(
-    options: Repair, models: "Models", fitted: Aligned, merged: Mapping[str, Tensor], folder: Path | None
+    options: Repair, models: "Models", fitted: "Fitted", merged: Mapping[str, Tensor], folder: Path | None
 ) -> Mapping[str, Tensor]:
     """The tensors that REPAIR changes, in compute dtype, kept in `folder`. Raises PlanError or SourceError."""
     from safetensors.torch import load_file
@@ -59,7 +59,7 @@ def check(options: Repair, models: "Models") -> None:
         try_out(network.module, first, batches[0], statistics=options.mode == "bn-stats")
 
 
-def _repaired(options: Repair, models: "Models", fitted: Aligned, merged: Mapping[str, Tensor]) -> Repaired:
+def _repaired(options: Repair, models: "Models", fitted: "Fitted", merged: Mapping[str, Tensor]) -> Repaired:
     network, batches = _network_and_data(options, models)
     weights = network.inside(merged)
     with data_that_fit("merge.repair", "repair.mode: none"):
@@ -67,6 +67,7 @@ def _repaired(options: Repair, models: "Models", fitted: Aligned, merged: Mappin
             corrected = reset_statistics(network.module, weights, batches)
         else:
             parents = [ParentWeights(models, fitted, network, name) for name in models.names]
+            assert isinstance(fitted, Aligned), "only permuted models are parents"
             layers = _layers(network, fitted.spec)
             corrected = repair(network.module, weights, parents, layers=layers, batches=batches)
     tensors = {network.names[name]: x.cpu().contiguous() for name, x in corrected.tensors.items()}

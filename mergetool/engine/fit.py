@@ -110,7 +110,7 @@ class FittedSource(ModelSource):
         self._model = model
         self._last = threading.local()
         self.folder = source.folder
-        self.specs: Mapping[str, TensorSpec] = source.specs
+        self.specs: Mapping[str, TensorSpec] = {name: fitted.shown(spec) for name, spec in source.specs.items()}
 
     @property
     def files(self) -> tuple[FileStamp, ...]:
@@ -126,7 +126,7 @@ class FittedSource(ModelSource):
         buffer[:] = self._last.data[begin : begin + len(buffer)]
 
     def will_need(self, name: str, begin: int, length: int) -> None:
-        self._source.will_need(name, begin, length)
+        self._source.will_need(name, 0, self._source.specs[name].num_bytes)
 
     def close(self) -> None:
         self._source.close()

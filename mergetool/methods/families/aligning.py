@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergetool.alignment.fitted import Aligned
+    from mergetool.alignment.maps import Mapped
 
 
 class AligningMethod(FittedMethod):
@@ -33,8 +34,8 @@ class AligningMethod(FittedMethod):
     min_models: ClassVar = 2
 
     @abstractmethod
-    def search(self, models: Models) -> "Aligned":
-        """The permutations. Raises PlanError or MergeError."""
+    def search(self, models: Models) -> "Aligned | Mapped":
+        """The permutations, or other maps. Raises PlanError or MergeError."""
 
     def kernel(self) -> TensorMethod:
         return self.combine
@@ -77,7 +78,5 @@ class AligningMethod(FittedMethod):
         self, models: Models, fitted: Fitted, merged: "Mapping[str, Tensor]", folder: Path | None
     ) -> "Mapping[str, Tensor]":
         from mergetool.alignment.finish import finish
-        from mergetool.alignment.fitted import Aligned
 
-        assert isinstance(fitted, Aligned)
         return finish(self.repair, models, fitted, merged, folder)
