@@ -73,7 +73,8 @@ def laws(*kinds: type[Method], in_turn: bool = False) -> Callable[[Law, MethodCa
         reason = law.exemption(case)
         return [pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError)] if reason else []
 
-    tried = [pytest.param(law, case, id=f"{law.name} {case}", marks=marks(law, case)) for law, case in _pairs(kinds, in_turn)]
+    pairs = _pairs(kinds, in_turn)
+    tried = [pytest.param(law, case, id=f"{law.name} {case}", marks=marks(law, case)) for law, case in pairs]
 
     @pytest.mark.parametrize(("law", "case"), tried)
     def test(law: Law, case: MethodCase) -> None:

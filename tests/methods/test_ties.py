@@ -229,7 +229,6 @@ def test_float64_models_are_trimmed_by_their_last_bits():
     assert merged.tolist() == [0.0] * 6 + delta[6:].tolist()
 
 
-
 @pytest.fixture
 def finely(monkeypatch):
     """Tensors of a sixteenth of the size get a sample first, and several units of work."""
