@@ -82,7 +82,7 @@ _REGISTRY: dict[str, type["Method"]] = {}
 class Method(BaseModel):
     """Common to all methods: strict frozen fields, and what the recipe checker needs to know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)
 
     needs_base: ClassVar[Literal["required", "optional", "unused"]]
     min_models: ClassVar[int] = 1
