@@ -14,7 +14,6 @@ import time
 from contextlib import suppress
 
 import huggingface_hub
-import torch.distributed
 
 import mergetool.cli.app
 import mergetool.cli.show
@@ -70,7 +69,7 @@ def settle(wanted):
     os.environ.clear()
     os.environ.update(wanted["env"])
     tempfile.tempdir = None  # look at the new environment
-    sys.stdin = open(0)
+    sys.stdin = open(0)  # noqa: SIM115
     if wanted["network"]:
         with open(wanted["network"]) as there:
             assert ctypes.CDLL(None).setns(there.fileno(), NEW_NETWORK) == 0

@@ -59,8 +59,7 @@ class Running:
             with self._place:
                 told = [[self._told(path) for path in pair] for pair in self._paths]
                 self.ended = [
-                    SimpleNamespace(code=code, out=out, err=err)
-                    for code, (out, err) in zip(codes, told, strict=True)
+                    SimpleNamespace(code=code, out=out, err=err) for code, (out, err) in zip(codes, told, strict=True)
                 ]
         return self.ended
 
@@ -115,7 +114,7 @@ class Forks:
 
     def __init__(self):
         command = [sys.executable, "-m", "tests.forked"]
-        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._running = None
 
     def know(self, module):
@@ -150,7 +149,10 @@ class Forks:
         return self.start(arguments, cwd=cwd, envs=envs)
 
     def start(self, arguments, *, cwd, envs, **how):
-        """The command once for each environment (see HOW). One `start` at a time: what a failed test left running is killed."""
+        """The command once for each environment (see HOW).
+
+        One `start` at a time: what a failed test left running is killed.
+        """
         if self._running is not None and not self._running.ended:
             self._running.end()
         self._running = Running(self._server, [*map(text, arguments)], str(cwd), envs, **how)

@@ -117,9 +117,9 @@ print(codes)
 
 
 @pytest.mark.parametrize(("bad", "codes"), [(-1, "[0, 0]"), (13, "[5, 5]")])
-def test_pieces_are_taken_by_whoever_is_free_and_an_error_of_one_reaches_all(bad, codes):
-    done = subprocess.run([sys.executable, "-c", _TAKING, str(free_port()), str(bad)], capture_output=True, text=True)
-    assert done.stdout.strip() == codes, done.stderr
+def test_pieces_are_taken_by_whoever_is_free_and_an_error_of_one_reaches_all(forks, bad, codes):
+    (done,) = forks.python("-c", _TAKING, free_port(), bad).wait()
+    assert done.out.strip() == codes, done.err
 
 
 @pytest.mark.parametrize("terminated", [False, True])
