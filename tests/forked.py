@@ -94,7 +94,7 @@ def disturb(env):
 
 def python(path, arguments):
     """What `python *arguments` does with `path` before everything else: a text, a module or a file."""
-    forget("mergetool", "tests")
+    forget("mergetool", "tests", "anyio")  # the last brings a plugin of pytest, which looks at it before it is imported
     sys.path.insert(0, path)
     kind, *rest = arguments
     if kind == "-m":
