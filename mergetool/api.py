@@ -131,12 +131,15 @@ def measure(
     seed: int = 0,
     device: str = "cpu",
     cache: str | Path | None = None,
+    memory: int | str | None = None,
+    device_map: str | Mapping[str, str | int] | None = None,
     **settings: Any,
 ) -> "dict[str, Tensor]":
     """Measure a statistic of one model (`gram`, `fisher`, ...) on a file of JSON lines, by the names of its weights.
 
     The options are those of the section `calibration`; `settings` are the statistic's own, such as `labels` of
-    `fisher`. It is kept in the cache and found there again. Raises a MergetoolError.
+    `fisher`. It is kept in the cache and found there again. A network that takes more than `memory` (in bytes or like
+    8GiB) runs layer by layer, or as `device_map` says (of `run`). Raises a MergetoolError.
     """
     from mergetool.engine.measure import measure_one
     from mergetool.recipe.data import Data
@@ -144,7 +147,8 @@ def measure(
 
     asked = Data(data=str(Path(data).absolute()), field=field, samples=samples, length=length)
     compute = Compute.model_validate({"dtype": dtype, "seed": seed})
-    return measure_one(str(model), statistic, asked, settings, compute, device, None if cache is None else Path(cache))
+    place, most = None if cache is None else Path(cache), None if memory is None else parse_size(memory)
+    return measure_one(str(model), statistic, asked, settings, compute, device, place, most, device_map)
 
 
 def compare(

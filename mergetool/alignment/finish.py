@@ -5,29 +5,27 @@ between ends with the same result.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from mergetool.alignment.fitted import Aligned
-from mergetool.alignment.network import Network, build, read_batches
+from mergetool.alignment.network import Network, ParentWeights, build, data_that_fit, read_batches
 from mergetool.alignment.options import Repair
 from mergetool.alignment.repair import Batch, Repaired, correctable, each_on, repair, reset_statistics, try_out
 from mergetool.arch.spec import ArchSpec
-from mergetool.errors import PlanError
 from mergetool.tensors.writer import sync_folder, write_file, write_tensors
 
 if TYPE_CHECKING:
-    from mergetool.alignment.models import Models
+    from mergetool.alignment.models import Fitted, Models
 
 TENSORS, REPORT = "alignment/repair.safetensors", "alignment/repair.json"
 
 
 def finish(
-    options: Repair, models: "Models", fitted: Aligned, merged: Mapping[str, Tensor], folder: Path | None
+    options: Repair, models: "Models", fitted: "Fitted", merged: Mapping[str, Tensor], folder: Path | None
 ) -> Mapping[str, Tensor]:
     """The tensors that REPAIR changes, in compute dtype, kept in `folder`. Raises PlanError or SourceError."""
     from safetensors.torch import load_file
@@ -56,19 +54,20 @@ def check(options: Repair, models: "Models") -> None:
     if options.mode == "none":
         return
     network, batches = _network_and_data(options, models)
-    first = _Parent(models, None, network, models.names[0])
-    with _told():
+    first = ParentWeights(models, None, network, models.names[0])
+    with data_that_fit("merge.repair", "repair.mode: none"):
         try_out(network.module, first, batches[0], statistics=options.mode == "bn-stats")
 
 
-def _repaired(options: Repair, models: "Models", fitted: Aligned, merged: Mapping[str, Tensor]) -> Repaired:
+def _repaired(options: Repair, models: "Models", fitted: "Fitted", merged: Mapping[str, Tensor]) -> Repaired:
     network, batches = _network_and_data(options, models)
     weights = network.inside(merged)
-    with _told():
+    with data_that_fit("merge.repair", "repair.mode: none"):
         if options.mode == "bn-stats":
             corrected = reset_statistics(network.module, weights, batches)
         else:
-            parents = [_Parent(models, fitted, network, name) for name in models.names]
+            parents = [ParentWeights(models, fitted, network, name) for name in models.names]
+            assert isinstance(fitted, Aligned), "only permuted models are parents"
             layers = _layers(network, fitted.spec)
             corrected = repair(network.module, weights, parents, layers=layers, batches=batches)
     tensors = {network.names[name]: x.cpu().contiguous() for name, x in corrected.tensors.items()}
@@ -77,39 +76,10 @@ def _repaired(options: Repair, models: "Models", fitted: Aligned, merged: Mappin
 
 def _network_and_data(options: Repair, models: "Models") -> tuple[Network, list[Batch]]:
     assert options.data is not None
-    network = build(models, options.network)
-    batches = read_batches(models.path(options.data), network.module)
+    network = build(models, options.network, "merge.repair")
+    batches = read_batches(models, options.data, network.module)
     network.module.to(models.device)
     return network, [each_on(models.device, batch) for batch in batches]
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """What torch says of data that do not fit a network, as an error for people."""
-    try:
-        yield
-    except (ValueError, RuntimeError, TypeError, LookupError) as error:
-        what = f"the data cannot be run through the network: {str(error).splitlines()[0]}"
-        fix = "check `data` and `network`, or set repair.mode: none"
-        raise PlanError(what, where="merge.repair", fix=fix) from error
-
-
-class _Parent(Mapping[str, Tensor]):
-    """A model by the names of the network, aligned if it was fitted, read when asked for."""
-
-    def __init__(self, models: "Models", fitted: Aligned | None, network: Network, name: str) -> None:
-        self._models, self._fitted, self._network, self._name = models, fitted, network, name
-
-    def __getitem__(self, key: str) -> Tensor:
-        tensor = self._network.names[key]
-        weights = self._models.read(self._name, tensor)
-        return weights if self._fitted is None else self._fitted.apply(self._name, tensor, weights)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._network.names)
-
-    def __len__(self) -> int:
-        return len(self._network.names)
 
 
 def _layers(network: Network, spec: ArchSpec) -> list[str]:

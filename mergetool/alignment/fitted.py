@@ -23,6 +23,7 @@ from mergetool.arch.apply import transform_tensor
 from mergetool.arch.spec import ArchSpec
 from mergetool.errors import PlanError, SourceError
 from mergetool.kernels.permute import Element
+from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import write_error
 from mergetool.tensors.writer import write_file, write_tensors
 
@@ -45,6 +46,10 @@ class Aligned:
     def homeward(self) -> Mapping[str, Element]:
         """The elements that map each model to the universe."""
         return {name: element.inverse() for name, element in self.elements.items()}
+
+    def shown(self, spec: TensorSpec) -> TensorSpec:
+        """What a tensor is in the universe: the same."""
+        return spec
 
     def apply(self, model: str, name: str, tensor: Tensor) -> Tensor:
         """Tensor `name` of `model` in the universe. What the architecture does not know (integers) stays as it is."""

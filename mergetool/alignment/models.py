@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from mergetool.tensors.header import TensorSpec
+
 _I = TypeVar("_I")
 _T = TypeVar("_T")
 
@@ -34,10 +36,16 @@ class Models(Protocol):
     """config.json of the first model, or empty."""
     architecture: str | None
     """The recipe's `architecture`: a family, a spec file (absolute path), or None."""
+    folder: Path | None
+    """Where the first model and its tokenizer lie, if in a folder."""
 
     @property
     def device(self) -> "torch.device":
         """Where to compute."""
+        ...
+
+    def shapes_of(self, model: str) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of one model by itself: other ones than `shapes` where a method takes models of other widths."""
         ...
 
     def read(self, model: str, name: str) -> "Tensor":
@@ -60,8 +68,12 @@ class Models(Protocol):
 class Fitted(Protocol):
     """What a fit found out: small, savable, and able to show every model's tensors in the common space."""
 
+    def shown(self, spec: "TensorSpec") -> "TensorSpec":
+        """What a tensor is in the common space."""
+        ...
+
     def apply(self, model: str, name: str, tensor: "Tensor") -> "Tensor":
-        """Tensor `name` of `model`, moved to the common space: same shape and dtype."""
+        """Tensor `name` of `model`, moved to the common space: as it is `shown`."""
         ...
 
     def save(self, folder: Path) -> None:

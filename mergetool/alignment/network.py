@@ -1,15 +1,17 @@
-"""The network behind a checkpoint, and data to run through it: what REPAIR needs and the weights alone do not give.
+"""The network behind a checkpoint, and data to run through it: what REPAIR and matching by activations need.
 
 The network is the class that config.json names (built by transformers), or what a function of the user's returns:
 `network: nets.py:build` calls `build()` of the file nets.py, which runs that file. Names of its parameters are those of
 the checkpoint.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from mergetool.alignment.repair import Batch
@@ -18,7 +20,7 @@ from mergetool.errors import PlanError, SourceError
 from mergetool.networks.trace import network_of
 
 if TYPE_CHECKING:
-    from mergetool.alignment.models import Models
+    from mergetool.alignment.models import Fitted, Models
 
 BATCH = 100
 
@@ -35,12 +37,15 @@ class Network:
         return {own: weights[name] for own, name in self.names.items()}
 
 
-def build(models: "Models", factory: str | None) -> Network:
-    """The network of a run's models: by `file.py:function`, or by config.json (None). Raises PlanError."""
+def build(models: "Models", factory: str | None, section: str) -> Network:
+    """The network of a run's models: by `file.py:function`, or by config.json (None). Raises PlanError.
+
+    `section` is the part of the recipe that asks for it.
+    """
     if factory is None:
         return Network(*network_of(models.shapes, models.config))
     text, _, function = factory.rpartition(":")
-    where = f"merge.repair.network: {models.path(text)}"
+    where = f"{section}.network: {models.path(text)}"
     built = call(models.path(text), function, where)
     module = built[0] if isinstance(built, tuple) and built else built  # (module, inputs), as for `architecture`
     if not isinstance(module, nn.Module):
@@ -50,11 +55,32 @@ def build(models: "Models", factory: str | None) -> Network:
     unknown = sorted(set(models.shapes) - set(names))
     if unknown:
         what = f"the network has no tensor {unknown[0]!r}, the models have"
-        raise PlanError(what, where=f"merge.repair.network: {factory}", fix="return the network of these models")
+        raise PlanError(what, where=f"{section}.network: {factory}", fix="return the network of these models")
     return Network(module, names)
 
 
-def read_batches(path: Path, network: nn.Module) -> list[Batch]:
+def read_batches(models: "Models", text: str, network: nn.Module) -> list[Batch]:
+    """The rows of a file that the recipe names: JSON lines of text or tokens, or .safetensors. Raises SourceError."""
+    path = models.path(text)
+    return _tokens(path, models) if path.suffix == ".jsonl" else _tensors(path, network)
+
+
+def _tokens(path: Path, models: "Models") -> list[Batch]:
+    """Rows as the first model's tokenizer reads them, those of one length together."""
+    from mergetool.statistics.examples import batches, examples_of
+    from mergetool.statistics.rows import Fields, read_rows
+
+    rows, folder = read_rows(path, Fields()), models.folder or path.parent
+    try:
+        examples = examples_of(rows, folder, models.config, None, None)
+    except SourceError as error:
+        fix = "write rows that the first model takes, or give their tokens as a .safetensors file"
+        raise SourceError(error.what, error.where, fix) from None
+    listed = list(batches(examples))
+    return [{key: torch.tensor([each.inputs[key] for each in batch]) for key in batch[0].inputs} for batch in listed]
+
+
+def _tensors(path: Path, network: nn.Module) -> list[Batch]:
     """The rows of a .safetensors file in batches of 100.
 
     Its tensors are named like the arguments of the network's `forward`; one tensor alone may have any name.
@@ -89,3 +115,32 @@ def read_batches(path: Path, network: nn.Module) -> list[Batch]:
         (only,) = tensors.values()
         return [only[start : start + BATCH] for start in starts]
     return [{name: x[start : start + BATCH] for name, x in tensors.items()} for start in starts]
+
+
+@contextmanager
+def data_that_fit(section: str, otherwise: str) -> Iterator[None]:
+    """What torch says of data that do not fit a network, as an error for people."""
+    try:
+        yield
+    except (ValueError, RuntimeError, TypeError, LookupError) as error:
+        what = f"the data cannot be run through the network: {str(error).splitlines()[0]}"
+        fix = f"check `data` and `network`, or set {otherwise}"
+        raise PlanError(what, where=section, fix=fix) from error
+
+
+class ParentWeights(Mapping[str, Tensor]):
+    """A model by the names of the network, aligned if it was fitted, read when asked for."""
+
+    def __init__(self, models: "Models", fitted: "Fitted | None", network: Network, name: str) -> None:
+        self._models, self._fitted, self._network, self._name = models, fitted, network, name
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor = self._network.names[key]
+        weights = self._models.read(self._name, tensor)
+        return weights if self._fitted is None else self._fitted.apply(self._name, tensor, weights)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._network.names)
+
+    def __len__(self) -> int:
+        return len(self._network.names)

@@ -41,23 +41,48 @@ class Align(_Strict):
         return self
 
 
+Builder = Annotated[str, Field(strict=True, pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$")]
+DATA_HELP = ".safetensors of inputs, named like the arguments of the network, or .jsonl of texts"
+BUILDER_HELP = (
+    "FILE.py:FUNCTION that builds the network, where transformers cannot from config.json; "
+    "runs that file, so the run needs --trust-code"
+)
+
+
+class MatchBy(_Strict):
+    """What tells which neurons of two networks are the same."""
+
+    by: Literal["weights", "activations"] = Field(
+        "weights", description="their weights, or what they say to the same inputs"
+    )
+    compare: Literal["correlation", "product"] = Field(
+        "correlation", description="of activations: `product` counts loud neurons more"
+    )
+    data: Text | None = Field(None, description=DATA_HELP)
+    network: Builder | None = Field(None, description=BUILDER_HELP)
+
+    @model_validator(mode="after")
+    def _data_for_a_reason(self) -> Any:
+        others = sorted(self.model_fields_set - {"by"})
+        if self.by == "weights" and others:
+            raise ValueError(f"weights are matched without data, so {', '.join(others)} would have no effect")
+        if self.by == "activations" and self.data is None:
+            raise ValueError("activations need data: some hundred inputs, no labels")
+        return self
+
+
+WEIGHTS = MatchBy()
+MATCH_HELP = "what tells that neurons are the same: their weights, or their activations on data"
+
+
 class Repair(_Strict):
     """Whether and how the merged network gets its parents' activations back."""
 
     mode: Literal["none", "bn-stats", "full"] = Field(
         "none", description="correct nothing, the statistics of batch norm layers, or every layer's output channels"
     )
-    data: Text | None = Field(None, description=".safetensors of inputs, named like the arguments of the network")
-    network: Annotated[str, Field(strict=True, pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$")] | None = Field(
-        None,
-        description="FILE.py:FUNCTION that builds the network, where transformers cannot from config.json; "
-        "runs that file, so the run needs --trust-code",
-    )
-
-    @property
-    def file(self) -> str | None:
-        """The Python file of `network`."""
-        return None if self.network is None else self.network.rpartition(":")[0]
+    data: Text | None = Field(None, description=DATA_HELP)
+    network: Builder | None = Field(None, description=BUILDER_HELP)
 
     @model_validator(mode="after")
     def _data_for_a_reason(self) -> Any:

@@ -67,20 +67,20 @@ def try_out(network: nn.Module, weights: Weights, batch: Batch, *, statistics: b
 
     `statistics`: also that there are batch norm statistics to measure.
     """
-    _load(network, weights)
+    load(network, weights)
     if statistics:
         _check_norms(network)
     with torch.no_grad():
-        _run(network, {key: x[:2] for key, x in batch.items()} if isinstance(batch, Mapping) else batch[:2])
+        run(network, {key: x[:2] for key, x in batch.items()} if isinstance(batch, Mapping) else batch[:2])
 
 
 def reset_statistics(network: nn.Module, merged: Weights, batches: Sequence[Batch]) -> Repaired:
     """Measure all batch norm statistics of the merged network anew. Raises ValueError if it has no batch norm."""
-    _load(network, merged)
+    load(network, merged)
     _check_norms(network)
     with _measuring(network), torch.no_grad():
         for batch in batches:
-            _run(network, batch)
+            run(network, batch)
     return Repaired(_statistics(network), {})
 
 
@@ -92,11 +92,11 @@ def repair(
     `parents` are the aligned models. The network is left with other weights than before.
     """
     goals = _goals(network, parents, layers, batches)
-    _load(network, merged)
+    load(network, merged)
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
     with _measuring(network), torch.no_grad(), _hooked(network, layers, _corrector(goals, seen)):
         for batch in batches:
-            _run(network, batch)
+            run(network, batch)
     tensors, ratios = _statistics(network), {}
     for name, (mean, std) in goals.items():
         mean_seen = torch.stack([m for m, _ in seen[name]]).mean(dim=0)
@@ -125,11 +125,11 @@ def _goals(
     """Mean and standard deviation per channel of each layer's outputs, averaged over the parents."""
     collected: dict[str, list[_Moments]] = {name: [] for name in layers}
     for parent in parents:
-        _load(network, parent)
+        load(network, parent)
         moments = {name: _Moments() for name in layers}
         with torch.no_grad(), _hooked(network, layers, _observer(moments)):
             for batch in batches:
-                _run(network, batch)
+                run(network, batch)
         for name in layers:
             if moments[name].count:
                 collected[name].append(moments[name])
@@ -223,7 +223,7 @@ def _statistics(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _load(network: nn.Module, weights: Weights) -> None:
+def load(network: nn.Module, weights: Weights) -> None:
     """Put weights into the network (counters and the like stay), and the network in evaluation mode."""
     own = network.state_dict(keep_vars=True)
     given = {id(x) for name, x in own.items() if name in weights}  # tied tensors have several names
@@ -239,7 +239,8 @@ def each_on(device: torch.device, batch: Batch) -> Batch:
     return {key: x.to(device) for key, x in batch.items()} if isinstance(batch, Mapping) else batch.to(device)
 
 
-def _run(network: nn.Module, batch: Batch) -> None:
+def run(network: nn.Module, batch: Batch) -> None:
+    """Let a batch go through a network."""
     network(**batch) if isinstance(batch, Mapping) else network(batch)
 
 
@@ -258,17 +259,17 @@ def _out_axis(module: nn.Module) -> int:
     return 1 if type(module).__name__ == "Conv1D" else 0
 
 
-def _channel_axis(module: nn.Module) -> int:
+def channel_axis(module: nn.Module) -> int:
     """The axis of the channels in a layer's output."""
     return 1 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else -1
 
 
 def _by_channel(module: nn.Module, output: Tensor) -> Tensor:
-    return output.movedim(_channel_axis(module), 0).flatten(start_dim=1)
+    return output.movedim(channel_axis(module), 0).flatten(start_dim=1)
 
 
 def _along(values: Tensor, module: nn.Module, output: Tensor) -> Tensor:
     """`values`, one per channel, in a shape that broadcasts over `output`."""
     shape = [1] * output.ndim
-    shape[_channel_axis(module)] = -1
+    shape[channel_axis(module)] = -1
     return values.reshape(shape).to(output)

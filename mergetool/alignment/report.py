@@ -61,7 +61,7 @@ def _distances(task: AlignmentTask, home: Sequence[Element]) -> list[list[float]
     products = torch.zeros(num_models, num_models, dtype=torch.float64)
     layouts = task.spec.layouts(matched=True)
     for name, axes in layouts.items():
-        rows = torch.stack([_flat(home[i].apply(task.problem.models[i][name], axes)) for i in range(num_models)])
+        rows = torch.stack([_flat(home[i].apply(task.weights[i][name], axes)) for i in range(num_models)])
         products += (rows @ rows.T).double().cpu()
     norms = products.diagonal()
     squared = (norms[:, None] + norms[None, :] - 2 * products).clamp_min(0)
@@ -74,7 +74,7 @@ def _residual(task: AlignmentTask, home: Sequence[Element]) -> float:
     back = [element.inverse() for element in home]
     return max(
         float((back[i].apply(home[i].apply(model[name], axes), axes) - model[name]).abs().max())
-        for i, model in enumerate(task.problem.models)
+        for i, model in enumerate(task.weights)
         for name, axes in task.spec.layouts(matched=True).items()
     )
 

@@ -5,7 +5,7 @@ nothing. Weights are read when they are needed; those of small models stay in me
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mergetool.alignment.activations import most_said, said
+from mergetool.alignment.options import WEIGHTS, MatchBy
 from mergetool.arch.bind import architectures
 from mergetool.arch.spec import ArchSpec, check_shapes
 from mergetool.errors import PlanError
@@ -39,10 +41,14 @@ may not fit into: glibc raises its threshold up to here. How much is lost to gap
 
 @dataclass(frozen=True)
 class AlignmentTask:
-    """Models to align, in the order of their contents: `problem.models[i]` is the model called `names[i]`."""
+    """Models to align, in the order of their contents: `weights[i]`, `problem.models[i]` are of the model `names[i]`.
+
+    What is matched, in `problem`, are these weights, or what the networks make of data.
+    """
 
     spec: ArchSpec
     names: tuple[str, ...]
+    weights: tuple[Mapping[str, Tensor], ...]
     problem: MatchingProblem
     proof: float | None = None
     """Largest relative change of the network's outputs under the spec, where it is a file of the user's own."""
@@ -90,31 +96,44 @@ def spec_of(models: "Models | Headers") -> ArchSpec:
     return spec
 
 
-def task_of(models: "Models", *, weighting: str = "none") -> AlignmentTask:
+def task_of(models: "Models", *, weighting: str = "none", match: MatchBy = WEIGHTS) -> AlignmentTask:
     """The task that the models of a run pose. `weighting`: "none" or "per-tensor" (see `MatchingProblem.of`).
 
-    Raises PlanError for an unknown architecture, for models that do not fit it, and for a file of the user's own that
-    would change what the network computes.
+    Raises PlanError for an unknown architecture, for models that do not fit it, for a file of the user's own that
+    would change what the network computes, and for data that do not fit the network.
     """
     spec = spec_of(models)
     proof = _prove(spec, models)
-    layouts = spec.layouts(matched=True)
+    layouts: Mapping[str, tuple[Layout, ...]] = spec.layouts(matched=True)
     size = sum(4 * prod(models.shapes[name]) for name in layouts) * len(models.names)
     weights = {name: Weights(models, name, layouts, keep=size <= KEPT_BYTES) for name in models.names}
     names = tuple(sorted(weights, key=lambda name: _content(weights[name])))
-    ordered = [weights[name] for name in names]
-    problem = MatchingProblem.of(spec.spaces, layouts, models=ordered, per_tensor=weighting == "per-tensor")
-    return AlignmentTask(spec, names, problem, proof)
+    ordered = tuple(weights[name] for name in names)
+    told: Sequence[Mapping[str, Tensor]] = ordered
+    if match.by == "activations":
+        layouts, told = said(match, models, spec, names)
+    problem = MatchingProblem.of(spec.spaces, layouts, models=told, per_tensor=weighting == "per-tensor")
+    return AlignmentTask(spec, names, ordered, problem, proof)
 
 
-def search_bytes(spec: ArchSpec, num_models: int, threads: int) -> int:
+def search_bytes(spec: ArchSpec, num_models: int, threads: int, match: MatchBy = WEIGHTS) -> int:
     """Bytes that a search holds at most, counted, not measured.
 
     Small models are kept, very small ones with their images too. Beside that there is one sum of images, as large as a
     model, the piece that is worked on, several times for each model, and scores of families not yet complete. As much
-    again as is made and freed in small blocks may be lost between them.
+    again as is made and freed in small blocks may be lost between them. Activations are searched in the same way, and
+    are measured on one network at a time.
     """
-    pieces = cut(spec.spaces, spec.layouts(matched=True))
+    layouts = spec.layouts(matched=True)
+    if match.by == "weights":
+        return _search_bytes(spec, layouts, num_models, threads)
+    weights = 4 * sum(prod(spec.tensors[name].shape) for name in layouts)
+    kept = num_models * weights if num_models * weights <= KEPT_BYTES else 0
+    return kept + 3 * weights + _search_bytes(spec, most_said(spec), num_models, threads)
+
+
+def _search_bytes(spec: ArchSpec, layouts: Mapping[str, tuple[Layout, ...]], num_models: int, threads: int) -> int:
+    pieces = cut(spec.spaces, layouts)
     one = 4 * sum(prod(piece.shape) for piece in pieces)
     models = num_models * one
     stack = num_models * max(4 * prod(piece.shape) for piece in pieces)

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from mergetool.arch.heads import embeds, is_general
 from mergetool.bundle.present import counterparts
+from mergetool.engine.measure import running
 from mergetool.errors import SourceError
 from mergetool.kernels.differences import cosine, ratio
 from mergetool.kernels.gradients import Descent, descent
 from mergetool.outputs.difference import layer_and_role
+from mergetool.planning.cost import room_to_measure
 from mergetool.planning.measures import measuring
 from mergetool.recipe.data import Data
 from mergetool.recipe.schema import Compute
@@ -106,7 +108,8 @@ class DescentStudy:
         device: "torch.device",
     ) -> None:
         """Raises SourceError or PlanError for data that do not fit."""
-        self._base, self._store, self._device = base, StatisticStore(cache), device
+        self._base, self._store = base, StatisticStore(cache)
+        self._running = running(str(device), room_to_measure(None))
         self._tasks = {name: FineTune.of(name, source, base) for name, source in sources.items()}
         self._asked = {name: self._measuring(name, path) for name, path in data.items()}
 
@@ -126,7 +129,7 @@ class DescentStudy:
         found: Rows = {"descent": [], "descent_by_layer": [], "crosstalk": []}
         for name, asked in self._asked.items():
             tell(f"following the loss of {name} down from the base, on {len(asked.examples)} rows")
-            path = measured(asked, self._store, asked.key(), self._device, lambda _: None)
+            path = measured(asked, self._store, asked.key(), self._running, lambda _: None)
             with closing(SafetensorsSource([path], None)) as gradient:
                 own = {other: self._beside(self._tasks[name], task, gradient) for other, task in self._tasks.items()}
             whole = {other: _sum(each) for other, each in own.items()}
@@ -149,7 +152,7 @@ class DescentStudy:
         from mergetool.networks.running import load_network
 
         asked = self._asked[name]
-        return losses(load_network(model, torch.float32, self._device, asked.where), asked.examples)
+        return losses(load_network(model, torch.float32, self._running.device, asked.where), asked.examples)
 
     def _beside(self, task: FineTune, other: FineTune, gradient: ModelSource) -> dict[str, Descent]:
         """By layer, the products of a task's gradient with the task vector of another one."""

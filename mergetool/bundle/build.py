@@ -186,7 +186,7 @@ class Work:
     def _stored(self, name: str, parameters: Mapping[str, Parameter]) -> list[Factors]:
         """Every task's factors of a tensor, from the store, rounded as they are written."""
         most = max(*parameters[name].ranks, 1)
-        dtype = _torch(self.options.dtype)
+        dtype = torch_dtype(BY_TORCH_NAME[self.options.dtype])
         rounded = []
         for change, rank in zip(self._changes(name), parameters[name].ranks, strict=True):
             factors = change.factors(self.store, most).leading(rank)
@@ -207,14 +207,17 @@ class Work:
             for name, parameter in parameters.items():
                 if parameter.policy == "skip" or (parameter.policy == "svd" and not parameter.ranks[place]):
                     continue
-                change = self.experts.change(task, name)
                 if parameter.policy == "full":
-                    writer.put(whole_name(name), change.dense())
+                    writer.put(whole_name(name), self.experts.change(task, name).whole())
                     continue
-                factors = change.factors(self.store, parameter.ranks[place]).leading(parameter.ranks[place])
+                factors = self._leading(task, name, parameter.ranks[place])
                 for key, part in zip(triplet_names(name), (factors.u, factors.s, factors.v.mT), strict=True):
                     writer.put(key, part)
         return path
+
+    def _leading(self, task: str, name: str, rank: int) -> Factors:
+        known = self.store.known((task, name), rank)
+        return self.experts.change(task, name).leading(self.store, rank) if known is None else known
 
     def measured(self, parameter: Parameter, name: str, paths: Sequence[str]) -> Parameter:
         """The parameter with how much the tasks' factors, as they were written, are in each other's way."""
@@ -346,7 +349,9 @@ class Work:
         write_file(self.folder / CONFIG_NAME, json.dumps(bundle_config(config), indent=2) + "\n")
         write_file(self.folder / "modeling_mass.py", MODELING)
         globs = ("base/*", "factors/*", "heads/**/*", FIRST_PASS, SPECTRA, COMPARED, SHARED, CONFIG_NAME, "*.py")
-        written = [path for glob in globs for path in sorted(self.folder.glob(glob)) if path.is_file()]
+        found = [path for glob in globs for path in sorted(self.folder.glob(glob)) if path.is_file()]
+        written = [path.relative_to(self.folder).as_posix() for path in found]
+        known = {f"{base.path}/{name}": digest for name, digest in base.files.items()}
         manifest = Manifest(
             format_version=3 if (self.folder / SHARED).is_file() else 2 if self._layouts else 1,
             mergetool=__version__,
@@ -358,7 +363,7 @@ class Work:
             router=router,
             heads=self.options.heads,
             layouts=tuple(self._layouts),
-            files={path.relative_to(self.folder).as_posix(): sha256_file(path) for path in written},
+            files={name: known.get(name) or sha256_file(self.folder / name) for name in written},
         )
         self._write(manifest)
         if self.options.router is None or self.options.router.unknown is None or router is None or not router.matrices:
@@ -378,16 +383,12 @@ class Work:
         write_file(self.folder / MANIFEST_NAME, text + "\n")
 
 
-def _torch(name: str) -> torch.dtype:
-    return torch_dtype(BY_TORCH_NAME[name])
-
-
 def _read_factors(path: Path, name: str, device: torch.device) -> Factors | None:
-    """Factors of a tensor in a finished file, in float64; None where it has none of it."""
+    """Factors of a tensor in a finished file, in float32; None where it has none of it."""
     with safe_open(path, framework="pt") as file:
         if triplet_names(name)[0] not in file.keys():  # noqa: SIM118  (not a mapping)
             return None
-        u, s, vh = (file.get_tensor(part).to(device).double() for part in triplet_names(name))
+        u, s, vh = (file.get_tensor(part).to(device).float() for part in triplet_names(name))
     return Factors(u, s, vh.mT)
 
 

@@ -95,7 +95,7 @@ class Experts(Protocol):
         """What a model changed of a tensor."""
         from mergetool.bundle.task_vector import Difference
 
-        return Difference(self.read(model, name).sub_(self.read("base", name)))
+        return Difference(self.read(model, name).sub_(self.read("base", name)), (model, name))
 
     def share(self, call: Callable[[str], T], items: Sequence[str], num_threads: int) -> Sequence[T]:
         """`call` of every item, in order, by so many threads; several processes share the work."""

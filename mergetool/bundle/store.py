@@ -17,6 +17,9 @@ from mergetool.kernels.spectral import Factors, live_factors
 from mergetool.tensors.io import bytes_of, write_error
 from mergetool.tensors.writer import write_tensors
 
+Place = tuple[str, str]
+"""A model, and a tensor of it."""
+
 _VERSION = "live-factors-2"
 """Changes when the same task vector would get other factors."""
 
@@ -26,24 +29,37 @@ class FactorStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._keys: dict[Place, str] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(error, str(folder)) from error
 
-    def factors(self, delta: Tensor, k: int) -> Factors:
+    def factors(self, delta: Tensor, k: int, place: Place | None = None) -> Factors:
         """The at most k leading live triplets of `delta` (m, n), float32 or float64; in float64.
 
-        Stored as they were computed: the polar factor of nearly dependent directions needs all their digits.
+        Stored as they were computed: the polar factor of nearly dependent directions needs all their digits. `place`:
+        where `delta` is from, by which they are found again (`known`) without it.
 
         Raises ValueError if k is not in 1..min(m, n), or `delta` is not finite.
         """
-        path = self.folder / f"{self.key(delta)}.safetensors"
+        key = self.key(delta)
+        path = self._path(key)
+        if place is not None:
+            self._keys[place] = key
         if (stored := _load(path, k)) is not None:
             return Factors(*(part.to(delta.device) for part in (stored.u, stored.s, stored.v)))
         factors = live_factors(delta, k)
         self._save(path, factors, k)
         return factors
+
+    def known(self, place: Place, k: int) -> Factors | None:
+        """What `factors` has found there, if this process has asked for as many."""
+        key = self._keys.get(place)
+        return None if key is None else _load(self._path(key), k)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
 
     @staticmethod
     def key(delta: Tensor) -> str:

@@ -4,11 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from mergetool.bundle.store import FactorStore
+from mergetool.bundle.store import FactorStore, Place
 from mergetool.kernels.low_rank import Pair, triplets
 from mergetool.kernels.spectral import Factors, Rank, kept
+from mergetool.kernels.sums import all_finite
 from mergetool.tensors.factors import Kept
 
 
@@ -37,6 +39,10 @@ class TaskVector(Protocol):
         """At most k leading live singular triplets, float64, of the tensor seen as (rows, everything else)."""
         ...
 
+    def leading(self, store: FactorStore, k: int) -> Factors:
+        """The same, in the dtype in which they are at hand."""
+        return self.factors(store, k).leading(k)
+
     def compared(self, store: FactorStore, k: int) -> Factors:
         """The directions that a router compares inputs with, as far as they are known: at most k, as `factors`."""
         return self.factors(store, k)
@@ -53,12 +59,18 @@ class TaskVector(Protocol):
         """All of it, in the tensor's shape; not to be changed."""
         ...
 
+    def whole(self) -> Tensor:
+        """The same, in the dtype in which it is at hand."""
+        return self.dense()
+
 
 @dataclass(frozen=True, eq=False)
 class Difference(TaskVector):
     """The expert's tensor minus the base's. Its factors are worth keeping in the store."""
 
     delta: Tensor
+    place: Place | None = None
+    """Model and tensor."""
     num_directions = None
 
     @property
@@ -67,10 +79,10 @@ class Difference(TaskVector):
 
     @property
     def is_finite(self) -> bool:
-        return bool(self.delta.isfinite().all())
+        return all_finite(self.delta)
 
     def factors(self, store: FactorStore, k: int) -> Factors:
-        return store.factors(self.delta.flatten(1), k)
+        return store.factors(self.delta.flatten(1), k, self.place)
 
     def dense(self) -> Tensor:
         return self.delta
@@ -94,7 +106,7 @@ class Product(TaskVector):
 
     @property
     def is_finite(self) -> bool:
-        return bool(self.b.isfinite().all()) and bool(self.a.isfinite().all())
+        return all_finite(self.b) and all_finite(self.a)
 
     def factors(self, store: FactorStore, k: int) -> Factors:
         return triplets(Pair(self.b, self.a)).leading(k)
@@ -105,9 +117,18 @@ class Product(TaskVector):
 
 @dataclass(frozen=True, eq=False)
 class StoredInFull(Difference):
-    """What another bundle kept in full."""
+    """What another bundle kept in full, in the dtype of that."""
 
     is_stored = True
+
+    def factors(self, store: FactorStore, k: int) -> Factors:
+        return store.factors(self.dense().flatten(1), k)
+
+    def dense(self) -> Tensor:
+        return self.delta.float()
+
+    def whole(self) -> Tensor:
+        return self.delta
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +136,7 @@ class Stored(TaskVector):
     """What another bundle kept of it: cut further, but never computed anew."""
 
     parts: Factors
-    """In float64."""
+    """In the dtypes in which they are kept."""
     values: Tensor
     """The singular values that could have been kept."""
     shape: tuple[int, ...]
@@ -127,8 +148,11 @@ class Stored(TaskVector):
     def num_directions(self) -> int:
         return self.parts.rank
 
+    def leading(self, store: FactorStore, k: int) -> Factors:
+        return self.parts.leading(k)
+
     def compared(self, store: FactorStore, k: int) -> Factors:
-        return (self.read or self.parts).leading(k)
+        return (self.read or self.parts).leading(k).to(torch.float64)
 
     @property
     def is_nothing(self) -> bool:
@@ -136,26 +160,26 @@ class Stored(TaskVector):
 
     @property
     def is_finite(self) -> bool:
-        return all(bool(part.isfinite().all()) for part in (self.parts.u, self.parts.s, self.parts.v))
+        return all(map(all_finite, (self.parts.u, self.parts.s, self.parts.v)))
 
     def factors(self, store: FactorStore, k: int) -> Factors:
-        return self.parts.leading(k)
+        return self.parts.leading(k).to(torch.float64)
 
     def chosen(self, store: FactorStore, k: int, rank: Rank) -> Factors:
-        return self.factors(store, k)  # a share of a share would be less than was asked for
+        return self.parts.leading(k)  # a share of a share would be less than was asked for
 
     def spectrum(self, chosen: Factors, k: int) -> Tensor:
-        return self.values[:k]
+        return self.values[:k].double()
 
     def dense(self) -> Tensor:
-        return self.parts.dense().view(self.shape)
+        return self.parts.to(torch.float64).dense().view(self.shape)
 
 
 def as_stored(kept: Kept, shape: tuple[int, ...]) -> TaskVector:
     """A change as an earlier bundle kept it."""
     if len(kept) == 1:
-        return StoredInFull(kept[0].float())
-    u, s, vh, values, *read = (part.double() for part in kept)
+        return StoredInFull(kept[0])
+    u, s, vh, values, *read = kept
     compared = Factors(read[0], read[0].new_zeros(read[0].shape[1]), read[1].mT) if read else None
     return Stored(Factors(u, s, vh.mT), values, shape, compared)
 

@@ -11,6 +11,7 @@ from mergetool.errors import OutputError
 from mergetool.units import filesize, timespan
 
 if TYPE_CHECKING:
+    from mergetool.cli.progress import ProgressBar
     from mergetool.outputs.result import Result
     from mergetool.recipe import Recipe
     from mergetool.tensors.hub_upload import Pushed
@@ -34,8 +35,10 @@ def deliver(text: str, output: Path | None) -> None:
     print(output)
 
 
-def say_steps(recipe: "Recipe") -> None:
-    """Every step of a run before it begins, with -v."""
+def say_steps(recipe: "Recipe", progress: "ProgressBar") -> None:
+    """What a run will do, before it begins; with -v, every step."""
+    after = "".join(f", then {step.step_name()}" for step in recipe.then)
+    progress.say(f"{recipe.method.method_name()}{after} of {', '.join(recipe.models)}")
     if not manner.verbose:
         return
     from mergetool.planning import make_plan

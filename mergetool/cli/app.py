@@ -29,6 +29,7 @@ from mergetool.cli.compare import compare
 from mergetool.cli.diff import diff
 from mergetool.cli.evaluate import evaluate
 from mergetool.cli.progress import ProgressBar, waiting
+from mergetool.cli.quick import prepare_torch
 from mergetool.cli.show import manner, say, say_of_more, show_found, show_methods, table
 
 if TYPE_CHECKING:
@@ -93,11 +94,10 @@ def run(
     from mergetool.recipe import load_recipe
 
     manner.quiet |= is_follower()
+    prepare_torch(whole=trust_code)
     with ProgressBar(quiet=manner.quiet) as progress:
         asked = load_recipe(recipe, settings or ())
-        after = "".join(f", then {step.step_name()}" for step in asked.then)
-        progress.say(f"{asked.method.method_name()}{after} of {', '.join(asked.models)}")
-        say_steps(asked)
+        say_steps(asked, progress)
         from mergetool.engine import Flags  # torch comes with it: not before the first word
         from mergetool.tuning.run import run_recipe
 

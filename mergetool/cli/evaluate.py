@@ -52,7 +52,7 @@ def evaluate(
     """
     from mergetool.engine import Flags
     from mergetool.evaluate.options import TaskOptions
-    from mergetool.tuning.placing import device_of, spread_of
+    from mergetool.tuning.placing import device_of
 
     if device_map is None:
         refuse_idle({"--memory": memory}, "no --device-map")
@@ -60,7 +60,7 @@ def evaluate(
     ready(output)
     names = [name for part in tasks for name in part.split(",") if name]
     chosen = [TaskOptions(name=name, include=include, metric=metric) for name in names]
-    how = {"device": device_of(flags), "spread": spread_of(flags), "batch_size": batch_size, "trust_code": trust_code}
+    how = {"device": device_of(flags), "spread": flags.spread, "batch_size": batch_size, "trust_code": trust_code}
     asked = {"--line-to": line_to, "--along": along, "--pairs": pairs}
     given = [flag for flag, value in asked.items() if value]
     if len(given) > 1:

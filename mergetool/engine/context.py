@@ -22,6 +22,7 @@ from mergetool.tensors.source import ModelSource
 if TYPE_CHECKING:
     from mergetool.alignment.models import Fitted, Models
     from mergetool.engine.sinks import Sink
+    from mergetool.networks.spread import Spread
 
 
 class Merging(Protocol):
@@ -54,6 +55,10 @@ class Context:
     """Begins what goes on beside merging, until the run ends."""
     cache: Path | None = None
     """Where statistics are kept, if not in the user's cache."""
+    room: int = 0
+    """Bytes that a network may take while something is measured on it."""
+    spread: "Spread | None" = None
+    """How such a network is dealt out; None: it is on one device."""
     fitted: "tuple[Models, Fitted] | None" = None
     """The whole models, and what a fit has found about them."""
 

@@ -19,7 +19,7 @@ from mergetool.bundle.manifest import Parameter
 from mergetool.bundle.options import Experts, HeadSource
 from mergetool.bundle.present import OwnHead, PresentedSource
 from mergetool.bundle.store import FactorStore
-from mergetool.bundle.task_vector import Product, TaskVector, as_stored
+from mergetool.bundle.task_vector import Difference, Product, TaskVector, as_stored
 from mergetool.engine.context import Context
 from mergetool.engine.devices import free_device, load_linear_algebra, own_stream
 from mergetool.engine.fit import WholeModels
@@ -115,7 +115,17 @@ class WholeExperts(WholeModels, Experts):
         if source.origin is not source and is_same_tensor(source.origin, base, name) and (kept := source.kept(name)):
             return as_stored(tuple(part.to(self.device) for part in kept), shape)
         halves = source.factors(name) if is_same_tensor(source.origin, base, name) else None
-        return super().change(model, name) if halves is None else self._product(halves, shape)
+        if halves is not None:
+            return self._product(halves, shape)
+        return Difference(self.read(model, name).sub_(self._base(name)), (model, name))
+
+    def _base(self, name: str) -> Tensor:
+        """The base's tensor, which all experts ask for in turn; not to be changed."""
+        asked = name, self.device
+        if getattr(self._here, "asked", None) != asked:
+            self._here.asked, self._here.base = asked, self.read(BASE, name)
+        base: Tensor = self._here.base
+        return base
 
     def _product(self, halves: Halves, shape: tuple[int, ...]) -> Product:
         b, a = halves
@@ -153,6 +163,7 @@ class FactoriseStage:
         if manifest is None:
             return
         shutil.rmtree(folder / _STORE, ignore_errors=True)
+        run.record.outputs |= manifest.files
         for name, parameter in manifest.parameters.items():
             run.record.note(name, _notes(parameter))
 

@@ -14,6 +14,7 @@ from mergetool.engine.context import Context
 from mergetool.engine.devices import free_device, load_linear_algebra
 from mergetool.engine.processes import Team
 from mergetool.errors import MergeError
+from mergetool.kernels.sums import all_finite
 from mergetool.methods.base import expect
 from mergetool.methods.families.fitted import FittedMethod
 from mergetool.planning import Plan
@@ -40,6 +41,8 @@ class WholeModels:
         self.shapes = headers.shapes
         self.config = headers.config
         self.architecture = headers.architecture
+        first = plan.sources[self.names[0]]
+        self.folder = first.tokenizer_folder or first.folder
 
     @property
     def device(self) -> torch.device:
@@ -56,9 +59,13 @@ class WholeModels:
         finally:
             del self._here.device
 
+    def shapes_of(self, model: str) -> Mapping[str, tuple[int, ...]]:
+        specs = self._plan.sources[model].specs
+        return {name: specs[name].shape for name in self.shapes}
+
     def read(self, model: str, name: str) -> Tensor:
         tensor = read_whole(self._plan.sources[model], name).to(self.compute, copy=True)
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             label = "base" if model == BASE else f"model {model!r}"
             raise MergeError("holds values that are not finite", f"{label}: {name}", "repair or replace that model")
         return tensor.to(self.device)
@@ -107,7 +114,7 @@ class FittedSource(ModelSource):
         self._model = model
         self._last = threading.local()
         self.folder = source.folder
-        self.specs: Mapping[str, TensorSpec] = source.specs
+        self.specs: Mapping[str, TensorSpec] = {name: fitted.shown(spec) for name, spec in source.specs.items()}
 
     @property
     def files(self) -> tuple[FileStamp, ...]:
@@ -123,7 +130,7 @@ class FittedSource(ModelSource):
         buffer[:] = self._last.data[begin : begin + len(buffer)]
 
     def will_need(self, name: str, begin: int, length: int) -> None:
-        self._source.will_need(name, begin, length)
+        self._source.will_need(name, 0, self._source.specs[name].num_bytes)
 
     def close(self) -> None:
         self._source.close()

@@ -47,7 +47,7 @@ def change_bundle(
     _check_kind(bundle, manifest, add, remove)
     _check_names(bundle, manifest, add, remove)
     check_files(bundle, manifest, hashes=True)
-    check_base(bundle, manifest, hashes=True)
+    check_base(bundle, manifest, hashes=manifest.base.kind == "reference")
     asked = _recipe(bundle, manifest, add, remove)
     if (bundle / "calibration.json").is_file():
         progress.say("warning: its calibration was for other experts and is left out: calibrate again")
@@ -95,7 +95,8 @@ def _recipe(bundle: Path, manifest: Manifest, add: Mapping[str, Any], remove: Se
     inputs, origins = (
         {name: lock[key][name] for name in stayed if name in lock.get(key, {})} for key in ("inputs", "origins")
     )
-    past = Past(bundle.absolute(), {task.name: task for task in kept}, inputs, origins)
+    digests = {f"{place}/{name}": digest for name, digest in manifest.files.items()}  # compared a moment ago
+    past = Past(bundle.absolute(), {task.name: task for task in kept}, inputs, origins, digests)
     models = {task.name: told["models"][task.name] for task in kept if task.name in told.get("models", {})}
     return replace(asked, past=past, document={**told, "models": models | dict(add)}, name=place)
 

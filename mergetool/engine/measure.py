@@ -6,23 +6,27 @@ Each is kept in the cache when it is whole, so a run that was killed goes on wit
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergetool.engine.context import Context
 from mergetool.errors import PlanError, RecipeError, at
+from mergetool.planning.cost import room_to_measure
 from mergetool.planning.graph import Stage
 from mergetool.planning.measures import StatisticSource, key_of_statistic, measuring
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.data import Data
 from mergetool.recipe.schema import Compute
 from mergetool.statistics.base import Found, JointStatistic, Statistic
-from mergetool.statistics.measure import STATISTICS, Measuring, measured, opened
+from mergetool.statistics.measure import STATISTICS, Measuring, Running, measured, opened
 from mergetool.statistics.store import StatisticStore
 from mergetool.tensors.source import SafetensorsSource
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mergetool.networks.spread import Spread
 
 
 class MeasureStage:
@@ -55,16 +59,18 @@ class MeasureStage:
                 paths[key] = self._one(each, store)
         return paths | (self._together(together, store) if together else {})
 
+    @cached_property
+    def _running(self) -> Running:
+        return running(self._run.pool.device, self._run.room, self._run.spread)
+
     def _one(self, asked: Measuring, store: StatisticStore) -> Path:
         """Where the statistic of one model lies."""
-        import torch
-
         run, name, key = self._run, asked.statistic.name, asked.key()
         known = store.has(key)
         if not known:
             run.teller.start(len(asked.examples), f"measuring {name} of {asked.where}", "rows")
         with at(f"measuring {name}"):
-            path = measured(asked, store, key, torch.device(run.pool.device), run.teller.advance)
+            path = measured(asked, store, key, self._running, run.teller.advance)
         self._told(asked, key, known=known)
         return path
 
@@ -75,24 +81,25 @@ class MeasureStage:
         keys = {name: joint_key(self._run.plan, asked, name) for name in asked}
         known = all(store.has(key) for key in keys.values())
         if not known:
-            for name, found in self._found_together(asked).items():
+            for name, found in self._found_together(asked, store.folder).items():
                 store.keep(keys[name], found, sorted(asked[name].form.turned))
         for name, each in asked.items():
             self._told(each, keys[name], known=known)
         return {name: store.path(key) for name, key in keys.items()}
 
-    def _found_together(self, asked: dict[str, Measuring]) -> Mapping[str, Found]:
-        import torch
-
+    def _found_together(self, asked: dict[str, Measuring], folder: Path) -> Mapping[str, Found]:
         from mergetool.engine.together import PlanMerger
 
         run, first = self._run, next(iter(asked.values()))
         assert isinstance(first.statistic, JointStatistic)
+        if run.spread is not None:
+            what = f"{first.statistic.name} is measured on networks that change meanwhile, which must lie in memory"
+            raise PlanError(what, "--device-map", "leave it out")
         models = {key_of_statistic(model): model for model in run.plan.recipe.models}
         rows = sum(len(each.examples) for each in asked.values())
         run.teller.start(rows, f"measuring {first.statistic.name} of all models", "rows")
         with at(f"measuring {first.statistic.name}"):
-            networks = {models[key]: opened(each, torch.device(run.pool.device)) for key, each in asked.items()}
+            networks = {models[key]: opened(each, self._running, folder) for key, each in asked.items()}
             examples = {models[key]: each.examples for key, each in asked.items()}
             merger = PlanMerger(run.plan)
             found = first.statistic.together(networks, examples, merger, first.seed, run.teller.advance)
@@ -103,6 +110,17 @@ class MeasureStage:
         how = "kept from before" if known else f"measured on {len(asked.examples)} rows"
         run.teller.say(f"{name} of {asked.where}: {how}")
         run.record.statistics[asked.where] = asked.describe() | {"key": key}
+
+
+def running(device: str, room: int, spread: "Spread | None" = None) -> Running:
+    """Where networks run, in memory and on a device that both have room."""
+    import torch
+
+    from mergetool.engine.devices import free_memory
+
+    place = torch.device(device)
+    there = free_memory(place)
+    return Running(place, room if there is None else min(room, there), spread)
 
 
 def _check_words(asked: Measuring) -> None:
@@ -120,18 +138,22 @@ def measure_one(
     compute: Compute,
     device: str,
     cache: Path | None,
+    memory: int | None = None,
+    device_map: str | Mapping[str, str | int] | None = None,
 ) -> "dict[str, Tensor]":
     """A statistic of one model, by the names of its weights. Raises SourceError, PlanError or MergeError."""
-    import torch
     from safetensors.torch import load_file
 
+    from mergetool.networks.spread import Spread
+
+    spread = None if device_map is None else Spread(device_map, memory)
     lookup = Lookup(Path.cwd())
     lookup.open("model", reference).close()
     lookup.fetch(lambda _: None)
     with closing(lookup.open("model", reference)) as source:
         asked = measuring(_statistic(statistic, settings), source, data, compute, reference)
         store = StatisticStore(cache)
-        path = measured(asked, store, asked.key(), torch.device(device), lambda _: None)
+        path = measured(asked, store, asked.key(), running(device, room_to_measure(memory), spread), lambda _: None)
     found, shared = load_file(path), StatisticSource.given(SafetensorsSource([path], None))
     return {name: found[shared.stored_name(name)] for name in shared.specs}
 

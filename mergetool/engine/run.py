@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mergetool.engine.choice import settled
 from mergetool.engine.context import Context
@@ -39,6 +40,9 @@ from mergetool.planning.sources import Lookup
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.writer import SlotWriter
 
+if TYPE_CHECKING:
+    from mergetool.networks.spread import Spread
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -62,6 +66,13 @@ class Flags:
     """Whether recipe and inputs must be what an earlier lock says."""
     device_map: str | Mapping[str, str | int] | None = None
     """How networks that are run are dealt over devices, memory (at most `memory`) and the disk."""
+
+    @property
+    def spread(self) -> "Spread | None":
+        """How networks are dealt out; None: they are on one device. Raises PlanError for an unknown way."""
+        from mergetool.networks.spread import Spread
+
+        return None if self.device_map is None else Spread(self.device_map, self.memory)
 
 
 def run_recipe(
@@ -149,7 +160,7 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
     if plan.bytes_missing:
         lookup.fetch(progress.say)
         plan = make_plan(recipe, output, lookup=lookup, whole=True)
-    return plan, costs, {} if locked is None else locked.check_contents(plan, progress.say)
+    return plan, costs, recipe.past.digests if locked is None else locked.check_contents(plan, progress.say)
 
 
 def _settled(plan: Plan, flags: Flags, team: Team) -> Costs:
@@ -229,7 +240,7 @@ def _merge(
     writer = team.leader_first(lambda: _open_writer(plan, staging))
     try:
         run = _context(plan, writer, staging.journal, costs, progress, team)
-        run.cache = flags.cache
+        run.cache, run.room, run.spread = flags.cache, costs.room, flags.spread
         _work(run, writer, costs, flags, staging.journal)
     finally:
         writer.close()

@@ -24,3 +24,8 @@ def wide_row_sums(x: Tensor, scratch: Scratch) -> Tensor:
 
 def _widened(x: Tensor, scratch: Scratch) -> Tensor:
     return x if x.dtype == torch.float64 else scratch("wide", torch.float64).copy_(x)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no entry is infinite or not a number. A sum that is finite tells, sooner than a look at each."""
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())

@@ -82,7 +82,7 @@ _REGISTRY: dict[str, type["Method"]] = {}
 class Method(BaseModel):
     """Common to all methods: strict frozen fields, and what the recipe checker needs to know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)
 
     needs_base: ClassVar[Literal["required", "optional", "unused"]]
     min_models: ClassVar[int] = 1
@@ -110,6 +110,8 @@ class Method(BaseModel):
     """The statistic of every model that it needs, if any (`mergetool.statistics`)."""
     statistic_of_base: ClassVar[str] = ""
     """The statistic of the base that steps after it need, if any."""
+    resizes: ClassVar[bool] = False
+    """Whether it takes models whose tensors have other shapes than the result's."""
     varies: ClassVar[bool] = True
     """Whether its settings may differ from tensor to tensor (overrides)."""
 

@@ -18,7 +18,9 @@ does, not variances.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from mergetool.alignment.models import Models
 from mergetool.alignment.options import Align
@@ -41,6 +43,12 @@ class C2M3(AligningMethod):
         "precision": "the order of neurons is that of a model chosen by content, as read in the compute dtype",
     }
 
+    @model_validator(mode="after")
+    def _matches_for_a_reason(self) -> Self:
+        if self.align.permutations is not None and self.match.by != "weights":
+            raise ValueError("with align.permutations nothing is searched, so match would have no effect")
+        return self
+
     def files(self) -> Mapping[str, str]:
         taken = self.align.permutations
         return {**super().files(), **({} if taken is None else {"merge.align.permutations": taken})}
@@ -56,7 +64,7 @@ class C2M3(AligningMethod):
 
         if self.align.permutations is not None:
             return load(models.path(self.align.permutations), spec_of(models), models.names)
-        task = task_of(models, weighting=self.align.weighting)
+        task = task_of(models, weighting=self.align.weighting, match=self.match)
         fit = self._search(task, models)
         elements = dict(zip(task.names, fit.elements, strict=True))
         report = report_of(task, "c2m3", elements, fit.history)

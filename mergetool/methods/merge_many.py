@@ -38,7 +38,7 @@ class MergeMany(AligningMethod):
         from mergetool.kernels.frank_wolfe import in_universe_of
         from mergetool.kernels.weight_matching import merge_many
 
-        task = task_of(models, weighting=self.weighting)
+        task = task_of(models, weighting=self.weighting, match=self.match)
         to_universe, history = merge_many(task.problem)
         elements = dict(zip(task.names, in_universe_of(to_universe, 0), strict=True))
         models.say(f"matched {len(task.names)} models in {len(history) - 1} sweeps, objective {history[-1]:.6g}")

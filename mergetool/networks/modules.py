@@ -24,7 +24,7 @@ def parts_of(names: Collection[str], config: Mapping[str, Any], where: str) -> d
         owner[name] = (name.rpartition(".")[0], module)
     known = {name: names for names in shared.values() for name in names}
     parts = {}
-    for stored, name in _in_memory(names, network).items():
+    for stored, name in in_memory(names, network).items():
         if name in known:
             first, *_ = several = (name, *(other for other in known[name] if other != name))
             parts[stored] = _part(several, *owner[first], network)
@@ -63,7 +63,7 @@ def layers_of(names: Collection[str], config: Mapping[str, Any], where: str, fix
     for name, module, parameter in _parameters(network):
         owners.setdefault(id(parameter), []).append((name, module))
     alone = {each[0][0]: each[0][1] for each in owners.values() if len(each) == 1}
-    inside = {name: inner for name, inner in _in_memory(names, network).items() if inner.endswith(".weight")}
+    inside = {name: inner for name, inner in in_memory(names, network).items() if inner.endswith(".weight")}
     kinds = {name: kind_of(alone[inner]) for name, inner in inside.items() if inner in alone}
     return {name: kind for name, kind in kinds.items() if kind is not None}
 
@@ -101,7 +101,7 @@ def _part(names: tuple[str, ...], module: str, kind: nn.Module, network: Any) ->
     return InMemory(names, layer, turned)
 
 
-def _in_memory(names: Collection[str], network: Any) -> dict[str, str]:
+def in_memory(names: Collection[str], network: Any) -> dict[str, str]:
     """What the network calls the tensors of a file, as transformers loads it; not those that it puts together."""
     mapping, loading = module_of_library("conversion_mapping"), module_of_library("core_model_loading")
     if mapping is None or loading is None:  # before transformers 5

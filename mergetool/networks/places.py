@@ -74,7 +74,7 @@ def places_of(model: Any, shapes: Shapes) -> TensorMap:
     Names that are the same, but for the prefix of a bare model, are believed. Only if that leaves tensors of the
     checkpoint over, a model of marks is loaded, as large as this one.
     """
-    own, names = tensors_of(model), _of_one_name(model, shapes)
+    own, names = tensors_of(model), of_one_name(model, shapes)
     if set(names.values()) == set(shapes):
         return TensorMap(names)
     unknown = [name for name, value in own.items() if name not in names and value.numel()]
@@ -87,7 +87,8 @@ def places_of(model: Any, shapes: Shapes) -> TensorMap:
     return TensorMap(names, {name: parts for name, parts in fragments.items() if parts})
 
 
-def _of_one_name(model: Any, shapes: Shapes) -> dict[str, str]:
+def of_one_name(model: Any, shapes: Shapes) -> dict[str, str]:
+    """Tensors of a model that a checkpoint calls as the model does, but for the prefix of a bare model."""
     prefix = f"{model.base_model_prefix}."
     names = {}
     for name in tensors_of(model):

@@ -1,22 +1,27 @@
 """A model that runs, out of whatever its weights are read from, and what a checkpoint calls its parts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mergetool.checkpoints.view import RenamedModel
 from mergetool.errors import PlanError, SourceError
 from mergetool.networks.library import BUILDING, class_of, first_line, library, quiet
 from mergetool.networks.modules import kind_of
 from mergetool.networks.places import TensorMap, places_of, tensors_of
+from mergetool.networks.spread import Spread, input_device, is_offloaded
+from mergetool.networks.ways import Parts, Way, WayBack, with_more
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.io import bytes_of
 from mergetool.tensors.side_files import read_config
-from mergetool.tensors.source import ModelSource
+from mergetool.tensors.source import ModelSource, SafetensorsSource
 
-_WHOLE = "save the model whole, with save_pretrained, and its config.json beside it"
+WHOLE = "save the model whole, with save_pretrained, and its config.json beside it"
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class RunningNetwork:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+        return input_device(self.model)
 
     def linears(self) -> dict[str, nn.Module]:
         """The linear layers by what the checkpoint calls their weights."""
@@ -43,7 +48,10 @@ class RunningNetwork:
         return {self.places.names[name]: each for name, each in modules.items() if name in self.places.names}
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What can be trained, each once, by its name in memory."""
+        """What can be trained, each once, by its name in memory. Raises PlanError where some of it is elsewhere."""
+        if is_offloaded(self.model):
+            what = "is dealt out over memory or the disk, and gradients need all of it on devices"
+            raise PlanError(what, self.where, "leave --device-map out, or take a method without gradients: regmean")
         return dict(self.model.named_parameters())
 
     def stored(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -55,6 +63,25 @@ class RunningNetwork:
             if (value := alike.get(id(tensor))) is not None:
                 found |= dict(self._parts(name, value))
         return found
+
+    def ways(self, inputs: Sequence[Mapping[str, Tensor]]) -> Iterator[Way]:
+        """What runs at once, in order. Each way wants all inputs to be run before the next one."""
+        yield Way(0, 1, lambda _: True, lambda place: self.model(**inputs[place]))
+
+    def ways_back(self, inputs: Sequence[Mapping[str, Tensor]], parts: Parts) -> Iterator[WayBack]:
+        """The parameters whose gradients are there at once. Raises PlanError where there can be none."""
+        parameters = self.parameters()
+
+        def gradients(place: int) -> Iterator[tuple[float, Sequence[Tensor | None]]]:
+            wanted = list(parameters.values())
+            for share, value, more in with_more(parts(place, self.model(**inputs[place]))):
+                yield share, torch.autograd.grad(value, wanted, retain_graph=more, allow_unused=True)
+
+        yield WayBack(0, 1, parameters, gradients)
+
+    def keeping(self) -> MutableMapping[str, Tensor]:
+        """Where tensors wait that are found on the way."""
+        return {}
 
     def put(self, values: Mapping[str, Tensor]) -> None:
         """Set tensors, by their names in the checkpoint. What the network does not have is passed over."""
@@ -79,27 +106,56 @@ class RunningNetwork:
                 yield part.name, held.view(self.shapes[part.name])
 
 
-def load_network(source: ModelSource, dtype: torch.dtype, device: torch.device, where: str) -> RunningNetwork:
-    """The network of a model's own class, its weights read from `source`. Raises SourceError."""
+def load_network(
+    source: ModelSource, dtype: torch.dtype, device: torch.device, where: str, spread: Spread | None = None
+) -> RunningNetwork:
+    """The network of a model's own class, its weights read from `source`; on a device, or dealt out.
+
+    Raises SourceError.
+    """
     assert source.folder is not None
-    kind = class_of(read_config(source.folder), where)
-    tensors = {name: read_tensor(source, name) for name in source.specs}
-    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    kind, told = class_of(read_config(source.folder), where), dict[str, Any]()
+    shapes = {name: spec.shape for name, spec in source.specs.items()}
     try:
         with BUILDING, quiet():
-            config = library("measuring", where).AutoConfig.from_pretrained(source.folder)
-            config.use_cache = False  # nothing here is generated
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config  # the weights come as plain numbers
-            model, told = kind.from_pretrained(
-                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
-            )
+            config = config_to_run(source.folder, where)
+            load = partial(_load, kind, told, config=config, dtype=dtype)
+            if spread is not None and _is_folder(source):
+                model = spread.opened(partial(load, source.folder, local_files_only=True))
+            else:
+                model = load(None, state_dict={name: read_tensor(source, name) for name in source.specs})
     except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
-        raise SourceError(f"transformers cannot open it: {first_line(error)}", where, _WHOLE) from error
+        raise SourceError(f"transformers cannot open it: {first_line(error)}", where, WHOLE) from error
     if missing := sorted(told["missing_keys"]):
         what = f"{len(missing)} tensors of {kind.__name__} are not in the model: {missing[0]}"
-        raise SourceError(what, where, _WHOLE)
-    return RunningNetwork(model.eval().to(device), places_of(model, shapes), shapes, where)
+        raise SourceError(what, where, WHOLE)
+    if spread is None:
+        model.to(device)
+    elif not _is_folder(source):
+        spread.dealt(model)
+    return RunningNetwork(model.eval(), places_of(model, shapes), shapes, where)
+
+
+def _load(kind: Any, told: dict[str, Any], folder: Path | None, **more: Any) -> Any:
+    """A model, and beside it what transformers tells of how it was loaded."""
+    model, found = kind.from_pretrained(folder, output_loading_info=True, **more)
+    told.update(found)
+    return model
+
+
+def _is_folder(source: ModelSource) -> bool:
+    """Whether a model is what lies in its folder, and transformers can read it there."""
+    plain = source.model if isinstance(source, RenamedModel) else source
+    return isinstance(plain, SafetensorsSource) and all(each.path.parent == source.folder for each in plain.files)
+
+
+def config_to_run(folder: Path, where: str) -> Any:
+    """The config of a network that is fed with plain weights and answers once."""
+    config = library("measuring", where).AutoConfig.from_pretrained(folder)
+    config.use_cache = False  # nothing here is generated
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights come as plain numbers
+    return config
 
 
 def read_tensor(source: ModelSource, name: str) -> Tensor:

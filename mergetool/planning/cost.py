@@ -40,6 +40,8 @@ class Costs:
     """Where the arithmetic is done."""
     why: str = ""
     """What was expected there and elsewhere, where there was a choice."""
+    room: int = 0
+    """What a network that is measured may take."""
     seconds: float | None = None
     """What the chosen one should take, by rates measured here."""
 
@@ -121,7 +123,7 @@ def _estimate(plan: Plan, workers: int | None, memory: int | None, processes: in
     together = min(step_budget, sum(whole[:count]))
     before = max(_fit_memory(plan, cores, memory), _measuring_memory(plan, memory))
     peak = fixed + max(count * one + together, before)
-    return Costs(count, peak, step_budget, plan.bytes_in, plan.bytes_out)
+    return Costs(count, peak, step_budget, plan.bytes_in, plan.bytes_out, room=room_to_measure(memory))
 
 
 def _fit_memory(plan: Plan, threads: int, memory: int | None) -> int:
@@ -137,14 +139,19 @@ def _fit_memory(plan: Plan, threads: int, memory: int | None) -> int:
 
 def _measuring_memory(plan: Plan, memory: int | None) -> int:
     """What measuring one statistic takes at most, or one of all models together. Raises PlanError for less `memory`."""
-    every = to_measure(plan.sources)
+    every, room = to_measure(plan.sources), room_to_measure(memory)
     alone, together = ([each for each in every if each.is_joint == joint] for joint in (False, True))
     for asked in alone:
-        _check_before(asked.memory, memory, f"{asked.where} needs {{}} to measure its {asked.statistic.name}")
+        _check_before(asked.memory_in(room), memory, f"{asked.where} needs {{}} to measure its {asked.statistic.name}")
     at_once = sum(asked.memory for asked in together)
     if together:
         _check_before(at_once, memory, f"all models together need {{}} to measure {together[0].statistic.name}")
-    return max((at_once, *(asked.memory for asked in alone)))
+    return max((at_once, *(asked.memory_in(room) for asked in alone)))
+
+
+def room_to_measure(memory: int | None) -> int:
+    """Bytes that a network, and what is measured on it, may take."""
+    return (int(0.8 * available_memory()) if memory is None else memory) - RUNTIME_BYTES - _SPARE
 
 
 def _check_before(needed: int, memory: int | None, what: str) -> None:

@@ -170,16 +170,22 @@ def measuring(
     """What there is to measure on a model. Raises SourceError or PlanError for data or a model that will not do."""
     from mergetool.networks.running import whole_config
     from mergetool.statistics.examples import examples_of, guessed_examples
+    from mergetool.statistics.images import check_length, image_examples, reads_images
     from mergetool.statistics.rows import Fields, read_rows
 
     assert data.data is not None
     config = whole_config(source, "")
-    _check_reads_tokens(config)
+    _check_reads(config)
     form = statistic.form(source.specs, config, "")
     fields = Fields(data.field, data.pair, data.label)
     rows = read_rows(Path(data.data), fields, data.samples, labelled=statistic.labelled(config))
     assert source.folder is not None
     tokenizer = tokenizer or source.tokenizer_folder or source.folder
+    if reads_images(config):
+        check_length(data.length)
+        return Measuring(
+            statistic, source, config, image_examples(rows, config), form, compute.dtype, compute.seed, where
+        )
     guessed = _comes_later(source, tokenizer) and any(isinstance(row.text, str) for row in rows)
     if guessed:
         examples = guessed_examples(rows, data.length)
@@ -195,14 +201,16 @@ def _comes_later(source: ModelSource, tokenizer: Path) -> bool:
     return not has_tokenizer(tokenizer) and not all(stamp.path.is_file() for stamp in source.files)
 
 
-def _check_reads_tokens(config: Mapping[str, Any]) -> None:
-    """Raise PlanError for a network that rows of tokens alone cannot go through."""
+def _check_reads(config: Mapping[str, Any]) -> None:
+    """Raise PlanError for a network that rows of tokens or of images alone cannot go through."""
+    from mergetool.statistics.images import reads_images
+
     fix = "choose a method that needs no data: mergetool methods"
     kind = config.get("model_type")
     if config.get("is_encoder_decoder"):
         raise PlanError(f"is an encoder with a decoder ({kind}), and rows hold one text", "", fix)
-    if "vocab_size" not in config and "text_config" not in config:
-        raise PlanError(f"reads no tokens ({kind}), and rows hold nothing else", "", fix)
+    if "vocab_size" not in config and "text_config" not in config and not reads_images(config):
+        raise PlanError(f"reads neither tokens nor images ({kind}), and rows hold nothing else", "", fix)
 
 
 def _tokenizer(data: Data, sources: Mapping[str, ModelSource], lookup: Lookup) -> Path | None:

@@ -61,7 +61,8 @@ def describe(plan: Plan, costs: Costs, search: Method | None = None) -> dict[str
 def _measured(asked: Measuring, costs: Costs) -> dict[str, Any]:
     """What is measured on a model, and what that costs if it is not kept from before."""
     seconds = round(measuring_seconds(asked, this_machine(costs.workers)), 1)
-    return {**asked.describe(), "memory": asked.memory, "expected_seconds_here": seconds}
+    told = {"memory": asked.memory_in(costs.room), "by_layer": asked.is_layered(costs.room)}
+    return {**asked.describe(), **told, "expected_seconds_here": seconds}
 
 
 def _inner(plan: Plan) -> dict[str, Any]:
@@ -167,7 +168,8 @@ def _statistics(plan: Plan, costs: Costs) -> Rows:
         (
             f"{asked.statistic.name} of {asked.where}",
             f"on {len(asked.examples):,} rows ({asked.tokens:,} tokens), at most {filesize(asked.num_bytes)}, "
-            f"{timespan(measuring_seconds(asked, this_machine(costs.workers)))}",
+            f"{timespan(measuring_seconds(asked, this_machine(costs.workers)))}"
+            + (", layer by layer" if asked.is_layered(costs.room) else ""),
         )
         for asked in to_measure(plan.sources)
     ]

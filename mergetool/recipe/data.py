@@ -18,7 +18,10 @@ class Data(Section):
     """What one model, or every model, is measured on."""
 
     data: PathText | None = Field(None, description="a file of JSON lines, one row each")
-    field: _Text = Field("text", description="the field of a row that holds its text, or a list of ids of tokens")
+    field: _Text = Field(
+        "text",
+        description="the field of a row with its text, a list of ids of tokens, or for models of images a file .npy",
+    )
     pair: _Text = Field("pair", description="the field that holds a second segment, where a row has one")
     label: _Text = Field("label", description="the field that holds the class of a row, for `labels: given`")
     samples: _Count | None = Field(256, description="rows that are used, from the first on; null: all")

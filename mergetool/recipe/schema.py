@@ -192,6 +192,8 @@ class Past:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     """By model, as in a lock."""
     origins: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of that result's files by path, if they were just compared."""
 
 
 @dataclass(frozen=True)

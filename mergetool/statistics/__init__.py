@@ -2,6 +2,7 @@
 
 rows        calibration data: JSON lines
 examples    the same as tokens, with labels
+images      the same as pixels
 base        what a statistic is
 gradient    the way down its loss
 activation  how large what goes into each layer is

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mergetool.statistics.base import Extent, Found, Statistic, Tell, hearing, tensor_of
+from mergetool.statistics.base import Extent, Found, Statistic, Tell, hearing, tensor_of, through
 from mergetool.statistics.gram import not_finite
 from mergetool.tensors.header import TensorSpec
 
@@ -27,6 +27,7 @@ class InputActivation(Statistic):
     name: ClassVar = "activation"
     cost: ClassVar = 1.0
     copies: ClassVar = 2.0
+    by_layer: ClassVar = True
 
     def form(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Extent:
         from mergetool.networks.modules import layers_of
@@ -43,14 +44,18 @@ class InputActivation(Statistic):
         from mergetool.statistics.examples import batches
 
         layers = {name: module for name, module in network.layers().items() if name in names}
-        sums = _Sums(network.where)
-        with torch.no_grad(), hearing(layers, sums.add):
-            for batch in batches(examples):
-                sums.batch = batch
-                network.model(**tensor_of(batch, network.device))
-                tell(len(batch))
-        shapes = {name: _form(network.shapes[name], kind_of(module)) for name, module in layers.items()}
-        return Found({name: sums.mean(name, shape, network.model.dtype) for name, shape in shapes.items()})
+        rows, found = list(batches(examples)), Found({})
+        with torch.no_grad():
+            for way in network.ways([tensor_of(batch, network.device) for batch in rows]):
+                sums = _Sums(network.where)
+                with hearing({name: module for name, module in layers.items() if way.has(module)}, sums.add):
+                    for _ in through(way, rows, tell, sums.begin):
+                        pass
+                for name, module in layers.items():
+                    if way.has(module):
+                        shape = _form(network.shapes[name], kind_of(module))
+                        found.tensors[name] = sums.mean(name, shape, network.model.dtype)
+        return found
 
 
 def _form(shape: Sequence[int], kind: "Kind | None") -> tuple[int, ...]:
@@ -67,6 +72,10 @@ class _Sums:
     batch: "Sequence[Example]" = ()
     _totals: "dict[str, Tensor]" = field(default_factory=dict)
     _counts: dict[str, int] = field(default_factory=dict)
+
+    def begin(self, batch: "Sequence[Example]") -> None:
+        """What comes next is of this batch."""
+        self.batch = batch
 
     def add(self, name: str, inputs: "Tensor") -> None:
         """Count what goes into a layer."""

@@ -1,7 +1,7 @@
 """What a statistic is: what it has of which tensors, and how a network and examples come to it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mergetool.networks.running import RunningNetwork
+    from mergetool.networks.ways import Way
     from mergetool.statistics.examples import Example
 
 Tell = Callable[[int], None]
@@ -34,8 +35,8 @@ class Extent:
 class Found:
     """A statistic that was measured."""
 
-    tensors: "Mapping[str, Tensor]"
-    shared: Mapping[str, str] = field(default_factory=dict)
+    tensors: "MutableMapping[str, Tensor]"
+    shared: MutableMapping[str, str] = field(default_factory=dict)
     """Weights whose statistic is another one's, with that one's name."""
 
 
@@ -47,6 +48,8 @@ class Statistic(ABC):
     """Multiply-adds for each parameter and token."""
     copies: ClassVar[float] = 1.0
     """Models' worth of memory that measuring takes, with the model itself."""
+    by_layer: ClassVar[bool] = False
+    """Whether it can be measured block by block, on a network whose weights are not all there at once."""
 
     def labelled(self, config: Mapping[str, Any]) -> bool:
         """Whether rows for this model need a class."""
@@ -114,8 +117,23 @@ def tensor_of(batch: "Sequence[Example]", device: "torch.device") -> "dict[str, 
     """Examples of one length as what a network takes."""
     import torch
 
+    if batch[0].image is not None:
+        from mergetool.statistics.images import read_image
+
+        pixels = [torch.from_numpy(read_image(each.image, each.place)) for each in batch if each.image]
+        return {"pixel_values": torch.stack(pixels).to(device)}
     keys = batch[0].inputs
     return {key: torch.tensor([each.inputs[key] for each in batch], device=device) for key in keys}
+
+
+def through(
+    way: "Way", batches: "Sequence[Sequence[Example]]", tell: Tell, begin: "Callable[[Sequence[Example]], None]"
+) -> "Iterator[Any]":
+    """What the network answers to each batch, of which `begin` hears before it runs."""
+    for place, batch in enumerate(batches):
+        begin(batch)
+        yield way.run(place)
+        tell(way.share(len(batch)))
 
 
 @contextmanager

@@ -117,10 +117,12 @@ class Learning:
         from mergetool.kernels.consensus import keep_elected_
 
         self.bases, self.vectors = {}, {}
+        device = next(iter(self.networks.values())).device
         for name in self.merger.names:
             found = self.merger.task_vectors(name)
             if found is not None:
-                self.bases[name], self.vectors[name] = found[0], [found[1][model] for model in self.networks]
+                self.bases[name] = found[0].to(device)
+                self.vectors[name] = [found[1][model].to(device) for model in self.networks]
                 if self.settings.density < 1.0:
                     keep_elected_(self.vectors[name], self.settings.density)
 
@@ -157,7 +159,9 @@ class Learning:
         for column, (key, vectors) in enumerate(self.vectors.items()):
             if key in total:
                 flat = total[key].reshape(-1)
-                each[:, column] = torch.stack([torch.dot(flat, vector.reshape(-1)) for vector in vectors]).double()
+                each[:, column] = (
+                    torch.stack([torch.dot(flat, vector.reshape(-1)) for vector in vectors]).cpu().double()
+                )
         return each if self.settings.per == "tensor" else each.sum(1, keepdim=True)
 
     def found(self, values: "Tensor") -> dict[str, Found]:

@@ -15,7 +15,7 @@ _ENDLESS = 1_000_000
 """What tokenizers call their greatest length where they have none is more than this."""
 _CHARACTERS = 4
 """Of a token, roughly."""
-_BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,20 @@ class Example:
     place: str
     inputs: Mapping[str, tuple[int, ...]]
     label: int | None = None
+    image: Path | None = None
+    """Instead of inputs, the file that holds the pixels."""
+    digest: str = ""
+    """Of the pixels."""
+    patches: int = 0
 
     @property
     def length(self) -> int:
-        return len(self.inputs["input_ids"])
+        return self.patches if self.image else len(self.inputs["input_ids"])
+
+    @property
+    def content(self) -> list[Any]:
+        """All that decides what a network makes of it."""
+        return [dict(self.inputs), self.label, *([self.digest] if self.image else [])]
 
 
 def examples_of(
@@ -47,7 +57,7 @@ def examples_of(
     for row in rows:
         inputs = words.inputs(row) if words and isinstance(row.text, str) else _ids(row, length)
         _check(inputs["input_ids"], row.place, most, config)
-        found.append(Example(row.place, inputs, _class_of(row, config)))
+        found.append(Example(row.place, inputs, class_of_row(row, config)))
     return tuple(found)
 
 
@@ -104,7 +114,7 @@ def _check(ids: Sequence[int], place: str, most: int | None, config: Mapping[str
         raise SourceError(f"has the token {max(ids)}, and the model has {size}", place, fix)
 
 
-def _class_of(row: DataRow, config: Mapping[str, Any]) -> int | None:
+def class_of_row(row: DataRow, config: Mapping[str, Any]) -> int | None:
     """The number of a row's class. Raises SourceError for one that the model's head does not have."""
     if row.label is None:
         return None
@@ -122,7 +132,7 @@ def batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
     batch: list[Example] = []
     for example in sorted(examples, key=lambda each: (each.length, tuple(each.inputs))):
         alike = bool(batch) and (batch[0].length, tuple(batch[0].inputs)) == (example.length, tuple(example.inputs))
-        if batch and not (alike and example.length * (len(batch) + 1) <= _BATCH_TOKENS):
+        if batch and not (alike and example.length * (len(batch) + 1) <= BATCH_TOKENS):
             yield batch
             batch = []
         batch.append(example)

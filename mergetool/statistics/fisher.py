@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Labels = Literal["sampled", "given", "exact"]
 _HEADS = {
     "ForSequenceClassification": "classes",
+    "ForImageClassification": "classes",
     "ForCausalLM": "next",
     "LMHeadModel": "next",
     "ForMaskedLM": "tokens",
@@ -46,6 +47,7 @@ class DiagonalFisher(Statistic):
     name: ClassVar = "fisher"
     cost: ClassVar = 6.0
     copies: ClassVar = 3.0
+    by_layer: ClassVar = True
 
     @property
     def draws(self) -> bool:
@@ -73,24 +75,26 @@ class DiagonalFisher(Statistic):
     ) -> Found:
         import torch
 
-        parameters, told = network.parameters(), speaks_of(network.model.config.to_dict())
-        sums = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        told, found = str(speaks_of(network.model.config.to_dict())), Found(network.keeping())
+
+        def parts(number: int, answer: Any) -> "list[tuple[float, Tensor]]":
+            logits, example = answer.logits[0], examples[number]
+            if not bool(logits.isfinite().all()):
+                raise not_finite("what it says", [example], network.where)
+            return list(self._likelihoods(logits, example, told, (seed, number)))
+
+        inputs = [tensor_of([example], network.device) for example in examples]
         with sparse_embeddings(network.model):
-            for number, example in enumerate(examples):
-                logits = network.model(**tensor_of([example], network.device)).logits[0]
-                if not bool(logits.isfinite().all()):
-                    raise not_finite("what it says", [example], network.where)
-                parts = list(self._likelihoods(logits, example, str(told), (seed, number)))
-                for place, (share, likelihood) in enumerate(parts):
-                    more = place + 1 < len(parts)
-                    given = torch.autograd.grad(
-                        likelihood, list(parameters.values()), retain_graph=more, allow_unused=True
-                    )
-                    _add_squares(list(sums.values()), given, share)
-                tell(1)
-        stored = network.stored({name: value.div_(len(examples)).cpu() for name, value in sums.items()})
-        _check_finite(stored, network.where)
-        return Found({name: stored[name] for name in names if name in stored})
+            for way in network.ways_back(inputs, parts):
+                sums = {name: torch.zeros_like(value) for name, value in way.parameters.items()}
+                for number in range(len(examples)):
+                    for share, given in way.gradients(number):
+                        _add_squares(list(sums.values()), given, share)
+                    tell(way.share(1))
+                stored = network.stored({name: value.div_(len(examples)).cpu() for name, value in sums.items()})
+                _check_finite(stored, network.where)
+                found.tensors.update((name, value) for name, value in stored.items() if name in names)
+        return found
 
     def _likelihoods(
         self, logits: "Tensor", example: "Example", told: str, draw: tuple[int, int]

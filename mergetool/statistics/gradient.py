@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergetool.networks.running import RunningNetwork
+    from mergetool.networks.ways import WayBack
     from mergetool.statistics.examples import Example
 
 SQUARED = "(squared)"
@@ -33,6 +34,7 @@ class LossGradient(Statistic):
     name: ClassVar = "gradient"
     cost: ClassVar = 6.0
     copies: ClassVar = 5.0
+    by_layer: ClassVar = True
 
     def labelled(self, config: Mapping[str, Any]) -> bool:
         return speaks_of(config) == "classes"
@@ -48,57 +50,65 @@ class LossGradient(Statistic):
     def measure(
         self, network: "RunningNetwork", examples: "Sequence[Example]", names: Collection[str], seed: int, tell: Tell
     ) -> Found:
+        def parts(number: int, answer: Any) -> "list[tuple[float, Tensor]]":
+            return [(1.0, loss_in(answer.logits[0], examples[number], network.where))]
+
+        found = Found(network.keeping())
+        with sparse_embeddings(network.model):
+            for way in network.ways_back([tensor_of([each], network.device) for each in examples], parts):
+                for before, sums in self._sums(way, len(examples), tell).items():
+                    values = {name: value.cpu() for name, value in zip(way.parameters, sums, strict=True)}
+                    stored = {f"{before}{name}": value for name, value in network.stored(values).items()}
+                    _check_finite(stored, network.where)
+                    found.tensors.update((name, value) for name, value in stored.items() if name in names)
+        return found
+
+    def _sums(self, way: "WayBack", count: int, tell: Tell) -> "dict[str, list[Tensor]]":
+        """The mean gradient, and the mean over batches of the squares, of the parameters of one way."""
         import torch
 
-        parameters = network.parameters()
-        mean, squares, own = ([torch.zeros_like(value) for value in parameters.values()] for _ in range(3))
-        starts = range(0, len(examples), self.batch)
-        with sparse_embeddings(network.model):
-            for batch in (examples[start : start + self.batch] for start in starts):
-                for example in batch:
-                    _descend(network, example, list(parameters.values()), own, 1 / len(batch))
-                    tell(1)
-                for total, square, each in zip(mean, squares, own, strict=True):
-                    total.add_(each, alpha=len(batch) / len(examples))
-                    square.addcmul_(each, each, value=1 / len(starts))
-                    each.zero_()
-        found: dict[str, Tensor] = {}
-        for before, values in (("", mean), (SQUARED, squares)):
-            held = dict(zip(parameters, (value.cpu() for value in values), strict=True))
-            found |= {f"{before}{name}": value for name, value in network.stored(held).items()}
-        _check_finite(found, network.where)
-        return Found({name: value for name, value in found.items() if name in names})
+        mean, squares, own = ([torch.zeros_like(value) for value in way.parameters.values()] for _ in range(3))
+        starts = range(0, count, self.batch)
+        for batch in (range(start, min(start + self.batch, count)) for start in starts):
+            for number in batch:
+                for _, given in way.gradients(number):
+                    _add(own, given, 1 / len(batch))
+                tell(way.share(1))
+            for total, square, each in zip(mean, squares, own, strict=True):
+                total.add_(each, alpha=len(batch) / count)
+                square.addcmul_(each, each, value=1 / len(starts))
+                each.zero_()
+        return {"": mean, SQUARED: squares}
 
 
 def losses(network: "RunningNetwork", examples: "Sequence[Example]") -> "list[float]":
     """The loss of every example by itself."""
     import torch
 
-    with torch.inference_mode():
+    with torch.no_grad():
         return [float(loss_of(network, example)) for example in examples]
 
 
 def loss_of(network: "RunningNetwork", example: "Example") -> "Tensor":
     """The loss of one example. Raises MergeError where what the network says is no number."""
+    logits = network.model(**tensor_of([example], network.device)).logits[0]
+    return loss_in(logits, example, network.where)
+
+
+def loss_in(logits: "Tensor", example: "Example", where: str) -> "Tensor":
+    """The loss of an example, by what a network says of it. Raises MergeError where that is no number."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    logits = network.model(**tensor_of([example], network.device)).logits[0]
     if not bool(logits.isfinite().all()):
-        raise not_finite("what it says", [example], network.where)
+        raise not_finite("what it says", [example], where)
     if example.label is not None:
         return cross_entropy(logits, torch.tensor(example.label, device=logits.device))
     ids = torch.tensor(example.inputs["input_ids"], device=logits.device)
     return cross_entropy(logits[:-1], ids[1:]) if len(ids) > 1 else logits.sum() * 0
 
 
-def _descend(
-    network: "RunningNetwork", example: "Example", values: "list[Any]", into: "list[Tensor]", share: float
-) -> None:
-    """Add the gradient of one example's loss."""
-    import torch
-
-    given = torch.autograd.grad(loss_of(network, example), values, allow_unused=True)
+def _add(into: "list[Tensor]", given: "Sequence[Tensor | None]", share: float) -> None:
     for total, gradient in zip(into, given, strict=True):
         if gradient is not None:
             total.add_(gradient, alpha=share)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mergetool.errors import MergeError, PlanError
-from mergetool.statistics.base import Extent, Found, Statistic, Tell, hearing, tensor_of
+from mergetool.statistics.base import Extent, Found, Statistic, Tell, hearing, tensor_of, through
 from mergetool.tensors.header import TensorSpec
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class InputGram(Statistic):
     name: ClassVar = "gram"
     cost: ClassVar = 2.0
     copies: ClassVar = 2.0
+    by_layer: ClassVar = True
 
     def form(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Extent:
         from mergetool.networks.modules import linears_of
@@ -48,13 +49,16 @@ class InputGram(Statistic):
         from mergetool.statistics.examples import batches
 
         linears = {name: module for name, module in network.linears().items() if name in names}
-        sums = InputSums(network.where)
-        with torch.no_grad(), sums.watching(linears):
-            for batch in batches(examples):
-                sums.batch = batch
-                network.model(**tensor_of(batch, network.device))
-                tell(len(batch))
-        return sums.found(linears, network.model.dtype)
+        rows, found = list(batches(examples)), Found(network.keeping(), {})
+        with torch.no_grad():
+            for way in network.ways([tensor_of(batch, network.device) for batch in rows]):
+                sums = InputSums(network.where)
+                with sums.watching({name: module for name, module in linears.items() if way.has(module)}):
+                    for _ in through(way, rows, tell, sums.begin):
+                        pass
+                own = {name: module for name, module in linears.items() if way.has(module)}
+                sums.give(own, network.model.dtype, found)
+        return found
 
 
 @dataclass
@@ -79,6 +83,10 @@ class InputSums:
                 yield
         finally:
             self._last = None, ""
+
+    def begin(self, batch: "Sequence[Example]") -> None:
+        """What comes next is of this batch."""
+        self.batch = batch
 
     def add(self, name: str, inputs: "Tensor") -> None:
         """Count what goes into a layer, unless it was counted for the layer before."""
@@ -122,17 +130,21 @@ class InputSums:
 
     def found(self, linears: "Mapping[str, nn.Module]", dtype: Any) -> Found:
         """Means; zeros for layers that nothing went into."""
-        tensors, shared = {}, {}
+        found = Found({}, {})
+        self.give(linears, dtype, found)
+        return found
+
+    def give(self, linears: "Mapping[str, nn.Module]", dtype: Any, found: Found) -> None:
+        """Add means to what was found, one after the other; of other layers than these, whatever was summed stays."""
         for name, module in linears.items():
             leader = self._leaders.get(name, name)
             self._multiply(name)
             if leader != name:
-                shared[name] = leader
+                found.shared[name] = leader
             elif name in self._totals:
-                tensors[name] = (self._totals[name] / self._counts[name]).to(dtype).cpu()
+                found.tensors[name] = self._totals.pop(name).div_(self._counts[name]).to(dtype).cpu()
             else:
-                tensors[name] = _nothing(module, dtype)
-        return Found(tensors, shared)
+                found.tensors[name] = _nothing(module, dtype)
 
 
 def _nothing(module: Any, dtype: Any) -> "Tensor":

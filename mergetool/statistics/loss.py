@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mergetool.statistics.base import Extent, Found, Statistic, Tell
+from mergetool.statistics.base import Extent, Found, Statistic, Tell, tensor_of, through
 from mergetool.statistics.fisher import speaks_of
-from mergetool.statistics.gradient import LossGradient, losses
+from mergetool.statistics.gradient import LossGradient, loss_in
 from mergetool.tensors.header import TensorSpec
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class MeanLoss(Statistic):
     name: ClassVar = "loss"
     cost: ClassVar = 1.0
     copies: ClassVar = 2.0
+    by_layer: ClassVar = True
 
     def labelled(self, config: Mapping[str, Any]) -> bool:
         return speaks_of(config) == "classes"
@@ -37,10 +38,12 @@ class MeanLoss(Statistic):
     ) -> Found:
         import torch
 
-        found = []
-        for example in examples:
-            found += losses(network, [example])
-            tell(1)
+        found, rows = [], [[each] for each in examples]
+        with torch.inference_mode():
+            for way in network.ways([tensor_of(row, network.device) for row in rows]):
+                for example, answer in zip(examples, through(way, rows, tell, lambda _: None), strict=True):
+                    if way.is_last:
+                        found.append(float(loss_in(answer.logits[0], example, network.where)))
         first, *others = sorted(names)
         mean = torch.tensor(sum(found) / len(found), dtype=torch.float64)
         return Found({first: mean}, dict.fromkeys(others, first))

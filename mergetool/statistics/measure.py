@@ -1,5 +1,7 @@
 """One statistic of one model: taken from where it is kept, or measured now."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergetool.statistics.activation import InputActivation
 from mergetool.statistics.base import Extent, JointStatistic, Statistic
 from mergetool.statistics.coefficients import Coefficients
-from mergetool.statistics.examples import Example
+from mergetool.statistics.examples import BATCH_TOKENS, Example
 from mergetool.statistics.fisher import DiagonalFisher
 from mergetool.statistics.gradient import LossGradient
 from mergetool.statistics.gram import InputGram
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from mergetool.networks.running import RunningNetwork
+    from mergetool.networks.spread import Spread
 
 _KINDS: tuple[type[Statistic], ...] = (
     Coefficients,
@@ -34,6 +37,8 @@ _KINDS: tuple[type[Statistic], ...] = (
 )
 STATISTICS: Mapping[str, type[Statistic]] = {kind.name: kind for kind in _KINDS}
 """Every statistic by name."""
+_KEPT = 3
+"""What is kept of each token while networks run layer by layer: what the last block made, what was there before it."""
 _LIBRARY_BYTES = 200_000_000
 """transformers itself, measured."""
 
@@ -76,6 +81,26 @@ class Measuring:
         weights = sum(spec.num_elements for spec in self.model.specs.values())
         return _LIBRARY_BYTES + int(self._width * weights * self.statistic.copies) + 2 * self.num_bytes
 
+    def memory_in(self, room: int) -> int:
+        """Bytes that measuring takes, roughly, where there is room for so many."""
+        return self.memory_by_layer if self.is_layered(room) else self.memory
+
+    def is_layered(self, room: int) -> bool:
+        """Whether the network runs layer by layer, because it does not fit in so many bytes."""
+        return self.statistic.by_layer and self.memory > room
+
+    @property
+    def memory_by_layer(self) -> int:
+        """Bytes that measuring layer by layer takes, roughly: one, its sums, and what it makes of all rows."""
+        sizes = {name: spec.num_elements for name, spec in self.model.specs.items()}
+        weights = _largest(sizes) + max(sizes.values(), default=0)
+        sums = 3 * _largest({name: _product(shape) for name, shape in self.form.shapes.items()})
+        wide = [spec.shape for spec in self.model.specs.values() if len(spec.shape) == 2]
+        widest, width = max(map(max, wide), default=0), max(wide, default=(0, 0))[1]
+        longest = max(BATCH_TOKENS, *(each.length for each in self.examples))
+        passing = _KEPT * self.tokens * width + 2 * min(self.tokens, longest) * widest
+        return _LIBRARY_BYTES + self._width * (weights + sums + passing)
+
     @property
     def flops(self) -> float:
         """Multiply-adds."""
@@ -97,26 +122,52 @@ class Measuring:
         return key_of(self.statistic, self.model, self.config, self.examples, self.dtype, self.seed)
 
 
+def _largest(sizes: Mapping[str, int]) -> int:
+    """The size of the largest layer: of tensors whose names begin alike, up to the first number."""
+    layers = Counter[str]()
+    for name, size in sizes.items():
+        number = re.search(r"\.\d+\.", name)
+        layers[name[: number.end()] if number else name] += size
+    return max(layers.values(), default=0)
+
+
 def _product(shape: Sequence[int]) -> int:
     from math import prod
 
     return prod(shape)
 
 
-def opened(asked: Measuring, device: "torch.device") -> "RunningNetwork":
-    """The network of a model that is to be measured. Raises SourceError."""
+@dataclass(frozen=True)
+class Running:
+    """Where networks run that something is measured on."""
+
+    device: "torch.device"
+    room: int
+    """Bytes that it may take."""
+    spread: "Spread | None" = None
+    """How they are dealt over devices, memory and the disk, if not on that device."""
+
+
+def opened(asked: Measuring, running: Running, place: Path) -> "RunningNetwork":
+    """The network of a model that is to be measured; files may lie at `place`. Raises SourceError or PlanError."""
+    dtype = torch_dtype(BY_TORCH_NAME[asked.dtype])
+    if running.spread is None and asked.is_layered(running.room):
+        from mergetool.networks.by_layer import load_by_layer
+
+        return load_by_layer(asked.model, dtype, running.device, asked.where, place)
     from mergetool.networks.running import load_network
 
-    return load_network(asked.model, torch_dtype(BY_TORCH_NAME[asked.dtype]), device, asked.where)
+    return load_network(asked.model, dtype, running.device, asked.where, running.spread)
 
 
-def measured(
-    asked: Measuring, store: StatisticStore, key: str, device: "torch.device", tell: Callable[[int], None]
-) -> Path:
+def measured(asked: Measuring, store: StatisticStore, key: str, running: Running, tell: Callable[[int], None]) -> Path:
     """Where a statistic lies, which is measured first if it is not there. `tell` hears of examples that are done."""
+    import torch
+
     if store.has(key):
         tell(len(asked.examples))
         return store.path(key)
-    network = opened(asked, device)
-    found = asked.statistic.measure(network, asked.examples, list(asked.form.shapes), asked.seed, tell)
+    network = opened(asked, running, store.folder)
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
+        found = asked.statistic.measure(network, asked.examples, list(asked.form.shapes), asked.seed, tell)
     return store.keep(key, found, sorted(asked.form.turned))

@@ -77,15 +77,6 @@ def _put(chains: "Mapping[str, _Chain]", merger: Merger, names: Iterable[str]) -
                 chain.network.put({name: merged})
 
 
-def blocks_of(model: "nn.Module") -> "list[nn.Module]":
-    """The blocks that a network runs one after the other: of all lists of modules the one with most parameters."""
-    from torch import nn
-
-    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
-    sizes = [sum(value.numel() for value in each.parameters()) for each in lists]
-    return list(lists[sizes.index(max(sizes))]) if lists else []
-
-
 @dataclass
 class _Chain:
     """A network that is run block by block, each batch from what the block before has made of it."""
@@ -101,6 +92,8 @@ class _Chain:
     _shared: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        from mergetool.networks.ways import blocks_of
+
         self.blocks = blocks_of(self.network.model)
         self.linears = self.network.linears()
 

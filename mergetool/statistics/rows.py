@@ -4,6 +4,7 @@
 {"text": "an input", "pair": "another"}       two segments
 {"text": [101, 7592, 102]}                    ids of tokens, taken as they are
 {"text": "an input", "label": "positive"}     a class, by its name or number
+{"image": "cat.npy"}                          for models of images, a file beside this one
 """
 
 import json

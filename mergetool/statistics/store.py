@@ -41,7 +41,7 @@ def key_of(
     """SHA-256 of all that decides a statistic: the model by its content, the examples as tokens, the settings."""
     settings = [statistic.name, vars(statistic), dtype, seed if statistic.draws else None]
     told = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
-    rows = [[dict(each.inputs), each.label] for each in examples]
+    rows = [each.content for each in examples]
     facts = [_VERSION, settings, told, rows, sorted(model.specs), content_of(model)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -67,10 +67,10 @@ class StatisticStore:
     """Statistics on the disk: in a folder that was given, or in the user's cache."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._folder = (folder or cache_folder()) / "statistics"
+        self.folder = (folder or cache_folder()) / "statistics"
 
     def path(self, key: str) -> Path:
-        return self._folder / f"{key}.safetensors"
+        return self.folder / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
         """Whether a statistic is there; one that is damaged is not."""

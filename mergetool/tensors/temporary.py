@@ -17,17 +17,19 @@ _NEW = 60.0
 """Seconds in which a folder may be there and not be locked yet."""
 
 
-def folder_of(owner: object) -> Path:
-    """A new, empty folder that is removed with its owner."""
-    _sweep()
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+def folder_of(owner: object, place: Path | None = None) -> Path:
+    """A new, empty folder that is removed with its owner; in a folder, or where the system has its temporary ones."""
+    inside = place or Path(tempfile.gettempdir())
+    inside.mkdir(parents=True, exist_ok=True)
+    _sweep(inside)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=inside))
     weakref.finalize(owner, _remove, folder, _locked(folder), os.getpid())
     return folder
 
 
-def _sweep() -> None:
+def _sweep(inside: Path) -> None:
     """Remove what killed programs of this user have left."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for folder in inside.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             status = folder.lstat()
             old = status.st_uid == os.getuid() and status.st_mtime < time.time() - _NEW

@@ -1,20 +1,8 @@
 """Where networks run, as flags say it."""
 
-from typing import TYPE_CHECKING
-
 from mergetool.engine import Flags
 from mergetool.engine.devices import device_for_networks
 from mergetool.errors import PlanError
-
-if TYPE_CHECKING:
-    from mergetool.networks.spread import Spread
-
-
-def spread_of(flags: Flags) -> "Spread | None":
-    """How networks are dealt out; None: they are on one device. Raises PlanError for an unknown way."""
-    from mergetool.networks.spread import Spread
-
-    return None if flags.device_map is None else Spread(flags.device_map, flags.memory)
 
 
 def device_of(flags: Flags) -> str:

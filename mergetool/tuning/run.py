@@ -23,7 +23,7 @@ from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.folder import open_model
 from mergetool.tensors.writer import partial_path
-from mergetool.tuning.placing import device_of, spread_of
+from mergetool.tuning.placing import device_of
 
 if TYPE_CHECKING:
     from mergetool.tuning.session import Winner
@@ -45,11 +45,12 @@ def run_recipe(recipe: Recipe, flags: Flags | None = None, progress: Progress | 
 
 def _check_networks(recipe: Recipe, flags: Flags) -> None:
     """Raise PlanError where no network is run, or none can be run as flags say."""
-    if not recipe.method.searches and not recipe.evaluate:
+    measures = any(each.measures for each in (recipe, *recipe.inner.values()))
+    if not recipe.method.searches and not recipe.evaluate and not measures:
         what = f"{recipe.method.method_name()} runs no network, so this would have no effect"
         raise PlanError(what, "--device-map", "leave it out")
     device_of(flags)
-    spread_of(flags)
+    _ = flags.spread
 
 
 def _merged(recipe: Recipe, flags: Flags, progress: Progress) -> Result:
@@ -113,7 +114,7 @@ def _evaluated(recipe: Recipe, flags: Flags, result: Result) -> Result:
         device=device_of(flags),
         cache=flags.cache,
         trust_code=flags.trust_code,
-        spread=spread_of(flags),
+        spread=flags.spread,
     )
     keep_scores(result.path, found)
     tell_scores(result.path, found)

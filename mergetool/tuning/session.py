@@ -28,7 +28,6 @@ from mergetool.tensors.writer import write_file
 from mergetool.tuning.in_memory import Candidates
 from mergetool.tuning.journal import SearchJournal
 from mergetool.tuning.loop import History, Loop, Values
-from mergetool.tuning.placing import spread_of
 from mergetool.tuning.report_data import PARENT_NAME, facts_of, verdict
 from mergetool.tuning.responses import RESPONSES_NAME, Rows, known_rows
 from mergetool.tuning.scorer import Scorer, Spent
@@ -62,9 +61,7 @@ def search(
     method = expect(recipe.method, Merge3)
     progress.start(0, "opening models and tasks")
     sources = _fetched(recipe, inner, progress)
-    candidates = Candidates(
-        replace(recipe, inner={}), sources, flags.device, method.search.batch_size, spread_of(flags)
-    )
+    candidates = Candidates(replace(recipe, inner={}), sources, flags.device, method.search.batch_size, flags.spread)
     loaded = [load_task(task, recipe.folder, trust_code=flags.trust_code) for task in method.tasks]
     tasks = [TaskItems(*pair, candidates.live.lm) for pair in zip(method.tasks, loaded, strict=True)]
     splits = split(tasks, method.search.report, recipe.compute.seed)

@@ -32,8 +32,8 @@ def classify(tmp_path_factory):
 
 
 @contextmanager
-def served(classify):
-    server = example("serve").Server(("127.0.0.1", 0), classify)
+def served(classify, **options):
+    server = example("serve").Server(("127.0.0.1", 0), classify, **options)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"127.0.0.1:{server.server_port}"
@@ -111,3 +111,16 @@ def test_a_text_that_cannot_be_answered_is_refused_alone(classify):
     with served(classify) as place, ThreadPoolExecutor(len(texts)) as pool:
         found = list(pool.map(lambda text: ask(place, body=text)[0], texts))
     assert found == [200 if text.strip() else 400 for text in texts]
+
+
+def test_a_text_that_waits_too_long_is_told_to_come_again(classify):
+    held = threading.Event()
+
+    def slow(texts):
+        assert held.wait(60)
+        return classify(texts)
+
+    with served(slow, patience=0.1) as place:
+        status, body = ask(place, body="w2")
+        held.set()
+        assert (status, json.loads(body)) == (503, {"error": "too much is asked for: try again later"})

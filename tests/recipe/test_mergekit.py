@@ -586,3 +586,32 @@ def test_parameters_of_another_method_are_told_where_one_is_missing():
     text = "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: a}]\nparameters: {t: [0, 1]}\n"
     fix = "add weight: VALUE; mergekit's task_arithmetic has no parameter t"
     assert problems(text) == {("3", "weight is required"): fix}
+
+
+@pytest.mark.parametrize("number", ["nan", ".nan", "NaN"])
+def test_what_is_no_number_is_no_weight(number):
+    found = problems(LINEAR.replace("0.3", number))
+    assert [(line, what.partition(",")[0]) for line, what in found] == [("4", "expected a number")]
+
+
+def test_a_share_of_outliers_beyond_all_is_all():
+    weight = "parameters: {weight: 1, density: 0.5, gamma: 1.5}"
+    merge = converted(f"merge_method: breadcrumbs\nbase_model: base\nmodels: [{{model: a, {weight}}}]\n")["merge"]
+    assert merge["gamma"] == 1.0
+
+
+def test_the_base_alone_is_no_model_to_merge():
+    found = problems("merge_method: ties\nbase_model: base\nmodels: [{model: base}]\n")
+    assert found == {("3", "ties takes at least 1 model, and here are none"): "add one"}
+
+
+def test_a_folder_that_is_here_has_no_revisions(tmp_path, monkeypatch):
+    (tmp_path / "first").mkdir()
+    monkeypatch.chdir(tmp_path)
+    text = LINEAR.replace("org/first", "./first@v1+org/lora@v2").replace("./second", "org/second@v3")
+    document = convert(parse_document(text, "x.yml"))
+    assert document.data["models"] == {
+        "first": {"source": "./first", "adapters": ["org/lora@v2"]},
+        "second": "org/second@v3",
+    }
+    assert document.warnings == ["x.yml:3:5 models.0: ./first is a folder here, so the revision v1 has no effect"]

@@ -178,7 +178,7 @@ def test_filters_of_a_slice_stay_in_it():
 @pytest.mark.parametrize(
     ("text", "line", "what"),
     [
-        (STACK.replace("[0, 24]", "[24, 0]"), "3", "expected the first layer and the end, found [24, 0]"),
+        (STACK.replace("[0, 24]", "[24, 0]"), "3", "[24, 0] holds no layer: the end is not part of it"),
         (STACK.replace("[0, 24]", "24"), "3", "expected the first layer and the end, found 24"),
         (STACK.replace("{model: org/a, layer_range: [0, 24]}",
          "{model: org/a, layer_range: [0, 4]}, {model: org/b, layer_range: [0, 4]}"), "3", "passthrough takes 1 model"),
@@ -221,3 +221,11 @@ parameters: {t: [{filter: layers.1., value: 0.1}, {value: 0.5}]}
     assert converted(text)["merge"]["overrides"] == [{"match": "*layers.1.*", "t": 0.1}]
     text = text.replace("slerp", "task_arithmetic").replace("t: [", "weight: [").replace("layers.1.", "layers.3.")
     assert converted(text)["merge"]["overrides"] == [{"match": "*layers.1.*", "weight": 0.1}]
+
+
+@pytest.mark.parametrize("span", ["[0, 0]", "[8, 4]"])
+def test_a_slice_without_a_layer_is_told(span):
+    text = f"merge_method: passthrough\nslices:\n  - sources: [{{model: a, layer_range: {span}}}]\n"
+    with pytest.raises(RecipeError, match="holds no layer: the end is not part of it") as caught:
+        convert(parse_document(text, "x.yml"))
+    assert "leave the slice out" in caught.value.fix

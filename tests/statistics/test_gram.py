@@ -79,7 +79,7 @@ def test_how_rows_are_put_together_does_not_matter(place, tmp_path, monkeypatch)
     """Blocks equal the whole, and no row is padded."""
     rows = write_rows(tmp_path / "rows.jsonl", [*TEXTS, *reversed(TEXTS), "w9 w8 w7", "w30 w31"])
     together = mergetool.measure(place / "llama", "gram", rows, cache=tmp_path / "together")
-    monkeypatch.setattr(batching, "_BATCH_TOKENS", 1)
+    monkeypatch.setattr(batching, "BATCH_TOKENS", 1)
     apart = mergetool.measure(place / "llama", "gram", rows, cache=tmp_path / "apart")
     for name, value in together.items():
         assert torch.allclose(value, apart[name], rtol=1e-4, atol=1e-4), name

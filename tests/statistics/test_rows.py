@@ -125,7 +125,10 @@ def test_a_folder_without_config_cannot_be_run(place, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "told"),
-    [("T5ForConditionalGeneration", "encoder with a decoder"), ("ViTForImageClassification", "no tokens")],
+    [
+        ("T5ForConditionalGeneration", "encoder with a decoder"),
+        ("ASTForAudioClassification", "neither tokens nor images"),
+    ],
 )
 def test_networks_that_rows_cannot_go_through_are_refused(tmp_path, kind, told):
     network = getattr(transformers, kind)

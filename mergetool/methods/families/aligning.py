@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from mergetool.alignment.models import Fitted, Headers, Models
-from mergetool.alignment.options import REPAIR_HELP, Repair
+from mergetool.alignment.options import MATCH_HELP, REPAIR_HELP, WEIGHTS, MatchBy, Repair
 from mergetool.arch.code import code_of
 from mergetool.methods.base import AnyTensorMethod, Field, TensorMethod
 from mergetool.methods.families.fitted import FittedMethod
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergetool.alignment.fitted import Aligned
+    from mergetool.alignment.maps import Mapped
 
 
 class AligningMethod(FittedMethod):
@@ -27,23 +28,28 @@ class AligningMethod(FittedMethod):
     combine: AnyTensorMethod = Field(
         default={"method": "linear"}, validate_default=True, description="the method that merges the aligned models"
     )
+    match: MatchBy = Field(default=WEIGHTS, description=MATCH_HELP)
     repair: Repair = Field(default={}, validate_default=True, description=REPAIR_HELP)
     needs_base: ClassVar = "unused"
     min_models: ClassVar = 2
 
     @abstractmethod
-    def search(self, models: Models) -> "Aligned":
-        """The permutations. Raises PlanError or MergeError."""
+    def search(self, models: Models) -> "Aligned | Mapped":
+        """The permutations, or other maps. Raises PlanError or MergeError."""
 
     def kernel(self) -> TensorMethod:
         return self.combine
 
     def files(self) -> Mapping[str, str]:
-        named = {"merge.repair.data": self.repair.data, "merge.repair.network": self.repair.file}
+        named: dict[str, str | None] = {}
+        for section, options in (("match", self.match), ("repair", self.repair)):
+            network = None if options.network is None else options.network.rpartition(":")[0]
+            named |= {f"merge.{section}.data": options.data, f"merge.{section}.network": network}
         return {field: path for field, path in named.items() if path is not None}
 
     def code(self) -> Mapping[str, str]:
-        return {} if self.repair.network is None else {"merge.repair.network": self.repair.network}
+        named = {"merge.match.network": self.match.network, "merge.repair.network": self.repair.network}
+        return {field: text for field, text in named.items() if text is not None}
 
     def fit_memory(self, headers: Headers, threads: int) -> int:
         from mergetool.alignment.task import search_bytes, spec_of
@@ -52,7 +58,7 @@ class AligningMethod(FittedMethod):
             return 0  # found by building and tracing the network: known when the run begins
         one = 4 * sum(prod(shape) for shape in headers.shapes.values())
         repairing = 4 * one if self.finishes() else 0  # the network, and merged and aligned weights
-        return max(search_bytes(spec_of(headers), len(headers.names), threads), repairing)
+        return max(search_bytes(spec_of(headers), len(headers.names), threads, self.match), repairing)
 
     def fit(self, models: Models) -> Fitted:
         from mergetool.alignment.finish import check
@@ -72,7 +78,5 @@ class AligningMethod(FittedMethod):
         self, models: Models, fitted: Fitted, merged: "Mapping[str, Tensor]", folder: Path | None
     ) -> "Mapping[str, Tensor]":
         from mergetool.alignment.finish import finish
-        from mergetool.alignment.fitted import Aligned
 
-        assert isinstance(fitted, Aligned)
         return finish(self.repair, models, fitted, merged, folder)

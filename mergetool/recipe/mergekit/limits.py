@@ -3,6 +3,7 @@
 density 0     nothing of the model is kept: a weight of 0; where weights are averaged, and its own counts though
               nothing is left of it, a density that keeps nothing of any tensor
 density > 1   all of it is kept: 1
+gamma > 1     as 1: as many go as leave what is to be kept
 less than the least of what a step, a tolerance or a number of steps can be: the least
 """
 
@@ -33,6 +34,8 @@ def within_limits(values: Mapping[str, Any], method: str) -> dict[str, Any]:
     """The same fields, with densities between 0 and 1, and nothing below its least."""
     least = _LEAST.get(method, {})
     values = {key: least[key] if _is_below(value, least.get(key)) else value for key, value in values.items()}
+    if isinstance(gamma := values.get("gamma"), ByModel):
+        values["gamma"] = ByModel({name: _at_most_one(value) for name, value in gamma.items()})
     density, weight = values.get("density"), values.get("weight")
     if not isinstance(density, ByModel) or not isinstance(weight, ByModel):
         return {**values, "density": _bounded(density)} if isinstance(density, int | float) else dict(values)
@@ -53,3 +56,7 @@ def _bounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {"gradient": [_bounded(knot) for knot in value["gradient"]]}
     return min(value, 1.0) if value > 0 else _NOTHING
+
+
+def _at_most_one(value: Any) -> Any:
+    return value if isinstance(value, dict) else min(value, 1.0)

@@ -142,7 +142,10 @@ class Reading:
         """Layers from the first to the end. Raises RecipeError."""
         value: Any = entry.get("layer_range")
         whole = isinstance(value, list) and len(value) == 2 and all(_is_count(item) for item in value)
-        if not whole or float(value[0]) >= float(value[1]):
+        if whole and float(value[0]) >= float(value[1]):
+            fix = "leave the slice out; embeddings of another model: outside: {first: MODEL} in a recipe of ours"
+            raise self.findings.stop(place, f"{value} holds no layer: the end is not part of it", fix)
+        if not whole:
             what = f"expected the first layer and the end, found {value!r}" if value else "`layer_range` is required"
             raise self.findings.stop(place, what, "write layer_range: [0, 16]; whole models go under `models`")
         return int(float(value[0])), int(float(value[1]))

@@ -104,9 +104,18 @@ class Roster:
     def sections(self) -> Iterator[tuple[Place, Any, Place]]:
         """(our place, reference, place in the file) of the base and every model."""
         if self.ancestor is not None:
-            yield ("base",), _as_ours(self.ancestor.reference), self.ancestor.place
+            yield ("base",), self._as_ours(self.ancestor), self.ancestor.place
         for source in self.models:
-            yield ("models", self.names[source.reference]), _as_ours(source.reference), source.place
+            yield ("models", self.names[source.reference]), self._as_ours(source), source.place
+
+    def _as_ours(self, source: Source) -> Any:
+        """A reference in our words; a folder that is here has no revisions, and mergekit asks it for none."""
+        path, at, rest = source.reference.partition("@")
+        revision, plus, adapter = rest.partition("+")
+        if at and not is_there(source.reference) and is_there(path):
+            self.findings.warn(source.place, f"{path} is a folder here, so the revision {revision} has no effect")
+            return _as_ours(path + plus + adapter)
+        return _as_ours(source.reference)
 
     def _group(self, part: OutputSlice) -> SliceModels:
         self._check_base(part)
@@ -147,9 +156,8 @@ class Roster:
         if not few and not many:
             return
         wanted = f"at least {least}" if most is None else most if many or most == least else f"{least} to {most}"
-        what = (
-            f"{self.name} takes {wanted} model{'' if wanted == 1 else 's'}, and here are {', '.join(names) or 'none'}"
-        )
+        noun = "model" if wanted in (1, "at least 1") else "models"
+        what = f"{self.name} takes {wanted} {noun}, and here are {', '.join(names) or 'none'}"
         fix = f"leave {len(names) - most} out" if most is not None and many else "add one"
         if many and self.target.method == "slerp":
             fix += f", or write base_model: {names[1]}"

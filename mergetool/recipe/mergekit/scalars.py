@@ -29,9 +29,10 @@ def _switch(value: Any) -> bool:
 def _number(value: Any) -> float:
     if isinstance(value, bool) or str(value).lower() in ("yes", "on", "no", "off"):
         return int(_switch(value))
-    if isinstance(value, int | float):
-        return value
     try:
-        return float(str(value))
+        number = value if isinstance(value, int | float) else float(str(value))
     except ValueError:
-        raise ValueError(f"expected a number, found {value!r}") from None
+        number = float("nan")
+    if number != number:
+        raise ValueError(f"expected a number, found {value!r}")
+    return number

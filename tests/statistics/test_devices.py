@@ -1,0 +1,73 @@
+"""What is measured on a device is what is measured on the CPU, and merged from there."""
+
+from contextlib import nullcontext
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import mergetool
+from mergetool.statistics import fisher
+from mergetool.testing.toys import read
+from tests.devices import STAND_IN, every_device, present
+from tests.statistics.networks import TEXTS, write_classifier, write_dense, write_rows
+
+SINGLE = {"fisher": {"labels": "given"}, "gradient": {}, "activation": {}, "gram": {}, "loss": {}}
+JOINT = {"regmean-plus": {}, "ada-merging": {"steps": 2, "batch": 2, "rate": 0.02, "density": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("devices")
+    for kind, write in (("bert", write_classifier), ("llama", write_dense)):
+        write(folder / f"{kind}-base", seed=9)
+        base = load_file(folder / f"{kind}-base" / "model.safetensors")
+        for seed, name in enumerate("ab"):
+            write(folder / f"{kind}-{name}", seed=seed)
+            path = folder / f"{kind}-{name}" / "model.safetensors"
+            near = {key: base[key] + 0.4 * (value - base[key]) for key, value in load_file(path).items()}
+            save_file(near, path, {"format": "pt"})
+    write_rows(folder / "a.jsonl", TEXTS[:4])
+    write_rows(folder / "b.jsonl", TEXTS[4:])
+    return folder
+
+
+@every_device
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("statistic", SINGLE)
+def test_a_device_measures_what_the_cpu_does(statistic, kind, device, place, tmp_path, monkeypatch):
+    if device == STAND_IN:  # which has no sparse tensors
+        monkeypatch.setattr(fisher, "sparse_embeddings", nullcontext)
+
+    def found(on):
+        settings = {"cache": tmp_path / on.replace(":", ""), "device": on, **SINGLE[statistic]}
+        return mergetool.measure(place / f"{kind}-a", statistic, place / "a.jsonl", **settings)
+
+    with present(device):
+        there = found(device)
+    assert_alike(there, found("cpu"))
+
+
+@every_device
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("method", JOINT)
+def test_models_that_are_measured_together_are_merged_on_a_device(method, kind, device, place, tmp_path):
+    recipe = {
+        **({"base": str(place / f"{kind}-base")} if method == "ada-merging" else {}),
+        "models": {name: str(place / f"{kind}-{name}") for name in "ab"},
+        "calibration": {name: {"data": str(place / f"{name}.jsonl")} for name in "ab"},
+        "merge": {"method": method, **JOINT[method]},
+    }
+
+    def made(on):
+        place = tmp_path / on.replace(":", "")
+        return read(mergetool.run(recipe, output=place / "out", device=on, cache=place / "cache").path)
+
+    with present(device):
+        there = made(device)
+    assert_alike(there, made("cpu"))
+
+
+def assert_alike(there, here):
+    assert there.keys() == here.keys()
+    for name, expected in here.items():
+        assert float((there[name] - expected).norm()) <= 1e-4 * float(expected.norm()), name
