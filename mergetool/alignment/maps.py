@@ -24,6 +24,7 @@ from mergetool.alignment.task import spec_of
 from mergetool.arch.spec import ArchSpec
 from mergetool.errors import PlanError
 from mergetool.kernels.spaces import Factor, Layout
+from mergetool.networks.trace import resolve
 from mergetool.tensors.dtypes import BY_NAME
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import write_error
@@ -172,47 +173,85 @@ Profiles = Sequence[Tensor]
 
 
 class Evidence:
-    """Profiles of one space after the other, in the network's order, once those before are settled."""
+    """Profiles of one space after the other, in the network's order, once those before are settled.
 
-    def __init__(self, match: "MatchBy", models: "Models", specs: Mapping[str, ArchSpec]) -> None:
-        self._models, self._specs = models, specs
-        self._tables: Mapping[str, Table] | None = None
+    Raises PlanError for models whose shapes differ in more than the units that can be mapped.
+    """
+
+    def __init__(self, match: "MatchBy", models: "Models") -> None:
+        self._models = models
+        self.spec = spec_of(models)
+        self._spaces = mappable(self.spec)
+        self._specs = [_own_spec(models, name, self.spec, self._spaces) for name in models.names]
         self.maps: dict[str, dict[str, UnitMap]] = {name: {} for name in models.names}
+        self._tables: Sequence[Table] | None = None
         if match.by == "activations":
-            self._layouts, self._tables = _tables(match, models, specs)
+            odd = [name for name, own in zip(models.names, self._specs, strict=True) if own != self.spec]
+            if odd:
+                what = f"model {odd[0]!r} is of another width, and only networks of one width are run on data"
+                raise PlanError(what, "merge.match", "write match: {by: weights}")
+            layouts, self._tables = said(match, models, self.spec, models.names)
+            self._layouts = {site: axes[1] for site, axes in layouts.items()}
 
     def spaces(self) -> tuple[str, ...]:
         """What is to be mapped, in order."""
-        return mappable(self._specs[self._models.names[0]])
+        return self._spaces
+
+    def read(self, model: int, space: str) -> Tensor:
+        """How much each unit of a model is read: the norm of the weights that do."""
+        spec, total = self._specs[model], torch.zeros((), dtype=torch.float64)
+        for name, axes in spec.layouts(matched=True).items():
+            for axis, layout in enumerate(axes):
+                if axis != written_axis(spec, name) and space in _moving(spec, layout) and len(layout) == 1:
+                    weights = self._models.read(self._models.names[model], name).double().cpu().movedim(axis, 0)
+                    size = spec.spaces[space].size
+                    total = total + weights.reshape(size, -1).square().sum(dim=1)
+        return total.sqrt()
 
     def of(self, space: str) -> Profiles:
         """The profiles of a space. Raises PlanError where there are none."""
-        found = [list(self._features(name, space)) for name in self._models.names]
+        found = [list(self._features(k, space)) for k in range(len(self._specs))]
         if not all(any(part.shape[1] > 1 for part in parts) for parts in found):
             what = f"no layer tells the units of {space} apart before others are known"
             raise PlanError(what, "merge.match", "write match: {by: activations, data: FILE}")
         return [torch.cat(parts, dim=1) for parts in found]
 
-    def _features(self, model: str, space: str) -> Iterator[Tensor]:
+    def _features(self, model: int, space: str) -> Iterator[Tensor]:
         if self._tables is not None:
             for site, rows in self._tables[model].items():
                 yield from _columns(rows, self._layouts[site], space)
             return
-        spec, open_spaces = self._specs[model], set(self.spaces()) - set(self.maps[model])
+        spec, own = self._specs[model], self.maps[self._models.names[model]]
         for name, axes in spec.layouts(matched=True).items():
             written = written_axis(spec, name)
             others = {s for axis, layout in enumerate(axes) if axis != written for s in _moving(spec, layout)}
-            if written is None or axes[written] != ((Factor(spec.spaces[space].size, space),),) or others & open_spaces:
-                continue
-            x = carried(spec, self.maps[model], name, self._models.read(model, name))
-            yield x.movedim(written, 0).reshape(x.shape[written], -1)
+            unknown = others.intersection(self._spaces).difference(own)
+            if written is not None and axes[written] == ((Factor(spec.spaces[space].size, space),),) and not unknown:
+                x = carried(spec, own, name, self._models.read(self._models.names[model], name))
+                yield x.movedim(written, 0).reshape(x.shape[written], -1)
 
 
-def _tables(
-    match: "MatchBy", models: "Models", specs: Mapping[str, ArchSpec]
-) -> tuple[Mapping[str, Layout], Mapping[str, Table]]:
-    layouts, tables = said(match, models, specs[models.names[0]], models.names)
-    return {site: axes[1] for site, axes in layouts.items()}, dict(zip(models.names, tables, strict=True))
+def _own_spec(models: "Models", name: str, common: ArchSpec, mapped: Sequence[str]) -> ArchSpec:
+    """What a model itself is. Raises PlanError where maps cannot give it the common shapes."""
+    shapes = models.shapes_of(name)
+    if all(shapes[tensor] == axes.shape for tensor, axes in common.tensors.items()):
+        return common
+    own = resolve(models.architecture, shapes, models.config)
+    for tensor, there in common.tensors.items():
+        if tuple(_resized(layout, common, mapped) for layout in own.tensors[tensor].axes) != there.axes:
+            what = (
+                f"shape {list(shapes[tensor])} in model {name!r}, {list(there.shape)} in the first, not in hidden units"
+            )
+            raise PlanError(what, tensor, "merge models that differ in the number of hidden units only")
+    return own
+
+
+def _resized(layout: Layout, common: ArchSpec, mapped: Sequence[str]) -> Layout:
+    sizes = {space: common.spaces[space].size for space in mapped}
+    return tuple(
+        tuple(replace(factor, size=sizes.get(factor.space or "", factor.size)) for factor in segment)
+        for segment in layout
+    )
 
 
 def _columns(rows: Tensor, layout: Layout, space: str) -> Iterator[Tensor]:

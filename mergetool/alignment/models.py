@@ -44,6 +44,10 @@ class Models(Protocol):
         """Where to compute."""
         ...
 
+    def shapes_of(self, model: str) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of one model by itself: other ones than `shapes` where a method takes models of other widths."""
+        ...
+
     def read(self, model: str, name: str) -> "Tensor":
         """One tensor, whole, in compute dtype, on `device`; a fresh copy."""
         ...

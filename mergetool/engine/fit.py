@@ -59,6 +59,10 @@ class WholeModels:
         finally:
             del self._here.device
 
+    def shapes_of(self, model: str) -> Mapping[str, tuple[int, ...]]:
+        specs = self._plan.sources[model].specs
+        return {name: specs[name].shape for name in self.shapes}
+
     def read(self, model: str, name: str) -> Tensor:
         tensor = read_whole(self._plan.sources[model], name).to(self.compute, copy=True)
         if not all_finite(tensor):

@@ -110,6 +110,8 @@ class Method(BaseModel):
     """The statistic of every model that it needs, if any (`mergetool.statistics`)."""
     statistic_of_base: ClassVar[str] = ""
     """The statistic of the base that steps after it need, if any."""
+    resizes: ClassVar[bool] = False
+    """Whether it takes models whose tensors have other shapes than the result's."""
     varies: ClassVar[bool] = True
     """Whether its settings may differ from tensor to tensor (overrides)."""
 

@@ -24,9 +24,7 @@ from mergetool.methods.base import Field, Unit
 from mergetool.methods.families.mapping import MappingMethod
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mergetool.alignment.maps import UnitMap
+    from mergetool.alignment.maps import Evidence, UnitMap
 
 
 class ZipIt(MappingMethod):
@@ -37,13 +35,14 @@ class ZipIt(MappingMethod):
     within: Unit = Field(0.125, description="share of the joins that may bring units of one model together")
     exempt: ClassVar = {"order": "units come in the order of the first model's"}
 
-    def maps(self, profiles: "Sequence[Tensor]") -> "Sequence[UnitMap]":
+    def maps(self, evidence: "Evidence", space: str) -> "Sequence[UnitMap]":
         import numpy as np
         import torch
 
         from mergetool.alignment.maps import UnitMap
         from mergetool.kernels.zipping import zip_units
 
+        profiles = evidence.of(space)
         units = torch.cat([profile.double() for profile in profiles])
         norms = units.norm(dim=1, keepdim=True)
         units = torch.where(norms > 0, units / norms, 0.0)

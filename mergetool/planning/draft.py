@@ -269,7 +269,7 @@ class Draft:
         for model in models:
             other = self._spec(origin, model)
             fix = f"copy it: overrides: [{{match: {origin.name!r}, use: {leader}}}]"
-            if other.shape != spec.shape:
+            if other.shape != spec.shape and not self.recipe.method.resizes:
                 what = f"shape {list(other.shape)} in {label(model)}, {list(spec.shape)} in {label(leader)}"
                 words = self._has_other_words(origin, (leader, model)) and "write tokenizer: {source: union}"
                 raise PlanError(what, origin.name, words or f"merge models of one size, or {fix}")

@@ -11,9 +11,7 @@ from mergetool.alignment.models import Fitted, Models
 from mergetool.methods.families.aligning import AligningMethod
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mergetool.alignment.maps import Mapped, UnitMap
+    from mergetool.alignment.maps import Evidence, Mapped, UnitMap
 
 
 class MappingMethod(AligningMethod):
@@ -26,24 +24,23 @@ class MappingMethod(AligningMethod):
         return self
 
     @abstractmethod
-    def maps(self, profiles: "Sequence[Tensor]") -> "Sequence[UnitMap]":
+    def maps(self, evidence: "Evidence", space: str) -> "Sequence[UnitMap]":
         """The maps of every model for a space, by what tells its units apart."""
 
     def search(self, models: Models) -> "Mapped":
         from mergetool.alignment.maps import Evidence, Mapped
-        from mergetool.alignment.task import spec_of
 
-        spec = spec_of(models)
-        evidence = Evidence(self.match, models, dict.fromkeys(models.names, spec))
-        for space in evidence.spaces():
-            for model, found in zip(models.names, self.maps(evidence.of(space)), strict=True):
-                evidence.maps[model][space] = found
+        evidence = Evidence(self.match, models)
         mapped = evidence.spaces()
-        left = [name for name, each in spec.spaces.items() if each.symmetry != "fixed" and name not in mapped]
+        for space in mapped:
+            for model, found in zip(models.names, self.maps(evidence, space), strict=True):
+                evidence.maps[model][space] = found
+        spaces = evidence.spec.spaces
+        left = [name for name, each in spaces.items() if each.symmetry != "fixed" and name not in mapped]
         if left:
             models.say(f"units of {', '.join(left)} have heads or signs: they stay in their order")
         report = {"method": self.method_name(), "models": list(models.names), "spaces": list(mapped)}
-        return Mapped(spec, evidence.maps, report)
+        return Mapped(evidence.spec, evidence.maps, report)
 
     def load(self, models: Models, folder: Path) -> Fitted | None:
         from mergetool.alignment.maps import load_maps

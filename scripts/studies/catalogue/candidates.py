@@ -42,6 +42,8 @@ def _settings() -> Iterator[tuple[str, Sections]]:
     for name, method, step in (
         ("task-arithmetic, 1", "task-arithmetic", {"step": "svc"}),
         ("iso-cts, 1", "iso-cts", {"step": "svc"}),
+        ("wudi, 1", "wudi", {"step": "svc"}),
+        ("swudi, 1", "swudi", {"step": "svc"}),
         ("task-arithmetic, 1", "task-arithmetic", {"step": "match-norm"}),
         ("ties, 1", "ties", {"step": "match-norm"}),
         ("task-arithmetic, 1", "task-arithmetic", {"step": "subspace-boosting", "share": 0.2}),
