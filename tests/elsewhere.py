@@ -158,7 +158,7 @@ class Elsewhere(TorchFunctionMode):
         rest = [each for each in args if isinstance(each, torch.dtype)]
         if other is not None:
             target, kwargs = other.device, {"dtype": other.dtype, **kwargs}
-        there = isinstance(tensor, There) if target is None else torch.device(target).type != "cpu"
+        there = isinstance(tensor, There) if target is None else torch.device(target).type not in ("cpu", "meta")
         data = tensor.data_here if isinstance(tensor, There) else tensor
         data = data.to(*rest, **kwargs)
         if there and isinstance(tensor, There) and data is tensor.data_here:

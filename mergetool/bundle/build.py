@@ -370,7 +370,7 @@ class Work:
             return manifest  # (one expert is kept whole, so that nothing tells its inputs)
         from mergetool.bundle.reference import with_reference
 
-        told = with_reference(self.folder, manifest, self.options.router, self._whole_change)
+        told = with_reference(self.folder, manifest, self.options.router, self._whole_change, self.experts.device)
         self._write(told)
         return told
 

@@ -2,18 +2,16 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from mergetool.bundle.files import triplet_names, whole_name
+from mergetool.bundle.files import readable, triplet_names, whole_name
 from mergetool.bundle.manifest import Head, Manifest, Task, read_manifest
 from mergetool.bundle.masks import masked_change
 from mergetool.bundle.verify import check_files
-from mergetool.errors import SourceError
 from mergetool.tensors.dtypes import BY_TORCH_NAME, DType
 
 _SLICE = 1 << 18
@@ -94,20 +92,10 @@ def slices(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 def _masked(folder: Path, task: Task, name: str) -> Iterator[Tensor]:
-    with _readable(folder / task.factors):
+    with readable(folder / task.factors):
         yield masked_change(folder, task.factors, name, task.scale)
 
 
 def _read(path: Path, names: Sequence[str]) -> Iterator[Tensor]:
-    with _readable(path), safe_open(path, framework="pt") as file:
+    with readable(path), safe_open(path, framework="pt") as file:
         yield from [file.get_tensor(name) for name in names]
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Raises SourceError where what is inside cannot be read."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        fix = "the file was changed or damaged; make the bundle again"
-        raise SourceError(f"cannot be read ({str(error)[:100]})", str(path), fix) from None

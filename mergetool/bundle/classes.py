@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mergetool.bundle.answer import Scored
 from mergetool.bundle.arrow import Mix
 from mergetool.bundle.batch import take
 from mergetool.bundle.factors import Group, TaskFactors
+from mergetool.bundle.files import read_all
 from mergetool.bundle.grouped import GroupedModel, Runs, SeveralGroups
 from mergetool.bundle.manifest import ClassHead, HeadKind, Manifest
 from mergetool.bundle.replay import Playback, Player, Recorder, Said, rows_of, set_part, shared_parts
@@ -141,7 +141,7 @@ def load_networks(
     for place, task in enumerate(manifest.tasks):
         if isinstance(task.head, ClassHead):
             file = folder / task.head.file
-            own = _Own(place, task.head, file.parent, load_file(file))
+            own = _Own(place, task.head, file.parent, read_all(file))
             owns.setdefault(own.network, []).append(own)
     if not owns:
         return []

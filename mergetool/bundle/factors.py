@@ -11,16 +11,15 @@ float32 the product then cancels to noise.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from mergetool.bundle.files import triplet_names, whole_name
+from mergetool.bundle.files import read_all, triplet_names, whole_name
 from mergetool.bundle.manifest import Manifest
 from mergetool.kernels.spectral import Factors, concatenated, orthogonalised
 from mergetool.networks.places import Fragment, composed
@@ -80,7 +79,7 @@ class TaskFactors:
         self.manifest = manifest
         self._dtype = dtype
         self._cache_bytes = cache_bytes
-        self._stored = [_read(folder / task.factors) for task in manifest.tasks]
+        self._stored = [read_all(folder / task.factors) for task in manifest.tasks]
         self._groups: OrderedDict[Group, GroupChanges] = OrderedDict()
         self._num_passes = 0
         self._composed: dict[str, tuple[tuple[int, ...], tuple[Fragment, ...]]] = {}
@@ -213,8 +212,3 @@ class TaskFactors:
             every = [self.of(task, name) for task in range(len(self.manifest.tasks))]
             bases.append([(factors.u if turned else factors.v).mT.float().contiguous() for factors in every])
         return bases
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)

@@ -1,16 +1,19 @@
 """Files of a bundle: tensors laid out first and filled one by one, and models copied byte for byte."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 from urllib.parse import quote
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mergetool.checkpoints.side_files import side_files
-from mergetool.errors import OutputError
+from mergetool.errors import OutputError, SourceError
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.header import Header, TensorSpec, lay_out
 from mergetool.tensors.io import bytes_of, write_error
@@ -116,6 +119,22 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     except OSError as error:
         raise write_error(error, str(target)) from error
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises SourceError where what is inside cannot be read."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        fix = "the file was changed or damaged; make the bundle again"
+        raise SourceError(f"cannot be read ({str(error)[:100]})", str(path), fix) from None
+
+
+def read_all(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file. Raises SourceError."""
+    with readable(path):
+        return load_file(path)
 
 
 def triplet_names(name: str) -> tuple[str, str, str]:

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mergetool.bundle.batch import first_tokens, num_samples, take
 from mergetool.bundle.compared import read_compared
 from mergetool.bundle.factors import TaskFactors
-from mergetool.bundle.files import FIRST_PASS
+from mergetool.bundle.files import FIRST_PASS, read_all
 from mergetool.bundle.local import make_local, replaced
 from mergetool.bundle.manifest import Pool, Router
 from mergetool.bundle.readout import pool_tokens
@@ -115,7 +114,7 @@ class FirstPass:
         merged = folder / FIRST_PASS
         self._merged: list[tuple[nn.Module, dict[str, Tensor]]] = []
         if merged.is_file():
-            self._merged = _replacements(base, load_file(merged))
+            self._merged = _replacements(base, read_all(merged))
         self._local = threading.local()
         for place, module in enumerate(self.modules):
             module.register_forward_pre_hook(lambda _, arguments, place=place: self._read(place, arguments[0]))

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from mergetool.bundle.files import REFERENCE
+from mergetool.bundle.files import REFERENCE, read_all
 from mergetool.bundle.first_pass import FirstPass
 from mergetool.bundle.manifest import Unknown
 from mergetool.kernels.known import doubt, seen, whole
@@ -31,7 +30,7 @@ class Knowing:
     def read(cls, unknown: Unknown, folder: Path) -> Self:
         """That of a bundle in a folder."""
         path = folder / REFERENCE
-        stored = load_file(path) if path.is_file() else {}
+        stored = read_all(path) if path.is_file() else {}
         return cls(unknown, stored.get("seen"), stored.get("markup"))
 
     def to(self, device: torch.device) -> None:

@@ -6,10 +6,10 @@ file of the bundle, and `base.files` that of the base's weights, wherever they l
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mergetool.arch.heads import HeadKind as HeadKind
 from mergetool.errors import SourceError
@@ -34,6 +34,16 @@ AROUND: tuple[Kind, ...] = ("twin", "wemoe")
 Policy = Literal["svd", "full", "skip", "mask"]
 
 
+def _inside(path: str) -> str:
+    if PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive or ".." in PureWindowsPath(path).parts:
+        raise ValueError(f"{path!r} is no place inside the bundle")
+    return path
+
+
+Inside = Annotated[str, AfterValidator(_inside)]
+"""A path that does not leave the bundle."""
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,7 +51,7 @@ class _Part(BaseModel):
 class Head(_Part):
     """A task's classifier: scores = weight x + bias, of the pooled last layer x."""
 
-    file: str
+    file: Inside
     num_classes: int
     pool: Pool
     normalize: bool = False
@@ -52,7 +62,7 @@ class Head(_Part):
 class ClassHead(_Part):
     """What an expert's class of transformers has beside the base's weights: classifier, pooler, all that it needs."""
 
-    file: str
+    file: Inside
     """Its tensors, under their names in the expert; beside it lie the expert's config.json and tokenizer."""
     architecture: str
     kind: HeadKind
@@ -71,7 +81,7 @@ class Task(_Part):
     source: str
     files: Mapping[str, str]
     """SHA-256 of the expert's weight files, by name."""
-    factors: str
+    factors: Inside
     scale: float | None = None
     """What its masked changes are multiplied by (EMR)."""
     head: Head | ClassHead | None = None
@@ -83,7 +93,13 @@ class Base(_Part):
     kind: Literal["copy", "reference"]
     path: str
     """Relative to the bundle for a copy."""
-    files: Mapping[str, str]
+    files: Mapping[Inside, str]
+
+    @model_validator(mode="after")
+    def _copied_inside(self) -> Self:
+        if self.kind == "copy":
+            _inside(self.path)
+        return self
 
 
 class Parameter(_Part):
@@ -160,7 +176,22 @@ class Manifest(_Part):
     heads: HeadRule = "joint"
     layouts: tuple[Mapping[str, str], ...] = ()
     """Names in the base by name in the expert, for experts with heads of their own class."""
-    files: Mapping[str, str]
+    files: Mapping[Inside, str]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        """Whatever names another part finds it."""
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("two tasks have one name")
+        for name, parameter in self.parameters.items():
+            if parameter.ranks and len(parameter.ranks) != len(self.tasks):
+                raise ValueError(f"{len(parameter.ranks)} ranks of {name} for {len(self.tasks)} tasks")
+        layouts = [task.head.layout for task in self.tasks if isinstance(task.head, ClassHead)]
+        if not all(0 <= layout < len(self.layouts) for layout in layouts):
+            raise ValueError("a head has a layout that is not there")
+        if self.router is not None and (lost := set(self.router.matrices) - self.parameters.keys()):
+            raise ValueError(f"the router reads {min(lost)}, of which nothing is known")
+        return self
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mergetool.bundle.answer import Answer as Answer
@@ -31,7 +30,7 @@ from mergetool.bundle.batch import check_batch, device_of, lengths_in, num_sampl
 from mergetool.bundle.calibration import read_calibration
 from mergetool.bundle.classes import ClassNetwork
 from mergetool.bundle.factors import Group, TaskFactors
-from mergetool.bundle.files import copy_bundle
+from mergetool.bundle.files import copy_bundle, read_all
 from mergetool.bundle.first_pass import FirstPass
 from mergetool.bundle.generation import generate_in_groups, to_the_right_end
 from mergetool.bundle.grouped import GroupedModel, Runs, SeveralGroups
@@ -81,7 +80,7 @@ class MassModel(nn.Module):
             GroupedModel(base.model, places.names, factors, places.fragments) if alone else networks[0].grouped
         )
         self._heads = [
-            load_file(folder / task.head.file) if isinstance(task.head, Head) else None for task in manifest.tasks
+            read_all(folder / task.head.file) if isinstance(task.head, Head) else None for task in manifest.tasks
         ]
         self.calibration = read_calibration(folder)
         router = manifest.router

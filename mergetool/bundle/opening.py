@@ -9,7 +9,7 @@ from mergetool.bundle.classes import load_networks, stored_dtype
 from mergetool.bundle.manifest import ClassHead, Head, read_manifest
 from mergetool.bundle.masks import open_factors
 from mergetool.bundle.mass_model import MassModel
-from mergetool.bundle.verify import base_folder, check_base, check_files
+from mergetool.bundle.verify import base_folder, check_base, check_files, check_shapes
 from mergetool.errors import PlanError
 from mergetool.networks.build import LoadedModel, load_base
 from mergetool.networks.places import TensorMap
@@ -42,6 +42,7 @@ def load_bundle(
     manifest = read_manifest(folder)
     check_files(folder, manifest, hashes=verify)
     check_base(folder, manifest, hashes=verify)
+    check_shapes(folder, manifest)
     place = base_folder(folder, manifest)
     matrices = [task for task in manifest.tasks if isinstance(task.head, Head)]
     plain = bool(matrices) or all(task.head is None for task in manifest.tasks)

@@ -39,11 +39,21 @@ Change = Callable[[str, str], Tensor | None]
 """What a task's expert changed of a tensor, or None where it is none of those that experts may change."""
 
 
-def with_reference(folder: Path, manifest: Manifest, options: RouterOptions, change: Change) -> Manifest:
-    """The manifest of a bundle that lies in `folder` with what tells unknown inputs. Raises PlanError."""
+def with_reference(
+    folder: Path, manifest: Manifest, options: RouterOptions, change: Change, device: torch.device
+) -> Manifest:
+    """The manifest of a bundle that lies in `folder` with what tells unknown inputs. Raises PlanError.
+
+    `device`: where the base runs; on the CPU where that has too little memory, or no float64.
+    """
     assert options.unknown is not None
     assert manifest.router is not None
-    unknown = measure(load_bundle(folder, verify=False), options.unknown, options.doubt, change)
+    model = load_bundle(folder, verify=False)
+    try:
+        there = model if device.type in ("cpu", "mps") else model.to(device)
+        unknown = measure(there, options.unknown, options.doubt, change)
+    except torch.OutOfMemoryError:
+        unknown = measure(load_bundle(folder, verify=False), options.unknown, options.doubt, change)
     files = dict(manifest.files)
     if (folder / REFERENCE).is_file():
         files[REFERENCE] = sha256_file(folder / REFERENCE)
@@ -62,6 +72,7 @@ def measure(model: MassModel, answer: UnknownRule, most_doubt: float, change: Ch
         write_tensors(model.folder / REFERENCE, tensors, {"format": "pt"})
     nothing = Unknown(answer=answer, doubt=most_doubt, scores=(), strange=(), usual=(), sharpness=1.0)
     knowing = Knowing(nothing, tensors.get("seen"), tensors.get("markup"))
+    knowing.to(model.device)
     batches = made_up(model, around, moved)
     read = {kind: _scores(model, knowing, several) for kind, several in batches.items()}
     scored = {kind: found for kind, (found, _) in read.items()}
@@ -88,15 +99,19 @@ def _scores(
     found, nearest = list[dict[str, Tensor]](), list[Tensor]()
     for inputs in batches:
         with torch.inference_mode():
-            distances, scored = knowing.scores(first, inputs)
-            found.append(scored)
-            nearest.append(distances.argmin(-1))
+            distances, scored = knowing.scores(first, _there(inputs, model))
+            found.append({name: values.cpu() for name, values in scored.items()})
+            nearest.append(distances.argmin(-1).cpu())
     return {name: torch.cat([each[name] for each in found]) for name in found[0]}, torch.cat(nearest)
+
+
+def _there(inputs: dict[str, Tensor], model: MassModel) -> dict[str, Tensor]:
+    return {name: values.to(model.device) for name, values in inputs.items()}
 
 
 def _where_they_belong(scored: dict[str, Tensor], nearest: Tensor, num_tasks: int) -> dict[str, Tensor]:
     """Scores of the usual inputs that went to the tasks that they were made up for, in turn; of all, where none did."""
-    right = nearest.cpu() == torch.arange(len(nearest)) % num_tasks
+    right = nearest == torch.arange(len(nearest)) % num_tasks
     return {name: values[right] for name, values in scored.items()} if bool(right.any()) else scored
 
 
@@ -124,7 +139,7 @@ def _sharpness(model: MassModel, batches: Sequence[dict[str, Tensor]]) -> float:
     for inputs in batches:
         tokens: list[Tensor] = []
         with torch.inference_mode():
-            first.read(inputs, closely=True, watch=tokens.append)
+            first.read(_there(inputs, model), closely=True, watch=tokens.append)
         shares.append(participation(tokens) / (sum(each.shape[1] for each in tokens) / len(tokens)))
     return round(min(1.0, sum(shares) / len(shares)), 4)
 

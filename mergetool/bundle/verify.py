@@ -48,12 +48,23 @@ def check_base(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
             raise SourceError(what, str(path), "put the right base there, or make the bundle again")
 
 
+def check_shapes(folder: Path, manifest: Manifest) -> None:
+    """Tensors have the shapes that the manifest says, unless they are stored as codes. Raises SourceError."""
+    specs = open_model(base_folder(folder, manifest)).specs
+    for name, parameter in manifest.parameters.items():
+        spec = specs.get(name)
+        if spec is not None and spec.dtype.is_float and spec.shape != parameter.shape:
+            what = f"the manifest says that {name} is {list(parameter.shape)}, in the base it is {list(spec.shape)}"
+            raise SourceError(what, str(folder), "make the bundle again")
+
+
 def verify_bundle(folder: Path) -> dict[str, Any]:
     """Everything above, and a scan for values that are not finite. Raises SourceError for the first kind of damage."""
     manifest = read_manifest(folder)
     num_files = check_files(folder, manifest, hashes=True)
     read_calibration(folder)
     check_base(folder, manifest, hashes=True)
+    check_shapes(folder, manifest)
     num_tensors = 0
     for name in manifest.files:
         if name.endswith(".safetensors"):

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergetool.engine.context import Context
+from mergetool.engine.devices import free_device
 from mergetool.layouts.experts import GATES, GateSource, SideBySide
 from mergetool.methods.base import expect
 from mergetool.methods.moe import MixtureOfExperts
-from mergetool.networks.gates import Asked, drawn_gates, gates_from_prompts
+from mergetool.networks.gates import CPU, Asked, drawn_gates, gates_from_prompts
 from mergetool.planning.graph import BASE, Plan, Stage
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.writer import write_file
@@ -49,7 +50,7 @@ class GateStage:
         plan, sink = self._run.plan, self._run.sink
         folder = None if sink.folder is None else sink.folder / FOLDER
         kept = _kept(folder) if folder is not None else None
-        gates = _measured(plan, self._run.teller.say) if kept is None else kept
+        gates = self._measured(plan) if kept is None else kept
         report = _report(plan, gates)
         if folder is not None and kept is None:
             _keep(folder, gates, report)
@@ -61,12 +62,22 @@ class GateStage:
             )
         return gates
 
+    def _measured(self, plan: Plan) -> Tensor:
+        """On the run's device; on the CPU where that has too little memory, or no float64."""
+        device = torch.device(self._run.pool.device)
+        try:
+            return _measured(plan, self._run.teller.say, CPU if device.type == "mps" else device)
+        except torch.OutOfMemoryError:
+            free_device(device)
+        self._run.teller.say(f"{device} has too little memory: the prompts go through the base on the CPU")
+        return _measured(plan, self._run.teller.say, CPU)
 
-def _measured(plan: Plan, say: Any) -> Tensor:
+
+def _measured(plan: Plan, say: Any, device: torch.device) -> Tensor:
     method, base = expect(plan.recipe.method, MixtureOfExperts), plan.sources[BASE]
     asked = _asked(plan)
     if method.needs_prompts:
-        return gates_from_prompts(method.gate, base, asked, say)
+        return gates_from_prompts(method.gate, base, asked, say, device)
     config = read_config(base.folder)
     return drawn_gates(method.gate, asked, config["num_hidden_layers"], config["hidden_size"], plan.seed)
 

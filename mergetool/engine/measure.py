@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergetool.engine.context import Context
+from mergetool.engine.devices import load_linear_algebra
 from mergetool.errors import PlanError, RecipeError, at
 from mergetool.planning.cost import room_to_measure
 from mergetool.planning.graph import Stage
@@ -99,9 +100,10 @@ class MeasureStage:
         rows = sum(len(each.examples) for each in asked.values())
         run.teller.start(rows, f"measuring {first.statistic.name} of all models", "rows")
         with at(f"measuring {first.statistic.name}"):
+            load_linear_algebra(self._running.device)
             networks = {models[key]: opened(each, self._running, folder) for key, each in asked.items()}
             examples = {models[key]: each.examples for key, each in asked.items()}
-            merger = PlanMerger(run.plan)
+            merger = PlanMerger(run.plan, self._running.device)
             found = first.statistic.together(networks, examples, merger, first.seed, run.teller.advance)
         return {key: found[models[key]] for key in asked}
 

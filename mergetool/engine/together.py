@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mergetool.methods.base import TensorGroup
@@ -14,6 +15,8 @@ from mergetool.planning.operations import Merge
 from mergetool.statistics.measure import Measuring
 from mergetool.statistics.store import content_of
 from mergetool.tensors.dtypes import BY_TORCH_NAME, torch_dtype
+
+CPU = torch.device("cpu")
 
 
 def joint_key(plan: Plan, asked: Mapping[str, Measuring], model: str) -> str:
@@ -30,8 +33,9 @@ def joint_key(plan: Plan, asked: Mapping[str, Measuring], model: str) -> str:
 class PlanMerger:
     """Makes tensors of the result by the steps of a plan, without the steps that come after a merge."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, device: torch.device = CPU) -> None:
+        """`device`: where tensors are merged."""
+        self._plan, self._device = plan, device
         self._dtype = torch_dtype(BY_TORCH_NAME[plan.recipe.compute.dtype])
         self._steps = {slot.spec.name: step for step in plan.steps for slot in step.slots}
 
@@ -59,7 +63,7 @@ class PlanMerger:
         return base, {operand.source: self._read(operand).sub_(base) for operand in step.models}
 
     def _read(self, operand: Operand) -> Tensor:
-        return read_tensor(self._plan.sources[operand.source], operand.tensor).to(self._dtype)
+        return read_tensor(self._plan.sources[operand.source], operand.tensor).to(self._device, self._dtype)
 
     def _merge(self, step: Step, operation: Merge, tensors: list[Tensor], found: Mapping[str, Tensor]) -> Tensor:
         names = [operand.source for operand in step.models]
@@ -73,7 +77,7 @@ class PlanMerger:
             None,
             tensors,
             seed=self._plan.seed,
-            measured=_Found([found[name] for name in names], turned) if known else None,
+            measured=_Found([found[name].to(self._device) for name in names], turned) if known else None,
         )
         return method.merge(group, operation.params, {})
 

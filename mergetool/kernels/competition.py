@@ -38,11 +38,18 @@ def total_of(values: Sequence[Tensor], scratch: Scratch) -> Tensor:
     return total
 
 
-def score(x: Tensor, total: Tensor, clip: Clip, count: int, scratch: Scratch) -> Tensor:
-    """The scores of one of `count` vectors. They belong to the caller until the next ones are asked for."""
-    within = clip.sizes(x, scratch("score")).sub_(clip.low).div_((clip.high - clip.low) or 1.0)
+def score(x: Tensor, sizes: Tensor, total: Tensor, clip: Clip, count: int, scratch: Scratch) -> Tensor:
+    """The scores of one of `count` vectors, whose sizes are known. They are there until the next ones are asked for."""
+    within = torch.sub(sizes, clip.low, out=scratch("score")).div_((clip.high - clip.low) or 1.0)
     between = _tanh_(torch.mul(x, total, out=scratch("between")))
     return within.square_().sub_(1.0).mul_(count).exp_().mul_(between)
+
+
+def score_(values: Sequence[Tensor], clips: Sequence[Clip], scratch: Scratch) -> None:
+    """Put the scores of all vectors in their place."""
+    total = total_of(values, scratch)
+    for value, clip in zip(values, clips, strict=True):
+        value.copy_(score(value, clip.sizes(value, scratch("sizes")), total, clip, len(clips), scratch))
 
 
 def _tanh_(x: Tensor) -> Tensor:
@@ -68,10 +75,10 @@ def balanced(
     total = total_of(values, scratch)
     merged, scores = scratch("merged").zero_(), scratch("scores").zero_()
     for value, weight, clip, (cut, top) in zip(values, weights, clips, spans, strict=True):
-        share = score(value, total, clip, len(values), scratch)
+        sizes = clip.sizes(value, scratch("sizes"))
+        share = score(value, sizes, total, clip, len(values), scratch)
         share = torch.ge(share, cut, out=share) if top == cut else share.sub_(cut).div_(top - cut).clamp_(0.0, 1.0)
         scores.add_(share)
-        sizes = clip.sizes(value, scratch("between"))
         merged.addcmul_(sizes.mul_(value.sign_()), share, value=weight)
     merged.div_(scores.clamp_(min=1e-12))
     return merged.add_(total, alpha=0.0)  # what is not finite has been clipped: not lost

@@ -26,6 +26,8 @@ _LANES = 16
 _MOST_IN_BRACKET = 1 / 8
 """Share of the entries beyond which keeping those in a bracket is dearer than counting all."""
 
+_FEW = 1 / 32
+"""Share of the entries up to which it is worth while to pick those out that a bracket is about."""
 _LARGEST = (1 << 31) - 1
 """No number has bits that are larger as a whole number."""
 
@@ -143,6 +145,8 @@ class Bracket:
     end: int
     share: float = 0.0
     """Of all entries those that are probably between."""
+    larger: float = 0.5
+    """Of all entries those that are larger than the one that is sought."""
 
     @classmethod
     def around(cls, rank: int, total: int, sample: Tensor) -> "Bracket | None":
@@ -158,7 +162,7 @@ class Bracket:
         if inside > _MOST_IN_BRACKET:
             return None
         end = min(len(sample) - first << _DIGIT, _LARGEST)
-        return cls(rank, len(sample) - 1 - last << _DIGIT, end, inside)
+        return cls(rank, len(sample) - 1 - last << _DIGIT, end, inside, share)
 
     def settle(self, table: Tensor) -> RankedMagnitude | None:
         """The magnitude searched for, from the tallies of all slices, one below the other; None if it lies outside."""
@@ -189,6 +193,11 @@ class Tally:
     def add(self, magnitudes: Tensor) -> None:
         """Look through a slice of |x| (1-D, float32, on the CPU)."""
         words, bracket = magnitudes.view(torch.int32), self._bracket
+        if bracket.larger + bracket.share < _FEW:
+            words = words[_places(words.numpy() >= bracket.low)]
+        elif bracket.larger - bracket.share > 1 - _FEW:
+            every, words = len(words), words[_places(words.numpy() < bracket.end)]
+            self._larger += every - len(words)
         self._larger += int(np.count_nonzero(words.numpy() >= bracket.end))  # several times as fast as torch
         self._kept.append(_offsets(words, bracket.low, bracket.end - bracket.low))
 
@@ -233,6 +242,11 @@ def places_of(x: Tensor, magnitude: float) -> Tensor:
         return (x.abs() == magnitude).nonzero().view(-1).cpu()
     array, value = x.numpy(), x.numpy().dtype.type(magnitude)  # numpy is several times as fast as torch here
     return torch.from_numpy(np.flatnonzero((array == value) | (array == -value)))
+
+
+def _places(chosen: "np.ndarray[tuple[int, ...], np.dtype[np.bool_]]") -> Tensor:
+    """Where so few entries are chosen that looking for them costs less than a second look at all."""
+    return torch.from_numpy(np.flatnonzero(chosen))
 
 
 def _offsets(words: Tensor, low: int, length: int) -> Tensor:

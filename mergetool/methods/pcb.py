@@ -28,7 +28,7 @@ from mergetool.methods.base import (
     TensorGroup,
     Unit,
 )
-from mergetool.methods.families.ranks import find, magnitudes
+from mergetool.methods.families.ranks import find, find_signed, magnitudes
 from mergetool.methods.families.scope import ScopedMethod
 
 if TYPE_CHECKING:
@@ -38,63 +38,37 @@ _LOWEST = "the lowest of the scores that count is 0, even where all of them are 
 
 
 @dataclass(frozen=True)
-class _Signed:
-    """Scores of one sign as numbers from 0 up; the others are 0."""
+class _Scores:
+    """Those of all entries, once clips are known."""
 
     clips: tuple[tuple[float, float], ...]
-    sign: int
 
     def __call__(self, group: TensorGroup, p: Params) -> "Sequence[Tensor]":
-        from mergetool.kernels.competition import Clip, score, total_of
+        from mergetool.kernels.competition import Clip, score_
 
-        total = total_of(group.deltas, group.scratch)
-        for delta, clip in zip(group.deltas, self.clips, strict=True):
-            scores = score(delta, total, Clip(*clip), len(self.clips), group.scratch)
-            delta.copy_(scores.mul_(self.sign).clamp_(min=0.0)).abs_()  # no zero keeps a sign
+        score_(group.deltas, [Clip(*clip) for clip in self.clips], group.scratch)
         return group.deltas
+
+    def found(self, values: Stats) -> Stats:
+        """All that merging must know, with the highest scores and the lowest that count."""
+        half, (low, high) = len(self.clips), zip(*self.clips, strict=True)
+        return {"low": low, "high": high, "top": values["threshold"][:half], "cut": values["threshold"][half:]}
 
 
 @dataclass(frozen=True)
 class _Search:
-    """The search for each model's highest score and for the threshold, whatever sign they have."""
+    """What comes once clips are known: the search for each model's highest score, and for the lowest that counts."""
 
     density: tuple[float, ...]
     size: int
     bits: int
 
     def __call__(self, found: Stats) -> StatisticsPass | Stats:
-        """Once clips are known: look among positive scores, where it nearly always ends."""
         half = len(self.density)
-        clips = tuple(zip(found["threshold"][:half], found["threshold"][half:], strict=True))
-        places = [(model, 1) for model in range(half)] + [(model, self.rank(model)) for model in range(half)]
-        return find(_Signed(clips, 1), places, self.size, self.bits, _Ranked(self, clips, tuple(places)))
-
-    def rank(self, model: int) -> int:
-        """Of the lowest score that counts, from the highest."""
-        return max(1, self.size - int(self.size * (1.0 - self.density[model])))
-
-
-@dataclass(frozen=True)
-class _Ranked:
-    """What comes after the positive scores: the negative ones, if one of the ranks is not among those."""
-
-    search: _Search
-    clips: tuple[tuple[float, float], ...]
-    places: tuple[tuple[int, int], ...]
-    positive: tuple[float, ...] = ()
-
-    def __call__(self, found: Stats) -> StatisticsPass | Stats:
-        values = found["threshold"]
-        if self.positive:
-            values = tuple(p or -n for p, n in zip(self.positive, values, strict=True))
-        elif not all(values):
-            size, bits = self.search.size, self.search.bits
-            from_below = [(model, size - rank + 1) for model, rank in self.places]
-            then = _Ranked(self.search, self.clips, self.places, values)
-            return find(_Signed(self.clips, -1), from_below, size, bits, then)
-        half = len(values) // 2
-        low, high = zip(*self.clips, strict=True)
-        return {"low": low, "high": high, "top": values[:half], "cut": values[half:]}
+        scores = _Scores(tuple(zip(found["threshold"][:half], found["threshold"][half:], strict=True)))
+        lowest = [max(1, self.size - int(self.size * (1.0 - density))) for density in self.density]
+        ranks = [(model, 1) for model in range(half)] + list(enumerate(lowest))
+        return find_signed(scores, ranks, self.size, self.bits, scores.found)
 
 
 class Pcb(ScopedMethod):

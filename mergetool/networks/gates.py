@@ -29,6 +29,7 @@ _TOKENS = 4096
 """Of all prompts that go through the network together, padding included."""
 _SHARE = 128
 """Of those that one thread takes."""
+CPU = torch.device("cpu")
 Prompts = list[list[int]]
 """Ids of the tokens of each text."""
 
@@ -53,10 +54,12 @@ def drawn_gates(kind: str, asked: Sequence[Asked], layers: int, width: int, seed
     return gates
 
 
-def gates_from_prompts(kind: str, base: ModelSource, asked: Sequence[Asked], say: Callable[[str], None]) -> Tensor:
+def gates_from_prompts(
+    kind: str, base: ModelSource, asked: Sequence[Asked], say: Callable[[str], None], device: torch.device = CPU
+) -> Tensor:
     """Rows of length 1, (layers, experts, width): `embedding`, `hidden` or `hidden-avg`; zeros without prompts.
 
-    Raises SourceError, PlanError or MergeError.
+    `device`: where the network runs. Raises SourceError, PlanError or MergeError.
     """
     texts = list(dict.fromkeys(text for each in asked for text in (*each.prompts, *each.avoid)))
     ids = _ids(base, texts)
@@ -64,7 +67,7 @@ def gates_from_prompts(kind: str, base: ModelSource, asked: Sequence[Asked], say
         states = _summed_embeddings(base, ids)
     else:
         say(f"running {len(texts)} prompts through the base, layer by layer")
-        states = _hidden_states(base, ids, mean=kind == "hidden-avg")
+        states = _hidden_states(base, ids, device, mean=kind == "hidden-avg")
     by_text = dict(zip(texts, states, strict=True))
     gates = torch.stack([_row(each, by_text, sums=kind == "embedding") for each in asked], 1)
     if not bool(torch.isfinite(gates).all()):
@@ -131,8 +134,8 @@ def _embeddings(base: ModelSource, ids: Sequence[int]) -> dict[int, Tensor]:
 class _Shelf:
     """Memory for the weights of one layer, which all layers use one after the other."""
 
-    def __init__(self, base: ModelSource) -> None:
-        self._base = base
+    def __init__(self, base: ModelSource, device: torch.device) -> None:
+        self._base, self._device = base, device
         self._tensors: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def weights(self, layer: int, names: Iterable[str]) -> dict[str, Tensor]:
@@ -143,7 +146,7 @@ class _Shelf:
         shape = self._base.specs[stored].shape
         if (name, shape) not in self._tensors:
             self._tensors[name, shape] = torch.empty(shape)
-        return _read(self._base, stored, 0, self._tensors[name, shape])
+        return _read(self._base, stored, 0, self._tensors[name, shape]).to(self._device)
 
 
 def _summed_embeddings(base: ModelSource, ids: Prompts) -> list[Tensor]:
@@ -152,14 +155,17 @@ def _summed_embeddings(base: ModelSource, ids: Prompts) -> list[Tensor]:
     return [torch.stack([rows[token].double() for token in text]).sum(0, keepdim=True) for text in ids]
 
 
-def _hidden_states(base: ModelSource, ids: Prompts, *, mean: bool) -> list[Tensor]:
+def _hidden_states(base: ModelSource, ids: Prompts, device: torch.device, *, mean: bool) -> list[Tensor]:
     """For each text what goes into every layer, at its last token or on average, (layers, width) in float64."""
-    network, shelf = _empty_network(base), _Shelf(base)
+    network, shelf = _empty_network(base), _Shelf(base, device)
+    for module in network.modules():
+        module._buffers.update({name: each.to(device) for name, each in module._buffers.items() if each is not None})
     by_place: dict[int, Tensor] = {}
     for batch in _batches(ids, range(len(ids)), _TOKENS):
         parts = list(_batches(ids, batch, _SHARE))
         together = _Together(network, shelf, len(parts), mean=mean)
-        done = together.run([_inputs(base, [ids[place] for place in part]) for part in parts])
+        inputs = (_inputs(base, [ids[place] for place in part]) for part in parts)
+        done = together.run([(rows.to(device), mask.to(device)) for rows, mask in inputs])
         for part, states in zip(parts, done, strict=True):
             by_place |= dict(zip(part, states.unbind(1), strict=True))
     return [by_place[place] for place in range(len(ids))]
@@ -234,7 +240,7 @@ class _Together:
             with torch.no_grad():
                 self._network(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
         except _SeenAll:
-            return torch.stack(self._own.states)
+            return torch.stack(self._own.states).cpu()
         except BaseException:
             self._together.abort()
             raise
@@ -247,7 +253,7 @@ class _Together:
         if self._mean:
             states.append((hidden.double() * mask[..., None]).sum(1) / counts[:, None])
         else:
-            states.append(hidden.double()[torch.arange(len(hidden)), counts - 1])
+            states.append(hidden.double()[torch.arange(len(hidden), device=hidden.device), counts - 1])
         if len(states) == len(self._network.layers):
             raise _SeenAll
         self._together.wait()

@@ -232,7 +232,7 @@ def _sections_of(document: Document, problems: list[RecipeError]) -> dict[str, A
     for key, kind in sections().items():
         if key in data:
             try:
-                given[key] = TypeAdapter(kind).validate_python(data[key])
+                given[key] = _adapter(key).validate_python(data[key])
             except ValidationError as error:
                 problems += render(document, (key,), error, Data if kind is Calibration else kind)
     known = [*sections(), "merge", "then", "sweep"]
@@ -243,6 +243,12 @@ def _sections_of(document: Document, problems: list[RecipeError]) -> dict[str, A
         if key not in data
     ]
     return given
+
+
+@cache
+def _adapter(section: str) -> TypeAdapter[Any]:
+    """Made once: making one takes longer than checking a section."""
+    return TypeAdapter(sections()[section])
 
 
 def _misplaced(document: Document, key: Any) -> RecipeError | None:

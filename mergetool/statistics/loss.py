@@ -39,7 +39,7 @@ class MeanLoss(Statistic):
         import torch
 
         found, rows = [], [[each] for each in examples]
-        with torch.inference_mode():
+        with torch.no_grad():
             for way in network.ways([tensor_of(row, network.device) for row in rows]):
                 for example, answer in zip(examples, through(way, rows, tell, lambda _: None), strict=True):
                     if way.is_last:

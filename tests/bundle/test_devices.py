@@ -140,3 +140,15 @@ def test_rows_are_answered_and_a_router_is_corrected_on_a_device(device, tmp_pat
         assert [row["tasks"] for row in there] == [row["tasks"] for row in here]
         assert [row["probability"] for row in there] == pytest.approx([row["probability"] for row in here], abs=1e-5)
         assert calibrate(bundle, rows).offsets == pytest.approx(fitted.offsets, abs=1e-4)
+
+
+@every_device
+def test_what_is_strange_is_measured_on_a_device(device, tmp_path):
+    kind = transformers.BertForSequenceClassification
+    paths = save_experts(tmp_path / "models", kind, tiny_config(kind), transformers.BertModel)
+    section = {"method": "mass", "router": {"unknown": "refuse"}}
+    names = [name for name in paths if name != "base"]
+    there, here = (made(paths, tmp_path / on[:3], section, on, names=names)[0] for on in (device, "cpu"))
+    found, expected = (read_manifest(bundle).router.unknown for bundle in (there, here))
+    assert found.scores == expected.scores
+    assert [*found.strange, *found.usual] == pytest.approx([*expected.strange, *expected.usual], abs=1e-3)

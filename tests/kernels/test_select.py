@@ -127,7 +127,7 @@ def settled(bracket, slices):
     return bracket.settle(torch.cat(tables))
 
 
-@pytest.mark.parametrize("rank", [1, 60, 6_000, 30_000, 50_000])
+@pytest.mark.parametrize("rank", [1, 60, 6_000, 30_000, 50_000, 59_990, 60_000])
 def test_a_bracket_from_a_sample_holds_what_a_sort_finds(rank):
     x = uniform((60_000,), "values").pow(3)
     bracket = bracket_of(x[::16], rank, len(x))

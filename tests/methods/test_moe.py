@@ -15,7 +15,9 @@ from mergetool.errors import MergeError, PlanError, RecipeError, SourceError
 from mergetool.networks.gates import Asked, gates_from_prompts
 from mergetool.outputs.verify import verify_output
 from mergetool.tensors.folder import open_model
+from tests.alignment.test_devices import Said
 from tests.dense import logits, set_config, write_dense
+from tests.devices import STAND_IN, every_device, present
 from tests.files import StoppedError, Watch, content, stop_after
 from tests.methods import deepseek
 from tests.zoo.text import save_tokenizer, token_list
@@ -614,3 +616,21 @@ def test_a_vocabulary_of_an_experts_own_does_not_matter_and_cannot_be_asked_for(
     told = refused({**asked, "tokenizer": {"source": "union"}})
     assert "all outside the MLPs is the base's, its vocabulary too" in told
     mergetool.plan({**asked, "tokenizer": {"source": "base"}})
+
+
+@every_device
+@pytest.mark.parametrize("gate", ["hidden", "hidden-avg"])
+def test_prompts_go_through_the_base_on_a_device(recipe, tmp_path, gate, device):
+    with present(device):
+        mergetool.run(recipe(gate=gate), output=tmp_path / "there", device=device)
+    mergetool.run(recipe(gate=gate), output=tmp_path / "here", device="cpu")
+    torch.testing.assert_close(gates(tmp_path / "there"), gates(tmp_path / "here"), rtol=0, atol=1e-5)
+
+
+def test_a_device_with_too_little_memory_leaves_the_prompts_to_the_cpu(recipe, tmp_path):
+    said = Said()
+    with present(STAND_IN, room=500):
+        mergetool.run(recipe(), output=tmp_path / "there", device=STAND_IN, progress=said)
+    mergetool.run(recipe(), output=tmp_path / "here", device="cpu")
+    assert any("the prompts go through the base on the CPU" in line for line in said.lines)
+    assert torch.equal(gates(tmp_path / "there"), gates(tmp_path / "here"))

@@ -48,6 +48,60 @@ def find(
     return _Thresholds(scores, then, which, searches)
 
 
+def find_signed(
+    scores: Scores, ranks: Sequence[tuple[int, int]], num_elements: int, bits: int, then: Then
+) -> StatisticsPass:
+    """The same for scores of either sign: first among those above 0, where the search nearly always ends.
+
+    `then` is only given `threshold`.
+    """
+    below = _Below(scores, tuple(ranks), num_elements, bits, then)
+    return find(_OfSign(scores, 1), ranks, num_elements, bits, below)
+
+
+@dataclass(frozen=True)
+class _OfSign:
+    """Scores of one sign as numbers from 0 up; the others are 0."""
+
+    scores: Scores
+    sign: int
+
+    def __call__(self, group: TensorGroup, p: Params) -> "Sequence[Tensor]":
+        scores = self.scores(group, p)
+        for each in scores:
+            (each if self.sign > 0 else each.neg_()).clamp_(min=0.0).abs_()  # no zero keeps a sign
+        return scores
+
+
+@dataclass(frozen=True)
+class _Below:
+    """What comes after the scores above 0: those below, if one of the ranks is not among the first."""
+
+    scores: Scores
+    ranks: tuple[tuple[int, int], ...]
+    size: int
+    bits: int
+    then: Then
+
+    def __call__(self, found: Stats) -> StatisticsPass | Stats:
+        values = found["threshold"]
+        if all(values):
+            return self.then({"threshold": values})
+        from_below = [(which, self.size - rank + 1) for which, rank in self.ranks]
+        return find(_OfSign(self.scores, -1), from_below, self.size, self.bits, _Both(values, self.then))
+
+
+@dataclass(frozen=True)
+class _Both:
+    """What comes after those below 0, too."""
+
+    above: tuple[float, ...]
+    then: Then
+
+    def __call__(self, found: Stats) -> StatisticsPass | Stats:
+        return self.then({"threshold": tuple(p or -n for p, n in zip(self.above, found["threshold"], strict=True))})
+
+
 @dataclass(frozen=True)
 class _Search(StatisticsPass):
     """What all passes of a search know."""
