@@ -240,7 +240,7 @@ def test_passing_trouble_is_sat_out(hub, call, recipe):
         hub.trouble("GET", "/api/models/org/a", 503, times=1),
         hub.trouble("GET", "cdn/files", ("cut", 1000), times=1),
     ):
-        assert call("run", recipe).code == 0
+        assert call("run", recipe, HASTE="50").code == 0
     assert len(hub.asked("/api/models/org/b/|/api/models/org/b$")) >= 2
 
 
