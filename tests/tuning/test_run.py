@@ -235,6 +235,26 @@ def test_a_greedy_soup_ends_by_itself(folder, tmp_path):
     assert [trial["values"] for trial in report["trials"]] == [[1, 0], [0, 1], [1, 1]]
 
 
+def test_a_penalty_is_for_small_numbers(folder, tmp_path):
+    """A large one makes the smallest numbers win, whatever they score; what was scored stays what it is."""
+    inner = {"method": "task-arithmetic", "weight": {"search": [-1.0, 1.0], "step": 1.0}}
+    free = recipe(folder, inner=inner, search={"algorithm": "grid"})
+    costly = recipe(folder, inner=inner, search={"algorithm": "grid", "penalty": 9.0})
+    reports = []
+    for name, asked in (("free", free), ("costly", costly)):
+        mergetool.run(asked, output=tmp_path / name)
+        reports.append(json.loads((tmp_path / f"{name}.search" / "report.json").read_text()))
+    assert reports[0]["winner"]["values"] != [0.0, 0.0]
+    assert reports[1]["winner"]["values"] == [0.0, 0.0]
+    known = {tuple(trial["values"]): trial for trial in reports[0]["trials"]}
+    for trial in reports[1]["trials"]:
+        plain = known[tuple(trial["values"])]
+        assert trial["estimate"] == plain["estimate"]
+        assert trial["fitness"] == pytest.approx(plain["fitness"] - 9.0 * np.mean(np.abs(trial["values"])))
+    with pytest.raises(RecipeError, match="`penalty` is taken off one score"):
+        mergetool.load_recipe(recipe(folder, search={"algorithm": "nsga2", "penalty": 0.1}))
+
+
 def test_a_grid_asks_all_its_points_and_wants_steps(folder, tmp_path):
     weight = {"search": [0.0, 2.0], "step": 1.0}
     asked = recipe(folder, inner={"method": "task-arithmetic", "weight": weight}, search={"algorithm": "grid"})
