@@ -22,9 +22,17 @@ pytestmark = pytest.mark.slow  # searches, and there are many
 FORK = multiprocessing.get_context("forkserver")
 """Children of one small process that has imported everything: this one may have much memory, and threads."""
 FORK.set_forkserver_preload(
-    ["tests.tuning.test_run", "lm_eval.models.huggingface", "lm_eval.tasks", "mergetool.tuning.session"]
-    + ["transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"]
-    + ["transformers.tokenization_utils_tokenizers", "mergetool.engine.worker", "mergetool.outputs.checkpoint"]
+    [
+        "lm_eval.models.huggingface",
+        "lm_eval.tasks",
+        "mergetool.engine.worker",
+        "mergetool.outputs.checkpoint",
+        "mergetool.tuning.session",
+        "tests.tuning.test_run",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.llama.modeling_llama",
+        "transformers.tokenization_utils_tokenizers",
+    ]
 )
 
 
