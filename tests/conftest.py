@@ -3,6 +3,7 @@
 What mergetool remembers between runs lies in a folder of this test run.
 """
 
+import functools
 import gc
 import os
 import shutil
@@ -10,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import typer.main
 
 TESTS = Path(__file__).parent
 
@@ -17,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE"):
     os.environ.setdefault(name, "1")
 os.fsync = os.fdatasync = lambda _: None  # what tests write need not outlive a power cut, and the disk has no rest
+typer.main.get_command = functools.cache(typer.main.get_command)  # made of all commands anew, for each command
 os.environ["XDG_CACHE_HOME"] = CACHE = tempfile.mkdtemp(prefix="mergetool-tests-")
 
 FAST = ("kernels", "laws", "methods", "planning", "recipe", "search", "tensors", "test_house", "test_documents")
@@ -56,6 +59,13 @@ def forks():
     server = Forks()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def network_forks(forks):
+    """The same, for commands that build networks: transformers is imported once for all of them."""
+    forks.know("transformers.modeling_utils")
+    return forks
 
 
 @pytest.fixture(scope="module")

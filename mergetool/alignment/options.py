@@ -63,7 +63,8 @@ class MatchBy(_Strict):
 
     @model_validator(mode="after")
     def _data_for_a_reason(self) -> Any:
-        others = sorted(self.model_fields_set - {"by"})
+        defaults = MatchBy.model_fields
+        others = sorted(name for name in defaults if name != "by" and getattr(self, name) != defaults[name].default)
         if self.by == "weights" and others:
             raise ValueError(f"weights are matched without data, so {', '.join(others)} would have no effect")
         if self.by == "activations" and self.data is None:

@@ -26,11 +26,16 @@ def method_facts(name: str | None = None) -> list[dict[str, Any]]:
     return [_facts(kind) for key, kind in methods.items() if name in (None, key)]
 
 
+def summary(kind: type[Method]) -> str:
+    """What a method is, in a line."""
+    return kind.documentation().splitlines()[0].rstrip(".")
+
+
 def _facts(kind: type[Method]) -> dict[str, Any]:
     text = kind.documentation()
     return {
         "name": kind.method_name(),
-        "summary": text.splitlines()[0].rstrip("."),
+        "summary": summary(kind),
         "base": kind.needs_base,
         "min_models": kind.min_models,
         "max_models": kind.max_models,

@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from mergetool.errors import RecipeError
-from mergetool.recipe.documentation import method_facts
+from mergetool.methods import registry
+from mergetool.recipe.documentation import summary
 
 
 def known_as() -> tuple[dict[str, Any], ...]:
@@ -30,9 +31,9 @@ def find(word: str) -> list[dict[str, str]]:
     sought = _plain(word)
     others = [_other(each) for each in _entries() if any(sought in _plain(name) for name in each["names"])]
     methods = [
-        {"name": fact["name"], "write": fact["summary"], "recipe": f"recipes/{fact['name']}.yaml"}
-        for fact in method_facts()
-        if sought in _plain(f"{fact['name']} {fact['documentation']}")
+        {"name": name, "write": summary(kind), "recipe": f"recipes/{name}.yaml"}
+        for name, kind in registry().items()
+        if sought in _plain(f"{name} {kind.documentation()}")
     ]
     if not methods + others:
         raise RecipeError(f"nothing here is known as {word!r}", "methods --find", "see: mergetool methods")

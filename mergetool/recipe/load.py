@@ -176,7 +176,21 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
         problems += _check_tried(document, method)
     if problems or method is None:
         raise RecipeError.of(problems)
-    recipe = Recipe(
+    recipe = replace(
+        _recipe_of(document, given, method, overrides),
+        settings=settings,
+        document=inlined(document, inner),
+        then=then,
+        layout=layout,
+        layout_overrides=own,
+        inner=inner,
+    )
+    return recipe if is_alone(data) else on_their_base(recipe)
+
+
+def _recipe_of(document: Document, given: Mapping[str, Any], method: Method, overrides: tuple[Override, ...]) -> Recipe:
+    """The recipe that these sections, checked each by itself, are."""
+    return Recipe(
         base=given.get("base"),
         models=given["models"],
         architecture=given.get("architecture"),
@@ -188,18 +202,11 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
         output=given.get("output", Output()),
         folder=document.folder.absolute(),
         name=document.name,
-        document=inlined(document, inner),
-        settings=settings,
         evaluate=given.get("evaluate", ()),
-        then=then,
-        layout=layout,
-        layout_overrides=own,
-        inner=inner,
         warnings=tuple(document.warnings),
         chat_template=given.get("chat_template"),
         calibration=given.get("calibration"),
     )
-    return recipe if is_alone(data) else on_their_base(recipe)
 
 
 def _swept(document: Document, settings: tuple[str, ...], around: Around | None) -> Recipe:
@@ -232,7 +239,7 @@ def _sections_of(document: Document, problems: list[RecipeError]) -> dict[str, A
     for key, kind in sections().items():
         if key in data:
             try:
-                given[key] = TypeAdapter(kind).validate_python(data[key])
+                given[key] = _adapter(key).validate_python(data[key])
             except ValidationError as error:
                 problems += render(document, (key,), error, Data if kind is Calibration else kind)
     known = [*sections(), "merge", "then", "sweep"]
@@ -243,6 +250,12 @@ def _sections_of(document: Document, problems: list[RecipeError]) -> dict[str, A
         if key not in data
     ]
     return given
+
+
+@cache
+def _adapter(section: str) -> TypeAdapter[Any]:
+    """Made once: making one takes longer than checking a section."""
+    return TypeAdapter(sections()[section])
 
 
 def _misplaced(document: Document, key: Any) -> RecipeError | None:

@@ -12,7 +12,7 @@ An exempt method must really break the law: an exemption that is not needed is a
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal, get_args, get_origin
@@ -24,10 +24,11 @@ from mergetool.methods import registry
 from mergetool.methods.base import Method, TensorMethod
 from mergetool.methods.families.bundle import BundleMethod
 from mergetool.methods.families.fitted import FittedMethod
-from mergetool.testing.toys import FEW, MLP, State, toy_base, toy_deltas, toy_models, toy_statistics
+from mergetool.testing.toys import FEW, LESS, MLP, Shapes, State, toy_base, toy_deltas, toy_models, toy_statistics
 
 _VALUES = (0.5, 0.25, 1.0)
 """For settings that differ by model: sums and products stay exact, and all lie in (0, 1]."""
+_MERGED: dict[tuple[type[Method], str], State] = {}
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,13 @@ class MethodCase:
         return str(self.kind.method_name())
 
     @property
+    def origin(self) -> tuple[type[Method], str]:
+        """The class that brings the option, and the option: the same for methods that have it from one family."""
+        key = self.option.partition("=")[0].partition(".")[0]
+        owners = [each for each in self.kind.__mro__ if key in vars(each).get("__annotations__", {})]
+        return (owners or [self.kind])[-1], self.option
+
+    @property
     def has_base(self) -> bool:
         return self.kind.needs_base != "unused"
 
@@ -59,17 +67,22 @@ class MethodCase:
         """What a recipe says about the architecture: something where a method looks at whole models."""
         return {"architecture": "mlp"} if issubclass(self.kind, FittedMethod) else {}
 
+    @property
+    def shapes(self) -> Shapes:
+        """Of its toy models: fewer where an option is tried."""
+        return LESS if self.option else FEW
+
     def toys(self, names: str | None = None, *, exact: bool = True) -> tuple[State, dict[str, State]]:
         """(base, models by name) for this method: fine-tunes of the base, or networks trained apart."""
         names = names or self.names
         if not self.architecture:
-            return toy_models(names, exact=exact, shapes=FEW)
+            return toy_models(names, exact=exact, shapes=self.shapes)
         models = {name: toy_base(f"apart {name}", exact=exact, shapes=MLP) for name in names}
         return toy_base(exact=exact, shapes=MLP), models
 
     def toy_parts(self) -> tuple[State, dict[str, State]]:
         """(base, task vectors by name), exact."""
-        return toy_base(shapes=FEW), {name: toy_deltas(name, shapes=FEW) for name in self.names}
+        return toy_base(shapes=self.shapes), {name: toy_deltas(name, shapes=self.shapes) for name in self.names}
 
     def with_settings(self, **more: Any) -> "MethodCase":
         return MethodCase(self.kind, self.option, {**self.settings, **more})
@@ -101,6 +114,15 @@ class MethodCase:
         whole = {kernel.granularity_in(name, shape) for name, shape in FEW.items()}
         return method.stages(), type(passes), kernel.pass_scope(), whole, kernel.partners("a"), kernel.needs_float64
 
+    def merged(self) -> State:
+        """What these settings make of the exact toys: merged once for all laws that compare with it."""
+        key = (self.kind, repr(self.settings))
+        if key not in _MERGED:
+            if len(_MERGED) > 1:  # those of the case before
+                _MERGED.clear()
+            _MERGED[key] = self.merge(*self.toys())
+        return _MERGED[key]
+
     def merge(self, base: State, models: Mapping[str, State], **compute: Any) -> State:
         """Merge state dicts (`seed` and `dtype` go to the computation)."""
         given = base if self.has_base else None
@@ -129,6 +151,14 @@ def cases(kind: type[Method]) -> Iterator[MethodCase]:
         except ValidationError:
             continue
         yield MethodCase(kind, f"{key}={value if isinstance(value, str) else json.dumps(value)}", setting)
+
+
+def each_once(tried: Iterable[MethodCase], turn: int = 0) -> list[MethodCase]:
+    """Of cases that have one option from one family, one: another one at another turn. No option is left out."""
+    alike: dict[object, list[MethodCase]] = {}
+    for case in tried:
+        alike.setdefault(case.origin, []).append(case)
+    return [group[(turn + place) % len(group)] for place, group in enumerate(alike.values())]
 
 
 def all_cases() -> Iterator[MethodCase]:

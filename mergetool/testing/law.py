@@ -1,11 +1,11 @@
 """What a law is, and how pytest tries it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from mergetool.methods.base import Method, TensorMethod
 from mergetool.methods.families.fitted import FittedMethod
-from mergetool.testing.cases import MethodCase, cases
+from mergetool.testing.cases import MethodCase, cases, each_once
 
 Check = Callable[[MethodCase], None]
 
@@ -58,8 +58,11 @@ def law(
     return decorate
 
 
-def laws(*kinds: type[Method]) -> Callable[[Law, MethodCase], None]:
-    """A test for pytest: every law on every case of these methods. Give it a name that begins with `test`."""
+def laws(*kinds: type[Method], in_turn: bool = False) -> Callable[[Law, MethodCase], None]:
+    """A test for pytest: every law on every case of these methods. Give it a name that begins with `test`.
+
+    `in_turn`: an option that some of them have from one family is tried under each law with one of them, in turn.
+    """
     import pytest
 
     for kind in kinds:
@@ -70,7 +73,8 @@ def laws(*kinds: type[Method]) -> Callable[[Law, MethodCase], None]:
         reason = law.exemption(case)
         return [pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError)] if reason else []
 
-    tried = [pytest.param(law, case, id=f"{law.name} {case}", marks=marks(law, case)) for law, case in _pairs(kinds)]
+    pairs = _pairs(kinds, in_turn)
+    tried = [pytest.param(law, case, id=f"{law.name} {case}", marks=marks(law, case)) for law, case in pairs]
 
     @pytest.mark.parametrize(("law", "case"), tried)
     def test(law: Law, case: MethodCase) -> None:
@@ -80,7 +84,18 @@ def laws(*kinds: type[Method]) -> Callable[[Law, MethodCase], None]:
     return test
 
 
-def _pairs(kinds: tuple[type[Method], ...]) -> Iterator[tuple[Law, MethodCase]]:
-    for kind in kinds:
-        for case in cases(kind):
-            yield from ((law, case) for law in LAWS.values() if law.covers(case))
+def _pairs(kinds: tuple[type[Method], ...], in_turn: bool) -> Iterator[tuple[Law, MethodCase]]:
+    every = [case for kind in kinds for case in cases(kind)]
+    chosen = {law.name: _in_turn(law, every, turn) if in_turn else every for turn, law in enumerate(LAWS.values())}
+    for case in every:
+        yield from ((law, case) for law in LAWS.values() if case in chosen[law.name] and law.covers(case))
+
+
+def _in_turn(law: Law, every: Iterable[MethodCase], turn: int) -> list[MethodCase]:
+    """Each option of a family with one method that obeys; and whatever is told to be exempt under its option."""
+    tried = [case for case in every if law.covers(case)]
+    told = [case for case in tried if f"{law.name} {case.option}" in case.kind.exempt]
+    obedient = [case for case in tried if not law.exemption(case)]
+    origins = {case.origin for case in obedient}
+    rest = [case for case in tried if case.origin not in origins]
+    return told + each_once(obedient, turn) + each_once(rest, turn)

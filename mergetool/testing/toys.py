@@ -7,6 +7,7 @@ models).
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,14 @@ SHAPES: Shapes = {
 }
 FEW: Shapes = {name: shape for name, shape in SHAPES.items() if "layers.1." not in name or "up_proj.weight" in name}
 """Every kind of tensor, and one that is deeper than others."""
+LESS: Shapes = {name: FEW[name] for name in FEW if not name.endswith(("norm.weight", "cls_token", "lm_head.weight"))}
+"""Each shape that methods tell from others, a matrix of the same shape in two layers."""
 MLP: Shapes = {"fc1.weight": (7, 5), "fc1.bias": (7,), "fc2.weight": (3, 7), "fc2.bias": (3,)}
 """A network whose neurons can be permuted."""
 INTEGERS = {"position_ids": torch.arange(8).reshape(1, 8), "causal": torch.tensor([True, False, True])}
 
 
+@lru_cache(maxsize=4096)
 def words(count: int, *names: object) -> "np.ndarray[Any, np.dtype[np.uint64]]":
     """Random 64-bit words that depend on nothing but the names."""
     digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()

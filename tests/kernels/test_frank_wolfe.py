@@ -10,6 +10,7 @@ from mergetool.kernels.frank_wolfe import AlignmentSettings, align, best_step, i
 from mergetool.kernels.matching import objective
 from mergetool.kernels.permute import Element
 from mergetool.kernels.weight_matching import hard_point, merge_many
+from tests.files import LONG
 from tests.kernels import toys
 
 ONE_START = AlignmentSettings(starts=1)
@@ -23,10 +24,12 @@ def same(elements, others):
     return all(a.equals(b) for a, b in zip(elements, others, strict=True))
 
 
-CASES = [(name, n, noise) for name in toys.NETWORKS for n in (2, 3, 5) for noise in (0.0, 0.1)]
+CASES = [(name, n, noise) for name in toys.NETWORKS for n in (2, 3, 5, 10) for noise in (0.0, 0.1)]
+"""In the suite ten models of one network only, and every other pair of a number of models and noise."""
+SOME = [case for i, case in enumerate(CASES) if case[1] < 10 and (i + i // 2 + i // 8) % 2]
 
 
-@pytest.mark.parametrize(("name", "num_models", "noise"), [*CASES, *((name, 10, 0.1) for name in toys.NETWORKS)])
+@pytest.mark.parametrize(("name", "num_models", "noise"), CASES if LONG else [*SOME, ("vit", 10, 0.1)])
 def test_planted_elements_are_found_exactly(name, num_models, noise):
     toy = toys.NETWORKS[name]()
     universe, models, elements = toys.planted(toy, num_models, 0, noise=noise)
@@ -72,9 +75,11 @@ def test_the_objective_never_falls_the_gap_is_never_negative_and_polish_never_lo
     assert result.objective >= result.rounded
 
 
-@pytest.mark.parametrize("name", toys.NETWORKS)
-@pytest.mark.parametrize("mode", ["joint", "block"])
-@pytest.mark.parametrize("init", ["identity", "barycenter"])
+WAYS = [("joint", "identity"), ("block", "identity"), ("joint", "barycenter"), ("block", "barycenter")]
+IN_WAYS = [(name, *way) for place, name in enumerate(toys.NETWORKS) for way in (WAYS if LONG else [WAYS[place % 4]])]
+
+
+@pytest.mark.parametrize(("name", "mode", "init"), IN_WAYS)
 def test_images_that_are_held_and_updated_equal_images_made_anew(name, mode, init, monkeypatch):
     toy = toys.NETWORKS[name]()
     problem = toys.problem(toy, [toys.weights(toy[1], seed) for seed in range(3)])
@@ -96,7 +101,7 @@ def test_more_starts_are_never_worse():
 @pytest.mark.parametrize("name", toys.NETWORKS)
 def test_the_result_is_never_below_that_of_hard_moves_alone(name):
     toy = toys.NETWORKS[name]()
-    for seed in range(2):
+    for seed in range(2 if LONG else 1):
         problem = toys.problem(toy, [toys.weights(toy[1], 10 * seed + i) for i in range(3)])
         _, sweeps = merge_many(problem)
         result = align(problem, AlignmentSettings(releases=2, iterations=25))
@@ -228,10 +233,10 @@ def test_the_best_step_of_a_line_a_parabola_and_nothing():
 
 
 def test_letting_two_models_go_at_once_gains_where_no_single_move_does():
-    toy = toys.mlp(6, 24, 24, 4)
+    toy = toys.mlp(6, 14, 14, 4)
     gains = []
-    for seed in range(3):
-        models = [toys.weights(toy[1], 10 * seed + i) for i in range(5)]
+    for seed in range(3 if LONG else 1):
+        models = [toys.weights(toy[1], 10 * seed + i) for i in range(4)]
         problem = toys.problem(toy, models)
         without, released = (align(problem, AlignmentSettings(releases=count)) for count in (0, 10))
         assert released.objective == pytest.approx(objective(problem, hard_point(problem, inverses(released.elements))))

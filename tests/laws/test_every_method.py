@@ -6,8 +6,11 @@ from mergetool.methods import registry
 from mergetool.methods.base import TensorMethod
 from mergetool.methods.families.fitted import FittedMethod
 from mergetool.testing import LAWS, cases, laws
+from tests.files import LONG
 
-test_every_method_obeys = laws(*(kind for kind in registry().values() if issubclass(kind, TensorMethod | FittedMethod)))
+METHODS = [kind for kind in registry().values() if issubclass(kind, TensorMethod | FittedMethod)]
+
+test_every_method_obeys = laws(*METHODS, in_turn=not LONG)
 
 
 @pytest.mark.parametrize(("name", "kind"), registry().items())

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergetool import merge_state_dicts
+from mergetool.testing.runs import cut_finely
 from mergetool.testing.toys import (
     assert_near,
     assert_same_bytes,
@@ -228,19 +229,24 @@ def test_float64_models_are_trimmed_by_their_last_bits():
     assert merged.tolist() == [0.0] * 6 + delta[6:].tolist()
 
 
-LARGE = (2_150, 2_000)
-"""Entries enough for a sample to be drawn first, and for two units of work."""
+@pytest.fixture
+def finely(monkeypatch):
+    """Tensors of a sixteenth of the size get a sample first, and several units of work."""
+    monkeypatch.setattr("mergetool.methods.families.ranks._LARGE", 1 << 14)
+    monkeypatch.setattr("mergetool.engine.worker._RUN", 1 << 10)
+    with cut_finely(1 << 14, 1 << 18):
+        yield
 
 
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 @pytest.mark.parametrize("order", ["mixed", "rising", "falling"])
-def test_large_tensors_are_trimmed_exactly_whatever_a_sample_of_them_shows(scope, order):
-    base = {A: torch.zeros(LARGE), B: torch.zeros(300, 1_000)}
+def test_large_tensors_are_trimmed_exactly_whatever_a_sample_of_them_shows(scope, order, finely):
+    base = {A: torch.zeros(540, 500), B: torch.zeros(50, 400)}
     models = []
     for seed in "ab":
         model = {name: uniform(tuple(value.shape), f"{seed} {name}") for name, value in base.items()}
         if order != "mixed":  # a sample of runs from the front of every block then sees too little or too much
-            for block in model[A].view(-1).split(1 << 18):
+            for block in model[A].view(-1).split(1 << 14):
                 block.copy_(block[block.abs().argsort(descending=order == "falling")])
         models.append(model)
     settings = {"density": 0.3, "weight": {"a": 1.0, "b": -0.5}, "scope": scope}
