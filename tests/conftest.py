@@ -61,6 +61,13 @@ def forks():
     server.close()
 
 
+@pytest.fixture(scope="session")
+def network_forks(forks):
+    """The same, for commands that build networks: transformers is imported once for all of them."""
+    forks.know("transformers.modeling_utils")
+    return forks
+
+
 @pytest.fixture(scope="module")
 def browser():
     """A Chromium. Not for longer than a module: while it is there, other tests cannot start an event loop."""

@@ -25,18 +25,17 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import torch
+
+from mergetool.errors import RecipeError, SourceError
+from mergetool.recipe import load_recipe
+from mergetool.tensors.source import read_header
+from tests.files import content, tensors, write_model, write_models, write_recipe
+from tests.forks import Forks, clean_environment
+from tests.hub.server import TOKEN, Hub
+from tests.limits import without_code
+
 ROOT = Path(__file__).resolve().parents[1]
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-
-import torch  # noqa: E402
-
-from mergetool.errors import RecipeError, SourceError  # noqa: E402
-from mergetool.recipe import load_recipe  # noqa: E402
-from mergetool.tensors.source import read_header  # noqa: E402
-from tests.files import content, tensors, write_model, write_models, write_recipe  # noqa: E402
-from tests.forks import Forks, clean_environment  # noqa: E402
-from tests.hub.server import TOKEN, Hub  # noqa: E402
-from tests.limits import without_code  # noqa: E402
 
 PARTS = ("kills", "disks", "inputs", "rivals", "nonsense", "hub")
 OURS = {*range(2, 9), 0}
@@ -48,11 +47,11 @@ PERCEPTRON |= {"fc3.weight": (10, 24), "fc3.bias": (10,)}
 class Campaign:
     """What was tried in one folder, and what came of it."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, forks: Forks) -> None:
         self.folder = folder
         folder.mkdir()
         self.random = random.Random(seed)
-        self.forks = Forks()
+        self.forks = forks
         self.rows: list[tuple[str, int, str, int]] = []
         self.printed: list[str] = []
         self.expected: dict[Path, tuple[dict, float]] = {}
@@ -242,7 +241,7 @@ def full_disks(campaign: Campaign, recipe: Path, count: int) -> None:
             capture_output=True,
             text=True,
             cwd=campaign.folder,
-            env=without_code(),
+            env=without_code() | {"PYTHONPATH": str(ROOT)},
             preexec_fn=partial(limit_files, limit),  # not in this process, where a Hub is writing
         )
         campaign.printed.append(done.stdout + done.stderr)
@@ -375,7 +374,7 @@ def failing_hub(campaign: Campaign, count: int) -> None:
         models = {"a": "org/a", "b": "org/b"}
         recipe = write_recipe(campaign.folder / "hub.yaml", models=models, merge={"method": "linear"})
         env = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": 1, "HF_HUB_DISABLE_TELEMETRY": 1, "HF_TOKEN": TOKEN}
-        env |= {"HF_HUB_DOWNLOAD_TIMEOUT": 1, "HF_HUB_ETAG_TIMEOUT": 1}
+        env |= {"HF_HUB_DOWNLOAD_TIMEOUT": 1, "HF_HUB_ETAG_TIMEOUT": 1, "HASTE": 50}
         done = campaign.run(recipe, "-o", "hub.expected", HF_HOME=campaign.folder / "hf", **env)
         assert done.code == 0, done.err
         wanted = content(campaign.folder / "hub.expected")
@@ -435,21 +434,39 @@ def main() -> None:
     options = parser.parse_args()
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor() as pool:
-        here, hub = (Campaign(Path(place) / name, options.seed) for name in ("here", "hub"))
+        here, hub = (Campaign(Path(place) / name, options.seed, Forks()) for name in ("here", "hub"))
         try:
             waiting = pool.submit(failing_hub, hub, 1 if options.small else 6) if "hub" in options.only else None
-            local_faults(here, options.only, *((1, 3, 100) if options.small else (50, 15, 1000)))
+            local_faults(here, options.only, *(SMALL if options.small else (50, 15, 1000)))
             if waiting:  # mostly for answers, which is why both are tried at once
                 waiting.result()
-            for campaign in (here, hub):
-                secrets(campaign)
+            lost = summed(here, hub)
         finally:
             for campaign in (here, hub):
                 campaign.forks.close()
-    rows = here.rows[:-1] + hub.rows[:-1]
-    lost = sum(row[3] for row in here.rows + hub.rows)
-    print(f"\n{sum(row[1] for row in rows)} faults, {lost} lost")
     sys.exit(lost > 0)
+
+
+SMALL = (1, 3, 100)
+"""Kills, other faults and fuzzed files, where there shall be few."""
+
+
+def small_campaign(folder: Path, forks: Forks) -> int:
+    """A little of everything, with no process but these; what was lost."""
+    here, hub = (Campaign(folder / name, 0, forks) for name in ("here", "hub"))
+    local_faults(here, PARTS, *SMALL)
+    failing_hub(hub, 1)
+    return summed(here, hub)
+
+
+def summed(*campaigns: Campaign) -> int:
+    """Look for secrets, and tell what was lost in all."""
+    for campaign in campaigns:
+        secrets(campaign)
+    count = sum(row[1] for campaign in campaigns for row in campaign.rows[:-1])
+    lost = sum(row[3] for campaign in campaigns for row in campaign.rows)
+    print(f"\n{count} faults, {lost} lost")
+    return lost
 
 
 def local_faults(campaign: Campaign, parts: Sequence[str], num_kills: int, num_others: int, num_fuzzed: int) -> None:

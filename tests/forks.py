@@ -1,6 +1,7 @@
 """Commands in processes of their own without a second of imports each: children of one process that has imported torch.
 
-What huggingface_hub needs is imported there, it itself is not: it looks at the environment once, when it is.
+What huggingface_hub needs is imported there (`tests.forked`), it itself is not: it looks at the environment once, when
+it is.
 
 With KILL_AT=n in its environment a command is killed (SIGKILL) before it makes, renames or removes the n-th file or
 folder in whose path is KILL_IN; with "KILL_AFTER=module:function n" after the n-th call of a function; with
@@ -20,87 +21,35 @@ from types import SimpleNamespace
 
 from tests.held import JOURNALLED
 
-_SERVER = """
-import gc, json, logging, os, signal, sys, tempfile
-import mergetool.cli.app, mergetool.cli.show, mergetool.engine, mergetool.planning, mergetool.engine.worker
-import mergetool.engine.fit, mergetool.engine.fork, mergetool.outputs.checkpoint, mergetool.tuning.run, tests.held
-import torch.distributed
-from mergetool.methods import registry
-from mergetool.recipe.load import sections
+ROOT = Path(__file__).resolve().parents[1]
 
-registry(), sections()  # and all modules that these import
-from huggingface_hub import HfApi
-for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
-    del sys.modules[name]
-logging.getLogger("huggingface_hub").handlers.clear()
-del HfApi
-gc.freeze()
 
-def kill_at(left, place):
-    def hook(event, arguments):
-        nonlocal left
-        touched = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
-        touched = touched or (event == "open" and (arguments[2] or 0) & os.O_CREAT)
-        if touched and place in str(arguments[0]):
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-
-def start(wanted):
-    child = os.fork()
-    if child:
-        return child
-    for stream, name in ((0, os.devnull), (1, wanted["out"]), (2, wanted["err"])):
-        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), stream)
-    os.chdir(wanted["cwd"])
-    os.environ.clear()
-    os.environ.update(wanted["env"])
-    tempfile.tempdir = None  # look at the new environment
-    sys.argv = ["mergetool", *wanted["arguments"]]
-    sys.stdin = open(0)
-    if "KILL_AT" in os.environ:
-        kill_at(int(os.environ["KILL_AT"]), os.environ["KILL_IN"])
-    if "KILL_AFTER" in os.environ:
-        target, count = os.environ["KILL_AFTER"].split()
-        tests.held.kill_after(target, int(count))
-    if "HOLD" in os.environ:
-        target, count = os.environ["HOLD"].split()
-        tests.held.heed(tests.held.hold(target, int(count)))
-    code = 70
-    try:
-        mergetool.cli.main()
-    except SystemExit as end:
-        code = end.code or 0
-    sys.stdout and sys.stdout.flush()
-    sys.stderr and sys.stderr.flush()
-    os._exit(code)
-
-for line in sys.stdin:
-    children = [start(wanted) for wanted in json.loads(line)]
-    print(json.dumps(children), flush=True)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
-"""
+HOW = {"session": False, "network": None, "path": None}
+"""What can be asked of a child besides: a session of its own, the file of a network namespace, and to be any Python
+process, with this path before everything else."""
 
 
 class Running:
     """Some processes of one command; the first of them can be asked what `subprocess.Popen` can."""
 
-    def __init__(self, server, arguments, cwd, envs):
+    def __init__(self, server, arguments, cwd, envs, *, out=None, err=None, network=(), **how):
         self._server, self._place, self.ended = server, tempfile.TemporaryDirectory(), []
+        own = {"out": out, "err": err}
         self._paths = [
-            tuple(str(Path(self._place.name) / f"{way}{n}") for way in ("out", "err")) for n, _ in enumerate(envs)
+            tuple(str(own[way] or Path(self._place.name) / f"{way}{n}") for way in ("out", "err"))
+            for n, _ in enumerate(envs)
         ]
-        for path in (path for pair in self._paths for path in pair):
+        for path in (path for pair in self._paths for path in pair if path.startswith(self._place.name)):
             Path(path).touch()  # a process may be killed before it opens them
         wanted = [
             {"arguments": arguments, "cwd": cwd, "env": {**env, "TMPDIR": self._place.name}, "out": out, "err": err}
+            | HOW
+            | how
             for env, (out, err) in zip(envs, self._paths, strict=True)
         ]
-        server.stdin.write(json.dumps(wanted) + "\n")
-        server.stdin.flush()
-        self.pids = json.loads(server.stdout.readline())
+        for each, name in zip(wanted, network, strict=False):
+            each["network"] = str(name)
+        self.pids = ask(server, wanted)
         self.pid = self.pids[0]
 
     def wait(self):
@@ -108,11 +57,15 @@ class Running:
         if not self.ended:
             codes = json.loads(self._server.stdout.readline())
             with self._place:
+                told = [[self._told(path) for path in pair] for pair in self._paths]
                 self.ended = [
-                    SimpleNamespace(code=code, out=Path(out).read_text(), err=Path(err).read_text())
-                    for code, (out, err) in zip(codes, self._paths, strict=True)
+                    SimpleNamespace(code=code, out=out, err=err) for code, (out, err) in zip(codes, told, strict=True)
                 ]
         return self.ended
+
+    def _told(self, path):
+        """What a process has written there, unless the test reads it itself."""
+        return Path(path).read_text() if path.startswith(self._place.name) else None
 
     def poll(self):
         """The exit code, or None while it runs."""
@@ -145,22 +98,41 @@ class Running:
         self.wait()
 
 
+def ask(server, what):
+    """The answer of the process beside."""
+    server.stdin.write(json.dumps(what) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline())
+
+
+def text(argument):
+    return os.fsdecode(argument) if isinstance(argument, bytes) else str(argument)
+
+
 class Forks:
     """Runs the command line."""
 
     def __init__(self):
-        command = [sys.executable, "-c", _SERVER]
-        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "tests.forked"]
+        self._server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._running = None
+
+    def know(self, module):
+        """Have a module imported for all children that come."""
+        ask(self._server, module)
 
     def run(self, arguments, *, cwd, env):
         """Exit code, stdout and stderr of `mergetool *arguments`."""
         return self.start(arguments, cwd=cwd, envs=[env]).wait()[0]
 
-    def open(self, *arguments, held=None):
+    def open(self, *arguments, held=None, env=(), **how):
         """A command here and with this environment; `held`: what is counted and how often, until it holds still."""
-        env = {**os.environ, **({"HOLD": f"{held[0]} {held[1]}"} if held else {})}
-        return self.start(arguments, cwd=Path.cwd(), envs=[env])
+        env = {**os.environ, **dict(env), **({"HOLD": f"{held[0]} {held[1]}"} if held else {})}
+        return self.start(arguments, cwd=Path.cwd(), envs=[env], **how)
+
+    def python(self, *arguments, cwd=None, path=ROOT, **how):
+        """What `python *arguments` does, but for what it needs no second to import."""
+        return self.start(arguments, cwd=cwd or Path.cwd(), envs=[os.environ], path=str(path), **how)
 
     def team(self, size, arguments, *, cwd, held=None):
         """The same command in processes that know of one another, as a launcher starts them.
@@ -176,11 +148,14 @@ class Forks:
         ]
         return self.start(arguments, cwd=cwd, envs=envs)
 
-    def start(self, arguments, *, cwd, envs):
-        """The command once for each environment. One `start` at a time: what a failed test left running is killed."""
+    def start(self, arguments, *, cwd, envs, **how):
+        """The command once for each environment (see HOW).
+
+        One `start` at a time: what a failed test left running is killed.
+        """
         if self._running is not None and not self._running.ended:
             self._running.end()
-        self._running = Running(self._server, [*map(str, arguments)], str(cwd), envs)
+        self._running = Running(self._server, [*map(text, arguments)], str(cwd), envs, **how)
         return self._running
 
     def close(self):

@@ -1,7 +1,7 @@
 """Commands that wait for their test: from a given moment on they hold still, until a signal comes or they are killed.
 
-A run that is to be met in the middle must not depend on how fast it is. `HELD` is a program for `python -c`; its first
-arguments are what to count (`module:name` of a function) and how many calls are let through.
+A run that is to be met in the middle must not depend on how fast it is. What is counted is written `module:name` of a
+function, with how many calls are let through (`tests.forks`).
 """
 
 import os
@@ -10,7 +10,6 @@ import sys
 import threading
 from importlib import import_module
 
-HELD = "import tests.held; tests.held.main()"
 JOURNALLED = "mergetool.outputs.journal:Journal.unit"
 """Called when a unit is done."""
 
@@ -68,12 +67,3 @@ def heed(go):
     cli._interrupt = interrupted
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in a shell's background
     signal.signal(signal.SIGUSR1, lambda *_: go.set())
-
-
-def main():
-    """Run the command line, held."""
-    import mergetool.cli as cli
-
-    heed(hold(sys.argv[1], int(sys.argv[2])))
-    sys.argv = ["mergetool", *sys.argv[3:]]
-    cli.main()

@@ -1,10 +1,7 @@
 """CONTRIBUTING.md is followed word for word: a method as a plug-in, then the same method in a copy of the project."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -15,13 +12,16 @@ FILE = re.compile(r"^`([\w./-]+)`\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTA
 FILES = dict(FILE.findall((ROOT / "CONTRIBUTING.md").read_text("utf-8")))
 
 
-def call(*arguments, cwd, path, code=0):
+@pytest.fixture
+def call(forks):
     """Run Python with `path` before everything else; what it prints."""
-    environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": ""}  # each file is compiled once
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+
+    def run(*arguments, cwd, path, code=0):
+        (done,) = forks.python(*arguments, cwd=cwd, path=path).wait()
+        assert done.code == code, done.out + done.err
+        return done.out + done.err
+
+    return run
 
 
 def install(folder, name, points):
@@ -42,7 +42,7 @@ def plugin(tmp_path):
     return tmp_path
 
 
-def test_the_example_is_a_plug_in(plugin):
+def test_the_example_is_a_plug_in(plugin, call):
     shown = call("-m", "mergetool", "methods", "midrange", cwd=plugin, path=plugin)
     assert "Halfway between the smallest and the largest value" in shown
     assert "lean" in shown
@@ -50,7 +50,7 @@ def test_the_example_is_a_plug_in(plugin):
     assert re.search(r"\b2\d passed", tested), tested
 
 
-def test_a_plug_in_that_is_broken_is_named_and_stops_nothing_else(plugin):
+def test_a_plug_in_that_is_broken_is_named_and_stops_nothing_else(plugin, call):
     (plugin / "broken.py").write_text("import a_package_that_is_not_there\n")
     (plugin / "twice.py").write_text(FILES["midrange.py"].replace("midrange", "linear").replace("Midrange", "Linear"))
     install(plugin, "mergetool-broken", {"broken": "broken", "twice": "twice:Linear"})
@@ -64,7 +64,7 @@ def test_a_plug_in_that_is_broken_is_named_and_stops_nothing_else(plugin):
     assert "Traceback" not in shown
 
 
-def test_a_plug_in_that_breaks_a_law_is_told_which_and_how(plugin):
+def test_a_plug_in_that_breaks_a_law_is_told_which_and_how(plugin, call):
     command = ("-m", "pytest", "-p", "no:cacheprovider", "-q", "-k", "order or repeatable")
     ends = "torch.lerp(low, high, p.lean, out=high)"
     first = FILES["midrange.py"].replace(ends, "group.models[-1]")
@@ -81,7 +81,7 @@ def test_a_plug_in_that_breaks_a_law_is_told_which_and_how(plugin):
 
 
 @pytest.mark.slow
-def test_the_example_is_a_method_of_the_project(tmp_path):
+def test_the_example_is_a_method_of_the_project(tmp_path, call):
     for name in ("mergetool", "recipes", "scripts", "tests", "docs", "README.md", "pyproject.toml"):
         source = ROOT / name
         if source.is_dir():

@@ -1,10 +1,7 @@
 """What README and docs/ say can be followed: links lead somewhere, recipes are valid, the first page is short."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -107,7 +104,7 @@ def test_a_gradient_is_what_the_page_about_recipes_says():
     assert [merged[name] for name in names] == [1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 1.0, 1.0, 5.0]
 
 
-def test_a_section_that_the_page_about_recipes_leaves_out_is_told(tmp_path):
+def test_a_section_that_the_page_about_recipes_leaves_out_is_told(tmp_path, forks):
     for name in ("docs", "recipes", "scripts"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "README.md", tmp_path)
@@ -115,14 +112,12 @@ def test_a_section_that_the_page_about_recipes_leaves_out_is_told(tmp_path):
     written = page.read_text("utf-8")
 
     def check():
-        command = [sys.executable, "scripts/docs", "--check"]
-        path = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True, timeout=120)
+        return forks.python("scripts/docs", "--check", cwd=tmp_path).wait()[0].err
 
     page.write_text(written.replace("<!-- end of compute -->", ""), "utf-8")
-    assert "docs/recipe.md says nothing of compute" in check().stderr
+    assert "docs/recipe.md says nothing of compute" in check()
     page.write_text(written.replace("seed of every random draw", "a number"), "utf-8")
-    assert check().stderr == "out of date: docs/recipe.md\n  fix: scripts/docs --write\n"  # and nothing else is
+    assert check() == "out of date: docs/recipe.md\n  fix: scripts/docs --write\n"  # and nothing else is
 
 
 def test_the_picture_of_the_house_has_every_room():

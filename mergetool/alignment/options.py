@@ -23,7 +23,7 @@ class Align(_Strict):
     anchor: Text | None = Field(None, description="model whose order the result takes; else one chosen by content")
     starts: Annotated[int, Field(ge=1, strict=True)] = Field(3, description="runs to choose the best of")
     releases: Annotated[int, Field(ge=0, strict=True)] = Field(
-        20, description="how often two of three or more models are matched anew to the others, after the best run"
+        40, description="how often two of three or more models are matched anew to the others, after the best run"
     )
     polish: bool = Field(True, strict=True, description="improve the rounded permutations by hard moves")
     iterations: Annotated[int, Field(ge=1, strict=True)] = Field(100, description="most Frank-Wolfe steps of a start")
@@ -63,7 +63,8 @@ class MatchBy(_Strict):
 
     @model_validator(mode="after")
     def _data_for_a_reason(self) -> Any:
-        others = sorted(self.model_fields_set - {"by"})
+        defaults = MatchBy.model_fields
+        others = sorted(name for name in defaults if name != "by" and getattr(self, name) != defaults[name].default)
         if self.by == "weights" and others:
             raise ValueError(f"weights are matched without data, so {', '.join(others)} would have no effect")
         if self.by == "activations" and self.data is None:

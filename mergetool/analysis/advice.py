@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mergetool.analysis.figures import Figures, Together
+from mergetool.analysis.figures import Figures, Grouped
 
 Weight = Literal["problem", "warning", "hint"]
 WEIGHTS: tuple[Weight, ...] = ("problem", "warning", "hint")
@@ -39,12 +39,12 @@ class Adviser:
     """Models that do not belong here."""
 
     @property
-    def whole(self) -> Together:
+    def whole(self) -> Grouped:
         assert self.figures.whole is not None
         return self.figures.whole
 
     @property
-    def inside(self) -> Together:
+    def inside(self) -> Grouped:
         assert self.figures.inside is not None
         return self.figures.inside
 

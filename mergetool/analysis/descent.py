@@ -26,6 +26,7 @@ from mergetool.planning.cost import room_to_measure
 from mergetool.planning.measures import measuring
 from mergetool.recipe.data import Data
 from mergetool.recipe.schema import Compute
+from mergetool.statistics.examples import Example
 from mergetool.statistics.gradient import SQUARED, LossGradient, losses
 from mergetool.statistics.measure import Measuring, measured
 from mergetool.statistics.store import StatisticStore
@@ -117,6 +118,11 @@ class DescentStudy:
         """The gradient of a task's loss at the base."""
         at_base = OnBody(self._tasks[name], self._stored, lambda body: self._base.specs[body].dtype.name)
         return measuring(LossGradient(), at_base, Data(data=str(path.absolute())), Compute(), f"model {name!r}")
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """The rows of all tasks."""
+        return tuple(each for asked in self._asked.values() for each in asked.examples)
 
     def _stored(self, name: str) -> "Tensor":
         spec = self._base.specs[name]

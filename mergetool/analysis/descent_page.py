@@ -60,6 +60,10 @@ def _curves(rows: Mapping[str, Rows]) -> Iterator[Piece]:
     if scales := rows.get("scales"):
         draw = lines(_series(scales, "scale", "loss"), "times the change of the merge", "loss")
         yield Picture(draw, "The loss of each task along the merge: 0 is the base, 1 the merge as the recipe says.")
+    if likeness := rows.get("likeness"):
+        pairs = [{**row, "model": f"{row['a']}, {row['b']}"} for row in likeness]
+        caption = "How alike what two models make of the rows is: linear CKA of each block's mean over tokens."
+        yield Picture(lines(_series(pairs, "block", "cka"), "block", "CKA", least=(0, 1)), caption)
     if path := rows.get("path"):
         steps = [{**row, "at": number} for number, row in enumerate(path, 1)]
         series = {

@@ -34,7 +34,7 @@ class Standing:
     """What stands behind that number: the same in every layer, and for every expert."""
 
 
-class Together:
+class Grouped:
     """Figures of some tensors together."""
 
     def __init__(self, tallies: Iterable[SliceSums], models: Beside) -> None:
@@ -137,9 +137,9 @@ class Figures:
         self.inside = self.group(inside or matrices or measured.tallies)
         self.tokens = self.group(models.tokens & measured.tallies.keys())
 
-    def group(self, names: Iterable[str]) -> Together | None:
+    def group(self, names: Iterable[str]) -> Grouped | None:
         tallies = [self.measured.tallies[name] for name in self.measured.tallies if name in set(names)]
-        return Together(tallies, self.models) if tallies else None
+        return Grouped(tallies, self.models) if tallies else None
 
     def rows(self) -> dict[str, list[Row]]:
         """Every section."""
@@ -181,7 +181,7 @@ class Figures:
         known = [value for value in values if not math.isnan(value)]
         return median(known) if known else math.nan
 
-    def _groups(self, head: Callable[[Standing], Row]) -> list[tuple[Row, list[str], Together]]:
+    def _groups(self, head: Callable[[Standing], Row]) -> list[tuple[Row, list[str], Grouped]]:
         groups: dict[tuple[Any, ...], list[str]] = {}
         heads: dict[tuple[Any, ...], Row] = {}
         for name in sorted(self.measured.tallies, key=self._order):
@@ -197,7 +197,7 @@ class Figures:
         place = self.places[name]
         return ("", -1) if place.depth is None else (place.layer.rpartition(".")[0], place.depth)
 
-    def _facts(self, groups: Sequence[tuple[Row, list[str], Together]]) -> Iterator[Row]:
+    def _facts(self, groups: Sequence[tuple[Row, list[str], Grouped]]) -> Iterator[Row]:
         for head, names, group in groups:
             yield head | {"tensors": len(names)} | group.facts() | {"interference": self.interference(names)}
 
@@ -213,8 +213,8 @@ class Figures:
                 "dtypes": sorted({source.specs[name].dtype.name for name in tallies}),
                 "identical": sum(not each.changed[i] for each in tallies.values()),
                 "tensors": len(tallies),
-                "kinship_layers": _of(self.inside, partial(Together.kinship, i=-1, j=i)),
-                "kinship_tokens": _of(self.tokens, partial(Together.kinship, i=-1, j=i)),
+                "kinship_layers": _of(self.inside, partial(Grouped.kinship, i=-1, j=i)),
+                "kinship_tokens": _of(self.tokens, partial(Grouped.kinship, i=-1, j=i)),
                 "share_of_norms": whole.gram[i, i] / norms2 if norms2 else math.nan,
                 "density_90": density_of_energy(magnitudes, whole.tally.entries, _ENERGY),
                 "effective_rank": self.median_of(i, lambda each: each.effective_rank),
@@ -235,12 +235,12 @@ class Figures:
                     "state": "changed" if found.changed.any() else "identical",
                     "base_norm": math.sqrt(found.gram[0, 0]),
                 }
-                | Together([found], self.models).facts()
+                | Grouped([found], self.models).facts()
             )
 
     def _tensors_by_model(self) -> Iterator[Row]:
         for name, found in self.measured.tallies.items():
-            for i, row in enumerate(Together([found], self.models).by_model()):
+            for i, row in enumerate(Grouped([found], self.models).by_model()):
                 yield {"tensor": name} | self._place(name) | {"identical": not found.changed[i]} | row
 
     def _place(self, name: str) -> Row:
@@ -324,5 +324,5 @@ def _mean(values: Iterable[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _of(group: Together | None, figure: Callable[[Together], float]) -> float:
+def _of(group: Grouped | None, figure: Callable[[Grouped], float]) -> float:
     return math.nan if group is None else figure(group)

@@ -9,6 +9,7 @@ from statistics import fmean
 
 from mergetool.analysis.advice import Advice
 from mergetool.analysis.descent import SCALES, DescentStudy, Row, Rows, path_rows
+from mergetool.analysis.likeness import likeness_rows
 from mergetool.engine.progress import Progress
 from mergetool.engine.run import Flags, run_recipe
 from mergetool.errors import PlanError
@@ -64,6 +65,8 @@ def _on_data(
 
     study = DescentStudy(base, models, asked.data, asked.cache, torch.device(asked.device))
     rows = study.rows(progress.say)
+    progress.say("comparing what the models make of all rows")
+    rows["likeness"] = likeness_rows({BASE: base, **models}, study.examples, torch.device(asked.device))
     if recipe.result != "checkpoint" or recipe.method.searches or recipe.method.code():
         return rows, [f"{recipe.method.method_name()} makes no one checkpoint to follow losses to: no table of scales"]
     with tempfile.TemporaryDirectory(prefix="mergetool-analyze-") as folder:

@@ -7,7 +7,7 @@ from statistics import median
 import numpy as np
 
 from mergetool.analysis.advice import Advice, Adviser
-from mergetool.analysis.figures import Together
+from mergetool.analysis.figures import Grouped
 from mergetool.kernels.differences import ratio
 
 UNRELATED = 0.5
@@ -78,7 +78,7 @@ def _unrelated(adviser: Adviser) -> Iterator[Advice]:
         yield _stranger(adviser, i, kin[i])
 
 
-def _relatives(group: Together) -> bool:
+def _relatives(group: Grouped) -> bool:
     pairs = [group.kinship(i, j) for i in range(group.count) for j in range(i)]
     return min(pairs) >= UNRELATED
 
@@ -204,7 +204,7 @@ def _duplicates(adviser: Adviser) -> Iterator[Advice]:
             )
 
 
-def _apart(group: Together, i: int, j: int) -> float:
+def _apart(group: Grouped, i: int, j: int) -> float:
     """The distance of two models, over the larger of the distances that they have from what they are measured from."""
     gram = group.gram if group.gram[i, i] + group.gram[j, j] else group.weights[1:, 1:]
     apart = max(0.0, gram[i, i] + gram[j, j] - 2 * gram[i, j])

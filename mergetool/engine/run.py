@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergetool.checkpoints.vocabulary import forget_tokens
 from mergetool.engine.choice import settled
 from mergetool.engine.context import Context
 from mergetool.engine.hashing import Hashes
@@ -160,6 +161,8 @@ def _prepare(recipe: Recipe, flags: Flags, progress: Progress, team: Team) -> tu
     if plan.bytes_missing:
         lookup.fetch(progress.say)
         plan = make_plan(recipe, output, lookup=lookup, whole=True)
+    if plan.words.texts is not None:  # else they are read again in the end
+        forget_tokens()
     return plan, costs, recipe.past.digests if locked is None else locked.check_contents(plan, progress.say)
 
 

@@ -7,6 +7,7 @@ Reference: Yadav et al., TIES-Merging, NeurIPS 2023, https://arxiv.org/abs/2306.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -111,6 +112,18 @@ def agreed_sum(
         torch.sub(total, value, out=others).abs_().mul_(threshold)
         count.add_(torch.gt(value.abs_(), others, out=others))
     return total.mul_(torch.ge(count, agreeing, out=count))
+
+
+def spread(values: Sequence[Tensor], *, scratch: Callable[[str], Tensor]) -> Tensor:
+    """Of every entry the variance over the values, but for a factor: the sum of squared differences of all pairs.
+
+    It is one of the temporaries.
+    """
+    total, difference = scratch("total").zero_(), scratch("sign")
+    for one, other in combinations(values, 2):
+        torch.sub(one, other, out=difference)
+        total.addcmul_(difference, difference)
+    return total
 
 
 def largest_(values: Sequence[Tensor], *, scratch: Callable[[str, torch.dtype], Tensor]) -> Tensor:

@@ -101,3 +101,16 @@ def ratio(part2: float, whole2: float) -> float:
 def cosine(product: float, a2: float, b2: float) -> float:
     """Of two vectors, at most 1 in size; NaN where one has no direction."""
     return max(-1.0, min(1.0, product / math.sqrt(a2 * b2))) if a2 and b2 else math.nan
+
+
+def linear_cka(first: Tensor, second: Tensor) -> float:
+    """Centred kernel alignment of two tables of features of the same rows, (rows, any number): 0 to 1.
+
+    NaN where the rows of one are all alike. Reference: Kornblith et al., ICML 2019, https://arxiv.org/abs/1905.00414.
+    """
+    kernels = []
+    for table in (first, second):
+        centred = table.double() - table.double().mean(dim=0)
+        kernels.append(centred @ centred.T)
+    one, two = kernels
+    return cosine(float((one * two).sum()), float(one.square().sum()), float(two.square().sum()))

@@ -4,7 +4,7 @@ torch's own (`sum(dtype=float64)`) widens everything first, into memory that it 
 slices, new pages cost as much as the sum. Here the room is given.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ Scratch = Callable[[str, torch.dtype], Tensor]
 def wide_sum(x: Tensor, scratch: Scratch) -> Tensor:
     """The sum of all entries (a tensor without axes, float64). `scratch(name, dtype)` is shaped like `x`."""
     return _widened(x, scratch).sum()
+
+
+def squared_norms(vectors: Sequence[Tensor], room: Tensor, scratch: Scratch) -> Tensor:
+    """Of each vector (N,), float64, on the CPU; `room` is like one of them, and overwritten."""
+    return torch.stack([wide_sum(torch.mul(x, x, out=room), scratch) for x in vectors]).to("cpu")
 
 
 def wide_row_sums(x: Tensor, scratch: Scratch) -> Tensor:

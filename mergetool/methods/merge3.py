@@ -65,6 +65,15 @@ class SearchOptions(BaseModel):
         0.5, description="share of each task's items that takes no part in the search and serves the final report"
     )
     batch_size: Count = Field(32, description="sequences that the model runs at once")
+    penalty: Annotated[Finite, Field(ge=0)] = Field(
+        0.0, description="what the mean size of a candidate's numbers takes off its score, times this (LoRAHub: 0.05)"
+    )
+
+    @model_validator(mode="after")
+    def _one_objective_is_penalised(self) -> "SearchOptions":
+        if self.penalty and self.algorithm == "nsga2":
+            raise ValueError("`penalty` is taken off one score, and `algorithm: nsga2` has several: remove one of both")
+        return self
 
     @property
     def generations_matter(self) -> bool:

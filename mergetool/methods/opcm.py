@@ -110,11 +110,10 @@ def _squares(group: TensorGroup, p: Params, merged: "Tensor") -> "Tensor":
     """Squared norms of what is merged, and of each task vector with its weight: (1 + N,), on the CPU."""
     import torch
 
-    from mergetool.kernels.sums import wide_sum
+    from mergetool.kernels.sums import squared_norms
 
-    product = group.scratch("product")
-    vectors = zip((1.0, *p.weight), (merged, *group.deltas), strict=True)
-    return torch.stack([w * w * wide_sum(torch.mul(x, x, out=product), group.scratch) for w, x in vectors]).to("cpu")
+    weights = torch.tensor([1.0, *p.weight], dtype=torch.float64)
+    return weights.square() * squared_norms((merged, *group.deltas), group.scratch("product"), group.scratch)
 
 
 def _factor(squares: "Tensor") -> float:

@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mergetool.methods.base import (
@@ -71,14 +70,12 @@ class _Energies(StatisticsPass):
     def observe(self, groups: Iterable[TensorGroup], p: Params) -> "Tensor":
         import torch
 
-        from mergetool.kernels.sums import wide_sum
+        from mergetool.kernels.sums import squared_norms
 
         parts = []
         for group in groups:
             _select(group, p, self.known)
-            product = group.scratch("total")
-            squares = [wide_sum(torch.mul(delta, delta, out=product), group.scratch) for delta in group.deltas]
-            parts.append(torch.stack(squares).to("cpu"))
+            parts.append(squared_norms(group.deltas, group.scratch("total"), group.scratch))
         return torch.stack(parts).sum(0)
 
     def conclude(self, total: "Tensor") -> Stats:
@@ -127,14 +124,9 @@ class Sce(TensorMethod):
 
 
 def _variance(group: TensorGroup, p: Params) -> "Sequence[Tensor]":
-    """Of every entry over the models, but for a factor: the sum of squared differences of all pairs."""
-    import torch
+    from mergetool.kernels.consensus import spread
 
-    variance, difference = group.scratch("total").zero_(), group.scratch("sign")
-    for one, other in combinations(group.deltas, 2):
-        torch.sub(one, other, out=difference)
-        variance.addcmul_(difference, difference)
-    return [variance]
+    return [spread(group.deltas, scratch=group.scratch)]
 
 
 def _select(group: TensorGroup, p: Params, stats: Stats) -> None:

@@ -16,7 +16,7 @@ from mergetool.checkpoints.notation import in_notation_of
 from mergetool.checkpoints.side_files import has_tokenizer
 from mergetool.checkpoints.token_rows import DONATED_ROWS, RowMap, RowRule, Wanted, row_maps
 from mergetool.checkpoints.tokens_added import AddedTokens, added_tokens_of
-from mergetool.checkpoints.vocabulary import Vocabulary, disagreement, tokens_of
+from mergetool.checkpoints.vocabulary import PackedTexts, Vocabulary, disagreement, tokens_of
 from mergetool.checkpoints.vocabulary_axes import axes_of
 from mergetool.errors import PlanError
 from mergetool.planning.sources import Lookup
@@ -138,7 +138,7 @@ class _Matching:
             shown,
             self._digest(target, added, shown),
             self.home if own else None,
-            target.texts,
+            PackedTexts(target.texts),
             added,
             rows,
             tuple(self._remarks(target, vocabularies)),

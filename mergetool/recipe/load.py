@@ -176,7 +176,21 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
         problems += _check_tried(document, method)
     if problems or method is None:
         raise RecipeError.of(problems)
-    recipe = Recipe(
+    recipe = replace(
+        _recipe_of(document, given, method, overrides),
+        settings=settings,
+        document=inlined(document, inner),
+        then=then,
+        layout=layout,
+        layout_overrides=own,
+        inner=inner,
+    )
+    return recipe if is_alone(data) else on_their_base(recipe)
+
+
+def _recipe_of(document: Document, given: Mapping[str, Any], method: Method, overrides: tuple[Override, ...]) -> Recipe:
+    """The recipe that these sections, checked each by itself, are."""
+    return Recipe(
         base=given.get("base"),
         models=given["models"],
         architecture=given.get("architecture"),
@@ -188,18 +202,11 @@ def check_document(document: Document, settings: tuple[str, ...] = (), around: A
         output=given.get("output", Output()),
         folder=document.folder.absolute(),
         name=document.name,
-        document=inlined(document, inner),
-        settings=settings,
         evaluate=given.get("evaluate", ()),
-        then=then,
-        layout=layout,
-        layout_overrides=own,
-        inner=inner,
         warnings=tuple(document.warnings),
         chat_template=given.get("chat_template"),
         calibration=given.get("calibration"),
     )
-    return recipe if is_alone(data) else on_their_base(recipe)
 
 
 def _swept(document: Document, settings: tuple[str, ...], around: Around | None) -> Recipe:

@@ -88,6 +88,7 @@ class StatisticStore:
         told = {SHARED: json.dumps(dict(found.shared)), TURNED: json.dumps(sorted(turned))}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(path)
             write_tensors(sibling, found.tensors, told)
             sibling.replace(path)
         except OSError as error:
@@ -98,6 +99,24 @@ class StatisticStore:
             with suppress(OSError):
                 sibling.unlink(missing_ok=True)
         return path
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that are gone had begun to write of a statistic."""
+    for begun in path.parent.glob(f".{path.name}.*"):
+        process = begun.suffixes[-2][1:]
+        if process.isdecimal() and not _is_alive(int(process)):
+            begun.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return True
 
 
 def _elsewhere(error: OutputError) -> OutputError:

@@ -39,7 +39,7 @@ class Trial:
     estimates: tuple[Estimate, ...] | None
     """One per task; None if it failed."""
     fitness: float
-    """Weighted mean of the estimates; minus infinity if it failed."""
+    """Weighted mean of the estimates, without the penalty; minus infinity if it failed."""
 
 
 @dataclass
@@ -130,11 +130,16 @@ class Loop:
             return Trial(generation, values, None, -np.inf)
         estimates = tuple(prepared(scores[task]) for task, prepared in self.history.prepared.items())
         fitness = float(self.weights @ np.array([estimate.value for estimate in estimates]))
-        return Trial(generation, values, estimates, fitness)
+        return Trial(generation, values, estimates, fitness - self._penalty(values))
+
+    def _penalty(self, values: Values) -> float:
+        """What a candidate loses by large numbers."""
+        sizes = [abs(each) for each in values if isinstance(each, int | float)]
+        return self._method.search.penalty * float(np.mean(sizes)) if sizes else 0.0
 
     def _scores(self, trials: Sequence[Trial]) -> Floats:
         """What the engine is told: one number, or one per task; a failed candidate is worse than any other."""
-        seen = [estimate.value for trial in self.history.trials for estimate in trial.estimates or ()]
+        seen = [value for trial in self.history.trials for value in _seen(trial)]
         worst = min(seen, default=0.0) - 0.1
         if self.several:
             size = len(self.weights)
@@ -152,7 +157,8 @@ class Loop:
             return
         finalists = list(self.history.finalists)
         scores_of = np.array([self.history.finalists[values] for values in finalists])
-        self.history.winner = finalists[int(np.argmax(scores_of @ self.weights))]
+        penalties = np.array([self._penalty(values) for values in finalists])
+        self.history.winner = finalists[int(np.argmax(scores_of @ self.weights - penalties))]
         if self.several:
             self.history.front = [finalists[place] for place in front(scores_of)]
 
@@ -176,6 +182,11 @@ class Loop:
         for subject, scores in zip(subjects, answered, strict=True):
             if scores is not None:
                 self.history.report[subject] = tuple(_mean(part) for part in scores.values())
+
+
+def _seen(trial: Trial) -> list[float]:
+    """The numbers that a trial may have been told by."""
+    return [*(estimate.value for estimate in trial.estimates), trial.fitness] if trial.estimates else []
 
 
 def _mean(scores: dict[int, Score]) -> float:

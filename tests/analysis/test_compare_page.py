@@ -9,7 +9,7 @@ import mergetool
 from mergetool import OutputError
 from mergetool.analysis.compare_page import page
 from tests.analysis.test_compare import planted, runs
-from tests.pages.browsing import opened, stands
+from tests.pages.browsing import standing
 
 __all__ = ["runs"]
 
@@ -19,8 +19,7 @@ def test_the_page_stands_and_shows_every_part(browser, runs):
     names = [runs / name for name in ("weak", "strong", "middle")]
     mergetool.compare(*names, base=runs / "base", output=runs / "compared")
     path = runs / "compared" / "compare.html"
-    stands(browser, path)
-    with opened(browser, path) as shown:
+    with standing(browser, path) as shown:
         titles = shown.locator("h2").all_inner_texts()
         assert titles == [
             "Scores",

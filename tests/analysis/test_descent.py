@@ -126,6 +126,28 @@ def test_losses_along_the_merge_are_those_of_the_models(analysis, place):
     assert advice["title"] == "scale the merge's change by 2"
 
 
+def test_models_are_compared_by_what_their_blocks_make_of_the_rows(analysis, place):
+    rows = analysis.rows("likeness")
+    pairs = {(row["a"], row["b"]) for row in rows}
+    assert pairs == {("base", "a"), ("base", "b"), ("a", "b")}
+    last = max(row["block"] for row in rows)
+    cka = {(row["a"], row["b"]): row["cka"] for row in rows if row["block"] == last}
+    with torch.no_grad():
+        said = [
+            torch.cat(
+                [
+                    transformers.BertModel.from_pretrained(place / name)(**each).last_hidden_state.mean(1)
+                    for texts in TEXTS.values()
+                    for each in inputs_of(place / "base", texts)
+                ]
+            ).double()
+            for name in ("base", "b")
+        ]
+    kernels = [(table - table.mean(0)) @ (table - table.mean(0)).T for table in said]
+    by_hand = (kernels[0] * kernels[1]).sum() / (kernels[0].norm() * kernels[1].norm())
+    assert cka["base", "b"] == pytest.approx(float(by_hand), abs=1e-5)
+
+
 def test_checkpoints_are_held_beside_the_finished_model_in_the_order_of_the_run(analysis):
     rows = analysis.rows("path")
     assert [row["checkpoint"] for row in rows] == [f"checkpoint-{number}" for number in range(1, 11)]
@@ -139,7 +161,13 @@ def test_checkpoints_are_held_beside_the_finished_model_in_the_order_of_the_run(
 def test_the_page_has_a_chapter_of_it(analysis):
     page = analysis_page(analysis.facts)
     assert "Task vectors and losses" in page
-    for caption in ("Alignment, layer by layer", "each task vector brings", "along the merge", "a run's checkpoints"):
+    for caption in (
+        "Alignment, layer by layer",
+        "each task vector brings",
+        "along the merge",
+        "How alike",
+        "a run's checkpoints",
+    ):
         assert caption.replace("'", "&#39;") in page, caption
 
 

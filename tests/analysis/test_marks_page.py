@@ -9,7 +9,7 @@ import pytest
 from mergetool.analysis.marks_page import MOST_WRONG, facts_of_marks, page_of_marks, write_marks
 from mergetool.bundle.marks import marks
 from mergetool.errors import OutputError
-from tests.pages.browsing import opened, stands
+from tests.pages.browsing import standing
 from tests.pages.samples import HOSTILE
 
 OPTIONAL = ("class too", "refused</", "Surest wrong")
@@ -64,9 +64,8 @@ def test_the_page_stands_and_shows_the_numbers(browser, tmp_path):
     asked, answered = planted()
     path = write_marks(marks(NAMES, asked, answered), asked, answered, tmp_path)
     facts = json.loads((tmp_path / "marks.json").read_text("utf-8"))
-    stands(browser, path)
     assert [word for word in OPTIONAL if word not in path.read_text("utf-8")] == []
-    with opened(browser, path) as shown:
+    with standing(browser, path) as shown:
         assert shown.locator("h2").all_inner_texts() == [
             "Accuracy",
             "Who took whose rows",

@@ -4,7 +4,7 @@ import mergetool
 from mergetool.analysis.page import analysis_page
 from tests.analysis.models import ancestor, changed
 from tests.analysis.models import state as weights_of
-from tests.pages.browsing import opened, stands
+from tests.pages.browsing import standing, stands
 
 
 def test_a_real_analysis_stands_and_names_the_stranger_first(browser, recipe, tmp_path):
@@ -12,8 +12,7 @@ def test_a_real_analysis_stands_and_names_the_stranger_first(browser, recipe, tm
     found = mergetool.analyze(recipe(stranger=tmp_path / "stranger"))
     path = tmp_path / "page.html"
     path.write_text(analysis_page(found.facts), "utf-8")
-    stands(browser, path)
-    with opened(browser, path) as page:
+    with standing(browser, path) as page:
         first = page.locator("article.finding").first
         assert "stranger" in first.locator("h3").inner_text()
         assert first.locator(".tag").inner_text() == "problem"

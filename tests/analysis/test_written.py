@@ -9,7 +9,7 @@ import pytest
 
 import mergetool
 from mergetool import OutputError
-from tests.pages.browsing import opened, stands
+from tests.pages.browsing import standing
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -27,8 +27,7 @@ def ties(family, tmp_path):
 def test_the_page_stands_and_has_the_figures(browser, ties, tmp_path):
     found = mergetool.analyze(ties, output=tmp_path / "report")
     assert json.loads((tmp_path / "report" / "analysis.json").read_text()) == json.loads(found.to_json())
-    stands(browser, tmp_path / "report" / "analysis.html")
-    with opened(browser, tmp_path / "report" / "analysis.html") as shown:
+    with standing(browser, tmp_path / "report" / "analysis.html") as shown:
         text = shown.inner_text("body")
     for advice in found.advice:
         assert advice["title"].lower() in text.lower()

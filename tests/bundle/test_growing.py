@@ -17,6 +17,7 @@ from mergetool.errors import PlanError, RecipeError, SourceError
 from mergetool.testing.classifiers import expert_answer, save_experts, text_inputs, tiny_config
 from tests.bundle.test_adapters import SETTINGS, write_adapters
 from tests.bundle.tiny import tiny_inputs, tiny_model, write_models
+from tests.files import LONG
 from tests.forks import clean_environment
 
 KIND = transformers.BertForSequenceClassification
@@ -138,7 +139,7 @@ def test_a_change_that_was_killed_is_ended_by_the_same_command(paths, tmp_path, 
     change_bundle(tmp_path / "undisturbed", {"c": str(paths["c"])})
     command, env = ["bundle", "add", "out", f"c={paths['c']}"], clean_environment()
     said = []
-    for moment in range(1, 400, 7):
+    for moment in range(1, 400, 3 if LONG else 17):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         shutil.copytree(tmp_path / "old", tmp_path / "out")
         code = forks.run(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.files import tensors, write_model, write_models, write_raw, write_recipe
+from tests.files import LONG, tensors, write_model, write_models, write_raw, write_recipe
 from tests.held import JOURNALLED
 
 
@@ -28,9 +28,25 @@ def here(tmp_path, monkeypatch):
 
 
 def process(*arguments, **options):
-    """Run a command in a process of its own."""
+    """Run a command in a process that nothing has been imported for."""
     command = [sys.executable, "-m", "mergetool", *arguments]
     return subprocess.Popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
+
+
+@pytest.fixture
+def on_terminal(forks):
+    """What a command draws on a terminal that is its stdout or its stderr, and (stdout, stderr) of the other."""
+
+    def run(*arguments, to, env=()):
+        ours, theirs = pty.openpty()
+        running = forks.open(*arguments, env=env, **{to: os.ttyname(theirs)})
+        done = running.wait()[0]
+        os.close(theirs)
+        drawn = read_all(ours)
+        os.close(ours)
+        return drawn, done
+
+    return run
 
 
 # -------------------------------------------------------------------- for programs
@@ -123,32 +139,29 @@ main()
 """
 
 
-def test_a_bug_is_called_a_bug(here):
-    ended = subprocess.run([sys.executable, "-c", BROKEN_METHOD], capture_output=True, text=True)
-    assert ended.returncode == 1
-    assert "ZeroDivisionError: of my own" in ended.stderr
-    assert "please report" in ended.stderr
-    assert json.loads(ended.stdout)["exit_code"] == 1
-
-
-def test_a_reader_who_leaves_is_no_error(here):
-    for arguments in (["schema"], ["plan", "r.yaml"]):
-        running = process(*arguments)
-        running.stdout.close()
-        told = running.stderr.read().decode()
-        running.stderr.close()
-        assert running.wait() == 141, told
-        assert told == ""
+def test_a_bug_is_called_a_bug(here, forks):
+    (ended,) = forks.python("-c", BROKEN_METHOD).wait()
+    assert ended.code == 1
+    assert "ZeroDivisionError: of my own" in ended.err
+    assert "please report" in ended.err
+    assert json.loads(ended.out)["exit_code"] == 1
 
 
 @pytest.mark.parametrize("arguments", [["schema"], ["plan", "r.yaml"]])
-def test_a_full_disk_behind_stdout_is_no_bug(here, arguments):
+def test_a_reader_who_leaves_is_no_error(here, forks, arguments):
+    os.mkfifo("pipe")
+    running = forks.open(*arguments, out="pipe")
+    os.close(os.open("pipe", os.O_RDONLY))
+    (ended,) = running.wait()
+    assert (ended.code, ended.err) == (141, "")
+
+
+@pytest.mark.parametrize("arguments", [["schema"], ["plan", "r.yaml"]])
+def test_a_full_disk_behind_stdout_is_no_bug(here, forks, arguments):
     """What is longer than the buffer fails on the way, the rest at the end."""
-    command = [sys.executable, "-m", "mergetool", *arguments]
-    with open("/dev/full", "w") as full:
-        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert ended.returncode == 6
-    assert ended.stderr.splitlines()[-2:] == [
+    (ended,) = forks.open(*arguments, out="/dev/full").wait()
+    assert ended.code == 6
+    assert ended.err.splitlines()[-2:] == [
         "error: stdout: no space left on the disk",
         "  fix: free some space, or choose another place with -o PATH",
     ]
@@ -177,20 +190,19 @@ def test_names_out_of_a_file_do_nothing_to_a_terminal(call, here):
     assert facts["tensors"][0]["name"] == name
 
 
-def test_an_output_whose_name_is_no_unicode_is_written_and_printed(here):
-    running = process("run", "r.yaml", "-o", b"\xff\xfe")
-    out, _ = running.communicate()
-    assert running.returncode == 0
-    assert out.decode("ascii").strip().endswith(r"\udcff\udcfe")
+def test_an_output_whose_name_is_no_unicode_is_written_and_printed(here, forks):
+    (done,) = forks.open("run", "r.yaml", "-o", b"\xff\xfe").wait()
+    assert done.code == 0, done.err
+    assert done.out.isascii()
+    assert done.out.strip().endswith(r"\udcff\udcfe")
     assert (here / os.fsdecode(b"\xff\xfe") / "model.safetensors").is_file()
 
 
 def test_a_terminal_that_knows_only_ascii_is_enough(here):
     write_model(here / "ü", {"größe": torch.ones(2)})
-    for flags in ([], ["--json"]):
-        environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-        out, _ = process("inspect", "ü", *flags, env=environment).communicate()
-        assert b"gr" in out
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    both = [process("inspect", "ü", *flags, env=environment) for flags in ([], ["--json"])]
+    assert all(b"gr" in running.communicate()[0] for running in both)
 
 
 # -------------------------------------------------------------------- for people
@@ -208,60 +220,41 @@ def read_all(descriptor):
         found += data
 
 
-def test_progress_is_drawn_on_a_terminal_only(here):
-    ours, theirs = pty.openpty()
-    running = process("run", "r.yaml", stderr=theirs)
-    os.close(theirs)
-    drawn = read_all(ours)
-    os.close(ours)
-    assert running.communicate()[0].decode().strip() == str(here / "out")
+def test_progress_is_drawn_on_a_terminal_only(here, forks, on_terminal):
+    drawn, done = on_terminal("run", "r.yaml", to="err")
+    assert done.out.strip() == str(here / "out")
     assert re.search(r"merging.* \d+% of [0-9.]+ kB", drawn)
     assert "\x1b[2K" in drawn
-    running = process("run", "r.yaml", "-o", "again")
-    _, told = running.communicate()
-    assert [line for line in told.decode().splitlines() if line.startswith("merging: 0% of ")]
-    assert b"\x1b" not in told
+    (done,) = forks.open("run", "r.yaml", "-o", "again").wait()
+    assert [line for line in done.err.splitlines() if line.startswith("merging: 0% of ")]
+    assert "\x1b" not in done.err
 
 
-def test_a_terminal_without_colours_and_one_that_is_dumb(here):
+def test_a_terminal_without_colours_and_one_that_is_dumb(here, on_terminal):
     for environment, allowed in (({"NO_COLOR": "1"}, "0123456789;"), ({"TERM": "dumb"}, "")):
-        ours, theirs = pty.openpty()
-        running = process("run", "nowhere.yaml", stderr=theirs, env=os.environ | environment)
-        os.close(theirs)
-        drawn = read_all(ours)
-        os.close(ours)
-        running.communicate()
+        drawn, _ = on_terminal("run", "nowhere.yaml", to="err", env=environment)
         assert "cannot be read" in drawn
         assert not re.search(r"\x1b\[[0-9;]*3[0-9]", drawn)  # no colour of the foreground
         assert allowed or "\x1b" not in drawn
 
 
-def test_a_table_on_a_terminal_has_bold_heads_and_whole_names(here):
-    ours, theirs = pty.openpty()
-    running = process("plan", "r.yaml", stdout=theirs, env=os.environ | {"COLUMNS": "70"})
-    os.close(theirs)
-    drawn = read_all(ours)
-    os.close(ours)
-    running.communicate()
+def test_a_table_on_a_terminal_has_bold_heads_and_whole_names(here, forks, on_terminal):
+    drawn, _ = on_terminal("plan", "r.yaml", to="out", env={"COLUMNS": "70"})
     assert re.search(r"\x1b\[1mtensor", drawn)
     assert "model.layers.{0..1}.norm.weight" in drawn
-    assert b"\x1b" not in process("plan", "r.yaml").communicate()[0]
+    assert "\x1b" not in forks.open("plan", "r.yaml").wait()[0].out
 
 
-def test_an_error_is_red_on_a_terminal_only(here):
-    ours, theirs = pty.openpty()
-    running = process("validate", "gone.yaml", stderr=theirs)
-    os.close(theirs)
-    assert read_all(ours).startswith("\x1b[1;31merror\x1b[0m: gone.yaml")
-    os.close(ours)
-    running.communicate()
-    assert process("validate", "gone.yaml").communicate()[1].startswith(b"error: gone.yaml")
+def test_an_error_is_red_on_a_terminal_only(here, forks, on_terminal):
+    drawn, _ = on_terminal("validate", "gone.yaml", to="err")
+    assert drawn.startswith("\x1b[1;31merror\x1b[0m: gone.yaml")
+    assert forks.open("validate", "gone.yaml").wait()[0].err.startswith("error: gone.yaml")
 
 
 # -------------------------------------------------------------------- interrupted
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(4 if LONG else 2))
 def test_ctrl_c_at_any_moment_is_no_bug(here, seed):
     """Also while modules are being imported, which makes other errors out of it."""
     start = "import sys; sys.argv[0] = 'mergetool'; from mergetool.cli import main; print('up', flush=True); main()"
@@ -297,10 +290,19 @@ def test_whoever_ends_a_run_is_told_what_is_kept_and_how_to_go_on(here, forks, n
     assert json.loads(out)["tensors"] == 40, err
 
 
-def test_a_signal_that_was_to_be_ignored_is_ignored(here):
-    running = process("run", "r.yaml", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
-    while running.poll() is None and not (here / "out.partial").exists():  # not before it is our turn to ignore it
-        time.sleep(0.002)
-    running.send_signal(signal.SIGINT)
-    running.communicate()
-    assert running.returncode == 0
+def test_a_signal_that_was_to_be_ignored_is_ignored(here, forks):
+    """It comes when four units are done, and the run goes on."""
+    running = forks.python("-c", IGNORING)
+    assert running.wait()[0].code == 0, running.wait()[0].err
+    assert (here / "out/model.safetensors").is_file()
+
+
+IGNORING = f"""
+import os, signal, sys
+import tests.held, mergetool.cli
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+tests.held._after({JOURNALLED!r}, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+sys.argv = ["mergetool", "run", "r.yaml", "--workers", "1"]
+mergetool.cli.main()
+"""

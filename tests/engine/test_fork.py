@@ -3,7 +3,6 @@
 import fcntl
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ import mergetool
 from mergetool.engine.fork import Fork
 from mergetool.errors import MergeError
 from tests.files import write_model, write_recipe
-from tests.held import HELD, JOURNALLED, is_measured
+from tests.held import JOURNALLED, is_measured
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the command forks on Linux only")
 SHAPE, NUM_TENSORS = (400, 500), 24
@@ -139,9 +138,9 @@ def test_workers_do_not_outlive_a_killed_run_nor_hold_its_lock(tmp_path, models,
     assert all_end(workers)
 
 
-def test_ctrl_c_reaches_all_and_the_parent_decides(tmp_path, models):
-    command = [sys.executable, "-c", HELD, JOURNALLED, "1", "run", str(recipe(tmp_path, models)), "--workers", "3"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def test_ctrl_c_reaches_all_and_the_parent_decides(tmp_path, models, forks):
+    held = (JOURNALLED, 1)
+    process = forks.open("run", recipe(tmp_path, models), "--workers", "3", held=held, session=True)
     workers = forked(process)
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate()
@@ -151,12 +150,11 @@ def test_ctrl_c_reaches_all_and_the_parent_decides(tmp_path, models):
     assert all_end(workers)
 
 
-def test_ctrl_c_is_not_lost_while_a_process_is_being_started(tmp_path, models):
+def test_ctrl_c_is_not_lost_while_a_process_is_being_started(tmp_path, models, forks):
     """Python drops what is raised in the hooks of a fork, and another thread may take the signal in."""
-    command = [sys.executable, "-c", INTERRUPTED_FORK, "run", str(recipe(tmp_path, models)), "--workers", "3"]
-    told = subprocess.run(command, capture_output=True, text=True)
-    assert told.returncode == 130, told.stderr
-    assert "interrupted; what was finished is kept" in told.stderr
+    (told,) = forks.python("-c", INTERRUPTED_FORK, "run", recipe(tmp_path, models), "--workers", "3").wait()
+    assert told.code == 130, told.err
+    assert "interrupted; what was finished is kept" in told.err
     assert not (tmp_path / "out").exists()
 
 
@@ -182,15 +180,14 @@ main()
 @pytest.mark.parametrize(
     ("refusing", "why"), [("few", "Resource temporarily unavailable"), ("large", "Cannot allocate memory")]
 )
-def test_where_no_process_may_be_started_threads_do_the_work_and_say_so(tmp_path, models, refusing, why):
+def test_where_no_process_may_be_started_threads_do_the_work_and_say_so(tmp_path, models, forks, refusing, why):
     path = recipe(tmp_path, models)
     mergetool.run(path, output=tmp_path / "whole")
-    command = [sys.executable, "-c", REFUSING[refusing] + COMMAND, "run", str(path), "--workers", "3"]
-    told = subprocess.run(command, capture_output=True, text=True)
-    if told.returncode == 77:
+    (told,) = forks.python("-c", REFUSING[refusing] + COMMAND, "run", path, "--workers", "3").wait()
+    if told.code == 77:
         pytest.skip("this machine promises more memory than it has")
-    assert told.returncode == 0, told.stderr
-    assert f"threads do the work of the workers: no process could be started ({why})" in told.stderr
+    assert told.code == 0, told.err
+    assert f"threads do the work of the workers: no process could be started ({why})" in told.err
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 

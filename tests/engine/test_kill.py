@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -163,12 +162,19 @@ def test_after_a_reboot_only_synced_units_are_trusted(models, undisturbed, tmp_p
     assert weights(tmp_path / "out") == undisturbed["tensor"]
 
 
-def test_a_file_size_limit_is_met_before_any_work_and_leaves_no_output(models, tmp_path):
-    recipe = recipe_for(tmp_path, models)
-    limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 4900; exec "$@"', "limited"]  # kB
-    command = [*limited, sys.executable, "-m", "mergetool", "run", str(recipe)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    code, told = ended(process)
+LIMITED = """
+import resource, signal, sys
+from mergetool.cli import main
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4900 * 1024, resource.RLIM_INFINITY))
+sys.argv[0] = "mergetool"
+main()
+"""
+
+
+def test_a_file_size_limit_is_met_before_any_work_and_leaves_no_output(models, tmp_path, forks):
+    code, told = ended(forks.python("-c", LIMITED, "run", recipe_for(tmp_path, models)))
     assert code == 6
     assert "fix:" in told
     assert "Traceback" not in told

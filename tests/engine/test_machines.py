@@ -5,10 +5,8 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
-from types import SimpleNamespace
 
 import pytest
 
@@ -51,38 +49,19 @@ def machines():
 
 
 @pytest.fixture
-def launch(machines, tmp_path):
-    """Start a command on both machines: by accelerate, or with what it sets, for its import takes seconds."""
-    running = []
+def launch(machines, forks, tmp_path):
+    """Start a command on both machines, with what `accelerate launch` tells them."""
 
-    def by_accelerate(rank):
-        common = ["--multi_gpu", "--num_machines", "2", "--num_processes", "2", "--mixed_precision", "no"]
-        common += ["--dynamo_backend", "no", "--main_process_ip", ADDRESSES[0], "--main_process_port", "29513"]
-        return ["-m", "accelerate.commands.launch", *common, "--machine_rank", str(rank)]
+    def start(*arguments):
+        told = {"WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": ADDRESSES[0]}
+        told |= {"MASTER_PORT": 29513}
+        envs = [
+            clean_environment() | {key: str(value) for key, value in {**told, "RANK": rank}.items()} for rank in (0, 1)
+        ]
+        network = [f"/run/netns/{name}" for name in machines]
+        return forks.start(arguments, cwd=tmp_path, envs=envs, network=network, session=True)
 
-    def start(*arguments, accelerate=False):
-        both = []
-        for rank, name in enumerate(machines):
-            launcher = by_accelerate(rank) if accelerate else []
-            command = ["ip", "netns", "exec", name, sys.executable, *launcher, "-m", "mergetool", *map(str, arguments)]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-            told = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-            told |= {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": 29513}
-            env = clean_environment() | ({} if accelerate else {key: str(value) for key, value in told.items()})
-            both.append(subprocess.Popen(command, **pipes, cwd=tmp_path, env=env))
-        running.extend(both)
-        return both
-
-    yield start
-    for each in running:
-        with suppress(ProcessLookupError):
-            os.killpg(each.pid, signal.SIGKILL)
-        each.communicate()
-
-
-def ended(both):
-    told = [each.communicate(timeout=120) for each in both]
-    return [SimpleNamespace(code=p.returncode, out=o, err=e) for p, (o, e) in zip(both, told, strict=True)]
+    return start
 
 
 @pytest.fixture
@@ -95,22 +74,21 @@ def recipe(tmp_path):
 def test_a_machine_that_dies_ends_the_run_and_two_machines_finish_it_with_the_bytes_of_one_process(
     machines, launch, recipe, tmp_path
 ):
-    both = launch("run", recipe, "-o", "two", "--json", accelerate=True)
+    both = launch("run", recipe, "-o", "two", "--json")
     journal = tmp_path / "two.partial.journal.1"
     begun = time.monotonic()
     while not journal.exists() or journal.stat().st_size < 1500:
         assert time.monotonic() - begun < 100
         time.sleep(0.01)
-    for line in subprocess.check_output(["ip", "netns", "pids", machines[1]], text=True).split():  # the power goes
-        os.kill(int(line), signal.SIGKILL)
+    os.killpg(both.pids[1], signal.SIGKILL)  # the power goes
     begun = time.monotonic()
-    first, _ = ended(both)
+    first, _ = both.wait()
     assert time.monotonic() - begun < 60
     assert first.code != 0
     assert "another process of this run has died" in first.out + first.err
     assert "run the same command again" in first.out + first.err
     assert not (tmp_path / "two").exists()
-    first, second = ended(launch("run", recipe, "-o", "two", "--json"))
+    first, second = launch("run", recipe, "-o", "two", "--json").wait()
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert json.loads(first.out)["resumed"]
     assert second.out == ""

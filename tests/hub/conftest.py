@@ -9,8 +9,8 @@ from tests.forks import clean_environment
 from tests.hub.server import TOKEN, Hub
 
 SHAPES = {"model.embed_tokens.weight": (48, 32), "model.layers.0.mlp.weight": (32, 32), "lm_head.weight": (48, 32)}
-HASTY = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
-"""The environment of whoever is not patient with a Hub that does not answer."""
+HASTY = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1", "HASTE": "50"}
+"""The environment of whoever is not patient with a Hub that does not answer, nor between two attempts."""
 CARD = "---\nlicense: {}\n---\n\n# A model\n"
 
 

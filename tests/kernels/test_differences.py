@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mergetool.kernels.differences import Sums, cosine, ratio, sums
+from mergetool.kernels.differences import Sums, cosine, linear_cka, ratio, sums
 
 
 def three(length=1000, seed=0):
@@ -57,3 +57,15 @@ def test_nothing_has_no_direction():
     assert math.isnan(sums(zeros, ones).cosine)
     assert (sums(zeros, ones).relative, sums(zeros, zeros).relative) == (math.inf, 0.0)
     assert sums(zeros[:0], ones[:0]) == Sums()
+
+
+def test_linear_cka_is_its_formula_and_sees_no_rotation_scale_or_shift():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(20, width, generator=generator, dtype=torch.float64) for width in (6, 9))
+    centred = [table - table.mean(0) for table in (x, y)]
+    cross, own = (centred[1].T @ centred[0]).norm() ** 2, [(each.T @ each).norm() for each in centred]
+    assert linear_cka(x, y) == pytest.approx(float(cross / (own[0] * own[1])))
+    rotation = torch.linalg.qr(torch.randn(9, 9, generator=generator, dtype=torch.float64))[0]
+    assert linear_cka(x, 3 * y @ rotation + 1) == pytest.approx(linear_cka(x, y))
+    assert linear_cka(x, x) == pytest.approx(1)
+    assert math.isnan(linear_cka(x, torch.ones(20, 2)))

@@ -66,12 +66,14 @@ def undisturbed(models):
         ("energy", "mergetool.outputs.output:describe_run 1"),
     ],
 )
-def test_a_kill_at_any_moment_is_made_good(forks, models, undisturbed, tmp_path, rank, moment):
+def test_a_kill_at_any_moment_is_made_good(network_forks, models, undisturbed, tmp_path, rank, moment):
     recipe, output = recipe_of(models, RANKS[rank], rank), tmp_path / "out"
-    killed = forks.run(["run", recipe, "-o", output], cwd=models, env=clean_environment() | {"KILL_AFTER": moment})
+    killed = network_forks.run(
+        ["run", recipe, "-o", output], cwd=models, env=clean_environment() | {"KILL_AFTER": moment}
+    )
     assert killed.code == -9, killed.err
     assert not output.exists()
-    again = forks.run(["run", recipe, "-o", output], cwd=models, env=clean_environment())
+    again = network_forks.run(["run", recipe, "-o", output], cwd=models, env=clean_environment())
     assert again.code == 0, again.err
     assert content(output) == undisturbed[rank]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -87,9 +89,9 @@ def test_any_number_of_workers_writes_the_same_bytes(models, undisturbed, tmp_pa
 
 
 @pytest.mark.parametrize("name", RANKS)
-def test_two_processes_write_the_bytes_of_one(forks, models, undisturbed, tmp_path, name):
+def test_two_processes_write_the_bytes_of_one(network_forks, models, undisturbed, tmp_path, name):
     recipe = recipe_of(models, RANKS[name], name)
-    done = forks.team(2, ["run", recipe, "-o", tmp_path / "out"], cwd=models).wait()
+    done = network_forks.team(2, ["run", recipe, "-o", tmp_path / "out"], cwd=models).wait()
     assert [each.code for each in done] == [0, 0], done[0].err + done[1].err
     assert content(tmp_path / "out") == undisturbed[name]
 

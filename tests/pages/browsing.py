@@ -38,14 +38,25 @@ def opened(browser, path, mode="light", size=WIDE, **options):
         page.close()
 
 
-def stands(browser, path):
-    """Opens, and in both modes and both widths there is no complaint, and nothing sticks out at the side."""
+LOOKS = (("light", WIDE), ("light", NARROW), ("dark", NARROW))
+"""Widths and modes; what is where does not depend on the mode."""
+
+
+@contextmanager
+def standing(browser, path):
+    """The page, after it was seen in both modes and both widths: no complaint, and nothing sticks out at the side."""
     papers = set()
     with opened(browser, path) as page:
-        for mode in ("light", "dark"):
+        for mode, size in LOOKS:
             page.emulate_media(color_scheme=mode)
-            for size in (WIDE, NARROW):
-                page.set_viewport_size(size)
-                assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
-                papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-    assert len(papers) == 2
+            page.set_viewport_size(size)
+            assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+            papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert len(papers) == 2
+        page.set_viewport_size(WIDE)
+        yield page
+
+
+def stands(browser, path):
+    with standing(browser, path):
+        pass

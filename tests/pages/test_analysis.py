@@ -8,7 +8,7 @@ from mergetool.analysis.descent_page import descent
 from mergetool.analysis.drawings import conflicts
 from mergetool.analysis.page import MOST_TENSORS, analysis_page
 from mergetool.pages.words import visible
-from tests.pages.browsing import opened, stands
+from tests.pages.browsing import standing, stands
 from tests.pages.planted import Planted
 from tests.pages.samples import HOSTILE
 from tests.pages.test_pages import Seen
@@ -50,8 +50,7 @@ def test_every_chapter_says_what_one_sees(html):
 def test_three_hundred_tensors_of_five_models_are_less_than_two_megabytes_and_stand(browser, tmp_path):
     path = written(tmp_path, Planted([*FOUR, "med"], layers=33).facts())
     assert path.stat().st_size < 2_000_000
-    stands(browser, path)
-    with opened(browser, path) as page:
+    with standing(browser, path) as page:
         page.get_by_role("button", name="show all 299 rows").click()
         tensors = page.locator("section", has=page.get_by_role("heading", name="Tensors", exact=True))
         changes = [float(text.split()[0]) for text in tensors.locator("tbody td:nth-child(4)").all_inner_texts()]

@@ -15,6 +15,13 @@ def path(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def shown(browser, path):
+    """The page, open for several tests: each leaves it as long as it was."""
+    with opened(browser, path) as page:
+        yield page
+
+
 def test_a_page_with_one_of_everything_and_hostile_names_stands(browser, path):
     stands(browser, path)
 
@@ -24,35 +31,35 @@ NORMS = sorted(norm for _, _, norm, _, _ in ROWS if norm is not None)
 
 def cells(page, column, table=0):
     rows = page.locator("figure.table").nth(table).locator("tbody tr:visible")
-    return [row.locator("td").nth(column).inner_text() for row in rows.all()]
+    return rows.locator(f"td:nth-child({column + 1})").all_inner_texts()
 
 
-def test_a_table_is_sorted_by_a_click_and_what_has_no_value_comes_last(browser, path):
-    with opened(browser, path) as page:
-        head = page.get_by_role("button", name="norm")
-        head.click()
-        assert [float(text) for text in cells(page, 2)] == pytest.approx(NORMS[:-11:-1], rel=5e-3)
-        assert page.locator("th[aria-sort=descending]").inner_text() == "norm"
-        head.click()
-        assert [float(text) for text in cells(page, 2)] == pytest.approx(NORMS[:10], rel=5e-3)
-        page.get_by_role("button", name="show all 60 rows").click()
-        assert len(cells(page, 2)) == 60
-        assert cells(page, 2)[-1] == "–"
-        head.click()
-        assert cells(page, 2)[-1] == "–"
-        page.get_by_role("button", name="show the first 10 only").click()
-        assert len(cells(page, 2)) == 10
+def test_a_table_is_sorted_by_a_click_and_what_has_no_value_comes_last(shown):
+    head = shown.get_by_role("button", name="norm")
+    head.click()
+    assert [float(text) for text in cells(shown, 2)] == pytest.approx(NORMS[:-11:-1], rel=5e-3)
+    assert shown.locator("th[aria-sort=descending]").inner_text() == "norm"
+    head.click()
+    assert [float(text) for text in cells(shown, 2)] == pytest.approx(NORMS[:10], rel=5e-3)
+    shown.get_by_role("button", name="show all 60 rows").click()
+    assert len(cells(shown, 2)) == 60
+    assert cells(shown, 2)[-1] == "–"
+    head.click()
+    assert cells(shown, 2)[-1] == "–"
+    shown.get_by_role("button", name="show the first 10 only").click()
+    assert len(cells(shown, 2)) == 10
 
 
-def test_names_with_numbers_are_sorted_by_the_numbers(browser, path):
-    with opened(browser, path) as page:
-        page.get_by_role("button", name="show all 60 rows").click()
-        head = page.get_by_role("button", name="tensor", exact=True)
-        head.click()
-        assert cells(page, 0)[:5] == ["layers.0.k", "layers.0.o", "layers.0.q", "layers.0.v", "layers.1.k"]
-        assert cells(page, 0)[-1] == "layers.14.v"
-        head.click()
-        assert cells(page, 0)[0] == "layers.14.v"
+def test_names_with_numbers_are_sorted_by_the_numbers(shown):
+    shown.get_by_role("button", name="show all 60 rows").click()
+    head = shown.get_by_role("button", name="tensor", exact=True)
+    head.click()
+    found = cells(shown, 0)
+    assert found[:5] == ["layers.0.k", "layers.0.o", "layers.0.q", "layers.0.v", "layers.1.k"]
+    assert found[-1] == "layers.14.v"
+    head.click()
+    assert cells(shown, 0)[0] == "layers.14.v"
+    shown.get_by_role("button", name="show the first 10 only").click()
 
 
 def test_without_scripts_everything_is_there(browser, path):
@@ -61,21 +68,19 @@ def test_without_scripts_everything_is_there(browser, path):
         assert page.locator("th button").count() == 0
 
 
-def test_every_entry_of_the_contents_leads_to_its_chapter(browser, path):
-    with opened(browser, path) as page:
-        links = page.locator("nav a").all()
-        assert len(links) == 5
-        for link in links:
-            name = link.get_attribute("href").removeprefix("#")
-            target = page.locator(f'[id="{name}"]')
-            assert target.count() == 1
-            assert target.locator("h2").inner_text() == link.inner_text()
+def test_every_entry_of_the_contents_leads_to_its_chapter(shown):
+    links = shown.locator("nav a").all()
+    assert len(links) == 5
+    for link in links:
+        name = link.get_attribute("href").removeprefix("#")
+        target = shown.locator(f'[id="{name}"]')
+        assert target.count() == 1
+        assert target.locator("h2").inner_text() == link.inner_text()
 
 
-def test_no_two_things_have_one_name(browser, path):
-    with opened(browser, path) as page:
-        twice = "() => { const all = [...document.querySelectorAll('[id]')].map(x => x.id);"
-        assert page.evaluate(twice + "return all.filter((x, place) => all.indexOf(x) !== place); }") == []
+def test_no_two_things_have_one_name(shown):
+    twice = "() => { const all = [...document.querySelectorAll('[id]')].map(x => x.id);"
+    assert shown.evaluate(twice + "return all.filter((x, place) => all.indexOf(x) !== place); }") == []
 
 
 COLOURS = """() => {

@@ -196,6 +196,15 @@ def test_what_is_wrong_is_told_with_its_place(models, tmp_path, case):
     assert all(problem.fix and f"{path}:" in problem.where for problem in caught.value.problems)
 
 
+def test_what_makes_one_result_a_run_is_told_with_the_command_that_does(models):
+    data = recipe_of(models, "tsv-compress", {"rank": [1, 2]})
+    with pytest.raises(RecipeError, match=r"--set merge\.rank=1 -o PATH/1") as caught:
+        load_recipe(data)
+    assert "--cache FOLDER" in str(caught.value)
+    del data["sweep"]
+    assert load_recipe(data, ["merge.rank=1"]).method.rank == 1
+
+
 def test_a_wrong_value_is_told_at_its_line(models, tmp_path):
     path = tmp_path / "r.yaml"
     write_recipe(path, **recipe_of(models, "ties", None))

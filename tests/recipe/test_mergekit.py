@@ -5,7 +5,7 @@ import yaml
 
 from mergetool.errors import RecipeError
 from mergetool.recipe import load_recipe
-from mergetool.recipe.document import parse_document
+from mergetool.recipe.document import parse_document, read_documents
 from mergetool.recipe.load import check_document, imported_text
 from mergetool.recipe.mergekit import convert, is_mergekit
 from mergetool.recipe.mergekit.counterparts import METHODS
@@ -615,3 +615,28 @@ def test_a_folder_that_is_here_has_no_revisions(tmp_path, monkeypatch):
         "second": "org/second@v3",
     }
     assert document.warnings == ["x.yml:3:5 models.0: ./first is a folder here, so the revision v1 has no effect"]
+
+
+FORMS = {
+    "lines end as on Windows": LINEAR.replace("\n", "\r\n"),
+    "lines end as on old machines": LINEAR.replace("\n", "\r"),
+    "a mark of the byte order": "\ufeff" + LINEAR,
+    "comments and markers": f"%YAML 1.1\n# top\n---\n{LINEAR}\n# end\n...\n",
+    "merge keys": "x: &x {weight: 0.3}\n" + LINEAR.replace("{weight: 0.3}", "{<<: *x}"),
+    "a merge key that is overruled": "x: &x {weight: 9}\n" + LINEAR.replace("{weight: 0.3}", "{<<: [*x], weight: 0.3}"),
+    "a key given twice": "merge_method: slerp\n" + LINEAR,
+    "folded text": LINEAR.replace("linear", ">-\n  linear").replace("org/first", "|-\n      org/first"),
+    "complex keys": LINEAR.replace("merge_method: linear", "? merge_method\n: linear"),
+    "numbers as text": LINEAR.replace("0.3", "'3e-1'").replace("0.7", "+.7"),
+    "nothing where something may stand": LINEAR
+    + "parameters:\ntokenizer_source: null\nbase_model:\ndtype: ~\nslices: []\n",
+    "a value in a mapping": LINEAR.replace("weight: 0.3", "weight: {value: 0.3}"),
+    "a lone filter that is none": LINEAR.replace("weight: 0.3", "weight: [{filter: '*', value: 0.3}, {value: 5}]"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_yaml_lets_people_write_means_the_same(form, tmp_path):
+    (tmp_path / "odd.yml").write_bytes(FORMS[form].encode())
+    (document,) = read_documents(tmp_path / "odd.yml")
+    assert convert(document).data == converted(LINEAR)

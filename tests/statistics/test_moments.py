@@ -41,9 +41,11 @@ def recipe(place, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["regmean", "fisher"])
-def test_two_processes_measure_once_and_write_the_bytes_of_one(forks, recipe, tmp_path, method):
+def test_two_processes_measure_once_and_write_the_bytes_of_one(network_forks, recipe, tmp_path, method):
     path = recipe(method)
-    done = forks.team(2, ["run", path, "-o", tmp_path / "two", "--cache", tmp_path / "cache"], cwd=tmp_path).wait()
+    done = network_forks.team(
+        2, ["run", path, "-o", tmp_path / "two", "--cache", tmp_path / "cache"], cwd=tmp_path
+    ).wait()
     assert [each.code for each in done] == [0, 0], done[0].err + done[1].err
     assert done[0].err.count("measured on") == 2
     mergetool.run(path, output=tmp_path / "one", cache=tmp_path / "cache")
@@ -105,14 +107,14 @@ def test_a_search_cannot_measure(place, tmp_path):
         mergetool.load_recipe(document)
 
 
-def test_a_result_can_be_held_against_its_recipe(forks, recipe, tmp_path):
+def test_a_result_can_be_held_against_its_recipe(network_forks, recipe, tmp_path):
     path = recipe()
     result = mergetool.run(path, output=tmp_path / "out", cache=tmp_path / "cache")
-    (done,) = forks.team(1, ["verify", result.path, "--against", path, "--json"], cwd=tmp_path).wait()
+    (done,) = network_forks.team(1, ["verify", result.path, "--against", path, "--json"], cwd=tmp_path).wait()
     assert json.loads(done.out)["answer"] == "yes", done.err
 
 
-def test_locked_runs_refuse_other_rows(forks, place, recipe, tmp_path):
+def test_locked_runs_refuse_other_rows(network_forks, place, recipe, tmp_path):
     shutil.copytree(place, tmp_path / "models")
     path = recipe(
         models={name: str(tmp_path / "models" / name) for name in "ab"},
@@ -122,6 +124,6 @@ def test_locked_runs_refuse_other_rows(forks, place, recipe, tmp_path):
     mergetool.run(path, cache=tmp_path / "cache")
     shutil.copy(tmp_path / "out" / "mergetool.json", tmp_path / "mergetool.json")
     write_rows(tmp_path / "models" / "b.jsonl", TEXTS[:2])
-    (done,) = forks.team(1, ["run", path, "--locked", "--overwrite", "--json"], cwd=tmp_path).wait()
+    (done,) = network_forks.team(1, ["run", path, "--locked", "--overwrite", "--json"], cwd=tmp_path).wait()
     assert done.code != 0
     assert "'calibration.b.data': sizes differ" in done.err

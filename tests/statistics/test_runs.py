@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -151,6 +154,36 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_model(recipe, tmp_path):
     assert "gram of model 'b': measured on 3 rows" in watch.said
     run(recipe(), tmp_path / "whole")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+KILLED = """
+import os, signal, sys
+import mergetool.statistics.store
+
+def begun(self, key, found, turned):
+    self.path(key).with_name(f".{self.path(key).name}.{os.getpid()}.1").write_bytes(b"begun")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+mergetool.statistics.store.StatisticStore.keep = begun
+mergetool.measure(sys.argv[1], "fisher", sys.argv[2], cache=sys.argv[3], memory=1)
+"""
+
+
+def test_what_a_killed_process_left_half_written_goes(place, tmp_path):
+    """Layer by layer, too, where what waits lies in files."""
+    arguments = [str(place / "a"), str(place / "a.jsonl"), str(tmp_path / "cache")]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments])
+    assert killed.returncode == -signal.SIGKILL
+    folder = tmp_path / "cache" / "statistics"
+    left = list(folder.iterdir())
+    assert len(left) == 2, left  # what was begun, and a folder of what waited
+    for each in left:
+        os.utime(each, (0, 0))
+    mergetool.measure(place / "a", "fisher", place / "a.jsonl", cache=tmp_path / "cache", memory=1)
+    assert [each.suffix for each in folder.iterdir()] == [".safetensors"]
+    expected = mergetool.measure(place / "a", "fisher", place / "a.jsonl", cache=tmp_path / "other")
+    found = mergetool.measure(place / "a", "fisher", place / "a.jsonl", cache=tmp_path / "cache")
+    assert all(found[name].equal(value) for name, value in expected.items())
 
 
 def test_a_run_that_was_stopped_while_it_merged_measures_nothing_again(recipe, tmp_path):
@@ -328,3 +361,21 @@ def test_weights_that_are_stored_turned_are_merged_by_their_inputs(place, tmp_pa
             weight = load_file(tmp_path / each / "model.safetensors")[name].double()
             left, right = left + gram, right + gram @ weight  # (inputs, outputs)
         assert torch.allclose(found[name].double(), torch.linalg.solve(left, right), atol=1e-5), name
+
+
+def test_experts_of_a_bundle_are_measured_like_models(place, recipe, tmp_path):
+    """The same, whole or layer by layer, as of the model that such an expert is when it is taken out."""
+    write_classifier(tmp_path / "base", 9)
+    bundle = {**recipe("tall-masks"), "base": str(tmp_path / "base")}
+    del bundle["calibration"]
+    mergetool.run(bundle, output=tmp_path / "bundle")
+    asked = recipe()
+    experts = {name: {"source": str(tmp_path / "bundle"), "select": name} for name in "ab"}
+    for name, expert in experts.items():
+        alone = {"models": {name: expert}, "merge": {"method": "passthrough"}}
+        mergetool.run(alone, output=tmp_path / name)
+    out = mergetool.run({**asked, "models": experts}, output=tmp_path / "out", cache=tmp_path / "cache")
+    plain = {**asked, "models": {name: str(tmp_path / name) for name in "ab"}}
+    expected = mergetool.run(plain, output=tmp_path / "plain", cache=tmp_path / "other")
+    found, wanted = (load_file(each.path / "model.safetensors") for each in (out, expected))
+    assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in wanted.items())

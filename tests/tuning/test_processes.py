@@ -2,21 +2,55 @@
 
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import signal
+import sys
 import time
 
 import pytest
 
 import mergetool
+from tests.files import LONG
 from tests.forks import free_port
 from tests.tuning.planted import World
 from tests.tuning.test_run import ESTIMATED, journal, recipe
 
+pytestmark = pytest.mark.slow  # searches, and there are many
+
 FORK = multiprocessing.get_context("forkserver")
 """Children of one small process that has imported everything: this one may have much memory, and threads."""
-FORK.set_forkserver_preload(["tests.tuning.test_run", "lm_eval.models.huggingface", "lm_eval.tasks"])
+FORK.set_forkserver_preload(
+    [
+        "lm_eval.models.huggingface",
+        "lm_eval.tasks",
+        "mergetool.engine.worker",
+        "mergetool.outputs.checkpoint",
+        "mergetool.tuning.session",
+        "tests.tuning.test_run",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.llama.modeling_llama",
+        "transformers.tokenization_utils_tokenizers",
+    ]
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def online():
+    """Nothing forbids these children to go online."""
+    offline = {name: os.environ.pop(name) for name in list(os.environ) if name.endswith("_OFFLINE")}
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ |= offline
+
+
+def spared(**arguments):
+    """A search without the pictures of its report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mergetool.pages.pictures.drawn", lambda *_: "")
+        mergetool.run(**arguments)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +69,7 @@ def asked(folder):
 def undisturbed(asked, tmp_path_factory):
     """The folder of a search that ran through."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    mergetool.run(asked, output=folder / "out")
+    spared(recipe=asked, output=folder / "out")
     return folder / "out.search"
 
 
@@ -44,12 +78,12 @@ def findings(folder):
     return {key: value for key, value in json.loads((folder / "report.json").read_text()).items() if key != "seconds"}
 
 
-def test_a_search_killed_at_five_random_moments_ends_as_if_it_had_run_through(asked, undisturbed, tmp_path):
+def test_a_search_killed_at_random_moments_ends_as_if_it_had_run_through(asked, undisturbed, tmp_path):
     rng = random.Random(0)
     total = len(journal(undisturbed))
     lines = tmp_path / "out.search" / "search.jsonl"
-    for moment in sorted(rng.sample(range(1, total), 5)):
-        child = FORK.Process(target=mergetool.run, args=(asked,), kwargs={"output": tmp_path / "out"})
+    for moment in sorted(rng.sample(range(1, total), 5 if LONG else 2)):
+        child = FORK.Process(target=spared, kwargs={"recipe": asked, "output": tmp_path / "out"})
         child.start()
         while child.is_alive() and (not lines.exists() or lines.read_bytes().count(b"\n") < moment):
             time.sleep(0.001)
@@ -66,7 +100,28 @@ def test_a_search_killed_at_five_random_moments_ends_as_if_it_had_run_through(as
 def member(rank, size, port, asked, output):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    mergetool.run(asked, output=output)
+    spared(recipe=asked, output=output)
+
+
+def alone(asked, output):
+    """A search in a process that ends with 9 as soon as it tries a connection or asks for an address."""
+
+    def refuse(event, arguments):
+        if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"):
+            os.write(2, f"a connection was tried: {arguments}".encode())
+            os._exit(9)
+
+    sys.addaudithook(refuse)
+    spared(recipe=asked, output=output)
+
+
+def test_no_connection_is_tried_where_everything_is_local(folder, tmp_path):
+    arguments = {"asked": recipe(folder, search={"generations": 1, "population": 3}), "output": tmp_path / "out"}
+    child = FORK.Process(target=alone, kwargs=arguments)
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_two_processes_search_as_one(asked, undisturbed, tmp_path):
@@ -110,9 +165,8 @@ def test_an_extended_search_that_is_killed_loses_nothing(folder, tmp_path):
     lines = tmp_path / "out.search" / "search.jsonl"
     mergetool.run(longer(1), output=tmp_path / "out")
     before = lines.read_bytes()
-    child = FORK.Process(
-        target=mergetool.run, args=(longer(4),), kwargs={"output": tmp_path / "out", "overwrite": True}
-    )
+    arguments = {"recipe": longer(4), "output": tmp_path / "out", "overwrite": True}
+    child = FORK.Process(target=spared, kwargs=arguments)
     child.start()
     while child.is_alive() and lines.read_bytes().count(b"\n") < before.count(b"\n") + 4:
         time.sleep(0.001)

@@ -1,13 +1,9 @@
 """Searches over planted models, end to end."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-import yaml
 
 import mergetool
 import mergetool.evaluate.items as items_module
@@ -21,6 +17,8 @@ from mergetool.testing.toys import assert_same_bytes, read
 from mergetool.tuning.in_memory import Candidates, saved_digest
 from tests.files import Watch
 from tests.tuning.planted import World
+
+pytestmark = pytest.mark.slow  # searches, and there are many
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +210,7 @@ def test_a_device_that_cannot_be_used_is_refused_before_the_search(folder, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_objectives_give_a_front_of_which_any_member_can_be_written(folder, tmp_path):
+def test_several_objectives_give_a_front_of_which_any_member_can_be_written(folder, tmp_path, pictures):
     asked = recipe(folder, search={"algorithm": "nsga2", "generations": 6, "rerank": 4}, estimator=ESTIMATED)
     mergetool.run(asked, output=tmp_path / "out")
     report = json.loads((tmp_path / "out.search" / "report.json").read_text())
@@ -228,34 +226,6 @@ def test_several_objectives_give_a_front_of_which_any_member_can_be_written(fold
         assert told in page
 
 
-NO_NETWORK = """
-import os, socket, sys
-
-def refuse(*args, **kwargs):
-    os.write(2, f"a connection was tried: {args}".encode())
-    os._exit(9)
-
-class Refused(socket.socket):
-    connect = connect_ex = sendto = refuse
-
-socket.socket = Refused
-socket.create_connection = socket.getaddrinfo = refuse
-import mergetool
-mergetool.run(sys.argv[1], output=sys.argv[2])
-"""
-
-
-def test_no_connection_is_tried_where_everything_is_local(folder, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder, search={"generations": 1})))
-    clean = {key: value for key, value in os.environ.items() if not key.endswith("_OFFLINE")}
-    command = [sys.executable, "-c", NO_NETWORK, "recipe.yaml", "out"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=clean | {"HF_HOME": str(tmp_path / "home")}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "model.safetensors").is_file()
-
-
 def test_a_greedy_soup_ends_by_itself(folder, tmp_path):
     inner = {"method": "linear", "weight": {"search": [0, 1]}}
     asked = recipe(folder, inner=inner, search={"algorithm": "greedy", "generations": 1})
@@ -263,6 +233,26 @@ def test_a_greedy_soup_ends_by_itself(folder, tmp_path):
     mergetool.run(asked, output=tmp_path / "out")
     report = json.loads((tmp_path / "out.search" / "report.json").read_text())
     assert [trial["values"] for trial in report["trials"]] == [[1, 0], [0, 1], [1, 1]]
+
+
+def test_a_penalty_is_for_small_numbers(folder, tmp_path):
+    """A large one makes the smallest numbers win, whatever they score; what was scored stays what it is."""
+    inner = {"method": "task-arithmetic", "weight": {"search": [-1.0, 1.0], "step": 1.0}}
+    free = recipe(folder, inner=inner, search={"algorithm": "grid"})
+    costly = recipe(folder, inner=inner, search={"algorithm": "grid", "penalty": 9.0})
+    reports = []
+    for name, asked in (("free", free), ("costly", costly)):
+        mergetool.run(asked, output=tmp_path / name)
+        reports.append(json.loads((tmp_path / f"{name}.search" / "report.json").read_text()))
+    assert reports[0]["winner"]["values"] != [0.0, 0.0]
+    assert reports[1]["winner"]["values"] == [0.0, 0.0]
+    known = {tuple(trial["values"]): trial for trial in reports[0]["trials"]}
+    for trial in reports[1]["trials"]:
+        plain = known[tuple(trial["values"])]
+        assert trial["estimate"] == plain["estimate"]
+        assert trial["fitness"] == pytest.approx(plain["fitness"] - 9.0 * np.mean(np.abs(trial["values"])))
+    with pytest.raises(RecipeError, match="`penalty` is taken off one score"):
+        mergetool.load_recipe(recipe(folder, search={"algorithm": "nsga2", "penalty": 0.1}))
 
 
 def test_a_grid_asks_all_its_points_and_wants_steps(folder, tmp_path):

@@ -7,7 +7,7 @@ import transformers as hf
 
 import mergetool
 from mergetool.checkpoints.sentencepiece import pieces_in
-from mergetool.checkpoints.vocabulary import tokens_of
+from mergetool.checkpoints.vocabulary import PackedTexts, tokens_of
 from tests.words.models import SPECIAL, build, opened, train, vocabulary
 
 
@@ -100,3 +100,11 @@ def test_two_numbers_of_one_text_stay_where_they_are(tmp_path):
 
 def test_the_trained_tokenizers_differ():
     assert train("bpe", "stories", 300).get_vocab() != train("bpe", "letters", 300).get_vocab()
+
+
+def test_texts_that_are_kept_are_what_they_were():
+    texts = {7: "▁the", 0: "", 3: "\ud800 lone", 12: "猫"}
+    packed = PackedTexts(texts)
+    assert packed == texts
+    assert list(packed) == sorted(texts)
+    assert packed.get(4) is packed.get(13) is None

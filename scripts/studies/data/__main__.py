@@ -34,6 +34,8 @@ WITHOUT: dict[str, dict[str, Any]] = {
 WITH: dict[str, dict[str, Any]] = {
     "regmean": {"method": "regmean"},
     "regmean-plus": {"method": "regmean-plus"},
+    "esm": {"method": "esm"},
+    "esm, scale 2": {"method": "esm", "scale": 2.0},
     "fisher": {"method": "fisher"},
     "ada-merging": {"method": "ada-merging", "steps": 40, "rate": 0.02, "batch": 8},
 }
@@ -55,7 +57,7 @@ def recipe(folder: Path, tasks: list[Task], merge: dict[str, Any], rows: int) ->
         "models": models,
         "merge": {**merge, "overrides": [{"match": "classifier.*", "use": tasks[0].name}]},
     }
-    if merge["method"] in ("tsv-merge", "iso-c", "wudi", "ada-merging"):
+    if merge["method"] in ("tsv-merge", "iso-c", "wudi", "ada-merging", "esm"):
         made["base"] = str(folder / "models" / "base")
     if rows:
         each = {"samples": rows, "length": MAX_LENGTH}
