@@ -30,9 +30,8 @@ def essential_pair(change: Tensor, gram: Tensor, rank: Rank, num_tasks: int, ene
     `rank` says how many, as a share of the outputs where it is one. Both sides of a direction are multiplied by
     `(its energy / the mean)^energy`, made to have a mean of 1. All float64.
     """
-    values, vectors = checked_eigh(change @ gram @ change.T)
-    values, vectors = values.flip(0), vectors.flip(1)
-    most = rank_limit(rank, len(values), num_tasks)
+    values, vectors = _directions(change, gram)
+    most = rank_limit(rank, len(change), num_tasks)
     if isinstance(rank, Mapping):
         most = energy_rank(values.clamp_min(0).sqrt(), rank["energy"])
     values, vectors = values[:most], vectors[:, :most]
@@ -43,6 +42,18 @@ def essential_pair(change: Tensor, gram: Tensor, rank: Rank, num_tasks: int, ene
     share = (values / values.mean()) ** energy
     share = share / share.mean()
     return EssentialPair(vectors * share, (vectors.T @ change) * share[:, None])
+
+
+def _directions(change: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of `D G D^T`, largest first, and eigenvectors: as many as the smaller side of D."""
+    if change.shape[0] <= change.shape[1]:
+        values, vectors = checked_eigh(change @ gram @ change.T)
+        return values.flip(0), vectors.flip(1)
+    sizes, axes = checked_eigh(gram)
+    image = change @ (axes * sizes.clamp_min(0).sqrt())
+    values, turned = checked_eigh(image.T @ image)
+    values, turned = values.flip(0).clamp_min(0), turned.flip(1)
+    return values, (image @ turned) / values.sqrt().clamp_min(1e-300)
 
 
 def joined(
