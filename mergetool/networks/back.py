@@ -46,9 +46,11 @@ class Back:
                 with chain.at(number):
                     found = _there(chain.model)
                     yield WayBack(chain.length - 2 - number, chain.length - 1, found, self._block(number, found))
+                    found.clear()  # whoever asked may still hold it while the next block is read
             chain.weights.fill(chain.units.values())
             found = _there(chain.model)
             yield WayBack(chain.length - 2, chain.length - 1, found, self._around(found))
+            found.clear()
             chain.weights.drop()
 
     def _forwards(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergetool.errors import OutputError
 from mergetool.tensors.io import bytes_of, write_error
 from mergetool.tensors.source import ModelSource, read_whole
 from mergetool.tensors.temporary import folder_of
@@ -49,7 +50,10 @@ class Waiting(MutableMapping[str, Tensor]):
     """Tensors by name, each in a file of a temporary folder, which goes with them."""
 
     def __init__(self, place: Path) -> None:
-        self._folder = folder_of(self, place)
+        try:
+            self._folder = folder_of(self, place)
+        except OSError as error:
+            raise _refused(error, place) from error
         self._known: dict[str, tuple[Path, torch.Size, torch.dtype]] = {}
 
     def __setitem__(self, name: str, value: Tensor) -> None:
@@ -57,7 +61,7 @@ class Waiting(MutableMapping[str, Tensor]):
         try:
             path.write_bytes(bytes_of(value.detach().cpu().contiguous().reshape(-1)))
         except OSError as error:
-            raise write_error(error, str(path)) from error
+            raise _refused(error, path) from error
         self._known[name] = path, value.shape, value.dtype
 
     def __getitem__(self, name: str) -> Tensor:
@@ -72,6 +76,11 @@ class Waiting(MutableMapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._known)
+
+
+def _refused(error: OSError, path: Path) -> OutputError:
+    told = write_error(error, str(path))
+    return OutputError(told.what, told.where, "free some space, or choose another place with --cache DIR")
 
 
 def own_parameters(module: nn.Module) -> list[Any]:

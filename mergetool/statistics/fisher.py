@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mergetool.networks.running import RunningNetwork
+    from mergetool.networks.ways import WayBack
     from mergetool.statistics.examples import Example
 
 Labels = Literal["sampled", "given", "exact"]
@@ -73,8 +74,6 @@ class DiagonalFisher(Statistic):
     def measure(
         self, network: "RunningNetwork", examples: "Sequence[Example]", names: Collection[str], seed: int, tell: Tell
     ) -> Found:
-        import torch
-
         told, found = str(speaks_of(network.model.config.to_dict())), Found(network.keeping())
 
         def parts(number: int, answer: Any) -> "list[tuple[float, Tensor]]":
@@ -86,15 +85,24 @@ class DiagonalFisher(Statistic):
         inputs = [tensor_of([example], network.device) for example in examples]
         with sparse_embeddings(network.model):
             for way in network.ways_back(inputs, parts):
-                sums = {name: torch.zeros_like(value) for name, value in way.parameters.items()}
-                for number in range(len(examples)):
-                    for share, given in way.gradients(number):
-                        _add_squares(list(sums.values()), given, share)
-                    tell(way.share(1))
-                stored = network.stored({name: value.div_(len(examples)).cpu() for name, value in sums.items()})
+                squares = self._squares(way, len(examples), tell)
+                stored = network.stored(squares)
                 _check_finite(stored, network.where)
                 found.tensors.update((name, value) for name, value in stored.items() if name in names)
+                del squares, stored  # before the next layer is read
         return found
+
+    def _squares(self, way: "WayBack", count: int, tell: Tell) -> "dict[str, Tensor]":
+        """The mean of squared gradients of the parameters of one way, by their names in memory."""
+        import torch
+
+        sums = {name: torch.zeros_like(value, requires_grad=False) for name, value in way.parameters.items()}
+        for number in range(count):
+            for share, given in way.gradients(number):
+                _add_squares(list(sums.values()), given, share)
+                del given
+            tell(way.share(1))
+        return {name: value.div_(count).cpu() for name, value in sums.items()}
 
     def _likelihoods(
         self, logits: "Tensor", example: "Example", told: str, draw: tuple[int, int]

@@ -56,11 +56,14 @@ class LossGradient(Statistic):
         found = Found(network.keeping())
         with sparse_embeddings(network.model):
             for way in network.ways_back([tensor_of([each], network.device) for each in examples], parts):
-                for before, sums in self._sums(way, len(examples), tell).items():
-                    values = {name: value.cpu() for name, value in zip(way.parameters, sums, strict=True)}
-                    stored = {f"{before}{name}": value for name, value in network.stored(values).items()}
+                sums = self._sums(way, len(examples), tell)
+                for before, values in sums.items():
+                    held = {name: value.cpu() for name, value in zip(way.parameters, values, strict=True)}
+                    stored = {f"{before}{name}": value for name, value in network.stored(held).items()}
                     _check_finite(stored, network.where)
                     found.tensors.update((name, value) for name, value in stored.items() if name in names)
+                    del held, stored
+                del sums, values  # before the next layer is read
         return found
 
     def _sums(self, way: "WayBack", count: int, tell: Tell) -> "dict[str, list[Tensor]]":

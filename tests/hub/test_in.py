@@ -92,7 +92,7 @@ def test_offline_takes_what_the_cache_holds_and_says_what_it_lacks(hub, call, re
     assert call("run", recipe, "-o", "again", HF_HUB_OFFLINE="1").code == 0
     assert len(hub.requests) == asked
     hub.close()
-    assert call("run", recipe, "-o", "down").code == 0
+    assert call("run", recipe, "-o", "down", HASTE="50").code == 0
 
 
 def test_a_folder_of_that_name_wins_and_a_missing_path_is_called_one(hub, call, recipe, tmp_path):

@@ -1,15 +1,21 @@
 """What is measured layer by layer, of a network that does not fit in memory, is what is measured of the whole one."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 import mergetool
-from mergetool import MergeError, PlanError
+from mergetool import MergeError, OutputError, PlanError
 from mergetool.planning.cost import estimate, room_to_measure
 from mergetool.planning.measures import to_measure
 from mergetool.planning.report import describe
+from mergetool.tensors.dtypes import of_torch
+from mergetool.tensors.header import TensorSpec, lay_out
 from tests.files import content
 from tests.statistics.networks import SIZES, write_classifier, write_dense, write_rows
 from tests.zoo.text import save_tokenizer
@@ -165,3 +171,38 @@ def test_a_run_deals_out_what_it_measures(place, tmp_path):
     with pytest.raises(PlanError, match="networks that change meanwhile") as error:
         mergetool.run(recipe, output=tmp_path / "plus", cache=tmp_path / "one", device_map=dealt)
     assert error.value.fix == "leave it out"
+
+
+def test_a_place_that_cannot_be_written_is_told_with_a_fix(place, tmp_path):
+    folder = place / "bert" if (place / "bert").exists() else write(place / "bert", "bert")
+    (tmp_path / "cache").write_text("no folder")
+    with pytest.raises(OutputError, match="cannot be written") as error:
+        mergetool.measure(folder, "gram", place / "rows.jsonl", cache=tmp_path / "cache", memory=LITTLE)
+    assert error.value.fix.endswith("--cache DIR")
+
+
+GROWN = """
+import resource, sys
+import mergetool, torch, transformers, accelerate
+from transformers import LlamaForCausalLM
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+mergetool.measure(sys.argv[1], "activation", sys.argv[2], cache=sys.argv[3], memory=1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_no_more_than_two_layers_are_ever_in_memory(tmp_path):
+    """Of eight: weights of zeros, which the file does not hold."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 64}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=8, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path / "llama")
+    with torch.device("meta"):
+        state = transformers.LlamaForCausalLM(config).state_dict()
+    prefix, header = lay_out([TensorSpec(name, of_torch(v.dtype), tuple(v.shape)) for name, v in state.items()], {})
+    (tmp_path / "llama" / "model.safetensors").write_bytes(prefix)
+    os.truncate(tmp_path / "llama" / "model.safetensors", header.file_size)
+    (tmp_path / "rows.jsonl").write_text('{"text": [1, 2, 3, 4]}')
+    arguments = [str(tmp_path / name) for name in ("llama", "rows.jsonl", "cache")]
+    told = subprocess.run([sys.executable, "-c", GROWN, *arguments], capture_output=True, text=True, check=True)
+    layer = 4 * sum(value.numel() for name, value in state.items() if ".layers.0." in name)
+    assert layer < 1024 * int(told.stdout) < 2 * layer

@@ -78,7 +78,7 @@ def test_of_a_linear_softmax_model_it_is_in_closed_form(place, tmp_path):
 
 
 def test_drawn_classes_come_to_all_classes_in_the_mean(place, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", [text for text in TEXTS for _ in range(80)], labels=False)
+    rows = write_rows(tmp_path / "rows.jsonl", [text for text in TEXTS for _ in range(40)], labels=False)
     more = {"samples": None, "cache": tmp_path}
     drawn = mergetool.measure(place / "bert", "fisher", rows, **more)["classifier.bias"]
     assert torch.allclose(

@@ -13,6 +13,8 @@ from tests.tuning.planted import World, write_task
 from tests.tuning.test_processes import findings
 from tests.tuning.test_run import ESTIMATED, journal, recipe
 
+pytestmark = pytest.mark.slow  # searches, and there are many
+
 WORLD = World(count=40)
 FEW = {"algorithm": "random", "population": 3, "generations": 2, "rerank": 1}
 

@@ -17,9 +17,23 @@ from tests.forks import free_port
 from tests.tuning.planted import World
 from tests.tuning.test_run import ESTIMATED, journal, recipe
 
+pytestmark = pytest.mark.slow  # searches, and there are many
+
 FORK = multiprocessing.get_context("forkserver")
 """Children of one small process that has imported everything: this one may have much memory, and threads."""
-FORK.set_forkserver_preload(["tests.tuning.test_run", "lm_eval.models.huggingface", "lm_eval.tasks"])
+FORK.set_forkserver_preload(
+    [
+        "lm_eval.models.huggingface",
+        "lm_eval.tasks",
+        "mergetool.engine.worker",
+        "mergetool.outputs.checkpoint",
+        "mergetool.tuning.session",
+        "tests.tuning.test_run",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.llama.modeling_llama",
+        "transformers.tokenization_utils_tokenizers",
+    ]
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

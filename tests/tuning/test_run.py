@@ -18,6 +18,8 @@ from mergetool.tuning.in_memory import Candidates, saved_digest
 from tests.files import Watch
 from tests.tuning.planted import World
 
+pytestmark = pytest.mark.slow  # searches, and there are many
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
