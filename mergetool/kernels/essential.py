@@ -59,7 +59,7 @@ def _directions(change: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
 def joined(
     pairs: Sequence[EssentialPair], weights: Sequence[float], lengths: Sequence[float], contrast: float
 ) -> Tensor:
-    """The merged change (m, n): directions of all tasks orthogonal, what reads them too, each of its mean length.
+    """The merged change (m, n): directions of all tasks orthogonal, and what reads them, of mean length; twice.
 
     A task counts by its length (and an input by that of all that reads it) relative to the mean, to this power.
     """
@@ -73,7 +73,7 @@ def joined(
     columns = reads.norm(dim=0)
     if float(columns.mean()) > 0:
         reads = reads * (columns / columns.mean()) ** contrast
-    return _even(torch.cat([pair.outputs for pair in pairs], dim=1)) @ _even(reads)
+    return 2 * (_even(torch.cat([pair.outputs for pair in pairs], dim=1)) @ _even(reads))
 
 
 def _even(x: Tensor) -> Tensor:
