@@ -7,7 +7,6 @@ A Llama of 8 layers of 4096 x 11008 in bfloat16 (3.4 GB; weights of zeros, which
 """
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +55,8 @@ def measure(folder: Path, statistic: str) -> None:
         memory = {} if statistic == "whole" else {"memory": 1}
         name = "activation" if statistic == "whole" else statistic
         mergetool.measure(folder, name, folder / "rows.jsonl", cache=folder / "cache" / statistic, **memory)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    print(next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
 
 
 def main() -> None:

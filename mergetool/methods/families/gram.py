@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import local
 from typing import TYPE_CHECKING, Literal
 
 from mergetool.methods.base import Params, StatisticsPass, Stats, TensorGroup
@@ -15,6 +16,9 @@ Conclude = Callable[["Tensor", Params], Stats]
 SUM = "sum of the vectors"
 _RUN = 512
 """So many products are summed in the compute dtype; what they come to is added up in float64."""
+_LONG, _SLICES = 1 << 18, 4
+"""Up to this length, so many slices are laid side by side on a CPU at once: fewer and longer operations."""
+_local = local()
 _SHORT = 1 << 14
 """Slices below this have every product added up in float64: they cost nothing."""
 
@@ -114,6 +118,27 @@ def add_up(vectors: "Iterable[Tensor]", out: "Tensor") -> "Tensor":
     return out
 
 
+def _room(group: TensorGroup, count: int) -> "Tensor":
+    """Where vectors of a slice are laid side by side; how long it is depends on the slice alone, as sums do on it."""
+    like = group.models[0]
+    length, least = like.numel(), count * _RUN
+    if length < _SHORT:
+        return like.new_empty(count * -(-length // _RUN) * _RUN)
+    if like.device.type == "cpu" and length <= _LONG:
+        return _own_room(like, max(least, _SLICES * length))
+    return group.scratch("vectors").reshape(-1) if length >= least else like.new_empty(least)
+
+
+def _own_room(like: "Tensor", size: int) -> "Tensor":
+    """So many entries that this thread keeps between slices."""
+    kept = vars(_local)
+    name = str(like.dtype)
+    if name not in kept or len(kept[name]) < size:
+        kept[name] = like.new_empty(size)
+    room: Tensor = kept[name][:size]
+    return room
+
+
 def _side_by_side(group: TensorGroup) -> "Iterator[tuple[int, Tensor, Tensor]]":
     """Pieces of all vectors of a slice: where each begins, the vectors (N, length), and with zeros up to whole runs.
 
@@ -124,13 +149,11 @@ def _side_by_side(group: TensorGroup) -> "Iterator[tuple[int, Tensor, Tensor]]":
     models = [model.reshape(-1) for model in group.models]
     base = None if group.base is None else group.base.reshape(-1)
     count, length = len(models), len(models[0])
-    runs = length // count // _RUN if length >= _SHORT else -(-length // _RUN)
-    piece = max(1, runs) * _RUN
-    fits = count * piece <= length
-    room = group.scratch("vectors").reshape(-1)[: count * piece] if fits else models[0].new_empty(count * piece)
+    room = _room(group, count)
+    piece = min(len(room) // count // _RUN, -(-length // _RUN)) * _RUN
     for begin in range(0, length, piece):
         size = min(piece, length - begin)
-        whole = room.view(count, piece)[:, : -(-size // _RUN) * _RUN]
+        whole = room[: count * piece].view(count, piece)[:, : -(-size // _RUN) * _RUN]
         whole[:, size:].zero_()
         vectors = whole[:, :size]
         for model, vector in zip(models, vectors, strict=True):
