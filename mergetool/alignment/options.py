@@ -23,7 +23,7 @@ class Align(_Strict):
     anchor: Text | None = Field(None, description="model whose order the result takes; else one chosen by content")
     starts: Annotated[int, Field(ge=1, strict=True)] = Field(3, description="runs to choose the best of")
     releases: Annotated[int, Field(ge=0, strict=True)] = Field(
-        20, description="how often two of three or more models are matched anew to the others, after the best run"
+        40, description="how often two of three or more models are matched anew to the others, after the best run"
     )
     polish: bool = Field(True, strict=True, description="improve the rounded permutations by hard moves")
     iterations: Annotated[int, Field(ge=1, strict=True)] = Field(100, description="most Frank-Wolfe steps of a start")

@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
-from mergetool.bundle.manifest import MANIFEST_NAME
+from mergetool.bundle.manifest import MANIFEST_NAME, Unknown
 from mergetool.errors import SourceError
 from mergetool.tensors.io import sha256_file
 
@@ -28,6 +29,19 @@ class Calibration(BaseModel):
     num_rows: int
     doubt: float | None = None
     """The most doubt about a known input, of routers that tell unknown ones."""
+    doubts: tuple[float, ...] | None = None
+    """The same by the nearest task, where not all tasks have the one above."""
+
+
+def most_doubt(unknown: Unknown | None, found: Calibration | None, distances: Tensor) -> Tensor:
+    """The most doubt about each input (samples,) if it is a known one: as a calibration found it, or the router's.
+
+    distances (samples, tasks): the nearest task may have a limit of its own.
+    """
+    if found is not None and found.doubts is not None:
+        return distances.new_tensor(found.doubts)[distances.argmin(-1)]
+    shared = float("inf") if unknown is None else unknown.doubt if found is None or found.doubt is None else found.doubt
+    return distances.new_full((len(distances),), shared)
 
 
 def read_calibration(folder: Path) -> Calibration | None:

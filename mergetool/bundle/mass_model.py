@@ -27,7 +27,7 @@ from mergetool.bundle.answer import Routing as Routing
 from mergetool.bundle.answer import Scored, answer, standing
 from mergetool.bundle.arrow import Mix, Mixer
 from mergetool.bundle.batch import check_batch, device_of, lengths_in, num_samples, take
-from mergetool.bundle.calibration import read_calibration
+from mergetool.bundle.calibration import most_doubt, read_calibration
 from mergetool.bundle.classes import ClassNetwork
 from mergetool.bundle.factors import Group, TaskFactors
 from mergetool.bundle.files import copy_bundle, read_all
@@ -123,6 +123,11 @@ class MassModel(nn.Module):
         self.follow()
         return self
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises PlanError: what experts change of the base's modules, they change in these very modules."""
+        what = "an open bundle cannot be copied in memory, pickled or quantised"
+        raise PlanError(what, str(self.folder), f"open it again, or {_dense(self.folder, self.task_names[0])}")
+
     @property
     def device(self) -> torch.device:
         """Where it wants its inputs."""
@@ -174,7 +179,7 @@ class MassModel(nn.Module):
         else:
             weights = coefficients(distances, router.mode, temperature)
         chosen = select(weights, router.threshold, router.top_k)
-        known = doubt <= self._most_doubt
+        known = doubt <= most_doubt(router.unknown, self.calibration, distances)
         if router.unknown is not None and router.unknown.answer != "nearest":
             chosen = [tasks if sure else () for tasks, sure in zip(chosen, known.tolist(), strict=True)]
         names = tuple(tuple(self.task_names[task] for task in tasks) for tasks in chosen)
@@ -188,12 +193,6 @@ class MassModel(nn.Module):
     @property
     def _refuses(self) -> bool:
         return self.unknown is not None and self.unknown.answer == "refuse"
-
-    @property
-    def _most_doubt(self) -> float:
-        """The most doubt about a known input: as a calibration found it, or the router's."""
-        found = None if self.calibration is None else self.calibration.doubt
-        return float("inf") if self.unknown is None else self.unknown.doubt if found is None else found
 
     def _probabilities(self, weights: Tensor, distances: Tensor) -> Tensor:
         """(samples, tasks): coefficients, or less sure than those where features have fewer dimensions than numbers."""

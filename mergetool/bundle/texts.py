@@ -16,6 +16,8 @@ from mergetool.networks.tokenizer import load_tokenizer
 Text = str | Mapping[str, str]
 Texts = Text | Sequence[Text]
 
+_ENDLESS = 1 << 31
+"""Tokenizers that know no longest text name a number beyond this."""
 _PAIR = ("pair", "text_pair")
 
 
@@ -42,8 +44,9 @@ class TextReader:
         words, pairs = split(texts)
         tokenizer = self.tokenizer
         longest = min(tokenizer.model_max_length, self._longest or tokenizer.model_max_length)
+        cut = {"truncation": True, "max_length": longest} if longest < _ENDLESS else {}
         with self._lock:
-            return dict(tokenizer(words, pairs, padding=True, truncation=True, max_length=longest, return_tensors="pt"))
+            return dict(tokenizer(words, pairs, padding=True, return_tensors="pt", **cut))
 
 
 def split(texts: Texts) -> tuple[list[str], list[str] | None]:

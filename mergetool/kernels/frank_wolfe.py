@@ -71,7 +71,7 @@ class AlignmentSettings:
     anchor: int | None = None
     polish: bool = True
     starts: int = 3
-    releases: int = 20
+    releases: int = 40
     iterations: int = 100
     tolerance: float = 1e-6
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 import mergetool
 from mergetool.bundle import first_pass
 from mergetool.bundle.answer import standing
-from mergetool.bundle.calibrate import calibrate
+from mergetool.bundle.calibrate import calibrate, limits
+from mergetool.bundle.calibration import Calibration, most_doubt
 from mergetool.bundle.marks import marks
 from mergetool.errors import PlanError, RecipeError
 from tests.bundle.tiny import make_bundle, tiny_inputs, tiny_model, write_models
@@ -135,6 +136,20 @@ def test_calibrating_lets_nearly_all_known_rows_be_known(bundles):
     assert float(routing.known.float().mean()) >= 0.97
     assert mergetool.load_bundle(bundles["nearest"]).route(["never heard"]).known.tolist() == [False]
     (bundles["nearest"] / "calibration.json").unlink()
+
+
+def test_tasks_of_another_kind_have_limits_of_their_own():
+    """What all of their rows exceed is no limit for them, nor theirs one for the others."""
+    usual = torch.linspace(0, 0.9, 50)
+    doubt, nearest = torch.cat([usual, usual + 2, usual]), torch.tensor([0, 1, 2]).repeat_interleave(50)
+    shared, own = limits(doubt, nearest, before=1.0, count=4)
+    assert 0.9 < shared < 1.0
+    assert own == (shared, pytest.approx(2.9), shared, shared)
+    assert limits(doubt[nearest != 1], nearest[nearest != 1], before=1.0, count=4) == (shared, None)
+    found = Calibration(manifest="", offsets=(), temperature=1, num_rows=150, doubt=shared, doubts=own)
+    assert most_doubt(None, found, torch.tensor([[1.0, 0, 1, 1], [0, 1, 1, 1]])).tolist() == pytest.approx(
+        [2.9, shared]
+    )
 
 
 def test_refused_rows_are_marked_as_such():

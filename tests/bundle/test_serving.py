@@ -1,6 +1,8 @@
 """A bundle as people use it: with text, in half precision, saved and opened again, and nothing imported in vain."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -74,6 +76,13 @@ def test_what_is_no_text_is_refused(wrong, said, model):
 
 def test_text_longer_than_the_model_can_see_is_cut(model):
     assert model(" ".join(["w1"] * 500)).task == model(" ".join(["w1"] * 64)).task
+
+
+def test_a_tokenizer_and_a_model_that_know_no_longest_text_read_all_of_it(folder, monkeypatch):
+    model = mergetool.load_bundle(folder)
+    monkeypatch.setattr(model._reader, "_longest", None)  # T5 says none
+    model.tokenizer().model_max_length = int(1e30)
+    assert model.read(" ".join(["w1"] * 500))["input_ids"].shape[1] >= 500
 
 
 def test_an_answer_is_printed_in_one_line(model):
@@ -313,3 +322,10 @@ def test_a_text_of_no_task_has_no_class(folder):
     unknown = {"label": "unknown", "score": 0.0, "task": None}
     assert TextClassifier(model)(TEXTS[:2]) == [unknown] * 2
     assert TextClassifier(model)(TEXTS[0], top_k=None) == [unknown]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_an_open_bundle_says_that_it_cannot_be_copied(model, copied):
+    with pytest.raises(PlanError, match="cannot be copied in memory, pickled or quantised") as error:
+        copied(model)
+    assert "mergetool bundle dense" in error.value.fix

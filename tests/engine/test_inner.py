@@ -343,7 +343,7 @@ def test_a_run_killed_at_any_moment_is_ended_by_the_same_command(forks, here, ki
     env, command = clean_environment(), ["run", "r.yaml", "-o", "out"]
     assert forks.run(["run", "r.yaml", "-o", "undisturbed"], cwd=here, env=env).code == 0
     wanted = content(here / "undisturbed")
-    for moment in range(1 if kind == "files" else 2, 200, 3 if LONG else 7):
+    for moment in range(1 if kind == "files" else 2, 200, 3 if LONG else 11):
         files = {"KILL_AT": str(moment), "KILL_IN": str(here / "out")}
         lines = {"KILL_AFTER": f"mergetool.outputs.journal:Journal._write {moment}"}
         code = forks.run(command, cwd=here, env=env | (files if kind == "files" else lines)).code

@@ -33,7 +33,7 @@ SOME = [case for i, case in enumerate(CASES) if case[1] < 10 and (i + i // 2 + i
 def test_planted_elements_are_found_exactly(name, num_models, noise):
     toy = toys.NETWORKS[name]()
     universe, models, elements = toys.planted(toy, num_models, 0, noise=noise)
-    result = align(toys.problem(toy, models), AlignmentSettings())
+    result = align(toys.problem(toy, models), AlignmentSettings(releases=4))  # which are not what finds them
     assert same(result.elements, in_universe_of(inverses(elements), 0))
     if noise == 0:
         for aligned in toys.to_universe(toy, models, result.elements):

@@ -8,7 +8,8 @@ import mergetool
 from mergetool.errors import PlanError
 from mergetool.outputs.verify import verify_output
 from mergetool.recipe.load import load_recipe
-from tests.files import write_recipe
+from tests.files import content, write_recipe
+from tests.forks import clean_environment
 from tests.outputs.test_adapter import NETWORKS, fine_tuned
 from tests.outputs.test_merged_adapters import ALL, llama, three
 
@@ -31,17 +32,35 @@ def assert_as_alone(recipe, folder):
     assert verify_output(result.path)["results"] == list(recipe.points)
 
 
-def test_of_adapters_by_themselves(tmp_path):
-    three(tmp_path, llama, target_modules=ALL)
-    path = write_recipe(
-        tmp_path / "r.yaml",
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A recipe of three adapters, and their folder."""
+    folder = tmp_path_factory.mktemp("alone")
+    three(folder, llama, target_modules=ALL)
+    return write_recipe(
+        folder / "r.yaml",
         models={name: {"adapter": name} for name in "abc"},
         merge={"method": "task-arithmetic"},
         then=[{"step": "lines", "first": 0.5}],
         sweep={"scale": [0.5, 1.0], "lines.last": [1.0, 2.0]},
         output={"path": "out"},
     )
-    assert_as_alone(load_recipe(path), tmp_path)
+
+
+def test_of_adapters_by_themselves(alone, tmp_path):
+    assert_as_alone(load_recipe(alone), tmp_path)
+
+
+def test_a_kill_is_made_good(forks, alone, tmp_path):
+    whole = content(mergetool.run(alone, output=tmp_path / "whole").path)
+    for moment in ("mergetool.outputs.journal:Journal.unit 7", "mergetool.outputs.output:describe_run 2"):
+        killed = forks.run(
+            ["run", alone, "-o", tmp_path / "out"], cwd=tmp_path, env=clean_environment() | {"KILL_AFTER": moment}
+        )
+        assert killed.code == -9, killed.err
+    again = forks.run(["run", alone, "-o", tmp_path / "out"], cwd=tmp_path, env=clean_environment())
+    assert again.code == 0, again.err
+    assert content(tmp_path / "out") == whole
 
 
 def test_of_whole_models_cut_to_what_they_need(tmp_path):
