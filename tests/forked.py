@@ -1,6 +1,7 @@
 """Beside `tests.forks`: the process that has imported torch, and what becomes of its children."""
 
 import ctypes
+import functools
 import gc
 import importlib
 import json
@@ -14,6 +15,7 @@ import time
 from contextlib import suppress
 
 import huggingface_hub
+import typer.main
 
 import mergetool.cli.app
 import mergetool.cli.show
@@ -144,6 +146,8 @@ def start(wanted):
 
 def main():
     registry(), sections()  # and all modules that these import
+    typer.main.get_command = functools.cache(typer.main.get_command)
+    typer.main.get_command(mergetool.cli.app.app)  # each child would make it anew, of all commands
     assert huggingface_hub.HfApi  # what it needs is imported
     forget(*HUB)
     gc.freeze()

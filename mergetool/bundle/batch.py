@@ -3,11 +3,12 @@
 A batch that is sorted by group can be cut into groups, each as long as its own longest sample.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mergetool.errors import SourceError
 
@@ -27,6 +28,15 @@ def check_batch(inputs: Mapping[str, Tensor]) -> None:
     if mask is not None and mask.ndim == 2 and bool((mask.sum(1) == 0).any()):
         sample = int((mask.sum(1) == 0).nonzero()[0])
         raise SourceError(f"every token of sample {sample} is masked", "attention_mask", "leave that sample out")
+
+
+def check_names(model: nn.Module, inputs: Collection[str]) -> None:
+    """Raises SourceError where a model knows none of its inputs by name: many pass over what they do not know."""
+    known = [name for name in signature(type(model).forward).parameters if name not in ("self", "args", "kwargs")]
+    if inputs and known and not set(inputs) & set(known):
+        main = getattr(model, "main_input_name", known[0])
+        what = f"{type(model).__name__} has no input {' or '.join(sorted(inputs))}"
+        raise SourceError(what, "inputs", f"give it its {main}: model({main}=...)")
 
 
 def num_samples(inputs: Mapping[str, Any]) -> int:

@@ -26,7 +26,7 @@ from mergetool.bundle.answer import Answer as Answer
 from mergetool.bundle.answer import Routing as Routing
 from mergetool.bundle.answer import Scored, answer, standing
 from mergetool.bundle.arrow import Mix, Mixer
-from mergetool.bundle.batch import check_batch, device_of, lengths_in, num_samples, take
+from mergetool.bundle.batch import check_batch, check_names, device_of, lengths_in, num_samples, take
 from mergetool.bundle.calibration import most_doubt, read_calibration
 from mergetool.bundle.classes import ClassNetwork
 from mergetool.bundle.factors import Group, TaskFactors
@@ -240,6 +240,7 @@ class MassModel(nn.Module):
             what = "an exported program does the same for every input, and a bundle chooses experts"
             raise PlanError(what, str(self.folder), _dense(self.folder, self.task_names[0]))
         inputs = inputs if text is None else {**self.read(text), **inputs}
+        check_names(self.base, inputs)
         check_batch({key: value for key, value in inputs.items() if isinstance(value, Tensor)})
         return inputs
 

@@ -30,9 +30,8 @@ def essential_pair(change: Tensor, gram: Tensor, rank: Rank, num_tasks: int, ene
     `rank` says how many, as a share of the outputs where it is one. Both sides of a direction are multiplied by
     `(its energy / the mean)^energy`, made to have a mean of 1. All float64.
     """
-    values, vectors = checked_eigh(change @ gram @ change.T)
-    values, vectors = values.flip(0), vectors.flip(1)
-    most = rank_limit(rank, len(values), num_tasks)
+    values, vectors = _directions(change, gram)
+    most = rank_limit(rank, len(change), num_tasks)
     if isinstance(rank, Mapping):
         most = energy_rank(values.clamp_min(0).sqrt(), rank["energy"])
     values, vectors = values[:most], vectors[:, :most]
@@ -45,10 +44,22 @@ def essential_pair(change: Tensor, gram: Tensor, rank: Rank, num_tasks: int, ene
     return EssentialPair(vectors * share, (vectors.T @ change) * share[:, None])
 
 
+def _directions(change: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of `D G D^T`, largest first, and eigenvectors: as many as the smaller side of D."""
+    if change.shape[0] <= change.shape[1]:
+        values, vectors = checked_eigh(change @ gram @ change.T)
+        return values.flip(0), vectors.flip(1)
+    sizes, axes = checked_eigh(gram)
+    image = change @ (axes * sizes.clamp_min(0).sqrt())
+    values, turned = checked_eigh(image.T @ image)
+    values, turned = values.flip(0).clamp_min(0), turned.flip(1)
+    return values, (image @ turned) / values.sqrt().clamp_min(1e-300)
+
+
 def joined(
     pairs: Sequence[EssentialPair], weights: Sequence[float], lengths: Sequence[float], contrast: float
 ) -> Tensor:
-    """The merged change (m, n): directions of all tasks orthogonal, what reads them too, each of its mean length.
+    """The merged change (m, n): directions of all tasks orthogonal, and what reads them, of mean length; twice.
 
     A task counts by its length (and an input by that of all that reads it) relative to the mean, to this power.
     """
@@ -62,7 +73,7 @@ def joined(
     columns = reads.norm(dim=0)
     if float(columns.mean()) > 0:
         reads = reads * (columns / columns.mean()) ** contrast
-    return _even(torch.cat([pair.outputs for pair in pairs], dim=1)) @ _even(reads)
+    return 2 * (_even(torch.cat([pair.outputs for pair in pairs], dim=1)) @ _even(reads))
 
 
 def _even(x: Tensor) -> Tensor:

@@ -6,14 +6,13 @@ enough), the leading eigenvectors P of `D G D^T` are those directions, and `P^T 
 tasks are made orthogonal, left and right. Before that, large ones are made larger: a task counts by the square of its
 length, and so does an input of the layer (`contrast`).
 
-Matrices of which nothing was measured are merged as TSV-Merge does; norms and biases are averaged. The result is longer
-or shorter than a sum of task vectors: try `scale` at 0.5, 1 and 2 on data of your own.
+Matrices of which nothing was measured are merged as TSV-Merge does; norms and biases are averaged.
 
 Reference: Li et al., Model Merging in the Essential Subspace (ESM), CVPR 2026, https://arxiv.org/abs/2602.20208.
 Differs from the paper: inputs are summed up as Gram matrices, over all rows, where the authors' code takes the
 eigenvectors of changed outputs themselves (the same); directions along which nothing changes are left out; no scaling
-between layers of one kind, which would need all of them at once; no factor of 2 on every matrix, as the code for ViT
-has it.
+between layers of one kind, which would need all of them at once. Measured matrices count twice, as in their code for
+vision transformers: without, the result is too short.
 """
 
 from collections.abc import Sequence

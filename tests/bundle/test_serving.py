@@ -74,6 +74,12 @@ def test_what_is_no_text_is_refused(wrong, said, model):
         model(wrong)
 
 
+def test_inputs_that_the_model_does_not_know_are_named(model):
+    with pytest.raises(SourceError, match="has no input pixels") as error:
+        model(pixels=torch.ones(2, 3))
+    assert "model(input_ids=...)" in error.value.fix
+
+
 def test_text_longer_than_the_model_can_see_is_cut(model):
     assert model(" ".join(["w1"] * 500)).task == model(" ".join(["w1"] * 64)).task
 

@@ -28,10 +28,10 @@ def change_of(base, models, grams, **settings):
 
 @pytest.mark.parametrize(
     ("shape", "norm", "first"),
-    [((12, 8, 3), 1.4332324622202026, 0.22535004261992597), ((8, 12, 2), 1.2062851578303524, 0.24803516156124802)],
+    [((12, 8, 3), 2.866464924440405, 0.45070008523985194), ((8, 12, 2), 2.412570315660705, 0.49607032312249604)],
 )
 def test_it_is_what_the_authors_code_makes(shape, norm, first):
-    """Their `esm_merge` (ESM-ViT, without its last factor of 2) on eigenvectors of `X D^T`, in float64."""
+    """Their `esm_merge` (ESM-ViT) on eigenvectors of `X D^T`, in float64."""
     change = change_of(*case(*shape))
     assert float(change.norm()) == pytest.approx(norm, rel=1e-9)
     assert float(change[0, 0]) == pytest.approx(first, rel=1e-8)
@@ -44,7 +44,7 @@ def test_one_task_with_everything_kept_is_that_task():
     del left, right
     change = change_of(base, models, grams, **plain)
     # Directions of outputs are orthonormal already; what reads them gets one length, that of the mean.
-    assert torch.linalg.svdvals(change).tolist() == pytest.approx([float(s.mean())] * 6)
+    assert torch.linalg.svdvals(change).tolist() == pytest.approx([2 * float(s.mean())] * 6)
 
 
 def test_what_data_never_show_is_left_out():
@@ -55,7 +55,7 @@ def test_what_data_never_show_is_left_out():
     models = {"a": {"w": change}, "b": {"w": change.flip(0, 1) / 100}}
     grams = {"a": {"w": seen}, "b": {"w": torch.eye(4, dtype=torch.float64)}}
     found = change_of(base, models, grams, contrast=0.0, energy=0.0, rank=4)
-    assert float(found[:, 2:].abs().max()) < 2  # of model b, not of a
+    assert float(found[:, 2:].abs().max()) < 4  # of model b, not of a
 
 
 def test_a_layer_without_a_statistic_is_merged_by_its_own_directions():

@@ -103,3 +103,19 @@ def test_what_cannot_be_zipped_is_told():
     state = {"fc1.weight": torch.randn(7, 5), "fc2.weight": torch.randn(3, 7)}
     with pytest.raises(PlanError, match="no units that could be mixed"):
         merge({"a": state, "b": state})
+
+
+def test_a_killed_run_goes_on_with_the_maps_it_found(tmp_path, monkeypatch):
+    models = nets.write(tmp_path / "m", {name: nets.mlp(seed) for seed, name in enumerate("ab")})
+    document = {"models": models, "architecture": "mlp", "merge": {"method": "zipit"}}
+    whole = mergetool.run({**document, "output": {"path": str(tmp_path / "whole")}}).path
+    again = {**document, "output": {"path": str(tmp_path / "again")}}
+    monkeypatch.setattr("mergetool.outputs.output.describe_run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        mergetool.run(again)
+    monkeypatch.undo()
+    monkeypatch.setattr("mergetool.methods.zipit.ZipIt.maps", lambda *_: 1 / 0)
+    result = mergetool.run(again)
+    assert result.resumed
+    assert (result.path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (result.path / "alignment" / "maps.safetensors").is_file()

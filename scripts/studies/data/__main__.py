@@ -35,7 +35,6 @@ WITH: dict[str, dict[str, Any]] = {
     "regmean": {"method": "regmean"},
     "regmean-plus": {"method": "regmean-plus"},
     "esm": {"method": "esm"},
-    "esm, scale 2": {"method": "esm", "scale": 2.0},
     "fisher": {"method": "fisher"},
     "ada-merging": {"method": "ada-merging", "steps": 40, "rate": 0.02, "batch": 8},
 }
