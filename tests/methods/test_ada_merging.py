@@ -1,6 +1,7 @@
 """Learnt coefficients: their gradient by finite differences, what they come to, and the sum that they make."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from mergetool import PlanError, SourceError, merge_state_dicts
 from mergetool.engine.together import PlanMerger
 from mergetool.planning.measures import key_of_statistic
 from mergetool.statistics.coefficients import Coefficients, Learning, entropies
-from mergetool.statistics.measure import opened
+from mergetool.statistics.measure import Running, opened
 from mergetool.testing.toys import assert_near, toy_models
 from tests.files import content
 from tests.statistics.networks import TEXTS, inputs_of, write_classifier, write_dense, write_rows
@@ -54,7 +55,8 @@ def learning_of(recipe):
     """The loss of a recipe's models in float64, and all their rows."""
     plan = mergetool.plan({**recipe, "compute": {"dtype": "float64"}})
     asked = {name: plan.sources[key_of_statistic(name)].asked for name in recipe["models"]}
-    networks = {name: opened(each, torch.device("cpu")) for name, each in asked.items()}
+    running, nowhere = Running(torch.device("cpu"), room=2**30), Path("of statistics, which are not kept")
+    networks = {name: opened(each, running, nowhere) for name, each in asked.items()}
     settings = asked["a"].statistic
     assert isinstance(settings, Coefficients)
     return Learning(settings, networks, PlanMerger(plan)), {name: each.examples for name, each in asked.items()}
