@@ -1,6 +1,7 @@
 """Our scores are lm-eval's own, item by item."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -137,3 +138,14 @@ def test_code_that_a_task_names_is_run_only_if_trusted(folder, tmp_path):
     assert not ran.exists()
     load_task(options, tmp_path, trust_code=True)
     assert ran.exists()
+
+
+def test_a_task_of_ones_own_is_told_to_name_its_folder(tmp_path):
+    write_task(tmp_path / "tasks", "sums_of_mine", range(4), World(count=4).gold)
+    with pytest.raises(EvaluationError, match="there is no task 'sums_of_mine'") as caught:
+        load_task(TaskOptions(name="sums_of_mine"), tmp_path)
+    found = re.search(r"include: (\S+) \(on the command line --include \1\)", caught.value.fix)
+    assert load_task(TaskOptions(name="sums_of_mine", include=found[1]), tmp_path) is not None
+    with pytest.raises(EvaluationError) as caught:
+        load_task(TaskOptions(name="lies_elsewhere"), tmp_path)
+    assert "include: FOLDER (on the command line --include FOLDER)" in caught.value.fix

@@ -9,7 +9,7 @@ import yaml
 
 import mergetool
 from mergetool.bundle.rows import inputs_of
-from mergetool.errors import EvaluationError, HubError, RecipeError, SourceError
+from mergetool.errors import HubError, RecipeError, SourceError
 from mergetool.recipe import load_recipe
 from tests.cli.conftest import call  # noqa: F401  (a fixture)
 from tests.files import tensors, write_model
@@ -126,21 +126,6 @@ def test_a_missing_folder_is_told_before_anything_else(call, tmp_path, monkeypat
     assert f"{tmp_path / 'nowhere'}: there is no such folder" in err
     write_model(tmp_path / "nowhere", tensors(0))
     assert "there is no such folder" not in call(*command.format("./nowhere").split())[2]
-
-
-def test_a_task_of_ones_own_is_told_to_name_its_folder(tmp_path):
-    from mergetool.evaluate.harness import load_task
-    from mergetool.evaluate.options import TaskOptions
-    from tests.tuning.planted import World, write_task
-
-    write_task(tmp_path / "tasks", "sums_of_mine", range(4), World(count=4).gold)
-    with pytest.raises(EvaluationError, match="there is no task 'sums_of_mine'") as caught:
-        load_task(TaskOptions(name="sums_of_mine"), tmp_path)
-    found = re.search(r"include: (\S+) \(on the command line --include \1\)", caught.value.fix)
-    assert load_task(TaskOptions(name="sums_of_mine", include=found[1]), tmp_path) is not None
-    with pytest.raises(EvaluationError) as caught:
-        load_task(TaskOptions(name="lies_elsewhere"), tmp_path)
-    assert "include: FOLDER (on the command line --include FOLDER)" in caught.value.fix
 
 
 def test_a_folder_that_is_missing_is_told_before_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):

@@ -82,7 +82,7 @@ def test_a_search_killed_at_random_moments_ends_as_if_it_had_run_through(asked, 
     rng = random.Random(0)
     total = len(journal(undisturbed))
     lines = tmp_path / "out.search" / "search.jsonl"
-    for moment in sorted(rng.sample(range(1, total), 5 if LONG else 2)):
+    for moment in sorted(rng.sample(range(1, total), 5 if LONG else 1)):
         child = FORK.Process(target=spared, kwargs={"recipe": asked, "output": tmp_path / "out"})
         child.start()
         while child.is_alive() and (not lines.exists() or lines.read_bytes().count(b"\n") < moment):
