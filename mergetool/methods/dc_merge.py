@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from mergetool.methods.base import RANK, Field, Finite, Fraction, Rank, Scale, TensorGroup
+from mergetool.methods.families.matrix import most_directions
 from mergetool.methods.families.recovering import DEPENDS, SCALE, RecoveringMethod
 
 if TYPE_CHECKING:
@@ -46,11 +47,9 @@ class DcMerge(RecoveringMethod):
         self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float], size: int
     ) -> "Tensor | None":
         from mergetool.kernels.directions import merged_in_common_basis, smoothed
-        from mergetool.kernels.spectral import BY_EIGH, Factors, kept, live_factors_of, rank_limit
+        from mergetool.kernels.spectral import BY_EIGH, Factors, kept, live_factors_of
 
-        most = rank_limit(self.rank, size, len(matrices))
-        if most == 0:
-            group.note("too small for the rank asked for: averaged")
+        if not (most := most_directions(group, self.rank, size, len(matrices))):
             return None
         tasks = []
         every, failed = live_factors_of(matrices, min(most, *matrices[0].shape))

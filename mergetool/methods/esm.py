@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from mergetool.methods.base import RANK, Factored, Field, Params, Positive, Rank, TensorGroup
-from mergetool.methods.families.matrix import ScaledMatrixMethod, chosen_of
+from mergetool.methods.families.matrix import ScaledMatrixMethod, chosen_of, most_directions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,11 +73,9 @@ class EssentialSubspaceMerging(ScaledMatrixMethod):
     def merged(
         self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float], size: int
     ) -> "Tensor | None":
-        from mergetool.kernels.spectral import concatenated, kept, live_factors_of, orthogonalised, rank_limit
+        from mergetool.kernels.spectral import concatenated, kept, live_factors_of, orthogonalised
 
-        most = rank_limit(self.rank, size, len(matrices))
-        if most == 0:
-            group.note("too small for the rank asked for: averaged")
+        if not (most := most_directions(group, self.rank, size, len(matrices))):
             return None
         factors, _ = live_factors_of(matrices, most)
         every = concatenated(

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import model_validator
 
 from mergetool.methods.base import RANK, Factored, Field, Rank, TensorGroup, Unit
+from mergetool.methods.families.matrix import most_directions
 from mergetool.methods.families.recovering import RecoveringMethod
 
 if TYPE_CHECKING:
@@ -66,11 +67,9 @@ class TsvMerge(RecoveringMethod):
     ) -> "Tensor | None":
         import torch
 
-        from mergetool.kernels.spectral import concatenated, interference, orthogonalised, rank_limit
+        from mergetool.kernels.spectral import concatenated, interference, orthogonalised
 
-        most = rank_limit(self.rank, size, len(matrices))
-        if most == 0:
-            group.note("too small for the rank asked for: averaged")
+        if not (most := most_directions(group, self.rank, size, len(matrices))):
             return None
         parts = zip(self._factors(group, matrices, min(most, *matrices[0].shape)), weights, strict=True)
         every = concatenated([factors.scaled(weight) for factors, weight in parts])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import mergetool
 from mergetool import PlanError, SourceError, merge_state_dicts
@@ -15,7 +15,7 @@ from mergetool.statistics.coefficients import Coefficients, Learning, entropies
 from mergetool.statistics.measure import Running, opened
 from mergetool.testing.toys import assert_near, toy_models
 from tests.files import content
-from tests.statistics.networks import TEXTS, inputs_of, write_classifier, write_dense, write_rows
+from tests.statistics.networks import TEXTS, inputs_of, write_classifier, write_near, write_rows
 from tests.statistics.networks import opened as loaded
 
 LEARNING = {"method": "ada-merging", "steps": 8, "rate": 0.02, "batch": 3}
@@ -23,19 +23,7 @@ LEARNING = {"method": "ada-merging", "steps": 8, "rate": 0.02, "batch": 3}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Models near one base, as fine-tunes are."""
-    folder = tmp_path_factory.mktemp("ada")
-    for kind, write in (("bert", write_classifier), ("llama", write_dense)):
-        write(folder / f"{kind}-base", seed=9)
-        base = load_file(folder / f"{kind}-base" / "model.safetensors")
-        for seed, name in enumerate("ab"):
-            write(folder / f"{kind}-{name}", seed=seed)
-            path = folder / f"{kind}-{name}" / "model.safetensors"
-            near = {key: base[key] + 0.4 * (value - base[key]) for key, value in load_file(path).items()}
-            save_file(near, path, {"format": "pt"})
-    write_rows(folder / "a.jsonl", TEXTS[:4])
-    write_rows(folder / "b.jsonl", TEXTS[4:])
-    return folder
+    return write_near(tmp_path_factory.mktemp("ada"))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tests.dense import write_dense
 from tests.zoo.text import save_tokenizer
@@ -37,6 +38,21 @@ def write_classifier(folder, seed=0, kind="BertForSequenceClassification", **mor
     return save_tokenizer(folder)
 
 
+def write_near(folder):
+    """Models a and b near one base, as fine-tunes are, of two kinds, and a file of rows for each."""
+    for kind, write in (("bert", write_classifier), ("llama", write_dense)):
+        write(folder / f"{kind}-base", seed=9)
+        base = load_file(folder / f"{kind}-base" / "model.safetensors")
+        for seed, name in enumerate("ab"):
+            write(folder / f"{kind}-{name}", seed=seed)
+            path = folder / f"{kind}-{name}" / "model.safetensors"
+            near = {key: base[key] + 0.4 * (value - base[key]) for key, value in load_file(path).items()}
+            save_file(near, path, {"format": "pt"})
+    write_rows(folder / "a.jsonl", TEXTS[:4])
+    write_rows(folder / "b.jsonl", TEXTS[4:])
+    return folder
+
+
 def write_rows(path, texts=TEXTS, labels=True, **more):
     """A file of rows, their classes in turn."""
     rows = ({"text": text, **({"label": i % len(LABELS)} if labels else {}), **more} for i, text in enumerate(texts))
@@ -54,4 +70,4 @@ def inputs_of(folder, texts=TEXTS):
     return [dict(tokenizer(text, return_tensors="pt")) for text in texts]
 
 
-__all__ = ["LABELS", "TEXTS", "inputs_of", "opened", "write_classifier", "write_dense", "write_rows"]
+__all__ = ["LABELS", "TEXTS", "inputs_of", "opened", "write_classifier", "write_dense", "write_near", "write_rows"]

@@ -3,13 +3,12 @@
 from contextlib import nullcontext
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 import mergetool
 from mergetool.statistics import fisher
 from mergetool.testing.toys import read
 from tests.devices import STAND_IN, every_device, present
-from tests.statistics.networks import TEXTS, write_classifier, write_dense, write_rows
+from tests.statistics.networks import write_near
 
 SINGLE = {"fisher": {"labels": "given"}, "gradient": {}, "activation": {}, "gram": {}, "loss": {}}
 JOINT = {"regmean-plus": {}, "ada-merging": {"steps": 2, "batch": 2, "rate": 0.02, "density": 0.5}}
@@ -17,18 +16,7 @@ JOINT = {"regmean-plus": {}, "ada-merging": {"steps": 2, "batch": 2, "rate": 0.0
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("devices")
-    for kind, write in (("bert", write_classifier), ("llama", write_dense)):
-        write(folder / f"{kind}-base", seed=9)
-        base = load_file(folder / f"{kind}-base" / "model.safetensors")
-        for seed, name in enumerate("ab"):
-            write(folder / f"{kind}-{name}", seed=seed)
-            path = folder / f"{kind}-{name}" / "model.safetensors"
-            near = {key: base[key] + 0.4 * (value - base[key]) for key, value in load_file(path).items()}
-            save_file(near, path, {"format": "pt"})
-    write_rows(folder / "a.jsonl", TEXTS[:4])
-    write_rows(folder / "b.jsonl", TEXTS[4:])
-    return folder
+    return write_near(tmp_path_factory.mktemp("devices"))
 
 
 @every_device

@@ -13,6 +13,7 @@ from mergetool.methods.base import (
     Granularity,
     Params,
     PerModel,
+    Rank,
     Scheduled,
     Stats,
     TensorGroup,
@@ -134,3 +135,13 @@ class ScaledMatrixMethod(MatrixMethod):
 def chosen_of(p: Params) -> list[tuple[int, float]]:
     """Place and weight of every model that is not left out."""
     return [(index, weight) for index, weight in enumerate(p.weight) if weight]
+
+
+def most_directions(group: TensorGroup, rank: Rank, size: int, num_tasks: int) -> int:
+    """How many directions of each task are kept at most; where that is none, a note says so."""
+    from mergetool.kernels.spectral import rank_limit
+
+    most = rank_limit(rank, size, num_tasks)
+    if most == 0:
+        group.note("too small for the rank asked for: averaged")
+    return most
