@@ -109,7 +109,9 @@ class Method(BaseModel):
     statistic: ClassVar[str] = ""
     """The statistic of every model that it needs, if any (`mergetool.statistics`)."""
     statistic_of_base: ClassVar[str] = ""
-    """The statistic of the base that steps after it need, if any."""
+    """The statistic of the base that it or a step after it needs, if any."""
+    on_base: ClassVar[bool] = False
+    """Whether the base is what is measured, on data of each model and on its own, under `base`."""
     resizes: ClassVar[bool] = False
     """Whether it takes models whose tensors have other shapes than the result's."""
     varies: ClassVar[bool] = True

@@ -176,7 +176,8 @@ class Draft:
             what = f"{method.method_name()} takes at most {method.max_models} models, and here are {', '.join(models)}"
             raise PlanError(what, origin.name, "leave some out, or choose another method (mergetool methods)")
         operands = tuple(self._operand(origin, source) for source in sources)
-        statistics = self._statistics(operands) if method.statistic else ()
+        of = models if method.on_base else sources
+        statistics = self._statistics(operands, of) if method.statistic else ()
         method = method if statistics or not method.statistic else method.unmeasured()
         params = numbers_of(method, depth, models, origin.name)
         uses_base = self.uses_base and method.needs_base != "unused"
@@ -193,9 +194,11 @@ class Draft:
             depth=depth,
         )
 
-    def _statistics(self, operands: Sequence[Operand]) -> tuple[Operand, ...]:
-        """What was measured on each of the models of a tensor; nothing where one of them has no such statistic."""
-        keys = [key_of_statistic(operand.source) for operand in operands]
+    def _statistics(self, operands: Sequence[Operand], models: Sequence[str]) -> tuple[Operand, ...]:
+        """What was measured on these models, which operands are of; nothing where one of them has no such statistic."""
+        if BASE in models:  # it stands in for a model, and was measured for steps, if at all
+            return ()
+        keys = [key_of_statistic(model) for model in models]
         known = all(
             operand.view is STORED and key in self.measured and operand.tensor in self.measured[key].specs
             for key, operand in zip(keys, operands, strict=True)

@@ -128,6 +128,8 @@ def statistics_of(
     if method.statistic:
         wanted = dict.fromkeys(recipe.models, STATISTICS[method.statistic](**method.measuring()))
         _check_layout(recipe, next(iter(wanted.values())))
+    if method.on_base:
+        wanted[BASE] = STATISTICS[method.statistic_of_base]()
     if step := recipe.measuring_step:
         wanted[BASE] = STATISTICS[step.statistic]()
     return {
@@ -148,7 +150,8 @@ def _check_layout(recipe: Recipe, statistic: Statistic) -> None:
 def _planned(
     recipe: Recipe, model: str, statistic: Statistic, sources: Mapping[str, ModelSource], lookup: Lookup
 ) -> StatisticSource:
-    where = "base" if model == BASE else f"model {model!r}"
+    on_base = recipe.method.kernel().on_base
+    where = "base" if model == BASE else f"base on rows of {model!r}" if on_base else f"model {model!r}"
     if recipe.calibration is None:
         what = f"{recipe.method.method_name()} needs a statistic of every model"
         raise PlanError(what, where, "give statistics={MODEL: {NAME: TENSOR}}, or run models in folders")
@@ -160,7 +163,7 @@ def _planned(
     data = data.model_copy(update={"data": str(recipe.path_of(data.data))})
     with at(where):
         tokenizer = _tokenizer(data, sources, lookup)
-        asked = measuring(statistic, sources[model], data, recipe.compute, where, tokenizer)
+        asked = measuring(statistic, sources[BASE if on_base else model], data, recipe.compute, where, tokenizer)
     return StatisticSource(asked.form, asked.dtype, asked)
 
 

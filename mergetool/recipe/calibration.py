@@ -30,6 +30,13 @@ def calibration_problems(
     elif step and kind.searches:
         what = f"{step} needs data, and candidates of a search are not measured"
         yield document.error(("then",), what, "remove that step, and run it on the best recipe that is found")
+    elif step and kind.on_base:
+        what = f"{name} and {step} both measure the base, on data of two kinds"
+        yield document.error(("then",), what, "remove that step")
+    elif kind.on_base and form_of(data) == SHARED:
+        what = f"{name} compares the rows of each model with new ones, and here all are the same"
+        fix = "write {base: {data: ./NEW.jsonl}, MODEL: {data: ./ITS.jsonl}, ...}"
+        yield document.error(("calibration",), what, fix)
     elif step and data is None:
         what = f"{step} measures the base on data, and the recipe names none"
         yield document.error(("then",), what, f"add {_SAY} (merge_state_dicts takes `statistics` of `base` instead)")
@@ -37,7 +44,8 @@ def calibration_problems(
         what = f"{name} measures nothing on data, so this would have no effect"
         yield document.error(("calibration",), what, "remove `calibration`")
     elif isinstance(data, dict):
-        yield from _names(document, data, [*(models if kind.statistic else ()), *(["base"] if step else ())])
+        measured = [*(models if kind.statistic else ()), *(["base"] if step or kind.on_base else ())]
+        yield from _names(document, data, measured)
 
 
 def _inside(document: Document, kind: type[Method], method: Method | None) -> Mapping[str, type[Method]]:

@@ -36,7 +36,12 @@ def _models(facts: dict[str, Any]) -> Iterator[str]:
     for name in _NAMES[: max(kind.min_models, min(2, kind.max_models or 2))]:
         place = f"{{adapter: ./adapters/{name}}}" if alone else f"./models/{name}"
         yield _line(f"  {name}: {place}", "a name of your choice, and where that model is")
-    if kind.statistic:
+    if kind.on_base:
+        yield "calibration:"
+        yield _line("  base: {data: ./new.jsonl}", 'rows of the new task, one JSON object a line: {"text": "an input"}')
+        for name in _NAMES[:2]:
+            yield _line(f"  {name}: {{data: ./{name}.jsonl}}", "rows that this model was trained on")
+    elif kind.statistic:
         yield "calibration:"
         yield _line("  data: ./rows.jsonl", 'rows for all models, one JSON object a line: {"text": "an input"}')
         yield _line("  # samples: 256", "rows that are used, from the first on")

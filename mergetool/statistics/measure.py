@@ -11,6 +11,7 @@ from mergetool.statistics.activation import InputActivation
 from mergetool.statistics.base import Extent, JointStatistic, Statistic
 from mergetool.statistics.coefficients import Coefficients
 from mergetool.statistics.examples import BATCH_TOKENS, Example
+from mergetool.statistics.features import PooledFeatures
 from mergetool.statistics.fisher import DiagonalFisher
 from mergetool.statistics.gradient import LossGradient
 from mergetool.statistics.gram import InputGram
@@ -33,6 +34,7 @@ _KINDS: tuple[type[Statistic], ...] = (
     InputGram,
     LossGradient,
     MeanLoss,
+    PooledFeatures,
     PrefixGram,
 )
 STATISTICS: Mapping[str, type[Statistic]] = {kind.name: kind for kind in _KINDS}

@@ -99,8 +99,10 @@ class MethodCase:
 
     def statistics(self, models: Mapping[str, State]) -> dict[str, State] | None:
         """What is measured on these models, where the method needs that: made up, another one for each."""
-        kind = self.kind.statistic
-        return {name: toy_statistics(kind, name, model) for name, model in models.items()} if kind else None
+        kind, states = self.kind.statistic, dict(models)
+        if self.kind.on_base:
+            states["base"] = next(iter(models.values()))
+        return {name: toy_statistics(kind, name, state) for name, state in states.items()} if kind else None
 
     def section(self) -> dict[str, Any]:
         """The `merge` section of a recipe."""

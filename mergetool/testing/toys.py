@@ -104,10 +104,10 @@ def toy_statistics(kind: str, model: str, state: State) -> State:
     """A made-up statistic of one model: the same for tensors of one shape, as of weights that are stored twice.
 
     `gram` and kinds of it: positive definite matrices as wide as two-dimensional tensors; `coefficient` and `loss`: one
-    number; else numbers above 0 like each tensor.
+    number; `features`: one vector; else numbers above 0 like each tensor.
     """
-    if kind in ("coefficient", "loss"):
-        value = whole((), 4, kind, model).abs() / 8 + 0.125
+    if kind in ("coefficient", "loss", "features"):
+        value = whole((1, 1, 1, 6) if kind == "features" else (), 4, kind, model).abs() / 8 + 0.125
         return {name: value.clone() for name, each in state.items() if each.is_floating_point()}
     if not kind.endswith("gram"):
         floats = {name: value for name, value in state.items() if value.is_floating_point()}

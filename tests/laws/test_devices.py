@@ -35,7 +35,7 @@ def toys(case, exact):
 def recipe_of(case):
     base = {"base": "unused"} if case.has_base else {}
     if case.kind.statistic:
-        base["calibration"] = {name: {"measured": "unused"} for name in case.names}
+        base["calibration"] = {name: {"measured": "unused"} for name in case.statistics(case.toys()[1]) or {}}
     return load_recipe({**base, "models": dict.fromkeys(case.names, "unused"), "merge": case.section()})
 
 

@@ -40,7 +40,8 @@ def test_every_method_has_a_recipe_to_begin_with_that_is_valid_and_names_every_f
     if registry()[name].statistic:
         for seed, model in enumerate(("base", "first", "second")):
             write_classifier(here / "models" / model, seed)
-        write_rows(here / "rows.jsonl")
+        for file in ("rows", "new", "first", "second"):
+            write_rows(here / f"{file}.jsonl")
         (here / "recipe.yaml").write_text(re.sub(r"^  # steps: \d+", "  steps: 2", text, flags=re.MULTILINE))
     if issubclass(registry()[name], TensorMethod):
         code, out, err = call("run", "recipe.yaml")

@@ -48,7 +48,11 @@ class Followed(TensorMethod):
 
     @property
     def statistic_of_base(self) -> str:  # type: ignore[override]
-        return next((step.statistic for step in self.steps if step.statistic), "")
+        return next((step.statistic for step in self.steps if step.statistic), self.inner.statistic_of_base)
+
+    @property
+    def on_base(self) -> bool:  # type: ignore[override]
+        return self.inner.on_base
 
     @property
     def min_models(self) -> int:  # type: ignore[override]
@@ -139,7 +143,7 @@ class Followed(TensorMethod):
         return self.inner.problem(p)
 
     def needs_weights(self) -> str | None:
-        if self.statistic_of_base:
+        if any(step.statistic for step in self.steps):
             return "a step after it runs the base on data"
         if self.inner.in_factors("", (2, 2)) == "halves" and not self._scales:
             return f"{self.steps[0].step_name()} looks at what the matrices come to, which are added up by themselves"
