@@ -21,7 +21,7 @@ from mergetool.planning.alone import as_models
 from mergetool.planning.draft import Draft
 from mergetool.planning.graph import BASE, Plan, Shard, Slot, Step, compute_bits
 from mergetool.planning.inner import NONE, PlannedModel, place_of, with_inner
-from mergetool.planning.measures import data_files, statistics_of
+from mergetool.planning.measures import check_measured_once, data_files, statistics_of
 from mergetool.planning.numbers import with_numbers
 from mergetool.planning.outcome import check_vocabulary, words_about_result
 from mergetool.planning.parents import check_shares, words_about
@@ -89,7 +89,10 @@ def make_plan(
 
 def _point(make: Callable[[Recipe], Plan], first: Plan | None, recipe: Recipe) -> Plan:
     """The plan of one result of a sweep: that of the first with other numbers, where nothing else depends on them."""
-    return make(recipe) if first is None or first.forms or recipe.layout_overrides else with_numbers(first, recipe)
+    if first is None:
+        return make(recipe)
+    check_measured_once(first.recipe.method.kernel(), recipe.method.kernel())
+    return make(recipe) if first.forms or recipe.layout_overrides else with_numbers(first, recipe)
 
 
 def _check_adapters(recipe: Recipe) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mergetool.errors import PlanError, at
 from mergetool.layouts.same import Same
+from mergetool.methods.base import Method
 from mergetool.planning.graph import BASE
 from mergetool.planning.sources import Lookup
 from mergetool.recipe.data import Data, data_of
@@ -145,6 +146,16 @@ def _check_layout(recipe: Recipe, statistic: Statistic) -> None:
     if isinstance(statistic, JointStatistic) and not isinstance(recipe.layout, Same):
         what = f"{recipe.method.method_name()} runs the merged network, and `slices` make another one than the models"
         raise PlanError(what, "slices", "write method: regmean, or remove `slices`")
+
+
+def check_measured_once(first: Method, other: Method) -> None:
+    """Raise PlanError where two results of a sweep would need another statistic each, and there is one for all."""
+    if not other.statistic:
+        return
+    joint = issubclass(STATISTICS[other.statistic], JointStatistic)
+    if joint or first.measuring() != other.measuring():
+        what = f"what {other.method_name()} measures depends on its numbers, and a sweep measures once for all results"
+        raise PlanError(what, "sweep", "make one result a run: mergetool run RECIPE --set merge.FIELD=VALUE -o PATH")
 
 
 def _planned(

@@ -81,8 +81,9 @@ def with_numbers(plan: Plan, recipe: Recipe) -> Plan:
         if not isinstance(step.operation, Merge):
             return step
         method = next((method for override, method in special if fits(override, step.key)), usual)
-        method = kernels.of(method, step.key)
-        models = step.operation.models
+        method, models = kernels.of(method, step.key), step.operation.models
+        if method.statistic and not step.statistics:
+            method = method.unmeasured()
         return replace(step, operation=Merge(method, numbers_of(method, step.depth, models, step.name), models))
 
     steps = with_passes([numbered(step) for step in plan.steps], plan.compute_bits)

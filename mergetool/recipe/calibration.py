@@ -11,6 +11,11 @@ from mergetool.recipe.document import Document
 from mergetool.recipe.render import suggestion
 from mergetool.recipe.then import steps_in
 
+_OTHER = "choose a method that needs none: mergetool methods"
+_WAY = (
+    "try its numbers with merge: {method: ...} and sweep: {NUMBER: [...]}, for which data are measured once, and score "
+    "the results: mergetool evaluate PATH --tasks ..."
+)
 _SAY = "calibration: {data: ./FILE.jsonl}"
 
 
@@ -23,7 +28,7 @@ def calibration_problems(
     for field, part in _inside(document, kind, method).items():
         if part.statistic:
             what = f"{part.method_name()} needs data, which only the method of the whole recipe can be given"
-            yield document.error(("merge", field), what, "choose a method that needs none: mergetool methods")
+            yield document.error(("merge", field), what, _WAY if field == "inner" else _OTHER)
     if kind.statistic and data is None:
         what = f"{name} measures the models on data, and the recipe names none"
         yield document.error(("merge", "method"), what, f"add {_SAY} (merge_state_dicts takes `statistics` instead)")
