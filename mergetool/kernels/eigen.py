@@ -64,10 +64,18 @@ def checked_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 def gram_of(x: Tensor) -> Tensor:
     """x^T x of a matrix (m, n), float64."""
     x = x.to(torch.float64)
-    if not x.is_cpu:
-        return x.mT @ x
-    upper = _upper_gram(x)
-    return upper.add_(upper.triu(1).mT)
+    return mirrored_(_upper_gram(x)) if x.is_cpu else x.mT @ x
+
+
+def add_gram_(total: Tensor, x: Tensor, factor: float = 1.0) -> Tensor:
+    """Add factor x^T x of a matrix (m, n) to the upper triangle of `total` (n, n), float64."""
+    x = x.to(torch.float64)
+    return _add_upper_gram(total, x, factor) if x.is_cpu else total.addmm_(x.mT, x, alpha=factor)
+
+
+def mirrored_(upper: Tensor) -> Tensor:
+    """The symmetric matrix whose upper triangle this is, in place."""
+    return upper.triu_().add_(upper.triu(1).mT)
 
 
 def _orthonormal(vectors: Tensor) -> bool:
@@ -78,13 +86,16 @@ def _orthonormal(vectors: Tensor) -> bool:
 
 def _upper_gram(x: Tensor) -> Tensor:
     """x^T x, of which only the upper triangle is filled: half the work of a product."""
+    return _add_upper_gram(x.new_zeros(x.shape[1], x.shape[1]), x, 1.0)
+
+
+def _add_upper_gram(total: Tensor, x: Tensor, factor: float) -> Tensor:
     m, n = x.shape
-    gram = torch.zeros(n, n, dtype=torch.float64)
     if x.mT.is_contiguous():  # stored by columns, as LAPACK has it
-        _call("blas", "dsyrk", b"L", b"T", n, m, 1.0, x, m, 0.0, gram, n)
+        _call("blas", "dsyrk", b"L", b"T", n, m, factor, x, m, 1.0, total, n)
     else:
-        _call("blas", "dsyrk", b"L", b"N", n, m, 1.0, x.contiguous(), n, 0.0, gram, n)
-    return gram
+        _call("blas", "dsyrk", b"L", b"N", n, m, factor, x.contiguous(), n, 1.0, total, n)
+    return total
 
 
 def _leading_eigh(gram: Tensor, k: int) -> tuple[Tensor, Tensor] | None:

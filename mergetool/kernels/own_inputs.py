@@ -21,7 +21,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from mergetool.kernels.eigen import checked_eigh, gram_of
+from mergetool.kernels.eigen import add_gram_, checked_eigh, gram_of, mirrored_
 
 _ROUNDING = 1e-12
 """Share of the largest eigenvalue up to which others are 0 for the pseudo-inverse."""
@@ -68,11 +68,12 @@ def _gathered(deltas: Sequence[Tensor], *, normalize: bool) -> tuple[Tensor, Ten
         size = float(exact.square().sum()) if normalize else 1.0
         if size == 0:
             continue
-        gram = gram_of(exact).div_(size)
         total += exact
-        grams += gram
         if len(exact) < exact.shape[1]:
+            add_gram_(grams, exact, 1 / size)
             applied.addmm_(gram_of(exact.mT), exact, alpha=1 / size)  # (D D^T) D: the smaller one
         else:
-            applied.addmm_(exact, gram)
-    return total, grams, applied
+            gram = gram_of(exact)
+            grams.add_(gram, alpha=1 / size)
+            applied.addmm_(exact, gram, alpha=1 / size)
+    return total, mirrored_(grams), applied
