@@ -37,8 +37,9 @@ def isotropic_in_spaces(deltas: Sequence[Tensor], common: float, size: int) -> T
     total = deltas[0].clone()
     for delta in deltas[1:]:
         total += delta
-    shared = live_factors(total, min(total.shape)).leading(num_common)
-    own = [_outside(delta, shared.u, num_own) for delta in deltas] if num_own else []
+    every = live_factors(total, min(total.shape))
+    own = [_outside(delta, every.u, num_common, num_own) for delta in deltas] if num_own else []
+    shared = every.leading(num_common)
     merged = orthogonalised(concatenated([*own, shared]))
     return (merged.u @ merged.v.mT) * (merged.s.sum() / size)
 
@@ -53,12 +54,18 @@ def space_sizes(size: int, num_tasks: int, common: float) -> tuple[int, int]:
     return size - num_own * num_tasks, num_own
 
 
-def _outside(delta: Tensor, basis: Tensor, count: int) -> Factors:
-    """The leading triplets of what `delta` writes outside the span of `basis` (m, c), orthonormal."""
+def _outside(delta: Tensor, basis: Tensor, first: int, count: int) -> Factors:
+    """The leading triplets of what `delta` writes outside the span of the `first` columns of `basis`, orthonormal.
+
+    Where these are all directions that there are, it is looked at in the few others.
+    """
     exact = delta.to(torch.float64)
-    rest = exact - basis @ (basis.mT @ exact)
+    known, others = basis[:, :first], basis[:, first:]
+    whole = basis.shape[0] == basis.shape[1]
+    rest = others.mT @ exact if whole else torch.addmm(exact, known, known.mT @ exact, alpha=-1)
     if not rest.is_cpu:
         rest = rest.to(delta.dtype)  # where products find directions, and finer than they is only noise
     noise = max(delta.shape) * torch.finfo(delta.dtype).eps * float(torch.linalg.matrix_norm(exact))
     factors = live_factors(rest, min(count, *rest.shape))
-    return factors.leading(int((factors.s > noise).sum()))
+    factors = factors.leading(int((factors.s > noise).sum()))
+    return Factors(others @ factors.u, factors.s, factors.v) if whole else factors

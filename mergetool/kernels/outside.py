@@ -16,7 +16,7 @@ def outside(matrix: Tensor, other: Tensor, share: float) -> Tensor:
     known = live_factors(other, min(other.shape))
     matrix = matrix.to(torch.float64)
     closed = int((known.s.cumsum(0) <= share * known.s.sum()).sum())
-    written = known.u.mT @ matrix
-    common = torch.diag((written * known.v.mT).sum(1))
-    common[:closed, :closed] = written[:closed] @ known.v[:, :closed]
-    return matrix - known.u @ common @ known.v.mT
+    image, first = matrix @ known.v, known.u[:, :closed]
+    common = known.u * (known.u * image).sum(0)
+    common[:, :closed] = first @ (first.mT @ image[:, :closed])
+    return torch.addmm(matrix, common, known.v.mT, alpha=-1)

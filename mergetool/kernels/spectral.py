@@ -29,7 +29,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from mergetool.kernels.eigen import checked_eigh, gram_eigh
+from mergetool.kernels.eigen import add_gram_, checked_eigh, gram_eigh
 from mergetool.kernels.halley import nearest_orthonormal
 from mergetool.kernels.subspace import leading_spaces
 
@@ -132,7 +132,35 @@ def live_factors(delta: Tensor, k: int) -> Factors:
         return Factors(empty.expand(delta.shape[0], 0), empty, empty.expand(delta.shape[1], 0))
     if not delta.is_cpu:
         return live_factors_of([delta], k)[0][0]
+    if delta.dtype == torch.float32 and 2 * k > min(delta.shape):
+        return with_signs(_all_by_gram(delta, k)).live(_noise(delta))
     return truncated_svd(delta, k).live(_noise(delta))
+
+
+def live_directions(parts: Sequence[Tensor]) -> Tensor:
+    """The left vectors u (m, r) of `live_factors` of matrices (m, n_i) side by side, but for their signs.
+
+    They are not laid side by side where there are fewer rows than columns and float32 lets their Gram matrices do.
+    """
+    m, n = parts[0].shape[0], sum(part.shape[1] for part in parts)
+    if not parts[0].is_cpu or parts[0].dtype != torch.float32 or m > n:
+        return live_factors(beside := torch.cat(list(parts), 1), min(beside.shape)).u
+    gram = torch.zeros(m, m, dtype=torch.float64)
+    for part in parts:
+        add_gram_(gram, part.mT)
+    values, vectors = checked_eigh(gram)
+    noise = max(m, n) * torch.finfo(torch.float32).eps
+    live = int((values > noise**2 * values[-1]).sum())
+    return vectors[:, m - live :].flip(1)
+
+
+def _all_by_gram(delta: Tensor, k: int) -> Factors:
+    """`truncated_svd` without a Ritz step (signs are any): right where singular values are no noise of float32."""
+    if delta.shape[0] < delta.shape[1]:
+        return _all_by_gram(delta.mT, k).mT
+    exact = delta.to(torch.float64)
+    _, right = gram_eigh(exact, k)
+    return _triplets_in(exact @ right, right)
 
 
 def live_factors_of(deltas: Sequence[Tensor], k: int, *, together: bool | None = None) -> tuple[list[Factors], int]:
@@ -189,7 +217,7 @@ def _from_tall(exact: Tensor, k: int, noise: float) -> tuple[Factors, int]:
 def _triplets_in(image: Tensor, right: Tensor) -> Factors:
     """Triplets with these right vectors, whose images are orthogonal: up to rounding, in what is no noise itself."""
     s = torch.linalg.vector_norm(image, dim=-2)
-    return Factors(image / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None], s, right)
+    return Factors(image / s.clamp(min=torch.finfo(s.dtype).tiny)[..., None, :], s, right)
 
 
 def _leading_space(gram: Tensor, k: int, noise: float) -> tuple[Tensor, int]:

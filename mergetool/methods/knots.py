@@ -75,11 +75,11 @@ class Knots(TensorMethod):
     def _in_common_basis(self, deltas: "list[Tensor]", p: Params) -> "Tensor":
         import torch
 
-        from mergetool.kernels.spectral import live_factors
+        from mergetool.kernels.spectral import live_directions
 
-        beside = torch.cat(deltas, 1)
-        basis = live_factors(beside, min(beside.shape)).u
-        parts = [(basis.mT @ delta.to(basis.dtype)).to(delta.dtype) for delta in deltas]
+        basis = live_directions(deltas)
+        turn = basis.mT.to(deltas[0].dtype)
+        parts = [turn @ delta for delta in deltas]
         if basis.shape[1] == 0:
             return torch.zeros_like(deltas[0])
         return (basis @ self._combined(parts, p).to(basis.dtype)).to(deltas[0].dtype)

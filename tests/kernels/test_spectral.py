@@ -10,6 +10,7 @@ from mergetool.kernels.spectral import (
     core,
     energy_rank,
     interference,
+    live_directions,
     live_factors,
     live_factors_of,
     orthogonalised,
@@ -137,6 +138,21 @@ def test_in_float64_small_singular_values_of_a_batch_are_as_exact_as_apart():
 def test_a_gpu_finds_the_factors_of_a_batch():
     deltas = batch((40, 24))
     assert_factors_alike(live_factors_of([delta.cuda() for delta in deltas], 6)[0], live_factors_of(deltas, 6)[0])
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
+def test_all_factors_of_float32_come_from_the_gram_matrix_alone(shape):
+    deltas = [task(*shape, seed, power=1.5).float() for seed in range(3)]
+    deltas[1] = deltas[1] @ randn(shape[1], 3).float() @ randn(3, shape[1]).float()
+    for delta in deltas:
+        found, expected = live_factors(delta, 24), live_factors(delta.double(), 24)
+        expected = expected.live(max(shape) * torch.finfo(torch.float32).eps)
+        assert_factors_alike([found], [expected])
+        torch.testing.assert_close(found.u.mT @ found.u, eye(found.rank), rtol=0, atol=1e-8)
+    for parts in (deltas, [delta.mT for delta in deltas]):
+        beside = live_factors(torch.cat(parts, 1), min(parts[0].shape[0], 3 * parts[0].shape[1])).u
+        found = live_directions(parts)
+        torch.testing.assert_close((found.mT @ beside).abs(), eye(beside.shape[1]), rtol=0, atol=1e-6)
 
 
 def test_a_zero_task_vector_has_rank_0():
