@@ -36,9 +36,12 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def wrapped(model: Any, tokenizer: Any, batch_size: int, device: Any) -> Any:
-    """lm-eval's view of a model that lives in this process, and wants its inputs on a device."""
-    tokens: dict[Any, list[int]] = {}
+def wrapped(model: Any, tokenizer: Any, batch_size: int, device: Any, known: dict[Any, list[int]] | None = None) -> Any:
+    """lm-eval's view of a model that lives in this process, and wants its inputs on a device.
+
+    `known` holds the tokens of texts that another model with this tokenizer was asked.
+    """
+    tokens = {} if known is None else known
     try:
         with quiet():
             from lm_eval.models.huggingface import HFLM

@@ -6,12 +6,13 @@ in place (tied tensors share memory, so writing one writes both).
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from mergetool.errors import EvaluationError
+from mergetool.errors import EvaluationError, SourceError
 from mergetool.evaluate.harness import wrapped
-from mergetool.networks.build import load_language_model
+from mergetool.networks.build import load_class, load_language_model
 from mergetool.networks.places import Shapes, places_of
 from mergetool.networks.spread import Spread, input_device
 from mergetool.networks.tokenizer import load_tokenizer
@@ -43,7 +44,25 @@ class LanguageModel:
         fix = "save its tokenizer there, or name another model's: tokenizer: {source: NAME}"
         self.tokenizer = load_tokenizer(self.tokenizer_folder, kind=EvaluationError, fix=fix)
         self.device = input_device(self.model)
-        self.lm = wrapped(self.model, self.tokenizer, batch_size, self.device)
+        self._batch_size, self._tokens = batch_size, dict[Any, list[int]]()
+        self._wrap()
+
+    def _wrap(self) -> None:
+        self.lm = wrapped(self.model, self.tokenizer, self._batch_size, self.device, self._tokens)
+
+    def become(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Be another network of the same kind: one with this config.json and these tensors, by checkpoint name.
+
+        Raises EvaluationError where transformers cannot open it.
+        """
+        kind, dtype = type(self.model), self.model.dtype
+        self.model = None  # there may be no room for both
+        try:
+            loaded = load_class(kind, kind.config_class.from_dict(dict(config)), tensors, dtype, "candidate")
+        except (SourceError, ValueError, KeyError) as error:
+            raise EvaluationError(f"transformers cannot open it: {error}", "candidate", "try other settings") from error
+        self.model = loaded.model.to(self.device)
+        self._wrap()
 
     def slots(self, shapes: Shapes) -> Mapping[str, Tensor]:
         """Live tensors by checkpoint name; of tied ones the first, which is what transformers reads, too.

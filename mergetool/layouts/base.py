@@ -98,6 +98,10 @@ class Layout(BaseModel):
         """What is wrong with the sections, seen together with the names of the models."""
         return iter(())
 
+    def taking(self, models: Sequence[str]) -> Sequence[str]:
+        """Those of the models that have a part in the result."""
+        return models
+
     def overrides(self) -> Iterator[tuple[tuple[str | int, ...], Mapping[str, Any]]]:
         """Overrides that the sections hold, with their places in the recipe."""
         return iter(())

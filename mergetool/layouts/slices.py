@@ -83,10 +83,14 @@ class Slices(Layout):
             name = getattr(self.outside, key)
             if name is not None and name not in known:
                 yield Problem(("outside", key), f"there is no model {name!r}", f"one of: {', '.join(known)}")
-        used = {name for _, each in self._placed() for name in each.spans} | {self.outside.first, self.outside.last}
+        used = self.taking(models)
         for name in models:
             if name not in used:
                 yield Problem(("models", name), f"model {name!r} is in no slice", "remove it, or add it to a slice")
+
+    def taking(self, models: Sequence[str]) -> Sequence[str]:
+        used = {name for _, each in self._placed() for name in each.spans} | {self.outside.first, self.outside.last}
+        return [name for name in models if name in used]
 
     def overrides(self) -> Iterator[tuple[tuple[str | int, ...], Mapping[str, Any]]]:
         for place, each in self._placed():

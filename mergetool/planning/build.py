@@ -30,7 +30,7 @@ from mergetool.planning.sources import Lookup, Provenance
 from mergetool.planning.sweep import swept
 from mergetool.planning.words import in_one_vocabulary
 from mergetool.recipe.adapters import on_their_base
-from mergetool.recipe.candidate import first_candidate
+from mergetool.recipe.candidate import first_candidate, settled
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.header import TensorSpec, lay_out
 from mergetool.tensors.sets import UNSPLIT
@@ -62,15 +62,15 @@ def make_plan(
         given: dict[str, Any] = {"whole": whole, "parts": parts, "statistics": statistics}
         one = partial(make_plan, output=output, sources=sources, lookup=lookup, **given)
         return swept(recipe, output, partial(_point, one))
-    if recipe.method.searches:
-        recipe = first_candidate(recipe)
-    _check_adapters(recipe)
     lookup = lookup or Lookup(recipe.folder)
     if output is None and recipe.output.path is not None:
         output = recipe.path_of(recipe.output.path)
     parts = parts or parts_path(output or recipe.folder / "result")
     inner = {name: _inner(name, each, lookup, parts, whole=whole) for name, each in recipe.inner.items()}
     opened = dict(sources) if sources is not None else open_models(recipe, lookup, inner)
+    if recipe.method.searches:
+        recipe = first_candidate(settled(recipe, opened))
+    _check_adapters(recipe)
     if recipe.adapters_alone:
         return _of_adapters(recipe, opened, output, lookup)
     if recipe.method.result == "bundle" and BASE in opened:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mergetool.methods.base import Method, expect
-from mergetool.methods.merge3 import Merge3
+from mergetool.methods.families.judged import JudgedSearch
 from mergetool.planning.cost import Costs
 from mergetool.planning.duration import (
     MACHINES,
@@ -183,7 +183,7 @@ def _beside(plan: Plan) -> Rows:
 
 
 def _size(plan: Plan, search: Method) -> SearchSize:
-    return SearchSize.of(expect(search, Merge3), tuple(plan.sources))
+    return SearchSize.of(expect(search, JudgedSearch).settled(plan.sources), tuple(plan.sources))
 
 
 def _search(plan: Plan, search: Method, here: Machine) -> Rows:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from mergetool.methods.merge3 import Merge3
+from mergetool.methods.families.judged import JudgedSearch
 from mergetool.planning.graph import BASE
 
 
@@ -24,7 +24,7 @@ class SearchSize:
     """Models and candidates that answer the items of the final report."""
 
     @classmethod
-    def of(cls, method: Merge3, names: Sequence[str]) -> "SearchSize":
+    def of(cls, method: JudgedSearch, names: Sequence[str]) -> "SearchSize":
         """The size of a search over these models, and the base, if it is among them."""
         search, estimator = method.search, method.estimator
         merges = estimator.num_calibration + (1 if estimator.num_calibration else 0)
@@ -48,7 +48,7 @@ class SearchSize:
         return whole * num_search + self.candidates * each + self.reported * num_report
 
 
-def _candidates(method: Merge3, models: Sequence[str]) -> int:
+def _candidates(method: JudgedSearch, models: Sequence[str]) -> int:
     """Of all generations, at most."""
     search, space = method.search, method.space(models)
     if search.algorithm == "greedy":

@@ -5,7 +5,7 @@ A gene is a number between two bounds, on a grid if it has a step, or one of sev
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Value = float | int | str | bool
@@ -68,6 +68,8 @@ class SearchSpace:
     """All genes of a search."""
 
     genes: tuple[Gene, ...]
+    same: "Callable[[tuple[Value, ...]], tuple[Value, ...]] | None" = None
+    """Of all values that stand for one candidate the first, where several can."""
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -79,7 +81,8 @@ class SearchSpace:
 
     def values(self, point: Sequence[float]) -> tuple[Value, ...]:
         """The values of every gene at a point of the unit cube."""
-        return tuple(gene.value(coordinate) for gene, coordinate in zip(self.genes, point, strict=True))
+        values = tuple(gene.value(coordinate) for gene, coordinate in zip(self.genes, point, strict=True))
+        return values if self.same is None else self.same(values)
 
     def point(self, values: Sequence[Value]) -> Point:
         """A point that stands for these values."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mergetool.errors import EvaluationError
 from mergetool.evaluate.items import Score
-from mergetool.methods.merge3 import EstimatorOptions
+from mergetool.methods.families.judged import EstimatorOptions
 from mergetool.search import subset as subsets
 from mergetool.search.engines import sobol_points
 from mergetool.search.estimate import CrossCheck, Estimate, Estimator, cross_check, uses_irt, with_fit

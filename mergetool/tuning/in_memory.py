@@ -18,13 +18,16 @@ from mergetool._version import __version__, installed
 from mergetool.checkpoints.side_files import side_files
 from mergetool.engine.logs import MemoryLog
 from mergetool.engine.memory import merge_into
-from mergetool.engine.sinks import LiveSink
-from mergetool.errors import EvaluationError
+from mergetool.engine.sinks import LiveSink, MemorySink
+from mergetool.errors import EvaluationError, PlanError
 from mergetool.evaluate.language_model import LanguageModel
+from mergetool.methods.base import expect
+from mergetool.methods.families.search import SearchMethod
 from mergetool.networks.spread import Spread
 from mergetool.planning import Plan, make_plan
 from mergetool.planning.graph import BASE
 from mergetool.planning.numbers import keeps_operands, with_numbers
+from mergetool.planning.outcome import config_of
 from mergetool.recipe import load_recipe
 from mergetool.recipe.candidate import candidate_recipe, settings_of
 from mergetool.recipe.schema import Recipe
@@ -79,6 +82,10 @@ class Candidates:
     ) -> None:
         self._recipe = recipe
         self._sources = {name: ResidentSource(source) for name, source in sources.items()}
+        self._reshapes = recipe.method.searches and expect(recipe.method, SearchMethod).reshapes
+        if self._reshapes and spread is not None:
+            what = "candidates are networks of other depths, and only a network that stays can be dealt out"
+            raise PlanError(what, "--device-map", "leave it out")
         plan = self._plan = make_plan(recipe, sources=self._sources)
         folder = plan.sources[plan.template].folder
         if folder is None:
@@ -94,7 +101,7 @@ class Candidates:
             spread=spread,
             written=True,
         )
-        self._slots = self.live.slots({name: spec.shape for name, spec in plan.specs.items()})
+        self._slots = self._slots_of(plan)
         self._device = torch.device(device)
         self._log = MemoryLog()
         self.inputs = {name: _content(source, self._selected(name)) for name, source in self._sources.items()}
@@ -114,8 +121,9 @@ class Candidates:
         if isinstance(subject, str):
             facts += [self.inputs[name] for name in self._parts(subject)]
         else:
-            merge = settings_of(recipe, subject)
-            facts += [list(self.inputs.items()), merge, recipe.compute.model_dump(), recipe.check.model_dump()]
+            sections = settings_of(recipe, subject)
+            facts += [list(self.inputs.items()), sections.pop("merge")]
+            facts += [recipe.compute.model_dump(), recipe.check.model_dump(), *([sections] if sections else [])]
             facts += [[step.model_dump() for step in recipe.then]] if recipe.then else []
         return _sha256(facts)
 
@@ -131,7 +139,7 @@ class Candidates:
 
     def _planned(self, recipe: Recipe) -> Plan:
         """The first plan with other numbers; a plan of its own where other tensors are copied."""
-        if keeps_operands(self._plan, recipe):
+        if not self._reshapes and keeps_operands(self._plan, recipe):
             return with_numbers(self._plan, recipe)
         return make_plan(recipe, sources=self._sources)
 
@@ -142,6 +150,8 @@ class Candidates:
 
     def _parts(self, name: str) -> list[str]:
         """The sources that make up one of the models, the last one first of all asked: itself, on the template."""
+        if self._reshapes:
+            return [name]
         template = BASE if BASE in self._sources else next(iter(self._sources))
         lacks = self._slots.keys() - self._sources[name].specs.keys()
         return list(dict.fromkeys([template, name] if lacks else [name]))
@@ -156,7 +166,21 @@ class Candidates:
         recipe = replace(recipe, output=self._recipe.output)
         self._put(make_plan(recipe, sources={label: self._sources[name]}), digest=False)
 
+    def _slots_of(self, plan: Plan) -> Mapping[str, Tensor]:
+        """The live tensors that are written in place; none where every candidate is a network of its own."""
+        return {} if self._reshapes else self.live.slots({name: spec.shape for name, spec in plan.specs.items()})
+
+    def _become(self, plan: Plan, *, digest: bool) -> str | None:
+        """Have the live model be another network, which is made beside it."""
+        sink = MemorySink(plan)
+        merge_into(plan, sink, str(self._device), self._log)
+        made = saved_digest(sink.source()) if digest else None
+        self.live.become(config_of(plan), sink.tensors)
+        return made
+
     def _put(self, plan: Plan, *, digest: bool) -> str | None:
+        if self._reshapes:
+            return self._become(plan, digest=digest)
         sink = LiveSink(self._slots, plan, digest=digest)
         merge_into(plan, sink, str(self._device), self._log)
         return None if sink.digests is None else total_digest(sink.digests)

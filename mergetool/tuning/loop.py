@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergetool.evaluate.items import Score
-from mergetool.methods.merge3 import Merge3
+from mergetool.methods.families.judged import JudgedSearch
 from mergetool.search.engines import make_engine
 from mergetool.search.estimate import Estimate
 from mergetool.search.pareto import front
@@ -62,7 +62,7 @@ class Loop:
 
     def __init__(
         self,
-        method: Merge3,
+        method: JudgedSearch,
         space: SearchSpace,
         scorer: Scorer,
         splits: Splits,
@@ -130,12 +130,7 @@ class Loop:
             return Trial(generation, values, None, -np.inf)
         estimates = tuple(prepared(scores[task]) for task, prepared in self.history.prepared.items())
         fitness = float(self.weights @ np.array([estimate.value for estimate in estimates]))
-        return Trial(generation, values, estimates, fitness - self._penalty(values))
-
-    def _penalty(self, values: Values) -> float:
-        """What a candidate loses by large numbers."""
-        sizes = [abs(each) for each in values if isinstance(each, int | float)]
-        return self._method.search.penalty * float(np.mean(sizes)) if sizes else 0.0
+        return Trial(generation, values, estimates, fitness - self._method.penalty(values))
 
     def _scores(self, trials: Sequence[Trial]) -> Floats:
         """What the engine is told: one number, or one per task; a failed candidate is worse than any other."""
@@ -157,7 +152,7 @@ class Loop:
             return
         finalists = list(self.history.finalists)
         scores_of = np.array([self.history.finalists[values] for values in finalists])
-        penalties = np.array([self._penalty(values) for values in finalists])
+        penalties = np.array([self._method.penalty(values) for values in finalists])
         self.history.winner = finalists[int(np.argmax(scores_of @ self.weights - penalties))]
         if self.several:
             self.history.front = [finalists[place] for place in front(scores_of)]

@@ -83,7 +83,7 @@ def _best_parent(history: History, scorer: Scorer, splits: Splits, weights: Sequ
         "name": best,
         "recipe": PARENT_NAME,
         "report_mean": mean(history.report[best]),
-        "difference": mean(history.report[history.winner]) - mean(history.report[best]),
+        "difference": round(mean(history.report[history.winner]) - mean(history.report[best]), 12),
         "difference_low": low,
         "difference_high": high,
     }

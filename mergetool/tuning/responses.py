@@ -16,7 +16,7 @@ from typing import Any
 from mergetool.errors import EvaluationError
 from mergetool.evaluate.cache import ResponseCache
 from mergetool.evaluate.items import Score, TaskItems
-from mergetool.methods.merge3 import IN_CACHE
+from mergetool.methods.families.judged import IN_CACHE
 from mergetool.tensors.writer import write_file
 
 RESPONSES_NAME = "responses.jsonl"

@@ -19,7 +19,6 @@ from mergetool.outputs.staging import check_output
 from mergetool.planning import Plan
 from mergetool.planning.build import make_plan
 from mergetool.planning.sources import Lookup, pinned
-from mergetool.recipe.candidate import candidate_recipe
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.folder import open_model
 from mergetool.tensors.writer import partial_path
@@ -68,7 +67,7 @@ def _merged(recipe: Recipe, flags: Flags, progress: Progress) -> Result:
         teller = progress if team.leads else Silent()
         inner = _made_before(asked, output, flags, teller, team)
         winner = search(asked, inner, search_folder(output), flags, teller, team)
-        merged = run_plain(*_winner(asked, winner, replace(flags, output=output)), progress, winner.warnings)
+        merged = run_plain(*_winner(winner, replace(flags, output=output)), progress, winner.warnings)
         if team.leads:
             _check_saved(merged.path, winner.digest)
         team.all_gather(None)
@@ -123,10 +122,9 @@ def _evaluated(recipe: Recipe, flags: Flags, result: Result) -> Result:
     return replace(result, notes={**result.notes, **dict.fromkeys(told, 1)})
 
 
-def _winner(recipe: Recipe, winner: "Winner", flags: Flags) -> tuple[Recipe, Flags]:
+def _winner(winner: "Winner", flags: Flags) -> tuple[Recipe, Flags]:
     """The recipe that merges what was found, and the flags for it."""
-    merge = candidate_recipe(recipe, winner.values)
-    return merge, replace(flags, cache=flags.cache if merge.method.uses_factors else None)
+    return winner.recipe, replace(flags, cache=flags.cache if winner.recipe.method.uses_factors else None)
 
 
 def _check_saved(path: Path, digest: str | None) -> None:

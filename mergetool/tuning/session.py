@@ -15,19 +15,19 @@ from mergetool.evaluate.cache import ResponseCache
 from mergetool.evaluate.harness import load_task
 from mergetool.evaluate.items import TaskItems
 from mergetool.methods.base import expect
-from mergetool.methods.merge3 import IN_CACHE, Merge3
+from mergetool.methods.families.judged import IN_CACHE, JudgedSearch
 from mergetool.planning.build import open_models
 from mergetool.planning.graph import BASE, Plan
 from mergetool.planning.search import SearchSize
 from mergetool.planning.sources import Lookup
-from mergetool.recipe.candidate import candidate_recipe
+from mergetool.recipe.candidate import plain_recipe, settled
 from mergetool.recipe.schema import Recipe
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.source import ModelSource
 from mergetool.tensors.writer import write_file
 from mergetool.tuning.in_memory import Candidates
 from mergetool.tuning.journal import SearchJournal
-from mergetool.tuning.loop import History, Loop, Values
+from mergetool.tuning.loop import History, Loop
 from mergetool.tuning.report_data import PARENT_NAME, facts_of, verdict
 from mergetool.tuning.responses import RESPONSES_NAME, Rows, known_rows
 from mergetool.tuning.scorer import Scorer, Spent
@@ -45,7 +45,8 @@ _OPTIMISERS = ("numpy", "scipy", "cmaes", "pymoo")
 class Winner:
     """What a search found."""
 
-    values: Values
+    recipe: Recipe
+    """That merges it."""
     digest: str | None
     """Of the weights that got the final score."""
     notes: tuple[str, ...]
@@ -58,9 +59,10 @@ def search(
     recipe: Recipe, inner: Mapping[str, Plan], folder: Path, flags: Flags, progress: Progress, team: Team
 ) -> Winner:
     """Search, and write what was found into a folder. What the recipes inside this one make, `inner`, is there."""
-    method = expect(recipe.method, Merge3)
     progress.start(0, "opening models and tasks")
     sources = _fetched(recipe, inner, progress)
+    recipe = settled(recipe, sources)
+    method = expect(recipe.method, JudgedSearch)
     candidates = Candidates(replace(recipe, inner={}), sources, flags.device, method.search.batch_size, flags.spread)
     loaded = [load_task(task, recipe.folder, trust_code=flags.trust_code) for task in method.tasks]
     tasks = [TaskItems(*pair, candidates.live.lm) for pair in zip(method.tasks, loaded, strict=True)]
@@ -89,7 +91,7 @@ def search(
         cache.close()
     notes = (*_notes(facts, folder), *_about_spent(scorer.spent, folder))
     told, lost = verdict(facts, shlex.quote(str(folder / PARENT_NAME)))
-    return Winner(history.winner, scorer.digest(history.winner), notes, (told,) if lost else ())
+    return Winner(plain_recipe(recipe, history.winner), scorer.digest(history.winner), notes, (told,) if lost else ())
 
 
 def _header(recipe: Recipe, candidates: Candidates, tasks: Sequence[TaskItems], splits: Splits) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def _header(recipe: Recipe, candidates: Candidates, tasks: Sequence[TaskItems], 
 
 def _others(recipe: Recipe, folder: Path, scorer: Scorer, splits: Splits, flags: Flags, team: Team) -> Rows | None:
     """What other models answered, where the recipe says where that is known."""
-    asked = expect(recipe.method, Merge3).estimator.responses
+    asked = expect(recipe.method, JudgedSearch).estimator.responses
     if asked is None:
         return None
     path = folder / RESPONSES_NAME if asked == IN_CACHE else recipe.path_of(asked)
@@ -188,12 +190,12 @@ def _version(name: str) -> str:
 def _write(folder: Path, recipe: Recipe, history: History, facts: dict[str, Any], progress: Progress) -> None:
     """The winner, the members of the front and the best parent as plain recipes, and the report."""
     assert history.winner is not None
-    text = write_recipe(folder / RECIPE_NAME, candidate_recipe(recipe, history.winner), "winner")
+    text = write_recipe(folder / RECIPE_NAME, plain_recipe(recipe, history.winner), "winner")
     parent = facts["best_parent"]["name"]
     write_recipe(folder / PARENT_NAME, parent_recipe(recipe, parent), "parent")
     front = [folder / FRONT_NAME / f"{place:02d}.yaml" for place in range(len(history.front))]
     for path, values in zip(front, history.front, strict=True):
-        write_recipe(path, candidate_recipe(recipe, values), path.stem)
+        write_recipe(path, plain_recipe(recipe, values), path.stem)
     for path in (folder / FRONT_NAME).glob("[0-9]*.yaml"):
         if path not in front:  # of a front that has been searched further
             path.unlink()

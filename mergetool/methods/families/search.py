@@ -1,13 +1,14 @@
 """Methods that try candidates of other methods."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from mergetool.methods.base import Method
 
 if TYPE_CHECKING:
     from mergetool.search.space import SearchSpace, Value
+    from mergetool.tensors.source import ModelSource
 
 
 class SearchMethod(Method):
@@ -15,6 +16,12 @@ class SearchMethod(Method):
 
     searches: ClassVar = True
     varies: ClassVar = False
+    reshapes: ClassVar[bool] = False
+    """Whether candidates are networks of other shapes than the models."""
+
+    def settled(self, sources: "Mapping[str, ModelSource]") -> Self:
+        """The same method, knowing what headers of the models tell of its numbers. Raises PlanError."""
+        return self
 
     def stages(self) -> tuple[str, ...]:
         return ("search",)
@@ -29,3 +36,7 @@ class SearchMethod(Method):
     @abstractmethod
     def candidate(self, values: "Sequence[Value]", models: Sequence[str]) -> dict[str, Any]:
         """The `merge` section of a recipe in which the open numbers have these values."""
+
+    def arranged(self, values: "Sequence[Value]", models: Sequence[str]) -> dict[str, Any]:
+        """The sections beside it that say where layers come from; none where they stay as they are."""
+        return {}
