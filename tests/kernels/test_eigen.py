@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -123,3 +125,24 @@ def test_scipys_blas_takes_as_many_threads_as_torch():
     set_threads_of_blas(2)
     gram_eigh(randn(20, 10), 3)
     assert threads_of_blas() == torch.get_num_threads() == 1
+
+
+ALONE = """
+import sys
+import torch
+from mergetool.kernels.eigen import gram_eigh
+
+values, _ = gram_eigh(torch.diag(torch.arange(1.0, 9.0, dtype=torch.float64)), 2)
+assert values.sqrt().round().tolist() == [8, 7], values
+assert "scipy.linalg" not in sys.modules
+import scipy.linalg
+from scipy.linalg import cython_blas, cython_lapack
+
+assert scipy.linalg.svdvals([[2.0, 0.0], [0.0, 1.0]]).tolist() == [2, 1]
+assert {"dsytrd", "dstein"} <= set(cython_lapack.__pyx_capi__) and "dsyrk" in cython_blas.__pyx_capi__
+"""
+
+
+def test_routines_come_without_the_rest_of_scipys_linear_algebra_which_can_be_imported_after_them():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
