@@ -12,6 +12,7 @@ from mergetool.cli.against import refuse_idle
 from mergetool.cli.answers import print_answer, say_alike, say_result
 from mergetool.cli.commands import command, existing, named, ready
 from mergetool.cli.progress import ProgressBar, waiting
+from mergetool.cli.quick import prepare_torch
 from mergetool.cli.show import manner, say, table
 from mergetool.errors import PlanError
 from mergetool.units import filesize
@@ -205,6 +206,7 @@ def dense(
     as_json: AsJson = False,
 ) -> None:
     """Write one expert as a plain checkpoint, with its head and labels."""
+    prepare_torch(whole=False)
     with ProgressBar(quiet=manner.quiet) as progress:
         from mergetool.engine.growing import dense_recipe
         from mergetool.engine.run import Flags, run_recipe
@@ -217,6 +219,7 @@ def dense(
 def _change(
     bundle: Path, add: dict[str, Any], remove: list[str], output: Path | None, workers: int | None, *, as_json: bool
 ) -> None:
+    prepare_torch(whole=False)
     with ProgressBar(quiet=manner.quiet) as progress:
         from mergetool.engine.growing import change_bundle
         from mergetool.engine.run import Flags

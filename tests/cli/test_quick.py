@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+from typer.testing import CliRunner
+
+from mergetool.cli import bundle as commands
 from tests.files import write_models, write_recipe
 
 WITHOUT_DATA = "torch.roll(torch.empty(2, device='meta'), 1)"
@@ -48,3 +52,12 @@ def test_a_run_waits_for_less_and_the_rest_comes_when_it_is_used(tmp_path):
 
 def test_libraries_of_networks_find_all_of_it():
     assert python(BESIDE) == []
+
+
+@pytest.mark.parametrize("words", ["add nowhere a=b", "remove nowhere a", "dense nowhere a -o elsewhere"])
+def test_bundles_change_with_the_same_start(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begun = []
+    monkeypatch.setattr(commands, "prepare_torch", lambda *, whole: begun.append(whole))
+    assert CliRunner().invoke(commands.app, words.split()).exit_code
+    assert begun == [False]
