@@ -3,8 +3,14 @@
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
+import mergetool
+from scripts.studies.merge3.genes import HIGHEST, Merges
+from scripts.studies.merge3.models import Training, _config, _tokenizer
 from scripts.studies.merge3.skills import MEANT, SKILLS, items, lines, mixed_lines
 
 ORACLES = {
@@ -44,3 +50,27 @@ def test_the_base_reads_the_skill_rarely_and_its_fine_tune_always(skill):
 
     assert share(islice(lines(skill, 1), 500)) == 1.0
     assert MEANT - 0.05 < share(islice(mixed_lines(0), 20000)) < MEANT + 0.25
+
+
+def test_a_merge_of_many_genes_is_the_one_that_mergetool_makes_and_answers_as_alone(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = _tokenizer()
+    for name in ("base", *SKILLS):
+        model = LlamaForCausalLM(_config(Training(hidden=16), len(tokenizer)))
+        model.save_pretrained(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / "base")
+    world = Merges(tmp_path, pool=8, seed=0)
+    point = tuple(torch.rand(world.genes).tolist())
+    *layers, rest = ({s: HIGHEST * x for s, x in zip(SKILLS, point[g::4], strict=True)} for g in range(4))
+    overrides = [{"match": f"*.layers.{k}.*", "weight": weight} for k, weight in enumerate(layers)]
+    held = {name: LlamaForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("base", *SKILLS)}
+    base = held.pop("base")
+    settings = {"method": "task-arithmetic", "weight": rest, "overrides": overrides}
+    merged = mergetool.merge_state_dicts(settings, held, base=base)
+    for name, tensor in world.put(point).items():
+        torch.testing.assert_close(tensor, merged[name])
+    every = world.answers(point, np.arange(60))
+    alone = range(0, 60, 5)
+    assert every[alone].tolist() == [world.answers(point, np.array([place])).item() for place in alone]
+    assert 0 < every.sum() < 60
+    assert world.report.reshape(3, 20).sum(1).tolist() == [12] * 3

@@ -11,7 +11,9 @@ one with the same optimiser, the same seed and all items.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -34,15 +36,17 @@ class Asked:
     algorithm: str = "cma-es"
     others: int = 0
     """Other models whose answers are known."""
+    generations: int = GENERATIONS
 
-    def spent(self, known: int) -> int:
-        """Items answered while searching."""
+    def spent(self, known: int, pool: int = ITEMS) -> int:
+        """Items answered while searching; `pool` are the search items of each task."""
         if not self.items:
-            return POPULATION * GENERATIONS * TASKS * ITEMS
+            return POPULATION * self.generations * TASKS * pool
         whole = self.rerank + (known if self.stratified else 0)
-        return whole * TASKS * ITEMS + POPULATION * GENERATIONS * TASKS * self.items
+        return whole * TASKS * pool + POPULATION * self.generations * TASKS * self.items
 
 
+ALL = slice(None)
 FULL = Asked(0, 0, stratified=False)
 WAYS = {
     "all items": FULL,
@@ -58,6 +62,24 @@ WAYS = {
 PARENTS = 3
 
 
+class Asks(Protocol):
+    """Items of three tasks, and what any candidate of a search answers to them."""
+
+    genes: int
+    task: np.ndarray
+    """The task of every item."""
+    report: np.ndarray
+    """Whether an item takes no part in the search."""
+    start: tuple[float, ...]
+    """Where a search begins."""
+
+    def answers(self, point: tuple[float, ...], places: np.ndarray) -> np.ndarray:
+        """1 for each of these items that is answered rightly."""
+
+    def known(self, others: int) -> np.ndarray:
+        """Answers of base, parents and others to all items."""
+
+
 class World:
     """Made-up items, and what any candidate answers to them."""
 
@@ -70,18 +92,14 @@ class World:
         self._hard = rng.normal(-0.5, 1.5, count)
         self._cost = np.exp(rng.normal(0.0, 0.4, count)) * 14.0 / genes
         self._middle = rng.uniform(0.0, 1.0, genes)
-        self.genes = genes
+        self.genes, self.start = genes, (0.5,) * genes
         self.report = np.tile(np.arange(2 * ITEMS) >= ITEMS, TASKS)
 
-    def answers(self, point: tuple[float, ...] | np.ndarray) -> np.ndarray:
-        """1 for every item answered rightly."""
+    def answers(self, point: tuple[float, ...] | np.ndarray, places: np.ndarray | slice = ALL) -> np.ndarray:
+        """1 for each of these items that is answered rightly."""
         place = np.asarray(point)
         away = np.square(place - self._middle).sum()
-        return (self._hard + self._slopes @ place - self._cost * away > 0).astype(float)
-
-    def score(self, point: tuple[float, ...]) -> float:
-        """On the report items."""
-        return float(self.answers(point)[self.report].mean())
+        return (self._hard + self._slopes @ place - self._cost * away > 0)[places].astype(float)
 
     def known(self, others: int) -> np.ndarray:
         """Answers of base and parents (no genes, and those of one task), then of other models: any genes."""
@@ -92,34 +110,48 @@ class World:
 
 def judge(known: np.ndarray, asked: Asked, rng: np.random.Generator) -> Estimator:
     """How candidates are judged on one task; `known` are the answers of base, parents and others to its items."""
+    pool = known.shape[1]
     if not asked.items:
-        return Estimator("weighted", subset.equal(list(range(ITEMS))), ITEMS)
+        return Estimator("weighted", subset.equal(list(range(pool))), pool)
     if not asked.stratified:
-        return Estimator("weighted", subset.random(ITEMS, asked.items, rng), ITEMS)
+        return Estimator("weighted", subset.random(pool, asked.items, rng), pool)
     chosen = subset.stratified(known, asked.items, rng)
     if not asked.others:
-        return Estimator("weighted", chosen, ITEMS)
-    return with_fit(Estimator("gmp-irt", chosen, ITEMS, span="affine"), fit(known, 1), [1, 2, 3], 0)
+        return Estimator("weighted", chosen, pool)
+    return with_fit(Estimator("gmp-irt", chosen, pool, span="affine"), fit(known, 1), [1, 2, 3], 0)
 
 
-def search(world: World, asked: Asked, seed: int) -> float:
-    """The score on the report items of what one search finds."""
+def search(world: Asks, asked: Asked, seed: int) -> tuple[float, ...]:
+    """What one search finds."""
     rng = np.random.default_rng(seed)
     pools = [np.flatnonzero((world.task == task) & ~world.report) for task in range(TASKS)]
     known = world.known(asked.others)
     judges = [judge(known[:, pool], asked, rng) for pool in pools]
-    middle = (0.5,) * world.genes
-    engine = make_engine(asked.algorithm, world.genes, POPULATION, seeds=[middle], seed=seed, snap=tuple)
+    engine = make_engine(asked.algorithm, world.genes, POPULATION, seeds=[world.start], seed=seed, snap=tuple)
     tried: dict[tuple[float, ...], float] = {}
-    for _ in range(GENERATIONS):
+    for _ in range(asked.generations):
         points = engine.ask()
         for point in points:
-            answers = world.answers(point)
-            told = [ask(answers[pool[ask.subset.items]]).value for pool, ask in zip(pools, judges, strict=True)]
-            tried[point] = float(np.mean(told))
+            tried[point] = _estimated(world, point, pools, judges)
         engine.tell(points, np.array([[tried[point]] for point in points]))
-    best = sorted(tried, key=lambda point: -tried[point])[: max(asked.rerank, 1)]
-    return world.score(max(best, key=lambda point: world.answers(point)[~world.report].mean()))
+    if not asked.rerank:
+        return max(tried, key=lambda point: tried[point])
+    best = sorted(tried, key=lambda point: -tried[point])[: asked.rerank]
+    return max(best, key=lambda point: world.answers(point, np.concatenate(pools)).mean())
+
+
+def _estimated(
+    world: Asks, point: tuple[float, ...], pools: Sequence[np.ndarray], judges: Sequence[Estimator]
+) -> float:
+    """The mean over the tasks of what a candidate seems to score, by its answers to the subsets."""
+    places = [pool[ask.subset.items] for pool, ask in zip(pools, judges, strict=True)]
+    answers = np.split(world.answers(point, np.concatenate(places)), np.cumsum([len(part) for part in places])[:-1])
+    return float(np.mean([ask(part).value for ask, part in zip(judges, answers, strict=True)]))
+
+
+def score(world: World, point: tuple[float, ...]) -> float:
+    """On the report items."""
+    return float(world.answers(point, world.report).mean())
 
 
 def main() -> None:
@@ -130,11 +162,11 @@ def main() -> None:
     print("|---" * 5 + "|")
     for genes in GENES:
         made = [World(genes, seed) for seed in range(worlds)]
-        middle = np.mean([world.score((0.5,) * genes) for world in made])
+        middle = np.mean([score(world, world.start) for world in made])
         print(f"| {genes} | (the middle of the space) | | {middle:.3f} | |")
-        full = np.array([search(world, FULL, seed) for seed, world in enumerate(made)])
+        full = np.array([score(world, search(world, FULL, seed)) for seed, world in enumerate(made)])
         for name, asked in WAYS.items():
-            found = np.array([search(world, asked, seed) for seed, world in enumerate(made)])
+            found = np.array([score(world, search(world, asked, seed)) for seed, world in enumerate(made)])
             lost, error = (full - found).mean(), (full - found).std(ddof=1) / np.sqrt(worlds)
             fewer = FULL.spent(PARENTS + 1) / asked.spent(PARENTS + 1)
             print(f"| {genes} | {name} | {fewer:.1f} | {found.mean():.3f} | {lost:.3f} ± {error:.3f} |", flush=True)
