@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 PARTS = ("kills", "disks", "inputs", "rivals", "nonsense", "hub")
 OURS = {*range(2, 9), 0}
-BLOCKS = {f"model.layers.{layer}.mlp.weight": (240, 256) for layer in range(60)}
+LAYERS = 60
 PERCEPTRON = {"fc1.weight": (32, 16), "fc1.bias": (32,), "fc2.weight": (24, 32), "fc2.bias": (24,)}
 PERCEPTRON |= {"fc3.weight": (10, 24), "fc3.bias": (10,)}
 
@@ -81,9 +81,13 @@ class Campaign:
 # ---------------------------------------------------------------- runs that are disturbed
 
 
-def recipes(campaign: Campaign) -> dict[str, Path]:
+def blocks_of(num_layers: int) -> dict[str, tuple[int, int]]:
+    return {f"model.layers.{layer}.mlp.weight": (240, 256) for layer in range(num_layers)}
+
+
+def recipes(campaign: Campaign, num_layers: int) -> dict[str, Path]:
     """A recipe of each kind of method."""
-    write_models(campaign.folder / "blocks", shapes=BLOCKS, dtype=torch.bfloat16)
+    write_models(campaign.folder / "blocks", shapes=blocks_of(num_layers), dtype=torch.bfloat16)
     write_models(campaign.folder / "nets", names=("x", "y", "z"), shapes=PERCEPTRON)
     blocks = {"base": "blocks/base", "models": {"a": "blocks/a", "b": "blocks/b"}}
     mean = {"recipe": {"models": {"a": "blocks/a", "b": "blocks/b"}, "merge": {"method": "linear"}}}
@@ -95,8 +99,9 @@ def recipes(campaign: Campaign) -> dict[str, Path]:
         "fitted (c2m3)": (nets, {"method": "c2m3"}),
         "merge of merges (linear, ties)": (mixed, {"method": "ties"}),
     }
+    output = {"shard_size": f"{50 * num_layers}KB"}
     return {
-        name: write_recipe(campaign.folder / f"{number}.yaml", **models, merge=merge, output={"shard_size": "3MB"})
+        name: write_recipe(campaign.folder / f"{number}.yaml", **models, merge=merge, output=output)
         for number, (name, (models, merge)) in enumerate(made.items())
     }
 
@@ -138,7 +143,7 @@ def kills(campaign: Campaign, name: str, recipe: Path, count: int) -> None:
     campaign.row(f"kill -9, {name}", ends, lost)
 
 
-def changing_inputs(campaign: Campaign, recipe: Path, count: int) -> None:
+def changing_inputs(campaign: Campaign, recipe: Path, num_layers: int, count: int) -> None:
     """An input that is truncated, rewritten, or taken away at a random moment of the run."""
     wanted, seconds = expected(campaign, recipe)
     victim, kept = campaign.folder / "blocks" / "a" / "model.safetensors", campaign.folder / "kept"
@@ -148,7 +153,7 @@ def changing_inputs(campaign: Campaign, recipe: Path, count: int) -> None:
         os.truncate(victim, campaign.random.randrange(victim.stat().st_size))
 
     def rewrite():
-        write_model(victim.parent, tensors(99, BLOCKS, torch.bfloat16))
+        write_model(victim.parent, tensors(99, blocks_of(num_layers), torch.bfloat16))
 
     ends: Counter = Counter()
     lost = 0
@@ -437,7 +442,7 @@ def main() -> None:
         here, hub = (Campaign(Path(place) / name, options.seed, Forks()) for name in ("here", "hub"))
         try:
             waiting = pool.submit(failing_hub, hub, 1 if options.small else 6) if "hub" in options.only else None
-            local_faults(here, options.only, *(SMALL if options.small else (50, 15, 1000)))
+            local_faults(here, options.only, *(SMALL if options.small else (LAYERS, 50, 15, 1000)))
             if waiting:  # mostly for answers, which is why both are tried at once
                 waiting.result()
             lost = summed(here, hub)
@@ -447,8 +452,8 @@ def main() -> None:
     sys.exit(lost > 0)
 
 
-SMALL = (1, 3, 100)
-"""Kills, other faults and fuzzed files, where there shall be few."""
+SMALL = (12, 1, 3, 100)
+"""Layers, kills, other faults and fuzzed files, where there shall be few."""
 
 
 def small_campaign(folder: Path, forks: Forks) -> int:
@@ -469,9 +474,11 @@ def summed(*campaigns: Campaign) -> int:
     return lost
 
 
-def local_faults(campaign: Campaign, parts: Sequence[str], num_kills: int, num_others: int, num_fuzzed: int) -> None:
+def local_faults(
+    campaign: Campaign, parts: Sequence[str], num_layers: int, num_kills: int, num_others: int, num_fuzzed: int
+) -> None:
     """All that needs no Hub."""
-    made = recipes(campaign)
+    made = recipes(campaign, num_layers)
     element = next(iter(made.values()))
     if "kills" in parts:
         for name, recipe in made.items():
@@ -481,7 +488,7 @@ def local_faults(campaign: Campaign, parts: Sequence[str], num_kills: int, num_o
         small_disks(campaign, element, num_others)
     if "inputs" in parts:
         damaged_inputs(campaign, element, num_others + 3)
-        changing_inputs(campaign, element, num_others)
+        changing_inputs(campaign, element, num_layers, num_others)
     if "rivals" in parts:
         rivals(campaign, element, num_others)
     if "nonsense" in parts:

@@ -1,6 +1,7 @@
 """The law about devices is tried on an accelerator where there is one (`-m gpu` chooses it), else on the stand-in.
 
-There only with each method's defaults: `test_devices.py` tries every option on it, more strictly.
+There only once for each kind of work with the defaults: `test_devices.py` tries every option on it, more strictly. So
+is the law about files and memory: the one about workers compares the two, too, for every method.
 """
 
 from contextlib import contextmanager
@@ -10,20 +11,38 @@ import torch
 
 from mergetool.testing import work
 from tests.devices import STAND_IN, present
+from tests.files import LONG
 
 
 def pytest_collection_modifyitems(config, items):
-    about = [item for item in items if getattr(item, "callspec", None) and is_about_devices(item.callspec.params)]
-    for item in about:
+    tried = [item for item in items if getattr(item, "callspec", None)]
+    about = {law: [item for item in tried if is_about(law, item.callspec.params)] for law in ("device", "memory")}
+    for item in about["device"]:
         item.add_marker(pytest.mark.gpu)
-    if not torch.cuda.is_available():
-        twice = {item for item in about if item.callspec.params["case"].option}
-        config.hook.pytest_deselected(items=[*twice])
-        items[:] = [item for item in items if item not in twice]
+    here = [] if torch.cuda.is_available() else about["device"]
+    twice = {item for item in here if item.callspec.params["case"].option}
+    if not LONG:
+        twice |= repeated(item for item in about["memory"] + here if item not in twice)
+    config.hook.pytest_deselected(items=[*twice])
+    items[:] = [item for item in items if item not in twice]
 
 
-def is_about_devices(params):
-    return getattr(params.get("law"), "name", "") == "device"
+def is_about(law, params):
+    return getattr(params.get("law"), "name", "") == law
+
+
+def repeated(items):
+    """Those of a law that another one of it repeats: the engine has the same work with both methods."""
+    known, found = set(), set()
+    for item in items:
+        case = item.callspec.params["case"]
+        if item.get_closest_marker("xfail") or case.architecture:
+            continue  # it must break the law; or it is tried nowhere else
+        work = str((item.callspec.params["law"].name, case.work(), case.has_base, case.kind.statistic))
+        if work in known:
+            found.add(item)
+        known.add(work)
+    return found
 
 
 @pytest.fixture(autouse=True)
