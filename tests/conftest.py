@@ -21,6 +21,8 @@ for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "H
 os.fsync = os.fdatasync = lambda _: None  # what tests write need not outlive a power cut, and the disk has no rest
 typer.main.get_command = functools.cache(typer.main.get_command)  # made of all commands anew, for each command
 os.environ["XDG_CACHE_HOME"] = CACHE = tempfile.mkdtemp(prefix="mergetool-tests-")
+COMMON = pytest.StashKey()
+COMMON_PATH = os.environ.pop("MERGETOOL_TESTS_FORKS", None)  # not for what is started here
 
 FAST = ("kernels", "laws", "methods", "planning", "recipe", "search", "tensors", "test_house", "test_documents")
 """What `scripts/test --fast` runs: places whose tests start no process, train nothing and build no network."""
@@ -56,7 +58,7 @@ def forks():
     """Commands in processes of their own: one server for all tests of a worker."""
     from tests.forks import Forks
 
-    server = Forks()
+    server = Forks(COMMON_PATH)
     yield server
     server.close()
 
@@ -90,7 +92,18 @@ def pytest_collection():
         gc.enable()
 
 
-def pytest_unconfigure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    """The workers share one process that has imported what their commands need."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        from tests.forks import Common
+
+        config.stash[COMMON] = Common(CACHE)
+        os.environ["MERGETOOL_TESTS_FORKS"] = config.stash[COMMON].path
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if COMMON in config.stash:
+        config.stash[COMMON].close()
     shutil.rmtree(CACHE, ignore_errors=True)
 
 

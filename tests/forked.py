@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import runpy
+import select
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -31,6 +33,8 @@ from mergetool.recipe.load import sections
 
 HUB = ("huggingface_hub", "transformers", "accelerate")
 """They look at the environment once, when they are imported."""
+KNOWN = ("transformers.modeling_utils", "scipy.optimize", "mergetool.alignment.fitted")
+"""What some of the children need besides, and takes long: where one process has children for all, it has these."""
 NEW_NETWORK = 0x40000000
 """CLONE_NEWNET."""
 
@@ -144,13 +148,33 @@ def start(wanted):
         os._exit(code)
 
 
+def shared(listener):
+    """Have a child for everybody who connects: it returns and serves them, until they end and so does this process."""
+    while True:
+        ready, _, _ = select.select([listener, sys.stdin], [], [])
+        if sys.stdin in ready:
+            os._exit(0)
+        connection, _ = listener.accept()
+        with connection:
+            if os.fork() == 0:
+                for stream in (0, 1):
+                    os.dup2(connection.fileno(), stream)
+                return
+
+
 def main():
     registry(), sections()  # and all modules that these import
     typer.main.get_command = functools.cache(typer.main.get_command)
     typer.main.get_command(mergetool.cli.app.app)  # each child would make it anew, of all commands
     assert huggingface_hub.HfApi  # what it needs is imported
     forget(*HUB)
+    if sys.argv[1:]:
+        for module in KNOWN:
+            importlib.import_module(module)
     gc.freeze()
+    if sys.argv[1:]:
+        with socket.socket(fileno=int(sys.argv[1])) as listener:
+            shared(listener)
     for line in sys.stdin:
         asked = json.loads(line)
         if isinstance(asked, str):

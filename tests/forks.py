@@ -1,5 +1,6 @@
 """Commands in processes of their own without a second of imports each: children of one process that has imported torch.
 
+The workers of one pytest have these processes from one that they share (`Common`), so that it imports once for all.
 What huggingface_hub needs is imported there (`tests.forked`), it itself is not: it looks at the environment once, when
 it is.
 
@@ -10,11 +11,13 @@ folder in whose path is KILL_IN; with "KILL_AFTER=module:function n" after the n
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,13 +112,57 @@ def text(argument):
     return os.fsdecode(argument) if isinstance(argument, bytes) else str(argument)
 
 
+COMMAND = [sys.executable, "-m", "tests.forked"]
+
+
+class Common:
+    """One process behind the servers of all workers of a pytest: it is begun when the first of them asks for it."""
+
+    def __init__(self, folder):
+        self._listener, self._process = socket.socket(socket.AF_UNIX), None
+        self.path = str(Path(folder) / "forks")
+        self._listener.bind(self.path)
+        self._listener.listen()
+        threading.Thread(target=self._begin, daemon=True).start()
+
+    def _begin(self):
+        place = self._listener.fileno()
+        select.select([place], [], [])
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}  # files could be sought in, and be a terminal
+        self._process = subprocess.Popen([*COMMAND, str(place)], cwd=ROOT, pass_fds=[place], **pipes)
+
+    def close(self):
+        if self._process is not None:
+            self._process.stdin.close()
+            self._process.wait(timeout=120)
+            self._process.stdout.close()
+        self._listener.close()
+
+
+class Child:
+    """A server that the common process has forked: it is spoken to as to a process of one's own."""
+
+    def __init__(self, path):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(path)
+            self.stdin, self.stdout = connection.makefile("w"), connection.makefile("r")
+
+    def wait(self, timeout):
+        """It ends by itself."""
+
+
+def server(common):
+    """A process that has imported torch: from the common one whose path this is, or one of its own."""
+    if common is not None:
+        return Child(common)
+    return subprocess.Popen(COMMAND, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 class Forks:
     """Runs the command line."""
 
-    def __init__(self):
-        command = [sys.executable, "-m", "tests.forked"]
-        self._server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._running = None
+    def __init__(self, common=None):
+        self._server, self._running = server(common), None
 
     def know(self, module):
         """Have a module imported for all children that come."""
