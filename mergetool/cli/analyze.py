@@ -20,7 +20,11 @@ _TABLES = (
     ("Pairs", _PAIRS, "pairs"),
     ("Task vectors beside the gradient at the base", _DESCENT, "descent"),
     ("Share of what a task gains that each task vector brings", ("loss", "model", "crosstalk"), "crosstalk"),
-    ("How alike what they say is, block by block (CKA)", ("a", "b", "block", "cka"), "likeness"),
+    (
+        "How alike what they say is, block by block (CKA, stitching)",
+        ("a", "b", "block", "cka", "forth", "back"),
+        "likeness",
+    ),
     ("Losses along the merge", ("model", "scale", "loss"), "scales"),
     ("Along the run", ("model", "checkpoint", "length", "cosine"), "path"),
     ("Beside the weights", ("model", "file", "key", "reference", "value"), "settings"),

@@ -114,3 +114,29 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
         kernels.append(centred @ centred.T)
     one, two = kernels
     return cosine(float((one * two).sum()), float(one.square().sum()), float(two.square().sum()))
+
+
+def stitched(first: Tensor, second: Tensor, ridge: float = 1e-2) -> float:
+    """How much of one table of features an affine map of another one tells, on rows that it was not fitted to.
+
+    Tables of the same rows, (rows, any number). Rows with even numbers tell of the others, and they of them, by least
+    squares with `ridge` times the mean of the squared lengths; the share of the variance about the mean of the fitted
+    rows: 1 is all, below 0 worse than that mean. NaN where there is nothing to tell. Reference: Bansal et al.,
+    Revisiting Model Stitching, NeurIPS 2021, https://arxiv.org/abs/2106.07682 (there the map is trained).
+    """
+    lost = there = 0.0
+    tables = first.double(), second.double()
+    for half in (0, 1):
+        (x, x_mean), (y, y_mean) = [_centred(table[half::2]) for table in tables]
+        new, told = tables[0][1 - half :: 2] - x_mean, tables[1][1 - half :: 2] - y_mean
+        kernel = x @ x.mT
+        weight = max(ridge * float(kernel.diagonal().mean()), torch.finfo(kernel.dtype).tiny)
+        kernel.diagonal().add_(weight)
+        lost += float((told - new @ x.mT @ torch.linalg.solve(kernel, y)).square().sum())
+        there += float(told.square().sum())
+    return 1 - lost / there if there else math.nan
+
+
+def _centred(table: Tensor) -> tuple[Tensor, Tensor]:
+    mean = table.mean(dim=0)
+    return table - mean, mean

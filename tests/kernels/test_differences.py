@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mergetool.kernels.differences import Sums, cosine, linear_cka, ratio, sums
+from mergetool.kernels.differences import Sums, cosine, linear_cka, ratio, stitched, sums
 
 
 def three(length=1000, seed=0):
@@ -69,3 +69,22 @@ def test_linear_cka_is_its_formula_and_sees_no_rotation_scale_or_shift():
     assert linear_cka(x, 3 * y @ rotation + 1) == pytest.approx(linear_cka(x, y))
     assert linear_cka(x, x) == pytest.approx(1)
     assert math.isnan(linear_cka(x, torch.ones(20, 2)))
+
+
+def test_stitching_tells_what_an_affine_map_gives_on_other_rows():
+    torch.manual_seed(0)
+    x, noise = torch.randn(64, 6), torch.randn(64, 4)
+    y = x @ torch.randn(6, 4) + 3
+    assert stitched(x, y, ridge=1e-9) == pytest.approx(1)
+    assert stitched(x, noise) < 0.1
+    lost = there = 0.0
+    for fitted, other in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+        a, b = x[fitted].double(), (y + noise)[fitted].double()
+        centred = a - a.mean(0)
+        weight = 0.01 * centred.square().sum() / len(a)
+        by_hand = torch.linalg.solve(centred.T @ centred + weight * torch.eye(6), centred.T @ (b - b.mean(0)))
+        told = (y + noise)[other].double() - b.mean(0)
+        lost += (told - (x[other].double() - a.mean(0)) @ by_hand).square().sum()
+        there += told.square().sum()
+    assert stitched(x, y + noise) == pytest.approx(float(1 - lost / there))
+    assert math.isnan(stitched(x, torch.ones(64, 2)))
