@@ -99,13 +99,11 @@ def _is_heard() -> bool:
 
 def _run() -> int:
     """Run a command; its exit code."""
-    from mergetool.cli.app import app
-    from mergetool.cli.show import explain, explain_bug, explain_usage, interrupted, show_warnings_plainly
-    from mergetool.errors import MergetoolError
+    try:  # a signal may come while the first modules are being imported
+        from mergetool.cli.app import app
+        from mergetool.cli.show import show_warnings_plainly
 
-    show_warnings_plainly()
-    as_json = "--json" in sys.argv
-    try:
+        show_warnings_plainly()
         ended: Any = app(standalone_mode=False)
         return ended if isinstance(ended, int) else 0
     except SystemExit as end:  # how the library answers a pipe that is closed
@@ -113,19 +111,27 @@ def _run() -> int:
             return 141
         raise
     except BaseException as error:
-        if _Interrupted.by is not None:  # whatever became of it: modules that were being imported make others of it
-            code = 128 + _Interrupted.by
-            interrupted(sys.argv[1:], code, as_json=as_json)
-            return code
-        if not _is_heard():
-            return 0  # the leader says it, and fails
-        if isinstance(error, MergetoolError):
-            explain(error, as_json=as_json)
-            return error.exit_code
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return _unwritten(error)
-        if hasattr(error, "format_message"):  # a wrong option or argument
-            explain_usage(error, as_json=as_json)
-            return 2
-        explain_bug(as_json=as_json)
-        return 1
+        return _failed(error, as_json="--json" in sys.argv)
+
+
+def _failed(error: BaseException, as_json: bool) -> int:
+    """Say what has ended a command; its exit code."""
+    from mergetool.cli.show import explain, explain_bug, explain_usage, interrupted
+    from mergetool.errors import MergetoolError
+
+    if _Interrupted.by is not None:  # whatever became of it: modules that were being imported make others of it
+        code = 128 + _Interrupted.by
+        interrupted(sys.argv[1:], code, as_json=as_json)
+        return code
+    if not _is_heard():
+        return 0  # the leader says it, and fails
+    if isinstance(error, MergetoolError):
+        explain(error, as_json=as_json)
+        return error.exit_code
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return _unwritten(error)
+    if hasattr(error, "format_message"):  # a wrong option or argument
+        explain_usage(error, as_json=as_json)
+        return 2
+    explain_bug(as_json=as_json)
+    return 1
