@@ -1,11 +1,12 @@
 """Networks from different seeds matched by what they say to the same inputs, against matching by weights.
 
-    python -m scripts.studies.c2m3.by_data OUT [--sets 2] [--models 2 3 5]
+    python -m scripts.studies.c2m3.by_data OUT [--sets 2] [--models 2 3 5] [--split 1]
 
 With --tasks: two fine-tunes of one base, one of which saw the digits 0 to 4 only, the other 5 to 9.
 
 Digits MLPs of `python -m scripts.studies.c2m3 OUT`, trained where OUT has none; 500 training images without labels
-decide. Prints test accuracy and processor seconds of one thread for each method, means over the sets.
+decide. With --split they are of other seeds, tested on other images. Prints test accuracy and processor seconds of one
+thread for each method, means over the sets.
 """
 
 import argparse
@@ -32,7 +33,9 @@ def methods(out: Path, width: int) -> dict[str, dict[str, object]]:
         "git-rebasin": {"method": "git-rebasin"},
         "git-rebasin, correlation": {"method": "git-rebasin", "match": said},
         "git-rebasin, product": {"method": "git-rebasin", "match": loud},
+        "merge-many": {"method": "merge-many"},
         "c2m3": {"method": "c2m3"},
+        "c2m3, no releases": {"method": "c2m3", "align": {"releases": 0}},
         "c2m3, correlation": {"method": "c2m3", "match": said},
         "c2m3, product": {"method": "c2m3", "match": loud},
         "ot-fusion, weights": {"method": "ot-fusion"},
@@ -52,15 +55,17 @@ def main() -> None:
     parser.add_argument("--tasks", action="store_true")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--models", type=int, nargs="+", default=[2, 5])
+    parser.add_argument("--split", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    out, small, width = arguments.out.absolute(), digits(0), arguments.width
+    out, small, width = arguments.out.absolute(), digits(arguments.split), arguments.width
     out.mkdir(parents=True, exist_ok=True)
     save_file({"x": small.train[0][:CALIBRATION].contiguous()}, out / "inputs.safetensors")
     (out / f"build_{width}.py").write_text(NETWORK.format(width=width))
     subject = Subject("mlp", MLP, (small.pixels, width), small, Training(60), arguments.sets)
     train_sets = tasks if arguments.tasks else trained
-    sets = [train_sets(subject, 5 * k, out / f"mlp-{width}-{5 * k}.pt") for k in range(arguments.sets)]
+    seeds = [100 * arguments.split + 5 * k for k in range(arguments.sets)]
+    sets = [train_sets(subject, seed, out / f"mlp-{width}-{seed}.pt") for seed in seeds]
     each = [score(subject.network(), state, small.test).accuracy for states in sets for state in states.values()]
     print(f"single networks: {sum(each) / len(each):.2f} %", flush=True)
     for count in [2] if arguments.tasks else arguments.models:
