@@ -100,4 +100,4 @@ def test_the_example_is_a_method_of_the_project(tmp_path, call):
     tested = call(
         "-m", "pytest", "-k", "midrange", *places, "tests/golden", "tests/test_house.py", cwd=tmp_path, path=tmp_path
     )
-    assert re.search(r"\b3\d passed", tested), tested
+    assert re.search(r"\b[23]\d passed", tested), tested

@@ -72,7 +72,7 @@ def test_a_candidate_is_what_its_written_recipe_loads_as(inner, sources):
     recipe, points, _ = searched(inner, sources)
     for values in points:
         made = candidate_recipe(recipe, values)
-        loaded = load_recipe({**recipe.document, "merge": settings_of(recipe, values)})
+        loaded = load_recipe({**recipe.document, **settings_of(recipe, values)})
         assert (made.method, made.overrides, made.document) == (loaded.method, loaded.overrides, loaded.document)
 
 
