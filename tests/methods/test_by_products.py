@@ -53,7 +53,7 @@ def test_a_device_merges_by_products_what_the_cpu_merges_by_decompositions(searc
     here, _ = merge_of(method, deltas)
     assert not searches
     there, notes = merge_there(method, deltas)
-    few = method == "iso-cts" and shape == (96, 128)  # all directions of the rows are known: it looks in those left over
+    few = method == "iso-cts" and shape[0] < shape[1]  # all directions of the rows are known: it looks in those left
     assert bool(searches) is (method in SEARCHING and not few)
     assert relative(there, here) < 1e-5
     assert notes == []
