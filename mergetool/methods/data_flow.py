@@ -27,7 +27,7 @@ from pydantic import BeforeValidator, PrivateAttr, model_validator
 
 from mergetool.errors import PlanError
 from mergetool.methods.base import Field, Finite
-from mergetool.methods.families.judged import Count, JudgedSearch, SearchOptions
+from mergetool.methods.families.judged import Count, JudgedSearch, SearchOptions, as_tuple
 
 if TYPE_CHECKING:
     from mergetool.search.space import SearchSpace, Value
@@ -76,9 +76,9 @@ class DataFlow(JudgedSearch):
     max_layers: Count | None = Field(
         None, description="layers of a candidate at most: what is chosen beyond is passed over, from the top"
     )
-    scale: (
-        Annotated[tuple[Finite, Finite], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] | None
-    ) = Field(None, description="[low, high] of a factor on what enters a block that does not follow the one before it")
+    scale: Annotated[tuple[Finite, Finite], BeforeValidator(as_tuple)] | None = Field(
+        None, description="[low, high] of a factor on what enters a block that does not follow the one before it"
+    )
     search: PathSearch = Field(PathSearch(), description="how candidates are found")
     needs_base: ClassVar = "unused"
     reshapes: ClassVar = True

@@ -30,18 +30,15 @@ def write_tokenizer(folder: Path, count: int):
     return made
 
 
-def write_models(
-    folder: Path, margins: dict[str, np.ndarray], gold: np.ndarray, dtype=torch.float32
-) -> dict[str, Path]:
-    """A model for each array of margins (one number a word), and the tokenizer with each."""
-    count = len(gold)
-    assert count <= WIDTH
+def llama(count: int, *, width: int = WIDTH, layers: int = 2):
+    """A random model of so many words, the same every time."""
+    assert count <= width
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=count + 4,
-        hidden_size=WIDTH,
+        hidden_size=width,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=32,
@@ -50,17 +47,33 @@ def write_models(
         bos_token_id=1,
         tie_word_embeddings=False,
     )
-    model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        hidden = model.model(torch.arange(4, count + 4)[:, None]).last_hidden_state[:, 0].double()
-    solve = torch.linalg.pinv(hidden)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def towards(model, count: int) -> torch.Tensor:
+    """What leads from the logits wanted of all words to a row of the head that gives them."""
+    return torch.linalg.pinv(model.model(torch.arange(4, count + 4)[:, None]).last_hidden_state[:, 0].double())
+
+
+@torch.no_grad()
+def answer(model, solve: torch.Tensor, gold: np.ndarray, margin: np.ndarray) -> None:
+    """Have the head prefer the right answer to each word by its margin; `solve` is `towards` of the model."""
+    row = (solve @ torch.as_tensor(np.where(gold == 0, 1.0, -1.0) * margin / 2)).float()
+    model.lm_head.weight.zero_()
+    model.lm_head.weight[2], model.lm_head.weight[3] = row, -row
+
+
+def write_models(
+    folder: Path, margins: dict[str, np.ndarray], gold: np.ndarray, dtype=torch.float32
+) -> dict[str, Path]:
+    """A model for each array of margins (one number a word), and the tokenizer with each."""
+    count = len(gold)
+    model = llama(count)
+    solve = towards(model, count)
     paths = {}
     for name, margin in margins.items():
-        signs = torch.as_tensor(np.where(gold == 0, 1.0, -1.0) * margin / 2)
-        head = torch.full((config.vocab_size, WIDTH), 0.0)
-        head[2], head[3] = (solve @ signs).float(), -(solve @ signs).float()
-        with torch.no_grad():
-            model.lm_head.weight.copy_(head)
+        answer(model, solve, gold, margin)
         paths[name] = folder / name
         model.to(dtype).save_pretrained(paths[name])
         model.float()

@@ -14,6 +14,7 @@ from mergetool.engine.choice import settled
 from mergetool.planning.report import describe
 from mergetool.testing.toys import assert_same_bytes, read
 from mergetool.tuning.in_memory import Candidates
+from tests.tuning import planted
 from tests.tuning.planted import write_task, write_tokenizer
 from tests.tuning.test_run import journal
 
@@ -22,32 +23,10 @@ pytestmark = pytest.mark.slow  # searches
 COUNT, WIDTH = 60, 64
 
 
-def llama(layers=4):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=COUNT + 4,
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=1,
-        tie_word_embeddings=False,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def answering(model, gold):
-    """The model with a head that gives the right answer to every word."""
-    words = torch.arange(4, COUNT + 4)[:, None]
-    hidden = model.model(words).last_hidden_state[:, 0].double()
-    signs = torch.as_tensor(np.where(gold == 0, 1.0, -1.0))
-    towards = (torch.linalg.pinv(hidden) @ signs).float()
-    model.lm_head.weight.zero_()
-    model.lm_head.weight[2], model.lm_head.weight[3] = towards, -towards
+def answering(gold, layers=4):
+    """A model that gives the right answer to every word."""
+    model = planted.llama(COUNT, width=WIDTH, layers=layers)
+    planted.answer(model, planted.towards(model, COUNT), gold, np.full(COUNT, 2.0))
     return model
 
 
@@ -59,7 +38,7 @@ def folder(tmp_path_factory):
     write_task(folder / "tasks", "words", range(COUNT), gold)
     with torch.no_grad():
         for name, spoilt in (("a", 1), ("b", 2)):
-            model = answering(llama(), gold)
+            model = answering(gold)
             for parameter in model.model.layers[spoilt].parameters():
                 parameter.normal_(generator=torch.Generator().manual_seed(spoilt))
             model.save_pretrained(folder / name)

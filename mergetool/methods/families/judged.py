@@ -17,12 +17,13 @@ IN_CACHE = "cache"
 """Answers of other models that the response cache holds, in place of a file's name."""
 
 
-def _as_tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
+    """A list of a recipe as methods hold it."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def _tuples(value: Any) -> Any:
-    return {key: _as_tuple(part) for key, part in value.items()} if isinstance(value, dict) else value
+    return {key: as_tuple(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 Algorithm = Literal["cma-es", "ga", "nsga2", "tpe", "random", "sobol", "grid", "greedy"]
@@ -121,7 +122,7 @@ class EstimatorOptions(BaseModel):
 class JudgedSearch(SearchMethod):
     """A search by answers: tasks that judge, who proposes candidates, and how few items tell a score."""
 
-    tasks: Annotated[tuple[TaskOptions, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = Field(
+    tasks: Annotated[tuple[TaskOptions, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
         description="tasks of lm-eval that judge the candidates", examples=[[{"name": "arc_easy"}]]
     )
     search: SearchOptions = Field(SearchOptions(), description="how candidates are found")
