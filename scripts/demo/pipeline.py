@@ -131,7 +131,7 @@ def code(*names: str) -> str:
 
 def training() -> str:
     """Digest of what decides how models are trained and read."""
-    return digest(code("train.py"), *(version(name) for name in ("torch", "transformers", "tokenizers")))
+    return digest(code("train.py", "muon.py"), *(version(name) for name in ("torch", "transformers", "tokenizers")))
 
 
 def say(text: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from .muon import Muon
 from .tasks import NUM_INTENSITIES, Task, pixel_token
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -63,7 +64,7 @@ def pretrain(texts: list[str], folder: Path, sizes: Sizes, report: Report) -> No
     ]
     others = [*encoder.embeddings.parameters(), *head.parameters(), bias]
     others += [weight for name, weight in encoder.named_parameters() if name.startswith("encoder") and weight.ndim == 1]
-    optimizers = [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98))]
+    optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98))]
     _descend(optimizers, loss, batches, steps=sizes.pretrain_steps, report=report)
     encoder.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
