@@ -149,6 +149,11 @@ class Bracket:
     """Of all entries those that are larger than the one that is sought."""
 
     @classmethod
+    def of_all(cls, rank: int) -> "Bracket":
+        """Nothing lies outside."""
+        return cls(rank, 0, _LARGEST, 1.0)
+
+    @classmethod
     def around(cls, rank: int, total: int, sample: Tensor) -> "Bracket | None":
         """From the first histogram over a sample of `total` magnitudes; None where it would hold too many."""
         larger = sample.flip(0).cumsum(0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import mergetool.engine as engine
 from mergetool.api import run as run_recipe
+from mergetool.methods.families import ranks
 from mergetool.testing.cases import MethodCase
 from mergetool.testing.toys import INTEGERS, State, read, write, write_statistics
 
@@ -36,10 +37,14 @@ def run(case: MethodCase, *, exact: bool = False, shard_size: int | str = "5GB",
 
 @contextmanager
 def cut_finely(slice_elements: int, unit_elements: int) -> Iterator[None]:
-    """The two sizes are constants that several modules import; give all of them other values for a while."""
+    """The two sizes are constants that several modules import; give all of them other values for a while.
+
+    Ranks are found as in large tensors then, by counting.
+    """
     _import_engine()
     modules = [module for name, module in sys.modules.items() if name.startswith("mergetool.")]
     with ExitStack() as stack:
+        stack.enter_context(replaced(ranks, "SMALL", 0))
         for key, value in (("SLICE_ELEMENTS", slice_elements), ("UNIT_ELEMENTS", unit_elements)):
             holders = [module for module in modules if hasattr(module, key)]
             assert holders, key

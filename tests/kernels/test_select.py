@@ -160,6 +160,12 @@ def test_the_ends_are_found_even_where_no_sample_has_them(rank):
     assert settled(bracket_of(x[others][::16], rank, len(x)), x.split(25_000)) == sorted_out(x, rank)
 
 
+def test_a_bracket_that_holds_all_entries_finds_every_rank():
+    x = torch.tensor([0.0, -0.0, 2.0, -2.0, 2.0**-149, math.inf, -3.0e38, 1.0])
+    for rank in range(1, len(x) + 1):
+        assert settled(Bracket.of_all(rank), x.split(3)) == sorted_out(x, rank)
+
+
 def test_a_bracket_that_would_hold_most_entries_is_not_made():
     x = uniform((20_000,), "values")
     x[:15_000] = 0.0

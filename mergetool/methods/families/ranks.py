@@ -20,6 +20,8 @@ so it is a function of a module, or a method of one of our classes."""
 Then = Callable[[Stats], "StatisticsPass | Stats"]
 """What comes once the values are known."""
 
+SMALL = 1 << 12
+"""Size up to which it is quicker to keep all entries than to count them."""
 _LARGE = 1 << 18
 """Size from which on a sample pays."""
 _MOST_KEPT = 1 << 23
@@ -39,10 +41,12 @@ def find(
     In the end `then` is given `threshold`, the score at each rank, `equal`, how many entries have just that score, and
     `share`: the share of these that is within the rank.
     """
-    from mergetool.kernels.select import RankSearch
+    from mergetool.kernels.select import Bracket, RankSearch
 
     which = tuple(place for place, _ in ranks)
     searches = tuple(RankSearch.begin(rank, bits) for _, rank in ranks)
+    if bits == 32 and num_elements <= SMALL:
+        return _Brackets(scores, then, which, searches, tuple(Bracket.of_all(rank) for _, rank in ranks))
     if bits == 32 and num_elements >= _LARGE:
         return _Sample(scores, then, which, searches, num_elements)
     return _Thresholds(scores, then, which, searches)
