@@ -14,6 +14,7 @@ An exempt method must really break the law: an exemption that is not needed is a
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any, Literal, get_args, get_origin
 
@@ -115,6 +116,11 @@ class MethodCase:
         passes = kernel.statistics_pass(kernel.params(0.0, self.names), prod(FEW["lm_head.weight"]), 32)
         whole = {kernel.granularity_in(name, shape) for name, shape in FEW.items()}
         return method.stages(), type(passes), kernel.pass_scope(), whole, kernel.partners("a"), kernel.needs_float64
+
+    @cached_property
+    def works_in_another_way(self) -> bool:
+        """By default, and under options that change which work is done, not only its arithmetic."""
+        return not self.option or self.work() != MethodCase(self.kind).work()
 
     def merged(self) -> State:
         """What these settings make of the exact toys: merged once for all laws that compare with it."""

@@ -61,7 +61,8 @@ def law(
 def laws(*kinds: type[Method], in_turn: bool = False) -> Callable[[Law, MethodCase], None]:
     """A test for pytest: every law on every case of these methods. Give it a name that begins with `test`.
 
-    `in_turn`: an option that some of them have from one family is tried under each law with one of them, in turn.
+    `in_turn`: an option that some of them have from one family is tried under each law with one of them, in turn; one
+    that changes only arithmetic, under every third law.
     """
     import pytest
 
@@ -92,10 +93,12 @@ def _pairs(kinds: tuple[type[Method], ...], in_turn: bool) -> Iterator[tuple[Law
 
 
 def _in_turn(law: Law, every: Iterable[MethodCase], turn: int) -> list[MethodCase]:
-    """Each option of a family with one method that obeys; and whatever is told to be exempt under its option."""
+    """Each option of a family with one method that obeys, those about arithmetic in turn; and whatever is told to be
+    exempt under its option."""
     tried = [case for case in every if law.covers(case)]
     told = [case for case in tried if f"{law.name} {case.option}" in case.kind.exempt]
     obedient = [case for case in tried if not law.exemption(case)]
     origins = {case.origin for case in obedient}
     rest = [case for case in tried if case.origin not in origins]
-    return told + each_once(obedient, turn) + each_once(rest, turn)
+    once = enumerate(each_once(obedient, turn) + each_once(rest, turn), turn)
+    return told + [case for place, case in once if place % 3 == 0 or case.works_in_another_way]

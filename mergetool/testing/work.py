@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -61,9 +62,7 @@ def how_finely_tensors_are_cut_does_not_matter(case: MethodCase) -> None:
             assert_same_bytes(case.merge(base, models), expected)
 
 
-def _works_in_another_way(case: MethodCase) -> bool:
-    """By default, and under options that change which work is done, not only its arithmetic."""
-    return not case.option or case.work() != MethodCase(case.kind).work()
+_works_in_another_way = attrgetter("works_in_another_way")
 
 
 @law("workers", _works_in_another_way, fitted=True)
