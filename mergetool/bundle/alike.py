@@ -11,6 +11,7 @@ from another seed, which is not found.
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from torch import Tensor
 from mergetool.bundle.files import triplet_names, whole_name
 from mergetool.bundle.manifest import Manifest
 from mergetool.errors import SourceError
-from mergetool.kernels.routing import inner_products
-from mergetool.kernels.spectral import Factors, concatenated
+from mergetool.kernels.routing import as_cosines, inner_products
+from mergetool.kernels.spectral import Factors, concatenated, grams
 
 LIMIT = 0.7
 """Experts whose cosine is larger are alike."""
 _MOST = 32
 """Leading directions of a tensor that are compared: they hold most of what changed, and large models stay quick."""
+_PIECE = 1 << 18
+"""Elements of dense changes that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,12 @@ class Alike:
 
 def alike(folder: Path, manifest: Manifest) -> list[Alike]:
     """Every two experts that changed nearly the same, the most alike first. Raises SourceError for a damaged file."""
-    names = manifest.names
-    found = cosines(folder, manifest).tolist() if len(names) > 1 else []
+    return pairs_of(manifest.names, cosines(folder, manifest)) if len(manifest.tasks) > 1 else []
+
+
+def pairs_of(names: Sequence[str], cosines: Tensor) -> list[Alike]:
+    """Those of these experts that changed nearly the same, by the cosines (T, T) of all; the most alike first."""
+    found = cosines.tolist()
     pairs = [Alike(names[i], names[j], value) for i, row in enumerate(found) for j, value in enumerate(row) if i < j]
     return sorted((pair for pair in pairs if pair.cosine > LIMIT), key=lambda pair: -pair.cosine)
 
@@ -57,17 +64,35 @@ def cosines(folder: Path, manifest: Manifest) -> Tensor:
         files = [_File(opened, folder / task.factors) for task in manifest.tasks]
         for name, parameter in manifest.parameters.items():
             if parameter.policy == "full":
-                whole = torch.stack([file.whole(name) for file in files]).double()
-                inner += whole @ whole.mT
+                inner += changes_in_full([file.whole(name) for file in files])
             elif parameter.ranks:
                 inner += _inner([file.leading(name, parameter.shape) for file in files])
-    lengths = inner.diagonal().clamp_min(0).sqrt()
-    return inner / (lengths[:, None] * lengths).clamp_min(torch.finfo(inner.dtype).tiny)
+    return as_cosines(inner)
+
+
+def changes_in_full(changes: Sequence[Tensor]) -> Tensor:
+    """Inner products (T, T), float64, of dense changes; piece by piece, for all of them widened may be very large."""
+    flat = [change.reshape(-1) for change in changes]
+    inner = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+    for start in range(0, flat[0].numel(), _PIECE):
+        wide = torch.stack([change[start : start + _PIECE] for change in flat]).double()
+        inner += (wide @ wide.mT).cpu()
+    return inner
+
+
+def leading_products(gram_left: Tensor, gram_right: Tensor, s: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Inner products (T, T), float64, of the leading directions of changes; their `grams` side by side, and ranks."""
+    sizes = [min(rank, _MOST) for rank in ranks]
+    starts = accumulate(ranks, initial=0)
+    places = torch.tensor([start + each for start, size in zip(starts, sizes, strict=False) for each in range(size)])
+    places = places.to(s.device, torch.long)
+    left, right = (gram[places[:, None], places] for gram in (gram_left, gram_right))
+    return inner_products(left, right, s[places], sizes).double().cpu()
 
 
 def _inner(tasks: Sequence[Factors]) -> Tensor:
     every = concatenated(tasks)
-    return inner_products(every.u.mT @ every.u, every.v.mT @ every.v, every.s, [task.rank for task in tasks])
+    return leading_products(*grams(every), every.s, [task.rank for task in tasks])
 
 
 class _File:
@@ -82,7 +107,7 @@ class _File:
 
     def whole(self, name: str) -> Tensor:
         values: Tensor = self._file.get_tensor(whole_name(name))
-        return values.float().reshape(-1)
+        return values
 
     def leading(self, name: str, shape: Sequence[int]) -> Factors:
         u, s, vh = triplet_names(name)

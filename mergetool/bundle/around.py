@@ -21,14 +21,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mergetool.arch.matrices import is_of_mlp
+from mergetool.bundle.alike import Alike
 from mergetool.bundle.build import Work, build
 from mergetool.bundle.files import TensorWriter, copy_files, small_files
 from mergetool.bundle.manifest import Base, Manifest
-from mergetool.bundle.options import Experts, Options
+from mergetool.bundle.options import TAKING, Experts, Options
 from mergetool.bundle.present import PresentedSource
 from mergetool.bundle.store import FactorStore
-from mergetool.bundle.task_vector import Difference, TaskVector
-from mergetool.errors import MergeError, PlanError
+from mergetool.bundle.task_vector import Difference, TaskVector, check_finite
+from mergetool.errors import PlanError
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.source import SINGLE_NAME, ModelSource, read_whole
@@ -69,9 +70,7 @@ class _Around(Experts):
         total = torch.zeros_like(base, dtype=torch.float64)
         for task in self.names:
             change = self._experts.change(task, name)
-            if not change.is_finite:
-                what = "holds values that are not finite, or the base does"
-                raise MergeError(what, f"model {task!r}: {name}", "repair or replace that model")
+            check_finite(task, name, change.is_finite)
             total += change.dense()
         scale = 0.0 if self._options.own != "all" and is_own(name, self._options) else self._options.scale
         merged = (base.double() + scale * total).to(torch_dtype(self.sources["base"].specs[name].dtype))
@@ -99,8 +98,13 @@ class _Around(Experts):
         """What an expert changed of the base's tensor."""
         return self._experts.change(model, name).dense()
 
-    def share(self, call: Callable[[str], T], items: Sequence[str], num_threads: int) -> Sequence[T]:
-        return self._experts.share(call, items, num_threads)
+    def share(
+        self, call: Callable[[str], T], items: Sequence[str], num_threads: int, label: str = TAKING
+    ) -> Sequence[T]:
+        return self._experts.share(call, items, num_threads, label)
+
+    def met(self, pairs: Sequence[Alike]) -> None:
+        self._experts.met(pairs)
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,7 @@
 """Make a bundle: factors of every expert's changes, heads, what the router needs, and the manifest.
 
 factor     tensor by tensor, shared out: task vectors, their leading singular triplets (through the store)
-write      task by task, shared out: one file of factors, laid out first and filled from the store
+write      the same: into a file for each task, laid out first; what is told of all tasks is measured on the way
 first pass the merged weights that routing features come from, if they are not to come from the base
 finish     heads, base, config, hashes, manifest
 
@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from mergetool._version import __version__
 from mergetool.arch.depth import structural_depths
+from mergetool.bundle.alike import pairs_of
 from mergetool.bundle.compared import write_compared
 from mergetool.bundle.files import (
     COMPARED,
@@ -30,12 +30,9 @@ from mergetool.bundle.files import (
     TensorWriter,
     bundle_config,
     copy_files,
-    factors_path,
     model_files,
     single_name,
     spectrum_key,
-    triplet_names,
-    whole_name,
 )
 from mergetool.bundle.heads import hidden_size, write_class_head, write_head
 from mergetool.bundle.manifest import (
@@ -52,30 +49,24 @@ from mergetool.bundle.options import Experts, HeadSource, Options
 from mergetool.bundle.ranks import (
     columns,
     counted_width,
-    factor_specs,
-    full_spec,
     is_worthwhile,
     most_bytes,
     most_directions,
 )
 from mergetool.bundle.routed import routing_matrices
 from mergetool.bundle.store import FactorStore
-from mergetool.bundle.task_vector import TaskVector, directions_of
-from mergetool.errors import MergeError, PlanError
-from mergetool.kernels.routing import cosines, without_duplicates
-from mergetool.kernels.spectral import (
-    Factors,
-    concatenated,
-    interference,
-    orthogonalised,
-    rank_limit,
-    ranks_within,
-)
+from mergetool.bundle.task_vector import TaskVector, check_finite, directions_of
+from mergetool.bundle.written import FactorFiles, Overlap
+from mergetool.errors import PlanError
+from mergetool.kernels.routing import as_cosines, cosines, without_duplicates
+from mergetool.kernels.spectral import Factors, concatenated, orthogonalised, rank_limit, ranks_within
 from mergetool.tensors.dtypes import BY_TORCH_NAME, torch_dtype
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.io import sha256_file
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.writer import write_file, write_tensors
+
+_WRITING = "writing factors"
 
 
 def build(
@@ -106,13 +97,14 @@ def build(
             work.write_first_pass(parameters, router)
     if router is not None and router.rank is not None:
         write_compared(experts, folder, store, options, router.matrices, num_threads)
-    paths = experts.share(lambda task: work.write_factors(task, parameters), experts.names, num_threads)
-    files = dict(zip(experts.names, paths, strict=True))
-    measured = experts.share(lambda name: work.measured(parameters[name], name, paths), [*parameters], num_threads)
-    parameters = dict(zip(parameters, measured, strict=True))
+    with FactorFiles(folder, experts.names, parameters, options) as files:
+        paths = dict(zip(experts.names, experts.share(files.create, experts.names, num_threads, _WRITING), strict=True))
+        files.open()
+        measured = experts.share(lambda name: work.write(name, parameters[name], files), largest, num_threads, _WRITING)
     if not experts.leads:
         return None
-    return work.finish(work.write_base(), work.tasks(files, heads), parameters, router)
+    parameters = work.with_measures(parameters, dict(zip(largest, measured, strict=True)))
+    return work.finish(work.write_base(), work.tasks(paths, heads), parameters, router)
 
 
 class Work:
@@ -143,12 +135,12 @@ class Work:
         whole = all(change.is_stored for change in changes) and known is None  # no more than that is asked for
         if most == 0 or whole:
             return Parameter(policy="full", shape=shape), []
-        factors = [change.chosen(self.store, most, self.options.rank) for change in changes]
-        if not is_worthwhile(shape, max(part.rank for part in factors), self.options):
-            return Parameter(policy="full", shape=shape), []
         room = rank_limit(self.options.rank, min(shape[0], columns(shape)), len(changes))
-        spectra = [change.spectrum(part, room).cpu() for change, part in zip(changes, factors, strict=True)]
-        return Parameter(policy="svd", shape=shape, ranks=tuple(part.rank for part in factors)), spectra
+        chosen = [change.chosen(self.store, most, self.options.rank, room) for change in changes]
+        ranks = tuple(rank for rank, _ in chosen)
+        if not is_worthwhile(shape, max(ranks), self.options):
+            return Parameter(policy="full", shape=shape), []
+        return Parameter(policy="svd", shape=shape, ranks=ranks), [values.cpu() for _, values in chosen]
 
     def within_size(
         self, parameters: dict[str, Parameter], spectra_of: Mapping[str, list[Tensor]]
@@ -178,9 +170,8 @@ class Work:
     def _changes(self, name: str) -> list[TaskVector]:
         changes = [self.experts.change(task, name) for task in self.experts.names]
         for task, change in zip(self.experts.names, changes, strict=True):
-            if not change.is_finite:
-                what = "holds values that are not finite, or the base does"
-                raise MergeError(what, f"model {task!r}: {name}", "repair or replace that model")
+            if not change.is_stored:  # what is stored is looked at when it is written
+                check_finite(task, name, change.is_finite)
         return changes
 
     def _stored(self, name: str, parameters: Mapping[str, Parameter]) -> list[Factors]:
@@ -188,44 +179,40 @@ class Work:
         most = max(*parameters[name].ranks, 1)
         dtype = torch_dtype(BY_TORCH_NAME[self.options.dtype])
         rounded = []
-        for change, rank in zip(self._changes(name), parameters[name].ranks, strict=True):
+        for task, change, rank in zip(self.experts.names, self._changes(name), parameters[name].ranks, strict=True):
+            check_finite(task, name, change.is_finite)
             factors = change.factors(self.store, most).leading(rank)
             rounded.append(Factors(factors.u.to(dtype).double(), factors.s.double(), factors.v.to(dtype).double()))
         return rounded
 
-    def write_factors(self, task: str, parameters: Mapping[str, Parameter]) -> str:
-        """Write one task's file; its path in the bundle."""
-        place = self.experts.names.index(task)
-        specs: list[TensorSpec] = []
-        for name, parameter in parameters.items():
-            if parameter.policy == "svd" and (rank := parameter.ranks[place]):
-                specs += factor_specs(name, parameter.shape, rank, self.options)
-            elif parameter.policy == "full":
-                specs += [full_spec(name, parameter.shape, self.options)]
-        path = factors_path(task)
-        with TensorWriter(self.folder, path, specs) as writer:
-            for name, parameter in parameters.items():
-                if parameter.policy == "skip" or (parameter.policy == "svd" and not parameter.ranks[place]):
-                    continue
-                if parameter.policy == "full":
-                    writer.put(whole_name(name), self.experts.change(task, name).whole())
-                    continue
-                factors = self._leading(task, name, parameter.ranks[place])
-                for key, part in zip(triplet_names(name), (factors.u, factors.s, factors.v.mT), strict=True):
-                    writer.put(key, part)
-        return path
+    def write(self, name: str, parameter: Parameter, files: FactorFiles) -> Overlap | None:
+        """Write what is kept of a tensor, and tell what is measured of it."""
+        if parameter.policy == "skip":
+            return None
+        if parameter.policy == "full":
+            return files.put_whole(name, [self.experts.change(task, name).whole() for task in self.experts.names])
+        own = zip(self.experts.names, parameter.ranks, strict=True)
+        return files.put(name, [self._leading(task, name, rank) for task, rank in own])
 
     def _leading(self, task: str, name: str, rank: int) -> Factors:
-        known = self.store.known((task, name), rank)
-        return self.experts.change(task, name).leading(self.store, rank) if known is None else known
+        if (known := self.store.known((task, name), rank)) is not None:
+            return known
+        return self.experts.change(task, name).leading(self.store, max(1, rank)).leading(rank)
 
-    def measured(self, parameter: Parameter, name: str, paths: Sequence[str]) -> Parameter:
-        """The parameter with how much the tasks' factors, as they were written, are in each other's way."""
-        if parameter.policy != "svd":
-            return parameter
-        written = [_read_factors(self.folder / path, name, self.experts.device) for path in paths]
-        every = concatenated([factors for factors in written if factors is not None])
-        return parameter.model_copy(update={"interference": interference(every).normalised})
+    def with_measures(
+        self, parameters: Mapping[str, Parameter], measured: Mapping[str, Overlap | None]
+    ) -> dict[str, Parameter]:
+        """The parameters with how much tasks are in each other's way; experts that are alike are told of."""
+        found = {name: one for name in parameters if (one := measured[name]) is not None}
+        if self.options.router is not None and found:
+            inner = sum((one.inner for one in found.values()), torch.zeros(()))
+            self.experts.met(pairs_of(self.experts.names, as_cosines(inner)))
+        return {
+            name: parameter.model_copy(update={"interference": found[name].interference})
+            if parameter.policy == "svd"
+            else parameter
+            for name, parameter in parameters.items()
+        }
 
     # ---------------------------------------------------------------- routing
 
@@ -319,7 +306,7 @@ class Work:
             files = source.files
             place = source.folder or files[0].path
             return Base(kind="reference", path=str(place.absolute()), files=digests)
-        copy_files(model_files(source), self.folder / "base")
+        copy_files(model_files(source), self.folder / "base", self.experts.leaving)
         if source.folder is None:
             digests = {single_name(source.files[0].path): digest for digest in digests.values()}
         return Base(kind="copy", path="base", files=digests)
@@ -381,15 +368,6 @@ class Work:
         unused = None if manifest.layouts else {"layouts"}
         text = json.dumps(manifest.model_dump(mode="json", exclude_none=True, exclude=unused), indent=1)
         write_file(self.folder / MANIFEST_NAME, text + "\n")
-
-
-def _read_factors(path: Path, name: str, device: torch.device) -> Factors | None:
-    """Factors of a tensor in a finished file, in float32; None where it has none of it."""
-    with safe_open(path, framework="pt") as file:
-        if triplet_names(name)[0] not in file.keys():  # noqa: SIM118  (not a mapping)
-            return None
-        u, s, vh = (file.get_tensor(part).to(device).float() for part in triplet_names(name))
-    return Factors(u, s, vh.mT)
 
 
 def _at_most(parameter: Parameter, ranks: Sequence[int]) -> Parameter:

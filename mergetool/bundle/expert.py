@@ -6,7 +6,7 @@ An expert that was a classifier of transformers is one again: its own head, name
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from mergetool.bundle.masks import masked_change
 from mergetool.bundle.verify import base_folder, check_base, check_files
 from mergetool.checkpoints.view import RenamedModel
 from mergetool.errors import SourceError
-from mergetool.tensors.factors import Halves, Kept, nothing_added
+from mergetool.tensors.factors import Halves, KeptChange, nothing_added
 from mergetool.tensors.folder import open_model
 from mergetool.tensors.header import Header, TensorSpec
 from mergetool.tensors.io import bytes_of
@@ -107,31 +107,36 @@ class ExpertSource(ModelSource):
         u, s, vh = (read_whole(self._own, part).float() for part in triplet_names(self._names[name]))
         return u * s, vh
 
-    def kept(self, name: str) -> Kept | None:
+    def kept(self, name: str) -> KeptChange | None:
         if name not in self._names or self._is_masked(self._names[name]):
             return None
-        name = self._names[name]
-        whole = whole_name(name)
-        parts = (whole,) if whole in self._own.specs else triplet_names(name)
-        found = [read_whole(self._own, part) for part in parts if part in self._own.specs]
-        b, a = nothing_added(self._base.specs[name].shape)
-        u, s, vh = found if len(found) == len(parts) > 1 else (b, torch.zeros(0), a)
-        return tuple(found) if len(parts) == 1 else (u, s, vh, self._spectrum(name, s), *self._read(name))
+        name, specs = self._names[name], self._own.specs
+        left, *_ = parts = triplet_names(name)
+        directions = None if whole_name(name) in specs else specs[left].shape[1] if left in specs else 0
+
+        def read() -> tuple[Tensor, ...]:
+            if directions == 0:
+                b, a = nothing_added(self._base.specs[name].shape)
+                return b, torch.zeros(0), a
+            return tuple(read_whole(self._own, part) for part in (parts if directions else (whole_name(name),)))
+
+        return KeptChange(directions, read, lambda: self._spectrum(name), lambda: self._read(name))
 
     def _is_masked(self, name: str) -> bool:
         return name in self._parameters and self._parameters[name].policy == "mask"
 
-    def _spectrum(self, name: str, s: Tensor) -> Tensor:
+    def _spectrum(self, name: str) -> Tensor:
         """The singular values that were there when it was decided how many to keep."""
-        key = spectrum_key(self._place, name)
-        spectra = self._all_spectra
-        return s if spectra is None or key not in spectra.specs else read_whole(spectra, key)
+        key, (_, own, _) = spectrum_key(self._place, name), triplet_names(name)
+        if (spectra := self._all_spectra) is not None and key in spectra.specs:
+            return read_whole(spectra, key)
+        return read_whole(self._own, own) if own in self._own.specs else torch.zeros(0)
 
-    def _read(self, name: str) -> Iterator[Tensor]:
+    def _read(self, name: str) -> tuple[Tensor, ...] | None:
         """What the bundle's router compares, where these are other directions than the expert keeps."""
-        parts = triplet_names(spectrum_key(self._place, name))
-        if (read := self._compared) is not None:
-            yield from (read_whole(read, part) for part in parts if part in read.specs)
+        u, _, vh = triplet_names(spectrum_key(self._place, name))
+        read = self._compared
+        return None if read is None or u not in read.specs else (read_whole(read, u), read_whole(read, vh))
 
     @cached_property
     def _compared(self) -> ModelSource | None:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -55,6 +55,9 @@ class TensorWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._slots.close()
 
     def put(self, name: str, values: Tensor) -> None:
@@ -83,11 +86,25 @@ def small_files(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in [*config, *side_files(folder)]}
 
 
-def copy_files(files: Mapping[str, Path], folder: Path) -> None:
-    """Byte for byte, under these names. Raises OutputError."""
+def copy_files(files: Mapping[str, Path], folder: Path, leaving: Path | None = None) -> None:
+    """Byte for byte, under these names. Files of a folder that is `leaving`, once these are there, are only linked.
+
+    Raises OutputError.
+    """
     for name, path in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        _copy(path, folder / name)
+        if leaving is None or not _linked(path, folder / name, leaving):
+            _copy(path, folder / name)
+
+
+def _linked(source: Path, target: Path, leaving: Path) -> bool:
+    """Whether a file of that folder has got a second name; not all file systems know how."""
+    if leaving.resolve() not in source.resolve().parents:  # a link out of it leads to somebody else's file
+        return False
+    with suppress(OSError):
+        target.hardlink_to(source.resolve())
+        return True
+    return False
 
 
 def copy_bundle(folder: Path, target: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mergetool.arch.matrices import is_matrix
+from mergetool.bundle.alike import alike
 from mergetool.bundle.build import Work
 from mergetool.bundle.files import SHARED, TensorWriter, factors_path, triplet_names
 from mergetool.bundle.manifest import Manifest, Parameter
@@ -61,14 +62,17 @@ def build_masked(
     parameters |= dict(zip(read, found, strict=True))
     if experts.leads:
         work.write_shared(parameters)
-    paths = experts.share(lambda task: work.write_masks(task, parameters), experts.names, num_threads)
+    paths = experts.share(lambda task: work.write_masks(task, parameters), experts.names, num_threads, "writing masks")
     if not experts.leads:
         return None
     shutil.rmtree(folder / _PARTS)
     apart = {name: parameters[name].model_copy(update={"policy": "svd"}) for name in read}
     router = work.router(parameters | apart)
     files = dict(zip(experts.names, paths, strict=True))
-    return work.finish(work.write_base(), work.tasks(files, heads, work.scales(surveys)), parameters, router)
+    manifest = work.finish(work.write_base(), work.tasks(files, heads, work.scales(surveys)), parameters, router)
+    if router is not None:
+        experts.met(alike(folder, manifest))
+    return manifest
 
 
 class _MaskedWork(Work):
@@ -129,10 +133,9 @@ class _MaskedWork(Work):
 
     def directions(self, name: str, parameter: Parameter) -> Parameter:
         """The parameter with how many directions of each task are kept, which are in the store then."""
-        factors = [
-            change.chosen(self.store, self._most(parameter.shape), self.options.rank) for change in self._changes(name)
-        ]
-        return parameter.model_copy(update={"ranks": tuple(part.rank for part in factors)})
+        most = self._most(parameter.shape)
+        chosen = [change.chosen(self.store, most, self.options.rank, most) for change in self._changes(name)]
+        return parameter.model_copy(update={"ranks": tuple(rank for rank, _ in chosen)})
 
     def _most(self, shape: Shape) -> int:
         return rank_limit(self.options.rank, min(shape), len(self.experts.names))

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from mergetool.bundle.alike import Alike
     from mergetool.bundle.present import OwnHead
     from mergetool.bundle.task_vector import TaskVector
     from mergetool.kernels.spectral import Rank
     from mergetool.tensors.source import ModelSource
 
 T = TypeVar("T")
+TAKING = "taking models apart"
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,15 @@ class Experts(Protocol):
 
         return Difference(self.read(model, name).sub_(self.read("base", name)), (model, name))
 
-    def share(self, call: Callable[[str], T], items: Sequence[str], num_threads: int) -> Sequence[T]:
-        """`call` of every item, in order, by so many threads; several processes share the work."""
+    def share(
+        self, call: Callable[[str], T], items: Sequence[str], num_threads: int, label: str = TAKING
+    ) -> Sequence[T]:
+        """`call` of every item, in order, by so many threads; several processes share the work. `label`: says it."""
         with ThreadPoolExecutor(num_threads) as pool:
             return list(pool.map(call, items))
+
+    def met(self, pairs: "Sequence[Alike]") -> None:
+        """These changed nearly the same."""
 
     @property
     def device(self) -> "torch.device":
@@ -108,6 +115,11 @@ class Experts(Protocol):
         import torch
 
         return torch.device("cpu")
+
+    @property
+    def leaving(self) -> Path | None:
+        """The bundle in whose place the new one comes."""
+        return None
 
     @property
     def leads(self) -> bool:

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mergetool.bundle.store import FactorStore, Place
+from mergetool.errors import MergeError
 from mergetool.kernels.low_rank import Pair, triplets
 from mergetool.kernels.spectral import Factors, Rank, kept
 from mergetool.kernels.sums import all_finite
-from mergetool.tensors.factors import Kept
+from mergetool.tensors.factors import KeptChange
 
 
 class TaskVector(Protocol):
@@ -47,13 +49,11 @@ class TaskVector(Protocol):
         """The directions that a router compares inputs with, as far as they are known: at most k, as `factors`."""
         return self.factors(store, k)
 
-    def chosen(self, store: FactorStore, k: int, rank: Rank) -> Factors:
-        """Of these the ones that are kept, where `rank` asks for a share of the energy."""
-        return kept(self.factors(store, k), rank)
-
-    def spectrum(self, chosen: Factors, k: int) -> Tensor:
-        """The singular values that could be kept, of which `chosen` were."""
-        return chosen.s
+    def chosen(self, store: FactorStore, k: int, rank: Rank, room: int) -> tuple[int, Tensor]:
+        """How many of at most k are kept, by a share of the energy where `rank` asks for one; and the singular values,
+        at most `room`, that could have been."""
+        chosen = kept(self.factors(store, k), rank)
+        return chosen.rank, chosen.s
 
     def dense(self) -> Tensor:
         """All of it, in the tensor's shape; not to be changed."""
@@ -133,30 +133,35 @@ class StoredInFull(Difference):
 
 @dataclass(frozen=True, eq=False)
 class Stored(TaskVector):
-    """What another bundle kept of it: cut further, but never computed anew."""
+    """What another bundle kept of it: cut further, but never computed anew, and read when it is needed."""
 
-    parts: Factors
-    """In the dtypes in which they are kept."""
-    values: Tensor
-    """The singular values that could have been kept."""
+    kept: KeptChange
     shape: tuple[int, ...]
-    read: Factors | None = None
-    """Those that the bundle's router compared, if these were others; their sizes are not known."""
+    device: torch.device
     is_stored = True
+
+    @cached_property
+    def parts(self) -> Factors:
+        """In the dtypes in which they are kept."""
+        u, s, vh = (part.to(self.device) for part in self.kept.parts())
+        return Factors(u, s, vh.mT)
 
     @property
     def num_directions(self) -> int:
-        return self.parts.rank
+        return self.kept.directions or 0
 
     def leading(self, store: FactorStore, k: int) -> Factors:
         return self.parts.leading(k)
 
     def compared(self, store: FactorStore, k: int) -> Factors:
-        return (self.read or self.parts).leading(k).to(torch.float64)
+        if (read := self.kept.compared()) is None:
+            return self.factors(store, k)
+        u, vh = (part.to(self.device, torch.float64) for part in read)  # their sizes are not known
+        return Factors(u, u.new_zeros(u.shape[1]), vh.mT).leading(k)
 
     @property
     def is_nothing(self) -> bool:
-        return self.parts.rank == 0
+        return self.num_directions == 0
 
     @property
     def is_finite(self) -> bool:
@@ -165,23 +170,26 @@ class Stored(TaskVector):
     def factors(self, store: FactorStore, k: int) -> Factors:
         return self.parts.leading(k).to(torch.float64)
 
-    def chosen(self, store: FactorStore, k: int, rank: Rank) -> Factors:
-        return self.parts.leading(k)  # a share of a share would be less than was asked for
-
-    def spectrum(self, chosen: Factors, k: int) -> Tensor:
-        return self.values[:k].double()
+    def chosen(self, store: FactorStore, k: int, rank: Rank, room: int) -> tuple[int, Tensor]:
+        # A share of a share would be less than was asked for.
+        return min(k, self.num_directions), self.kept.spectrum()[:room].double()
 
     def dense(self) -> Tensor:
         return self.parts.to(torch.float64).dense().view(self.shape)
 
 
-def as_stored(kept: Kept, shape: tuple[int, ...]) -> TaskVector:
+def as_stored(kept: KeptChange, shape: tuple[int, ...], device: torch.device) -> TaskVector:
     """A change as an earlier bundle kept it."""
-    if len(kept) == 1:
-        return StoredInFull(kept[0])
-    u, s, vh, values, *read = kept
-    compared = Factors(read[0], read[0].new_zeros(read[0].shape[1]), read[1].mT) if read else None
-    return Stored(Factors(u, s, vh.mT), values, shape, compared)
+    if kept.directions is None:
+        return StoredInFull(kept.parts()[0].to(device))
+    return Stored(kept, shape, device)
+
+
+def check_finite(task: str, name: str, is_finite: bool) -> None:
+    """Raises MergeError for a change of a tensor that is not."""
+    if not is_finite:
+        what = "holds values that are not finite, or the base does"
+        raise MergeError(what, f"model {task!r}: {name}", "repair or replace that model")
 
 
 def directions_of(known: Iterable[int | None]) -> int | None:

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mergetool.tensors.dtypes import DType
-from mergetool.tensors.factors import Halves, Kept
+from mergetool.tensors.factors import Halves, KeptChange
 from mergetool.tensors.header import TensorSpec
 from mergetool.tensors.source import FileStamp, ModelSource
 
@@ -57,7 +57,7 @@ class RenamedModel(ModelSource):
     def factors(self, name: str) -> Halves | None:
         return self.model.factors(self.stored[name])
 
-    def kept(self, name: str) -> Kept | None:
+    def kept(self, name: str) -> KeptChange | None:
         return self.model.kept(self.stored[name])
 
     def scale(self, name: str) -> float:

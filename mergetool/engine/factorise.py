@@ -14,9 +14,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mergetool.bundle.alike import Alike
 from mergetool.bundle.kinds import build
 from mergetool.bundle.manifest import Parameter
-from mergetool.bundle.options import Experts, HeadSource
+from mergetool.bundle.options import TAKING, Experts, HeadSource
 from mergetool.bundle.present import OwnHead, PresentedSource
 from mergetool.bundle.store import FactorStore
 from mergetool.bundle.task_vector import Difference, Product, TaskVector, as_stored
@@ -33,6 +34,8 @@ from mergetool.tensors.factors import Halves, nothing_added
 from mergetool.tensors.source import is_same_tensor
 
 _STORE = ".factors"
+_MOST_PAIRS = 5
+"""Pairs of experts alike that are named; `mergetool inspect` names all."""
 _KEPT = {
     "svd": "kept as factors",
     "full": "kept in full",
@@ -62,7 +65,7 @@ class WholeExperts(WholeModels, Experts):
         self.heads: Mapping[str, HeadSource | OwnHead] = {
             name: head for name in self.names if (head := self._head(name, plan))
         }
-        self._inputs = run.record.inputs
+        self._inputs, self._remarks = run.record.inputs, run.record.remarks
         self._teller = run.teller
 
     def _head(self, name: str, plan: Plan) -> HeadSource | OwnHead | None:
@@ -76,7 +79,9 @@ class WholeExperts(WholeModels, Experts):
     def leads(self) -> bool:
         return self.team.leads
 
-    def share(self, call: Callable[[_I], _T], items: Sequence[_I], num_threads: int = 1) -> list[_T]:
+    def share(
+        self, call: Callable[[_I], _T], items: Sequence[_I], num_threads: int = 1, label: str = TAKING
+    ) -> list[_T]:
         base = self.sources[BASE].specs
         sizes = {item: len(self.names) * base[str(item)].num_bytes for item in items if str(item) in self.shapes}
         telling = threading.Lock()
@@ -87,7 +92,6 @@ class WholeExperts(WholeModels, Experts):
                 self._teller.advance(sizes.get(item, 0))
             return result
 
-        label = "taking models apart" if sizes else "writing factors"
         self._teller.start(sum(sizes.values()) // self.team.size, label)
         return self.team.share(told, items, num_threads)
 
@@ -113,7 +117,7 @@ class WholeExperts(WholeModels, Experts):
         if source is base:
             return self._product(nothing_added(shape), shape)
         if source.origin is not source and is_same_tensor(source.origin, base, name) and (kept := source.kept(name)):
-            return as_stored(tuple(part.to(self.device) for part in kept), shape)
+            return as_stored(kept, shape, self.device)
         halves = source.factors(name) if is_same_tensor(source.origin, base, name) else None
         if halves is not None:
             return self._product(halves, shape)
@@ -130,6 +134,15 @@ class WholeExperts(WholeModels, Experts):
     def _product(self, halves: Halves, shape: tuple[int, ...]) -> Product:
         b, a = halves
         return Product(b.to(self.device), a.to(self.device), shape)
+
+    @property
+    def leaving(self) -> Path | None:
+        past = self._plan.recipe.past.place
+        return past if past is not None and past == self._plan.output else None
+
+    def met(self, pairs: Sequence[Alike]) -> None:
+        lost = "inputs of one may be answered by the other; leave one out, or merge them first"
+        self._remarks += [f"{pair}: {lost}" for pair in pairs[:_MOST_PAIRS]]
 
     def provenance(self, task: str) -> tuple[str, Mapping[str, str]]:
         known = self._plan.recipe.past.tasks.get(task)

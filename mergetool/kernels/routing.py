@@ -163,7 +163,11 @@ def select(coefficients: Tensor, threshold: float, top_k: int) -> list[tuple[int
 
 def cosines(gram_left: Tensor, gram_right: Tensor, s: Tensor, sizes: Sequence[int]) -> Tensor:
     """Cosines (T, T) between low-rank matrices; arguments as for `inner_products`."""
-    inner = inner_products(gram_left, gram_right, s, sizes)
+    return as_cosines(inner_products(gram_left, gram_right, s, sizes))
+
+
+def as_cosines(inner: Tensor) -> Tensor:
+    """Cosines (T, T) from inner products (T, T); 0 beside what has no length."""
     lengths = inner.diagonal().clamp_min(0).sqrt()
     return inner / (lengths[:, None] * lengths).clamp_min(torch.finfo(inner.dtype).tiny)
 

@@ -362,11 +362,21 @@ class Interference:
     """`total` / sum of the singular values, comparable between matrices."""
 
 
+def grams(every: Factors) -> tuple[Tensor, Tensor]:
+    """U^T U and V^T V, (K, K), in the factors' dtype."""
+    return every.u.mT @ every.u, every.v.mT @ every.v
+
+
 def interference(every: Factors) -> Interference:
     """Singular task interference of the tasks whose `concatenated` factors these are (paper, section 3.3)."""
-    if not every.s.any():
+    return interference_of(*grams(every), every.s)
+
+
+def interference_of(gram_left: Tensor, gram_right: Tensor, s: Tensor) -> Interference:
+    """The same, of `grams` of the factors and their singular values (K,)."""
+    if not s.any():
         return Interference(0.0, 0.0)
-    identity = torch.eye(every.rank, dtype=every.s.dtype, device=every.s.device)
-    overlap = ((every.u.mT @ every.u - identity) * every.s) @ (every.v.mT @ every.v - identity)
+    identity = torch.eye(len(s), dtype=s.dtype, device=s.device)
+    overlap = ((gram_left - identity) * s) @ (gram_right - identity)
     total = float(overlap.abs().sum())
-    return Interference(total, total / float(every.s.abs().sum()))
+    return Interference(total, total / float(s.abs().sum()))

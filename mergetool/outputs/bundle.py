@@ -3,14 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mergetool.bundle.manifest import read_manifest
 from mergetool.outputs.record import Record
 from mergetool.planning import Plan
 from mergetool.planning.graph import Shard
 from mergetool.units import filesize
-
-_MOST_PAIRS = 5
-"""Pairs of experts that are named; `mergetool inspect` names all."""
 
 
 def slot_files(plan: Plan) -> Sequence[Shard]:
@@ -26,14 +22,7 @@ def notes(plan: Plan, folder: Path, record: Record) -> Mapping[str, int]:
     """What the factors take of the whole, and experts whose inputs the router cannot tell apart."""
     factors = sum((folder / shard.name).stat().st_size for shard in plan.shards)
     written = sum((folder / file.name).stat().st_size for file in plan.files)
-    return {f"factors of all experts: {filesize(factors)} of {filesize(written)}": 1, **_alike(folder)}
-
-
-def _alike(folder: Path) -> Mapping[str, int]:
-    from mergetool.bundle.alike import alike
-
-    manifest = read_manifest(folder)
-    if manifest.router is None:
-        return {}
-    lost = "inputs of one may be answered by the other; leave one out, or merge them first"
-    return {f"{pair}: {lost}": 1 for pair in alike(folder, manifest)[:_MOST_PAIRS]}
+    return {
+        f"factors of all experts: {filesize(factors)} of {filesize(written)}": 1,
+        **dict.fromkeys(record.remarks, 1),
+    }

@@ -29,6 +29,8 @@ class Record:
     inputs: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[Note]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    """On the output as a whole."""
     statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What was measured on the models, and on what."""
     bytes_read: int = 0
@@ -53,6 +55,7 @@ class Record:
         for record in records:
             joined.inputs |= record.inputs
             joined.outputs |= record.outputs
+            joined.remarks += record.remarks
             joined.statistics |= record.statistics
             joined.bytes_read += record.bytes_read
             joined.resumed |= record.resumed

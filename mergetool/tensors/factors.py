@@ -5,7 +5,8 @@ A source that knows its tensors as those of another model, its `origin`, plus su
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,10 +15,19 @@ if TYPE_CHECKING:
 Halves = tuple["Tensor", "Tensor"]
 """B and A; the factor that an adapter puts on its product is in B."""
 
-Kept = tuple["Tensor", ...]
-"""A change as a bundle keeps it: U (rows, r), S (r), Vh (r, everything else), and the singular values that could have
-been kept, more than r where space was short, then U and Vh of what a router compares, if these are others; or all of it
-alone."""
+
+@dataclass(frozen=True)
+class KeptChange:
+    """A change as a bundle keeps it; nothing of it is read before it is asked for."""
+
+    directions: int | None
+    """r; None: kept in full."""
+    parts: Callable[[], tuple["Tensor", ...]]
+    """U (rows, r), S (r), Vh (r, everything else); or all of it alone."""
+    spectrum: Callable[[], "Tensor"]
+    """The singular values that could have been kept, more than r where space was short."""
+    compared: Callable[[], "tuple[Tensor, ...] | None"]
+    """U and Vh of what a router compares, if these are others."""
 
 
 def nothing_added(shape: tuple[int, ...]) -> Halves:

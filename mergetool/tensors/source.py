@@ -27,7 +27,7 @@ from mergetool.tensors.io import bytes_of, read_error, read_exact
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergetool.tensors.factors import Halves, Kept
+    from mergetool.tensors.factors import Halves, KeptChange
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -118,7 +118,7 @@ class ModelSource(ABC):
         """B (rows, r) and A (r, all else), float32: the origin's tensor plus B A is this one. None: not known so."""
         return None
 
-    def kept(self, name: str) -> "Kept | None":
+    def kept(self, name: str) -> "KeptChange | None":
         """The change of the origin's tensor as a bundle keeps it, as stored; None: this is no expert of one."""
         return None
 

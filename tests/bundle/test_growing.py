@@ -6,14 +6,14 @@ import shutil
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mergetool
 from mergetool.bundle import store
 from mergetool.bundle.manifest import read_manifest
 from mergetool.engine.growing import change_bundle
 from mergetool.engine.run import Flags, Silent
-from mergetool.errors import PlanError, RecipeError, SourceError
+from mergetool.errors import MergeError, PlanError, RecipeError, SourceError
 from mergetool.testing.classifiers import expert_answer, save_experts, text_inputs, tiny_config
 from tests.bundle.test_adapters import SETTINGS, write_adapters
 from tests.bundle.tiny import tiny_inputs, tiny_model, write_models
@@ -94,6 +94,38 @@ def test_experts_answer_after_others_went_as_before(paths, tmp_path):
         assert all(torch.equal(old[name], new[name]) for name in old)
     again = change_bundle(fewer, {"a": str(paths["a"]), "d": str(paths["d"])}).path
     assert read_manifest(again).names == ("b", "c", "a", "d")
+
+
+def test_the_base_is_copied_but_in_its_own_place(paths, tmp_path):
+    """It may be large, and nobody else has it where its bundle goes."""
+    bundle = mergetool.run(recipe(paths, "ab", method="tsv-compress", rank=2), output=tmp_path / "out").path
+    weights = bundle / "base/model.safetensors"
+    before = weights.stat().st_ino
+    copied = change_bundle(bundle, {}, ["a"], Flags(tmp_path / "copied")).path / "base/model.safetensors"
+    assert copied.read_bytes() == weights.read_bytes()
+    assert copied.stat().st_ino != before
+    elsewhere = weights.rename(tmp_path / "weights")
+    weights.symlink_to(elsewhere)
+    change_bundle(bundle, {"c": str(paths["c"])})
+    assert not weights.is_symlink()
+    assert weights.stat().st_ino != before
+    there = weights.stat().st_ino
+    change_bundle(bundle, {}, ["a"])
+    assert (weights.stat().st_ino, weights.stat().st_nlink) == (there, 1)
+
+
+@pytest.mark.parametrize("kept", ["svd", "full"])
+def test_a_number_that_was_spoilt_in_a_bundle_is_named(paths, tmp_path, kept):
+    bundle = mergetool.run(recipe(paths, "ab", method="mass"), output=tmp_path / "out").path
+    name = next(name for name, each in read_manifest(bundle).parameters.items() if each.policy == kept)
+    values = load_file(bundle / "factors/b.safetensors")
+    values[f"{name}.Vh" if kept == "svd" else f"{name}.delta"].view(-1)[0] = torch.nan
+    save_file(values, bundle / "factors/b.safetensors")
+    models = {task: {"source": str(bundle), "select": task} for task in "ab"}
+    with pytest.raises(MergeError, match=rf"model 'b': {name}: holds values that are not finite"):
+        mergetool.run(
+            {**recipe(paths, "", method="mass"), "base": str(bundle / "base"), "models": models}, output=tmp_path / "no"
+        )
 
 
 def test_adapters_and_heads_that_were_saved_apart_are_added_too(tmp_path):
