@@ -1,9 +1,5 @@
 """The bytes of a merge depend neither on the threads that torch may use, nor on workers, nor on who merges."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -40,28 +36,23 @@ def recipe_of(name, models, folder):
 
 
 @pytest.fixture(scope="module")
-def merged(models, tmp_path_factory):
+def merged(forks, models, tmp_path_factory):
     """By the threads that torch may use and the workers: a folder with the result of every method."""
     folder = tmp_path_factory.mktemp("merged")
     recipes = [recipe_of(name, models, folder) for name in METHODS]
     for threads, workers in ((1, 2), (2, 1)):
-        command = [
-            sys.executable,
-            "-c",
-            MERGE_ALL,
-            str(folder / f"{threads}-{workers}"),
-            str(workers),
-            *map(str, recipes),
-        ]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, timeout=300)
+        (done,) = forks.python("-c", MERGE_ALL, threads, folder / f"{threads}-{workers}", workers, *recipes).wait()
+        assert done.code == 0, done.err
     return sorted(folder.glob("*-*/"))
 
 
 MERGE_ALL = """
 import sys
 from pathlib import Path
+import torch
 import mergetool
-out, workers, *recipes = sys.argv[1:]
+threads, out, workers, *recipes = sys.argv[1:]
+torch.set_num_threads(int(threads))
 for recipe in recipes:
     mergetool.run(recipe, output=Path(out) / Path(recipe).stem, workers=int(workers), fork=True)
 """

@@ -1,8 +1,6 @@
 """Methods by singular vectors on a device, where directions are found by products: as on the CPU."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -68,13 +66,13 @@ def test_what_products_do_not_find_is_noted(searches, monkeypatch, method):
     assert relative(there, merge_of(method, deltas)[0]) < 1e-5
 
 
-def test_the_benchmark_of_a_layer_measures_every_shape(tmp_path):
+def test_the_benchmark_of_a_layer_measures_every_shape(forks, tmp_path):
     script = Path(__file__).parents[2] / "scripts" / "bench_tsv.py"
     told = tmp_path / "layer.json"
-    command = [sys.executable, str(script), "--layer", "--shrink", "64", "--rounds", "1", "--json", str(told)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (done,) = forks.python(script, "--layer", "--shrink", "64", "--rounds", "1", "--json", told).wait()
+    assert done.code == 0, done.err
     figures = json.loads(told.read_text())
     shapes = [(each["count"], *each["shape"]) for each in figures["matrices"]]
     assert shapes == [(2, 64, 64), (2, 16, 64), (2, 224, 64), (1, 64, 224)]
     assert all(each["error"] < 1e-5 for each in figures["matrices"])
-    assert f"one layer of 8 models on cpu: {figures['seconds_a_layer']:.2f} s" in printed
+    assert f"one layer of 8 models on cpu: {figures['seconds_a_layer']:.2f} s" in done.out

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -169,11 +167,11 @@ mergetool.measure(sys.argv[1], "fisher", sys.argv[2], cache=sys.argv[3], memory=
 """
 
 
-def test_what_a_killed_process_left_half_written_goes(place, tmp_path):
+def test_what_a_killed_process_left_half_written_goes(network_forks, place, tmp_path):
     """Layer by layer, too, where what waits lies in files."""
     arguments = [str(place / "a"), str(place / "a.jsonl"), str(tmp_path / "cache")]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments])
-    assert killed.returncode == -signal.SIGKILL
+    (killed,) = network_forks.python("-c", KILLED, *arguments).wait()
+    assert killed.code == -signal.SIGKILL
     folder = tmp_path / "cache" / "statistics"
     left = list(folder.iterdir())
     assert len(left) == 2, left  # what was begun, and a folder of what waited

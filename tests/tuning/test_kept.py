@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import mergetool
 import mergetool.evaluate.items as items_module
+from tests.files import LONG
 from tests.tuning.planted import World, write_task
 from tests.tuning.test_processes import findings
 from tests.tuning.test_run import ESTIMATED, journal, recipe
@@ -71,7 +72,7 @@ def number_before(words, text):
     return int(text.split(f" {words}")[0].split()[-1].replace(",", ""))
 
 
-@pytest.mark.parametrize("algorithm", ["random", "sobol", "ga", "cma-es", "nsga2"])
+@pytest.mark.parametrize("algorithm", ["random", "sobol", "ga", "cma-es", "nsga2"] if LONG else ["ga", "cma-es"])
 def test_more_generations_go_on_from_a_finished_search(folder, tmp_path, requests, algorithm):
     def asked(generations):
         search = FEW | {"algorithm": algorithm, "generations": generations, "population": 4}
@@ -104,13 +105,14 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-def test_an_edited_search_asks_nobody_twice(folder, tmp_path, requests, edit):
+@pytest.mark.parametrize("names", [[name] for name in EDITS] if LONG else [list(EDITS)], ids=", ".join)
+def test_a_search_that_is_edited_again_and_again_asks_nobody_twice(folder, tmp_path, requests, names):
     asked = recipe(folder, search=dict(FEW), estimator={"kind": "mean", "items": 8, "subset": "random"})
     run(asked, tmp_path / "out")
-    edit(asked)
-    result, _ = run(asked, tmp_path / "out")
-    assert any("taken over" in note for note in result.notes)
+    for name in names:
+        EDITS[name](asked)
+        result, _ = run(asked, tmp_path / "out")
+        assert any("taken over" in note for note in result.notes), name
     lines = (json.loads(line) for line in (tmp_path / "out.search" / "search.jsonl").read_text().splitlines())
     answered, keys = [], {}
     for line in lines:
