@@ -11,8 +11,8 @@ wins: AdaMerging++.
 Reference: Yang et al., AdaMerging: Adaptive Model Merging for Multi-Task Learning, ICLR 2024,
 https://arxiv.org/abs/2310.02575.
 Differs from the paper: rows are those of the recipe, as few as they are, not a stream of test data; so that nothing is
-padded, rows of one length go together. Coefficients stay between 0 and 1, as in the authors' code. Its numbers are the
-defaults: 500 steps of 16 rows, rate 0.001; fewer steps want a larger `rate`.
+padded, rows of one length go together; no dropout. Coefficients stay between 0 and 1, as in the authors' code. Its
+numbers are the defaults: 500 steps of 16 rows, rate 0.001; fewer steps want a larger `rate`.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal

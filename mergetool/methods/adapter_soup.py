@@ -9,7 +9,8 @@ labels are needed. How near each model is, and which are kept, stands in the loc
 Reference: Chronopoulou et al., AdapterSoup: Weight Averaging to Improve Generalization of Pretrained Language Models,
 Findings of EACL 2023, https://arxiv.org/abs/2302.07027.
 Differs from the paper: texts are compared by the base itself, where its first way has a sentence encoder (make that a
-recipe's `base` when the models are fine-tunes of it); no mixture of Gaussians over texts, its second way.
+recipe's `base` when the models are fine-tunes of it); no mixture of Gaussians, its second way, which finds out what
+domain a text is of: here the rows of each model are named.
 """
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal

@@ -14,7 +14,9 @@ https://arxiv.org/abs/2111.09832, section 3.
 Differs from the paper: a model's information is always divided by its root mean square over the model, which makes
 models comparable (the paper's norm does the same for models of one size); the floor is a share of that, and for all
 models, not for the target only.
-Libraries that square the gradient of a whole batch mix rows with one another; here none are.
+Of information that is given, FusionBench makes the same merge. What it measures is another thing: it squares what rows
+and classes (by the roots of their probabilities) add up to, and so do libraries that take a batch's gradient; here each
+row and class is squared by itself. MergeBench takes the likeliest next token behind whole batches, and no norm.
 """
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal

@@ -6,8 +6,9 @@ softmax of minus their mean losses over `temperature`. The same rows are for all
 
 Reference: Xiao et al., LM-Cocktail: Resilient Tuning of Language Models via Model Merging, Findings of ACL 2024,
 https://arxiv.org/abs/2311.13534, section 3.
-Differs from the paper: its other half, an average of that mixture with a model tuned for the task, is a recipe around
-this one (`models: {mixed: {recipe: ...}, tuned: ...}`, `method: linear`).
+Differs from the paper: losses are means over rows, and of a language model over all its tokens (the authors' code has
+means over batches, of the tokens behind a prompt). Its other half, an average of that mixture with a model tuned for
+the task, is a recipe around this one (`models: {mixed: {recipe: ...}, tuned: ...}`, `method: linear`).
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal

@@ -9,8 +9,9 @@ What follows them (a pooler, a head) is the model's own, on the output of the me
 Reference: Nguyen et al., RegMean++: Enhancing Effectiveness and Generalization of Regression Mean for Model Merging,
 https://arxiv.org/abs/2508.03121.
 Differs from the paper: as `regmean` does from its own: a small `ridge` towards the average, in float64; linear layers
-outside the blocks are merged in the same way. All models are in memory at once while it measures, and what it measures
-holds for these models, weights and numbers only.
+outside the blocks are merged in the same way (FusionBench and MergeBench leave them as the base has them; MergeBench
+takes an alpha of 0.1). All models are in memory at once while it measures, and what it measures holds for these models,
+weights and numbers only.
 """
 
 from typing import ClassVar, Literal

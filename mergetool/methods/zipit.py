@@ -13,8 +13,9 @@ stay in their order.
 Reference: Stoica et al., ZipIt! Merging Models from Different Tasks without Training, ICLR 2024,
 https://arxiv.org/abs/2305.03053.
 Differs from the paper: no partial zipping, whose result is no checkpoint of one network; joint units are not made less
-alike than their least alike members (`alpha` 1, the authors' code has 0.3), or a third model could not follow; weights
-can tell what is alike, without data.
+alike than their least alike members (`alpha` 1, the authors' code has 0.3), or a third model could not follow; `within`
+is one number for all models, and a joint unit is of all models that its members are of (the authors' code counts by
+the first); weights can tell what is alike, without data.
 """
 
 from collections.abc import Sequence
