@@ -15,10 +15,12 @@ Nothing is too small to be computed there while it is active.
 
 import threading
 import time
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from mergetool.engine import devices
 
@@ -75,18 +77,39 @@ class There(torch.Tensor):
 
 def _check_one_device(func, args, kwargs):
     """Nothing is written on one device from another but by a copy, and what is read lies where the rest does."""
-    name = func._schema.name
-    if name == "aten::copy_":
-        return
-    written = {argument.name for argument in func._schema.arguments if argument.is_write}
-    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    for argument, value in named.items():
-        if name in _INDEXED and argument == "indices":
-            continue
-        for each in tree_flatten(value)[0]:
-            number = isinstance(each, torch.Tensor) and each.dim() == 0 and torch.Tag.pointwise in func.tags
-            if isinstance(each, torch.Tensor) and not isinstance(each, There) and (argument in written or not number):
+    names = [argument.name for argument in schema_of(func)]
+    for argument, value in (*zip(names, args, strict=False), *kwargs.items()):
+        for each in tensors_in(value):
+            if not isinstance(each, There) and not _may_be_here(func, argument, each):
                 raise RuntimeError(f"{func}: expected all tensors to be on the same device")
+
+
+@cache
+def schema_of(func):
+    """The arguments of an operation: what torch tells of them is slow to ask for."""
+    return [Argument(each.name, each.is_write, each.alias_info is not None) for each in func._schema.arguments]
+
+
+class Argument(NamedTuple):
+    name: str
+    is_write: bool
+    is_view: bool
+    """Or it is written."""
+
+
+def tensors_in(values):
+    """All of them, in lists and tuples, too: `tree_leaves` takes several times as long."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    return [each for value in values for each in tensors_in(value)] if isinstance(values, list | tuple) else []
+
+
+def _may_be_here(func, argument, value):
+    name = func._schema.name
+    if name == "aten::copy_" or (name in _INDEXED and argument == "indices"):
+        return True
+    written = {argument.name for argument in schema_of(func) if argument.is_write}
+    return value.dim() == 0 and torch.Tag.pointwise in func.tags and argument not in written
 
 
 class _Algebra:
@@ -173,13 +196,17 @@ class Elsewhere(TorchFunctionMode):
     def _check(self, out):
         if self.double:
             return
-        for each in tree_flatten(out)[0]:
+        for each in tensors_in(out):
             if isinstance(each, There) and each.dtype == torch.float64:
                 raise NoDoubleError
 
 
 def _here(values):
-    return tree_map(lambda each: each.data_here if isinstance(each, There) else each, values)
+    if isinstance(values, There):
+        return values.data_here
+    if isinstance(values, dict):
+        return {key: _here(each) for key, each in values.items()}
+    return type(values)(map(_here, values)) if type(values) in (list, tuple) else values
 
 
 def _there(values, given=()):
@@ -196,8 +223,8 @@ def _there(values, given=()):
                 watch.made(out)
         return out
 
-    return tree_map(made, values)
+    return made(values) if isinstance(values, torch.Tensor) else tree_map(made, values)
 
 
 def _tensors(values):
-    return [each for each in tree_flatten(values)[0] if isinstance(each, There)]
+    return [each for each in tensors_in(values) if isinstance(each, There)]

@@ -16,11 +16,10 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from mergetool.engine import devices
 from tests import elsewhere
-from tests.elsewhere import DEVICE, There
+from tests.elsewhere import DEVICE, There, schema_of, tensors_in
 
 _WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::bincount", "aten::masked_select", "aten::_unique2"}
 """The host must know the result to go on."""
@@ -131,11 +130,10 @@ class Streams:
     def ran(self, func, args, kwargs):
         """An operation is begun in the current stream."""
         reads, writes = [], []
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            alias = argument.alias_info
-            if alias is None or alias.is_write:
-                (reads if alias is None else writes).extend(tree_leaves(value))
-        writes += tree_leaves(kwargs.get("out"))
+        for argument, value in zip(schema_of(func), args, strict=False):
+            if argument.is_write or not argument.is_view:
+                (writes if argument.is_write else reads).extend(tensors_in(value))
+        writes += tensors_in(kwargs.get("out"))
         reads, writes = ([each for each in all_ if isinstance(each, There)] for all_ in (reads, writes))
         self.counts["operations"] += bool(reads or writes)
         self._note(reads, writes)
@@ -205,8 +203,9 @@ def _check_unchanged(pinned, before):
 
 def _chooses(func, args):
     """Whether how much comes out depends on the values of a mask."""
-    masks = [x for x in tree_leaves(args[1:]) if isinstance(x, There) and x.dtype == torch.bool]
-    return func._schema.name == "aten::index" and bool(masks)
+    if func._schema.name != "aten::index":
+        return False
+    return any(isinstance(x, There) and x.dtype == torch.bool for x in tensors_in(args[1:]))
 
 
 @contextmanager
