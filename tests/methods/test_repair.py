@@ -45,7 +45,7 @@ def run(path, **flags):
     return mergetool.run(path, trust_code=True, **flags)
 
 
-def recipe(folder, models, repair, method="c2m3", architecture="mlp", **output):
+def recipe(folder, models, repair, method="git-rebasin", architecture="mlp", **output):
     document = {
         "models": nets.write(folder / "models", models) if not (folder / "models").exists() else _paths(folder, models),
         "architecture": architecture,
@@ -96,7 +96,7 @@ def test_a_network_that_config_json_tells_needs_no_code(folder):
     save_file({"pixel_values": torch.randn(20, 3, 8, 8)}, folder / "pixels.safetensors")
     document = {
         "models": nets.write(folder / "models", models, config),
-        "merge": {"method": "c2m3", "repair": {"mode": "full", "data": str(folder / "pixels.safetensors")}},
+        "merge": {"method": "git-rebasin", "repair": {"mode": "full", "data": str(folder / "pixels.safetensors")}},
         "output": {"path": str(folder / "out")},
     }
     path = mergetool.run(document).path
@@ -108,7 +108,7 @@ def test_memory_and_files_give_the_same_bits_also_in_bfloat16(folder, monkeypatc
     path = run(recipe(folder, models, MLP_REPAIR, shard_size=1000)).path
     monkeypatch.chdir(folder)
     memory = mergetool.merge_state_dicts(
-        {"method": "c2m3", "repair": MLP_REPAIR}, models, architecture="mlp", trust_code=True
+        {"method": "git-rebasin", "repair": MLP_REPAIR}, models, architecture="mlp", trust_code=True
     )
     shards = sorted(path.glob("*.safetensors"))
     assert len(shards) > 1
@@ -182,7 +182,7 @@ def test_a_recipe_runs_no_code_unless_the_user_says_so(folder, monkeypatch, fork
     assert "--trust-code" in caught.value.fix
     monkeypatch.chdir(folder)
     with pytest.raises(RecipeError, match="spy"):
-        mergetool.merge_state_dicts({"method": "c2m3", "repair": options}, unrelated(), architecture="mlp")
+        mergetool.merge_state_dicts({"method": "git-rebasin", "repair": options}, unrelated(), architecture="mlp")
     mergetool.plan(path)
     assert not (folder / "spy.ran").exists()
     assert not list(folder.glob("out*"))
