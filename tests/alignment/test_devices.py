@@ -13,6 +13,8 @@ from tests.alignment import nets
 from tests.devices import STAND_IN, every_device, present
 
 METHODS = ["c2m3", "git-rebasin", "merge-many"]
+MIXED = [{"method": "zipit"}, {"method": "ot-fusion"}, {"method": "ot-fusion", "masses": "outgoing"}]
+"""Methods that mix units."""
 NETWORKS = """
 from tests.arch.networks import MLP, ResNetCifar
 
@@ -60,8 +62,12 @@ def merged(folder, models, device, architecture="mlp", room=None, **section):
     said = Said()
     with present(device, room):
         out = folder / f"{device} {room}".replace(":", "")
-        result = mergetool.run(recipe, output=out, device=device, trust_code=True, progress=said)
+        result = mergetool.run(recipe, output=out, device=device, trust_code=True, progress=said, overwrite=True)
     return result.path, said.lines
+
+
+def by_activations(folder):
+    return {"by": "activations", "data": f"{folder}/mlp.safetensors", "network": f"{folder}/build.py:mlp"}
 
 
 def lock_of(path):
@@ -75,6 +81,26 @@ def test_planted_orders_are_found_on_a_device_as_on_the_cpu(method, device, fold
     align = {"align": {"releases": 2}} if method == "c2m3" else {}
     (there, _), (here, _) = (merged(folder, models, each, method=method, **align) for each in (device, "cpu"))
     assert lock_of(there)["run"]["device"].startswith(device)
+    assert (there / PERMUTATIONS).read_bytes() == (here / PERMUTATIONS).read_bytes()
+    assert_near(read(there), read(here))
+
+
+@every_device
+@pytest.mark.parametrize("section", MIXED, ids=lambda section: " ".join(section.values()))
+def test_units_are_mixed_on_a_device_as_on_the_cpu(section, device, folder):
+    models = nets.copies(nets.mlp(), 3, architecture="mlp", noise=0.1)
+    for match in ({}, {"match": by_activations(folder)}):
+        (there, _), (here, _) = (merged(folder, models, each, **section, **match) for each in (device, "cpu"))
+        assert lock_of(there)["run"]["device"].startswith(device)
+        assert_near(read(there), read(here))
+
+
+@every_device
+@pytest.mark.parametrize("method", METHODS)
+def test_units_are_matched_by_what_they_say_on_a_device_as_on_the_cpu(method, device, folder):
+    models = nets.copies(nets.mlp(), 3, architecture="mlp", noise=0.1)
+    section = {"method": method, "match": by_activations(folder)}
+    (there, _), (here, _) = (merged(folder, models, each, **section) for each in (device, "cpu"))
     assert (there / PERMUTATIONS).read_bytes() == (here / PERMUTATIONS).read_bytes()
     assert_near(read(there), read(here))
 

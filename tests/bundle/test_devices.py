@@ -9,12 +9,15 @@ import mergetool
 from mergetool.bundle.calibrate import calibrate
 from mergetool.bundle.manifest import read_manifest
 from mergetool.bundle.rows import answers
+from mergetool.methods import registry
+from mergetool.methods.families.bundle import BundleMethod
 from mergetool.testing.classifiers import save_experts, text_inputs, tiny_config
 from mergetool.testing.toys import toy_models, write
 from tests.alignment.test_devices import Said, lock_of
 from tests.bundle.tiny import make_bundle, tiny_inputs
 from tests.devices import STAND_IN, every_device, needs_gpu, present
 
+KINDS = sorted(name for name, kind in registry().items() if issubclass(kind, BundleMethod))
 MERGED = {"method": "mass", "router": {"features": "merged", "layers": ["*"]}}
 ANSWERING = [
     *(pytest.param(family, STAND_IN, id=f"{family}-stand-in") for family in ("bert", "llama", "gpt2")),
@@ -45,12 +48,14 @@ def assert_alike(there, here):
         expected, found = load_file(path), load_file(there / path.relative_to(here))
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
-            assert float((found[name] - tensor).norm()) <= 1e-5 * float(tensor.norm()), name
+            assert float((found[name].float() - tensor.float()).norm()) <= 1e-5 * float(tensor.float().norm()), name
 
 
 @every_device
 @pytest.mark.parametrize(
-    "section", [{"method": "tsv-compress"}, MERGED, {**MERGED, "rank": {"energy": 0.9}, "size": 0.5}]
+    "section",
+    [*({"method": kind} for kind in KINDS), MERGED, {**MERGED, "rank": {"energy": 0.9}, "size": 0.5}],
+    ids=lambda section: section["method"],
 )
 def test_a_bundle_is_made_on_a_device_as_on_the_cpu(section, device, paths, tmp_path):
     section = {**section, "factors": "float32"}
