@@ -24,6 +24,7 @@ from mergetool.bundle.task_vector import Difference, Product, TaskVector, as_sto
 from mergetool.engine.context import Context
 from mergetool.engine.devices import free_device, load_linear_algebra, own_stream
 from mergetool.engine.fit import WholeModels
+from mergetool.kernels.subspace import searching
 from mergetool.methods.base import expect
 from mergetool.methods.families.bundle import BundleMethod
 from mergetool.methods.group import Note
@@ -65,7 +66,7 @@ class WholeExperts(WholeModels, Experts):
         self.heads: Mapping[str, HeadSource | OwnHead] = {
             name: head for name in self.names if (head := self._head(name, plan))
         }
-        self._inputs, self._remarks = run.record.inputs, run.record.remarks
+        self._record = run.record
         self._teller = run.teller
 
     def _head(self, name: str, plan: Plan) -> HeadSource | OwnHead | None:
@@ -87,8 +88,10 @@ class WholeExperts(WholeModels, Experts):
         telling = threading.Lock()
 
         def told(item: _I) -> _T:
-            result = self._computed(call, item)
+            with searching() as searches:
+                result = self._computed(call, item)
             with telling:
+                self._record.note(str(item), searches.notes)
                 self._teller.advance(sizes.get(item, 0))
             return result
 
@@ -142,7 +145,7 @@ class WholeExperts(WholeModels, Experts):
 
     def met(self, pairs: Sequence[Alike]) -> None:
         lost = "inputs of one may be answered by the other; leave one out, or merge them first"
-        self._remarks += [f"{pair}: {lost}" for pair in pairs[:_MOST_PAIRS]]
+        self._record.remarks += [f"{pair}: {lost}" for pair in pairs[:_MOST_PAIRS]]
 
     def provenance(self, task: str) -> tuple[str, Mapping[str, str]]:
         known = self._plan.recipe.past.tasks.get(task)
@@ -152,9 +155,9 @@ class WholeExperts(WholeModels, Experts):
         digests = {}
         for stamp in self.sources[model].files:
             path = str(stamp.path)
-            if path not in self._inputs:
-                self._inputs[path] = remembered_sha256(stamp.path)
-            digests[stamp.path.name] = self._inputs[path]
+            if path not in self._record.inputs:
+                self._record.inputs[path] = remembered_sha256(stamp.path)
+            digests[stamp.path.name] = self._record.inputs[path]
         return digests
 
 

@@ -46,9 +46,6 @@ _SMALLEST = 512
 _NARROW = 6
 """How many times the directions wanted must fit into it for these to be found by products."""
 
-BY_EIGH = "{} of {} matrices by eigh: their leading directions were not found by products"
-"""What is to be said of matrices that took the slow way."""
-
 Rank = Literal["auto"] | int | float | Mapping[Literal["energy"], float]
 """Directions kept of a task vector: auto (as many as fit side by side), a number, a share, or {energy: share}."""
 
@@ -131,7 +128,7 @@ def live_factors(delta: Tensor, k: int) -> Factors:
         empty = delta.new_zeros(0, dtype=torch.float64)
         return Factors(empty.expand(delta.shape[0], 0), empty, empty.expand(delta.shape[1], 0))
     if not delta.is_cpu:
-        return live_factors_of([delta], k)[0][0]
+        return live_factors_of([delta], k)[0]
     if delta.dtype == torch.float32 and 2 * k > min(delta.shape):
         return with_signs(_all_by_gram(delta, k)).live(_noise(delta))
     return truncated_svd(delta, k).live(_noise(delta))
@@ -163,8 +160,8 @@ def _all_by_gram(delta: Tensor, k: int) -> Factors:
     return _triplets_in(exact @ right, right)
 
 
-def live_factors_of(deltas: Sequence[Tensor], k: int, *, together: bool | None = None) -> tuple[list[Factors], int]:
-    """`live_factors` of matrices of one shape, and of how many the way by products failed where it was tried.
+def live_factors_of(deltas: Sequence[Tensor], k: int, *, together: bool | None = None) -> list[Factors]:
+    """`live_factors` of matrices of one shape.
 
     They are looked at `together` by default where they are not on the CPU: a device is busy with one call for many
     matrices where one of them leaves most of it idle. A CPU gains nothing.
@@ -172,18 +169,20 @@ def live_factors_of(deltas: Sequence[Tensor], k: int, *, together: bool | None =
     if together is None:
         together = not deltas[0].is_cpu
     if not together:
-        return [live_factors(delta, k) for delta in deltas], 0
-    noise = _noise(deltas[0])
+        return [live_factors(delta, k) for delta in deltas]
     if deltas[0].dtype != torch.float32:  # finer than Gram matrices are
-        every = truncated_svd(torch.stack(list(deltas)), k)
-        return [Factors(*parts).live(noise) for parts in zip(every.u, every.s, every.v, strict=True)], 0
-    found, failed = [], 0
-    for start in range(0, len(deltas), _TOGETHER):
-        exact = torch.stack(list(deltas[start : start + _TOGETHER])).to(torch.float64)
-        every, count = _from_gram(exact, k, noise)
-        found += [Factors(*parts).live(noise) for parts in zip(every.u, every.s, every.v, strict=True)]
-        failed += count
-    return found, failed
+        batches = [truncated_svd(torch.stack(list(deltas)), k)]
+    else:
+        starts = range(0, len(deltas), _TOGETHER)
+        batches = [_from_gram(deltas[start : start + _TOGETHER], k) for start in starts]
+    return [factors for batch in batches for factors in _live_each(batch, _noise(deltas[0]))]
+
+
+def _live_each(batch: Factors, noise: float) -> list[Factors]:
+    """`live` of every matrix of a batch."""
+    counts = (batch.s > noise * batch.s[:, :1]).sum(-1).tolist()
+    parts = zip(batch.u, batch.s, batch.v, strict=True)
+    return [Factors(*each).leading(count) for each, count in zip(parts, counts, strict=True)]
 
 
 def _noise(delta: Tensor) -> float:
@@ -191,27 +190,38 @@ def _noise(delta: Tensor) -> float:
     return max(delta.shape) * torch.finfo(delta.dtype).eps
 
 
-def _from_gram(exact: Tensor, k: int, noise: float) -> tuple[Factors, int]:
-    """k triplets of each matrix (B, m, n), right where s > noise max(s), and how many `leading_spaces` failed for."""
-    if exact.shape[-2] < exact.shape[-1]:
-        turned, failed = _from_tall(exact.mT, k, noise)
-        return with_signs(turned.mT), failed
-    factors, failed = _from_tall(exact, k, noise)
-    return with_signs(factors), failed
+def _from_gram(deltas: Sequence[Tensor], k: int) -> Factors:
+    """k triplets of each matrix (m, n), side by side, right where they are no noise."""
+    m, n = deltas[0].shape
+    return with_signs(_from_tall([delta.mT for delta in deltas], k).mT if m < n else _from_tall(deltas, k))
 
 
-def _from_tall(exact: Tensor, k: int, noise: float) -> tuple[Factors, int]:
-    gram = exact.mT @ exact
+def _from_tall(deltas: Sequence[Tensor], k: int) -> Factors:
+    gram = _grams(deltas)
     if not bool(gram.diagonal(dim1=-2, dim2=-1).sum().isfinite()):
         raise ValueError("the matrix holds infinities or not-a-numbers")
     if gram.shape[-1] < _SMALLEST or k * _NARROW > gram.shape[-1]:
         space = checked_eigh(gram)[1][..., -k:].flip(-1)
-        return _triplets_in(exact @ space, space), 0
-    space, failed = _leading_space(gram, k, noise)
+        return _triplets_in(_images(deltas, space), space)
+    space = _leading_space(gram, k, _noise(deltas[0]))
     # The best triplets within the space: those of single directions need not be found yet.
-    _, turn = checked_eigh((image := exact @ space).mT @ image)
+    _, turn = checked_eigh((image := _images(deltas, space)).mT @ image)
     turn = turn.flip(-1)
-    return _triplets_in(image @ turn, space @ turn), failed
+    return _triplets_in(image @ turn, space @ turn)
+
+
+def _grams(deltas: Sequence[Tensor]) -> Tensor:
+    """(B, n, n), float64, of which the matrices themselves are never there but for one."""
+    n = deltas[0].shape[1]
+    grams = deltas[0].new_empty(len(deltas), n, n, dtype=torch.float64)
+    for delta, gram in zip(deltas, grams, strict=True):
+        torch.mm((exact := delta.to(torch.float64)).mT, exact, out=gram)
+    return grams
+
+
+def _images(deltas: Sequence[Tensor], spaces: Tensor) -> Tensor:
+    """What each matrix makes of its space: (B, m, k), float64."""
+    return torch.stack([delta.to(torch.float64) @ space for delta, space in zip(deltas, spaces, strict=True)])
 
 
 def _triplets_in(image: Tensor, right: Tensor) -> Factors:
@@ -220,13 +230,13 @@ def _triplets_in(image: Tensor, right: Tensor) -> Factors:
     return Factors(image / s.clamp(min=torch.finfo(s.dtype).tiny)[..., None, :], s, right)
 
 
-def _leading_space(gram: Tensor, k: int, noise: float) -> tuple[Tensor, int]:
-    """`leading_spaces`, where they are not found from `eigh`, and how often that was."""
+def _leading_space(gram: Tensor, k: int, noise: float) -> Tensor:
+    """`leading_spaces`, where they are not found from `eigh`."""
     space, found = leading_spaces(gram, k, noise)
     for index, right in enumerate(found):
         if not right:
             space[index] = torch.linalg.eigh(gram[index], UPLO="U")[1][:, -k:]
-    return space, found.count(False)
+    return space
 
 
 def rank_limit(rank: Rank, size: int, num_tasks: int) -> int:

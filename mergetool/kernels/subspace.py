@@ -11,13 +11,17 @@ allows. Directions that are found are locked: taken out of the matrix, so that t
 and the degree rises. That is what finds a cut in flat noise behind strong directions.
 
 It ends when every direction wanted is known to 3e-7: a merge that makes those of several models orthogonal is then
-right to 1e-5, as that multiplies errors. What does not get there is left to `eigh`.
+right to 1e-5, as that multiplies errors. What does not get there is left to `eigh`; `searching` tells who asks how often.
 
 Reference: Zhou and Saad, A Chebyshev-Davidson algorithm for large symmetric eigenproblems, SIMAX 2007 (filters);
 Rutishauser, Simultaneous iteration method for symmetric matrices, 1970.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import compress
 
 import torch
@@ -42,6 +46,41 @@ _PASSES = 3
 _ROUNDS = 10
 
 
+@dataclass
+class Searches:
+    """What became of searches for leading directions."""
+
+    tried: int = 0
+    """Matrices."""
+    failed: int = 0
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of matrices that took the slow way."""
+        told = f"{self.failed} of {self.tried} matrices by eigh: their leading directions were not found by products"
+        return [told] if self.failed else []
+
+
+_searches: ContextVar[Searches | None] = ContextVar("searches", default=None)
+
+
+@contextmanager
+def searching() -> Iterator[Searches]:
+    """Count the searches of this thread while inside."""
+    counted = Searches()
+    before = _searches.set(counted)
+    try:
+        yield counted
+    finally:
+        _searches.reset(before)
+
+
+def _count(found: list[bool]) -> None:
+    if (counted := _searches.get()) is not None:
+        counted.tried += len(found)
+        counted.failed += found.count(False)
+
+
 def leading_spaces(gram: Tensor, k: int, noise: float) -> tuple[Tensor, list[bool]]:
     """Orthonormal columns (B, n, k) that span the leading eigenvectors of each matrix (B, n, n), and which were found.
 
@@ -51,7 +90,7 @@ def leading_spaces(gram: Tensor, k: int, noise: float) -> tuple[Tensor, list[boo
     spaces = torch.eye(gram.shape[-1], k, dtype=gram.dtype, device=gram.device).repeat(len(gram), 1, 1)
     left = torch.linalg.matrix_norm(gram).cpu().nonzero().flatten().tolist()
     if left:
-        search = _Search(gram[left], k, noise)
+        search = _Search(gram if len(left) == len(gram) else gram[left], k, noise)
         try:
             search.warm_up()
             for _ in range(_ROUNDS):
@@ -66,7 +105,9 @@ def leading_spaces(gram: Tensor, k: int, noise: float) -> tuple[Tensor, list[boo
                 search.filter()
         except _DependentError:
             pass
-    return spaces, [index not in left for index in range(len(gram))]
+    right = [index not in left for index in range(len(gram))]
+    _count(right)
+    return spaces, right
 
 
 class _DependentError(Exception):
@@ -164,7 +205,8 @@ class _Search:
         settled = int((self._angles < _FOUND).long().cumprod(-1).sum(-1).min())
         count = min(settled, self._wanted - 1)
         new, values = self._active[..., :count], self._values[:, None, :count]
-        self._rest = self._rest - (new * values) @ new.mT
+        take_out = Tensor.baddbmm_ if self._locked.shape[-1] else torch.baddbmm  # the first time it is another's matrix
+        self._rest = take_out(self._rest, new * values, new.mT, alpha=-1)
         self._locked = torch.cat([self._locked, new], -1)
         self._active, self._values = self._active[..., count:], self._values[:, count:]
         self._angles = self._angles[:, count:]

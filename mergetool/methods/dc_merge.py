@@ -47,14 +47,12 @@ class DcMerge(RecoveringMethod):
         self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float], size: int
     ) -> "Tensor | None":
         from mergetool.kernels.directions import merged_in_common_basis, smoothed
-        from mergetool.kernels.spectral import BY_EIGH, Factors, kept, live_factors_of
+        from mergetool.kernels.spectral import Factors, kept, live_factors_of
 
         if not (most := most_directions(group, self.rank, size, len(matrices))):
             return None
         tasks = []
-        every, failed = live_factors_of(matrices, min(most, *matrices[0].shape))
-        if failed:
-            group.note(BY_EIGH.format(failed, len(matrices)))
+        every = live_factors_of(matrices, min(most, *matrices[0].shape))
         for factors, weight in zip(every, weights, strict=True):
             task = kept(factors, self.rank)
             tasks.append(Factors(task.u, weight * smoothed(task.s, self.smooth, self.rho), task.v))

@@ -77,7 +77,7 @@ class EssentialSubspaceMerging(ScaledMatrixMethod):
 
         if not (most := most_directions(group, self.rank, size, len(matrices))):
             return None
-        factors, _ = live_factors_of(matrices, most)
+        factors = live_factors_of(matrices, most)
         every = concatenated(
             [kept(each, self.rank).scaled(weight) for each, weight in zip(factors, weights, strict=True)]
         )

@@ -40,14 +40,13 @@ class Lors(ScaledMatrixMethod):
         import torch
 
         from mergetool.kernels.directions import trim_
-        from mergetool.kernels.spectral import kept, live_factors, rank_limit
+        from mergetool.kernels.spectral import kept, live_factors_of, rank_limit
 
         total = torch.zeros_like(matrices[0], dtype=torch.float64)
-        most = rank_limit(self.rank, size, len(matrices))
-        for matrix, weight in zip(matrices, weights, strict=True):
-            part = torch.zeros_like(total)
-            if most:
-                part = kept(live_factors(matrix, min(most, *matrix.shape)), self.rank).dense()
+        most = min(rank_limit(self.rank, size, len(matrices)), *matrices[0].shape)
+        leading = live_factors_of(matrices, most) if most else [None] * len(matrices)
+        for matrix, weight, factors in zip(matrices, weights, leading, strict=True):
+            part = torch.zeros_like(total) if factors is None else kept(factors, self.rank).dense()
             if self.density:
                 part = part + trim_(matrix.to(torch.float64) - part, self.density)
             total.add_(part, alpha=weight)

@@ -78,14 +78,12 @@ class TsvMerge(RecoveringMethod):
         return orthogonalised(every, fill=fill, damping=self.damping).to(matrices[0].dtype).dense()
 
     def _factors(self, group: TensorGroup, matrices: "list[Tensor]", most: int) -> "list[Factors]":
-        from mergetool.kernels.spectral import BY_EIGH, kept, live_factors_of, truncated_svd
+        from mergetool.kernels.spectral import kept, live_factors_of, truncated_svd
 
         if self.null_policy == "reference":
             factors_of_all = [truncated_svd(matrix, most) for matrix in matrices]
         elif group.store is not None:
             factors_of_all = [group.store.factors(matrix, most) for matrix in matrices]
         else:
-            factors_of_all, failed = live_factors_of(matrices, most)
-            if failed:
-                group.note(BY_EIGH.format(failed, len(matrices)))
+            factors_of_all = live_factors_of(matrices, most)
         return [kept(factors, self.rank) for factors in factors_of_all]

@@ -6,7 +6,7 @@ import torch
 from mergetool.kernels import spectral, subspace
 from mergetool.kernels.eigen import checked_eigh
 from mergetool.kernels.spectral import concatenated, live_factors, live_factors_of, orthogonalised
-from mergetool.kernels.subspace import leading_spaces
+from mergetool.kernels.subspace import leading_spaces, searching
 from tests.elsewhere import DEVICE, Elsewhere, There
 from tests.kernels.test_spectral import naive_merge, orthonormal, randn, relative, task
 
@@ -82,8 +82,10 @@ def test_what_is_not_found_is_left_to_eigh_and_counted(monkeypatch, limit, value
     monkeypatch.setattr(subspace, limit, value)
     monkeypatch.setattr(spectral, "_SMALLEST", N)
     deltas = [SPECTRA[name]().float() for name in ("j^-1", "one direction", "flat noise")]
-    factors, failed = live_factors_of(deltas, K, together=True)
-    assert failed >= 2
+    with searching() as searches:
+        factors = live_factors_of(deltas, K, together=True)
+    assert searches.tried == 3
+    assert searches.failed >= 2
     for each, delta in zip(factors, deltas, strict=True):
         assert relative(each.dense(), live_factors(delta, K).dense()) < 1e-6
 
@@ -104,13 +106,13 @@ def test_a_merge_on_a_device_is_that_of_float64_eigh(monkeypatch, kind, shape):
     monkeypatch.setattr(spectral, "_SMALLEST", 256)
     deltas = deltas_of(kind, *shape)
     k = min(shape) // len(deltas)
-    with Elsewhere():
-        factors, failed = live_factors_of([delta.to(DEVICE) for delta in deltas], k)
+    with Elsewhere(), searching() as searches:
+        factors = live_factors_of([delta.to(DEVICE) for delta in deltas], k)
         every = concatenated(factors)
         merged = orthogonalised(every)
         assert isinstance(merged.u, There)
         found = merged.dense().cpu()
-    assert failed == 0
+    assert (searches.tried, searches.failed) == (8, 0)
     live = min(each.rank for each in factors)
     assert live == k
     assert relative(found, naive_merge(deltas, k)) < 1e-5
@@ -122,8 +124,9 @@ def test_a_merge_on_a_device_is_that_of_float64_eigh(monkeypatch, kind, shape):
 @pytest.mark.parametrize("shape", [(512, 512), (512, 1024), (1024, 512)])
 def test_a_merge_on_a_gpu_is_that_of_float64_eigh(kind, shape):
     deltas = deltas_of(kind, *shape)
-    factors, failed = live_factors_of([delta.cuda() for delta in deltas], 64)
-    assert failed == 0
+    with searching() as searches:
+        factors = live_factors_of([delta.cuda() for delta in deltas], 64)
+    assert (searches.tried, searches.failed) == (8, 0)
     assert relative(orthogonalised(concatenated(factors)).dense().cpu(), naive_merge(deltas, 64)) < 1e-5
 
 

@@ -57,11 +57,12 @@ def test_a_device_merges_by_products_what_the_cpu_merges_by_decompositions(searc
     assert notes == []
 
 
-@pytest.mark.parametrize("method", ["dc-merge", "tsv-merge"])
+@pytest.mark.parametrize("method", ["dc-merge", "lors", "tsv-merge"])
 def test_what_products_do_not_find_is_noted(searches, monkeypatch, method):
     monkeypatch.setattr(subspace, "_ROUNDS", 1)
     deltas = [task(96, 128, seed).float() for seed in range(6)]
     there, notes = merge_there(method, deltas)
+    assert len(searches) == 1  # for all matrices together
     assert notes == ["6 of 6 matrices by eigh: their leading directions were not found by products"]
     assert relative(there, merge_of(method, deltas)[0]) < 1e-5
 

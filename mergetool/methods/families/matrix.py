@@ -108,6 +108,8 @@ class MatrixMethod(TensorMethod):
         """
         import torch
 
+        from mergetool.kernels.subspace import searching
+
         if self.granularity_in(group.name, group.shape) != "tensor" or not (chosen := chosen_of(p)):
             return None
         members = [group]
@@ -120,7 +122,10 @@ class MatrixMethod(TensorMethod):
             group.note("holds values that are not finite: averaged")
             return None
         size = min(sum(member.shape[0] for member in members), prod(group.shape[1:]))
-        update = self.merged(group, matrices, [weight for _, weight in chosen], size)
+        with searching() as searches:
+            update = self.merged(group, matrices, [weight for _, weight in chosen], size)
+        for told in searches.notes:
+            group.note(told)
         before = sum(member.shape[0] for member in members[: members.index(group)])
         dtype = group.models[0].dtype
         return None if update is None else update[before : before + len(group.models[0])].to(dtype)
