@@ -5,10 +5,11 @@ is told so, and what is copied into it is not there until then. A tensor that on
 use it, because nothing made the second wait, is an error: of every stream it is known what it and those it has waited
 for have done (vector clocks). The threads of the host are taken for one.
 
-Also counted: bytes up and down, how often the host waits, and operations.
+Also counted: bytes up and down, how often the host waits, operations, and the most bytes that were there at once.
 """
 
 import threading
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -164,6 +165,14 @@ class Streams:
     def made(self, tensor):
         """Its memory belongs to the current stream: others must wait until that is there."""
         self._note([], [tensor])
+        size = tensor.data_here.untyped_storage().nbytes()
+        self._hold(size)
+        weakref.finalize(tensor.past, self._hold, -size)
+
+    def _hold(self, size):
+        with self._lock:
+            self.counts["held"] += size
+            self.counts["most"] = max(self.counts["most"], self.counts["held"])
 
     def waited_for(self, copy):
         """A copy between the host and the device has been made, and the host has waited for it."""

@@ -89,7 +89,8 @@ class Context:
 
     def job(self, step: Step, start: int, stop: int, run: Callable[[], Any], after: Callable[[Any], None]) -> Job:
         """A job over elements [start, stop) of a step's operands."""
-        return Job(run, after, step_memory(self.plan, step), partial(self._hint, step, start, stop))
+        memory = step_memory(self.plan, step, on_device=self.pool.device != "cpu")
+        return Job(run, after, memory, partial(self._hint, step, start, stop))
 
     def _hint(self, step: Step, start: int, stop: int) -> None:
         for operand in step.operands:

@@ -140,9 +140,9 @@ def live_directions(parts: Sequence[Tensor]) -> Tensor:
     They are not laid side by side where there are fewer rows than columns and float32 lets their Gram matrices do.
     """
     m, n = parts[0].shape[0], sum(part.shape[1] for part in parts)
-    if not parts[0].is_cpu or parts[0].dtype != torch.float32 or m > n:
+    if parts[0].dtype != torch.float32 or m > n:
         return live_factors(beside := torch.cat(list(parts), 1), min(beside.shape)).u
-    gram = torch.zeros(m, m, dtype=torch.float64)
+    gram = parts[0].new_zeros(m, m, dtype=torch.float64)
     for part in parts:
         add_gram_(gram, part.mT)
     values, vectors = checked_eigh(gram)

@@ -11,7 +11,8 @@ allows. Directions that are found are locked: taken out of the matrix, so that t
 and the degree rises. That is what finds a cut in flat noise behind strong directions.
 
 It ends when every direction wanted is known to 3e-7: a merge that makes those of several models orthogonal is then
-right to 1e-5, as that multiplies errors. What does not get there is left to `eigh`; `searching` tells who asks how often.
+right to 1e-5, as that multiplies errors. What does not get there is left to `eigh`; `searching` tells how
+often.
 
 Reference: Zhou and Saad, A Chebyshev-Davidson algorithm for large symmetric eigenproblems, SIMAX 2007 (filters);
 Rutishauser, Simultaneous iteration method for symmetric matrices, 1970.

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mergetool.methods.base import Field, Scale, TensorGroup, Unit
+from mergetool.methods.families.matrix import weighted
 from mergetool.methods.families.recovering import DEPENDS, SCALE, RecoveringMethod
 
 if TYPE_CHECKING:
@@ -33,4 +34,4 @@ class IsoCts(RecoveringMethod):
     def merged(self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float], size: int) -> "Tensor":
         from mergetool.kernels.isotropic import isotropic_in_spaces
 
-        return isotropic_in_spaces([m * w for m, w in zip(matrices, weights, strict=True)], self.common, size)
+        return isotropic_in_spaces(weighted(matrices, weights), self.common, size)

@@ -15,7 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mergetool.methods.base import Field, Fraction, Positive, TensorGroup
-from mergetool.methods.families.matrix import ScaledMatrixMethod
+from mergetool.methods.families.matrix import ScaledMatrixMethod, weighted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,5 +32,4 @@ class Swudi(ScaledMatrixMethod):
     def merged(self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float], size: int) -> "Tensor":
         from mergetool.kernels.own_inputs import softly_least_disturbing
 
-        deltas = [matrix * weight for matrix, weight in zip(matrices, weights, strict=True)]
-        return softly_least_disturbing(deltas, self.share, self.steepness, prod(group.shape[1:]))
+        return softly_least_disturbing(weighted(matrices, weights), self.share, self.steepness, prod(group.shape[1:]))

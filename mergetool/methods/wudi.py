@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mergetool.methods.base import Field, Positive, TensorGroup
-from mergetool.methods.families.matrix import ScaledMatrixMethod
+from mergetool.methods.families.matrix import ScaledMatrixMethod, weighted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,5 +36,4 @@ class Wudi(ScaledMatrixMethod):
     def merged(self, group: TensorGroup, matrices: "list[Tensor]", weights: Sequence[float], size: int) -> "Tensor":
         from mergetool.kernels.own_inputs import least_disturbing
 
-        deltas = [matrix * weight for matrix, weight in zip(matrices, weights, strict=True)]
-        return least_disturbing(deltas, self.ridge, normalize=self.normalize)
+        return least_disturbing(weighted(matrices, weights), self.ridge, normalize=self.normalize)

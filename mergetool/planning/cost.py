@@ -21,6 +21,8 @@ _DEVICE_BYTES = 600_000_000
 """Of the host's, for a device's libraries: a guess on the safe side."""
 _HELD_STATISTICS = 40
 """Bytes for each element of a Gram matrix: in compute dtype, and four times in float64."""
+_HELD_TOGETHER, _TOGETHER = 16, 8
+"""Bytes for each element of the Gram matrices of so many models on a device: each twice, in float64."""
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _SPARE = 64_000_000
 """Headers, journal, thread stacks, fragmentation."""
@@ -46,8 +48,11 @@ class Costs:
     """What the chosen one should take, by rates measured here."""
 
 
-def step_memory(plan: Plan, step: Step) -> int:
-    """Bytes that a step holds beyond a worker's buffers: whole tensors where a method must see them whole."""
+def step_memory(plan: Plan, step: Step, *, on_device: bool = False) -> int:
+    """Bytes that a step holds beyond a worker's buffers: whole tensors where a method must see them whole.
+
+    A device looks at several matrices at once.
+    """
     if step.operation.bytes_held is not None:
         return step.operation.bytes_held
     held = min(step.row, max(1, step.spec.num_elements))
@@ -56,7 +61,15 @@ def step_memory(plan: Plan, step: Step) -> int:
     moved = sum(operand.view.granularity != "element" for operand in step.operands)  # stored, and as the view shows it
     copies = step.operation.copies(len(step.reads)) + moved
     copies *= 1 + len(step.partners)
-    return held * plan.compute_bits // 8 * copies + _statistics_memory(plan, step)
+    together = _memory_together(step) if on_device and step.granularity == "tensor" else 0
+    return held * plan.compute_bits // 8 * copies + _statistics_memory(plan, step) + together
+
+
+def _memory_together(step: Step) -> int:
+    """Gram matrices of as many models as are looked at together, and what a search makes of them."""
+    rows = step.spec.shape[0]
+    shorter = min(rows, step.spec.num_elements // rows) * (1 + len(step.partners))
+    return _HELD_TOGETHER * min(len(step.models), _TOGETHER) * shorter**2
 
 
 def _statistics_memory(plan: Plan, step: Step) -> int:

@@ -2,29 +2,35 @@
 
 import json
 from dataclasses import replace
+from math import prod
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from mergetool.engine import devices
+from mergetool.engine import devices, transfers, worker
 from mergetool.engine.device_worker import DeviceWorker, slice_elements
 from mergetool.engine.devices import devices_here, own_device, usable_device
 from mergetool.engine.run import Flags, run_recipe
 from mergetool.engine.schedule import Schedule
+from mergetool.engine.sinks import MemorySink
 from mergetool.errors import PlanError
+from mergetool.kernels import spectral
 from mergetool.methods.base import TensorMethod
 from mergetool.outputs.journal import Journal
-from mergetool.planning import make_plan
+from mergetool.planning import cost, make_plan
 from mergetool.planning.cost import bytes_per_element, step_memory
 from mergetool.planning.graph import SLICE_ELEMENTS
 from mergetool.recipe import load_recipe
+from mergetool.tensors.source import MemorySource
 from mergetool.testing.runs import cut_finely
 from tests.elsewhere import DEVICE, Elsewhere
 from tests.files import content, tensors, write_model, write_recipe
 from tests.streams import streaming
 
 SHAPES = {"w": (900, 1000), "v": (7,)}
+SEARCHING = ("dc-merge", "lors", "tsv-merge")
+"""Methods that look for the leading directions of several models at once."""
 
 
 class Greedy(TensorMethod):
@@ -105,11 +111,29 @@ def test_whole_tensors_wait_for_each_other_where_a_device_has_too_little_memory(
         return done
 
     monkeypatch.setattr(DeviceWorker, "perform", performing)
-    step = step_memory(plan := make_plan(load_recipe(recipe)), plan.steps[0])
+    step = step_memory(plan := make_plan(load_recipe(recipe)), plan.steps[0], on_device=True)
     for room, together in ((1.5, 1), (2.5, 2)):
         most.clear()
         _run(recipe, tmp_path / f"{together}", free=2 * int(room * step), workers=4)
         assert max(most) == together
+
+
+@pytest.mark.parametrize("method", [*SEARCHING, "iso-c", "iso-cts", "knots", "opcm", "star", "wudi"])
+@pytest.mark.parametrize("shape", [(192, 192), (96, 384)])
+def test_whole_tensors_take_no_more_memory_of_a_device_than_is_reckoned_with(method, shape, monkeypatch):
+    monkeypatch.setattr(spectral, "_SMALLEST", 96)
+    for module in (cost, worker):  # or whatever is small would lie in buffers of this length
+        monkeypatch.setattr(module, "SLICE_ELEMENTS", 0)
+    names = ["base", *"abcdefgh"]
+    sources = {name: MemorySource(tensors(seed, {"w": shape}), name) for seed, name in enumerate(names)}
+    recipe = {"base": "unused", "models": dict.fromkeys(names[1:], "unused"), "merge": {"method": method}}
+    plan = make_plan(load_recipe(recipe), sources=sources)
+    with Elsewhere(), streaming() as streams:
+        DeviceWorker(plan, MemorySink(plan), DEVICE).perform(plan.steps[0], 0, prod(shape), {})
+    reckoned = step_memory(plan, plan.steps[0], on_device=True)
+    most = streams.counts["most"] - transfers.PIECES * transfers.PIECE_BYTES
+    assert most < reckoned
+    assert method not in SEARCHING or shape == (96, 384) or most > 0.8 * reckoned
 
 
 def test_small_tensors_and_copies_stay_on_the_cpu(recipe):

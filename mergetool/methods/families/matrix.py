@@ -142,6 +142,11 @@ def chosen_of(p: Params) -> list[tuple[int, float]]:
     return [(index, weight) for index, weight in enumerate(p.weight) if weight]
 
 
+def weighted(matrices: "Sequence[Tensor]", weights: Sequence[float]) -> "list[Tensor]":
+    """Each matrix times its weight; not to be changed, as those of weight 1 are the matrices themselves."""
+    return [matrix if weight == 1 else matrix * weight for matrix, weight in zip(matrices, weights, strict=True)]
+
+
 def most_directions(group: TensorGroup, rank: Rank, size: int, num_tasks: int) -> int:
     """How many directions of each task are kept at most; where that is none, a note says so."""
     from mergetool.kernels.spectral import rank_limit
