@@ -9,6 +9,7 @@ import mergetool
 from mergetool.bundle.calibrate import calibrate
 from mergetool.bundle.manifest import read_manifest
 from mergetool.bundle.rows import answers
+from mergetool.kernels import spectral, subspace
 from mergetool.methods import registry
 from mergetool.methods.families.bundle import BundleMethod
 from mergetool.testing.classifiers import save_experts, text_inputs, tiny_config
@@ -64,6 +65,13 @@ def test_a_bundle_is_made_on_a_device_as_on_the_cpu(section, device, paths, tmp_
     assert lock_of(there)["run"]["device"].startswith(device)
     assert any(f"on {device}" in line for line in said)
     assert_alike(there, here)
+
+
+def test_directions_that_products_do_not_find_are_counted(paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(spectral, "_SMALLEST", 6)
+    monkeypatch.setattr(subspace, "_ROUNDS", 0)
+    there, _ = made(paths, tmp_path / "there", {"method": "tsv-compress", "rank": 1}, STAND_IN)
+    assert "3 of 3 matrices by eigh" in (there / "mergetool.json").read_text()
 
 
 def test_what_does_not_fit_a_device_is_taken_apart_on_the_cpu_and_says_so(paths, tmp_path):
