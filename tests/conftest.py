@@ -49,6 +49,8 @@ LONG_TESTS = {
     "test_importing_the_package_imports_no_torch",
     "test_junk_anywhere_in_a_recipe_is_a_recipe_error_or_fine",
 }
+OF_DEVICES = ("mark.gpu", "every_device", "= laws(")
+"""One of these stands in every file with tests for a GPU."""
 REAL_RUNS = {"slices", "workers", "memory", "device"}
 """Laws that run from files to files; the others are tried with each method's defaults only."""
 
@@ -116,6 +118,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Files that could not be chosen are not even imported."""
+    if config.option.markexpr == "gpu" and collection_path.suffix == ".py":
+        text = collection_path.read_text()
+        return None if any(sign in text for sign in OF_DEVICES) else True
     if config.option.markexpr != "fast" or collection_path in (TESTS, TESTS.parent):
         return None
     place = collection_path.relative_to(TESTS).with_suffix("")
