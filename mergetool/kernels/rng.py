@@ -122,9 +122,11 @@ def _all_counters(count: int, device: torch.device) -> Tensor:
 
 
 def _xor_shift(x: Tensor, by: int, shifted: Tensor) -> Tensor:
-    """`x ^= x >>> by`, with zeros shifted in (torch shifts signed integers arithmetically)."""
-    torch.bitwise_right_shift(x, by, out=shifted)
-    shifted.bitwise_and_((1 << (32 - by)) - 1)
+    """`x ^= x >>> by`, with zeros shifted in (torch shifts signed integers arithmetically, numpy has unsigned ones)."""
+    if x.device.type == "cpu":
+        np.right_shift(x.numpy().view(np.uint32), by, out=shifted.numpy().view(np.uint32))
+    else:
+        torch.bitwise_right_shift(x, by, out=shifted).bitwise_and_((1 << (32 - by)) - 1)
     return x.bitwise_xor_(shifted)
 
 

@@ -78,14 +78,15 @@ class _Della(SparseMethod):
 
         delta = group.deltas[place]
         rows = delta.reshape(1 if delta.dim() < 2 else len(delta), -1)
-        chances = group.scratch("chances", torch.int32)
-        spread_by_rank_(rows, _chances(rows.shape[1], density, epsilon, rows.device), chances.view_as(rows))
+        chances = group.scratch("chances")
+        table = _chances(rows.shape[1], density, epsilon, rows.device, rows.dtype)
+        spread_by_rank_(rows, table, chances.view_as(rows), group.scratch)
         if self.rescale == "1/p":
             delta.div_(chances).mul_(_RESOLUTION)
         key = stream_key(group.seed, group.name, group.names[place], "della")
         words, hashing = (group.scratch(name, torch.int32).view(-1) for name in ("draws", "hashing"))
         draws = draw(key, group.start, words, hashing).view_as(delta)  # from -2^15 up
-        return chances.sub_(draws).sub_(_RESOLUTION // 2).clamp_(0, 1)
+        return chances.sub_(draws).gt_(_RESOLUTION // 2)
 
 
 class DellaLinear(_Della):
@@ -103,10 +104,10 @@ class Della(_Della):
 
 
 @lru_cache(maxsize=8)  # a device would be waited for at every slice
-def _chances(length: int, density: float, epsilon: float, device: "torch.device") -> "Tensor":
-    """Chances of a row's entries by rank, the smallest first, in units of 2^-16 (int32)."""
+def _chances(length: int, density: float, epsilon: float, device: "torch.device", dtype: "torch.dtype") -> "Tensor":
+    """Chances of a row's entries by rank, the smallest first, in units of 2^-16."""
     import torch
 
     ranks = torch.linspace(0.0, 1.0, length, dtype=torch.float64) if length > 1 else torch.tensor([0.5])
     chances = (density - epsilon) + 2.0 * epsilon * ranks.double()
-    return (chances * _RESOLUTION).round().clamp(1, _RESOLUTION).to(device, torch.int32)
+    return (chances * _RESOLUTION).round().clamp(1, _RESOLUTION).to(device, dtype)

@@ -100,8 +100,31 @@ def test_chances_outside_zero_to_one_are_refused(density, epsilon, chance):
         merge_state_dicts("della", models, base, density=density, epsilon=epsilon)
 
 
+def scratch_like(x):
+    return lambda name, dtype: torch.empty(x.shape, dtype=dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_magnitudes_are_ranked_by_place(dtype):
     x = torch.tensor([[2.0, -1.0, 1.0, 0.0], [-0.0, 3.0, -3.0, float("inf")]], dtype=dtype)
-    out = spread_by_rank_(x, torch.tensor([10, 11, 12, 13]), torch.zeros(2, 4, dtype=torch.int64))
+    out = spread_by_rank_(x, torch.tensor([10, 11, 12, 13]), torch.zeros(2, 4, dtype=torch.int64), scratch_like(x))
     assert out.tolist() == [[13, 11, 12, 10], [10, 11, 12, 13]]
+
+
+@pytest.mark.parametrize("length", [1, 2, 700, 9000])
+@pytest.mark.parametrize(
+    "rows", ["normal", "one step apart", "stored in 16 bits", "falling", "far from the largest", "equal"]
+)
+def test_ranks_are_those_of_whole_magnitudes(rows, length):
+    x = uniform((3, length), rows)
+    steps = torch.arange(length, dtype=torch.int32)
+    made = {
+        "one step apart": lambda: (torch.ones(3, length).view(torch.int32) + (x * 40).int()).view(torch.float32),
+        "stored in 16 bits": lambda: (x + 1e-3).bfloat16().float() - (x / 9).bfloat16().float(),
+        "falling": lambda: (torch.ones(3, length).view(torch.int32) - steps).view(torch.float32),
+        "far from the largest": lambda: torch.cat([x * 1e-20, torch.full((3, 1), 1e10)], dim=1),
+        "equal": lambda: torch.full((3, length), -0.5),
+    }
+    x = made[rows]() if rows in made else x
+    found = spread_by_rank_(x, torch.arange(x.shape[1]), torch.empty(x.shape, dtype=torch.int64), scratch_like(x))
+    assert torch.equal(found, x.abs().argsort(dim=1, stable=True).argsort(dim=1))
