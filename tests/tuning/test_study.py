@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 import mergetool
 from scripts.studies.merge3.genes import HIGHEST, Merges
 from scripts.studies.merge3.models import Training, _config, _tokenizer
+from scripts.studies.merge3.paths import planted
 from scripts.studies.merge3.skills import MEANT, SKILLS, items, lines, mixed_lines
 
 ORACLES = {
@@ -74,3 +75,17 @@ def test_a_merge_of_many_genes_is_the_one_that_mergetool_makes_and_answers_as_al
     assert every[alone].tolist() == [world.answers(point, np.array([place])).item() for place in alone]
     assert 0 < every.sum() < 60
     assert world.report.reshape(3, 20).sum(1).tolist() == [12] * 3
+
+
+def test_a_path_is_the_network_that_mergetool_makes_of_its_layers(tmp_path):
+    world = planted(tmp_path, 0)
+    method, space = world.space("depth")
+    point = space.snap(np.random.default_rng(0).random(len(space.genes)))
+    models = {name: str(tmp_path / name) for name in world.parents}
+    asked = {"models": models, "merge": {"method": "passthrough"}}
+    asked |= method.arranged(space.values(point), tuple(world.parents))
+    whole = LlamaForCausalLM.from_pretrained(mergetool.run(asked, output=tmp_path / "out").path).eval()
+    tokens = world.asked[0][0]
+    with torch.no_grad():
+        made, expected = (each(input_ids=tokens).logits for each in (world.network(method, space, point), whole))
+    assert made.equal(expected)

@@ -38,7 +38,8 @@ class MappingMethod(AligningMethod):
         spaces = evidence.spec.spaces
         left = [name for name, each in spaces.items() if each.symmetry != "fixed" and name not in mapped]
         if left:
-            models.say(f"units of {', '.join(left)} have heads or signs: they stay in their order")
+            why = "have heads or signs, or do not show which layer writes them (no biases)"
+            models.say(f"units of {', '.join(left)} {why}: they stay in their order")
         report = {"method": self.method_name(), "models": list(models.names), "spaces": list(mapped)}
         return Mapped(evidence.spec, evidence.maps, report)
 
