@@ -1,7 +1,6 @@
 """What is measured layer by layer, of a network that does not fit in memory, is what is measured of the whole one."""
 
 import os
-import subprocess
 import sys
 
 import pytest
@@ -197,7 +196,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are told by /proc")
-def test_no_more_than_two_layers_are_ever_in_memory(tmp_path):
+def test_no_more_than_two_layers_are_ever_in_memory(network_forks, tmp_path):
     """Of eight: weights of zeros, which the file does not hold."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 64}
     config = transformers.LlamaConfig(**sizes, num_attention_heads=8, architectures=["LlamaForCausalLM"])
@@ -209,6 +208,6 @@ def test_no_more_than_two_layers_are_ever_in_memory(tmp_path):
     os.truncate(tmp_path / "llama" / "model.safetensors", header.file_size)
     (tmp_path / "rows.jsonl").write_text('{"text": [1, 2, 3, 4]}')
     arguments = [str(tmp_path / name) for name in ("llama", "rows.jsonl", "cache")]
-    told = subprocess.run([sys.executable, "-c", GROWN, *arguments], capture_output=True, text=True, check=True)
+    (told,) = network_forks.python("-c", GROWN, *arguments).wait()
     layer = 4 * sum(value.numel() for name, value in state.items() if ".layers.0." in name)
-    assert layer < 1024 * int(told.stdout) < 2 * layer
+    assert layer < 1024 * int(told.out) < 2 * layer, told.err
