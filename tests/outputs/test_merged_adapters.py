@@ -4,7 +4,10 @@ The truth is the checkpoint that the same recipe makes of base and adapters, whi
 """
 
 import json
+import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,12 +96,32 @@ def start(folder, make):
     return again
 
 
+MADE = {}
+
+
+def once(folder, key, make):
+    """What `make(place)` writes, made once and copied for whoever asks for it; returns what that returns."""
+    if key not in MADE:
+        place = Path(tempfile.mkdtemp(dir=os.environ["XDG_CACHE_HOME"]))
+        MADE[key] = place, make(place)
+    place, made = MADE[key]
+    shutil.copytree(place, folder, dirs_exist_ok=True)
+    for path in folder.glob("*/adapter_config.json"):
+        path.write_text(path.read_text().replace(str(place), str(folder)))
+    torch.manual_seed(0)  # what is drawn next does not depend on who asked first
+    return made
+
+
 def three(folder, make, same=None, **settings):
     """A base and three adapters, `a` to `c`, of different ranks and scales; returns what opens the base."""
-    again = start(folder, make)
-    for seed, (name, own) in enumerate(zip("abc", DIFFERENT, strict=True)):
-        train(folder, name, again(), seed, **(own if same is None else same), **settings)
-    return again
+
+    def all_of_them(place):
+        again = start(place, make)
+        for seed, (name, own) in enumerate(zip("abc", DIFFERENT, strict=True)):
+            train(place, name, again(), seed, **(own if same is None else same), **settings)
+        return again
+
+    return once(folder, (make, repr(same), repr(settings)), all_of_them)
 
 
 def recipes(folder, method, rank=None, names="abc", then=(), **merge):

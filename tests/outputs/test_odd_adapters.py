@@ -24,6 +24,7 @@ from tests.outputs.test_merged_adapters import (
     assert_same_merge,
     llama,
     merged_by_peft,
+    once,
     recipes,
     start,
     train,
@@ -46,10 +47,13 @@ def merge(folder, again, method="linear", rank=None, names="ab", **settings):
 
 
 def two(folder, make=llama, first=None, second=None):
-    again = start(folder, make)
-    train(folder, "a", again(), 1, **{"target_modules": ALL, "r": 2, **(first or {})})
-    train(folder, "b", again(), 2, **{"target_modules": ALL, "r": 3, **(second or {})})
-    return again
+    def both(place):
+        again = start(place, make)
+        train(place, "a", again(), 1, **{"target_modules": ALL, "r": 2, **(first or {})})
+        train(place, "b", again(), 2, **{"target_modules": ALL, "r": 3, **(second or {})})
+        return again
+
+    return once(folder, ("two", make, repr(first), repr(second)), both)
 
 
 def clip():
