@@ -48,9 +48,9 @@ def _link() -> None:
 
 def shorten_torch() -> None:
     """Have the import of torch leave for later what computing does not need; not beside methods of other packages."""
-    from mergetool.methods import registry
+    from mergetool.methods import has_plugins
 
-    if all(kind.__module__.startswith("mergetool.") for kind in registry().values()):
+    if not has_plugins():
         sys.meta_path.insert(0, _Finder())
 
 

@@ -2,11 +2,12 @@
 
 import pkgutil
 import warnings
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
-from mergetool.methods.base import Method, all_methods
+from mergetool.methods.base import Method, all_methods, registered
 
 GROUP = "mergetool.methods"
 """The group of entry points by which installed packages bring methods: `NAME = "MODULE"`, or `"MODULE:CLASS"`."""
@@ -18,12 +19,28 @@ class PluginWarning(UserWarning):
 
 def registry() -> dict[str, type[Method]]:
     """Every method by name: the files of this folder, those of installed plug-ins, and classes made since."""
-    _load()
     return all_methods()
 
 
+def method_named(name: str) -> type[Method] | None:
+    """One method. Where no package brings others, only its own file is loaded, if it is called like it."""
+    file = name.replace("-", "_")
+    if not has_plugins() and file.isidentifier():
+        with suppress(ModuleNotFoundError):
+            import_module(f"{__name__}.{file}")
+    kind = registered(name)
+    return kind if kind is not None and kind.__module__ == f"{__name__}.{file}" else registry().get(name)
+
+
 @cache
-def _load() -> None:
+def has_plugins() -> bool:
+    """Whether installed packages bring methods."""
+    return bool(entry_points(group=GROUP))
+
+
+@cache
+def load_all() -> None:
+    """Load the files of this folder, and of plug-ins."""
     for module in pkgutil.iter_modules(__path__):
         import_module(f"{__name__}.{module.name}")
     for plugin in entry_points(group=GROUP):

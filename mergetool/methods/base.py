@@ -15,6 +15,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeGuard, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -71,6 +72,7 @@ __all__ = [
     "cancel",
     "expect",
     "is_method",
+    "registered",
     "resolve",
 ]
 
@@ -320,7 +322,7 @@ def _chosen(value: Any) -> Any:
     """The registered method that a mapping with `method` describes."""
     if getattr(value, "merges", False):
         return value
-    tensor_methods = {name: kind for name, kind in _REGISTRY.items() if kind.merges}
+    tensor_methods = {name: kind for name, kind in all_methods().items() if kind.merges}
     if not isinstance(value, Mapping) or "method" not in value:
         raise ValueError("expected a mapping with `method`")
     if value["method"] not in tensor_methods:
@@ -348,5 +350,11 @@ def is_method(kind: type) -> "TypeGuard[type[Method]]":
 
 
 def all_methods() -> dict[str, type[Method]]:
-    """Every registered method by name, sorted."""
+    """Every method by name, sorted; loads those that are not."""
+    import_module("mergetool.methods").load_all()
     return dict(sorted(_REGISTRY.items()))
+
+
+def registered(name: str) -> type[Method] | None:
+    """A method whose file is loaded."""
+    return _REGISTRY.get(name)

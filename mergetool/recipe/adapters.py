@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from mergetool.errors import RecipeError
-from mergetool.methods import registry
+from mergetool.methods import method_named
 from mergetool.recipe.document import Document, Place
 from mergetool.recipe.schema import Recipe, Reference
 from mergetool.recipe.then import base_for_steps
@@ -51,7 +51,7 @@ def _all_adapters(data: Mapping[str, Any]) -> bool:
 def names_base(data: Mapping[str, Any]) -> bool:
     """Whether a recipe's data has a base that it can refer to."""
     merge = data.get("merge")
-    kind = registry().get(str(merge.get("method"))) if isinstance(merge, dict) else None
+    kind = method_named(str(merge.get("method"))) if isinstance(merge, dict) else None
     unused = kind is not None and kind.needs_base == "unused" and not base_for_steps(data, kind)
     only_below = unused and has_adapters(data) and not makes_adapter(data)
     return "base" in data and not only_below

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergetool.errors import RecipeError
-from mergetool.methods import registry
+from mergetool.methods import method_named
 from mergetool.methods.base import Method
 from mergetool.recipe.data import SHARED, form_of
 from mergetool.recipe.document import Document
@@ -58,7 +58,8 @@ def _inside(document: Document, kind: type[Method], method: Method | None) -> Ma
     found = {} if method is None else {field: type(part) for field, part in method.parts().items()}
     inner = document.data["merge"].get("inner") if kind.searches else None
     name = inner.get("method") if isinstance(inner, dict) else None
-    return {**found, **({"inner": registry()[name]} if name in registry() else {})}
+    own = method_named(name) if isinstance(name, str) else None
+    return {**found, **({"inner": own} if own is not None else {})}
 
 
 def _names(document: Document, data: Mapping[str, Any], models: Sequence[str]) -> Iterator[RecipeError]:

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import Field, TypeAdapter, ValidationError, create_model
 
 from mergetool.errors import RecipeError
-from mergetool.methods import registry
+from mergetool.methods import method_named, registry
 from mergetool.methods.base import Method
 from mergetool.methods.then import After
 from mergetool.methods.then import steps as known_steps
@@ -42,14 +42,13 @@ def merge_section(
 
 
 def _method_class(document: Document, data: dict[str, Any], problems: list[RecipeError]) -> type[Method] | None:
-    methods = registry()
     name = data.get("method")
-    if isinstance(name, str) and name in methods:
-        return methods[name]
+    if isinstance(name, str) and (kind := method_named(name)) is not None:
+        return kind
     if name is None:
         problems.append(document.error(("merge",), "required key 'method' is missing", "see: mergetool methods"))
     else:
-        fix = suggestion(str(name), methods) or "see: mergetool methods"
+        fix = suggestion(str(name), registry()) or "see: mergetool methods"
         problems.append(document.error(("merge", "method"), f"there is no method {str(name)!r}", fix))
     return None
 

@@ -17,7 +17,7 @@ from math import comb, prod
 from typing import Any
 
 from mergetool.errors import RecipeError
-from mergetool.methods import registry
+from mergetool.methods import method_named
 from mergetool.methods.base import Method
 from mergetool.methods.then import After, steps, titles
 from mergetool.recipe.document import Document, Place
@@ -92,7 +92,7 @@ def _with(data: Any, place: Place, value: Any) -> Any:
 def _axes(document: Document, problems: list[RecipeError]) -> dict[str, _Axis]:
     """The numbers with their values, as they are called in `sweep`."""
     sweep, merge = document.data["sweep"], document.data.get("merge")
-    kind = registry().get(str(merge.get("method"))) if isinstance(merge, dict) else None
+    kind = method_named(str(merge.get("method"))) if isinstance(merge, dict) else None
     if not isinstance(sweep, dict) or not sweep:
         what = "expected numbers of the method with their values"
         problems.append(document.error(("sweep",), what, "write sweep: {scale: [0.5, 1.0]}"))

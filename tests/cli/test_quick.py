@@ -17,6 +17,7 @@ from mergetool.cli import start
 
 def look():
     import torch
+    print("alone" if "mergetool.methods.ties" not in sys.modules else "beside others")
     print("left" if "torch._refs" not in sys.modules else "all")
     torch.export.Dim
     {0}
@@ -47,7 +48,7 @@ def python(code, *arguments):
 def test_a_run_waits_for_less_and_the_rest_comes_when_it_is_used(tmp_path):
     write_models(tmp_path)
     recipe = write_recipe(tmp_path / "r.yaml", models={"a": "./a", "b": "./b"}, merge={"method": "linear"})
-    assert python(RUN, "run", str(recipe), "-o", str(tmp_path / "out"))[-2:] == ["left", "all"]
+    assert python(RUN, "run", str(recipe), "-o", str(tmp_path / "out"))[-3:] == ["alone", "left", "all"]
 
 
 def test_libraries_of_networks_find_all_of_it():
