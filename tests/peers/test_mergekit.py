@@ -110,9 +110,14 @@ def test_as_many_entries_are_kept_as_mergekit_keeps_of_each_rank_and_rescaled_al
 
 
 @cache
+def _llama(model):
+    return tensors("llama", model)
+
+
+@cache
 def _ranks(name):
     """Where sampled entries of what c has changed stand in their rows, from 0 to 1."""
-    base, model = (tensors("llama", which)[name] for which in ("base", "c"))
+    base, model = (_llama(which)[name] for which in ("base", "c"))
     return sample(name, np.abs(model - base).argsort(1).argsort(1) / (base.shape[1] - 1))
 
 
@@ -120,7 +125,7 @@ def _kept(found, *, rescaled):
     """Of sampled entries of all matrices the rank in their row, from 0 to 1, and whether they are kept."""
     all_ranks, all_kept = [], []
     for name, samples in found.items():
-        base, model = (tensors("llama", which)[name] for which in ("base", "c"))
+        base, model = (_llama(which)[name] for which in ("base", "c"))
         if base.ndim < 2:
             continue
         delta, ranks = sample(name, model - base), _ranks(name)
