@@ -1,20 +1,22 @@
 """What corrects a bundle's router: `calibration.json` beside the manifest.
 
 Every task's distances get an offset, and all a temperature. The file names the manifest that it was made for by its
-hash, and counts only with that. Deleting it takes the correction back.
+hash, and counts only with that; so it names the examples beside it (`mergetool.bundle.examples`), of routers that tell
+unknown inputs. Deleting it takes the correction back.
 """
 
 import json
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from mergetool.bundle.manifest import MANIFEST_NAME, Unknown
+from mergetool.bundle.manifest import MANIFEST_NAME
 from mergetool.errors import SourceError
 from mergetool.tensors.io import sha256_file
 
 CALIBRATION_NAME = "calibration.json"
+AGAIN = "calibrate again, or delete calibration.json"
 
 
 class Calibration(BaseModel):
@@ -29,30 +31,25 @@ class Calibration(BaseModel):
     num_rows: int
     doubt: float | None = None
     """The most doubt about a known input, of routers that tell unknown ones."""
-    doubts: tuple[float, ...] | None = None
-    """The same by the nearest task, where not all tasks have the one above."""
+    examples: str | None = None
+    """SHA-256 of what that doubt comes from."""
 
-
-def most_doubt(unknown: Unknown | None, found: Calibration | None, distances: Tensor) -> Tensor:
-    """The most doubt about each input (samples,) if it is a known one: as a calibration found it, or the router's.
-
-    distances (samples, tasks): the nearest task may have a limit of its own.
-    """
-    if found is not None and found.doubts is not None:
-        return distances.new_tensor(found.doubts)[distances.argmin(-1)]
-    shared = float("inf") if unknown is None else unknown.doubt if found is None or found.doubt is None else found.doubt
-    return distances.new_full((len(distances),), shared)
+    @model_validator(mode="after")
+    def _both(self) -> Self:
+        if (self.doubt is None) != (self.examples is None):
+            raise ValueError("doubt and examples come together")
+        return self
 
 
 def read_calibration(folder: Path) -> Calibration | None:
     """The calibration of a bundle, if it has one. Raises SourceError for one that is damaged or of another bundle."""
-    path, fix = folder / CALIBRATION_NAME, "calibrate again, or delete the file"
+    path = folder / CALIBRATION_NAME
     if not path.is_file():
         return None
     try:
         calibration = Calibration.model_validate(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, ValidationError) as error:
-        raise SourceError(f"cannot be read ({str(error).splitlines()[0][:100]})", str(path), fix) from None
+        raise SourceError(f"cannot be read ({str(error).splitlines()[0][:100]})", str(path), AGAIN) from None
     if calibration.manifest != sha256_file(folder / MANIFEST_NAME):
-        raise SourceError("was made for another bundle, or this one was made again", str(path), fix)
+        raise SourceError("was made for another bundle, or this one was made again", str(path), AGAIN)
     return calibration

@@ -119,6 +119,11 @@ class FirstPass:
         for place, module in enumerate(self.modules):
             module.register_forward_pre_hook(lambda _, arguments, place=place: self._read(place, arguments[0]))
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many features it reads of a sample, of all matrices together, and of how many tasks it tells."""
+        return sum(own[0].shape[1] for own in self.bases), max(map(len, self.bases), default=0)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Keep everything on `device`, where the model is, and other weights of it in its `dtype`."""
         self.bases = [[basis.to(device) for basis in bases] for bases in self.bases]

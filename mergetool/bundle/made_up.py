@@ -57,8 +57,7 @@ def texts(model: MassModel, around: Markup, moved: Tensor | None) -> dict[str, l
     base: Any = model.base
     size = base.get_input_embeddings().num_embeddings
     words = torch.tensor([token for token in range(size) if token not in set(around.every)])
-    room = getattr(base.config, "max_position_embeddings", None) or _LENGTHS[1]
-    longest = max(2, min(_LENGTHS[1], room - len(around.before) - len(around.after)))
+    longest = _longest(model, around)
     lengths = torch.randint(min(_LENGTHS[0], longest - 1), longest, (_COUNT,), generator=draw).tolist()
 
     def some(count: int) -> Tensor:
@@ -75,9 +74,30 @@ def texts(model: MassModel, around: Markup, moved: Tensor | None) -> dict[str, l
         rows["usual"] = usual
         pairs = torch.randint(len(usual), (_COUNT, 2), generator=draw).tolist()
         halves = [(usual[one], usual[other]) for one, other in pairs if (one - other) % len(weights)]
-        most = max(1, longest // 2)
-        rows["glued"] = [torch.cat([one[:most], other[:most]]) for one, other in halves]
+        rows["glued"] = [_glue(one, other, longest) for one, other in halves]
     return {kind: list(_batches(several, around)) for kind, several in rows.items() if several}
+
+
+def glued(
+    model: MassModel, rows: Sequence[Tensor], tasks: Sequence[int], around: Markup
+) -> tuple[list[dict[str, Tensor]], list[tuple[int, int]]]:
+    """Batches of beginnings of two tasks' rows, for most rows one, and which two rows each is made of."""
+    draw, longest = torch.Generator().manual_seed(_SEED), _longest(model, around)
+    others = torch.randint(len(rows), (len(rows),), generator=draw).tolist()
+    pairs = [pair for pair in enumerate(others) if tasks[pair[0]] != tasks[pair[1]] and len(rows[pair[0]])]
+    return list(_batches([_glue(rows[one], rows[other], longest) for one, other in pairs], around)), pairs
+
+
+def _longest(model: MassModel, around: Markup) -> int:
+    """Tokens of an input, without what is put around it: below."""
+    base: Any = model.base
+    room = getattr(base.config, "max_position_embeddings", None) or _LENGTHS[1]
+    return max(2, min(_LENGTHS[1], room - len(around.before) - len(around.after)))
+
+
+def _glue(one: Tensor, other: Tensor, longest: int) -> Tensor:
+    most = max(1, longest // 2)
+    return torch.cat([one[:most], other[:most]])
 
 
 def _batches(rows: Sequence[Tensor], around: Markup) -> list[dict[str, Tensor]]:

@@ -27,7 +27,7 @@ from mergetool.bundle.answer import Routing as Routing
 from mergetool.bundle.answer import Scored, answer, standing
 from mergetool.bundle.arrow import Mix, Mixer
 from mergetool.bundle.batch import check_batch, check_names, device_of, lengths_in, num_samples, take
-from mergetool.bundle.calibration import most_doubt, read_calibration
+from mergetool.bundle.calibration import read_calibration
 from mergetool.bundle.classes import ClassNetwork
 from mergetool.bundle.factors import Group, TaskFactors
 from mergetool.bundle.files import copy_bundle, read_all
@@ -85,7 +85,9 @@ class MassModel(nn.Module):
         self.calibration = read_calibration(folder)
         router = manifest.router
         self.first_pass = None if router is None else FirstPass(base, factors, router, folder)
-        self.knowing = None if self.unknown is None else Knowing.read(self.unknown, folder)
+        self.knowing: Knowing | None = None
+        if self.unknown is not None and self.first_pass is not None:
+            self.knowing = Knowing.read(self.unknown, folder, self.calibration, self.first_pass)
         self._mixer = None if router is None or router.per is None else Mixer(factors, router)
         self._reader = TextReader(self._tokenizer_folders(), longest(base.model))
         self.eval()
@@ -172,14 +174,14 @@ class MassModel(nn.Module):
             distances, doubt = self.knowing.judge(self.first_pass, inputs)
         temperature = router.temperature
         if self.calibration is not None:
-            distances = distances - distances.new_tensor(self.calibration.offsets)
+            distances = distances - torch.tensor(self.calibration.offsets, device=distances.device)
             temperature *= self.calibration.temperature
         if router.norm == "arrow":
             weights = shares(-distances, temperature, router.top_k)
         else:
             weights = coefficients(distances, router.mode, temperature)
         chosen = select(weights, router.threshold, router.top_k)
-        known = doubt <= most_doubt(router.unknown, self.calibration, distances)
+        known = doubt <= (0.0 if self.knowing is None else self.knowing.most)
         if router.unknown is not None and router.unknown.answer != "nearest":
             chosen = [tasks if sure else () for tasks, sure in zip(chosen, known.tolist(), strict=True)]
         names = tuple(tuple(self.task_names[task] for task in tasks) for tasks in chosen)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from mergetool.bundle.alike import alike
 from mergetool.bundle.calibration import read_calibration
+from mergetool.bundle.examples import Examples
 from mergetool.bundle.manifest import ClassHead, Head, Manifest, read_manifest
 from mergetool.errors import SourceError
 from mergetool.tensors.folder import open_model
@@ -62,7 +63,7 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
     """Everything above, and a scan for values that are not finite. Raises SourceError for the first kind of damage."""
     manifest = read_manifest(folder)
     num_files = check_files(folder, manifest, hashes=True)
-    read_calibration(folder)
+    Examples.read(folder, read_calibration(folder))
     check_base(folder, manifest, hashes=True)
     check_shapes(folder, manifest)
     num_tensors = 0

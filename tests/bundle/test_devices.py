@@ -165,3 +165,22 @@ def test_what_is_strange_is_measured_on_a_device(device, tmp_path):
     found, expected = (read_manifest(bundle).router.unknown for bundle in (there, here))
     assert found.scores == expected.scores
     assert [*found.strange, *found.usual] == pytest.approx([*expected.strange, *expected.usual], abs=1e-3)
+
+
+@every_device
+def test_examples_of_known_inputs_are_learnt_on_a_device(device, tmp_path):
+    kind = transformers.BertForSequenceClassification
+    paths = save_experts(tmp_path / "models", kind, tiny_config(kind), transformers.BertModel)
+    names = [name for name in paths if name != "base"]
+    section = {"method": "mass", "router": {"unknown": "nearest"}}
+    folder, _ = made(paths, tmp_path / "out", section, "cpu", names=names)
+    inputs = text_inputs()
+    rows = [{"input_ids": ids, "task": names[row % len(names)]} for row, ids in enumerate(inputs["input_ids"].tolist())]
+    here = mergetool.load_bundle(folder)
+    calibrate(here, rows)
+    expected = here.route(**inputs).doubt
+    with present(device):
+        there = mergetool.load_bundle(folder).to(device)
+        torch.testing.assert_close(there.route(**on(device, inputs)).doubt.cpu(), expected, rtol=0, atol=1e-4)
+        calibrate(there, rows)
+        torch.testing.assert_close(there.route(**on(device, inputs)).doubt.cpu(), expected, rtol=0, atol=1e-3)

@@ -214,7 +214,9 @@ def test_what_cannot_be_changed_says_why_and_leaves_the_bundle(paths, tmp_path):
 
 def test_a_calibration_for_other_experts_is_left_out(paths, tmp_path):
     bundle = mergetool.run(recipe(paths, "ab", method="mass"), output=tmp_path / "out").path
-    (bundle / "calibration.json").write_text("{}")
+    names = "calibration.json", "calibration.safetensors"
+    for name in names:
+        (bundle / name).write_text("{}")
     told = []
 
     class Told(Silent):
@@ -222,7 +224,7 @@ def test_a_calibration_for_other_experts_is_left_out(paths, tmp_path):
             told.append(text)
 
     change_bundle(bundle, {"c": str(paths["c"])}, progress=Told())
-    assert not (bundle / "calibration.json").exists()
+    assert not any((bundle / name).exists() for name in names)
     assert any("calibrate again" in text for text in told)
 
 

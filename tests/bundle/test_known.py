@@ -1,6 +1,7 @@
 """Bundles that know when they do not know: what they say of how sure they are, and what becomes of strange inputs."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from transformers import PreTrainedTokenizerFast
 import mergetool
 from mergetool.bundle import first_pass
 from mergetool.bundle.answer import standing
-from mergetool.bundle.calibrate import calibrate, limits
-from mergetool.bundle.calibration import Calibration, most_doubt
+from mergetool.bundle.calibrate import calibrate
+from mergetool.bundle.examples import EXAMPLES
 from mergetool.bundle.marks import marks
-from mergetool.errors import PlanError, RecipeError
+from mergetool.bundle.verify import verify_bundle
+from mergetool.errors import PlanError, RecipeError, SourceError
+from mergetool.tensors.io import sha256_file
 from tests.bundle.tiny import make_bundle, tiny_inputs, tiny_model, write_models
 
 WORDS = ["[PAD]", "[UNK]", *(f"w{index}" for index in range(38))]
@@ -138,18 +141,53 @@ def test_calibrating_lets_nearly_all_known_rows_be_known(bundles):
     (bundles["nearest"] / "calibration.json").unlink()
 
 
-def test_tasks_of_another_kind_have_limits_of_their_own():
-    """What all of their rows exceed is no limit for them, nor theirs one for the others."""
-    usual = torch.linspace(0, 0.9, 50)
-    doubt, nearest = torch.cat([usual, usual + 2, usual]), torch.tensor([0, 1, 2]).repeat_interleave(50)
-    shared, own = limits(doubt, nearest, before=1.0, count=4)
-    assert 0.9 < shared < 1.0
-    assert own == (shared, pytest.approx(2.9), shared, shared)
-    assert limits(doubt[nearest != 1], nearest[nearest != 1], before=1.0, count=4) == (shared, None)
-    found = Calibration(manifest="", offsets=(), temperature=1, num_rows=150, doubt=shared, doubts=own)
-    assert most_doubt(None, found, torch.tensor([[1.0, 0, 1, 1], [0, 1, 1, 1]])).tolist() == pytest.approx(
-        [2.9, shared]
-    )
+def fitted(bundle, folder):
+    """A calibrated copy of a bundle, and its rows."""
+    model = mergetool.load_bundle(shutil.copytree(bundle, folder))
+    rows = [{"text": text_of(task, start), "task": task} for task in "abc" for start in range(12)]
+    calibrate(model, rows)
+    return model, [row["text"] for row in rows]
+
+
+def test_examples_of_a_calibration_find_two_tasks_in_one_text_and_words_of_nobody(bundles, tmp_path):
+    model, texts = fitted(bundles["nearest"], tmp_path / "fitted")
+    usual = model.route(texts).doubt
+    glued = [text_of(a, count=6) + " " + text_of(b, count=6) for a, b in ("ab", "bc", "ca")]
+    repeated = ["w3 " * 9, "w20 " * 9]
+    assert float(model.route([*glued, *repeated]).doubt.min()) > float(usual.quantile(0.9))
+    again = mergetool.load_bundle(model.folder).route(texts)
+    torch.testing.assert_close(again.doubt, usual)
+    assert torch.equal(again.known, model.route(texts).known)
+
+
+def test_damaged_examples_are_refused(bundles, tmp_path):
+    model, _ = fitted(bundles["nearest"], tmp_path / "fitted")
+    path, told = model.folder / EXAMPLES, model.folder / "calibration.json"
+    tensors, found = load_file(path), json.loads(told.read_text())
+    wrong = {
+        "another's": {},
+        "narrow": tensors | {"centre": tensors["centre"][1:], "scale": tensors["scale"][1:]},
+        "of other features": {name: t[..., 1:].contiguous() for name, t in tensors.items() if name != "weights"}
+        | {"weights": tensors["weights"]},
+        "not finite": tensors | {"weights": tensors["weights"] * torch.inf},
+        "zero": tensors | {"scale": tensors["scale"] * 0},
+    }
+    for values in wrong.values():
+        save_file(values, path)
+        told.write_text(json.dumps(found | {"examples": sha256_file(path)}))
+        with pytest.raises(SourceError, match="no examples of this bundle"):
+            mergetool.load_bundle(model.folder)
+    told.write_text(json.dumps(found))
+    with pytest.raises(SourceError, match="not as it was written"):
+        verify_bundle(model.folder)
+    path.unlink()
+    with pytest.raises(SourceError, match="is not there"):
+        mergetool.load_bundle(model.folder)
+    told.write_text(json.dumps({key: value for key, value in found.items() if key != "examples"}))
+    with pytest.raises(SourceError, match="cannot be read"):
+        mergetool.load_bundle(model.folder)
+    told.unlink()
+    mergetool.load_bundle(model.folder)
 
 
 def test_refused_rows_are_marked_as_such():
