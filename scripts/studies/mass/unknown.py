@@ -1,31 +1,36 @@
-"""Does a bundle know when it does not know? Known inputs of the study's tasks, and strange ones of ten kinds.
+"""Does a bundle know when it does not know? Known inputs of the study's tasks, and strange ones of many kinds.
 
-    python -m scripts.studies.mass.unknown FOLDER [--set first|second] [--samples 200] [--rows 50]
+    python -m scripts.studies.mass.unknown FOLDER [--tasks NAME ...] [--samples 200] [--rows 50]
 
-FOLDER is that of the study (`python -m scripts.studies.mass`), with the experts of one set; the tasks of the other set
-are text from unrelated sources. Measured as the bundle is made, without any data, and after `calibrate` with some rows
-of each task. Writes `unknown.json`.
+Experts of these tasks are trained in FOLDER unless they are there; all other tasks of both sets are text from unrelated
+sources. Measured as the bundle is made, without any data, and after `calibrate` with some rows of each task. Test rows
+are counted one by one beside the experts themselves, and a mixed batch of 64 is timed. Writes `unknown.json`.
 """
 
 import argparse
 import json
 import random
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import mergetool
 from mergetool.bundle.calibrate import calibrate
 from mergetool.bundle.mass_model import MassModel
-from scripts.demo.tasks import Task, load
+from scripts.demo.tasks import Task
 
-from .experts import MAX_LENGTH, encode
-from .tasks import SETS, prepare
+from .experts import MAX_LENGTH, Training, encode, features
+from .experts import prepare as experts
+from .study import encoder
+from .tasks import SETS, chosen
 
+SIX = ("category", "digits", "keyword", "language", "measurement", "script")
 BATCH = 32
 GLUED_TOKENS = 15
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789!?.,-"
@@ -36,16 +41,19 @@ def strange(tokenizer: Any, known: Mapping[str, Sequence[str]], count: int) -> d
     draw = random.Random(0)
     words = [token for token in range(tokenizer.vocab_size) if token not in tokenizer.all_special_ids]
 
-    def beginning(task: str) -> str:
+    def beginning(task: str, length: int = 0) -> str:
         ids = tokenizer(draw.choice(known[task]), add_special_tokens=False)["input_ids"]
-        return tokenizer.decode(ids[:GLUED_TOKENS])
+        return tokenizer.decode(ids[: length or draw.randint(4, GLUED_TOKENS)])
 
     return {
         "random tokens": [tokenizer.decode(draw.choices(words, k=draw.randint(4, 28))) for _ in range(count)],
         "repeated characters": [
             draw.choice(("", " ")).join([draw.choice(CHARACTERS)] * draw.randint(2, 40)) for _ in range(count)
         ],
-        "two tasks glued": [" ".join(map(beginning, draw.sample(sorted(known), 2))) for _ in range(count)],
+        "two tasks glued": [
+            " ".join(beginning(task, GLUED_TOKENS) for task in draw.sample(sorted(known), 2)) for _ in range(count)
+        ],
+        "glued anywhere": [" ".join(map(beginning, draw.sample(sorted(known), 2))) for _ in range(count)],
         "nothing": [""],
     }
 
@@ -114,6 +122,9 @@ def measure(
         "known refused": {name: 1 - sum(row["known"] for row in each) / len(each) for name, each in answers.items()},
         "known refused, all": 1 - sum(row["known"] for row in rows) / len(rows),
         "strict": {name: sum(row["strict"] for row in each) / len(each) for name, each in answers.items()},
+        "strict and known": {
+            name: sum(row["strict"] and row["known"] for row in each) / len(each) for name, each in answers.items()
+        },
         "strict where known": {
             name: sum(row["strict"] for row in each if row["known"]) / len(each) for name, each in answers.items()
         },
@@ -124,40 +135,82 @@ def measure(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--set", choices=SETS, default="first", help="which five tasks")
-    parser.add_argument("--samples", type=int, default=200, help="test samples of every task and of strange texts")
-    parser.add_argument("--rows", type=int, default=50, help="rows of each task to calibrate with")
-    given = parser.parse_args()
-    folder = given.folder.absolute()
-    names = [name for name in SETS[given.set] if (folder / "experts" / name / "head.safetensors").exists()]
-    tasks = [load(folder / "tasks" / f"{name}.json") for name in names]
-    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    tokenizer.model_max_length = MAX_LENGTH
-    texts = {task.name: [text for text, _ in task.splits["test"]] for task in tasks}
-    others = strange(tokenizer, texts, given.samples)
-    for kind in [kind for kind in SETS if kind != given.set]:
-        for task in prepare(kind, folder / "wheels", folder / f"tasks-{kind}"):
-            others[f"text: {task.name}"] = [text for text, _ in task.splits["test"]][: given.samples]
+@torch.inference_mode()
+def alone(folder: Path, tokenizer: Any, task: Task, count: int) -> float:
+    """Accuracy of the expert itself."""
+    head = load_file(folder / "head.safetensors")
+    own, rows, right = encoder(folder), task.splits["test"][:count], 0
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        scores = features(own, encode(tokenizer, [text for text, _ in part])) @ head["weight"].mT + head["bias"]
+        right += sum(int(a) == b for a, (_, b) in zip(scores.argmax(1), part, strict=True))
+    return right / len(rows)
+
+
+@torch.inference_mode()
+def speed(models: Mapping[str, Any], tokenizer: Any, tasks: Sequence[Task], turns: int = 7) -> dict[str, float]:
+    """Least process time of a mixed batch of 64, in turns, in seconds; of one thread."""
+    texts = [task.splits["test"][row][0] for row in range(64) for task in tasks][:64]
+    inputs, least = encode(tokenizer, texts), dict.fromkeys(models, float("inf"))
+    torch.set_num_threads(1)
+    for _ in range(turns):
+        for name, model in models.items():
+            started = time.process_time()
+            model(**inputs)
+            least[name] = min(least[name], time.process_time() - started)
+    return least
+
+
+def made(folder: Path, tasks: Sequence[Task]) -> Path:
+    """A bundle that tells unknown inputs, and answers them all the same."""
     bundle = folder / "made" / "mass-unknown"
     if not bundle.exists():
         models = {
-            name: {"source": str(source), "head": {"weights": str(source / "head.safetensors")}}
-            for name in names
-            for source in [folder / "experts" / name]
+            task.name: {"source": str(source), "head": {"weights": str(source / "head.safetensors")}}
+            for task in tasks
+            for source in [folder / "experts" / task.name]
         }
         merge = {"method": "mass", "router": {"unknown": "nearest"}}
         recipe = {"base": str(folder / "base"), "models": models, "merge": merge, "check": {"missing": "base"}}
         mergetool.run(recipe, output=bundle, cache=folder / "factors")
+    return bundle
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tasks", nargs="+", default=SIX, help="tasks of either set that the bundle knows")
+    parser.add_argument("--steps", type=int, default=60, help="length of every fine-tune")
+    parser.add_argument("--batch", type=int, default=16, help="rows of a step")
+    parser.add_argument("--samples", type=int, default=200, help="test samples of every task and of strange texts")
+    parser.add_argument("--rows", type=int, default=50, help="rows of each task to calibrate with")
+    given = parser.parse_args()
+    folder, every = given.folder.absolute(), [name for kind in SETS for name in SETS[kind]]
+    tasks = chosen(folder, given.tasks)
+    experts(folder, tasks, Training(given.steps, given.batch))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer.model_max_length = MAX_LENGTH
+    others = strange(tokenizer, {task.name: [text for text, _ in task.splits["test"]] for task in tasks}, given.samples)
+    for task in chosen(folder, [name for name in every if name not in given.tasks]):
+        others[f"text: {task.name}"] = [text for text, _ in task.splits["test"]][: given.samples]
+    bundle = made(folder, tasks)
     fitted = shutil.copytree(bundle, folder / "made" / "mass-unknown-calibrated", dirs_exist_ok=True)
     (fitted / "calibration.json").unlink(missing_ok=True)
-    results = {"without data": measure(mergetool.load_bundle(bundle), tokenizer, tasks, given.samples, others)}
-    model = mergetool.load_bundle(fitted)
+    own = {task.name: alone(folder / "experts" / task.name, tokenizer, task, given.samples) for task in tasks}
+    plain, model = mergetool.load_bundle(bundle), mergetool.load_bundle(fitted)
+    results: dict[str, Any] = {"experts": own}
+    results["without data"] = measure(plain, tokenizer, tasks, given.samples, others)
+    model.tokenizer().model_max_length = MAX_LENGTH
     rows = [{"text": text, "task": task.name} for task in tasks for text, _ in task.splits["train"][: given.rows]]
     calibrate(model, rows)
     results["calibrated"] = measure(model, tokenizer, tasks, given.samples, others)
+    for found in (results["without data"], results["calibrated"]):
+        found["strict, refused as wrong, of the experts"] = sum(
+            found["strict and known"][name] / own[name] for name in own
+        ) / len(own)
+        found["strict of the experts"] = sum(found["strict"][name] / own[name] for name in own) / len(own)
+    timed = {"base": plain.base, "bundle": plain, "calibrated": model}
+    results["seconds"] = speed(timed, tokenizer, tasks)
     (folder / "unknown.json").write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 
