@@ -22,7 +22,7 @@ Differs from the paper: directions that carry nothing (of zero or rank-deficient
 copies of each other) are left out instead of being filled with arbitrary orthonormal vectors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -128,7 +128,7 @@ def live_factors(delta: Tensor, k: int) -> Factors:
         empty = delta.new_zeros(0, dtype=torch.float64)
         return Factors(empty.expand(delta.shape[0], 0), empty, empty.expand(delta.shape[1], 0))
     if not delta.is_cpu:
-        return live_factors_of([delta], k)[0]
+        return next(live_factors_of([delta], k))
     if delta.dtype == torch.float32 and 2 * k > min(delta.shape):
         return with_signs(_all_by_gram(delta, k)).live(_noise(delta))
     return truncated_svd(delta, k).live(_noise(delta))
@@ -160,8 +160,8 @@ def _all_by_gram(delta: Tensor, k: int) -> Factors:
     return _triplets_in(exact @ right, right)
 
 
-def live_factors_of(deltas: Sequence[Tensor], k: int, *, together: bool | None = None) -> list[Factors]:
-    """`live_factors` of matrices of one shape.
+def live_factors_of(deltas: Sequence[Tensor], k: int, *, together: bool | None = None) -> Iterator[Factors]:
+    """`live_factors` of matrices of one shape, one after the other.
 
     They are looked at `together` by default where they are not on the CPU: a device is busy with one call for many
     matrices where one of them leaves most of it idle. A CPU gains nothing.
@@ -169,13 +169,12 @@ def live_factors_of(deltas: Sequence[Tensor], k: int, *, together: bool | None =
     if together is None:
         together = not deltas[0].is_cpu
     if not together:
-        return [live_factors(delta, k) for delta in deltas]
-    if deltas[0].dtype != torch.float32:  # finer than Gram matrices are
-        batches = [truncated_svd(torch.stack(list(deltas)), k)]
+        yield from (live_factors(delta, k) for delta in deltas)
+    elif deltas[0].dtype != torch.float32:  # finer than Gram matrices are
+        yield from _live_each(truncated_svd(torch.stack(list(deltas)), k), _noise(deltas[0]))
     else:
-        starts = range(0, len(deltas), _TOGETHER)
-        batches = [_from_gram(deltas[start : start + _TOGETHER], k) for start in starts]
-    return [factors for batch in batches for factors in _live_each(batch, _noise(deltas[0]))]
+        for start in range(0, len(deltas), _TOGETHER):
+            yield from _live_each(_from_gram(deltas[start : start + _TOGETHER], k), _noise(deltas[0]))
 
 
 def _live_each(batch: Factors, noise: float) -> list[Factors]:

@@ -22,7 +22,7 @@ and value are one matrix or three makes a difference, as with theirs: `fuse: qkv
 factors are computed three times unless the run has a `--cache`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import model_validator
@@ -80,6 +80,7 @@ class TsvMerge(RecoveringMethod):
     def _factors(self, group: TensorGroup, matrices: "list[Tensor]", most: int) -> "list[Factors]":
         from mergetool.kernels.spectral import kept, live_factors_of, truncated_svd
 
+        factors_of_all: Iterable[Factors]
         if self.null_policy == "reference":
             factors_of_all = [truncated_svd(matrix, most) for matrix in matrices]
         elif group.store is not None:

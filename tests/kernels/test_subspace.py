@@ -83,7 +83,7 @@ def test_what_is_not_found_is_left_to_eigh_and_counted(monkeypatch, limit, value
     monkeypatch.setattr(spectral, "_SMALLEST", N)
     deltas = [SPECTRA[name]().float() for name in ("j^-1", "one direction", "flat noise")]
     with searching() as searches:
-        factors = live_factors_of(deltas, K, together=True)
+        factors = list(live_factors_of(deltas, K, together=True))
     assert searches.tried == 3
     assert searches.failed >= 2
     for each, delta in zip(factors, deltas, strict=True):
@@ -107,7 +107,7 @@ def test_a_merge_on_a_device_is_that_of_float64_eigh(monkeypatch, kind, shape):
     deltas = deltas_of(kind, *shape)
     k = min(shape) // len(deltas)
     with Elsewhere(), searching() as searches:
-        factors = live_factors_of([delta.to(DEVICE) for delta in deltas], k)
+        factors = list(live_factors_of([delta.to(DEVICE) for delta in deltas], k))
         every = concatenated(factors)
         merged = orthogonalised(every)
         assert isinstance(merged.u, There)
@@ -125,7 +125,7 @@ def test_a_merge_on_a_device_is_that_of_float64_eigh(monkeypatch, kind, shape):
 def test_a_merge_on_a_gpu_is_that_of_float64_eigh(kind, shape):
     deltas = deltas_of(kind, *shape)
     with searching() as searches:
-        factors = live_factors_of([delta.cuda() for delta in deltas], 64)
+        factors = list(live_factors_of([delta.cuda() for delta in deltas], 64))
     assert (searches.tried, searches.failed) == (8, 0)
     assert relative(orthogonalised(concatenated(factors)).dense().cpu(), naive_merge(deltas, 64)) < 1e-5
 
