@@ -1,8 +1,9 @@
 """Many experts: what a bundle of them takes, in bytes and time, and what one more costs.
 
-    python -m scripts.studies.mass.many FOLDER [--tasks 8 12 20 100] [--rank 4] [--steps 0]
+    python -m scripts.studies.mass.many FOLDER [--tasks 8 12 20 100] [--rank 4] [--steps 0] [--encoder]
 
-A tiny classifier of texts (BERT, 4 layers, 128 wide), experts around it, bundles of so many of them; a table on stdout.
+A tiny classifier of texts (BERT, 4 layers, 128 wide; with `--encoder` 6 layers, 384 wide, as sentence encoders are, 22M
+parameters), experts around it, bundles of so many of them; a table on stdout.
 With `--steps`, experts are trained, each to tell which of two kinds of its own words a text has more of; without, their
 weights are moved at random, and only sizes and times mean anything. Times are process time of one thread.
 """
@@ -25,9 +26,11 @@ WORDS, LENGTH, BATCH = 4000, 24, 64
 HEADS = ("tasks", "factors, MB", "of the base", "make, s", "add one, s", "open, s", "route 64, ms", "answer 64, ms")
 
 
-def config() -> transformers.BertConfig:
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
-    return transformers.BertConfig(vocab_size=WORDS, max_position_embeddings=LENGTH, num_labels=2, **sizes)
+def config(*, encoder: bool) -> transformers.BertConfig:
+    width, layers, words = (384, 6, 30522) if encoder else (128, 4, WORDS)
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": width // 32, "num_labels": 2}
+    return transformers.BertConfig(vocab_size=words, max_position_embeddings=LENGTH, **sizes, **heads)
 
 
 def texts_of(task: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -57,10 +60,10 @@ def make_expert(base: nn.Module, task: int, steps: int) -> nn.Module:
     return expert
 
 
-def prepare(folder: Path, count: int, steps: int) -> dict[str, Path]:
+def prepare(folder: Path, count: int, steps: int, *, encoder: bool) -> dict[str, Path]:
     """Base and experts, made unless they are there."""
     torch.manual_seed(0)
-    base = transformers.BertForSequenceClassification(config())
+    base = transformers.BertForSequenceClassification(config(encoder=encoder))
     if not (folder / "base").exists():
         base.save_pretrained(folder / "base")
     base = transformers.BertForSequenceClassification.from_pretrained(folder / "base")
@@ -124,10 +127,12 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[8, 12, 20, 100])
     parser.add_argument("--rank", type=int, help="directions of every expert (default: what the method keeps)")
     parser.add_argument("--steps", type=int, default=0, help="length of every fine-tune")
+    parser.add_argument("--encoder", action="store_true", help="experts of 22M parameters")
     given = parser.parse_args()
     torch.set_num_threads(1)
     given.folder.mkdir(parents=True, exist_ok=True)
-    paths = prepare(given.folder / f"steps{given.steps}", max(given.tasks), given.steps)
+    place = given.folder / f"{'encoder' if given.encoder else 'steps'}{given.steps}"
+    paths = prepare(place, max(given.tasks), given.steps, encoder=given.encoder)
     merge = {} if given.rank is None else {"rank": given.rank, "size": 100.0}
     print("| " + " | ".join(HEADS) + " |\n|" + " --- |" * len(HEADS))
     for count in given.tasks:
