@@ -5,7 +5,7 @@ of them may be used on both sides, as an embedding that is the head.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mergetool.networks.chain import Chain
-from mergetool.networks.ways import Parts, WayBack, with_more
+from mergetool.networks.ways import Parts, Take, WayBack, run_back
 from mergetool.networks.weights import Waiting
 
 Gradients = list[Tensor | None]
@@ -84,33 +84,30 @@ class Back:
             return self._parts(place, self._chain.run(place))
 
         found, into, before = self._graded(self._chain.length - 1, place, run)
-        for share, value, more in with_more(found):
-            given = torch.autograd.grad(value, [*into, *before], retain_graph=more, allow_unused=True)
+        for number, (share, value) in enumerate(found, 1):
+            given = torch.autograd.grad(value, [*into, *before], retain_graph=number < len(found), allow_unused=True)
             self._shares[place].append(share)
             self._behind[place].append(list(given[: len(into)]))
             self._before[place].append(list(given[len(into) :]))
 
-    def _block(self, number: int, wanted: Mapping[str, nn.Parameter]) -> Callable[[int], Any]:
-        def gradients(place: int) -> Iterator[tuple[float, Sequence[Tensor | None]]]:
-            def run() -> Any:
-                self._chain.run(place)
-                return self._chain.made[place]
+    def _block(self, number: int, wanted: Mapping[str, nn.Parameter]) -> Callable[[int, Take], None]:
+        def run(place: int, take: Take) -> None:
+            made, into, before = self._graded(number, place, lambda: self._made(place))
+            outputs, shares = _numbers(made), self._shares[place]
+            for part, share in enumerate(shares):
+                ends, more = _ends(outputs, self._behind[place][part]), part + 1 < len(shares)
+                given = run_back(ends, wanted, [*into, *before], partial(take, share), more=more)
+                self._behind[place][part] = given[: len(into)]
+                self._before[place][part] = _added(self._before[place][part], given[len(into) :])
 
-            made, into, before = self._graded(number, place, run)
-            outputs = _numbers(made)
-            for part, share in enumerate(self._shares[place]):
-                more = part + 1 < len(self._shares[place])
-                targets = [*wanted.values(), *into, *before]
-                given = _grad(outputs, targets, self._behind[place][part], more)
-                yield share, given[: len(wanted)]
-                ends = len(wanted) + len(into)
-                self._behind[place][part] = given[len(wanted) : ends]
-                self._before[place][part] = _added(self._before[place][part], given[ends:])
+        return run
 
-        return gradients
+    def _made(self, place: int) -> Any:
+        self._chain.run(place)
+        return self._chain.made[place]
 
-    def _around(self, wanted: Mapping[str, nn.Parameter]) -> Callable[[int], Any]:
-        def gradients(place: int) -> Iterator[tuple[float, Sequence[Tensor | None]]]:
+    def _around(self, wanted: Mapping[str, nn.Parameter]) -> Callable[[int, Take], None]:
+        def run(place: int, take: Take) -> None:
             chain, kept = self._chain, self._chain.before[place]
             chain.made[place] = self._waiting[chain.length - 1, place]
             with chain.held(chain.length - 1):
@@ -120,12 +117,11 @@ class Back:
                 chain.run(place)
             made = _numbers(chain.before[place])
             chain.before[place] = kept
-            for (share, value, more), part in zip(with_more(found), count(), strict=False):
-                behind = _grad([value], list(wanted.values()), [None], more)
-                before = _grad(made, list(wanted.values()), self._before[place][part], more)
-                yield share, _added(behind, before)
+            for part, (share, value) in enumerate(found):
+                ends, more = [(value, None), *_ends(made, self._before[place][part])], part + 1 < len(found)
+                run_back(ends, wanted, (), partial(take, share), more=more)
 
-        return gradients
+        return run
 
 
 class _Nested:
@@ -168,17 +164,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _grad(outputs: Sequence[Tensor], wanted: Sequence[Tensor], given: Sequence[Tensor | None], more: bool) -> Gradients:
-    """Gradients of `wanted`, by those of outputs as far as they are known; of a number that stands for itself: None."""
-    pairs = [
+def _ends(outputs: Sequence[Tensor], given: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor | None]]:
+    """Outputs that have gradients, with these as far as they are known; a number may stand for itself (None)."""
+    return [
         (each, own)
         for each, own in zip(outputs, given, strict=True)
         if each.requires_grad and (own is not None or each.dim() == 0)
     ]
-    if not pairs:
-        return [None] * len(wanted)
-    ends, begun = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(ends, wanted, grad_outputs=begun, retain_graph=more, allow_unused=True))
 
 
 def _added(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> Gradients:

@@ -15,7 +15,7 @@ from mergetool.networks.library import BUILDING, class_of, first_line, library, 
 from mergetool.networks.modules import kind_of
 from mergetool.networks.places import TensorMap, places_of, tensors_of
 from mergetool.networks.spread import Spread, input_device, is_offloaded
-from mergetool.networks.ways import Parts, Way, WayBack, with_more
+from mergetool.networks.ways import Parts, Take, Way, WayBack, run_back
 from mergetool.tensors.dtypes import torch_dtype
 from mergetool.tensors.io import bytes_of
 from mergetool.tensors.side_files import read_config
@@ -72,12 +72,12 @@ class RunningNetwork:
         """The parameters whose gradients are there at once. Raises PlanError where there can be none."""
         parameters = self.parameters()
 
-        def gradients(place: int) -> Iterator[tuple[float, Sequence[Tensor | None]]]:
-            wanted = list(parameters.values())
-            for share, value, more in with_more(parts(place, self.model(**inputs[place]))):
-                yield share, torch.autograd.grad(value, wanted, retain_graph=more, allow_unused=True)
+        def run(place: int, take: Take) -> None:
+            found = parts(place, self.model(**inputs[place]))
+            for number, (share, value) in enumerate(found, 1):
+                run_back([(value, None)], parameters, (), partial(take, share), more=number < len(found))
 
-        yield WayBack(0, 1, parameters, gradients)
+        yield WayBack(0, 1, parameters, run)
 
     def keeping(self) -> MutableMapping[str, Tensor]:
         """Where tensors wait that are found on the way."""

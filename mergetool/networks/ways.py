@@ -1,13 +1,16 @@
 """What of a network runs at once: all of it, or one block after the other."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Parts = Callable[[int, Any], Sequence[tuple[float, Tensor]]]
 """Of an input, by what the network answers: numbers whose gradients are wanted, and what each of them counts."""
+Take = Callable[[float, str, Tensor], None]
+"""Hears what a part counts, and the gradient of the parameter of this name."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class WayBack:
     count: int
     parameters: Mapping[str, nn.Parameter]
     """By their names in memory."""
-    gradients: Callable[[int], Iterator[tuple[float, Sequence[Tensor | None]]]]
-    """Of one input: for every part of it what that counts, and the gradients of all parameters."""
+    run: Callable[[int, Take], None]
+    """Run one of the inputs there and back. Of every part of it, each gradient is told as soon as there is one."""
 
     def share(self, rows: int) -> int:
         """How many of so many rows are done by this way, so that all ways do them once."""
@@ -58,7 +61,34 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(lists[sizes.index(max(sizes))]) if lists else []
 
 
-def with_more(parts: Sequence[tuple[float, Tensor]]) -> Iterator[tuple[float, Tensor, bool]]:
-    """Each part, and whether another one follows."""
-    for place, (share, value) in enumerate(parts):
-        yield share, value, place + 1 < len(parts)
+def run_back(
+    ends: Sequence[tuple[Tensor, Tensor | None]],
+    parameters: Mapping[str, nn.Parameter],
+    others: Sequence[Tensor],
+    take: Callable[[str, Tensor], None],
+    *,
+    more: bool,
+) -> list[Tensor | None]:
+    """Gradients of `others`; those of parameters are told and forgotten, so that there are never two.
+
+    `ends`: outputs with their gradients (None: a number that stands for itself). `more`: whether it will be run again.
+    """
+    if not ends:
+        return [None] * len(others)
+    hooks = [value.register_hook(_telling(name, take)) for name, value in parameters.items()]
+    outputs, begun = zip(*ends, strict=True)
+    wanted = [*parameters.values(), *others]
+    try:
+        found = torch.autograd.grad(outputs, wanted, grad_outputs=begun, retain_graph=more, allow_unused=True)
+    finally:
+        for each in hooks:
+            each.remove()
+    return list(found[len(parameters) :])
+
+
+def _telling(name: str, take: Callable[[str, Tensor], None]) -> Callable[[Tensor], Tensor | None]:
+    def hook(gradient: Tensor) -> Tensor | None:
+        take(name, gradient)
+        return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)  # one number in its place
+
+    return hook

@@ -97,10 +97,12 @@ class DiagonalFisher(Statistic):
         import torch
 
         sums = {name: torch.zeros_like(value, requires_grad=False) for name, value in way.parameters.items()}
+
+        def take(share: float, name: str, gradient: "Tensor") -> None:
+            _add_square(sums[name], gradient, share)
+
         for number in range(count):
-            for share, given in way.gradients(number):
-                _add_squares(list(sums.values()), given, share)
-                del given
+            way.run(number, take)
             tell(way.share(1))
         return {name: value.div_(count).cpu() for name, value in sums.items()}
 
@@ -148,15 +150,12 @@ def _drawn(says: "Tensor", draw: tuple[int, int]) -> list[int]:
     return [int(each) for each in found.clamp(max=says.shape[-1] - 1)]
 
 
-def _add_squares(sums: "Sequence[Tensor]", gradients: "Sequence[Tensor | None]", share: float) -> None:
-    for total, gradient in zip(sums, gradients, strict=True):
-        if gradient is None:
-            continue
-        if gradient.is_sparse:  # an embedding: only rows of tokens that occur
-            rows = gradient.coalesce()
-            total.index_add_(0, rows.indices()[0], rows.values().square(), alpha=share)
-        else:
-            total.addcmul_(gradient, gradient, value=share)
+def _add_square(total: "Tensor", gradient: "Tensor", share: float) -> None:
+    if gradient.is_sparse:  # an embedding: only rows of tokens that occur
+        rows = gradient.coalesce()
+        total.index_add_(0, rows.indices()[0], rows.values().square(), alpha=share)
+    else:
+        total.addcmul_(gradient, gradient, value=share)
 
 
 class sparse_embeddings:  # noqa: N801  (a context, read like a function)

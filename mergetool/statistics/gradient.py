@@ -58,7 +58,7 @@ class LossGradient(Statistic):
             for way in network.ways_back([tensor_of([each], network.device) for each in examples], parts):
                 sums = self._sums(way, len(examples), tell)
                 for before, values in sums.items():
-                    held = {name: value.cpu() for name, value in zip(way.parameters, values, strict=True)}
+                    held = {name: value.cpu() for name, value in values.items()}
                     stored = {f"{before}{name}": value for name, value in network.stored(held).items()}
                     _check_finite(stored, network.where)
                     found.tensors.update((name, value) for name, value in stored.items() if name in names)
@@ -66,20 +66,22 @@ class LossGradient(Statistic):
                 del sums, values  # before the next layer is read
         return found
 
-    def _sums(self, way: "WayBack", count: int, tell: Tell) -> "dict[str, list[Tensor]]":
+    def _sums(self, way: "WayBack", count: int, tell: Tell) -> "dict[str, dict[str, Tensor]]":
         """The mean gradient, and the mean over batches of the squares, of the parameters of one way."""
         import torch
 
-        mean, squares, own = ([torch.zeros_like(value) for value in way.parameters.values()] for _ in range(3))
+        mean, squares, own = (
+            {name: torch.zeros_like(value, requires_grad=False) for name, value in way.parameters.items()}
+            for _ in range(3)
+        )
         starts = range(0, count, self.batch)
         for batch in (range(start, min(start + self.batch, count)) for start in starts):
             for number in batch:
-                for _, given in way.gradients(number):
-                    _add(own, given, 1 / len(batch))
+                way.run(number, lambda _, name, given, of=1 / len(batch): own[name].add_(given, alpha=of))
                 tell(way.share(1))
-            for total, square, each in zip(mean, squares, own, strict=True):
-                total.add_(each, alpha=len(batch) / count)
-                square.addcmul_(each, each, value=1 / len(starts))
+            for name, each in own.items():
+                mean[name].add_(each, alpha=len(batch) / count)
+                squares[name].addcmul_(each, each, value=1 / len(starts))
                 each.zero_()
         return {"": mean, SQUARED: squares}
 
@@ -109,12 +111,6 @@ def loss_in(logits: "Tensor", example: "Example", where: str) -> "Tensor":
         return cross_entropy(logits, torch.tensor(example.label, device=logits.device))
     ids = torch.tensor(example.inputs["input_ids"], device=logits.device)
     return cross_entropy(logits[:-1], ids[1:]) if len(ids) > 1 else logits.sum() * 0
-
-
-def _add(into: "list[Tensor]", given: "Sequence[Tensor | None]", share: float) -> None:
-    for total, gradient in zip(into, given, strict=True):
-        if gradient is not None:
-            total.add_(gradient, alpha=share)
 
 
 def _check_finite(values: "Mapping[str, Tensor]", where: str) -> None:
