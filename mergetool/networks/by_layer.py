@@ -1,6 +1,6 @@
 """A network whose weights do not fit in memory: all inputs through one block before the next is read."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from mergetool.errors import PlanError, SourceError
 from mergetool.networks.back import Back
 from mergetool.networks.chain import IN_ANOTHER_WAY, Chain
+from mergetool.networks.kept import KeptInFiles, Unfinished
 from mergetool.networks.library import BUILDING, class_of, first_line, library, quiet
 from mergetool.networks.modules import in_memory
 from mergetool.networks.places import TensorMap, of_one_name, tensors_of
 from mergetool.networks.running import WHOLE, RunningNetwork, config_to_run
 from mergetool.networks.ways import Parts, Way, WayBack
-from mergetool.networks.weights import LentWeights, Waiting
+from mergetool.networks.weights import LentWeights
 from mergetool.tensors.side_files import read_config
 from mergetool.tensors.source import ModelSource, read_whole
 
@@ -26,8 +27,10 @@ class LayeredNetwork(RunningNetwork):
     """A network of empty parameters, and where their values come from."""
 
     weights: LentWeights
-    place: Path
-    """Where there is room for files."""
+    unfinished: Unfinished
+    """What is done of it, in files."""
+    deals: int
+    """How many parts of a block gradients are taken of, one after the other: more take less memory and more time."""
 
     @property
     def device(self) -> torch.device:
@@ -35,19 +38,28 @@ class LayeredNetwork(RunningNetwork):
 
     def ways(self, inputs: Sequence[Mapping[str, Tensor]]) -> Iterator[Way]:
         self.weights.are_trained = False
-        return Chain(self.model, self.weights, self.where, inputs).ways()
+        return self._chain(inputs).ways()
 
     def ways_back(self, inputs: Sequence[Mapping[str, Tensor]], parts: Parts) -> Iterator[WayBack]:
-        return Back(Chain(self.model, self.weights, self.where, inputs), parts, len(inputs), self.place).ways()
+        return Back(self._chain(inputs), parts, len(inputs), self.deals).ways()
 
-    def keeping(self) -> MutableMapping[str, Tensor]:
-        return Waiting(self.place)
+    def _chain(self, inputs: Sequence[Mapping[str, Tensor]]) -> Chain:
+        return Chain(self.model, self.weights, self.where, inputs, self.unfinished)
+
+    def keeping(self) -> KeptInFiles:
+        return self.unfinished.tensors
+
+    def finishing(self) -> Unfinished:
+        return self.unfinished
 
 
 def load_by_layer(
-    source: ModelSource, dtype: torch.dtype, device: torch.device, where: str, place: Path
+    source: ModelSource, dtype: torch.dtype, device: torch.device, where: str, place: Path, deals: int
 ) -> LayeredNetwork:
-    """The network of a model's own class, its weights still where they are. Raises SourceError or PlanError."""
+    """The network of a model's own class, its weights still where they are; what is done of it lies at `place`.
+
+    Raises SourceError, PlanError or OutputError.
+    """
     assert source.folder is not None
     kind = class_of(read_config(source.folder), where)
     library("measuring", where)
@@ -65,7 +77,8 @@ def load_by_layer(
     stored = {id(every[name]): own for name, own in names.items()}
     _check_complete(kind.__name__, model, stored, where)
     _fill_buffers(model, source, names, device)
-    return LayeredNetwork(model.eval(), TensorMap(names), shapes, where, LentWeights(source, stored, device), place)
+    weights = LentWeights(source, stored, device)
+    return LayeredNetwork(model.eval(), TensorMap(names), shapes, where, weights, Unfinished(place), deals)
 
 
 def _fill_buffers(model: nn.Module, source: ModelSource, names: Mapping[str, str], device: torch.device) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mergetool.errors import PlanError
+from mergetool.networks.kept import Unfinished
 from mergetool.networks.ways import Way, blocks_of
 from mergetool.networks.weights import LentWeights, own_parameters
 
@@ -27,9 +28,15 @@ class Chain:
     """A network that is run block by block."""
 
     def __init__(
-        self, model: nn.Module, weights: LentWeights, where: str, inputs: Sequence[Mapping[str, Tensor]]
+        self,
+        model: nn.Module,
+        weights: LentWeights,
+        where: str,
+        inputs: Sequence[Mapping[str, Tensor]],
+        unfinished: Unfinished,
     ) -> None:
         self.model, self.weights, self._where, self._inputs = model, weights, where, inputs
+        self.unfinished = unfinished
         self.blocks = blocks_of(model)
         if not self.blocks:
             raise self.other_order()
@@ -51,11 +58,31 @@ class Chain:
         return len(self.blocks) + 2
 
     def ways(self) -> Iterator[Way]:
-        """All ways, each with its weights."""
+        """All ways that are not done yet, each with its weights."""
         with self.replaced():
-            for number in range(self.length):
+            for number in self.left():
                 with self.at(number):
                     yield Way(number, self.length, self._is_in(number), self.run)
+                self.passed(number, over=[f"made {number - 1}"])
+
+    def left(self) -> Iterator[int]:
+        """The ways that are not done yet, up to the last."""
+        done = [number for number in range(self.length - 1) if self.unfinished.is_done(f"way {number}")]
+        if done:
+            units = list(self.units)
+            kept = self.unfinished.value("before")
+            self.before = [{units[place]: values for place, values in each} for each in kept]
+            self.made = self.unfinished.value(f"made {len(done) - 1}")
+        yield from range(len(done), self.length)
+
+    def passed(self, number: int, over: Sequence[str] = ()) -> None:
+        """A way is done; what it has made is kept for the next ones, instead of values that are of no use now."""
+        values: dict[str, Any] = {f"made {number}": self.made}
+        if number == 0:
+            places = {unit: place for place, unit in enumerate(self.units)}
+            values["before"] = [[(places[unit], made) for unit, made in each.items()] for each in self.before]
+        if number < self.length - 1:
+            self.unfinished.done(f"way {number}", values, over)
 
     def _is_in(self, number: int) -> Callable[[nn.Module], bool]:
         if number == 0:

@@ -1,6 +1,7 @@
 """A model that runs, out of whatever its weights are read from, and what a checkpoint calls its parts."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from mergetool.checkpoints.view import RenamedModel
 from mergetool.errors import PlanError, SourceError
+from mergetool.networks.kept import Keeping, KeptInMemory
 from mergetool.networks.library import BUILDING, class_of, first_line, library, quiet
 from mergetool.networks.modules import kind_of
 from mergetool.networks.places import TensorMap, places_of, tensors_of
@@ -79,9 +81,13 @@ class RunningNetwork:
 
         yield WayBack(0, 1, parameters, run)
 
-    def keeping(self) -> MutableMapping[str, Tensor]:
+    def keeping(self) -> Keeping:
         """Where tensors wait that are found on the way."""
-        return {}
+        return KeptInMemory()
+
+    def finishing(self) -> AbstractContextManager[object]:
+        """What is measured inside is stored before the end; then what was kept on the way is of no use."""
+        return nullcontext()
 
     def put(self, values: Mapping[str, Tensor]) -> None:
         """Set tensors, by their names in the checkpoint. What the network does not have is passed over."""

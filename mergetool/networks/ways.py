@@ -73,9 +73,9 @@ def run_back(
 
     `ends`: outputs with their gradients (None: a number that stands for itself). `more`: whether it will be run again.
     """
-    if not ends:
+    if not (ends and (parameters or others)):
         return [None] * len(others)
-    hooks = [value.register_hook(_telling(name, take)) for name, value in parameters.items()]
+    hooks = [each.register_hook(_telling(name, take)) for name, each in parameters.items()]  # type: ignore[no-untyped-call]
     outputs, begun = zip(*ends, strict=True)
     wanted = [*parameters.values(), *others]
     try:

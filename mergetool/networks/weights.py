@@ -1,16 +1,12 @@
-"""Weights that come from a source when they are needed, and go again; and tensors that wait in files meanwhile."""
+"""Weights that come from a source when they are needed, and go again."""
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mergetool.errors import OutputError
-from mergetool.tensors.io import bytes_of, write_error
 from mergetool.tensors.source import ModelSource, read_whole
-from mergetool.tensors.temporary import folder_of
 
 
 class LentWeights:
@@ -44,43 +40,6 @@ class LentWeights:
             value = nn.Parameter(stored.to(self.device, empty.dtype), requires_grad=self.are_trained)
             self._there[id(empty)] = value
         return self._there[id(empty)]
-
-
-class Waiting(MutableMapping[str, Tensor]):
-    """Tensors by name, each in a file of a temporary folder, which goes with them."""
-
-    def __init__(self, place: Path) -> None:
-        try:
-            self._folder = folder_of(self, place)
-        except OSError as error:
-            raise _refused(error, place) from error
-        self._known: dict[str, tuple[Path, torch.Size, torch.dtype]] = {}
-
-    def __setitem__(self, name: str, value: Tensor) -> None:
-        path = self._folder / str(len(self._known))
-        try:
-            path.write_bytes(bytes_of(value.detach().cpu().contiguous().reshape(-1)))
-        except OSError as error:
-            raise _refused(error, path) from error
-        self._known[name] = path, value.shape, value.dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        path, shape, dtype = self._known[name]
-        return torch.from_file(str(path), shared=False, size=shape.numel(), dtype=dtype).view(shape)
-
-    def __delitem__(self, name: str) -> None:
-        self._known.pop(name)[0].unlink()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._known)
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-
-def _refused(error: OSError, path: Path) -> OutputError:
-    told = write_error(error, str(path))
-    return OutputError(told.what, told.where, "free some space, or choose another place with --cache DIR")
 
 
 def own_parameters(module: nn.Module) -> list[Any]:

@@ -44,7 +44,7 @@ class InputActivation(Statistic):
         from mergetool.statistics.examples import batches
 
         layers = {name: module for name, module in network.layers().items() if name in names}
-        rows, found = list(batches(examples)), Found({})
+        rows, found = list(batches(examples)), Found(network.keeping())
         with torch.no_grad():
             for way in network.ways([tensor_of(batch, network.device) for batch in rows]):
                 sums = _Sums(network.where)

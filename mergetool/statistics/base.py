@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from mergetool.errors import PlanError
@@ -48,6 +49,8 @@ class Statistic(ABC):
     """Multiply-adds for each parameter and token."""
     copies: ClassVar[float] = 1.0
     """Models' worth of memory that measuring takes, with the model itself."""
+    sums: ClassVar[float] = 0.0
+    """Layers' worth of what is summed while gradients come back; 0 where none do."""
     by_layer: ClassVar[bool] = False
     """Whether it can be measured block by block, on a network whose weights are not all there at once."""
 
@@ -63,6 +66,10 @@ class Statistic(ABC):
     def passes(self, rows: int) -> float:
         """How often each of so many rows goes through a network."""
         return 1.0
+
+    def held(self, shape: Sequence[int]) -> int:
+        """How many numbers of the dtype it is kept in are held of one of its tensors until that is whole."""
+        return 3 * prod(shape)
 
     @abstractmethod
     def form(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Extent:

@@ -41,18 +41,21 @@ class PooledFeatures(Statistic):
 
         from mergetool.statistics.examples import batches
 
-        sums, rows = _Sums(network.where), list(batches(examples))
+        sums, rows, found = _Sums(network.where), list(batches(examples)), Found(network.keeping())
+        first, *others = sorted(names)
         hook = _last_block(network).register_forward_hook(sums.add)
         try:
             with torch.no_grad():
                 for way in network.ways([tensor_of(batch, network.device) for batch in rows]):
                     for _ in through(way, rows, tell, sums.begin):
                         pass
+                    if sums.said:
+                        mean = torch.stack(sums.said).sum(0) / len(examples)
+                        found.tensors[first] = mean.to(network.model.dtype).view(1, 1, 1, -1)
+                        sums.said.clear()
         finally:
             hook.remove()
-        first, *others = sorted(names)
-        mean = torch.stack(sums.said).sum(0) / len(examples)
-        return Found({first: mean.to(network.model.dtype).view(1, 1, 1, -1)}, dict.fromkeys(others, first))
+        return Found(found.tensors, dict.fromkeys(others, first))
 
 
 @dataclass

@@ -47,7 +47,8 @@ class DiagonalFisher(Statistic):
     labels: Labels = "sampled"
     name: ClassVar = "fisher"
     cost: ClassVar = 6.0
-    copies: ClassVar = 3.0
+    copies: ClassVar = 2.5
+    sums: ClassVar = 1.0
     by_layer: ClassVar = True
 
     @property

@@ -1,6 +1,7 @@
 """Inner products of what goes into each linear layer: the mean of `x x^T` over all tokens.
 
-They are summed in float64. Layers that are given the same tensor (query, key and value; gate and up) share one matrix.
+They are summed in float64, each pair of channels once. Layers that are given the same tensor (query, key and value;
+gate and up) share one matrix.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,6 +16,8 @@ from mergetool.tensors.header import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from mergetool.kernels.triangle import SymmetricSum
+    from mergetool.networks.kept import Keeping
     from mergetool.networks.running import RunningNetwork
     from mergetool.statistics.examples import Example
 
@@ -41,6 +44,11 @@ class InputGram(Statistic):
         shapes = {name: (width, width) for name, width in widths.items()}
         return Extent(shapes, frozenset(name for name in turned if turned[name]))
 
+    def held(self, shape: Sequence[int]) -> int:
+        from mergetool.kernels.triangle import TILE, numbers_of
+
+        return 2 * numbers_of(shape[0]) + 3 * min(TILE, shape[0]) * shape[0]
+
     def measure(
         self, network: "RunningNetwork", examples: "Sequence[Example]", names: Collection[str], seed: int, tell: Tell
     ) -> Found:
@@ -49,7 +57,7 @@ class InputGram(Statistic):
         from mergetool.statistics.examples import batches
 
         linears = {name: module for name, module in network.linears().items() if name in names}
-        rows, found = list(batches(examples)), Found(network.keeping(), {})
+        rows, kept = list(batches(examples)), network.keeping()
         with torch.no_grad():
             for way in network.ways([tensor_of(batch, network.device) for batch in rows]):
                 sums = InputSums(network.where)
@@ -57,8 +65,8 @@ class InputGram(Statistic):
                     for _ in through(way, rows, tell, sums.begin):
                         pass
                 own = {name: module for name, module in linears.items() if way.has(module)}
-                sums.give(own, network.model.dtype, found)
-        return found
+                sums.give(own, network.model.dtype, kept)
+        return Found(kept, kept.shared)
 
 
 @dataclass
@@ -67,8 +75,7 @@ class InputSums:
 
     where: str
     batch: "Sequence[Example]" = ()
-    _totals: "dict[str, Tensor]" = field(default_factory=dict)
-    _counts: dict[str, int] = field(default_factory=dict)
+    _totals: "dict[str, SymmetricSum]" = field(default_factory=dict)
     _waiting: "dict[str, list[Tensor]]" = field(default_factory=dict)
     """Inputs that are still to be multiplied: a product of many rows costs hardly more than one of few."""
     _leaders: dict[str, str] = field(default_factory=dict)
@@ -103,7 +110,7 @@ class InputSums:
     def _part(self, name: str) -> None:
         leader = self._leaders[name]
         self._multiply(leader)
-        self._totals[name], self._counts[name] = self._totals[leader].clone(), self._counts[leader]
+        self._totals[name] = self._totals[leader].copy()
 
     def _keep(self, name: str, rows: "Tensor") -> None:
         if not bool(rows.isfinite().all()):
@@ -116,13 +123,12 @@ class InputSums:
     def _multiply(self, name: str) -> None:
         import torch
 
+        from mergetool.kernels.triangle import SymmetricSum
+
         if not (waiting := self._waiting.pop(name, [])):
             return
         rows = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
-        product = rows.T @ rows
-        known = self._totals.get(name)
-        self._totals[name] = product.to(torch.float64) if known is None else known.add_(product)
-        self._counts[name] = self._counts.get(name, 0) + len(rows)
+        self._totals.setdefault(name, SymmetricSum(rows.shape[1])).add(rows)
 
     def has(self, name: str) -> bool:
         """Whether something has gone into a layer."""
@@ -130,21 +136,23 @@ class InputSums:
 
     def found(self, linears: "Mapping[str, nn.Module]", dtype: Any) -> Found:
         """Means; zeros for layers that nothing went into."""
-        found = Found({}, {})
-        self.give(linears, dtype, found)
-        return found
+        from mergetool.networks.kept import KeptInMemory
 
-    def give(self, linears: "Mapping[str, nn.Module]", dtype: Any, found: Found) -> None:
-        """Add means to what was found, one after the other; of other layers than these, whatever was summed stays."""
+        kept = KeptInMemory()
+        self.give(linears, dtype, kept)
+        return Found(kept, kept.shared)
+
+    def give(self, linears: "Mapping[str, nn.Module]", dtype: Any, kept: "Keeping") -> None:
+        """Keep means, one after the other; of other layers than these, whatever was summed stays."""
         for name, module in linears.items():
             leader = self._leaders.get(name, name)
             self._multiply(name)
             if leader != name:
-                found.shared[name] = leader
+                kept.shared[name] = leader
             elif name in self._totals:
-                found.tensors[name] = self._totals.pop(name).div_(self._counts[name]).to(dtype).cpu()
+                kept.gather(name, self._totals.pop(name).means(dtype))
             else:
-                found.tensors[name] = _nothing(module, dtype)
+                kept[name] = _nothing(module, dtype)
 
 
 def _nothing(module: Any, dtype: Any) -> "Tensor":

@@ -41,6 +41,8 @@ STATISTICS: Mapping[str, type[Statistic]] = {kind.name: kind for kind in _KINDS}
 """Every statistic by name."""
 _KEPT = 3
 """What is kept of each token while networks run layer by layer: what the last block made, what was there before it."""
+_DEALS = (1, 2, 4)
+"""In how many parts gradients of a block may be taken. Each has the block run there and back once more."""
 _LIBRARY_BYTES = 200_000_000
 """transformers itself, measured."""
 
@@ -85,18 +87,26 @@ class Measuring:
 
     def memory_in(self, room: int) -> int:
         """Bytes that measuring takes, roughly, where there is room for so many."""
-        return self.memory_by_layer if self.is_layered(room) else self.memory
+        return self.memory_by_layer(self.deals(room)) if self.is_layered(room) else self.memory
 
     def is_layered(self, room: int) -> bool:
         """Whether the network runs layer by layer, because it does not fit in so many bytes."""
         return self.statistic.by_layer and self.memory > room
 
-    @property
-    def memory_by_layer(self) -> int:
+    def deals(self, room: int) -> int:
+        """In how many parts gradients of a block are taken where there is room for so many bytes."""
+        if not self.statistic.sums:
+            return 1
+        return next((each for each in _DEALS if self.memory_by_layer(each) <= room), _DEALS[-1])
+
+    def memory_by_layer(self, deals: int = _DEALS[-1]) -> int:
         """Bytes that measuring layer by layer takes, roughly: one, its sums, and what it makes of all rows."""
         sizes = {name: spec.num_elements for name, spec in self.model.specs.items()}
         weights = _largest(sizes) + max(sizes.values(), default=0)
-        sums = 3 * _largest({name: _product(shape) for name, shape in self.form.shapes.items()})
+        if self.statistic.sums:
+            sums = int(self.statistic.sums / deals * _largest(sizes)) + max(sizes.values(), default=0)
+        else:
+            sums = _largest({name: self.statistic.held(shape) for name, shape in self.form.shapes.items()})
         wide = [spec.shape for spec in self.model.specs.values() if len(spec.shape) == 2]
         widest, width = max(map(max, wide), default=0), max(wide, default=(0, 0))[1]
         longest = max(BATCH_TOKENS, *(each.length for each in self.examples))
@@ -151,12 +161,15 @@ class Running:
 
 
 def opened(asked: Measuring, running: Running, place: Path) -> "RunningNetwork":
-    """The network of a model that is to be measured; files may lie at `place`. Raises SourceError or PlanError."""
+    """The network of a model that is to be measured; what is done of it may lie at `place`.
+
+    Raises SourceError, PlanError or OutputError.
+    """
     dtype = torch_dtype(BY_TORCH_NAME[asked.dtype])
     if running.spread is None and asked.is_layered(running.room):
         from mergetool.networks.by_layer import load_by_layer
 
-        return load_by_layer(asked.model, dtype, running.device, asked.where, place)
+        return load_by_layer(asked.model, dtype, running.device, asked.where, place, asked.deals(running.room))
     from mergetool.networks.running import load_network
 
     return load_network(asked.model, dtype, running.device, asked.where, running.spread)
@@ -169,7 +182,8 @@ def measured(asked: Measuring, store: StatisticStore, key: str, running: Running
     if store.has(key):
         tell(len(asked.examples))
         return store.path(key)
-    network = opened(asked, running, store.folder)
-    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
-        found = asked.statistic.measure(network, asked.examples, list(asked.form.shapes), asked.seed, tell)
-    return store.keep(key, found, sorted(asked.form.turned))
+    network = opened(asked, running, store.begun(key))
+    with network.finishing():
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
+            found = asked.statistic.measure(network, asked.examples, list(asked.form.shapes), asked.seed, tell)
+        return store.keep(key, found, sorted(asked.form.turned))

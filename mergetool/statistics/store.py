@@ -72,6 +72,10 @@ class StatisticStore:
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
 
+    def begun(self, key: str) -> Path:
+        """The folder where a statistic lies as far as it is measured."""
+        return self.folder / f"{key}.begun"
+
     def has(self, key: str) -> bool:
         """Whether a statistic is there; one that is damaged is not."""
         try:

@@ -23,7 +23,7 @@ def folder_of(owner: object, place: Path | None = None) -> Path:
     inside.mkdir(parents=True, exist_ok=True)
     _sweep(inside)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=inside))
-    weakref.finalize(owner, _remove, folder, _locked(folder), os.getpid())
+    weakref.finalize(owner, _remove, folder, locked(folder), os.getpid())
     return folder
 
 
@@ -33,11 +33,11 @@ def _sweep(inside: Path) -> None:
         with suppress(OSError):
             status = folder.lstat()
             old = status.st_uid == os.getuid() and status.st_mtime < time.time() - _NEW
-            if old and (lock := _locked(folder)) is not None:
+            if old and (lock := locked(folder)) is not None:
                 _remove(folder, lock, os.getpid())
 
 
-def _locked(folder: Path) -> int | None:
+def locked(folder: Path) -> int | None:
     """A file descriptor that holds the folder's lock; None where another program has it, or there are no locks."""
     lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
     try:

@@ -87,7 +87,7 @@ def test_a_run_takes_a_model_layer_by_layer_where_memory_is_short(place, tmp_pat
     }
     plan = mergetool.plan(recipe)
     asked = to_measure(plan.sources)[0]
-    memory = (asked.memory + asked.memory_by_layer) // 2 - room_to_measure(0)
+    memory = (asked.memory + asked.memory_by_layer()) // 2 - room_to_measure(0)
     assert describe(plan, estimate(plan, workers=1, memory=memory))["statistics"]["model 'a'"]["by_layer"]
     assert not describe(plan, estimate(plan, workers=1, memory=2 * memory))["statistics"]["model 'a'"]["by_layer"]
     whole = mergetool.run(recipe, output=tmp_path / "whole", cache=tmp_path / "one")
@@ -95,7 +95,7 @@ def test_a_run_takes_a_model_layer_by_layer_where_memory_is_short(place, tmp_pat
     assert content(parts.path) == content(whole.path)
     assert content(tmp_path / "one") == content(tmp_path / "two")
     with pytest.raises(PlanError, match="to measure its gram"):
-        mergetool.run(recipe, output=tmp_path / "no", memory=asked.memory_by_layer - room_to_measure(0) - 1)
+        mergetool.run(recipe, output=tmp_path / "no", memory=asked.memory_by_layer() - room_to_measure(0) - 1)
 
 
 def test_a_network_of_another_order_is_told_and_can_be_dealt_out(place, tmp_path):
