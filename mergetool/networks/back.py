@@ -148,7 +148,8 @@ class Back:
 
     def _made(self, place: int) -> Any:
         self._chain.run(place)
-        return self._chain.made[place]
+        made, self._chain.made[place] = self._chain.made[place], None  # it holds the weights of this block
+        return made
 
     def _around(self, wanted: Mapping[str, nn.Parameter], side: "_Side") -> Callable[[int, Take], None]:
         def run(place: int, take: Take) -> None:
