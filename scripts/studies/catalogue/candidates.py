@@ -38,6 +38,10 @@ def _settings() -> Iterator[tuple[str, Sections]]:
     for method, scale in (("tsv-merge", 1.0), ("iso-c", "recover"), ("iso-cts", "recover"), ("dc-merge", "recover")):
         yield f"{method}, recover by tensor", {"merge": {"method": method, "scale": BY_TENSOR}}
         yield f"{method}, {scale}, with embeddings", {"merge": {"method": method, "scale": scale, **ALL}}
+    yield "tsv-merge, recover, with embeddings", {"merge": {"method": "tsv-merge", "scale": "recover", **ALL}}
+    for called, rule in (("of the base", {"use": "base"}), ("twice their average", {"scale": 2.0})):
+        overrides = [{"match": "*embed*", **rule}]
+        yield f"tsv-merge, embeddings {called}", {"merge": {"method": "tsv-merge", "overrides": overrides}}
     yield "swudi, with embeddings", {"merge": {"method": "swudi", **ALL}}
     for name, method, step in (
         ("task-arithmetic, 1", "task-arithmetic", {"step": "svc"}),
