@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=32)
     given = parser.parse_args()
     texts = given.texts.read_text("utf-8").split("\n")[:-1]
-    ask(given.address, texts[:8], 1)
+    first, _ = ask(given.address, texts[:8], 1)
+    if wrong := [found["error"] for found in first if "error" in found]:
+        sys.exit(wrong[0])
     alone, slow = ask(given.address, texts, 1)
     together, fast = ask(given.address, texts, given.threads)
     equal = sum(map(same, alone, together))
