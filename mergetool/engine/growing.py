@@ -51,7 +51,13 @@ def change_bundle(
     asked = _recipe(bundle, manifest, add, remove)
     if (bundle / "calibration.json").is_file():
         progress.say("warning: its calibration was for other experts and is left out: calibrate again")
-    return run_recipe(asked, replace(flags, output=output, push=False), progress)
+    try:
+        return run_recipe(asked, replace(flags, output=output, push=False), progress)
+    except PlanError as error:
+        if "overrides:" in error.fix:
+            lock = bundle / "mergetool.json"
+            error.fix = f"add a fine-tune of the bundle's base; or, in the recipe of {lock}, {error.fix}"
+        raise
 
 
 def _check_kind(bundle: Path, manifest: Manifest, add: Mapping[str, Any], remove: Sequence[str]) -> None:

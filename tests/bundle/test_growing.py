@@ -204,6 +204,12 @@ def test_what_cannot_be_changed_says_why_and_leaves_the_bundle(paths, tmp_path):
     tiny_model("gpt2").save_pretrained(other)
     with pytest.raises(PlanError):
         change_bundle(bundle, {"c": str(other)})
+    config = tiny_config(KIND)
+    config.intermediate_size += 8
+    KIND(config).save_pretrained(tmp_path / "wide")
+    with pytest.raises(PlanError, match="shape") as shaped:
+        change_bundle(bundle, {"c": str(tmp_path / "wide")})
+    assert shaped.value.fix.startswith("add a fine-tune of the bundle's base; or, in the recipe of")
     assert before == {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
     factors = bundle / "factors/a.safetensors"
     factors.write_bytes(factors.read_bytes()[:-1] + b"x")
