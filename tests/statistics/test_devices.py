@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 
 import mergetool
-from mergetool.statistics import fisher
+from mergetool.statistics import fisher, gradient
 from mergetool.testing.toys import read
 from tests.devices import STAND_IN, every_device, present
 from tests.statistics.networks import write_near
@@ -24,7 +24,8 @@ def place(tmp_path_factory):
 @pytest.mark.parametrize("statistic", SINGLE)
 def test_a_device_measures_what_the_cpu_does(statistic, kind, device, place, tmp_path, monkeypatch):
     if device == STAND_IN:  # which has no sparse tensors
-        monkeypatch.setattr(fisher, "sparse_embeddings", nullcontext)
+        for module in (fisher, gradient):
+            monkeypatch.setattr(module, "sparse_embeddings", nullcontext)
 
     def found(on):
         settings = {"cache": tmp_path / on.replace(":", ""), "device": on, **SINGLE[statistic]}
