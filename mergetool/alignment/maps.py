@@ -112,7 +112,16 @@ def written_axis(spec: ArchSpec, name: str) -> int | None:
     if len(alike) == 1:
         return alike[0]
     moving = [axis for axis, layout in enumerate(axes) if _moving(spec, layout)]
-    return None if moving == [1] and len(axes) == 2 else 0  # an embedding looks like a head
+    looks_like_embedding = moving == [1] and len(axes) == 2
+    return None if looks_like_embedding and not _is_head(spec, name) else 0
+
+
+def _is_head(spec: ArchSpec, name: str) -> bool:
+    """Whether a matrix reads its units: some other layer writes them, and no other one reads them."""
+    others = [axes for other, axes in spec.layouts(matched=False).items() if other != name and len(axes) > 1]
+    read = _moving(spec, spec.tensors[name].axes[1])
+    written = {space for axes in others for space in _moving(spec, axes[0])}
+    return read <= written and not any(read & _moving(spec, layout) for axes in others for layout in axes[1:])
 
 
 def mappable(spec: ArchSpec) -> tuple[str, ...]:

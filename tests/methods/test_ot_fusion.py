@@ -47,6 +47,13 @@ def test_copies_in_any_order_merge_to_the_first_as_by_git_rebasin(tmp_path):
     assert_near(merge(models), rebasin, 1e-5)
 
 
+@pytest.mark.parametrize("method", ["ot-fusion", "zipit", "git-rebasin"])
+def test_networks_without_biases_are_matched_up_to_the_head(method):
+    plain = {name: x for name, x in nets.mlp().items() if name.endswith("weight")}
+    models = nets.copies(plain, 2, architecture="mlp")
+    assert_near(mergetool.merge_state_dicts(method, models, architecture="mlp"), models["a"], 1e-5)
+
+
 @pytest.mark.parametrize("first", ["narrow", "wide"])
 def test_units_that_were_split_in_two_are_found_together(first):
     narrow = nets.mlp()

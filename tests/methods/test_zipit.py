@@ -14,6 +14,12 @@ from tests.arch.networks import MLP
 
 BUILD = "from tests.arch.networks import MLP\n\ndef build():\n    return MLP((6, 20, 16, 4))\n"
 
+EMBEDDED = """from torch import nn, tensor
+
+def build():
+    return nn.Sequential(nn.Embedding(9, 7), nn.ReLU(), nn.Linear(7, 3, bias=False)), tensor([[1, 2, 3]])
+"""
+
 
 def merge(models, architecture="mlp", **settings):
     return mergetool.merge_state_dicts({"method": "zipit", **settings}, models, architecture=architecture)
@@ -97,12 +103,15 @@ def test_transformers_are_zipped_where_units_are_plain(tmp_path):
     assert_near(merged, {name: (models["a"][name] + x) / 2 for name, x in models["b"].items()}, 1e-5)
 
 
-def test_what_cannot_be_zipped_is_told():
+def test_what_cannot_be_zipped_is_told(tmp_path):
     with pytest.raises(RecipeError, match="no parents to be repaired"):
         merge({"a": nets.mlp(), "b": nets.mlp()}, repair={"mode": "full", "data": "x.safetensors"})
-    state = {"fc1.weight": torch.randn(7, 5), "fc2.weight": torch.randn(3, 7)}
+    state = {"0.weight": torch.randn(9, 7), "2.weight": torch.randn(3, 7)}  # an embedding looks like a head
+    (tmp_path / "nets.py").write_text(EMBEDDED)
     with pytest.raises(PlanError, match="no units that could be mixed"):
-        merge({"a": state, "b": state})
+        mergetool.merge_state_dicts(
+            "zipit", {"a": state, "b": state}, architecture=f"{tmp_path}/nets.py:build", trust_code=True
+        )
 
 
 def test_a_killed_run_goes_on_with_the_maps_it_found(tmp_path, monkeypatch):
