@@ -71,19 +71,22 @@ def take(inputs: Mapping[str, Any], samples: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def first_tokens(inputs: Mapping[str, Any], most: int) -> tuple[dict[str, Any], Tensor] | None:
-    """Samples cut to so many tokens, and which of them (samples,) go on; None where none does, or there are no tokens.
+def some_tokens(inputs: Mapping[str, Any], most: int, last: int = 0) -> tuple[dict[str, Any], Tensor] | None:
+    """Samples cut to so many tokens, and which of them (samples,) are longer; None where none is, or without tokens.
 
-    A sample is cut to its own first tokens, wherever its padding is.
+    A sample is cut to its own first tokens, wherever its padding is, and to so many of its `last` ones.
     """
     ids = inputs.get("input_ids")
     if ids is None or ids.ndim != 2 or ids.shape[1] <= most:
         return None
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask
-    if not bool((longer := (mask != 0).sum(1) > most).any()):
+    lengths = (mask != 0).sum(1, keepdim=True)
+    if not bool((longer := (lengths > most).flatten()).any()):
         return None
-    order = (mask == 0).int().argsort(dim=1, stable=True)[:, :most]
+    places = torch.arange(most, device=ids.device).expand(len(ids), -1)
+    places = places + (places >= most - last) * (lengths - most).clamp_min(0)
+    order = (mask == 0).int().argsort(dim=1, stable=True).gather(1, places)
     cut = {
         key: value.gather(1, order) if isinstance(value, Tensor) and value.shape == ids.shape else value
         for key, value in inputs.items()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mergetool.bundle.batch import first_tokens, num_samples, take
+from mergetool.bundle.batch import num_samples, some_tokens, take
 from mergetool.bundle.compared import read_compared
 from mergetool.bundle.factors import TaskFactors
 from mergetool.bundle.files import FIRST_PASS, read_all
@@ -29,12 +29,13 @@ from mergetool.kernels.known import Parts, parts
 from mergetool.kernels.routing import mean_distance
 
 if TYPE_CHECKING:
+    from mergetool.bundle.examples import Examples
     from mergetool.networks.build import LoadedModel
 
 _UNUSED = ("labels", "past_key_values", "use_cache")
 """Inputs that only the outputs need, which a first pass never gets to."""
 _NO_DOUBT = 8.0
-"""Nats by which a task must be ahead after the first tokens."""
+"""Nats by which a task must be ahead after some tokens."""
 
 
 Watch = Callable[[Tensor], None]
@@ -131,23 +132,29 @@ class FirstPass:
             (module, {k: v.to(device, dtype) for k, v in values.items()}) for module, values in self._merged
         ]
 
-    def distances(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """(samples, tasks): of each sample from each task's directions, or minus its similarity to its first one.
+    def judge(self, inputs: Mapping[str, Tensor], examples: "Examples | None" = None) -> tuple[Tensor, Tensor]:
+        """Distances (samples, tasks) from tasks' directions, or minus similarities to first ones; doubt (samples,).
 
-        Samples that are longer than `early` tokens are read to the end only if those leave a doubt.
+        Samples that are longer than `early` tokens are read whole only if those leave it open which task it is, or
+        whether it is any. There is no doubt without examples.
         """
-        early = None if self._router.early is None else first_tokens(inputs, self._router.early)
+        few = self._router.early
+        early = None if few is None else some_tokens(inputs, few, last=0 if examples is None else few // 2)
         if early is None:
-            return self._distances(inputs)
-        found = self._distances(early[0])
-        nearest, second = found.topk(2, largest=False).values.unbind(-1)
-        rows = ((second - nearest < _NO_DOUBT) & early[1]).nonzero().flatten().tolist()
-        if rows:
-            found[rows] = self._distances(take(inputs, rows))
-        return found
+            return self._judge(inputs, examples)
+        distances, doubt = self._judge(early[0], examples)
+        nearest, second = distances.topk(2, largest=False).values.unbind(-1)
+        undecided = second - nearest < _NO_DOUBT
+        if examples is not None:
+            undecided |= doubt > examples.most
+        if rows := (undecided & early[1]).nonzero().flatten().tolist():
+            distances[rows], doubt[rows] = self._judge(take(inputs, rows), examples)
+        return distances, doubt
 
-    def _distances(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        return self.compare(self.features(inputs))
+    def _judge(self, inputs: Mapping[str, Tensor], examples: "Examples | None") -> tuple[Tensor, Tensor]:
+        features = self.features(inputs)
+        distances = self.compare(features)
+        return distances, distances.new_zeros(len(distances)) if examples is None else examples.doubt(features)
 
     def compare(self, features: Sequence[Tensor]) -> Tensor:
         """Distances (samples, tasks) of what was read of whole samples."""

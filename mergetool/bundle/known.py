@@ -62,8 +62,7 @@ class Knowing:
         if self.examples is None:
             distances, doubts = self._judge_by_scores(first, inputs)
         else:
-            features = first.features(inputs)
-            distances, doubts = first.compare(features), self.examples.doubt(features)
+            distances, doubts = first.judge(inputs, self.examples)
         words = self._words(inputs)
         return distances, doubts if words is None else doubts.masked_fill(~words.any(1), float("inf"))
 

@@ -168,8 +168,7 @@ class MassModel(nn.Module):
         if not router.matrices:
             return self._told(self.task_names, inputs)
         if self.knowing is None:
-            distances = self.first_pass.distances(inputs)
-            doubt = distances.new_zeros(len(distances))
+            distances, doubt = self.first_pass.judge(inputs)
         else:
             distances, doubt = self.knowing.judge(self.first_pass, inputs)
         temperature = router.temperature

@@ -227,6 +227,25 @@ def test_first_tokens_decide_in_other_kinds_too(paths, tmp_path, monkeypatch):
     assert torch.equal(model.route(long).distances, model.route(short).distances)
 
 
+def test_beginnings_and_ends_decide_what_is_known_once_examples_tell(bundles, paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(first_pass, "_NO_DOUBT", 0.0)
+    folder = mergetool.run(recipe(paths, unknown="nearest", early=4), output=tmp_path / "out").path
+    early, whole = mergetool.load_bundle(folder), mergetool.load_bundle(bundles["nearest"])
+    texts = [text_of(task, count=9) for task in "abc"]
+    ends = [" ".join(text.split()[:2] + text.split()[-2:]) for text in texts]
+    torch.testing.assert_close(early.route(texts).doubt, whole.route(texts).doubt)
+    for model in (early, whole):
+        calibrate(model, [{"text": text_of(task, start), "task": task} for task in "abc" for start in range(6)])
+    assert early.knowing.most == whole.knowing.most
+    monkeypatch.setattr(early.knowing.examples, "most", float("inf"))
+    torch.testing.assert_close(early.route(texts).doubt, whole.route(ends).doubt)
+    doubtful = float(whole.route(ends).doubt.amax())
+    monkeypatch.setattr(early.knowing.examples, "most", doubtful - 1e-4)  # one of them is read whole
+    expected = torch.where(whole.route(ends).doubt < doubtful - 1e-4, whole.route(ends).doubt, whole.route(texts).doubt)
+    torch.testing.assert_close(early.route(texts).doubt, expected)
+    (bundles["nearest"] / "calibration.json").unlink()
+
+
 def test_prompts_that_no_task_knows_are_left_alone_where_experts_are_mixed(tmp_path):
     paths = write_models(tmp_path / "models", tiny_model("llama"))
     models_ = {task: str(paths[task]) for task in "abc"}
@@ -290,5 +309,3 @@ def test_what_unknown_inputs_need_is_asked_for_beforehand(paths, tmp_path):
         mergetool.run(recipe(paths, doubt=0.5), output=tmp_path / "out")
     with pytest.raises(RecipeError, match="`unknown` would have no effect"):
         mergetool.run(recipe(paths, kind="arrow", unknown="refuse"), output=tmp_path / "out")
-    with pytest.raises(RecipeError, match="`early` leaves out"):
-        mergetool.run(recipe(paths, unknown="refuse", early=4), output=tmp_path / "out")

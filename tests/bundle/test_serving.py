@@ -13,7 +13,7 @@ import transformers
 from typer.testing import CliRunner
 
 import mergetool
-from mergetool.bundle.batch import first_tokens
+from mergetool.bundle.batch import some_tokens
 from mergetool.bundle.classifier import TextClassifier
 from mergetool.bundle.mass_model import MassModel
 from mergetool.cli.app import app
@@ -178,7 +178,7 @@ def test_a_saved_bundle_answers_as_before(folder, model, tmp_path):
 
 SERVING = """
 import json, sys
-from mergetool.bundle.batch import first_tokens
+from mergetool.bundle.batch import some_tokens
 from mergetool.bundle.classifier import TextClassifier
 from mergetool.bundle.opening import load_bundle
 model = load_bundle(sys.argv[1])
@@ -248,7 +248,7 @@ def early(tmp_path_factory):
     return mergetool.load_bundle(make_text_bundle(place, early=2))
 
 
-def test_only_what_the_first_tokens_leave_open_is_read_to_the_end(early, model, monkeypatch):
+def test_only_what_the_some_tokens_leave_open_is_read_to_the_end(early, model, monkeypatch):
     assert early.manifest.router.early == 2
     inputs = {key: value.clone() for key, value in early.read([f"{text} w5" for text in TEXTS]).items()}
     cut = {key: value[:, :2] for key, value in inputs.items()}
@@ -269,10 +269,18 @@ def test_only_what_the_first_tokens_leave_open_is_read_to_the_end(early, model, 
 
 def test_padding_on_the_left_is_no_first_token():
     ids, mask = torch.tensor([[1, 1, 5, 6, 7], [1, 1, 1, 1, 8]]), torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
-    cut, longer = first_tokens({"input_ids": ids, "attention_mask": mask, "scale": 2}, 2)
+    cut, longer = some_tokens({"input_ids": ids, "attention_mask": mask, "scale": 2}, 2)
     assert cut["input_ids"].tolist() == [[5, 6], [8, 1]]
     assert cut["attention_mask"].tolist() == [[1, 1], [1, 0]]
     assert cut["scale"] == 2
+    assert longer.tolist() == [True, False]
+    ids, mask = (
+        torch.tensor([[1, 5, 6, 7, 8, 1], [1, 1, 1, 1, 9, 1]]),
+        torch.tensor([[0, 1, 1, 1, 1, 0], [0] * 4 + [1, 0]]),
+    )
+    cut, longer = some_tokens({"input_ids": ids, "attention_mask": mask}, 3, last=1)
+    assert cut["input_ids"].tolist() == [[5, 6, 8], [9, 1, 1]]
+    assert cut["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert longer.tolist() == [True, False]
 
 
@@ -280,7 +288,7 @@ def test_what_is_short_or_no_text_is_read_whole(early, model, monkeypatch):
     seen = tokens_of_router(early, monkeypatch)
     same(early(["w2 w3", "w21"]), model(["w2 w3", "w21"]))
     assert seen == [(2, 2)]
-    assert first_tokens({"pixel_values": torch.ones(2, 3, 8, 8)}, 2) is None
+    assert some_tokens({"pixel_values": torch.ones(2, 3, 8, 8)}, 2) is None
 
 
 # Compilers

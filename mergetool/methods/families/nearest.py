@@ -49,7 +49,8 @@ class NearestRouter(BaseModel):
     )
     early: Annotated[int, Field(strict=True, ge=1)] | None = Field(
         None,
-        description="read so many first tokens of a text alone, and the whole only where they leave a doubt (faster)",
+        description="read so many first tokens of a text alone, and the whole only where they leave a doubt (faster); "
+        "with `unknown`, half of them are its last ones, and all is read until the bundle is calibrated",
     )
 
     @field_validator("layers", mode="before")
@@ -61,8 +62,6 @@ class NearestRouter(BaseModel):
     def _has_an_effect(self) -> Self:
         if self.unknown is None and self.doubt != type(self).model_fields["doubt"].default:
             raise ValueError("without `unknown` nothing is asked about an input: write e.g. unknown: refuse")
-        if self.unknown is not None and self.early is not None:
-            raise ValueError("`unknown` needs inputs to their ends, which `early` leaves out: choose one of them")
         if self.early is not None and self.norm != "likelihood":
             raise ValueError("`early` asks how likely tasks are: leave it out, or `norm`")
         return self
