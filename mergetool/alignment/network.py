@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mergetool.alignment.repair import Batch
-from mergetool.arch.code import call
 from mergetool.errors import PlanError, SourceError
+from mergetool.networks.plain import NetworkCode
 from mergetool.networks.trace import network_of
 
 if TYPE_CHECKING:
@@ -46,17 +46,9 @@ def build(models: "Models", factory: str | None, section: str) -> Network:
         return Network(*network_of(models.shapes, models.config))
     text, _, function = factory.rpartition(":")
     where = f"{section}.network: {models.path(text)}"
-    built = call(models.path(text), function, where)
-    module = built[0] if isinstance(built, tuple) and built else built  # (module, inputs), as for `architecture`
-    if not isinstance(module, nn.Module):
-        what = f"{function}() returned a {type(module).__name__}"
-        raise PlanError(what, where=where, fix="return a torch.nn.Module")
-    names = {name: name for name, x in module.state_dict().items() if x.is_floating_point() and name in models.shapes}
-    unknown = sorted(set(models.shapes) - set(names))
-    if unknown:
-        what = f"the network has no tensor {unknown[0]!r}, the models have"
-        raise PlanError(what, where=f"{section}.network: {factory}", fix="return the network of these models")
-    return Network(module, names)
+    return Network(
+        NetworkCode(models.path(text), function).built(where, models.shapes), {name: name for name in models.shapes}
+    )
 
 
 def read_batches(models: "Models", text: str, network: nn.Module) -> list[Batch]:
@@ -81,19 +73,33 @@ def _tokens(path: Path, models: "Models") -> list[Batch]:
 
 
 def _tensors(path: Path, network: nn.Module) -> list[Batch]:
-    """The rows of a .safetensors file in batches of 100.
-
-    Its tensors are named like the arguments of the network's `forward`; one tensor alone may have any name.
-    Raises SourceError.
-    """
+    """The rows of a .safetensors file in batches of 100. Raises SourceError."""
     import inspect
 
+    tensors = read_tensors(path)
+    starts = range(0, len(next(iter(tensors.values()))), BATCH)
+    known = inspect.signature(network.forward).parameters
+    unknown = [name for name in tensors if name not in known]
+    if unknown and len(tensors) > 1:
+        what = f"the network takes {', '.join(known)}, not {unknown[0]!r}"
+        raise SourceError(what, str(path), "name the tensors like the arguments of the network")
+    if unknown:
+        (only,) = tensors.values()
+        return [only[start : start + BATCH] for start in starts]
+    return [{name: x[start : start + BATCH] for name, x in tensors.items()} for start in starts]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The rows of a .safetensors file: tensors with one row for each sample, all finite. Raises SourceError.
+
+    They are named like the arguments of the network's `forward`; one tensor alone may have any name.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     fix = "save e.g. {'pixel_values': images} with safetensors.torch.save_file"
     try:
-        tensors = load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise SourceError(f"cannot be read as data: {error}", str(path), fix) from None
     lengths = {len(x) if x.ndim else 0 for x in tensors.values()}
@@ -105,16 +111,7 @@ def _tensors(path: Path, network: nn.Module) -> list[Batch]:
     broken = [name for name, x in tensors.items() if x.is_floating_point() and not bool(x.isfinite().all())]
     if broken:
         raise SourceError(f"{broken[0]!r} holds values that are not finite", str(path), "leave those rows out")
-    starts = range(0, lengths.pop(), BATCH)
-    known = inspect.signature(network.forward).parameters
-    unknown = [name for name in tensors if name not in known]
-    if unknown and len(tensors) > 1:
-        what = f"the network takes {', '.join(known)}, not {unknown[0]!r}"
-        raise SourceError(what, str(path), "name the tensors like the arguments of the network")
-    if unknown:
-        (only,) = tensors.values()
-        return [only[start : start + BATCH] for start in starts]
-    return [{name: x[start : start + BATCH] for name, x in tensors.items()} for start in starts]
+    return tensors
 
 
 @contextmanager

@@ -4,6 +4,7 @@
     build      models from a folder or from tensors, and empty ones
     places     where every tensor of a checkpoint lies in a model
     tokenizer  the tokenizer of a folder
+    plain      modules that the user's own code builds
     batch      a small input of the kind that a model takes
     trace      `architecture: auto`
 

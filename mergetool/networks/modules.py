@@ -9,6 +9,7 @@ from mergetool.checkpoints.adapters.forms import InMemory
 from mergetool.checkpoints.adapters.places import TASK_HEADS, leaf_of
 from mergetool.errors import PlanError
 from mergetool.networks.library import BUILDING, class_of, first_line, library, module_of_library, quiet
+from mergetool.tensors.header import TensorSpec
 
 
 def parts_of(names: Collection[str], config: Mapping[str, Any], where: str) -> dict[str, InMemory]:
@@ -33,6 +34,9 @@ def parts_of(names: Collection[str], config: Mapping[str, Any], where: str) -> d
 
 Kind = Literal["linear", "turned", "vector"]
 """What the weight of a layer is: (outputs, inputs), (inputs, outputs), or one number for each channel."""
+BY_CODE = "built by"
+"""In place of a config: the function that builds a plain module."""
+_BY_RANK: Mapping[int, Kind] = {1: "vector", 2: "linear"}
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -44,26 +48,30 @@ def kind_of(module: nn.Module) -> Kind | None:
     return "vector" if getattr(getattr(module, "weight", None), "ndim", 0) == 1 else None
 
 
-def linears_of(names: Collection[str], config: Mapping[str, Any], where: str, fix: str) -> dict[str, bool]:
+def linears_of(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str, fix: str) -> dict[str, bool]:
     """The weights of linear layers among the tensors of a checkpoint, and whether each is stored as (inputs, outputs).
 
     Not what several modules share. Raises SourceError or PlanError where transformers cannot build the network.
     """
-    kinds = layers_of(names, config, where, fix)
+    kinds = layers_of(specs, config, where, fix)
     return {name: kind == "turned" for name, kind in kinds.items() if kind != "vector"}
 
 
-def layers_of(names: Collection[str], config: Mapping[str, Any], where: str, fix: str) -> dict[str, Kind]:
+def layers_of(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str, fix: str) -> dict[str, Kind]:
     """The weights of layers among the tensors of a checkpoint. Not what several modules share.
 
+    Of a plain module, which is not built before a run: all that may be some by its shape.
     Raises SourceError or PlanError where transformers cannot build the network.
     """
+    if BY_CODE in config:
+        ranks = {name: len(spec.shape) for name, spec in specs.items() if spec.dtype.is_float}
+        return {name: _BY_RANK[rank] for name, rank in ranks.items() if name.endswith("weight") and rank in _BY_RANK}
     network = _empty(config, where, "measuring", fix)
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module, parameter in _parameters(network):
         owners.setdefault(id(parameter), []).append((name, module))
     alone = {each[0][0]: each[0][1] for each in owners.values() if len(each) == 1}
-    inside = {name: inner for name, inner in in_memory(names, network).items() if inner.endswith(".weight")}
+    inside = {name: inner for name, inner in in_memory(specs, network).items() if inner.endswith(".weight")}
     kinds = {name: kind_of(alone[inner]) for name, inner in inside.items() if inner in alone}
     return {name: kind for name, kind in kinds.items() if kind is not None}
 

@@ -40,6 +40,12 @@ class RunningNetwork:
     def device(self) -> torch.device:
         return input_device(self.model)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        found: torch.dtype = self.model.dtype
+        return found
+
     def linears(self) -> dict[str, nn.Module]:
         """The linear layers by what the checkpoint calls their weights."""
         return {name: each for name, each in self.layers().items() if kind_of(each) != "vector"}
@@ -174,7 +180,10 @@ def read_tensor(source: ModelSource, name: str) -> Tensor:
 
 def whole_config(source: ModelSource, where: str) -> dict[str, Any]:
     """All of a model's config, with what config.json leaves to defaults. Raises PlanError where there is none."""
-    fix = "save the model with save_pretrained, which writes config.json beside the weights"
+    fix = (
+        "save the model with save_pretrained, which writes config.json beside the weights; a module of your own: write "
+        "architecture: FILE.py:FUNCTION (for regmean and esm), or `measured` in `calibration`"
+    )
     if source.folder is None or not read_config(source.folder):
         raise PlanError("has no config.json, so it cannot be run on data", where, fix)
     try:

@@ -10,6 +10,7 @@ from threading import Lock
 from types import MappingProxyType
 from typing import Any
 
+from mergetool.arch.code import code_of
 from mergetool.errors import PlanError, at
 from mergetool.layouts.same import Same
 from mergetool.methods.base import Method
@@ -174,7 +175,11 @@ def _planned(
     data = data.model_copy(update={"data": str(recipe.path_of(data.data))})
     with at(where):
         tokenizer = _tokenizer(data, sources, lookup)
-        asked = measuring(statistic, sources[BASE if on_base else model], data, recipe.compute, where, tokenizer)
+        source, code = sources[BASE if on_base else model], code_of(recipe.architecture or "")
+        if code is not None and statistic.plain:
+            asked = _measuring_plain(statistic, source, data, recipe, where)
+        else:
+            asked = measuring(statistic, source, data, recipe.compute, where, tokenizer)
     return StatisticSource(asked.form, asked.dtype, asked)
 
 
@@ -205,7 +210,25 @@ def measuring(
         examples = guessed_examples(rows, data.length)
     else:
         examples = examples_of(rows, source.folder, config, data.length, tokenizer)
-    return Measuring(statistic, source, config, examples, form, compute.dtype, compute.seed, where, guessed)
+    return Measuring(statistic, source, config, examples, form, compute.dtype, compute.seed, where, guessed=guessed)
+
+
+def _measuring_plain(statistic: Statistic, source: ModelSource, data: Data, recipe: Recipe, where: str) -> Measuring:
+    """The same of a model whose network the recipe's `architecture` builds, which waits for the run."""
+    from mergetool.alignment.network import read_tensors
+    from mergetool.networks.plain import NetworkCode
+    from mergetool.statistics.examples import Example
+
+    assert data.data is not None
+    assert recipe.architecture is not None
+    assert recipe.architecture_file is not None
+    code = NetworkCode(recipe.architecture_file, recipe.architecture.rpartition(":")[2])
+    rows = {name: x[: data.samples].tolist() for name, x in read_tensors(Path(data.data)).items()}
+    each = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
+    examples = tuple(Example(f"{data.data}:{n}", row, patches=1) for n, row in enumerate(each, 1))
+    form = statistic.form(source.specs, code.config, "")
+    compute = recipe.compute
+    return Measuring(statistic, source, code.config, examples, form, compute.dtype, compute.seed, where, code)
 
 
 def _comes_later(source: ModelSource, tokenizer: Path) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from mergetool.arch.code import code_of
 from mergetool.errors import RecipeError
 from mergetool.layouts.base import Layout
 from mergetool.methods.base import Method
@@ -113,9 +114,18 @@ def _check_base(document: Document, kind: type[Method]) -> Iterator[RecipeError]
     if kind.needs_base == "unused" and has_base and not wanted:
         fix = "remove `base`, or list it under `models` to merge it too"
         yield document.error(("base",), f"{name} does not use a base, so this would have no effect", fix)
-    if "architecture" in document.data and not kind.uses_architecture:
+    if "architecture" in document.data and not (kind.uses_architecture or _runs_code(document, kind)):
         what = f"{name} does not look at the architecture, so this would have no effect"
         yield document.error(("architecture",), what, "remove `architecture`")
+
+
+def _runs_code(document: Document, kind: type[Method]) -> bool:
+    """Whether models are measured that a function builds, which `architecture` names."""
+    from mergetool.statistics.measure import STATISTICS
+
+    architecture = document.data["architecture"]
+    measured = bool(kind.statistic) and STATISTICS[kind.statistic].plain
+    return measured and isinstance(architecture, str) and code_of(architecture) is not None
 
 
 def _check_then(document: Document, kind: type[Method]) -> Iterator[RecipeError]:

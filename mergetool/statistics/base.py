@@ -54,6 +54,9 @@ class Statistic(ABC):
     by_layer: ClassVar[bool] = False
     """Whether it can be measured block by block, on a network whose weights are not all there at once."""
 
+    plain: ClassVar[bool] = False
+    """Whether it can be measured on a module that the user's own code builds, of which no config.json tells."""
+
     def labelled(self, config: Mapping[str, Any]) -> bool:
         """Whether rows for this model need a class."""
         return False

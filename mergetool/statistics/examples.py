@@ -23,17 +23,18 @@ class Example:
     """One row, as numbers."""
 
     place: str
-    inputs: Mapping[str, tuple[int, ...]]
+    inputs: Mapping[str, tuple[Any, ...]]
     label: int | None = None
     image: Path | None = None
     """Instead of inputs, the file that holds the pixels."""
     digest: str = ""
     """Of the pixels."""
     patches: int = 0
+    """Of a row that is no tokens, how many count as such."""
 
     @property
     def length(self) -> int:
-        return self.patches if self.image else len(self.inputs["input_ids"])
+        return self.patches or len(self.inputs["input_ids"])
 
     @property
     def content(self) -> list[Any]:

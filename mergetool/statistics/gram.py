@@ -33,6 +33,7 @@ class InputGram(Statistic):
     cost: ClassVar = 2.0
     copies: ClassVar = 2.0
     by_layer: ClassVar = True
+    plain: ClassVar = True
 
     def form(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Extent:
         from mergetool.networks.modules import linears_of
@@ -65,7 +66,9 @@ class InputGram(Statistic):
                     for _ in through(way, rows, tell, sums.begin):
                         pass
                 own = {name: module for name, module in linears.items() if way.has(module)}
-                sums.give(own, network.model.dtype, kept)
+                sums.give(own, network.dtype, kept)
+        for name in set(names).difference(linears):  # a matrix of a plain module that is no linear layer's
+            kept[name] = torch.zeros(2 * network.shapes[name][1:], dtype=network.dtype)
         return Found(kept, kept.shared)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergetool.errors import PlanError
 from mergetool.statistics.activation import InputActivation
 from mergetool.statistics.base import Extent, JointStatistic, Statistic
 from mergetool.statistics.coefficients import Coefficients
@@ -24,6 +25,7 @@ from mergetool.tensors.source import ModelSource
 if TYPE_CHECKING:
     import torch
 
+    from mergetool.networks.plain import NetworkCode
     from mergetool.networks.running import RunningNetwork
     from mergetool.networks.spread import Spread
 
@@ -62,6 +64,8 @@ class Measuring:
     seed: int
     where: str
     """What messages call the model."""
+    code: "NetworkCode | None" = None
+    """What builds its network, if config.json does not tell that."""
     guessed: bool = False
     """Whether the tokens of examples are not known yet."""
 
@@ -91,7 +95,7 @@ class Measuring:
 
     def is_layered(self, room: int) -> bool:
         """Whether the network runs layer by layer, because it does not fit in so many bytes."""
-        return self.statistic.by_layer and self.memory > room
+        return self.statistic.by_layer and self.code is None and self.memory > room
 
     def deals(self, room: int) -> int:
         """In how many parts gradients of a block are taken where there is room for so many bytes."""
@@ -170,6 +174,13 @@ def opened(asked: Measuring, running: Running, place: Path) -> "RunningNetwork":
         from mergetool.networks.by_layer import load_by_layer
 
         return load_by_layer(asked.model, dtype, running.device, asked.where, place, asked.deals(running.room))
+    if asked.code is not None:
+        from mergetool.networks.plain import load_plain
+
+        if running.spread is not None:
+            what = "a module that code builds is not dealt out"
+            raise PlanError(what, "--device-map", "leave it out")
+        return load_plain(asked.code, asked.model, dtype, running.device, asked.where)
     from mergetool.networks.running import load_network
 
     return load_network(asked.model, dtype, running.device, asked.where, running.spread)
