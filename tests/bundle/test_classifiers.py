@@ -25,6 +25,7 @@ from mergetool.testing.classifiers import (
     text_inputs,
     tiny_config,
 )
+from tests.files import LONG
 
 EXACT = {"rank": 1.0, "factors": "float32", "size": 100.0}
 """All directions are kept, as they are."""
@@ -265,7 +266,11 @@ def test_every_task_of_a_group_reads_the_groups_network_with_its_own_head(case, 
             torch.testing.assert_close(scored[place].values[row], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+ROUTED = CASES if LONG else [*CASES[:1], *CASES[10::6]]
+"""Routing looks at no more of a network than what the other tests try with all of them: some are enough."""
+
+
+@pytest.mark.parametrize("case", ROUTED, ids=str)
 def test_samples_of_a_batch_are_routed_as_each_alone(case, saved, tmp_path):
     paths = saved(case)
     model = opened(paths, tmp_path / "out", "mass", rank=0.4, router={"threshold": 0.4})

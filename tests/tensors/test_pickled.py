@@ -2,9 +2,7 @@
 
 import argparse
 import collections
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import mergetool
 from mergetool.errors import SourceError
 from mergetool.planning.inspect import facts_about
 from mergetool.tensors.folder import open_model
-from tests.files import LONG, tensors, write_recipe
+from tests.files import tensors, write_recipe
 from tests.tensors.test_source import everything, refused, stored
 
 STATE = tensors(0)
@@ -26,12 +24,23 @@ def saved(path, loaded, **options):
     return path
 
 
-def follow(error, cwd):
-    """Type the command that a message names."""
-    command = error.fix.partition("run: ")[2]
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=cwd, env=env)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def follow(forks, tmp_path):
+    """Type the command that a message names: its words are told apart by a shell, its Python starts without imports."""
+
+    def follow(error):
+        aside, _, rest = error.fix.partition("run: ")[2].partition(" && python ")
+        told = subprocess.run(
+            ["bash", "-c", f"{aside} && printf '%s\\0' {rest}"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+        )
+        (done,) = forks.python(*told.stdout.split("\0")[:-1], cwd=tmp_path).wait()
+        assert done.code == 0, done.err
+
+    return follow
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -87,14 +96,12 @@ def test_a_checkpoint_as_lightning_writes_it(tmp_path):
 @pytest.mark.parametrize(
     "both", [("model", "ema"), ("state_dict", "ema_state_dict"), ("params", "params_ema"), ("generator", "critic")]
 )
-def test_of_two_models_people_choose(both, tmp_path):
+def test_of_two_models_people_choose(both, tmp_path, follow):
     other = tensors(1)
     path = saved(tmp_path / "m y.pt", {both[0]: STATE, both[1]: other, "epoch": 3})
     error = refused(path)
     assert all(repr(name) in error.what for name in both)
-    if "ema" not in both and not LONG:
-        return  # it is one command, which takes seconds
-    follow(error, tmp_path)
+    follow(error)
     assert everything(open_model(path)) == stored(STATE)
     assert Path(f"{path}.original").is_file()
 
@@ -131,7 +138,7 @@ class Canary:
 
 
 @pytest.mark.parametrize(("name", "legacy"), [("pytorch_model.bin", False), ("last.ckpt", True)])
-def test_code_is_refused_and_the_command_that_is_named_converts_the_file(name, legacy, tmp_path):
+def test_code_is_refused_and_the_command_that_is_named_converts_the_file(name, legacy, tmp_path, follow):
     canary = tmp_path / "canary"
     loaded = {"model": STATE, "args": argparse.Namespace(lr=0.1), "x": Canary(canary), "optimizer": {"s": [1]}}
     path = saved(tmp_path / "a b" / name, loaded, _use_new_zipfile_serialization=not legacy)
@@ -139,25 +146,25 @@ def test_code_is_refused_and_the_command_that_is_named_converts_the_file(name, l
     assert "may hold code" in error.what
     assert "if you trust it" in error.fix
     assert not canary.exists()
-    follow(error, tmp_path)
+    follow(error)
     assert everything(open_model(path)) == everything(open_model(path.parent)) == stored(STATE)
 
 
-def test_a_whole_module_is_converted_by_the_same_command(tmp_path):
+def test_a_whole_module_is_converted_by_the_same_command(tmp_path, follow):
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
     path = saved(tmp_path / "m.pt", model)
-    follow(refused(path), tmp_path)
+    follow(refused(path))
     assert everything(open_model(path)) == stored(model.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_torchscript_program_is_called_that_and_its_weights_taken_out(tmp_path):
+def test_a_torchscript_program_is_called_that_and_its_weights_taken_out(tmp_path, follow):
     model = torch.nn.Linear(2, 3)
     path = tmp_path / "m.pt"
     torch.jit.trace(model, torch.ones(1, 2)).save(path)
     error = refused(path)
     assert "TorchScript" in error.what
-    follow(error, tmp_path)
+    follow(error)
     assert everything(open_model(path)) == stored(model.state_dict())
 
 

@@ -74,7 +74,8 @@ class Told(Watch):
 @pytest.mark.parametrize("estimator", [{"kind": "full"}, {"items": 15, "calibration": 4, "guard": False}])
 def test_a_search_shows_at_once_and_all_along_how_far_it_is(folder, tmp_path, estimator):
     progress = Told()
-    mergetool.run(recipe(folder, estimator=estimator), output=tmp_path / "out", progress=progress)
+    asked = recipe(folder, search={"generations": 2}, estimator=estimator)
+    mergetool.run(asked, output=tmp_path / "out", progress=progress)
     (opening, searching, merging) = progress.stages
     assert (opening[0], merging[0]) == ("opening models and tasks", "merging")
     label, unit, total, done = searching
@@ -128,7 +129,7 @@ def test_every_request_is_counted_and_none_is_made_twice(folder, tmp_path, monke
     monkeypatch.setattr(
         items_module, "_answer", lambda lm, requests: (made.append(len(requests)), answer(lm, requests))
     )
-    asked = recipe(folder, search={"algorithm": algorithm, "rerank": 2}, estimator=ESTIMATED)
+    asked = recipe(folder, search={"algorithm": algorithm, "generations": 2, "rerank": 2}, estimator=ESTIMATED)
     mergetool.run(asked, output=tmp_path / "out")
     lines = [line["question"] for line in journal(tmp_path / "out.search") if "question" in line]
     asked_of = [(str(who), task, item) for _, who, ids in lines for task, items in ids.items() for item in items]
@@ -147,7 +148,7 @@ def test_every_request_is_counted_and_none_is_made_twice(folder, tmp_path, monke
 
 
 def test_a_seed_settles_the_journal(folder, tmp_path):
-    asked = recipe(folder, search={"algorithm": "ga"}, estimator=ESTIMATED)
+    asked = recipe(folder, search={"algorithm": "ga", "population": 4, "generations": 2}, estimator=ESTIMATED)
     for name in ("first", "again"):
         mergetool.run(asked, output=tmp_path / name)
     mergetool.run(asked | {"compute": {"seed": 1}}, output=tmp_path / "other")
@@ -211,7 +212,7 @@ def test_a_device_that_cannot_be_used_is_refused_before_the_search(folder, tmp_p
 
 
 def test_several_objectives_give_a_front_of_which_any_member_can_be_written(folder, tmp_path, pictures):
-    asked = recipe(folder, search={"algorithm": "nsga2", "generations": 6, "rerank": 4}, estimator=ESTIMATED)
+    asked = recipe(folder, search={"algorithm": "nsga2", "generations": 3, "rerank": 4}, estimator=ESTIMATED)
     mergetool.run(asked, output=tmp_path / "out")
     report = json.loads((tmp_path / "out.search" / "report.json").read_text())
     scores = [member["search"] for member in report["front"]]
@@ -238,8 +239,9 @@ def test_a_greedy_soup_ends_by_itself(folder, tmp_path):
 def test_a_penalty_is_for_small_numbers(folder, tmp_path):
     """A large one makes the smallest numbers win, whatever they score; what was scored stays what it is."""
     inner = {"method": "task-arithmetic", "weight": {"search": [-1.0, 1.0], "step": 1.0}}
-    free = recipe(folder, inner=inner, search={"algorithm": "grid"})
-    costly = recipe(folder, inner=inner, search={"algorithm": "grid", "penalty": 9.0})
+    some = {"kind": "mean", "items": 10}
+    free = recipe(folder, inner=inner, search={"algorithm": "grid"}, estimator=some)
+    costly = recipe(folder, inner=inner, search={"algorithm": "grid", "penalty": 9.0}, estimator=some)
     reports = []
     for name, asked in (("free", free), ("costly", costly)):
         mergetool.run(asked, output=tmp_path / name)
