@@ -76,7 +76,7 @@ class PlainNetwork(RunningNetwork):
             return self.model(*given.values()) if alone else self.model(**given)
         except (ValueError, RuntimeError, TypeError, LookupError) as error:
             what = f"the data cannot be run through the network: {first_line(error)}"
-            fix = f"name the tensors like the arguments of the network: {', '.join(known)}"
+            fix = f"give tensors of the shapes that it takes, named like its arguments: {', '.join(known)}"
             raise PlanError(what, self.where, fix) from error
 
 

@@ -220,6 +220,9 @@ def _measuring_plain(statistic: Statistic, source: ModelSource, data: Data, reci
     from mergetool.statistics.examples import Example
 
     assert data.data is not None
+    if unused := sorted(data.model_fields_set - {"data", "samples"}):
+        what = f"{unused[0]} is for rows of text, and a module that code builds is given tensors"
+        raise PlanError(what, f"calibration.{unused[0]}", "remove it")
     assert recipe.architecture is not None
     assert recipe.architecture_file is not None
     code = NetworkCode(recipe.architecture_file, recipe.architecture.rpartition(":")[2])

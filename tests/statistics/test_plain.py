@@ -94,6 +94,7 @@ def test_a_plan_runs_no_code_and_tells_what_will_be_measured(recipe, tmp_path):
         ({"calibration": {"data": "rows.jsonl"}}, "cannot be read as data"),
         ({"calibration": {"data": "wrong.safetensors"}}, "cannot be run through the network"),
         ({"calibration": {"data": "nan.safetensors"}}, "holds values that are not finite"),
+        ({"calibration": {"data": "a.safetensors", "length": 5}}, "length is for rows of text"),
     ],
 )
 def test_what_cannot_be_measured_is_told(recipe, tmp_path, change, said):
@@ -104,7 +105,7 @@ def test_what_cannot_be_measured_is_told(recipe, tmp_path, change, said):
         if key == "architecture" and ":" in value:
             change = {key: f"{tmp_path}/{value}"}
         if key == "calibration":
-            change = {key: {"data": f"{tmp_path}/{value['data']}"}}
+            change = {key: {**value, "data": f"{tmp_path}/{value['data']}"}}
     with pytest.raises(MergetoolError, match=said):
         run({**recipe, **change}, tmp_path)
     assert not (tmp_path / "out").exists()
