@@ -86,9 +86,9 @@ def arguments(told: str | None, **defaults: int) -> argparse.ArgumentParser:
     return parser
 
 
-def begun(told: str | None) -> Study:
+def begun(told: str | None, **defaults: int) -> Study:
     """The study of one set of tasks that the command line asks for, with its experts' accuracy."""
-    parser = arguments(told)
+    parser = arguments(told, **defaults)
     parser.add_argument("--set", choices=SETS, default="first", help="which five tasks")
     given = parser.parse_args()
     folder = made(given.folder)
