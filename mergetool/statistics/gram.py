@@ -153,9 +153,18 @@ class InputSums:
             if leader != name:
                 kept.shared[name] = leader
             elif name in self._totals:
-                kept.gather(name, self._totals.pop(name).means(dtype))
+                kept.gather(name, self._fitting(name, self._totals.pop(name).means(dtype)))
             else:
                 kept[name] = _nothing(module, dtype)
+
+    def _fitting(self, name: str, pieces: "Iterator[Tensor]") -> "Iterator[Tensor]":
+        for piece in pieces:
+            if not bool(piece.isfinite().all()):
+                what = f"the squares of what goes into {name} are too large"
+                raise MergeError(
+                    what, self.where, "write compute: {dtype: float64}, or leave out rows that are far off"
+                )
+            yield piece
 
 
 def _nothing(module: Any, dtype: Any) -> "Tensor":

@@ -8,6 +8,7 @@ from safetensors import safe_open
 import mergetool
 from mergetool import MergeError
 from mergetool.statistics import examples as batching
+from mergetool.statistics.gram import InputSums
 from tests.statistics.networks import TEXTS, inputs_of, opened, write_classifier, write_dense, write_rows
 from tests.zoo.text import save_tokenizer
 
@@ -107,3 +108,11 @@ def test_inputs_that_are_not_finite_stop_at_the_row(place, tmp_path):
     with pytest.raises(MergeError, match=r"query.weight is not finite at .*rows\.jsonl:5"):
         mergetool.measure(tmp_path / "model", "gram", place / "rows.jsonl", cache=tmp_path)
     assert not (tmp_path / "statistics").exists()
+
+
+def test_squares_that_are_too_large_for_the_dtype_are_told():
+    sums, layer = InputSums("model 'a'"), torch.nn.Linear(3, 2)
+    with sums.watching({"fc.weight": layer}):
+        layer(torch.full((2, 3), 1e30))
+    with pytest.raises(MergeError, match=r"squares of what goes into fc\.weight are too large"):
+        sums.found({"fc.weight": layer}, torch.float32)
