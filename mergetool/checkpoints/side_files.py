@@ -48,7 +48,7 @@ def tokenizer_files(folder: Path | None) -> list[str]:
 
 def has_tokenizer(folder: Path | None) -> bool:
     """Whether there is any tokenizer in a folder."""
-    return folder is not None and any(matches(name, TOKENIZER_GLOBS) for name in _names(folder))
+    return folder is not None and any(matches(name, TOKENIZER_GLOBS) for name in _directly(folder))
 
 
 def model_files(folder: Path | None) -> list[str]:
@@ -86,14 +86,20 @@ def is_sentence_model(folder: Path | None) -> bool:
 
 def has_processor(folder: Path | None) -> bool:
     """Whether it is said how images or sounds become tensors."""
-    return folder is not None and any(matches(name, ("*processor_config.json",)) for name in _names(folder))
+    return folder is not None and any(matches(name, ("*processor_config.json",)) for name in _directly(folder))
 
 
 def _names(folder: Path) -> Iterator[str]:
     """Files in a folder, and in those of its folders that libraries look into."""
-    for inside in ("", *(f"{name}/" for name in _SEARCHED)):
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder / inside) as entries:
-            yield from (f"{inside}{entry.name}" for entry in entries if entry.is_file())
+    yield from _directly(folder)
+    for inside in _SEARCHED:
+        yield from (f"{inside}/{name}" for name in _directly(folder / inside))
+
+
+def _directly(folder: Path) -> Iterator[str]:
+    """Files in a folder itself."""
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        yield from (entry.name for entry in entries if entry.is_file())
 
 
 # -------------------------------------------------------------------- Python code
