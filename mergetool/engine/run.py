@@ -44,6 +44,9 @@ from mergetool.tensors.writer import SlotWriter
 if TYPE_CHECKING:
     from mergetool.networks.spread import Spread
 
+_WORTH_FORKING = 1 << 21
+"""Elements below which threads are done before the processes are there."""
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -313,7 +316,9 @@ def _fork(run: Context, count: int, journal: Journal) -> None:
 
     Not beside other processes of a team: threads that talk to those are not to be forked.
     """
-    if run.team.size == 1 and 1 < count < sum(run.to_do.values()):
+    units = run.to_do
+    elements = sum(step.spec.num_elements for step in run.plan.steps if units[step.index])
+    if run.team.size == 1 and 1 < count < sum(units.values()) and elements >= _WORTH_FORKING:
         refused = run.pool.fork(count, journal.fileno())
         if refused is not None:
             run.teller.say(f"threads do the work of the workers: no process could be started ({refused.strerror})")
