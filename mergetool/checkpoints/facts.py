@@ -5,9 +5,11 @@ another activation, another number of heads. Only keys that both state are compa
 a meaning; what concerns training, generation or the writer of the file is not.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import cache
 from typing import Any
 
 from mergetool.checkpoints.ties import TIE_KEY
@@ -113,7 +115,12 @@ def _is_ignored(key: str, config: Config) -> bool:
         return False
     if key == "sliding_window" and config.get("use_sliding_window") is False:
         return True
-    return any(fnmatchcase(key, glob) for glob in (*_IGNORED, *_LAYER_COUNTS))
+    return _ignored().fullmatch(key) is not None
+
+
+@cache
+def _ignored() -> re.Pattern[str]:
+    return re.compile("|".join(map(translate, (*_IGNORED, *_LAYER_COUNTS))))
 
 
 def parts_of(config: Config) -> dict[str, dict[str, Any]]:
