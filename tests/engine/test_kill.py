@@ -16,12 +16,12 @@ from mergetool.errors import OutputError
 from tests.files import write_model, write_recipe
 from tests.held import JOURNALLED
 
-NUM_TENSORS, SHAPE = 48, (700, 1000)
+NUM_TENSORS, SHAPE = 48, (175, 1000)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A base and two fine-tunes in bfloat16, large enough for a kill to land in the middle of a run."""
+    """A base and two fine-tunes in bfloat16, large enough for workers of their own."""
     folder = tmp_path_factory.mktemp("models")
     generator = torch.Generator().manual_seed(0)
     base = {f"layers.{i}.weight": torch.randn(SHAPE, generator=generator) for i in range(NUM_TENSORS)}
@@ -38,7 +38,7 @@ def recipe_for(folder, models, **merge):
         base=str(models / "base"),
         models={"a": str(models / "a"), "b": str(models / "b")},
         merge={"method": "ties", "density": 0.3, **merge},
-        output={"path": str(folder / "out"), "shard_size": "20MB"},
+        output={"path": str(folder / "out"), "shard_size": "5MB"},
     )
 
 
@@ -156,8 +156,8 @@ def test_after_a_reboot_only_synced_units_are_trusted(models, undisturbed, tmp_p
         "\n".join([json.dumps(header), *done[:2], json.dumps({"synced": 3, "seconds": 1.0}), *done[2:], ""])
     )
     with (partial / "model-00001-of-00004.safetensors").open("r+b") as file:  # a power cut took what was not synced
-        file.seek(-1_000_000, os.SEEK_END)
-        file.write(bytes(1_000_000))
+        file.seek(-250_000, os.SEEK_END)
+        file.write(bytes(250_000))
     assert mergetool.run(recipe).resumed == any('"unit"' in line for line in done[:2])
     assert weights(tmp_path / "out") == undisturbed["tensor"]
 
@@ -167,7 +167,7 @@ import resource, signal, sys
 from mergetool.cli import main
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4900 * 1024, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1200 * 1024, resource.RLIM_INFINITY))
 sys.argv[0] = "mergetool"
 main()
 """
@@ -183,10 +183,10 @@ def test_a_file_size_limit_is_met_before_any_work_and_leaves_no_output(models, t
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 40 MB: too small for a result of 67 MB."""
+    """A file system of 10 MB: too small for a result of 17 MB."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(place)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(place)], capture_output=True)
     if mounted.returncode:  # not allowed here: a limit on file sizes starves the run all the same (test above)
         pytest.skip("mounting is not allowed")
     yield place
@@ -207,6 +207,6 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_resumed_from(
     with pytest.raises(OutputError, match="no space left"):
         mergetool.run(recipe, output=small_disk / "out")
     assert not (small_disk / "out").exists()
-    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
     mergetool.run(recipe, output=small_disk / "out")
     assert weights(small_disk / "out") == undisturbed["tensor"]
