@@ -28,11 +28,13 @@ import mergetool.outputs.checkpoint
 import mergetool.planning
 import mergetool.tuning.run
 import tests.held
+import tests.limits
 from mergetool.methods import registry
 from mergetool.recipe.load import sections
 
 HUB = ("huggingface_hub", "transformers", "accelerate")
 """They look at the environment once, when they are imported."""
+CLIENT = ("huggingface_hub.hf_api", "huggingface_hub._snapshot_download")
 KNOWN = ("transformers.modeling_utils", "scipy.optimize", "mergetool.alignment.fitted")
 """What some of the children need besides, and takes long: where one process has children for all, it has these."""
 NEW_NETWORK = 0x40000000
@@ -48,7 +50,17 @@ def forget(*packages):
 
 
 def of_the_hub(environment):
-    return {key: value for key, value in environment.items() if key.startswith("HF_")}
+    """What its client looks at when it is imported."""
+    return {key: value for key, value in environment.items() if key.startswith("HF_") and key != "HF_TOKEN"}
+
+
+def live_in(environment):
+    """From now on, and the client with it."""
+    forget(*HUB)
+    os.environ.clear()
+    os.environ.update(environment)
+    for module in CLIENT:
+        importlib.import_module(module)
 
 
 def kill_at(left, place):
@@ -93,6 +105,8 @@ def disturb(env):
     if "HOLD" in env:
         target, count = env["HOLD"].split()
         tests.held.heed(tests.held.hold(target, int(count)))
+    if "LARGEST" in env:  # as on a disk that is full
+        tests.limits.limit_files(int(env["LARGEST"]))
     if "HASTE" in env:  # sleeps, as between two attempts, are this many times shorter
         sleep, haste = time.sleep, float(env["HASTE"])
         time.sleep = lambda seconds: sleep(seconds / haste)
@@ -177,8 +191,8 @@ def main():
             shared(listener)
     for line in sys.stdin:
         asked = json.loads(line)
-        if isinstance(asked, str):
-            importlib.import_module(asked)
+        if isinstance(asked, str | dict):
+            importlib.import_module(asked) if isinstance(asked, str) else live_in(asked)
             print("null", flush=True)
             continue
         children = [start(wanted) for wanted in asked]

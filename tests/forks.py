@@ -168,6 +168,10 @@ class Forks:
         """Have a module imported for all children that come."""
         ask(self._server, module)
 
+    def live_in(self, environment):
+        """Have all children come with the client of the Hub, as it is where the environment says this of it."""
+        ask(self._server, environment)
+
     def run(self, arguments, *, cwd, env):
         """Exit code, stdout and stderr of `mergetool *arguments`."""
         return self.start(arguments, cwd=cwd, envs=[env]).wait()[0]

@@ -1,10 +1,15 @@
 """Files that may not grow beyond a size, as on a disk that is full."""
 
-import os
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def limit_files(size: int) -> None:
+    """Files may not grow beyond `size` bytes from now on, in this process and its children."""
+    sys.dont_write_bytecode = True  # Python cuts the code that it keeps of a module at the limit, and says nothing
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 @contextmanager
@@ -18,8 +23,3 @@ def files_of_at_most(size: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         sys.dont_write_bytecode = kept
-
-
-def without_code() -> dict[str, str]:
-    """For a process under a limit: Python cuts the code that it keeps of a module at the limit, and says nothing."""
-    return os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}

@@ -1,11 +1,7 @@
 """Recipes inside a recipe: one run gives what runs one after the other give, and leaves nothing but the result."""
 
 import json
-import resource
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +29,6 @@ from tests.files import (
 )
 from tests.forks import clean_environment
 from tests.held import is_measured
-from tests.limits import without_code
 from tests.words import models as words
 from tests.zoo.build import build, tuned
 
@@ -41,6 +36,8 @@ FIRST = {"models": {"a": "a", "b": "b"}, "merge": {"method": "linear", "weight":
 ROOT = Path(__file__).resolve().parents[2]
 DEEP = {"recipe": {"models": {"y": {"recipe": "first.yaml"}, "c": "c"}, "merge": {"method": "slerp"}}}
 TIES = {"method": "ties", "density": 0.4}
+LARGEST = {"LARGEST": "2000"}
+"""No file grows beyond that: less than the first result has."""
 
 
 @pytest.fixture
@@ -369,17 +366,12 @@ def test_a_disk_that_is_too_small_is_told_at_once_and_left_as_it_was(here):
 
 
 @pytest.mark.skipif(is_measured(), reason="what is measured is written to the disk that is full")
-def test_a_disk_that_is_full_on_the_way_is_gone_on_with_when_there_is_room(here):
+def test_a_disk_that_is_full_on_the_way_is_gone_on_with_when_there_is_room(forks, here):
     write_recipe(here / "r.yaml", **outer({"recipe": "first.yaml"}))
     mergetool.run("r.yaml", output="undisturbed")
 
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # less than the first result has
-
-    command = [sys.executable, "-m", "mergetool", "run", "r.yaml", "-o", "out"]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, env=without_code())
-    assert (done.returncode, "first mix" in done.stderr) == (6, True), done.stderr
+    done = forks.run(["run", "r.yaml", "-o", "out"], cwd=here, env=clean_environment() | LARGEST)
+    assert (done.code, "first mix" in done.err) == (6, True), done.err
     assert not (here / "out").exists()
     mergetool.run("r.yaml", output="out")
     assert content(here / "out") == content(here / "undisturbed")

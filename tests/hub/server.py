@@ -35,10 +35,27 @@ class Trouble:
     headers: dict = field(default_factory=dict)
 
 
-class Hub:
-    """The repositories of one folder, served until `close`."""
+class Doors:
+    """Two addresses at which one Hub after the other can be reached."""
 
-    def __init__(self, root):
+    def __init__(self):
+        self.hub = None
+        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, cdn)) for cdn in (False, True)]
+        for server in self._servers:
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.url, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+
+    def close(self):
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+
+
+class Hub:
+    """The repositories of one folder, behind these doors."""
+
+    def __init__(self, root, doors):
         self.root = Path(root)
         (self.root / "blobs").mkdir(parents=True)
         self.requests = []
@@ -50,16 +67,8 @@ class Hub:
         self.gated = set()
         self.private = set()
         self.pulls = {}
-        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, cdn)) for cdn in (False, True)]
-        for server in self._servers:
-            server.daemon_threads = True
-            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        self.url, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
-
-    def close(self):
-        for server in self._servers:
-            server.shutdown()
-            server.server_close()
+        self.url, self.cdn = doors.url, doors.cdn
+        doors.hub = self
 
     # ------------------------------------------------------------ repositories
 
@@ -142,12 +151,12 @@ class Hub:
         return [r for r in self.requests if re.search(pattern, r[1]) and method in (None, r[0])]
 
 
-def _handler(hub, cdn):
-    return type("Bound", (Handler,), {"hub": hub, "cdn": cdn})
+def _handler(doors, cdn):
+    return type("Bound", (Handler,), {"doors": doors, "cdn": cdn})
 
 
 class Handler(BaseHTTPRequestHandler):
-    hub: Hub
+    doors: Doors
     cdn: bool
     protocol_version = "HTTP/1.1"
 
@@ -162,6 +171,7 @@ class Handler(BaseHTTPRequestHandler):
     # -------------------------------------------------------- in
 
     def _answer(self):
+        self.hub = self.doors.hub
         length = int(self.headers.get("Content-Length") or 0)
         self.body = self.rfile.read(length) if length else self._chunked()
         self.path, _, self.query = unquote(urlsplit(self.path).path), "", parse_qs(urlsplit(self.path).query)

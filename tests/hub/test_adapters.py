@@ -21,9 +21,9 @@ print(AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]).active_peft_config.r
 
 
 @pytest.fixture
-def hub(tmp_path):
+def hub(tmp_path, doors):
     """A Hub that holds org/base and adapters for it, org/a and org/b."""
-    server = Hub(tmp_path / "hub")
+    server = Hub(tmp_path / "hub", doors)
     made = tmp_path / "made"
     made.mkdir()
     again = start(made, lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)))
@@ -33,8 +33,7 @@ def hub(tmp_path):
         path = made / name / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "org/base"}))
         server.upload(f"org/{name}", made / name)
-    yield server
-    server.close()
+    return server
 
 
 def recipe(folder, **more):
