@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from mergetool import EvaluationError
-from mergetool.evaluate.harness import load_task, quiet
+from mergetool.evaluate.harness import _unknown, load_task, quiet
 from mergetool.evaluate.items import TaskItems
 from mergetool.evaluate.language_model import LanguageModel
 from mergetool.evaluate.options import TaskOptions
+from tests.files import LONG
 from tests.tuning.planted import World, write_task
 
 SHOTS = "training_split: test\nfewshot_split: test\nnum_fewshot: 2\n"
@@ -142,10 +143,16 @@ def test_code_that_a_task_names_is_run_only_if_trusted(folder, tmp_path):
 
 def test_a_task_of_ones_own_is_told_to_name_its_folder(tmp_path):
     write_task(tmp_path / "tasks", "sums_of_mine", range(4), World(count=4).gold)
+    fixes = [
+        _unknown(TaskOptions(name=name), ["arc_easy"], tmp_path).fix for name in ("sums_of_mine", "lies_elsewhere")
+    ]
+    found = re.search(r"include: (\S+) \(on the command line --include \1\)", fixes[0])
+    assert load_task(TaskOptions(name="sums_of_mine", include=found[1]), tmp_path) is not None
+    assert "include: FOLDER (on the command line --include FOLDER)" in fixes[1]
+
+
+@pytest.mark.skipif(not LONG, reason="scripts/test --long: lm-eval looks through all its tasks")
+def test_a_task_that_lm_eval_does_not_have_is_told(tmp_path):
     with pytest.raises(EvaluationError, match="there is no task 'sums_of_mine'") as caught:
         load_task(TaskOptions(name="sums_of_mine"), tmp_path)
-    found = re.search(r"include: (\S+) \(on the command line --include \1\)", caught.value.fix)
-    assert load_task(TaskOptions(name="sums_of_mine", include=found[1]), tmp_path) is not None
-    with pytest.raises(EvaluationError) as caught:
-        load_task(TaskOptions(name="lies_elsewhere"), tmp_path)
     assert "include: FOLDER (on the command line --include FOLDER)" in caught.value.fix
