@@ -40,23 +40,25 @@ def ties_words(config: Mapping[str, Any]) -> bool | None:
 
 def may_be_tied(name: str) -> bool:
     """Whether a tensor of this name is a second name of another one in some network."""
-    return _ends(name, (*_table()["heads"], *_table()["always"]))
+    return _ends(name, _endings("heads", "always"))
 
 
 def embeddings_of(names: Collection[str]) -> list[str]:
     """The input embeddings among these names, the one that heads are tied to first."""
-    return [name for ending in _table()["embeddings"] for name in names if _ends(name, [ending])]
+    endings = _endings("embeddings")
+    found = [name for name in names if _ends(name, endings)]
+    return [name for ending in endings for name in found if _ends(name, ending)]
 
 
 def is_head(name: str) -> bool:
     """Whether a tensor of this name is a matrix of output embeddings."""
-    return _ends(name, _table()["heads"])
+    return _ends(name, _endings("heads"))
 
 
 def twin_of(name: str, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> str | None:
     """The tensor of a checkpoint that `name` is a second name of; None if it is (or would be) a tensor of its own."""
     for alias, target in _table()["always"].items():
-        if _ends(name, [alias]):
+        if _ends(name, f".{alias}"):
             other = name.removesuffix(alias) + target
             return other if other in specs else None
     if not is_head(name) or not ties_words(config):
@@ -97,5 +99,10 @@ def _read(source: ModelSource, name: str, begin: int, length: int) -> bytes:
     return bytes(buffer)
 
 
-def _ends(name: str, endings: Collection[str]) -> bool:
-    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+@cache
+def _endings(*kinds: str) -> tuple[str, ...]:
+    return tuple(f".{ending}" for kind in kinds for ending in _table()[kind])
+
+
+def _ends(name: str, endings: str | tuple[str, ...]) -> bool:
+    return f".{name}".endswith(endings)
