@@ -1,4 +1,6 @@
-"""One zoo for all tests of a session."""
+"""One zoo for all tests of a session, and for all its workers."""
+
+import os
 
 import pytest
 
@@ -7,4 +9,7 @@ from tests.zoo.cage import Zoo
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory):
-    return Zoo(tmp_path_factory.mktemp("zoo"))
+    own = tmp_path_factory.getbasetemp()
+    root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "zoo"
+    root.mkdir(exist_ok=True)
+    return Zoo(root)

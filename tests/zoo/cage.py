@@ -1,5 +1,8 @@
-"""Models of the zoo, each made once a test session and then shared; nobody may change them."""
+"""Models of the zoo, each made once a test session and then shared, by all workers; nobody may change them."""
 
+import hashlib
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,10 +36,21 @@ class Zoo:
     def made(self, key: str, make: Callable[[Path], Path]) -> Path:
         """What `make` writes into a folder of this name; written once."""
         if key not in self._made:
-            folder = self._root / f"{len(self._made):03d}-{key[:80]}"
-            make(folder)
+            folder = self._root / f"{key[:60]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+            if not folder.exists():
+                self._write(folder, make)
             self._made[key] = folder
         return self._made[key]
+
+    def _write(self, folder: Path, make: Callable[[Path], Path]) -> None:
+        """All of the folder at once, unless another worker was faster."""
+        begun = Path(tempfile.mkdtemp(dir=self._root))
+        make(begun / folder.name)
+        try:
+            (begun / folder.name).rename(folder)
+        except OSError:
+            assert folder.is_dir()
+        shutil.rmtree(begun)
 
     def state(self, folder: Path, model: type) -> State:
         """The tensors of a folder as the module of this class has them, in float64. Not to be changed."""
