@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 import mergetool
 from tests.checkpoints.recipes import recipe_of
+from tests.files import LONG
 from tests.zoo import files
 from tests.zoo.build import change_config
 from tests.zoo.check import assert_merged
@@ -22,7 +23,9 @@ def test_a_sum_of_task_vectors_answers_as_that_of_the_loaded_modules(zoo, name, 
     assert_merged(out, family.auto, states[0], states[1:], task_arithmetic(0.5), family.inputs())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", FAMILIES if LONG else ["qwen2-tied", "qwen3-moe", "gemma3", "bert", "t5", "bart", "clip"]
+)
 def test_an_average_answers_as_that_of_the_loaded_modules(zoo, name, tmp_path):
     family = FAMILIES[name]
     models = [zoo.tuned(name, seed) for seed in (1, 2)]

@@ -8,9 +8,11 @@ import transformers as hf
 
 import mergetool
 from tests.checkpoints.recipes import recipe_of
+from tests.files import LONG
+from tests.turns import pairs
 from tests.zoo import files, text
 from tests.zoo.advice import assert_said, outcomes
-from tests.zoo.build import build, change_config, config_of, copy_of, tuned
+from tests.zoo.build import build, config_of, copy_of, tuned
 from tests.zoo.check import assert_merged
 from tests.zoo.families import FAMILIES
 from tests.zoo.oracle import logits, opened, task_arithmetic
@@ -52,19 +54,20 @@ MEANINGS = [
 """Keys that give tensors of one shape another meaning."""
 
 
-def _case(name, word, changes):
-    return pytest.param(name, word, changes, id=f"{name}-{json.dumps(changes)[:60]}")
+def _case(value):
+    """What stands for a case, or for a part of it, in the name of a test."""
+    return value if isinstance(value, str) else json.dumps(value)[:60]
 
 
-@pytest.mark.parametrize(("name", "word", "changes"), [_case(*case) for case in MEANINGS])
-def test_parents_that_disagree_in_what_tensors_mean_are_not_merged_silently(zoo, name, word, changes, tmp_path):
-    base, a = zoo.base(name), zoo.tuned(name, 1)
+@pytest.mark.parametrize(("case", "method"), pairs(MEANINGS, ["task-arithmetic", "linear"]), ids=_case)
+def test_parents_that_disagree_in_what_tensors_mean_are_not_merged_silently(zoo, case, method, tmp_path):
+    name, word, changes = case
+    base = zoo.base(name) if method != "linear" else None
     other = copy_of(tmp_path / "other", zoo.tuned(name, 2), **changes)
-    assert_said(word, recipe_of(base, a, other), tmp_path / "out")
-    assert_said(word, recipe_of(None, a, other, method="linear"), tmp_path / "out2")
+    assert_said(word, recipe_of(base, zoo.tuned(name, 1), other, method=method), tmp_path / "out")
 
 
-@pytest.mark.parametrize(("name", "word", "changes"), [_case(*case) for case in MEANINGS])
+@pytest.mark.parametrize(("name", "word", "changes"), MEANINGS if LONG else MEANINGS[::5], ids=_case)
 def test_these_changes_of_a_config_do_change_the_answers(zoo, name, word, changes, tmp_path):
     """Else the test before would ask for noise."""
     model, source = FAMILIES[name].model, zoo.tuned(name, 2)
@@ -206,6 +209,9 @@ CARRIED = [
     "chat_template.json",
     "chat_template.jinja",
     "additional_chat_templates/tool.jinja",
+]
+"""Files that belong to the model, whose names transformers asks for."""
+CODE = [
     "configuration_mine.py",
     "modeling_mine.py",
     "processing_mine.py",
@@ -213,7 +219,7 @@ CARRIED = [
     "rotary.py",
     "custom_generate/generate.py",
 ]
-"""Files that belong to the model, whose names transformers (or the code in the folder) asks for."""
+"""Files that belong to the model, whose names config.json or the code in the folder asks for."""
 LEFT = [
     "optimizer.pt",
     "scheduler.pt",
@@ -230,28 +236,32 @@ LEFT = [
 """Files of a training, or of other weights."""
 
 
-@pytest.mark.parametrize("name", CARRIED)
-def test_a_file_of_the_model_goes_with_the_result(zoo, name, tmp_path):
-    base = copy_of(tmp_path / "base", zoo.base("llama"))
-    (base / name).parent.mkdir(exist_ok=True)
-    (base / name).write_text("# mine")
-    if name.endswith(".py"):
-        code = {"AutoConfig": "configuration_mine.Mine", "AutoModelForCausalLM": "modeling_mine.Mine"}
-        change_config(base, auto_map=code)
-        (base / "modeling_mine.py").write_text("from .rotary import rotate\nfrom .configuration_mine import Mine\n")
-        (base / name).write_text("# mine")
-    out = mergetool.run(recipe_of(base, zoo.tuned("llama", 1)), output=tmp_path / "out").path
-    assert (out / name).is_file()
-    assert (out / name).read_bytes() == b"# mine"
+def merged_with(zoo, folder, more, **config):
+    """The result of a base with these files (texts by name) in its folder."""
+    base = copy_of(folder / "base", zoo.base("llama"), **config)
+    for name, said in more.items():
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(said)
+    return mergetool.run(recipe_of(base, zoo.tuned("llama", 1)), output=folder / "out").path
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_a_file_of_a_training_stays_behind(zoo, name, tmp_path):
-    base = copy_of(tmp_path / "base", zoo.base("llama"))
-    (base / name).parent.mkdir(exist_ok=True)
-    (base / name).write_text("{}")
-    out = mergetool.run(recipe_of(base, zoo.tuned("llama", 1)), output=tmp_path / "out").path
-    assert not (out / name).exists()
+def test_files_of_the_model_go_with_the_result(zoo, tmp_path):
+    out = merged_with(zoo, tmp_path, dict.fromkeys(CARRIED, "# mine"))
+    assert [name for name in CARRIED if not (out / name).is_file() or (out / name).read_bytes() != b"# mine"] == []
+
+
+def test_code_of_the_model_goes_with_the_result(zoo, tmp_path):
+    """What config.json names, what that imports, and what `AutoClass` looks for."""
+    named = {"AutoConfig": "configuration_mine.Mine", "AutoModelForCausalLM": "modeling_mine.Mine"}
+    code = dict.fromkeys(CODE, "# mine")
+    code["modeling_mine.py"] = "from .rotary import rotate\nfrom .configuration_mine import Mine\n"
+    out = merged_with(zoo, tmp_path, code, auto_map=named)
+    assert {name: (out / name).read_text() for name in code} == code
+
+
+def test_files_of_a_training_stay_behind(zoo, tmp_path):
+    out = merged_with(zoo, tmp_path, dict.fromkeys(LEFT, "{}"))
+    assert [name for name in LEFT if (out / name).exists()] == []
 
 
 def sentence_models(zoo):

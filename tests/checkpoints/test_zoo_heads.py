@@ -5,6 +5,7 @@ import torch
 import transformers as hf
 
 from tests.checkpoints.recipes import recipe_of
+from tests.files import LONG
 from tests.zoo.advice import outcomes
 from tests.zoo.build import config_of
 from tests.zoo.check import assert_merged
@@ -43,7 +44,7 @@ def classifier(zoo, name, head, seed, base):
     return zoo.tuned(name, seed, model=head, base=base, **labels)
 
 
-@pytest.mark.parametrize("case", HEADED)
+@pytest.mark.parametrize("case", HEADED if LONG else ["bert", "bert questions", "distilbert", "llama", "vit"])
 def test_a_base_without_a_head_and_fine_tunes_with_one_meet(zoo, case, tmp_path):
     """The first fine-tune's head goes with the result, and config.json says how many labels it has."""
     body, head = HEADED[case]
@@ -71,7 +72,9 @@ def merged_with_head(folder, head, states, inputs):
     return assert_merged(folder, head, states[0], states[1:], task_arithmetic(0.5), inputs, beside="pooler")
 
 
-@pytest.mark.parametrize("case", ["bert", "roberta", "distilbert", "llama", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    "case", ["bert", "roberta", "distilbert", "llama", "gpt2", "t5"] if LONG else ["roberta", "gpt2", "t5"]
+)
 def test_a_base_with_a_head_and_fine_tunes_without_one_meet(zoo, case, tmp_path):
     family = FAMILIES[case]
     body = {**{name: bodies[0] for name, bodies in HEADED.items()}, "t5": hf.T5Model}[case]
@@ -93,7 +96,7 @@ def test_a_base_with_a_head_and_fine_tunes_without_one_meet(zoo, case, tmp_path)
         ("distilbert", hf.DistilBertForSequenceClassification),
         ("llama", hf.LlamaForSequenceClassification),
         ("gpt2", hf.GPT2ForSequenceClassification),
-    ],
+    ][:: 1 if LONG else 3],
 )
 def test_a_language_model_and_its_classifiers_meet(zoo, name, head, tmp_path):
     """The base has a head for tokens, the fine-tunes one for labels: what they share is merged."""
