@@ -24,6 +24,8 @@ _NEEDLESS = ("metadata", "style")
 _FEW_TENS = 300
 _POINT = 4 / 3
 """Pixels of a page in a point of a figure."""
+_DPI = 72
+"""Dots per inch of every SVG: points."""
 
 
 def drawn(picture: Picture, place: int) -> str:
@@ -37,6 +39,7 @@ def drawn(picture: Picture, place: int) -> str:
         axes = figure.subplots()
         picture.draw(axes)
         _plain_numbers(figure)
+        _arrange(figure)
         out = BytesIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     return _for_a_page(out.getvalue().decode(), picture.caption)
@@ -85,6 +88,17 @@ def _plain_numbers(figure: "Figure") -> None:
                 low, high = sorted(axis.get_view_interval())
                 if high < _FEW_TENS * low:  # else hardly a power of ten is in sight
                     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+
+
+def _arrange(figure: "Figure") -> None:
+    """Give all parts their places, as saving would: but that would draw everything once more for it."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    FigureCanvasSVG(figure)
+    figure.dpi = _DPI
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+        figure.set_layout_engine(None)
 
 
 def _for_a_page(svg: str, caption: str) -> str:
