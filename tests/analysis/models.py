@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 from tests.words.models import TEXTS, build
 
@@ -44,15 +45,14 @@ def saved(base, folder, model):
 
 
 def changed(base, folder, change):
-    """The base with `change(name, parameter)` in the place of every parameter."""
-    model = hf.AutoModelForCausalLM.from_pretrained(base)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(change(name, parameter))
-    return saved(base, folder, model)
+    """The base with `change(name, value)` in the place of every tensor."""
+    shutil.copytree(base, folder)
+    weights = load_file(Path(base) / "model.safetensors")
+    made = {name: change(name, value).contiguous() for name, value in weights.items()}
+    save_file(made, folder / "model.safetensors", {"format": "pt"})
+    return Path(folder)
 
 
 def state(folder):
     """A model's tensors in float64."""
-    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: value.double() for name, value in load_file(Path(folder) / "model.safetensors").items()}

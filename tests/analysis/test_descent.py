@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 import mergetool
 from mergetool import PlanError, SourceError
-from mergetool.analysis.page import analysis_page
+from mergetool.analysis.descent_page import descent
 from mergetool.cli.app import app
+from mergetool.pages import Page, render
 from tests.statistics.networks import inputs_of, opened, write_classifier, write_rows
 from tests.zoo.text import save_tokenizer
 
@@ -158,8 +159,8 @@ def test_checkpoints_are_held_beside_the_finished_model_in_the_order_of_the_run(
     assert advice["fix"].endswith(f"b: .../{first}")
 
 
-def test_the_page_has_a_chapter_of_it(analysis):
-    page = analysis_page(analysis.facts)
+def test_a_page_has_a_chapter_of_it(analysis):
+    page = render(Page("Analysis", "", [descent(analysis.facts)]))
     assert "Task vectors and losses" in page
     for caption in (
         "Alignment, layer by layer",

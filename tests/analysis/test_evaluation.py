@@ -18,7 +18,6 @@ from mergetool.evaluate.assess import assess
 from mergetool.evaluate.options import TaskOptions
 from mergetool.evaluate.reliability import calibration_error, reliability
 from mergetool.recipe import load_recipe
-from tests.pages.browsing import opened, stands
 from tests.tuning.planted import World, write_task
 
 WORLD = World()
@@ -168,26 +167,6 @@ def test_free_answers_have_no_calibration_error_and_no_loss(folder):
     text = page_of_curve(found.as_dict())
     assert "Barriers" in text
     assert "cross entropy" not in text
-
-
-def test_the_command_tells_curves_and_pairs_and_writes_pages(folder, run, browser, tmp_path):
-    base, left = (folder / "models" / name for name in ("base", "left"))
-    code, out, _ = run(base, "--tasks", "lefts", "--line-to", left, "--points", 3, "-o", tmp_path / "line")
-    assert (code, [line.split()[0] for line in out.splitlines() if line][:4]) == (0, ["x", "0", "0.5", "1"])
-    recipe = folder / "r.yaml"
-    recipe.write_text(
-        f"base: {base}\nmodels: {{left: {left}, right: {folder / 'models' / 'right'}}}\nmerge: {{method: ties}}\n"
-    )
-    code, out, _ = run(recipe, "--tasks", "lefts,rights", "--pairs", "--json", "-o", tmp_path / "pairs")
-    assert (code, json.loads(out)["models"]) == (0, ["left", "right"])
-    code, out, _ = run(recipe, "--tasks", "lefts", "--along", "merge.density=0.2:1", "--points", 2, "--json")
-    assert (code, json.loads(out)["along"]) == (0, "merge.density")
-    assert run(left, "--tasks", "lefts,rights", "--parent", base, "-o", tmp_path / "scores")[0] == 0
-    for name in ("line", "pairs", "scores"):
-        stands(browser, tmp_path / name / "evaluation.html")
-        assert json.loads((tmp_path / name / "evaluation.json").read_text())
-    with opened(browser, tmp_path / "scores" / "evaluation.html") as page:
-        assert page.locator("h2").all_inner_texts() == ["Scores", "Kept of the best parent", "Reliability"]
 
 
 @pytest.mark.parametrize(

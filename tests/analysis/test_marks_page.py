@@ -1,6 +1,5 @@
-"""What a bundle's answers are worth, as a page: every number once more by numpy, and in a browser."""
+"""What a bundle's answers are worth, as a page: every number once more by numpy."""
 
-import json
 import sys
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 from mergetool.analysis.marks_page import MOST_WRONG, facts_of_marks, page_of_marks, write_marks
 from mergetool.bundle.marks import marks
 from mergetool.errors import OutputError
-from tests.pages.browsing import standing
 from tests.pages.samples import HOSTILE
 
 OPTIONAL = ("class too", "refused</", "Surest wrong")
@@ -58,26 +56,6 @@ def test_numbers_are_those_of_numpy():
     assert [row["row"] - 1 for row in facts["surest_wrong"]] == surest.tolist()
     assert facts["surest_wrong"][0]["sure"] == pytest.approx(0.75 * sure[surest[0]])
     assert max(len(row["text"]) for row in facts["surest_wrong"]) <= 200
-
-
-def test_the_page_stands_and_shows_the_numbers(browser, tmp_path):
-    asked, answered = planted()
-    path = write_marks(marks(NAMES, asked, answered), asked, answered, tmp_path)
-    facts = json.loads((tmp_path / "marks.json").read_text("utf-8"))
-    assert [word for word in OPTIONAL if word not in path.read_text("utf-8")] == []
-    with standing(browser, path) as shown:
-        assert shown.locator("h2").all_inner_texts() == [
-            "Accuracy",
-            "Who took whose rows",
-            "Reliability of the task",
-            "Surest wrong answers",
-        ]
-        assert shown.locator("svg").count() == 3
-        rows = shown.locator("figure.table").nth(1).locator("tbody tr").all()
-        cells = [[int(cell) for cell in row.locator("td").all_inner_texts()[1:]] for row in rows]
-        counts = np.c_[np.array(facts["confusion"]), facts["refused"]]
-        assert cells == np.c_[counts.sum(1), counts].tolist()
-        assert f"calibration error is {facts['ece']:.3f}" in shown.inner_text("body")
 
 
 def test_a_page_without_classes_refusals_or_wrong_answers_has_no_empty_parts():

@@ -31,8 +31,15 @@ def stranger(tmp_path_factory):
     return ancestor(tmp_path_factory.mktemp("stranger") / "model", seed=7)
 
 
-def test_sound_fine_tunes_are_called_so(recipe):
-    found = mergetool.analyze(recipe())
+@pytest.fixture(scope="module")
+def sound(family):
+    """The analysis of three fine-tunes that nothing speaks against."""
+    models = {name: str(family / name) for name in ("tales", "code", "letters")}
+    return mergetool.analyze({"base": str(family / "base"), "models": models, "merge": {"method": "task-arithmetic"}})
+
+
+def test_sound_fine_tunes_are_called_so(sound):
+    found = sound
     assert told(found) == []
     assert found.summary[-1] == "nothing speaks against merging them"
     assert {each["kind"] for each in found.advice} == HINTS
@@ -129,7 +136,7 @@ def test_a_tokenizer_that_is_not_the_model_s(recipe, family, tmp_path):
     assert told(mergetool.analyze(recipe(("tales", "letters"), swapped=tmp_path / "swapped"))) == []
 
 
-def test_a_vocabulary_in_another_order_is_sound_where_the_rows_follow(recipe, family, tmp_path):
+def test_a_vocabulary_in_another_order_is_sound_where_the_rows_follow(recipe, family, sound, tmp_path):
     """The same model with its tokens numbered anew, and its rows with them."""
     fine = hf.AutoModelForCausalLM.from_pretrained(family / "code")
     shutil.copytree(family / "code", tmp_path / "moved")
@@ -150,9 +157,8 @@ def test_a_vocabulary_in_another_order_is_sound_where_the_rows_follow(recipe, fa
     found = mergetool.analyze(recipe(("tales", "letters"), moved=tmp_path / "moved"))
     assert told(found) == []
     assert {(row["model"], row["file"]) for row in found.rows("settings")} >= {("moved", "tokenizer")}
-    plain = mergetool.analyze(recipe(("tales", "letters", "code")))
     norms = [next(row["norm"] for row in each.rows("models") if row["model"] in ("moved", "code"))
-             for each in (found, plain)]  # fmt: skip
+             for each in (found, sound)]  # fmt: skip
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
@@ -231,13 +237,13 @@ def test_numbers_that_leave_the_base_or_overshoot(recipe, merge, expected):
         assert told(mergetool.analyze(recipe() | yaml.safe_load(advice["fix"]))) == []
 
 
-def test_of_models_that_do_not_belong_signs_and_overlaps_are_not_taken_for_advice(recipe, family, stranger):
+def test_of_models_that_do_not_belong_signs_and_overlaps_are_not_taken_for_advice(recipe, family, stranger, sound):
     """They are figures of all models: a copy alone makes directions overlap."""
 
     def methods(found):
         return {each["fix"] for each in found.advice if each["kind"] == "method"}
 
-    assert "merge: {method: ties}" in methods(mergetool.analyze(recipe()))
+    assert "merge: {method: ties}" in methods(sound)
     found = methods(mergetool.analyze(recipe(again=family / "code", other=stranger)))
     assert found == {"merge: {method: task-arithmetic}", "merge: {method: iso-c}"}
 
@@ -256,8 +262,8 @@ def test_a_density_is_what_each_tensor_needs(recipe, family):
     assert needed > found.rows("models")[0]["density_90"] + 0.05
 
 
-def test_hints_can_be_typed(recipe, tmp_path):
-    for each in mergetool.analyze(recipe()).advice:
+def test_hints_can_be_typed(recipe, sound, tmp_path):
+    for each in sound.advice:
         merge = yaml.safe_load(each["fix"])["merge"]
         result = mergetool.run(recipe() | {"merge": merge}, output=tmp_path / f"{len(list(tmp_path.iterdir()))}")
         assert result.path.exists()

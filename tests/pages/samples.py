@@ -1,6 +1,7 @@
 """A page with one of everything, and names that no one would wish for."""
 
 import math
+from functools import cache
 
 from mergetool.pages import (
     Bullets,
@@ -19,6 +20,7 @@ from mergetool.pages import (
     heat,
     lines,
     points,
+    render,
 )
 
 HOSTILE = [
@@ -86,6 +88,11 @@ def everything():
         [Facts([(name, name) for name in HOSTILE])],
         said,
     )
+
+
+@cache
+def rendered():
+    return render(everything())
 
 
 LEVELS = ("plain", "good", "warn", "bad")

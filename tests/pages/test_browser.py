@@ -2,16 +2,21 @@
 
 import pytest
 
+from mergetool.analysis.page import analysis_page
 from mergetool.pages import Chapter, Page, Picture, lines, render
 from mergetool.pages.colours import NAMED
-from tests.pages.browsing import NARROW, opened, stands
-from tests.pages.samples import ROWS, everything
+from mergetool.pages.words import visible
+from scripts.studies.pages import write_page
+from tests.pages.browsing import NARROW, opened, standing, stands
+from tests.pages.planted import Planted
+from tests.pages.samples import HOSTILE, ROWS, rendered
+from tests.pages.test_pages import Seen
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("pages") / "page.html"
-    path.write_text(render(everything()), "utf-8")
+    path.write_text(rendered(), "utf-8")
     return path
 
 
@@ -112,3 +117,52 @@ def test_on_paper_a_page_is_light_whatever_the_mode(browser, path):
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == css(NAMED["light"]["paper"])
         assert page.locator("nav").is_hidden()
         assert page.pdf(format="A4").startswith(b"%PDF")
+
+
+def test_three_hundred_tensors_of_models_with_the_worst_of_names_are_less_than_two_megabytes_and_stand(
+    browser, tmp_path
+):
+    path = tmp_path / "page.html"
+    path.write_text(analysis_page(Planted(HOSTILE, layers=33).facts()), "utf-8")
+    assert path.stat().st_size < 2_000_000
+    with standing(browser, path) as page:
+        page.get_by_role("button", name="show all 299 rows").click()
+        tensors = page.locator("section", has=page.get_by_role("heading", name="Tensors", exact=True))
+        changes = [float(text.split()[0]) for text in tensors.locator("tbody td:nth-child(4)").all_inner_texts()]
+        assert changes == sorted(changes, reverse=True)
+        tensors.get_by_role("button", name=HOSTILE[6]).click()
+        changes = [float(text.split()[0]) for text in tensors.locator("tbody td:nth-child(11)").all_inner_texts()]
+        assert changes == sorted(changes, reverse=True)
+    seen = Seen(path.read_text("utf-8"))
+    assert [tag for tag, _ in seen.elements].count("script") == 1
+    for name in HOSTILE:
+        assert visible(name) in seen.text
+
+
+TEXT = """# A study
+
+What was tried.
+On two lines.
+
+## Scores
+
+| method | score | of all |
+|---|---|---|
+| plain | 0.5 ± 0.1 | |
+| **best** | 0.75 | 1,200 |
+
+Time: 0.5.
+"""
+
+
+def test_markdown_becomes_chapters_with_tables_that_sort_by_their_numbers(browser, tmp_path):
+    path = tmp_path / "page.html"
+    write_page(path, "Title", TEXT, {"Curves": [Picture(lines({"a": ([1, 2], [1, 2])}, "x", "y"), "one")]})
+    with opened(browser, path) as page:
+        assert page.locator("h1").inner_text() == "Title"
+        assert page.locator("p.lead").first.inner_text() == "What was tried. On two lines."
+        assert page.locator("h2").all_inner_texts() == ["Curves", "Scores"]
+        page.get_by_role("button", name="score").click()
+        assert page.locator("tbody td:first-child").all_inner_texts() == ["best", "plain"]
+        assert page.locator("tr.strong td").all_inner_texts() == ["best", "0.75", "1,200"]
+        assert page.locator("section").nth(1).locator("p").inner_text() == "Time: 0.5."

@@ -13,12 +13,12 @@ from mergetool.pages import Chapter, Page, Picture, Table, bars, heat, lines, po
 from mergetool.pages.cells import shown
 from mergetool.pages.colours import LEVELS, NAMED, SERIES
 from mergetool.pages.words import label, visible
-from tests.pages.samples import HOSTILE, everything
+from tests.pages.samples import HOSTILE, pictures, rendered
 
 
 @pytest.fixture(scope="module")
 def html():
-    return render(everything())
+    return rendered()
 
 
 class Seen(HTMLParser):
@@ -64,8 +64,9 @@ def test_every_colour_of_a_picture_follows_the_mode(html):
     assert [style for style in styles if re.search(r"#[0-9a-fA-F]{3,8}\b", style) and "url(#" not in style] == []
 
 
-def test_the_same_data_give_the_same_page(html):
-    assert render(everything()) == html
+def test_the_same_data_give_the_same_page():
+    one, other = (render(Page("a", "", [Chapter("b", pictures()[1:4])])) for _ in range(2))
+    assert one == other
 
 
 def test_importing_pages_imports_nothing_heavy():

@@ -2,7 +2,6 @@
 
 import pytest
 
-from mergetool.pages import Picture, lines
 from scripts.studies.catalogue.candidates import candidates
 from scripts.studies.catalogue.table import render as catalogue_text
 from scripts.studies.catalogue.table import share
@@ -12,36 +11,7 @@ from scripts.studies.merge3.estimators import CALIBRATION, KINDS
 from scripts.studies.merge3.table import pictures as of_merge3
 from scripts.studies.merge3.table import render as merge3_text
 from scripts.studies.pages import write_page
-from tests.pages.browsing import opened
 from tests.pages.test_pages import Seen
-
-TEXT = """# A study
-
-What was tried.
-On two lines.
-
-## Scores
-
-| method | score | of all |
-|---|---|---|
-| plain | 0.5 ± 0.1 | |
-| **best** | 0.75 | 1,200 |
-
-Time: 0.5.
-"""
-
-
-def test_markdown_becomes_chapters_with_tables_that_sort_by_their_numbers(browser, tmp_path):
-    path = tmp_path / "page.html"
-    write_page(path, "Title", TEXT, {"Curves": [Picture(lines({"a": ([1, 2], [1, 2])}, "x", "y"), "one")]})
-    with opened(browser, path) as page:
-        assert page.locator("h1").inner_text() == "Title"
-        assert page.locator("p.lead").first.inner_text() == "What was tried. On two lines."
-        assert page.locator("h2").all_inner_texts() == ["Curves", "Scores"]
-        page.get_by_role("button", name="score").click()
-        assert page.locator("tbody td:first-child").all_inner_texts() == ["best", "plain"]
-        assert page.locator("tr.strong td").all_inner_texts() == ["best", "0.75", "1,200"]
-        assert page.locator("section").nth(1).locator("p").inner_text() == "Time: 0.5."
 
 
 def test_the_catalogue_tells_shares_of_the_experts_with_intervals():
