@@ -16,7 +16,7 @@ from mergetool.bundle.manifest import read_manifest
 from mergetool.bundle.readout import calibrated, pool_tokens
 from mergetool.bundle.store import FactorStore
 from mergetool.errors import PlanError, SourceError
-from tests.bundle.tiny import OPTIONS, ROUTER, WIDTH, FileExperts, make_bundle, tiny_inputs, tiny_model, write_models
+from tests.bundle.tiny import OPTIONS, ROUTER, WIDTH, FileExperts, make_bundle, tiny_inputs, tiny_network, write_models
 
 FAMILIES = ["bert", "vit", "llama", "t5", "gpt2"]
 
@@ -59,14 +59,8 @@ def by_hand(folder, group):
 
 def output_by_hand(folder, family, group, inputs):
     """What the transformers model itself says with those weights."""
-    checkpoint = folder / "by_hand"
-    shutil.copytree(folder / "base", checkpoint, dirs_exist_ok=True)
-    weights = by_hand(folder, group)
-    save_file({name: value.float().contiguous() for name, value in weights.items()}, checkpoint / "model.safetensors")
-    model = type(tiny_model(family)).from_pretrained(checkpoint).eval()
-    shutil.rmtree(checkpoint)
     with torch.inference_mode():
-        output = model(**inputs)
+        output = tiny_network(family, by_hand(folder, group))(**inputs)
     return output.logits if "logits" in output else output.last_hidden_state
 
 
@@ -74,17 +68,19 @@ def output_by_hand(folder, family, group, inputs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_sample_gets_the_weights_of_its_group(family, folders, bundles, tmp_path):
+def test_each_sample_gets_the_weights_of_its_group(family, folders, bundles):
     inputs, model = tiny_inputs(family), bundles[family]
-    folder = shutil.copytree(folders[family], tmp_path / "bundle")
     groups = [(0,), (0, 2), (1,), (0, 1, 2), (0, 2), (2,), (0,)]
     found = model._second_pass(groups, inputs)
+    networks = {group: tiny_network(family, by_hand(folders[family], group)) for group in set(groups)}
     for index, group in enumerate(groups):
-        expected = output_by_hand(folder, family, group, sample(inputs, index))[0]
-        torch.testing.assert_close(found[index], expected, rtol=0, atol=1e-4)
+        with torch.inference_mode():
+            output = networks[group](**sample(inputs, index))
+        expected = output.logits if "logits" in output else output.last_hidden_state
+        torch.testing.assert_close(found[index], expected[0], rtol=0, atol=1e-4)
 
 
-def test_groups_whose_inputs_are_shorter_are_run_without_the_padding_of_others(folders, bundles, tmp_path, monkeypatch):
+def test_groups_whose_inputs_are_shorter_are_run_without_the_padding_of_others(folders, bundles, monkeypatch):
     inputs, model = tiny_inputs("bert"), bundles["bert"]
     lengths = inputs["attention_mask"].sum(1).tolist()
     groups = [(0, 2) if length == min(lengths) else (1,) for length in lengths]
@@ -95,9 +91,8 @@ def test_groups_whose_inputs_are_shorter_are_run_without_the_padding_of_others(f
     found = model._second_pass(groups, inputs)
     assert sorted(shape[1] for shape in seen) == sorted(set(lengths))
     assert found.shape[:2] == inputs["input_ids"].shape
-    folder = shutil.copytree(folders["bert"], tmp_path / "bundle")
     for index, (group, length) in enumerate(zip(groups, lengths, strict=True)):
-        expected = output_by_hand(folder, "bert", group, sample(inputs, index))[0]
+        expected = output_by_hand(folders["bert"], "bert", group, sample(inputs, index))[0]
         torch.testing.assert_close(found[index, :length], expected[:length], rtol=0, atol=1e-4)
         assert not found[index, length:].any()
 
@@ -416,7 +411,7 @@ def test_heads_on_unequal_scales_are_compared_as_probabilities():
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "gpt2"])
-def test_each_prompt_is_continued_by_its_own_group(family, bundles, folders, tmp_path):
+def test_each_prompt_is_continued_by_its_own_group(family, bundles, folders):
     model, inputs = bundles[family], tiny_inputs(family)
     inputs.pop("decoder_input_ids", None)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -424,13 +419,9 @@ def test_each_prompt_is_continued_by_its_own_group(family, bundles, folders, tmp
     found = model.generate(**inputs, **options)
     routing = model.route(**inputs)
     assert len(set(routing.tasks)) > 1
-    folder = shutil.copytree(folders[family], tmp_path / "bundle")
     for index in (0, 3, 6):
         group = tuple(model.task_names.index(task) for task in routing.tasks[index])
-        shutil.copytree(folder / "base", folder / "g", dirs_exist_ok=True)
-        weights = {name: value.float().contiguous() for name, value in by_hand(folder, group).items()}
-        save_file(weights, folder / "g" / "model.safetensors")
-        alone = type(tiny_model(family)).from_pretrained(folder / "g").eval()
+        alone = tiny_network(family, by_hand(folders[family], group))
         expected = alone.generate(**sample(inputs, index), **options)[0]
         assert found[index, : len(expected)].tolist() == expected.tolist()
 

@@ -1,6 +1,10 @@
 """Tiny transformers models with random weights, experts around them, and bundles made of those."""
 
+import shutil
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,24 +26,22 @@ from mergetool.testing.classifiers import save_experts, tiny_config
 WIDTH = 24
 
 
-def tiny_model(family: str) -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
+def tiny_kind(family: str) -> tuple[type[transformers.PreTrainedModel], transformers.PretrainedConfig]:
+    """Class and config."""
     text = {"vocab_size": 40, "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2}
     if family == "bert":
-        config = transformers.BertConfig(**text, intermediate_size=48, max_position_embeddings=20)
-        return transformers.BertModel(config)
+        return transformers.BertModel, transformers.BertConfig(**text, intermediate_size=48, max_position_embeddings=20)
     if family == "vit":
         small = {key: value for key, value in text.items() if key != "vocab_size"}
-        config = transformers.ViTConfig(**small, intermediate_size=48, image_size=8, patch_size=4)
-        return transformers.ViTModel(config)
+        return transformers.ViTModel, transformers.ViTConfig(**small, intermediate_size=48, image_size=8, patch_size=4)
     if family == "llama":
         config = transformers.LlamaConfig(**text, intermediate_size=48, num_key_value_heads=1, pad_token_id=0)
-        return transformers.LlamaForCausalLM(config)
+        return transformers.LlamaForCausalLM, config
     if family == "gpt2":
         config = transformers.GPT2Config(
             vocab_size=40, n_positions=20, n_embd=WIDTH, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
         )
-        return transformers.GPT2LMHeadModel(config)
+        return transformers.GPT2LMHeadModel, config
     config = transformers.T5Config(
         vocab_size=40,
         d_model=WIDTH,
@@ -51,7 +53,20 @@ def tiny_model(family: str) -> transformers.PreTrainedModel:
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
     )
-    return transformers.T5ForConditionalGeneration(config)
+    return transformers.T5ForConditionalGeneration, config
+
+
+def tiny_model(family: str) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    kind, config = tiny_kind(family)
+    return kind(config)
+
+
+def tiny_network(family: str, weights: Mapping[str, Tensor]) -> transformers.PreTrainedModel:
+    """With these weights, by the names that a checkpoint has."""
+    kind, config = tiny_kind(family)
+    state = {name: value.float().contiguous() for name, value in weights.items()}
+    return kind.from_pretrained(None, config=config, state_dict=state).eval()
 
 
 def tiny_inputs(family: str, num_samples: int = 7) -> dict[str, Tensor]:
@@ -145,10 +160,23 @@ OPTIONS = Options(
 
 
 def make_bundle(folder: Path, family: str, *, options=OPTIONS, heads=None, tasks="abc", **models) -> Path:
-    """A bundle of a tiny model of this family."""
+    """A bundle of a tiny model of this family; a copy where it was made before."""
+    asked = family, options, family in ("bert", "vit") if heads is None else heads, tasks
+    if options.base != "copy":
+        return _make(folder, *asked, **models)
+    shutil.copytree(_made(*asked, **models).name, folder, dirs_exist_ok=True)
+    return folder / "bundle"
+
+
+@cache
+def _made(*asked, **models) -> tempfile.TemporaryDirectory:
+    place = tempfile.TemporaryDirectory()
+    _make(Path(place.name), *asked, **models)
+    return place
+
+
+def _make(folder: Path, family: str, options: Options, heads: bool, tasks: str, **models) -> Path:
     paths = write_models(folder / "models", tiny_model(family), tasks, **models)
-    if heads is None:
-        heads = family in ("bert", "vit")
     pool = "cls" if family == "vit" else "mean"
     sources = {t: HeadSource(folder / "models" / f"{t}.head.safetensors", pool) for t in tasks} if heads else {}
     out = folder / "bundle"
