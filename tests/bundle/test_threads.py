@@ -17,7 +17,8 @@ from mergetool.testing.classifiers import save_experts, text_inputs, tiny_config
 from tests.bundle.tiny import OPTIONS, ROUTER, make_bundle, tiny_inputs
 from tests.files import LONG
 
-NUM_THREADS = 8
+NUM_THREADS = 8 if LONG else 4
+NUM_BATCHES = 6 if LONG else 4
 FAMILIES = ["bert", "vit", "llama", "t5", "gpt2"]
 
 
@@ -26,12 +27,12 @@ def folders(tmp_path_factory):
     return {family: make_bundle(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
 
 
-def batches(family, count=6):
+def batches(family, count=NUM_BATCHES):
     """Batches of several lengths, all different."""
     torch.manual_seed(2)
     found = []
     for number in range(count):
-        inputs = tiny_inputs(family, 1 + number % 5)
+        inputs = tiny_inputs(family, 5 - number % 5)
         if family == "vit":
             found.append({"pixel_values": torch.randn_like(inputs["pixel_values"])})
         else:
@@ -96,7 +97,7 @@ def test_many_threads_get_the_answers_of_classifiers(family, tmp_path):
     models = {task: str(paths[task]) for task in "ab"}
     recipe = {"base": str(paths["base"]), "models": models, "merge": {"method": "mass", "router": {"threshold": 0.45}}}
     model = mergetool.load_bundle(mergetool.run(recipe, output=tmp_path / "out").path)
-    asked = [text_inputs(1 + number % 5, seed=number) for number in range(10)]
+    asked = [text_inputs(1 + number % 5, seed=number) for number in range(NUM_BATCHES + 1)]
     expected = [model(**inputs) for inputs in asked]
     for place, answer in at_once(lambda inputs: model(**inputs), asked):
         same(answer, expected[place])
@@ -105,7 +106,9 @@ def test_many_threads_get_the_answers_of_classifiers(family, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_many_threads_generate_what_one_generates(family, folders):
     model = mergetool.load_bundle(folders[family])
-    asked = [inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])} for inputs in batches(family, 4)]
+    asked = [
+        inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])} for inputs in batches(family, NUM_BATCHES - 2)
+    ]
     options = {"max_new_tokens": 4, "do_sample": False}
     expected = [model.generate(**inputs, **options) for inputs in asked]
     for place, found in at_once(lambda inputs: model.generate(**inputs, **options), asked):
