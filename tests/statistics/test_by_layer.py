@@ -77,7 +77,7 @@ def test_it_is_the_same_to_the_last_bit(place, kind, statistic, tmp_path, monkey
 
 def test_a_run_takes_a_model_layer_by_layer_where_memory_is_short(place, tmp_path):
     """The plan says so, and the bytes are those of a run with more."""
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "initializer_range": 0.02}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "initializer_range": 0.02}
     for seed, name in enumerate("ab"):
         write_dense(tmp_path / name, seed=seed, **sizes)
     recipe = {
@@ -197,8 +197,8 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are told by /proc")
 def test_no_more_than_two_layers_are_ever_in_memory(network_forks, tmp_path):
-    """Of eight: weights of zeros, which the file does not hold."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 64}
+    """Of four: weights of zeros, which the file does not hold."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "vocab_size": 64}
     config = transformers.LlamaConfig(**sizes, num_attention_heads=8, architectures=["LlamaForCausalLM"])
     config.save_pretrained(tmp_path / "llama")
     with torch.device("meta"):
