@@ -62,7 +62,7 @@ def test_permutations_and_what_repair_changed(umask, tmp_path):
 
 
 def test_a_search_and_its_cache(umask, tmp_path):
-    World().write(tmp_path)
+    World(count=12).write(tmp_path)
     asked = searches.recipe(tmp_path, search={"population": 2, "generations": 1})
     mergetool.run(asked, output=tmp_path / "out", cache=tmp_path / "cache")
     assert modes(tmp_path / "out", tmp_path / "out.search", tmp_path / "cache") == umask

@@ -18,7 +18,7 @@ SHORT = {"inner": {"method": "task-arithmetic", "weight": {"search": [0.0, 2.0]}
 @pytest.fixture
 def folder(tmp_path):
     """Planted models, and a recipe of two of them beside them."""
-    World().write(tmp_path)
+    World(count=40).write(tmp_path)
     left, right = World.names
     mix = {"base": "models/base", "models": {name: f"models/{name}" for name in (left, right)}}
     mix["merge"] = {"method": "task-arithmetic", "weight": {left: 0.8, right: 0.3}}

@@ -7,13 +7,13 @@ import os
 import random
 import signal
 import sys
-import time
 
 import pytest
 
 import mergetool
 from tests.files import LONG
 from tests.forks import free_port
+from tests.held import kill_after
 from tests.tuning.planted import World
 from tests.tuning.test_run import ESTIMATED, journal, recipe
 
@@ -56,7 +56,7 @@ def spared(**arguments):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
-    World().write(folder)
+    World(count=80).write(folder)
     return folder
 
 
@@ -73,6 +73,21 @@ def undisturbed(asked, tmp_path_factory):
     return folder / "out.search"
 
 
+def at_most(count, output, **arguments):
+    """A search whose process is killed when its journal has so many lines."""
+    lines = output.with_name("out.search") / "search.jsonl"
+    written = lines.read_bytes().count(b"\n") if lines.exists() else 0
+    kill_after("mergetool.tuning.journal:SearchJournal._write", count - written)
+    spared(output=output, **arguments)
+
+
+def killed_after(count, **arguments):
+    child = FORK.Process(target=at_most, args=(count,), kwargs=arguments)
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+
+
 def findings(folder):
     """What a search found and what it cost, without its times."""
     return {key: value for key, value in json.loads((folder / "report.json").read_text()).items() if key != "seconds"}
@@ -83,12 +98,7 @@ def test_a_search_killed_at_random_moments_ends_as_if_it_had_run_through(asked, 
     total = len(journal(undisturbed))
     lines = tmp_path / "out.search" / "search.jsonl"
     for moment in sorted(rng.sample(range(1, total), 5 if LONG else 1)):
-        child = FORK.Process(target=spared, kwargs={"recipe": asked, "output": tmp_path / "out"})
-        child.start()
-        while child.is_alive() and (not lines.exists() or lines.read_bytes().count(b"\n") < moment):
-            time.sleep(0.001)
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
+        killed_after(moment, recipe=asked, output=tmp_path / "out")
         with lines.open("ab") as file:
             file.write(b'{"question":["torn')
     assert not (tmp_path / "out").exists()
@@ -166,12 +176,7 @@ def test_an_extended_search_that_is_killed_loses_nothing(folder, tmp_path):
     mergetool.run(longer(1), output=tmp_path / "out")
     before = lines.read_bytes()
     arguments = {"recipe": longer(4), "output": tmp_path / "out", "overwrite": True}
-    child = FORK.Process(target=spared, kwargs=arguments)
-    child.start()
-    while child.is_alive() and lines.read_bytes().count(b"\n") < before.count(b"\n") + 4:
-        time.sleep(0.001)
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
+    killed_after(before.count(b"\n") + 4, **arguments)
     killed = lines.read_bytes()
     mergetool.run(longer(4), output=tmp_path / "out", overwrite=True)
     mergetool.run(longer(4), output=tmp_path / "fresh")

@@ -19,12 +19,13 @@ from tests.files import Watch
 from tests.tuning.planted import World
 
 pytestmark = pytest.mark.slow  # searches, and there are many
+WORLD = World(count=80)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
-    World().write(folder)
+    WORLD.write(folder)
     return folder
 
 
@@ -49,7 +50,7 @@ def test_the_winner_beats_parents_and_average_and_its_plain_recipe_makes_the_sam
     compared = {row["name"]: row["report_mean"] for row in report["compared"]}
     assert compared.keys() == {"base", "left", "right", "start of the search"}
     assert report["winner"]["report_mean"] > max(compared.values())
-    correct = World().correct(report["winner"]["values"])
+    correct = WORLD.correct(report["winner"]["values"])
     assert np.mean(report["winner"]["search"] + report["winner"]["report"]) == pytest.approx(correct.mean())
     again = mergetool.run(tmp_path / "out.search" / "recipe.yaml", output=tmp_path / "again")
     assert_same_bytes(read(result.path), read(again.path))
@@ -138,7 +139,7 @@ def test_every_request_is_counted_and_none_is_made_twice(folder, tmp_path, monke
     report = json.loads((tmp_path / "out.search" / "report.json").read_text())
     spent = report["spent"]["items"]
     assert sum(spent.values()) == len(asked_of)
-    pool, subset = 60, 30
+    pool, subset = 40, 30
     assert spent["calibration"] == (3 + 1 + 4) * pool
     candidates = {str(who) for stage, who, _ in lines if stage == "search"}
     assert spent["search"] == len(candidates) * subset
@@ -187,7 +188,7 @@ def test_if_everything_fails_the_error_says_why(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"estimator": {"kind": "mean", "items": 31}}, "30 search items, fewer than the 31"),
+        ({"estimator": {"kind": "mean", "items": 21}}, "20 search items, fewer than the 21"),
         ({"tasks": [{"name": "leftz", "include": "tasks"}]}, "no task 'leftz'"),
         ({"tasks": [{"name": "lefts", "include": "tasks", "metric": "f1"}]}, "no metric 'f1'"),
         ({"search": {"report": 0.99}}, "too few to keep 99%"),
