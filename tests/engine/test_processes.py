@@ -128,7 +128,7 @@ def test_pieces_are_taken_by_whoever_is_free_and_an_error_of_one_reaches_all(for
 
 @pytest.mark.parametrize("terminated", [False, True])
 def test_a_process_that_dies_ends_the_run_and_the_next_one_resumes(forks, tmp_path, terminated):
-    shapes = {f"model.layers.{layer}.mlp.weight": (256, 300) for layer in range(80)}
+    shapes = {f"model.layers.{layer}.mlp.weight": (64, 75) for layer in range(80)}
     write_models(tmp_path, shapes=shapes)
     recipe = recipe_of(tmp_path, "ties")
     running = forks.team(2, ["run", recipe, "-o", "out"], cwd=tmp_path, held=1)
@@ -225,7 +225,7 @@ def test_every_unit_and_every_file_is_dealt_once_and_the_shares_are_alike(models
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_process_that_dies_inside_a_recipe_inside_is_made_good_by_the_next_run(forks, tmp_path, dies):
-    shapes = {f"model.layers.{layer}.mlp.weight": (256, 300) for layer in range(80)}
+    shapes = {f"model.layers.{layer}.mlp.weight": (64, 75) for layer in range(80)}
     write_models(tmp_path, shapes=shapes)
     mean = {"recipe": {"models": {"a": "a", "b": "b"}, "merge": {"method": "linear"}}}
     recipe = write_recipe(tmp_path / "r.yaml", base="base", models={"mix": mean, "b": "b"}, merge=MERGES["ties"])
