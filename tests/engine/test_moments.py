@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.files import content, write_models, write_recipe
+from tests.files import LONG, content, write_models, write_recipe
 from tests.forks import clean_environment
 
 RESULT = {"mergetool.json", "README.md", "model.safetensors"}
@@ -52,7 +52,7 @@ def check_never_half(place, start):
 def test_a_run_killed_at_any_moment_is_ended_by_the_same_command(start, first, forks, place):
     """With something at the output, what differs comes last."""
     said = []
-    for moment in range(first, 100):
+    for moment in range(first, 100, 1 if LONG or start == "nothing" else 2):
         command = begin(place, start)
         env = clean_environment() | {"KILL_AT": str(moment), "KILL_IN": str(place / "out")}
         code = forks.run(command, cwd=place, env=env).code
@@ -67,7 +67,7 @@ def test_a_run_killed_at_any_moment_is_ended_by_the_same_command(start, first, f
             break
         assert code == -9
     assert moment >= 10
-    assert sum(said) > 1
+    assert sum(said) > (1 if LONG or start == "nothing" else 0)
 
 
 @pytest.mark.parametrize("layout", ["unfinished", "finished", "published"])

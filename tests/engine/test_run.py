@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import mergetool
 from mergetool.errors import MergeError, OutputError, PlanError, RecipeError, SourceError
-from tests.files import Watch, content, tensors, write_model, write_models, write_sparse
+from tests.files import LONG, Watch, content, tensors, write_model, write_models, write_sparse
 
 LARGE = {"model.layers.0.w": (2100, 2000), "model.layers.1.w": (130, 1100), "b": (7,), "scalar": (), "empty": (0, 4)}
 
@@ -43,9 +43,9 @@ def merged(merge, *, base="base", models="ab", output="out", dtype="source", fla
 def test_the_number_of_workers_and_a_merge_in_memory_change_no_byte(here, merge):
     """The largest tensor is more than one unit of work; 16-bit values have many ties."""
     write_models(here, shapes=LARGE, dtype=torch.bfloat16)
-    for workers in (1, 2, 4):
+    for workers in (1, 2, 4) if LONG else (1, 3):
         merged(merge, output=f"out{workers}", flags={"workers": workers})
-    assert content(here / "out1") == content(here / "out2") == content(here / "out4")
+        assert content(here / f"out{workers}") == content(here / "out1")
     states = {name: load_file(here / name / "model.safetensors") for name in ("base", "a", "b")}
     base = states.pop("base")
     together = mergetool.merge_state_dicts(merge, states, base=base)
