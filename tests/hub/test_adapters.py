@@ -1,15 +1,12 @@
 """Adapters and their base on the Hub: what is fetched, what the result calls its base, and that PEFT finds it there."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import transformers as hf
 
 from tests.checkpoints.adapters.peft_oracle import LLAMA
 from tests.files import LONG, write_recipe
-from tests.forks import clean_environment
 from tests.hub.server import TOKEN, Hub
 from tests.outputs.test_merged_adapters import start, train
 
@@ -46,20 +43,16 @@ def recipe(folder, **more):
     return write_recipe(folder / "recipe.yaml", **sections)
 
 
-def opened_by_peft(hub, folder):
-    environment = clean_environment() | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(folder / "hf-of-peft"),
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    command = [sys.executable, "-c", OPEN, str(folder / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+def opened_by_peft(near_hub, environment, folder):
+    near_hub.know("transformers.modeling_utils")
+    command = ["-c", OPEN, folder / "out"]
+    (done,) = near_hub.start(command, cwd=folder, envs=[environment], path=str(folder)).wait()
+    assert done.code == 0, done.err
+    return int(done.out)
 
 
 @pytest.mark.parametrize("base", [{}, {"base": "org/base"}])
-def test_a_base_that_is_only_named_is_not_fetched_and_peft_finds_it(hub, call, tmp_path, base):
+def test_a_base_that_is_only_named_is_not_fetched_and_peft_finds_it(hub, call, near_hub, environment, tmp_path, base):
     done = call("run", recipe(tmp_path, **base))
     assert done.code == 0, done.err
     assert not list((tmp_path / "hf").glob("hub/models--org--base/snapshots/*/model.safetensors"))
@@ -68,7 +61,7 @@ def test_a_base_that_is_only_named_is_not_fetched_and_peft_finds_it(hub, call, t
     assert settings["base_model_name_or_path"] == "org/base"
     assert settings["revision"] == (hub.refs("org/base")["main"] if base else None)
     if base or LONG:  # with a revision there is more to be wrong
-        assert opened_by_peft(hub, tmp_path) == 4
+        assert opened_by_peft(near_hub, environment, tmp_path) == 4
 
 
 def test_a_base_whose_values_are_needed_is_fetched(hub, call, tmp_path):
