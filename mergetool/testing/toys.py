@@ -35,10 +35,14 @@ SHAPES: Shapes = {
     "adapter.empty.weight": (0, 6),
     "lm_head.weight": (11, 6),
 }
-FEW: Shapes = {name: shape for name, shape in SHAPES.items() if "layers.1." not in name or "up_proj.weight" in name}
-"""Every kind of tensor, and one that is deeper than others."""
-LESS: Shapes = {name: FEW[name] for name in FEW if not name.endswith(("norm.weight", "cls_token", "lm_head.weight"))}
-"""Each shape that methods tell from others, a matrix of the same shape in two layers."""
+FEW: Shapes = {
+    name: shape
+    for name, shape in SHAPES.items()
+    if not name.endswith(("norm.weight", "lm_head.weight", "1.self_attn.q_proj.weight", "1.mlp.up_proj.bias"))
+}
+"""Every kind of tensor, a matrix of the same shape in two layers."""
+LESS: Shapes = {name: FEW[name] for name in FEW if not name.endswith("cls_token")}
+"""Each shape that methods tell from others."""
 MLP: Shapes = {"fc1.weight": (7, 5), "fc1.bias": (7,), "fc2.weight": (3, 7), "fc2.bias": (3,)}
 """A network whose neurons can be permuted."""
 INTEGERS = {"position_ids": torch.arange(8).reshape(1, 8), "causal": torch.tensor([True, False, True])}
