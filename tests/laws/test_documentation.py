@@ -86,7 +86,7 @@ def test_its_recipe_runs_from_end_to_end(name, tmp_path):
     elif has_adapters(document):
         paths = {key: write_adapter(tmp_path, key) for key in document["models"]}
     elif issubclass(registry()[name], SearchMethod):
-        document["merge"]["search"] |= {"population": 4, "generations": 2}
+        document["merge"]["search"] |= {"population": 4, "generations": 1}
         tasks = [task["name"] for task in document["merge"]["tasks"]]
         paths = World().write(tmp_path, tuple(document["models"]), tasks)
     elif "glob" in document["models"]:
