@@ -49,9 +49,9 @@ def copies(state, num_models, *, architecture=None, config=None, noise=0.0):
     return {"abcdefghij"[i]: shuffled(noisy(state, 100 + i, noise), spec, i) for i in range(num_models)}
 
 
-def tiny_transformer(class_name):
+def tiny_transformer(class_name, **changes):
     """(state dict, config, batch, module) of a tiny transformers model, tied tensors once."""
-    module, batch = transformer(class_name)
+    module, batch = transformer(class_name, **changes)
     seen, state = set(), {}
     for name, x in module.state_dict().items():
         if x.data_ptr() not in seen:

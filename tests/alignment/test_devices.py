@@ -16,6 +16,7 @@ from tests.files import LONG
 METHODS = ["c2m3", "git-rebasin", "merge-many"]
 MIXED = [("zipit", "weights"), ("ot-fusion", "weights"), ("zipit", "activations"), ("ot-fusion", "activations")]
 """Methods that mix units, and what tells these apart."""
+REPAIRED = [("mlp", "full"), ("resnet", "full"), ("resnet", "bn-stats")]
 NETWORKS = """
 from tests.arch.networks import MLP, ResNetCifar
 
@@ -110,7 +111,7 @@ def test_units_are_matched_by_what_they_say_on_a_device_as_on_the_cpu(method, de
 @every_device
 @pytest.mark.parametrize("mode", ["joint", "block"])
 def test_soft_steps_and_signs_are_taken_on_a_device(mode, device, folder):
-    state, config, _, _ = nets.tiny_transformer("LlamaForCausalLM")
+    state, config, _, _ = nets.tiny_transformer("LlamaForCausalLM", num_hidden_layers=2 if LONG else 1)
     models = nets.copies(state, 3, config=config, noise=0.05)
     nets.write(folder / "models", models, config)
     align = {"mode": mode, "init": "barycenter", "starts": 1, "iterations": 2, "releases": 1}
@@ -120,7 +121,7 @@ def test_soft_steps_and_signs_are_taken_on_a_device(mode, device, folder):
 
 
 @every_device
-@pytest.mark.parametrize(("architecture", "mode"), [("mlp", "full"), ("resnet", "full"), ("resnet", "bn-stats")])
+@pytest.mark.parametrize(("architecture", "mode"), REPAIRED if LONG else REPAIRED[::2])
 def test_a_device_repairs_as_the_cpu_does(architecture, mode, device, folder):
     state = {"mlp": nets.mlp, "resnet": nets.resnet}[architecture]()
     models = nets.copies(state, 2, architecture=architecture, noise=0.3)
