@@ -12,7 +12,8 @@ from mergetool.kernels.low_rank import Pair
 from mergetool.methods import registry
 from mergetool.methods.base import TensorMethod
 from mergetool.methods.families.low_rank import Products, merged_products, merged_rows
-from mergetool.testing.cases import all_cases
+from mergetool.testing.cases import all_cases, each_once
+from tests.files import LONG
 
 RANKS = (2, 1, 3)
 TENSORS = {
@@ -23,6 +24,7 @@ TENSORS = {
 }
 CASES = [case for case in all_cases() if issubclass(case.kind, TensorMethod)]
 ALONE = [case for case in CASES if case.kind(**case.settings).needs_weights() is None]
+TRIED = ALONE if LONG else each_once(ALONE)
 
 
 def randn(*shape, seed=0):
@@ -64,7 +66,7 @@ def densely(case, *every):
     return {name: value.flatten(1) for name, value in merged.items()}
 
 
-@pytest.mark.parametrize("case", ALONE, ids=str)
+@pytest.mark.parametrize("case", TRIED, ids=str)
 def test_adapters_alone_come_to_what_their_task_vectors_come_to(case):
     every = [products(name, case.names) for name in TENSORS]
     alone = "independent" in case.kind.exempt  # else all are merged at once
@@ -73,7 +75,7 @@ def test_adapters_alone_come_to_what_their_task_vectors_come_to(case):
         torch.testing.assert_close(merged, densely(setting, *part), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("case", ALONE, ids=str)
+@pytest.mark.parametrize("case", TRIED, ids=str)
 def test_a_model_that_leaves_a_tensor_counts_as_one_without_change(case):
     found = products("layers.0.mlp.up_proj.weight", case.names, ranks=(2, 0, 3))
     torch.testing.assert_close(in_factors(case, found), densely(case, found)[found.name], rtol=0, atol=1e-9)
@@ -81,7 +83,7 @@ def test_a_model_that_leaves_a_tensor_counts_as_one_without_change(case):
     assert not in_factors(case, nothing).any()
 
 
-@pytest.mark.parametrize("case", [case for case in ALONE if case.option != "null_policy=reference"], ids=str)
+@pytest.mark.parametrize("case", [case for case in TRIED if case.option != "null_policy=reference"], ids=str)
 def test_what_is_kept_is_the_best_of_its_rank(case):
     found = products("layers.0.mlp.up_proj.weight", case.names)
     for pair in found.pairs:  # all agree somewhat

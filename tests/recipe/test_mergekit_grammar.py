@@ -10,6 +10,7 @@ from mergetool.recipe import load_recipe
 from mergetool.recipe.load import imported_text
 from mergetool.recipe.mergekit.counterparts import METHODS
 from mergetool.recipe.mergekit.parameters import REQUIRED
+from tests.files import LONG
 
 TWO = {"slerp": "base", "nuslerp": "free", "nearswap": "other", "arcee_fusion": "other"}
 """Methods that take two models, and what the base is to them."""
@@ -119,7 +120,7 @@ class Maker:
         return out
 
 
-@pytest.mark.parametrize("batch", range(4))
+@pytest.mark.parametrize("batch", range(4 if LONG else 2))
 def test_what_mergekit_takes_is_written_so_that_it_is_taken(batch, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed in range(batch * 40, (batch + 1) * 40):

@@ -8,6 +8,7 @@ import pytest
 from mergetool.search import subset
 from mergetool.search.estimate import Estimator, blend_of, cross_check, rank_correlation, with_fit
 from mergetool.search.irt import fit, sigmoid
+from tests.files import LONG
 from tests.search.worlds import World, simulated
 
 KINDS = ("mean", "weighted", "p-irt", "mp-irt", "gp-irt", "gmp-irt")
@@ -68,7 +69,7 @@ def errors(seeds, size, noise):
     return {name: np.mean(pairs, axis=0) for name, pairs in found.items()}
 
 
-@pytest.mark.parametrize(("size", "share"), [(20, 0.70), (50, 0.90)])
+@pytest.mark.parametrize(("size", "share"), [(20, 0.70), (50, 0.90)] if LONG else [(20, 0.70)])
 def test_the_blend_is_nearer_than_a_mean_of_random_items_and_ranks_as_well(size, share):
     found = errors(range(4), size, noise=0.3)
     assert found["gmp-irt"][0] <= share * found["random"][0]
