@@ -14,7 +14,7 @@ import mergetool
 from mergetool.errors import MergeError, OutputError, PlanError, RecipeError, SourceError
 from mergetool.outputs.verify import verify_output
 from tests.checkpoints.adapters.peft_oracle import LLAMA, SMALL, quiet
-from tests.files import write_recipe
+from tests.files import LONG, write_recipe
 from tests.limits import files_of_at_most
 from tests.outputs.test_merged_adapters import (
     ALL,
@@ -29,6 +29,7 @@ from tests.outputs.test_merged_adapters import (
     start,
     train,
 )
+from tests.turns import pairs
 
 VISION = {key: SMALL[key] for key in list(SMALL)[1:]} | {"image_size": 32, "patch_size": 16}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -136,7 +137,9 @@ def test_any_two_adapters_are_summed(tmp_path, case):
     merge(tmp_path, two(tmp_path, make, first, second))
 
 
-@pytest.mark.parametrize("method", ["linear", "tsv-merge", "iso-c", "knots", "multislerp"])
+@pytest.mark.parametrize(
+    "method", ["linear", "tsv-merge", "iso-c", "knots", "multislerp"] if LONG else ["linear", "iso-c", "knots"]
+)
 def test_the_same_adapter_twice(tmp_path, method):
     again = two(tmp_path)
     shutil.rmtree(tmp_path / "b")
@@ -144,7 +147,7 @@ def test_the_same_adapter_twice(tmp_path, method):
     merge(tmp_path, again, method)
 
 
-@pytest.mark.parametrize("method", ["linear", "tsv-merge", "iso-c", "knots"])
+@pytest.mark.parametrize("method", ["linear", "tsv-merge", "iso-c", "knots"] if LONG else ["linear", "tsv-merge"])
 def test_one_of_them_changes_nothing(tmp_path, method):
     again = two(tmp_path)
     with quiet():
@@ -184,8 +187,7 @@ def test_densities_of_modules(tmp_path):
     merge(tmp_path, two(tmp_path), "ties", "exact", density=0.3, overrides=overrides)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("method", ["linear", "tsv-merge", "ties"])
+@pytest.mark.parametrize(("method", "value"), pairs(["linear", "tsv-merge", "ties"], [float("nan"), float("inf")]))
 def test_what_is_not_finite_is_refused_and_the_advice_works(tmp_path, value, method):
     again = two(tmp_path)
     path = tmp_path / "b" / "adapter_model.safetensors"
@@ -246,8 +248,12 @@ def test_precisions_may_differ(tmp_path):
 def test_fifty_adapters(tmp_path):
     again = start(tmp_path, llama)
     names = [f"a{index}" for index in range(50)]
-    for seed, name in enumerate(names):
-        train(tmp_path, name, again(), seed, target_modules=["q_proj"], r=1)
+    train(tmp_path, "a0", again(), 0, target_modules=["q_proj"], r=1)
+    state = load_file(tmp_path / "a0/adapter_model.safetensors")
+    for name in names[1:]:
+        shutil.copytree(tmp_path / "a0", tmp_path / name)
+        moved = {key: value + 0.1 * torch.randn(value.shape) for key, value in state.items()}
+        save_file(moved, tmp_path / name / "adapter_model.safetensors", {"format": "pt"})
     merge(tmp_path, again, names=names)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 32
 
