@@ -1,5 +1,6 @@
 """A model, an adapter that PEFT trained and saved, and what PEFT itself makes of the two."""
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator
@@ -66,16 +67,15 @@ def train(folder: Path, model: torch.nn.Module, *, trained: type | None = None, 
     save(model, folder / "model")
     with quiet():
         start = opened(model, folder / "model", trained)
-        adapted = get_peft_model(start, LoraConfig(**settings))
+        adapted = get_peft_model(copy.deepcopy(start), LoraConfig(**settings))
         disturb(adapted)
         adapted.save_pretrained(folder / "adapter")
-        return Trained(folder / "model", folder / "adapter", merged_by_peft(folder, model, trained))
+        return Trained(folder / "model", folder / "adapter", merged_by_peft(folder, start))
 
 
-def merged_by_peft(folder: Path, model: torch.nn.Module, trained: type | None = None) -> dict[str, torch.Tensor]:
+def merged_by_peft(folder: Path, base: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The file that PEFT's merged model is saved as."""
     with quiet():
-        base = opened(model, folder / "model", trained)
         merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
         save(merged, folder / "merged")
     return load_file(folder / "merged/model.safetensors")
