@@ -24,12 +24,14 @@ import mergetool.cli.show
 import mergetool.engine.fit
 import mergetool.engine.fork
 import mergetool.engine.worker
+import mergetool.networks.spread
 import mergetool.outputs.checkpoint
-import mergetool.planning
+import mergetool.outputs.difference
+import mergetool.planning.report
 import mergetool.tuning.run
 import tests.held
 import tests.limits
-from mergetool.methods import registry
+from mergetool.methods import has_plugins, registry
 from mergetool.recipe.load import sections
 
 HUB = ("huggingface_hub", "transformers", "accelerate")
@@ -177,7 +179,8 @@ def shared(listener):
 
 
 def main():
-    registry(), sections()  # and all modules that these import
+    os.fsync = os.fdatasync = lambda _: None  # as in the tests themselves
+    registry(), sections(), has_plugins()  # and all modules that these import
     typer.main.get_command = functools.cache(typer.main.get_command)
     typer.main.get_command(mergetool.cli.app.app)  # each child would make it anew, of all commands
     assert huggingface_hub.HfApi  # what it needs is imported
