@@ -18,6 +18,7 @@ from mergetool.tensors.folder import open_model
 from mergetool.testing.classifiers import save_experts, text_inputs, tiny_config
 from tests.bundle.test_adapters import EXACT, recipe, save_adapter
 from tests.bundle.tiny import OPTIONS, ROUTER, make_bundle, tiny_inputs, tiny_model
+from tests.files import LONG
 
 TARGETS = {
     "llama": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
@@ -46,9 +47,12 @@ def adapted(request, tmp_path_factory):
     return request.param, write(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def opened(folder, output, **router):
-    document = recipe(folder, "mass", router={"kind": "arrow", **router}, **SETTINGS)
-    return mergetool.load_bundle(mergetool.run(document, output=output).path)
+def opened(folder, **router):
+    """A bundle with this router, made once for all tests."""
+    output = folder / "-".join(["out", *(f"{key}-{router[key]}" for key in sorted(router))])
+    if not output.exists():
+        mergetool.run(recipe(folder, "mass", router={"kind": "arrow", **router}, **SETTINGS), output=output)
+    return mergetool.load_bundle(output)
 
 
 def by_hand(folder, family, inputs, share):
@@ -78,9 +82,9 @@ def by_hand(folder, family, inputs, share):
 
 
 @pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (2, 0.7), (3, 1.0)])
-def test_every_token_has_its_own_shares_at_every_matrix(adapted, top_k, temperature, tmp_path):
+def test_every_token_has_its_own_shares_at_every_matrix(adapted, top_k, temperature):
     family, folder = adapted
-    model = opened(folder, tmp_path / "out", top_k=top_k, temperature=temperature)
+    model = opened(folder, top_k=top_k, temperature=temperature)
     inputs = tiny_inputs(family)
 
     def share(x, vectors):
@@ -94,9 +98,9 @@ def test_every_token_has_its_own_shares_at_every_matrix(adapted, top_k, temperat
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_it_is_what_peft_makes_of_the_same_adapters(adapted, top_k, tmp_path):
+def test_it_is_what_peft_makes_of_the_same_adapters(adapted, top_k):
     family, folder = adapted
-    model = opened(folder, tmp_path / "out", top_k=top_k)
+    model = opened(folder, top_k=top_k)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         base = type(tiny_model(family)).from_pretrained(folder / "base")
@@ -108,9 +112,9 @@ def test_it_is_what_peft_makes_of_the_same_adapters(adapted, top_k, tmp_path):
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-4)
 
 
-def test_a_sequence_has_one_set_of_shares_at_all_matrices(adapted, tmp_path):
+def test_a_sequence_has_one_set_of_shares_at_all_matrices(adapted):
     family, folder = adapted
-    model = opened(folder, tmp_path / "out", per="sequence", top_k=2, temperature=0.5)
+    model = opened(folder, per="sequence", top_k=2, temperature=0.5)
     inputs = tiny_inputs(family)
     routing = model.route(**inputs)
     weights = routing.coefficients.double()
@@ -120,9 +124,9 @@ def test_a_sequence_has_one_set_of_shares_at_all_matrices(adapted, tmp_path):
     torch.testing.assert_close(model(**inputs).logits.double(), expected, rtol=0, atol=1e-4)
 
 
-def test_shares_of_a_sequence_come_from_how_its_features_lie_to_the_prototypes(adapted, tmp_path):
+def test_shares_of_a_sequence_come_from_how_its_features_lie_to_the_prototypes(adapted):
     _, folder = adapted
-    model = opened(folder, tmp_path / "out", per="sequence", top_k=3, temperature=0.5)
+    model = opened(folder, per="sequence", top_k=3, temperature=0.5)
     inputs = tiny_inputs(adapted[0])
     features = model.first_pass.features(inputs)
     sims = torch.zeros(7, 3)
@@ -135,9 +139,9 @@ def test_shares_of_a_sequence_come_from_how_its_features_lie_to_the_prototypes(a
 
 
 @pytest.mark.parametrize("per", ["token", "sequence"])
-def test_prompts_are_continued_by_all_experts_together(adapted, per, tmp_path):
+def test_prompts_are_continued_by_all_experts_together(adapted, per):
     family, folder = adapted
-    model = opened(folder, tmp_path / "out", per=per, top_k=2)
+    model = opened(folder, per=per, top_k=2)
     ids = tiny_inputs(family)["input_ids"]
     prompts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -158,7 +162,7 @@ def test_prompts_are_continued_by_all_experts_together(adapted, per, tmp_path):
 
 def test_a_known_task_is_answered_by_its_expert_alone(adapted, tmp_path):
     family, folder = adapted
-    model = opened(folder, tmp_path / "out")
+    model = opened(folder)
     plain = mergetool.run(recipe(folder, **EXACT), output=tmp_path / "library").path
     inputs = tiny_inputs(family)
     expected = mergetool.load_bundle(plain)(tasks=["b"], **inputs).logits
@@ -168,8 +172,12 @@ def test_a_known_task_is_answered_by_its_expert_alone(adapted, tmp_path):
     torch.testing.assert_close(model.base(**inputs).logits, base, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["bert", "vit", "t5"])
-@pytest.mark.parametrize("per", ["token", "sequence"])
+MIXED = [("bert", "token"), ("vit", "token"), ("t5", "sequence")]
+if LONG:
+    MIXED += [("bert", "sequence"), ("vit", "sequence"), ("t5", "token")]
+
+
+@pytest.mark.parametrize(("family", "per"), MIXED)
 def test_full_fine_tunes_with_heads_are_mixed_too(family, per, tmp_path):
     """Norms, biases and embeddings changed, too: those are of all tasks as one group. A batch does not matter."""
     router = replace(ROUTER, norm="arrow", mode="weighted", threshold=0.0, top_k=2, per=per)
@@ -197,11 +205,11 @@ def test_experts_with_heads_of_their_own_class_answer(tmp_path):
 
 
 @pytest.mark.parametrize("per", ["token", "sequence"])
-def test_threads_get_their_own_answers(adapted, per, tmp_path):
+def test_threads_get_their_own_answers(adapted, per):
     family, folder = adapted
-    model = opened(folder, tmp_path / "out", per=per, top_k=2)
+    model = opened(folder, per=per, top_k=2)
     inputs = tiny_inputs(family)
-    batches = [{key: value[[i, (i + 3) % 7]] for key, value in inputs.items()} for i in range(7)] * 4
+    batches = [{key: value[[i, (i + 3) % 7]] for key, value in inputs.items()} for i in range(7)] * (4 if LONG else 2)
     calls = [(batch, {} if place % 3 else {"tasks": ["b"]}) for place, batch in enumerate(batches)]
     expected = [model(**batch, **known).logits for batch, known in calls]
     with ThreadPoolExecutor(6) as pool:
@@ -210,9 +218,9 @@ def test_threads_get_their_own_answers(adapted, per, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_one_expert_a_sequence_is_that_expert(adapted, tmp_path):
+def test_one_expert_a_sequence_is_that_expert(adapted):
     family, folder = adapted
-    model = opened(folder, tmp_path / "out", per="sequence", top_k=1)
+    model = opened(folder, per="sequence", top_k=1)
     inputs = tiny_inputs(family)
     found, routing = model(**inputs).logits, model.route(**inputs)
     for task in "abc":

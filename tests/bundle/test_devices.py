@@ -36,6 +36,12 @@ def paths(tmp_path_factory):
     return write(tmp_path_factory.mktemp("toys"), {"base": base, **models})
 
 
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory):
+    kind = transformers.BertForSequenceClassification
+    return save_experts(tmp_path_factory.mktemp("classifiers"), kind, tiny_config(kind), transformers.BertModel)
+
+
 def made(paths, output, section, device, room=None, names="abc"):
     recipe = {"base": str(paths["base"]), "models": {n: str(paths[n]) for n in names}, "merge": section}
     said = Said()
@@ -123,11 +129,8 @@ def test_a_bundle_generates_on_a_device(device, tmp_path):
 
 @every_device
 @pytest.mark.parametrize("router", [{"features": "merged"}, {"kind": "arrow", "per": "sequence"}, {"kind": "arrow"}])
-def test_classes_and_routers_of_all_kinds_answer_on_a_device(router, device, tmp_path):
-    kind = transformers.BertForSequenceClassification
-    paths = save_experts(tmp_path / "models", kind, tiny_config(kind), transformers.BertModel)
-    names = [name for name in paths if name != "base"]
-    folder, _ = made(paths, tmp_path / "out", {"method": "mass", "router": router}, "cpu", names=names)
+def test_classes_and_routers_of_all_kinds_answer_on_a_device(router, device, classifiers, tmp_path):
+    folder, _ = made(classifiers, tmp_path / "out", {"method": "mass", "router": router}, "cpu", names="ab")
     inputs = text_inputs()
     here = mergetool.load_bundle(folder)(**inputs)
     with present(device):
@@ -156,26 +159,20 @@ def test_rows_are_answered_and_a_router_is_corrected_on_a_device(device, tmp_pat
 
 
 @every_device
-def test_what_is_strange_is_measured_on_a_device(device, tmp_path):
-    kind = transformers.BertForSequenceClassification
-    paths = save_experts(tmp_path / "models", kind, tiny_config(kind), transformers.BertModel)
+def test_what_is_strange_is_measured_on_a_device(device, classifiers, tmp_path):
     section = {"method": "mass", "router": {"unknown": "refuse"}}
-    names = [name for name in paths if name != "base"]
-    there, here = (made(paths, tmp_path / on[:3], section, on, names=names)[0] for on in (device, "cpu"))
+    there, here = (made(classifiers, tmp_path / on[:3], section, on, names="ab")[0] for on in (device, "cpu"))
     found, expected = (read_manifest(bundle).router.unknown for bundle in (there, here))
     assert found.scores == expected.scores
     assert [*found.strange, *found.usual] == pytest.approx([*expected.strange, *expected.usual], abs=1e-3)
 
 
 @every_device
-def test_examples_of_known_inputs_are_learnt_on_a_device(device, tmp_path):
-    kind = transformers.BertForSequenceClassification
-    paths = save_experts(tmp_path / "models", kind, tiny_config(kind), transformers.BertModel)
-    names = [name for name in paths if name != "base"]
+def test_examples_of_known_inputs_are_learnt_on_a_device(device, classifiers, tmp_path):
     section = {"method": "mass", "router": {"unknown": "nearest"}}
-    folder, _ = made(paths, tmp_path / "out", section, "cpu", names=names)
+    folder, _ = made(classifiers, tmp_path / "out", section, "cpu", names="ab")
     inputs = text_inputs()
-    rows = [{"input_ids": ids, "task": names[row % len(names)]} for row, ids in enumerate(inputs["input_ids"].tolist())]
+    rows = [{"input_ids": ids, "task": "ab"[row % 2]} for row, ids in enumerate(inputs["input_ids"].tolist())]
     here = mergetool.load_bundle(folder)
     calibrate(here, rows)
     expected = here.route(**inputs).doubt
