@@ -61,8 +61,9 @@ def assert_same(one, other):
     assert overlap == pytest.approx(overlap2, rel=1e-9)
 
 
-@pytest.mark.parametrize("merge", SETTINGS_OF.values(), ids=SETTINGS_OF.keys())
-def test_a_bundle_that_grew_is_the_one_made_of_all_at_once(paths, tmp_path, monkeypatch, merge):
+@pytest.mark.parametrize("settings", SETTINGS_OF if LONG else [name for name in SETTINGS_OF if name != "library"])
+def test_a_bundle_that_grew_is_the_one_made_of_all_at_once(paths, tmp_path, monkeypatch, settings):
+    merge = SETTINGS_OF[settings]
     whole = mergetool.run(recipe(paths, "abcd", **merge), output=tmp_path / "whole").path
     grown = mergetool.run(recipe(paths, "abc", **merge), output=tmp_path / "grown").path
     computed, compute = [], store.live_factors
