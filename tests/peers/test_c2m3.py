@@ -19,4 +19,4 @@ def test_five_trained_networks_agree_no_less_than_with_the_authors_code():
     ]
     spec = resolve("mlp", {name: tuple(x.shape) for name, x in states[0].items()})
     problem = MatchingProblem.of(spec.spaces, spec.layouts(), models=states)
-    assert align(problem, AlignmentSettings(releases=20)).objective > float(theirs.max())
+    assert align(problem, AlignmentSettings(releases=4)).objective > float(theirs.max())
