@@ -18,7 +18,7 @@ from mergetool.tensors.folder import open_model
 from tests.alignment.test_devices import Said
 from tests.dense import logits, set_config, write_dense
 from tests.devices import STAND_IN, every_device, present
-from tests.files import StoppedError, Watch, content, stop_after
+from tests.files import LONG, StoppedError, Watch, content, stop_after
 from tests.methods import deepseek
 from tests.zoo.text import save_tokenizer, token_list
 
@@ -162,8 +162,10 @@ def own_states(folder, text, *, mean):
     return states.mean(1) if mean else states[:, -1]
 
 
-@pytest.mark.parametrize("gate", ["hidden", "hidden-avg"])
-@pytest.mark.parametrize(("kind", "target"), TARGETS[:4])
+GATES = [(*each, gate) for gate in ("hidden", "hidden-avg") for each in TARGETS[:4]]
+
+
+@pytest.mark.parametrize(("kind", "target", "gate"), GATES if LONG else [*GATES[:4:2], *GATES[5::2]])
 def test_gates_are_the_directions_of_hidden_states(dense, run, kind, target, gate):
     found = gates(run(kind, gate=gate)).double()
     for number, each in enumerate(PROMPTS.values()):
