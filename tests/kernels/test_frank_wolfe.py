@@ -64,7 +64,7 @@ def test_every_mode_and_init_ends_at_least_as_high_as_the_identity(mode, init):
 MODES = [("mlp", "joint"), ("convnet", "block"), ("vit", "block"), ("llama", "joint")]
 
 
-@pytest.mark.parametrize(("name", "mode"), product(toys.NETWORKS, ["joint", "block"]) if LONG else MODES)
+@pytest.mark.parametrize(("name", "mode"), list(product(toys.NETWORKS, ["joint", "block"])) if LONG else MODES)
 def test_the_objective_never_falls_the_gap_is_never_negative_and_polish_never_loses(name, mode):
     toy = toys.NETWORKS[name]()
     models = [toys.weights(toy[1], seed) for seed in range(3)]
