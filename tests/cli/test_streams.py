@@ -256,9 +256,9 @@ def test_an_error_is_red_on_a_terminal_only(here, forks, on_terminal):
 
 @pytest.mark.parametrize("seed", range(4 if LONG else 2))
 def test_ctrl_c_at_any_moment_is_no_bug(here, seed):
-    """Also while modules are being imported, which makes other errors out of it."""
-    start = "import sys; sys.argv[0] = 'mergetool'; from mergetool.cli import main; print('up', flush=True); main()"
-    command = [sys.executable, "-c", start, "run", "r.yaml"]
+    """Also while modules are being imported, which makes other errors out of it, and torch's kernels linked."""
+    begin = "import sys; sys.argv[0] = 'mergetool'; from mergetool.cli import start; print('up', flush=True); start()"
+    command = [sys.executable, "-c", begin, "run", "r.yaml"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert running.stdout.readline() == b"up\n"  # before that a signal meets Python's own start, not us
     time.sleep(random.Random(seed).uniform(0.1, 2.5))
