@@ -114,7 +114,7 @@ class MethodCase:
         method = self.kind.model_validate(self.settings)
         kernel = method.kernel()
         passes = kernel.statistics_pass(kernel.params(0.0, self.names), prod(FEW["model.embed_tokens.weight"]), 32)
-        whole = {kernel.granularity_in(name, shape) for name, shape in FEW.items()}
+        whole = sorted({str(kernel.granularity_in(name, shape)) for name, shape in FEW.items()})
         return method.stages(), type(passes), kernel.pass_scope(), whole, kernel.partners("a"), kernel.needs_float64
 
     @cached_property
