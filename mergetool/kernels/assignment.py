@@ -30,8 +30,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
+from mergetool.kernels.extensions import extension
 from mergetool.kernels.spaces import Factor, Segment, Space
 
 Array: TypeAlias = NDArray[Any]
@@ -72,7 +72,7 @@ def assign(score: Array, incumbent: Array | None = None) -> Array:
         return best
     cost = np.negative(score, dtype=np.float64)
     cost[rows, incumbent] -= tie
-    chosen: Array = linear_sum_assignment(cost)[1]
+    chosen: Array = extension("scipy.optimize._lsap").linear_sum_assignment(cost)[1]
     return chosen
 
 

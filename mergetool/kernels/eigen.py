@@ -15,22 +15,18 @@ Reference: Parlett, The Symmetric Eigenvalue Problem, SIAM 1998, chapters 4 (inv
 """
 
 import ctypes
-import importlib.machinery
-import importlib.util
-import sys
 from collections.abc import Callable
 from functools import cache
 from math import isfinite
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mergetool.kernels.extensions import extension
+
 _BLOCK = 64
 """Columns per panel that the workspaces leave room for; LAPACK uses 32 here."""
-_extensions: dict[str, Any] = {}
-_loading = Lock()
 
 
 def gram_eigh(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -153,30 +149,9 @@ def _address(argument: Any) -> Any:
             return ctypes.byref(argument)
 
 
-def _extension(name: str) -> Any:
-    """The module scipy.linalg.`name`, which knows routines; once, as threads must not load it side by side."""
-    with _loading:
-        if name not in _extensions:
-            _extensions[name] = _load_extension(f"scipy.linalg.{name}")
-        return _extensions[name]
-
-
-def _load_extension(name: str) -> Any:
-    """A module of scipy.linalg without the rest of that package, whose import takes a third of a second."""
-    import scipy
-
-    places = [f"{place}/linalg" for place in scipy.__path__]
-    found = importlib.machinery.PathFinder.find_spec(name, places)
-    if "scipy.linalg" in sys.modules or found is None or found.loader is None:  # there, or laid out in another way
-        return importlib.import_module(name)
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
 @cache
 def _routine(library: str, name: str) -> Callable[..., None]:
-    capsule = _extension(f"cython_{library}").__pyx_capi__[name]
+    capsule = extension(f"scipy.linalg.cython_{library}").__pyx_capi__[name]
     python = ctypes.pythonapi
     python.PyCapsule_GetName.restype, python.PyCapsule_GetName.argtypes = ctypes.c_char_p, [ctypes.py_object]
     python.PyCapsule_GetPointer.restype = ctypes.c_void_p
@@ -201,7 +176,7 @@ def _follow_torch_threads() -> None:
 @cache
 def _thread_setting() -> tuple[Callable[[], int], Callable[[int], Any]]:
     # Looking a symbol up in the extension module also searches the BLAS that it was linked with.
-    library = ctypes.CDLL(_extension("cython_blas").__file__)
+    library = ctypes.CDLL(extension("scipy.linalg.cython_blas").__file__)
     for prefix in ("scipy_openblas", "openblas"):
         if hasattr(library, f"{prefix}_set_num_threads"):
             return getattr(library, f"{prefix}_get_num_threads"), getattr(library, f"{prefix}_set_num_threads")

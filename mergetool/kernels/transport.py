@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from mergetool.kernels.extensions import extension
+
 Array: TypeAlias = NDArray[Any]
 
 ROUNDS, CLOSE = 2000, 1e-9
@@ -27,12 +29,10 @@ def transport(cost: Array, source: Array, target: Array, smoothing: float) -> Ar
 
 def _assigned(cost: Array) -> Array:
     """Between equal masses, of one side as many times as many as of the other: an assignment."""
-    from scipy.optimize import linear_sum_assignment
-
     if cost.shape[0] < cost.shape[1]:
         return _assigned(cost.T).T
     times = cost.shape[0] // cost.shape[1]
-    rows, columns = linear_sum_assignment(np.repeat(cost, times, axis=1))
+    rows, columns = extension("scipy.optimize._lsap").linear_sum_assignment(np.repeat(cost, times, axis=1))
     plan = np.zeros(cost.shape)
     plan[rows, columns // times] = 1 / len(rows)
     return plan

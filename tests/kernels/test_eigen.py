@@ -129,13 +129,20 @@ def test_scipys_blas_takes_as_many_threads_as_torch():
 
 ALONE = """
 import sys
+import numpy
 import torch
+from mergetool.kernels.assignment import assign
 from mergetool.kernels.eigen import gram_eigh
 
 values, _ = gram_eigh(torch.diag(torch.arange(1.0, 9.0, dtype=torch.float64)), 2)
 assert values.sqrt().round().tolist() == [8, 7], values
-assert "scipy.linalg" not in sys.modules
+scores = numpy.random.default_rng(0).normal(size=(20, 20))
+chosen = assign(scores)
+assert not {"scipy.linalg", "scipy.optimize"} & sys.modules.keys()
 import scipy.linalg
+from scipy.optimize import linear_sum_assignment
+
+assert linear_sum_assignment(-scores)[1].tolist() == chosen.tolist()
 from scipy.linalg import cython_blas, cython_lapack
 
 assert scipy.linalg.svdvals([[2.0, 0.0], [0.0, 1.0]]).tolist() == [2, 1]
@@ -143,6 +150,6 @@ assert {"dsytrd", "dstein"} <= set(cython_lapack.__pyx_capi__) and "dsyrk" in cy
 """
 
 
-def test_routines_come_without_the_rest_of_scipys_linear_algebra_which_can_be_imported_after_them():
+def test_routines_come_without_the_rest_of_scipy_which_can_be_imported_after_them():
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
