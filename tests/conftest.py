@@ -91,6 +91,9 @@ def pytest_collection():
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(
+            20_000, 20, 50
+        )  # as rarely as the command does, which networks of many small parts profit from
         gc.enable()
 
 

@@ -444,7 +444,7 @@ def main() -> None:
     sys.exit(lost > 0)
 
 
-SMALL = (12, 1, 3, 100)
+SMALL = (8, 1, 2, 60)
 """Layers, kills, other faults and fuzzed files, where there shall be few."""
 
 

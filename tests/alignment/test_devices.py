@@ -109,7 +109,7 @@ def test_units_are_matched_by_what_they_say_on_a_device_as_on_the_cpu(method, de
 
 
 @every_device
-@pytest.mark.parametrize("mode", ["joint", "block"])
+@pytest.mark.parametrize("mode", ["joint", "block"] if LONG else ["block"])
 def test_soft_steps_and_signs_are_taken_on_a_device(mode, device, folder):
     state, config, _, _ = nets.tiny_transformer("LlamaForCausalLM", num_hidden_layers=2 if LONG else 1)
     models = nets.copies(state, 3, config=config, noise=0.05)

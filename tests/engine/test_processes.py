@@ -16,6 +16,7 @@ from mergetool.planning import make_plan
 from mergetool.recipe import load_recipe
 from tests.files import LONG, content, tensors, write_models, write_recipe
 from tests.forks import free_port
+from tests.turns import some
 
 SHAPES = {f"model.layers.{layer}.mlp.weight": (24, 16 + layer) for layer in range(9)} | {
     "model.embed_tokens.weight": (2100, 2048),  # two units
@@ -73,7 +74,7 @@ BUNDLES = ("mass", "emr", "twin")
 BLOCKS = {f"model.layers.{layer}.mlp.weight": (24, 16 + layer) for layer in range(9)} | {"model.norm.weight": (7,)}
 
 
-@pytest.mark.parametrize("method", SHARED)
+@pytest.mark.parametrize("method", some(SHARED))
 def test_a_fit_and_the_factors_of_a_bundle_are_shared_and_the_bytes_are_those_of_one(forks, tmp_path, method):
     write_models(tmp_path, names=("base", "a", "b", "c"), shapes=BLOCKS if method in BUNDLES else WIDE)
     asked = {"base": "base"} if method in BUNDLES else {"architecture": "mlp"}
@@ -223,7 +224,7 @@ def test_every_unit_and_every_file_is_dealt_once_and_the_shares_are_alike(models
             assert len(holders) == 1 or name != "ties"
 
 
-@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("dies", some([0, 1]))
 def test_a_process_that_dies_inside_a_recipe_inside_is_made_good_by_the_next_run(forks, tmp_path, dies):
     shapes = {f"model.layers.{layer}.mlp.weight": (64, 75) for layer in range(80)}
     write_models(tmp_path, shapes=shapes)

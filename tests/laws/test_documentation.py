@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 import mergetool
@@ -113,6 +112,8 @@ def test_its_recipe_runs_from_end_to_end(name, tmp_path):
 
 def write_adapter(folder, name):
     """An adapter, by PEFT, of a network of two layers; where it lies, as a recipe names it."""
+    from peft import LoraConfig, get_peft_model
+
     model = get_peft_model(
         torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"])
     )

@@ -48,7 +48,7 @@ MOMENTS = [
 """A model, what is measured, the step after which it is killed, and what is not read again; kinds of steps first."""
 
 
-@pytest.mark.parametrize(("kind", "statistic", "step", "gone"), MOMENTS if LONG else MOMENTS[:4])
+@pytest.mark.parametrize(("kind", "statistic", "step", "gone"), MOMENTS if LONG else MOMENTS[:3])
 def test_a_killed_one_goes_on_and_comes_to_the_same_bytes(
     network_forks, place, kind, statistic, step, gone, tmp_path, monkeypatch
 ):

@@ -15,7 +15,7 @@ from mergetool.evaluate.options import TaskOptions
 from mergetool.tensors.folder import open_model
 from mergetool.testing.toys import assert_same_bytes, read
 from mergetool.tuning.in_memory import Candidates, saved_digest
-from tests.files import Watch
+from tests.files import LONG, Watch
 from tests.tuning.planted import World
 
 pytestmark = pytest.mark.slow  # searches, and there are many
@@ -123,7 +123,7 @@ def test_what_is_scored_is_what_is_saved(folder, tmp_path, inner):
         assert [again[item].value for item in items] == last["scores"][task][0]
 
 
-@pytest.mark.parametrize("algorithm", ["cma-es", "nsga2"])
+@pytest.mark.parametrize("algorithm", ["cma-es", "nsga2"] if LONG else ["nsga2"])
 def test_every_request_is_counted_and_none_is_made_twice(folder, tmp_path, monkeypatch, algorithm):
     made = []
     answer = items_module._answer
