@@ -3,6 +3,7 @@
 What mergetool remembers between runs lies in a folder of this test run.
 """
 
+import faulthandler
 import functools
 import gc
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 TESTS = Path(__file__).parent
 
@@ -70,6 +72,14 @@ def network_forks(forks):
     """The same, for commands that build networks: transformers is imported once for all of them."""
     forks.know("transformers.modeling_utils")
     return forks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def told_where_it_hangs(pytestconfig):
+    """Where all threads are after ten minutes of one file; a clock for every test takes a millisecond of each."""
+    faulthandler.dump_traceback_later(600, file=pytestconfig.stash[fault_handler_stderr_fd_key])
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="module")

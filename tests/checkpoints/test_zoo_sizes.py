@@ -10,6 +10,7 @@ import mergetool
 from mergetool.errors import PlanError
 from tests.checkpoints.recipes import recipe_of
 from tests.files import write_model
+from tests.turns import some
 from tests.zoo import files
 from tests.zoo.advice import assert_said, outcomes
 from tests.zoo.build import build
@@ -41,7 +42,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "globs"), [pytest.param(*case, id=f"{case[0]}-{next(iter(case[1]))}") for case in CASES]
+    ("name", "changes", "globs"), [pytest.param(*case, id=f"{case[0]}-{next(iter(case[1]))}") for case in some(CASES)]
 )
 def test_a_tensor_of_another_size_is_what_config_json_says(zoo, name, changes, globs, tmp_path):
     base, a, other = zoo.base(name), zoo.tuned(name, 1), build(tmp_path / "other", name, 3, **changes)

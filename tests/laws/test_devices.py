@@ -22,6 +22,7 @@ from mergetool.testing.cases import MethodCase, all_cases, each_once
 from tests.elsewhere import DEVICE, Elsewhere, NoDoubleError, algebra
 from tests.files import LONG
 from tests.streams import streaming
+from tests.turns import some
 
 TRIED = [case for case in all_cases() if not case.architecture]
 CASES = [pytest.param(case, id=str(case)) for case in (TRIED if LONG else each_once(TRIED))]
@@ -105,7 +106,7 @@ def test_the_host_waits_only_a_few_times_for_a_slice(case, monkeypatch):
     assert max(waits) <= 4
 
 
-@pytest.mark.parametrize("case", SLICED)
+@pytest.mark.parametrize("case", some(SLICED))
 def test_bytes_do_not_depend_on_the_length_of_slices(case):
     with Elsewhere(), streaming():
         long, short = (merged(case, DEVICE, exact=True, length=length, part="up_proj") for length in (1 << 20, 24))

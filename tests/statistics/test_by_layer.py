@@ -17,6 +17,7 @@ from mergetool.tensors.dtypes import of_torch
 from mergetool.tensors.header import TensorSpec, lay_out
 from tests.files import content
 from tests.statistics.networks import SIZES, write_classifier, write_dense, write_rows
+from tests.turns import some
 from tests.zoo.text import save_tokenizer
 
 LITTLE = 1
@@ -65,7 +66,7 @@ OTHERS = [(kind, statistic) for kind in ("bert", "tied") for statistic in ("acti
 OTHERS += [("gpt2", "fisher"), ("mistral", "gradient"), ("gemma2", "gradient")]
 
 
-@pytest.mark.parametrize(("kind", "statistic"), [*((kind, "gram") for kind in KINDS), *OTHERS])
+@pytest.mark.parametrize(("kind", "statistic"), [*((kind, "gram") for kind in KINDS), *some(OTHERS)])
 def test_it_is_the_same_to_the_last_bit(place, kind, statistic, tmp_path, monkeypatch):
     folder = place / kind if (place / kind).exists() else write(place / kind, kind)
     whole = mergetool.measure(folder, statistic, place / "rows.jsonl", cache=tmp_path / "whole")
