@@ -12,6 +12,7 @@ from mergetool.testing.toys import assert_near, read
 from tests.alignment import nets
 from tests.devices import STAND_IN, every_device, present
 from tests.files import LONG
+from tests.turns import some
 
 METHODS = ["c2m3", "git-rebasin", "merge-many"]
 MIXED = [("zipit", "weights"), ("ot-fusion", "weights"), ("zipit", "activations"), ("ot-fusion", "activations")]
@@ -121,7 +122,7 @@ def test_soft_steps_and_signs_are_taken_on_a_device(mode, device, folder):
 
 
 @every_device
-@pytest.mark.parametrize(("architecture", "mode"), REPAIRED if LONG else REPAIRED[::2])
+@pytest.mark.parametrize(("architecture", "mode"), some(REPAIRED))
 def test_a_device_repairs_as_the_cpu_does(architecture, mode, device, folder):
     state = {"mlp": nets.mlp, "resnet": nets.resnet}[architecture]()
     models = nets.copies(state, 2, architecture=architecture, noise=0.3)

@@ -8,8 +8,7 @@ import transformers as hf
 
 import mergetool
 from tests.checkpoints.recipes import recipe_of
-from tests.files import LONG
-from tests.turns import pairs
+from tests.turns import pairs, some
 from tests.zoo import files, text
 from tests.zoo.advice import assert_said, outcomes
 from tests.zoo.build import build, config_of, copy_of, tuned
@@ -67,7 +66,7 @@ def test_parents_that_disagree_in_what_tensors_mean_are_not_merged_silently(zoo,
     assert_said(word, recipe_of(base, zoo.tuned(name, 1), other, method=method), tmp_path / "out")
 
 
-@pytest.mark.parametrize(("name", "word", "changes"), MEANINGS if LONG else MEANINGS[::5], ids=_case)
+@pytest.mark.parametrize(("name", "word", "changes"), some(MEANINGS, 5), ids=_case)
 def test_these_changes_of_a_config_do_change_the_answers(zoo, name, word, changes, tmp_path):
     """Else the test before would ask for noise."""
     model, source = FAMILIES[name].model, zoo.tuned(name, 2)
